@@ -1,0 +1,66 @@
+# The words of this project. `make` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast test-services lint format types imports ci clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WSI := $(BIN)/wsi-mmm
+# One compute thread per process: results do not depend on it, and the tests run several model threads of their own.
+export OMP_NUM_THREADS ?= 1
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 16
+
+setup: $(STAMP)  ## the pinned environment in .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@python=; for name in python3.11 python3 python3.12 python3.13; do \
+	    if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$name; break; fi; done; \
+	  [ -n "$$python" ] || { echo "error: no Python 3.11 or newer in PATH (python3.11, python3)" >&2; exit 1; }; \
+	  $(BIN)/python -m pip --version >/dev/null 2>&1 || "$$python" -m venv $(VENV) || \
+	    { echo "error: python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "installing into $(VENV) (torch is large: the first time takes minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+demo: setup  ## a synthetic slide from pixels to GeoJSON, in demo/
+	@$(WSI) demo --output demo
+
+test: setup  ## the whole suite, slow tests included
+	@$(BIN)/python -m pytest -m "not services"
+
+test-fast: setup  ## the suite without the slow tests
+	@$(BIN)/python -m pytest
+
+test-services: setup  ## tests against a real S3 server (see CONTRIBUTING.md)
+	@$(BIN)/python -m pytest -m services
+
+lint: setup  ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: setup  ## let ruff write the format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+types: setup  ## mypy, strict
+	@$(BIN)/mypy
+
+imports: setup  ## import-linter: the floors
+	@$(BIN)/lint-imports --no-logo
+
+# make bench-geojson ARGS="--objects 1000000" runs tests/benchmarks/bench_geojson.py
+bench-%: setup
+	@[ -f tests/benchmarks/bench_$*.py ] || { echo "error: no benchmark '$*'; there are:" >&2; \
+	  ls tests/benchmarks | sed -nE 's/^bench_(.*)\.py$$/  bench-\1/p' >&2; exit 1; }
+	@PYTHONPATH=tests $(BIN)/python tests/benchmarks/bench_$*.py $(ARGS)
+
+ci: setup  ## everything that must hold
+	@.ci/run
+
+clean:  ## remove what the words above made, the environment included
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,107 @@
+"""The runner: answers depend on the pixels and on nothing else."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wsi_mmm.errors import ModelError
+from wsi_mmm.model.checkpoint import load_model
+from wsi_mmm.model.runner import Runner, RunOutput
+from wsi_mmm.tasks import make_task
+from wsi_mmm.types import U8
+
+TASKS = ["nuclei", "stain"]
+
+
+@pytest.fixture(scope="module")
+def runners(small_model: Path) -> dict[int, Runner]:
+    """The same model with one, two and three threads."""
+    model = load_model(small_model)
+    quantise = {card.name: make_task(card).quantise for card in model.card.tasks}
+    return {n: Runner(model, "cpu", n, quantise=quantise) for n in (1, 2, 3)}
+
+
+def tiles(n: int, size: int = 64) -> U8:
+    """Seeded noise."""
+    return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
+
+
+def same(a: RunOutput, b: RunOutput) -> bool:
+    """Equal to the bit."""
+    pairs = [
+        (a.features, b.features),
+        *((a.maps[k], b.maps[k]) for k in a.maps),
+        *((a.tables[k], b.tables[k]) for k in a.tables),
+    ]
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+def part(a: RunOutput, index: slice) -> RunOutput:
+    """Some of the tiles' answers."""
+    return RunOutput(
+        a.features[index], {k: v[index] for k, v in a.maps.items()}, {k: v[index] for k, v in a.tables.items()}
+    )
+
+
+def test_answers_have_the_promised_shapes(runners: dict[int, Runner]) -> None:
+    """float32 features, uint8 maps at half size, uint8 tables; only asked-for tasks."""
+    out = runners[1].run(tiles(3), TASKS)
+    assert out.features.dtype == np.float32
+    assert out.features.shape == (3, 32)
+    assert out.maps["nuclei"].dtype == np.uint8
+    assert out.maps["nuclei"].shape == (3, 4, 32, 32)
+    assert out.tables["stain"].dtype == np.uint8
+    assert out.tables["stain"].shape == (3, 2)
+    assert runners[1].run(tiles(2), []).maps == {}
+    assert runners[1].run(tiles(0), TASKS).maps["nuclei"].shape == (0, 4, 32, 32)
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_bits_do_not_depend_on_batch_size_threads_or_companions(runners: dict[int, Runner], size: int) -> None:
+    """Any cut of the tiles into calls, any order, any number of threads: the same bytes."""
+    pixels = tiles(2 * runners[1].micro_batch(size) + 3, size)
+    whole = runners[1].run(pixels, TASKS)
+    assert all(same(whole, runners[n].run(pixels, TASKS)) for n in (2, 3))
+    assert same(part(whole, slice(5, 9)), runners[2].run(pixels[5:9], TASKS))
+    assert same(part(whole, slice(None, None, -1)), runners[3].run(pixels[::-1].copy(), TASKS))
+
+
+def test_a_runner_can_be_called_from_several_threads(runners: dict[int, Runner]) -> None:
+    """Concurrent calls give what calls in a row give."""
+    pixels = tiles(12)
+    wanted = runners[1].run(pixels, TASKS)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: runners[2].run(pixels[i : i + 3], TASKS), range(0, 12, 3)))
+    for k, found in enumerate(results):
+        assert same(part(wanted, slice(3 * k, 3 * k + 3)), found)
+
+
+def test_busy_time_is_counted_once(runners: dict[int, Runner]) -> None:
+    """Overlapping calls count once; nothing is counted before ``since`` or while idle."""
+    runner, since = runners[3], time.perf_counter()
+    threads = [threading.Thread(target=runner.run, args=(tiles(4), TASKS)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    passed = time.perf_counter() - since
+    assert 0 < runner.busy_seconds(since) <= passed
+    assert runner.busy_seconds(time.perf_counter()) == 0
+
+
+def test_wrong_pixels_tasks_and_devices_are_refused(runners: dict[int, Runner], small_model: Path) -> None:
+    """ModelError in one line."""
+    with pytest.raises(ModelError, match="uint8"):
+        runners[1].run(np.zeros((1, 64, 64, 3), np.float32), TASKS)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="no task 'dogs'"):
+        runners[1].run(tiles(1), ["dogs"])
+    with pytest.raises(ModelError, match="quantise"):
+        Runner(load_model(small_model), "cpu").run(tiles(1), ["stain"])
+    with pytest.raises(ModelError, match="device 'quantum'"):
+        Runner(load_model(small_model), "quantum")

@@ -1,0 +1,170 @@
+"""The `instances` task: any way of cutting the plane into cores gives the same objects, byte for byte."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsi_mmm.model.card import TaskCard
+from wsi_mmm.outputs.ragged import concat
+from wsi_mmm.tasks import View, grouping, make_task, metrics
+from wsi_mmm.tasks.instances import Instances
+from wsi_mmm.types import I32, U8, Objects
+
+CARD = TaskCard(name="nuclei", kind="instances", head="map", outputs=4, classes=("nucleus",), colors=((0, 160, 80),))
+TASK = make_task(CARD)
+assert isinstance(TASK, Instances)
+SCALE = 1.9873
+
+
+def discs(rng: np.random.Generator, height: int, width: int, count: int) -> I32:
+    """Label image of overlapping discs and ellipses."""
+    y, x = np.mgrid[:height, :width]
+    labels = np.zeros((height, width), np.int32)
+    for i in range(1, count + 1):
+        cy, cx, a, b = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(3, 14), rng.uniform(3, 14)
+        labels[((y - cy) / a) ** 2 + ((x - cx) / b) ** 2 <= 1] = i
+    return labels
+
+
+def maps_of(labels: I32, rng: np.random.Generator, noise: float = 0.0) -> U8:
+    """Perfect maps of a label image, with noise on every byte."""
+    t = np.asarray(TASK.target(labels).numpy(), np.float64)
+    offset = t[2:4] / 2 * grouping.STEPS + grouping.ZERO
+    exact = np.concatenate([t[:2] * 255, offset])
+    return np.clip(np.round(exact + noise * rng.standard_normal(exact.shape)), 0, 255).astype(np.uint8)
+
+
+def wild(rng: np.random.Generator, height: int, width: int) -> U8:
+    """Maps that no network would give: random bytes, smooth in places, with plateaus."""
+    rough = rng.integers(0, 256, (4, height // 2, width // 2), np.uint8)
+    if rng.random() < 0.5:
+        rough[2:] = 128 + rng.integers(-6, 7, rough[2:].shape)
+    if rng.random() < 0.5:
+        rough[:2] = np.where(rough[:1] > rng.integers(0, 256), 255, 0)
+    if rng.random() < 0.5:
+        rough[2:] = rng.choice([0, 64, 128, 192, 255], (2, 1, 1))
+    return rough
+
+
+def edges(draw_: st.DrawFn, size: int) -> list[int]:
+    """Even cuts of [0, size)."""
+    inner = draw_(st.lists(st.integers(1, max(1, size // 2 - 1)), max_size=4, unique=True))
+    return [0, *sorted(2 * i for i in inner if 2 * i < size), size + size % 2]
+
+
+def interpret(maps: U8, core: tuple[int, int, int, int], size: tuple[int, int], task: Instances = TASK) -> Objects:
+    """Interpretation of one core from a window that has just the halo it asks for."""
+    y0, x0 = (max(0, core[i] - task.halo) // 2 * 2 for i in (0, 1))
+    y1, x1 = (min(-(-size[i] // 2) * 2, core[i + 2] + task.halo) for i in (0, 1))
+    window = np.ascontiguousarray(maps[:, y0 // 2 : -(-y1 // 2), x0 // 2 : -(-x1 // 2)])
+    return task.interpret(window, View(y0, x0, core, SCALE, SCALE, size[1], size[0]))
+
+
+def canonical(objects: Objects) -> list[tuple[bytes, ...]]:
+    """One entry per object, in the order of the anchors."""
+    out = []
+    for i in np.lexsort((objects.anchor[:, 1], objects.anchor[:, 0])):
+        rings = range(objects.object_offsets[i], objects.object_offsets[i + 1])
+        shape = [objects.coords[objects.ring_offsets[r] : objects.ring_offsets[r + 1]].tobytes() for r in rings]
+        out.append((objects.anchor[i].tobytes(), objects.measurements["probability"][i].tobytes(), *shape))
+    return out
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> tuple[U8, tuple[int, int], list[int], list[int]]:
+    """Maps of a plane, its size in target px, and cuts."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    height, width = draw(st.integers(20, 420)), draw(st.integers(20, 420))
+    even = height + height % 2, width + width % 2
+    kind = draw(st.sampled_from(["discs", "noisy", "wild"]))
+    if kind == "wild":
+        maps = wild(rng, *even)
+    else:
+        maps = maps_of(discs(rng, *even, height * width // 600 + 1), rng, 30.0 if kind == "noisy" else 0.0)
+    return maps, (height, width), edges(draw, height), edges(draw, width)
+
+
+@given(scenes(), st.sampled_from([256, 4096]), st.sampled_from([1, 6]))
+@settings(max_examples=80)
+def test_any_partition_into_cores_gives_the_same_objects(
+    scene: tuple[U8, tuple[int, int], list[int], list[int]], votes: int, hops: int
+) -> None:
+    """Objects found core by core, each with its halo only, are those of the whole plane to the last bit."""
+    maps, size, rows, columns = scene
+    task = replace(TASK, rules=grouping.Rules(votes=votes, hops=hops, area=4))
+    whole = interpret(maps, (0, 0, rows[-1], columns[-1]), size, task)
+    cores = [(a, c, b, d) for a, b in pairwise(rows) for c, d in pairwise(columns)]
+    parts = concat([interpret(maps, core, size, task) for core in cores])
+    assert canonical(parts) == canonical(whole)
+
+
+def test_objects_are_sorted_by_anchor_and_anchors_are_unique() -> None:
+    """Within a core objects come in the order of their anchors, each owned once."""
+    rng = np.random.default_rng(3)
+    found = interpret(maps_of(discs(rng, 200, 200, 40), rng), (0, 0, 200, 200), (200, 200))
+    keys = found.anchor[:, 0] * 1000 + found.anchor[:, 1]
+    assert (np.diff(keys) > 0).all()
+
+
+def test_perfect_maps_give_back_touching_discs() -> None:
+    """From error-free maps nearly every disc, touching ones too, is found with IoU above one half."""
+    rng = np.random.default_rng(1)
+    truth = discs(rng, 400, 400, 60)
+    found = TASK.labels(maps_of(truth, rng))
+    large = np.bincount(truth.ravel())[truth] >= 60
+    figures = metrics.match(np.where(large, truth, 0), found).figures()
+    assert figures["recall"] > 0.9
+
+
+def test_objects_stop_at_the_edge_of_the_slide() -> None:
+    """Nothing is drawn beyond the slide's width and height, odd ones included."""
+    rng = np.random.default_rng(5)
+    maps = maps_of(discs(rng, 102, 102, 30), rng)
+    found = TASK.interpret(maps, View(0, 0, (0, 0, 102, 102), 1.0, 1.0, 97, 101))
+    assert len(found) > 5
+    assert found.coords[:, 0].max() <= 97
+    assert found.coords[:, 1].max() <= 101
+
+
+def test_empty_maps_give_no_objects() -> None:
+    """Blank glass is a valid, empty answer."""
+    found = TASK.interpret(np.zeros((4, 64, 64), np.uint8), View(0, 0, (0, 0, 128, 128), 1.0, 1.0, 128, 128))
+    assert len(found) == 0
+    assert found.measurements["probability"].shape == (0,)
+
+
+def test_a_window_off_the_map_grid_is_refused() -> None:
+    """An odd origin is a mistake of the caller and says so."""
+    with pytest.raises(ValueError, match="grid of 2"):
+        TASK.interpret(np.zeros((4, 8, 8), np.uint8), View(1, 0, (0, 0, 8, 8), 1.0, 1.0, 16, 16))
+
+
+def test_unknown_labels_are_left_out_of_the_loss() -> None:
+    """A picture without truth adds nothing; with truth, perfect logits beat random ones."""
+    import torch
+
+    truth = discs(np.random.default_rng(0), 64, 64, 6)
+    target = torch.stack([TASK.target(truth), TASK.target(np.full((64, 64), -1))])
+    logits = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    perfect = torch.stack(
+        [target[0, 0] * 12 - 6, torch.logit(target[0, 1].clamp(1e-3, 0.999)), target[0, 2] / 4, target[0, 3] / 4]
+    )
+    good = TASK.loss(torch.stack([perfect, logits[1]]), target)
+    bad = TASK.loss(logits, target)
+    assert float(good) < 0.2 * float(bad)
+    assert 0.3 < float(bad) < 3.0
+    assert float(TASK.loss(logits[1:], target[1:])) == 0.0
+
+
+def test_quantise_rounds_probabilities_and_offsets() -> None:
+    """Logit 0 is 128 of 255; an offset of one map px is `STEPS` above 128; what does not fit is cut."""
+    import torch
+
+    logits = torch.tensor([0.0, 100.0, 0.5, -100.0]).view(1, 4, 1, 1)
+    assert TASK.quantise(logits).flatten().tolist() == [128, 255, 128 + grouping.STEPS, 0]

@@ -1,0 +1,187 @@
+"""Annotation files become polygons, or one clear line that says why not."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import RealData
+from wsi_mmm.annotations import load_shapes, parse_shapes, rasterise
+from wsi_mmm.errors import AnnotationError
+
+SQUARE = [[[0, 0], [100, 0], [100, 100], [0, 100], [0, 0]]]
+BOW_TIE = [[[0, 0], [100, 100], [100, 0], [0, 100], [0, 0]]]
+
+
+def feature(coordinates: Any, kind: str = "Polygon", properties: Any = None) -> dict[str, Any]:
+    return {"type": "Feature", "geometry": {"type": kind, "coordinates": coordinates}, "properties": properties or {}}
+
+
+def collection(*features: Any) -> bytes:
+    return json.dumps({"type": "FeatureCollection", "features": list(features)}).encode()
+
+
+def zipped(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name.replace("_dot_", "."), data)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        collection(feature(SQUARE)),
+        json.dumps([feature(SQUARE)]).encode(),
+        json.dumps(feature(SQUARE)).encode(),
+        json.dumps({"type": "Polygon", "coordinates": SQUARE}).encode(),
+        json.dumps({"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": SQUARE}]}).encode(),
+        b"\xef\xbb\xbf \n" + collection(feature(SQUARE)),
+        gzip.compress(collection(feature(SQUARE))),
+        zipped(a_dot_geojson=collection(feature(SQUARE))),
+    ],
+)
+def test_every_form_of_geojson_is_read(data: bytes) -> None:
+    (item,) = parse_shapes(data, "x")
+    assert item.geometry.area == 10_000
+
+
+@pytest.mark.parametrize(
+    ("properties", "name"),
+    [
+        ({"classification": {"name": "Tumor", "color": [1, 2, 3]}}, "Tumor"),
+        ({"classification": {"names": ["Tumor", "Positive"]}}, "Tumor: Positive"),
+        ({"classification": "Tumor"}, "Tumor"),
+        ({"classification": None}, None),
+        ({}, None),
+    ],
+)
+def test_the_class_is_the_name_of_the_classification(properties: Any, name: str | None) -> None:
+    (item,) = parse_shapes(collection(feature(SQUARE, properties=properties)), "x")
+    assert item.class_name == name
+
+
+def test_what_has_no_area_is_skipped_and_counted() -> None:
+    """Points, lines, clicks, empty and null geometries do not stop the polygons."""
+    data = collection(
+        feature([1, 2], "Point"),
+        feature([[0, 0], [1, 1]], "LineString"),
+        feature([[[5, 5], [5, 5]]]),
+        feature([]),
+        feature([[[0, 0], [5, 5], [9, 9], [0, 0]]]),
+        {"type": "Feature", "geometry": None, "properties": None},
+        feature(SQUARE),
+    )
+    shapes = parse_shapes(data, "x")
+    assert (len(shapes), shapes.skipped, shapes.repaired) == (1, 6, 0)
+
+
+def test_invalid_polygons_are_repaired_and_counted() -> None:
+    """A bow tie becomes its two triangles."""
+    shapes = parse_shapes(collection(feature(BOW_TIE), feature([SQUARE, BOW_TIE], "MultiPolygon")), "x")
+    assert shapes.repaired == 2
+    assert all(item.geometry.is_valid for item in shapes)
+    assert shapes.items[0].geometry.area == pytest.approx(5000)
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"", "empty"),
+        (b"not json", "neither GeoJSON nor XML"),
+        (b'{"type": "FeatureCollection", "features": 3}', "no FeatureCollection"),
+        (b'{"type": "Topology"}', "no FeatureCollection"),
+        (b"3", "no FeatureCollection"),
+        (b"\xff\xfe\x00", "neither GeoJSON"),
+        (collection(3), "feature 0"),
+        (collection(feature(SQUARE), feature("abc")), "feature 1"),
+        (collection(feature([[[0, 0], [1, "x"], [2, 2]]])), "feature 0"),
+        (collection(feature([[[0, 0], [1], [2, 2]]])), "feature 0"),
+        (b'{"type":"Polygon","coordinates":[[[0,0],[NaN,1],[2,2]]]}', "not a finite"),
+        (b'{"type":"Polygon","coordinates":[[[0,0],[1e999,1],[2,2]]]}', "not a finite"),
+        (b"[" * 100_000, "neither GeoJSON"),
+        (b"\x1f\x8b\x08broken", "damaged"),
+        (gzip.compress(collection(feature(SQUARE)))[:-12], "damaged"),
+        (b"PK\x03\x04broken", "damaged"),
+        (zipped(a_dot_txt=b""), "0 .geojson"),
+        (zipped(a_dot_json=b"", b_dot_json=b""), "2 .geojson"),
+        (b"<broken", "cannot be parsed"),
+        (b"<svg></svg>", "not of ASAP"),
+        (b'<!DOCTYPE a [<!ENTITY b "c">]><ASAP_Annotations/>', "entity"),
+        (b'<ASAP_Annotations><Annotation Type="Polygon"><Coordinate X="1"/></Annotation></ASAP_Annotations>', "Order"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_that_names_the_file(data: bytes, named: str) -> None:
+    with pytest.raises(AnnotationError, match=named) as caught:
+        parse_shapes(data, "case.json")
+    assert str(caught.value).startswith("case.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """No traceback of the file system."""
+    with pytest.raises(AnnotationError, match="nowhere"):
+        load_shapes(tmp_path / "nowhere.geojson")
+
+
+def test_asap_polygons_keep_their_group_and_the_order_of_points() -> None:
+    """Coordinates are sorted by Order; dots are skipped."""
+    points = [(0, 0, 0), (2, 10, 10), (1, 10, 0), (3, 0, 10)]
+    nodes = "".join(f'<Coordinate Order="{n}" X="{x}" Y="{y}"/>' for n, x, y in points)
+    xml = (
+        '<?xml version="1.0"?><ASAP_Annotations><Annotations>'
+        f'<Annotation Type="Spline" PartOfGroup="metastasis"><Coordinates>{nodes}</Coordinates></Annotation>'
+        '<Annotation Type="Dot" PartOfGroup="None"><Coordinates/></Annotation></Annotations></ASAP_Annotations>'
+    )
+    shapes = parse_shapes(xml.encode(), "x")
+    assert (shapes.items[0].class_name, shapes.items[0].geometry.area, shapes.skipped) == ("metastasis", 100, 1)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from([1.0, 2.0, 3.7]))
+def test_a_rectangle_covers_its_pixels_and_at_most_their_rim(
+    x: int, y: int, width: int, height: int, scale: float
+) -> None:
+    ring = [[x, y], [x + width, y], [x + width, y + height], [x, y + height]]
+    shapes = parse_shapes(collection(feature([[[a * scale, b * scale] for a, b in ring]])), "x")
+    mask = rasterise(shapes, (100, 100), scale_x=scale, scale_y=scale)
+    assert mask[y : y + height, x : x + width].all()
+    rim = np.zeros_like(mask)
+    rim[max(y - 1, 0) : y + height + 1, max(x - 1, 0) : x + width + 1] = True
+    assert not (mask & ~rim).any()
+
+
+def test_holes_stay_open_and_nothing_vanishes() -> None:
+    """The middle of a ring is empty; a polygon far smaller than a pixel still sets one."""
+    hole = [[30, 30], [30, 70], [70, 70], [70, 30], [30, 30]]
+    mask = rasterise(parse_shapes(collection(feature([SQUARE[0], hole])), "x"), (10, 10), scale_x=10, scale_y=10)
+    assert mask[1, 1]
+    assert not mask[4:6, 4:6].any()
+    speck = parse_shapes(collection(feature([[[51, 51], [52, 51], [52, 52]]])), "x")
+    assert rasterise(speck, (10, 10), scale_x=10, scale_y=10).sum() == 1
+
+
+def test_shapes_outside_the_picture_are_cut_off() -> None:
+    """Polygons may reach beyond the slide, or lie beyond it."""
+    wide = parse_shapes(collection(feature([[[-50, -50], [500, -50], [500, 500], [-50, 500]]])), "x")
+    assert rasterise(wide, (10, 10), scale_x=10, scale_y=10).all()
+    away = parse_shapes(collection(feature([[[900, 900], [950, 900], [950, 950]]])), "x")
+    assert not rasterise(away, (10, 10), scale_x=10, scale_y=10).any()
+
+
+def test_real_exports_of_qupath_and_asap_are_read(real_data: RealData) -> None:
+    """Every object of both files is a polygon."""
+    qupath = load_shapes(real_data.file("annotations/qupath05_example.geojson"))
+    asap = load_shapes(real_data.file("annotations/camelyon16_tumor_009.xml"))
+    assert (len(qupath), qupath.skipped) == (3, 0)
+    assert (len(asap), asap.skipped) == (6, 0)
+    assert {item.class_name for item in asap} == {"metastasis"}

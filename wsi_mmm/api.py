@@ -1,0 +1,273 @@
+"""What a Python user calls: run, submit, embed, stream_tiles, load_model, demo."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsi_mmm.config import SlideSpec
+from wsi_mmm.engine import reporting
+from wsi_mmm.engine.base import Executor, SlideTask
+from wsi_mmm.engine.events import Event, Listener, silent
+from wsi_mmm.engine.job import Job, drive
+from wsi_mmm.engine.recipe import Recipe
+from wsi_mmm.engine.reporting import RunReport
+from wsi_mmm.engine.street import open_street
+from wsi_mmm.errors import OutputError, RecipeError
+from wsi_mmm.inputs import expand_inputs
+from wsi_mmm.slides import Slide, store
+from wsi_mmm.types import Batch
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from wsi_mmm.model.multitask import MultiTaskModel
+
+__all__ = ["Event", "Job", "RunReport", "demo", "embed", "load_model", "run", "stream_tiles", "submit"]
+
+Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A run that has been checked: what to do, with what, where to."""
+
+    tasks: tuple[SlideTask, ...]
+    recipe: Recipe
+    output: str
+    workers: int
+    scheduler: str | None
+
+
+def run(
+    slides: Slides,
+    model: str | Path = "default",
+    *,
+    output: str | Path,
+    tasks: Sequence[str] | None = None,
+    workers: int = 0,
+    scheduler: str | None = None,
+    progress: Listener | None = None,
+    **options: Any,
+) -> RunReport:
+    """Run a model over slides and write one folder per slide; re-running resumes.
+
+    Args:
+        slides: a slide, folder, glob, ``s3://`` prefix, manifest CSV, or a list of these and of SlideSpec.
+        model: "default", or the folder of a model.
+        output: folder or ``s3://`` prefix for results and the run report.
+        tasks: names of the model's tasks to run; None: all.
+        workers: 0: in this process with reader threads; n: n local processes.
+        scheduler: address of a Dask cluster, ``tcp://host:port``.
+        progress: called with an Event whenever something happened.
+        **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
+            ``tissue``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``reader``, ``features``,
+            ``save_maps``, ``bounds_offset``, ``force``, ``gzip``.
+
+    Returns:
+        A RunReport: one row per slide, ``exit_code`` 0 only if every slide succeeded. A slide that fails does not stop
+        the others.
+
+    Raises:
+        RecipeError, ModelError, ManifestError, OutputError, ClusterError: before any slide is begun.
+        Cancelled: on Ctrl-C; running the same again resumes.
+    """
+    order = _order(slides, _model_recipe(str(model), tasks, options), output, workers, scheduler, options)
+    return _carry_out(order, _executor(order), progress or silent)
+
+
+def submit(
+    client: Client, slides: Slides, model: str | Path = "default", *, output: str | Path, **options: Any
+) -> Job[RunReport]:
+    """Run on the cluster behind a Dask ``client``; returns at once. This process needs no torch.
+
+    ``options`` are those of ``run``. The Job has ``.progress``, ``.result(timeout)``, ``.cancel()``, ``.done``.
+    """
+    from wsi_mmm.engine.dask import attached
+
+    tasks = options.pop("tasks", None)
+    order = _order(slides, _model_recipe(str(model), tasks, options), output, 0, None, options)
+    return Job(lambda listener, stop: _carry_out(order, attached(client), listener, stop))
+
+
+def embed(
+    slides: Slides,
+    encoder: str = "default",
+    *,
+    output: str | Path,
+    weights: str | None = None,
+    workers: int = 0,
+    scheduler: str | None = None,
+    progress: Listener | None = None,
+    export: Sequence[str] = (),
+    **options: Any,
+) -> RunReport:
+    """Features only: one vector per tile, in ``<output>/<slide>/features.zarr``.
+
+    ``encoder``: a model name or folder (its encoder is used), or any timm name or ``hf-hub:`` id; ``weights``: a local
+    safetensors file for it, or "random". Tiles are 256 px at 0.5 mpp without overlap unless ``options`` say otherwise.
+    ``export``: further formats per slide, of "h5" (TRIDENT, CLAM) and "pt". Otherwise as ``run``.
+    """
+    recipe = _encoder_recipe(encoder, weights, options)
+    order = _order(slides, recipe, output, workers, scheduler, options)
+    report = _carry_out(order, _executor(order), progress or silent)
+    reporting.export_features(report, export)
+    return report
+
+
+def stream_tiles(
+    slide: Slide | str | Path,
+    mpp: float = 0.5,
+    size: int = 256,
+    overlap: int = 0,
+    *,
+    tissue: str = "auto",
+    batch_size: int = 64,
+    workers: int = 2,
+) -> Iterator[Batch]:
+    """Tiles of a slide in batches: ``.pixels`` uint8[n, size, size, 3], ``.xy`` int64[n, 2] level-0 px (x, y).
+
+    The order is fixed, the last batch may be short; ``workers`` threads read ahead of the caller.
+    """
+    from wsi_mmm.slides import open_slide
+    from wsi_mmm.tiles.grid import make_grid
+    from wsi_mmm.tiles.stream import stream
+    from wsi_mmm.tiles.tissue import select_tiles, tissue_mask
+
+    held = slide if isinstance(slide, Slide) else open_slide(str(slide))
+    try:
+        held.scale(mpp)
+        grid = make_grid(held.info, mpp, tile=size, overlap=overlap)
+        index = select_tiles(grid, tissue_mask(held, tissue))
+        yield from stream(held.reader, grid, index, batch_size=batch_size, workers=workers)
+    finally:
+        if held is not slide:
+            held.close()
+
+
+def load_model(name_or_path: str | Path = "default", device: str = "cpu") -> MultiTaskModel:
+    """The model of that name or folder; ``model.encoder(x)``, ``.squeezer(pyramid)``, ``model(x, tasks=[...])``."""
+    from wsi_mmm.model.checkpoint import load_model as load
+
+    return load(str(name_or_path), device=device)
+
+
+def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | None = None, **options: Any) -> RunReport:
+    """Generate a seeded synthetic slide under ``output`` and run the default model on it."""
+    from wsi_mmm.slides.fake import synthetic_slide
+
+    folder = Path(output)
+    path = folder / "synthetic.tiff"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
+    if not path.exists():
+        synthetic_slide(path, seed=seed)
+    return run(str(path), output=folder / "results", progress=progress, **options)
+
+
+# ---------------------------------------------------------------- from words to an order
+
+_RECIPE_OPTIONS = {
+    "min_tissue", "features", "save_maps", "bounds_offset", "gzip", "block_tiles", "batch_size", "device", "threads",
+    "cache", "cache_tiles", "reader", "force", "tissue", "overlap", "mpp",
+}  # fmt: skip
+
+
+def _model_recipe(model: str, tasks: Sequence[str] | None, options: dict[str, Any]) -> Recipe:
+    from wsi_mmm.model.card import read_card
+    from wsi_mmm.model.identity import model_identity
+
+    card = read_card(model)
+    known = [task.name for task in card.tasks]
+    wanted = list(dict.fromkeys(tasks)) if tasks else known
+    for name in wanted:
+        if name not in known:
+            raise RecipeError(f"model {model!r} has no task {name!r}; it has: {', '.join(known) or 'none'}")
+    chosen = tuple(name for name in known if name in wanted)
+    base = Recipe(model, model_identity(model, card), chosen, card.mpp, card.tile_size, card.overlap)
+    return _with_options(base, options)
+
+
+def _encoder_recipe(encoder: str, weights: str | None, options: dict[str, Any]) -> Recipe:
+    from wsi_mmm.model.card import read_card
+    from wsi_mmm.model.identity import encoder_identity, is_model, model_identity
+
+    plain = not is_model(encoder)
+    identity = encoder_identity(encoder, weights) if plain else model_identity(encoder, read_card(encoder))
+    base = Recipe(encoder, identity, (), 0.5, 256, 0, block_tiles=8, encoder=plain, weights=weights)
+    return _with_options(base, options)
+
+
+def _with_options(recipe: Recipe, options: dict[str, Any]) -> Recipe:
+    apart = {"mpp_override", "tile_size"}
+    given = {name: value for name, value in options.items() if value is not None and name not in apart}
+    unknown = sorted(set(given) - _RECIPE_OPTIONS)
+    if unknown:
+        raise RecipeError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(_RECIPE_OPTIONS | apart))}")
+    if options.get("tile_size") is not None:
+        given["tile"] = int(options["tile_size"])
+        given.setdefault("overlap", min(recipe.overlap, given["tile"] // 8 // 2 * 2))
+    if given.get("cache") is not None:
+        given["cache"] = str(given["cache"])
+    return replace(recipe, **given)
+
+
+def _order(
+    slides: Slides, recipe: Recipe, output: str | Path, workers: int, scheduler: str | None, options: dict[str, Any]
+) -> Order:
+    if workers < 0:
+        raise RecipeError(f"workers must be 0 or more, not {workers}")
+    items = [slides] if isinstance(slides, str | Path | SlideSpec) else list(slides)
+    specs = expand_inputs(items, mpp=options.get("mpp_override"))
+    out = str(output).rstrip("/")
+    out = out if "://" in out else str(Path(out).absolute())
+    reporting.check_writable(out)
+    tasks = tuple(
+        SlideTask(s.id, _absolute(s.uri), store.join(out, s.id), recipe, s.mpp, s.mask, s.error) for s in specs
+    )
+    return Order(tasks, recipe, out, workers, scheduler)
+
+
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else str(Path(uri).absolute())
+
+
+def _executor(order: Order) -> Callable[[], Executor]:
+    def make() -> Executor:
+        if order.scheduler:
+            from wsi_mmm.engine.dask import connect
+
+            return connect(order.scheduler)
+        if order.workers:
+            from wsi_mmm.engine.dask import local_cluster
+
+            return local_cluster(order.workers)
+        from wsi_mmm.engine.local import LocalExecutor
+
+        return LocalExecutor(order.recipe)
+
+    return make
+
+
+def _carry_out(
+    order: Order,
+    executor: Executor | Callable[[], Executor],
+    listener: Listener,
+    stop: threading.Event | None = None,
+) -> RunReport:
+    made = executor() if callable(executor) else executor
+    for line in getattr(made, "warnings", ()):
+        listener(Event("warning", "", message=line))
+    street = open_street(order.tasks, listener)
+    report = reporting.begin(order.output, order.recipe, order.tasks)
+    try:
+        for state in drive(street, made, stop or threading.Event()):
+            report.add(state)
+    finally:
+        report.save()
+    return report

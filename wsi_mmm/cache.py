@@ -1,0 +1,241 @@
+"""Zarr v3: where features, maps and tiles rest between steps, runs and workers.
+
+Everything is content-addressed: ``<root>/<slide fingerprint>/<key>/...`` where the key is a hash of what the values
+depend on. Writers own whole shards (one shard = one block of the grid) and every writer of a shard writes the same
+bytes, so concurrent and repeated writes are harmless; a shard is put whole (temp + rename, or one PUT). A *receipt*,
+a small JSON object written last, says that all shards of a block are in: a crash leaves either both or a block to redo.
+
+Layout of one entry::
+
+    <entry>/features   float32[rows, columns, D]          one vector per tile of the grid
+    <entry>/maps/<task>    uint8[rows, columns, C, h, w]  quantised maps per tile
+    <entry>/tables/<task>  uint8[rows, columns, K]        quantised values per tile
+    <entry>/receipts/<block>.json
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import BloscCodec
+from zarr.errors import ContainsArrayError
+from zarr.storage import LocalStore, ObjectStore
+
+from wsi_mmm.errors import OutputError, StorageError
+from wsi_mmm.slides import store as storage
+from wsi_mmm.slides.base import Reader, ReadStats
+from wsi_mmm.types import I64, Block, Canvas, SlideInfo
+
+Array = npt.NDArray[Any]
+PIXEL_SHARD = 1024
+PIXEL_CHUNK = 256
+
+
+def open_store(uri: str) -> LocalStore | ObjectStore[Any]:
+    """The Zarr store at ``uri``: a folder, or a prefix on ``s3://`` through obstore."""
+    if storage.is_local(uri):
+        return LocalStore(storage.local_path(uri))
+    return ObjectStore(storage.object_store(uri))
+
+
+def ensure_array(uri: str, name: str, **settings: Any) -> zarr.Array[Any]:
+    """Open the array ``name`` at ``uri``, made with ``settings`` when absent; never removes what another writer put."""
+    store = open_store(uri)
+    with _Translated(uri):
+        try:
+            return zarr.open_array(store, path=name, mode="r+")
+        except FileNotFoundError:
+            pass
+        try:
+            return zarr.create_array(store, name=name, overwrite=False, **settings)
+        except ContainsArrayError:
+            return zarr.open_array(store, path=name, mode="r+")
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """Shape of one array of an entry: ``item`` is the shape per tile; the shard is ``block`` x ``block`` tiles."""
+
+    name: str
+    item: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(slots=True)
+class Entry:
+    """One content-addressed entry. Arrays are made on first use; opening them is cheap and thread-safe."""
+
+    uri: str
+    rows: int
+    columns: int
+    block: int
+    _arrays: dict[str, zarr.Array[Any]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def array(self, spec: ArraySpec) -> zarr.Array[Any]:
+        """The array of ``spec``, created when absent; two creators at once write the same metadata."""
+        with self._lock:
+            if spec.name not in self._arrays:
+                self._arrays[spec.name] = self._open(spec)
+            return self._arrays[spec.name]
+
+    def _open(self, spec: ArraySpec) -> zarr.Array[Any]:
+        shape = (self.rows, self.columns, *spec.item)
+        # Features are small: one chunk a shard. Maps are large: one chunk a tile, so a neighbour can be read alone.
+        heavy = int(np.prod(spec.item)) * np.dtype(spec.dtype).itemsize > 16384
+        shuffle: Literal["noshuffle", "bitshuffle"] = "noshuffle" if spec.dtype == "uint8" else "bitshuffle"
+        lead = (1, 1) if heavy else (self.block, self.block)
+        return ensure_array(
+            self.uri,
+            spec.name,
+            shape=shape,
+            chunks=(*lead, *spec.item),
+            shards=(self.block, self.block, *spec.item),
+            dtype=spec.dtype,
+            compressors=BloscCodec(cname="lz4", clevel=3, shuffle=shuffle),
+            fill_value=0,
+        )
+
+    def existing(self, name: str) -> zarr.Array[Any]:
+        """An array that some writer has made; StorageError when none has."""
+        try:
+            return zarr.open_array(open_store(self.uri), path=name, mode="r")
+        except FileNotFoundError as error:
+            text = f"the cache at {storage.redact(self.uri)} has no {name}; run again with --force"
+            raise StorageError(text) from error
+
+    def write_block(self, spec: ArraySpec, index: I64, values: Array) -> None:
+        """Write the shard that holds the tiles ``index`` int64[n, 2] (row, column), all of one block, in one put."""
+        row, column = (index.min(axis=0) // self.block) * self.block
+        high = min(row + self.block, self.rows), min(column + self.block, self.columns)
+        dense = np.zeros((high[0] - row, high[1] - column, *spec.item), spec.dtype)
+        dense[index[:, 0] - row, index[:, 1] - column] = values
+        array = self.array(spec)
+        with _Translated(self.uri):
+            array[row : high[0], column : high[1]] = dense
+
+    def read(self, spec: ArraySpec, rows: slice, columns: slice) -> Array:
+        """Values of a rectangle of tiles; tiles never written are zero."""
+        array = self.array(spec)
+        try:
+            return np.asarray(array[rows, columns])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise StorageError(f"cache {storage.redact(self.uri)}: cannot read {spec.name}: {error}") from error
+
+    def receipt(self, block: str) -> dict[str, Any] | None:
+        """The receipt of a block, or None when the block is not (wholly) in."""
+        uri = storage.join(self.uri, "receipts", f"{block}.json")
+        if not storage.exists(uri):
+            return None
+        try:
+            found = json.loads(storage.read_bytes(uri))
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def put_receipt(self, block: str, receipt: Mapping[str, Any]) -> None:
+        """Say that all shards of the block are in. Call it last."""
+        storage.write_bytes(storage.join(self.uri, "receipts", f"{block}.json"), json.dumps(dict(receipt)).encode())
+
+
+class _Translated:
+    """Foreign errors of a write, said once in our words."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (OSError, RuntimeError)):
+            reason = getattr(error, "strerror", None) or str(error)
+            raise OutputError(f"cannot write the cache at {storage.redact(self.uri)}: {reason}") from error
+
+
+@dataclass(slots=True)
+class CachedReader:
+    """A Reader whose pixels at one scale rest in Zarr: what was read once is not fetched or decoded again.
+
+    Pixels lie in ``pixels`` uint8[height, width, 3] of the target grid in shards of 1024 px; a shard is filled from the
+    inner reader when first touched. Blocks with another origin or scale go to the inner reader.
+    """
+
+    inner: Reader
+    uri: str
+    scale_x: float
+    scale_y: float
+    info: SlideInfo = field(init=False)
+    hits: int = 0
+    _array: zarr.Array[Any] = field(init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.info = self.inner.info
+        height = max(1, int(np.ceil(self.info.height / self.scale_y)))
+        width = max(1, int(np.ceil(self.info.width / self.scale_x)))
+        self._array = ensure_array(
+            self.uri,
+            "pixels",
+            shape=(height, width, 3),
+            chunks=(PIXEL_CHUNK, PIXEL_CHUNK, 3),
+            shards=(PIXEL_SHARD, PIXEL_SHARD, 3),
+            dtype="uint8",
+            fill_value=255,
+            compressors=BloscCodec(cname="zstd", clevel=3, shuffle="noshuffle"),
+        )
+
+    def read(self, block: Block) -> Canvas:
+        """As the inner reader's ``read``, byte for byte."""
+        if (block.scale_x, block.scale_y, block.origin_x, block.origin_y) != (self.scale_x, self.scale_y, 0, 0):
+            return self.inner.read(block)
+        height, width = self._array.shape[:2]
+        pixels = np.full((block.height, block.width, 3), 255, np.uint8)
+        top, left = max(0, block.y), max(0, block.x)
+        bottom, right = min(height, block.y + block.height), min(width, block.x + block.width)
+        failed = []
+        for y in range(top // PIXEL_SHARD, -(-bottom // PIXEL_SHARD)):
+            failed += [self._fill(y, x) for x in range(left // PIXEL_SHARD, -(-right // PIXEL_SHARD))]
+        if bottom > top and right > left:
+            part = np.asarray(self._array[top:bottom, left:right])
+            pixels[top - block.y : bottom - block.y, left - block.x : right - block.x] = part
+        rects = np.concatenate(failed) if failed else np.zeros((0, 4), np.int64)
+        return Canvas(pixels, _touching(rects, block))
+
+    def _fill(self, y: int, x: int) -> I64:
+        """Make sure that shard (y, x) is in; return its unreadable rectangles int64[n, 4]."""
+        mark = storage.join(self.uri, "shards", f"{y}-{x}.json")
+        if storage.exists(mark):
+            with self._lock:
+                self.hits += 1
+            return np.asarray(json.loads(storage.read_bytes(mark)), np.int64).reshape(-1, 4)
+        height, width = self._array.shape[:2]
+        top, left = y * PIXEL_SHARD, x * PIXEL_SHARD
+        size_y, size_x = min(PIXEL_SHARD, height - top), min(PIXEL_SHARD, width - left)
+        canvas = self.inner.read(Block(left, top, size_x, size_y, self.scale_x, self.scale_y))
+        with _Translated(self.uri):
+            self._array[top : top + size_y, left : left + size_x] = canvas.pixels
+        storage.write_bytes(mark, json.dumps(canvas.failed.tolist()).encode())
+        return canvas.failed
+
+    def stats(self) -> ReadStats:
+        """What the inner reader read."""
+        return self.inner.stats()
+
+    def close(self) -> None:
+        """Close the inner reader."""
+        self.inner.close()
+
+
+def _touching(rects: I64, block: Block) -> I64:
+    left, right = block.x * block.scale_x, (block.x + block.width) * block.scale_x
+    top, bottom = block.y * block.scale_y, (block.y + block.height) * block.scale_y
+    keep = (rects[:, 0] < right) & (rects[:, 2] > left) & (rects[:, 1] < bottom) & (rects[:, 3] > top)
+    return np.unique(rects[keep], axis=0)

@@ -1,0 +1,280 @@
+"""The commands that work through slides: run, embed, demo."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wsi_mmm import config
+from wsi_mmm.cli_console import ALL_FAILED, SOME_FAILED, Debug, Json, error_line, flags, progress, say, say_json
+
+if TYPE_CHECKING:
+    from wsi_mmm.api import RunReport
+
+ONLY_IN_SETTINGS = ("block_tiles", "min_tissue", "features", "cache_tiles")
+"""Options of the api that a settings file may set and that have no flag."""
+
+WHAT, HOW, WHERE, SLIDES = "What to compute", "How to compute it", "Where results go", "Slides"
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SLIDE",
+        help="Slides, folders, patterns ('slides/*.svs'), s3:// prefixes or patterns, or a manifest CSV.",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    str, typer.Option("--output", "-o", help="Folder or s3:// prefix of the results.", rich_help_panel=WHERE)
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or s3:// prefix that keeps features and maps between runs. (environment: WSI_MMM_CACHE)",
+        rich_help_panel=WHERE,
+    ),
+]
+Mpp = Annotated[
+    float | None,
+    typer.Option(help="Resolution to work at, micrometres per pixel. (default: the model's)", rich_help_panel=WHAT),
+]
+Mag = Annotated[
+    float | None, typer.Option(help="The same as a nominal magnification: 20 means --mpp 0.5.", rich_help_panel=WHAT)
+]
+TileSize = Annotated[
+    int | None, typer.Option(help="Tile width in px at that resolution. (default: the model's)", rich_help_panel=WHAT)
+]
+Overlap = Annotated[
+    int | None, typer.Option(help="Px that neighbouring tiles share. (default: the model's)", rich_help_panel=WHAT)
+]
+Tissue = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, none (the whole slide), or a GeoJSON or mask image.", rich_help_panel=WHAT, metavar="WHERE"
+    ),
+]
+MppOverride = Annotated[
+    float | None,
+    typer.Option(help="Take the slides' own pixel to be this many micrometres wide.", rich_help_panel=SLIDES),
+]
+Reader = Annotated[
+    str | None, typer.Option(help="Force a reader: tiff, openslide or tiffslide.", rich_help_panel=SLIDES)
+]
+SkipErrors = Annotated[
+    bool,
+    typer.Option(
+        "--skip-errors",
+        help="Accepted for scripts of other tools: a slide that fails never stops the others.",
+        rich_help_panel=SLIDES,
+    ),
+]
+Batch = Annotated[int | None, typer.Option(help="Tiles per batch; changes speed only.", rich_help_panel=HOW)]
+Workers = Annotated[
+    int | None, typer.Option(help="Local worker processes; 0 works in this process. (default: 0)", rich_help_panel=HOW)
+]
+Threads = Annotated[int | None, typer.Option(help="Model threads per process.", rich_help_panel=HOW)]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. (default: auto)", rich_help_panel=HOW)]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="Dask scheduler to send the work to, such as tcp://host:8786.", rich_help_panel=HOW, metavar="ADDRESS"
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Redo what is already done.", rich_help_panel=HOW)]
+Settings = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="TOML file of these options; flags win over it.", rich_help_panel=HOW, metavar="FILE"
+    ),
+]
+
+
+def run(
+    inputs: Inputs,
+    output: Output = "results",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Packaged model or model folder. (default: default)", rich_help_panel=WHAT),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task", help="Task of the model, repeatable. (default: all)", rich_help_panel=WHAT, metavar="NAME"
+        ),
+    ] = None,
+    mpp: Mpp = None,
+    mag: Mag = None,
+    tile_size: TileSize = None,
+    overlap: Overlap = None,
+    tissue: Tissue = None,
+    mpp_override: MppOverride = None,
+    reader: Reader = None,
+    skip_errors: SkipErrors = False,
+    cache: Cache = None,
+    maps: Annotated[
+        bool, typer.Option("--maps", help="Keep the probability maps of segment tasks (Zarr).", rich_help_panel=WHERE)
+    ] = False,
+    plain_geojson: Annotated[
+        bool,
+        typer.Option("--no-gzip", help="Write result.geojson instead of result.geojson.gz.", rich_help_panel=WHERE),
+    ] = False,
+    bounds_offset: Annotated[
+        bool,
+        typer.Option(
+            "--bounds-offset",
+            help="Coordinates relative to the scanned area, for viewers that crop to it (see docs/outputs.md).",
+            rich_help_panel=WHERE,
+        ),
+    ] = False,
+    batch_size: Batch = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    device: Device = None,
+    scheduler: Scheduler = None,
+    force: Force = False,
+    settings: Settings = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Run a model on slides: GeoJSON, tables, a picture, a report.
+
+    \b
+    Examples:
+      wsi-mmm run slide.svs -o results
+      wsi-mmm run slides/ -o results --task nuclei --workers 4
+      wsi-mmm run 's3://bucket/study/*.svs' -o s3://bucket/results
+      wsi-mmm run manifest.csv -o results --scheduler tcp://scheduler:8786
+      wsi-mmm run no-resolution.tif -o results --mpp-override 0.25
+
+    Running the same command again resumes; --force redoes.
+    """
+    from wsi_mmm import api
+
+    given = {
+        "model": model, "tasks": tasks or None, "mpp": config.mpp_of(mpp, mag), "tile_size": tile_size,
+        "overlap": overlap, "tissue": tissue, "mpp_override": mpp_override, "reader": reader,
+        "cache": cache, "save_maps": maps or None, "gzip": False if plain_geojson else None,
+        "bounds_offset": bounds_offset or None, "batch_size": batch_size, "workers": workers, "threads": threads,
+        "device": device, "scheduler": scheduler, "force": force or None,
+    }  # fmt: skip
+    return _work(api.run, inputs, output, _options(given, settings))
+
+
+def embed(
+    inputs: Inputs,
+    output: Output = "features",
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            "--encoder",
+            "--model",
+            "-m",
+            help="timm name, hf-hub: id, or model folder. (default: the default model's encoder)",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Local .safetensors weights of the encoder, or 'random'.", rich_help_panel=WHAT)
+    ] = None,
+    mpp: Mpp = None,
+    mag: Mag = None,
+    tile_size: TileSize = None,
+    overlap: Overlap = None,
+    tissue: Tissue = None,
+    mpp_override: MppOverride = None,
+    reader: Reader = None,
+    skip_errors: SkipErrors = False,
+    cache: Cache = None,
+    batch_size: Batch = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    device: Device = None,
+    scheduler: Scheduler = None,
+    force: Force = False,
+    settings: Settings = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Compute one feature vector per tile and keep them in Zarr.
+
+    \b
+    Examples:
+      wsi-mmm embed slides/ -o features
+      wsi-mmm embed slides/ --encoder resnet50.a1_in1k --mpp 0.5 --tile-size 256
+      wsi-mmm embed slides/ --encoder vit_small_patch16_224 --weights vit.safetensors
+      wsi-mmm export features/slide/features.zarr --to h5
+
+    Running the same command again resumes; --force redoes.
+    """  # fmt: skip
+    from wsi_mmm import api
+
+    given = {
+        "encoder": encoder, "weights": weights, "mpp": config.mpp_of(mpp, mag), "tile_size": tile_size,
+        "overlap": overlap, "tissue": tissue, "mpp_override": mpp_override, "reader": reader, "cache": cache,
+        "batch_size": batch_size, "workers": workers, "threads": threads, "device": device,
+        "scheduler": scheduler, "force": force or None,
+    }  # fmt: skip
+    return _work(api.embed, inputs, output, _options(given, settings))
+
+
+def demo(
+    output: Output = "demo",
+    seed: Annotated[int, typer.Option(help="Another number draws another slide.")] = 0,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Run the default model on a slide drawn for the purpose.
+
+    \b
+    Examples:
+      wsi-mmm demo
+      wsi-mmm demo -o /tmp/demo --seed 1
+    """
+    from wsi_mmm import api
+
+    with progress() as listener:
+        report = api.demo(output, seed=seed, progress=listener)
+    folder = PurePath(report.path).parent
+    for row in report.slides:
+        if row.status == "failed":
+            continue  # told below
+        say(f"GeoJSON  {folder / row.id / 'result.geojson.gz'}  (open the slide in QuPath, drag this file onto it)")
+        say(f"picture  {folder / row.id / 'overlay.png'}")
+    say(f"report   {folder / 'report.html'}")
+    return _verdict(report)
+
+
+def _options(given: Mapping[str, object], settings: Path | None) -> dict[str, Any]:
+    """What to pass on: the settings file under the flags given; the rest is left to the defaults of the api."""
+    options = dict(config.read_settings(settings, [*given, *ONLY_IN_SETTINGS])) if settings else {}
+    if cache := config.default_cache():
+        options.setdefault("cache", cache)
+    return options | {name: value for name, value in given.items() if value is not None}
+
+
+def _work(call: Callable[..., RunReport], inputs: list[str], output: str, options: Mapping[str, Any]) -> int:
+    from wsi_mmm.inputs import expand_inputs  # with it come the readers: not needed for --help
+
+    slides = expand_inputs(inputs)
+    say(f"{len(slides)} slide{'s' * (len(slides) != 1)} -> {output}")
+    with progress() as listener:
+        report = call(slides, output=output, progress=listener, **options)
+    return _verdict(report)
+
+
+def _verdict(report: RunReport) -> int:
+    """Print what became of the slides; the exit code: 0, SOME_FAILED or ALL_FAILED."""
+    if flags.json:
+        say_json({"report": {"path": report.path, "slides": list(report.slides)}})
+    bad = [row for row in report.slides if row.status in ("failed", "partial")]
+    for row in bad:
+        error_line(f"{row.id} {row.status}: {row.error or 'some tiles could not be read'}")
+    counts = Counter(row.status for row in report.slides)
+    say(", ".join(f"{number} {status}" for status, number in sorted(counts.items())) + f"; report: {report.path}")
+    if counts and counts["failed"] == len(report.slides):
+        return ALL_FAILED
+    return SOME_FAILED if bad else 0

@@ -1,0 +1,103 @@
+"""What the user asked for: one slide, settings files and the environment.
+
+This is the only reader of TOML and of environment variables in the package (object-store credentials excepted: they
+are read where the object store is opened, and nowhere else). Nothing is read at import time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from wsi_mmm.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True)
+class SlideSpec:
+    """One slide to work on.
+
+    ``id`` names its folder in the output: unique in a run, one path component, never ``.`` or ``..``; empty means that
+    ``unique_specs`` chooses it. ``mpp`` overrides what the file says of itself (micrometres per level-0 px, above 0).
+    ``mask`` is a GeoJSON or mask image that says where to look, in place of tissue detection. ``error``: what is wrong
+    with the manifest row it stands for; such a slide fails alone, with these words.
+    """
+
+    uri: str
+    id: str = ""
+    mpp: float | None = None
+    mask: str | None = None
+    error: str = ""
+
+
+def positive_mpp(value: str | float) -> float:
+    """``value`` as micrometres per pixel; RecipeError unless it is a finite number above zero."""
+    try:
+        mpp = float(value)
+    except ValueError as error:
+        raise RecipeError(f"mpp {value!r} is not a number; give micrometres per pixel, such as 0.25") from error
+    if not math.isfinite(mpp) or mpp <= 0:
+        raise RecipeError(f"mpp {value} is not possible; give micrometres per pixel above zero, such as 0.25")
+    return mpp
+
+
+def mpp_of(mpp: float | None, mag: float | None) -> float | None:
+    """The resolution asked for, given as ``mpp`` or as a nominal magnification (10 / magnification: 20x is 0.5 mpp)."""
+    if mag is None:
+        return mpp if mpp is None else positive_mpp(mpp)
+    if mpp is not None:
+        raise RecipeError("give --mpp or --mag, not both")
+    if not math.isfinite(mag) or mag <= 0:
+        raise RecipeError(f"magnification {mag} is not possible; give a number above zero, such as 20")
+    return 10.0 / mag
+
+
+def read_settings(path: str | Path, known: Iterable[str]) -> dict[str, object]:
+    """A flat TOML file of options; RecipeError names an unknown option or what is wrong with the file."""
+    try:
+        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"no settings file at {path}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} is not a readable TOML file ({error})") from error
+    names = sorted(known)
+    unknown = sorted(set(settings) - set(names))
+    if unknown:
+        raise RecipeError(f"{path}: unknown option {unknown[0]!r}; options are {', '.join(names)}")
+    return settings
+
+
+STORAGE_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ALLOW_HTTP",
+)
+_SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD")
+
+
+def storage_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The object-store variables that are set; what may be secret shows as ``set``, URLs without credentials."""
+    source = os.environ if environ is None else environ
+    present = {name: source[name] for name in STORAGE_VARIABLES if source.get(name)}
+    return {name: "set" if _SECRET.search(name) else _without_login(value) for name, value in present.items()}
+
+
+def _without_login(value: str) -> str:
+    parts = urlsplit(value)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.netloc else value
+
+
+def default_cache(environ: Mapping[str, str] | None = None) -> str | None:
+    """The cache URI of ``WSI_MMM_CACHE``, or None: then a run keeps its cache beside its output."""
+    return (os.environ if environ is None else environ).get("WSI_MMM_CACHE") or None

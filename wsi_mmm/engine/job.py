@@ -1,0 +1,90 @@
+"""A run in the background: watch it, wait for it, cancel it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from wsi_mmm.engine.base import Executor
+from wsi_mmm.engine.events import Event, Listener
+from wsi_mmm.engine.street import SlideState, Street
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a job is: tiles and slides, done and in all (``tiles_total`` grows while slides are being planned)."""
+
+    tiles_done: int = 0
+    tiles_total: int = 0
+    slides_done: int = 0
+    slides_total: int = 0
+    warnings: list[str] = field(default_factory=list)
+    _seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def hear(self, event: Event) -> None:
+        """Take in an event of the run."""
+        if event.kind in ("plan", "tile"):
+            total = int(event.message.split()[0]) if event.kind == "plan" else event.total
+            self._seen[event.slide] = (event.done, total)
+            self.tiles_done = sum(done for done, _ in self._seen.values())
+            self.tiles_total = sum(total for _, total in self._seen.values())
+        elif event.kind == "slide":
+            self.slides_done, self.slides_total = event.done, event.total
+        elif event.kind == "warning":
+            self.warnings.append(event.message)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the tiles planned so far that are done, 0 to 1."""
+        return self.tiles_done / self.tiles_total if self.tiles_total else 0.0
+
+
+class Job(Generic[T]):
+    """A run that goes on while the caller does other things. ``T`` is what ``result`` gives: a RunReport."""
+
+    def __init__(self, work: Callable[[Listener, threading.Event], T]) -> None:
+        self.progress = Progress()
+        self._stop = threading.Event()
+        self._outcome: list[T] = []
+        self._error: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run, args=(work,), name="wsi-mmm-job", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[Listener, threading.Event], T]) -> None:
+        try:
+            self._outcome.append(work(self.progress.hear, self._stop))
+        except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
+            self._error.append(error)
+
+    @property
+    def done(self) -> bool:
+        """The run has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the report. Raises TimeoutError after ``timeout`` seconds, Cancelled after ``cancel``."""
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            share = f"{self.progress.fraction:.0%} of its tiles"
+            raise TimeoutError(f"the job is still running after {timeout} s ({share})")
+        if self._error:
+            raise self._error[0]
+        return self._outcome[0]
+
+    def cancel(self) -> None:
+        """Stop the run; what is done stays, and running the same again resumes. Returns at once."""
+        self._stop.set()
+
+
+def drive(street: Street, executor: Executor, stop: threading.Event) -> Iterator[SlideState]:
+    """Run the street to its end, or until ``stop`` is set (Cancelled); the executor is closed either way."""
+    finished = False
+    try:
+        yield from street.run(executor, stop)
+        finished = True
+    finally:
+        executor.close(cancel=not finished)

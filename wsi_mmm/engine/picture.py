@@ -1,0 +1,89 @@
+"""What the overlay shows of a slide: gathered while objects stream by, drawn at the end. Memory stays bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from wsi_mmm.engine.plan import SlidePlan
+from wsi_mmm.outputs import ragged
+from wsi_mmm.outputs.density import Density
+from wsi_mmm.outputs.overlay import Field, Scene, legend_counts, overlay_png
+from wsi_mmm.slides import Slide
+from wsi_mmm.types import F64, Block, Mask, Objects, TaskInfo
+
+THUMBNAIL = 1600
+FIELD_PX = 400  # side of a close-up in target px
+FIELDS = 4
+MAX_AREAS = 20_000  # regions or tiles drawn on the thumbnail
+
+Find = Callable[[TaskInfo, tuple[float, float, float, float]], Objects]
+
+
+@dataclass(slots=True)
+class Picture:
+    """Gathers where objects are, then draws the slide, their density, and a few dense fields close up."""
+
+    slide: Slide
+    plan: SlidePlan
+    density: Density = field(init=False)
+    areas: list[tuple[TaskInfo, Objects]] = field(default_factory=list)
+    instances: list[TaskInfo] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.density = Density(self.plan.info.width, self.plan.info.height)
+
+    def add(self, info: TaskInfo, objects: Objects) -> None:
+        """Take note of objects that are being written."""
+        if info.kind == "segment":
+            self.areas.append((info, ragged.part(objects, 0, min(len(objects), MAX_AREAS))))
+        elif info.kind not in ("classify", "multilabel"):
+            self.density.add(centres(objects, self.plan))
+            if info not in self.instances:
+                self.instances.append(info)
+
+    def png(self, infos: Iterable[TaskInfo], classes: dict[str, dict[str, int]], find: Find) -> bytes:
+        """The picture. ``find`` gives the objects of a task inside a level-0 rectangle (x0, y0, x1, y1)."""
+        info, plan = self.plan.info, self.plan
+        tiles = f"{len(plan.index):,} tiles of {plan.grid.tile} px at {plan.grid.mpp:g} µm/px"
+        size = f"{info.width:,} x {info.height:,} px"
+        scene = Scene(
+            title=plan.slide.id,
+            subtitle=f"{size}  ·  {tiles}  ·  {info.vendor}",
+            thumbnail=self.slide.thumbnail(THUMBNAIL),
+            width=info.width,
+            height=info.height,
+            mpp=info.mpp_x,
+            tissue=self._tissue(),
+            density=self.density if self.instances else None,
+            areas=self.areas,
+            fields=self._fields(find),
+            counts=legend_counts(list(infos), classes),
+        )
+        return overlay_png(scene)
+
+    def _tissue(self) -> Mask:
+        """The tiles that were looked at, as a mask of one pixel per tile stride."""
+        mask = np.zeros((self.plan.grid.rows, self.plan.grid.columns), bool)
+        mask[self.plan.index[:, 0], self.plan.index[:, 1]] = True
+        return mask
+
+    def _fields(self, find: Find) -> list[Field]:
+        scale_x, scale_y = self.plan.grid.scale_x, self.plan.grid.scale_y
+        side = FIELD_PX * max(scale_x, scale_y)
+        return [self._field(x, y, find) for x, y in self.density.densest(side, FIELDS)] if self.instances else []
+
+    def _field(self, x: float, y: float, find: Find) -> Field:
+        grid = self.plan.grid
+        block = Block(0, 0, FIELD_PX, FIELD_PX, grid.scale_x, grid.scale_y, int(x), int(y))
+        box = (int(x), int(y), int(x) + FIELD_PX * grid.scale_x, int(y) + FIELD_PX * grid.scale_y)
+        found = [(info, find(info, box)) for info in self.instances]
+        return Field(self.slide.reader.read(block).pixels, int(x), int(y), grid.scale_x, found)
+
+
+def centres(objects: Objects, plan: SlidePlan) -> F64:
+    """Level-0 (x, y) of the owning pixels, float64[n, 2]."""
+    placed: F64 = (objects.anchor[:, ::-1] + 0.5) * np.array([plan.grid.scale_x, plan.grid.scale_y])
+    return placed

@@ -1,0 +1,136 @@
+"""What a process keeps open between works: slides, models, cache entries. One home, so that closing is one call."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from wsi_mmm.cache import CachedReader, Entry
+from wsi_mmm.engine.base import SlideTask
+from wsi_mmm.engine.recipe import Recipe
+from wsi_mmm.errors import MissingPackage
+from wsi_mmm.slides import Slide, open_slide, store
+from wsi_mmm.types import Grid
+
+if TYPE_CHECKING:
+    from wsi_mmm.model.runner import Runner
+    from wsi_mmm.tasks.base import Task
+
+OPEN_SLIDES = 8
+
+_lock = threading.RLock()
+_slides: OrderedDict[tuple[str, float | None, str | None], tuple[Slide, int]] = OrderedDict()
+_runners: dict[tuple[str, str, int | None], Runner] = {}
+_entries: dict[tuple[str, int], Entry] = {}
+_readers: dict[tuple[str, str], CachedReader] = {}
+
+
+@contextmanager
+def slide_of(task: SlideTask) -> Iterator[Slide]:
+    """The slide of a task, opened once per process; at most a handful of idle ones stay open."""
+    key = (task.uri, task.mpp, task.recipe.reader)
+    with _lock:
+        slide, users = _slides.pop(key) if key in _slides else (open_slide(*key), 0)
+        _slides[key] = (slide, users + 1)
+        _trim()
+    try:
+        yield slide
+    finally:
+        with _lock:
+            if key in _slides:
+                _slides[key] = (slide, _slides[key][1] - 1)
+
+
+def _trim() -> None:
+    idle = [key for key, (_, users) in _slides.items() if users == 0]
+    for key in idle[: max(0, len(_slides) - OPEN_SLIDES)]:
+        _slides.pop(key)[0].close()
+
+
+def reader_of(slide: Slide, task: SlideTask, grid: Grid) -> CachedReader | None:
+    """The tile cache in front of a slide's reader, when the recipe asks for one."""
+    if not (task.recipe.cache_tiles and task.recipe.cache):
+        return None
+    name = f"{grid.scale_x:.9f}-{grid.scale_y:.9f}"
+    uri = store.join(task.recipe.cache, slide.info.fingerprint, "pixels", name)
+    with _lock:
+        key = (task.uri, uri)
+        if key not in _readers or _readers[key].inner is not slide.reader:
+            _readers[key] = CachedReader(slide.reader, uri, grid.scale_x, grid.scale_y)
+        return _readers[key]
+
+
+def runner_of(recipe: Recipe) -> Runner:
+    """The model of a recipe on its device, loaded once per process."""
+    key = (f"{recipe.model}/{recipe.model_hash}/{recipe.tasks}", recipe.device, recipe.threads)
+    with _lock:
+        if key not in _runners:
+            _runners[key] = _load(recipe)
+        return _runners[key]
+
+
+def _load(recipe: Recipe) -> Runner:
+    try:
+        from wsi_mmm.model.checkpoint import load_encoder, load_model
+        from wsi_mmm.model.runner import Runner
+    except ImportError as error:
+        raise MissingPackage(
+            f"the worker on {os.uname().nodename} cannot run models: it has no package {error.name!r}; "
+            "install wsi-mmm with its dependencies on every worker"
+        ) from error
+    if recipe.encoder:
+        model = load_encoder(recipe.model, weights=recipe.weights)
+    else:
+        model = load_model(recipe.model)
+    quantise = {task.info.name: task.quantise for task in tasks_of(recipe)}
+    return Runner(model, device=recipe.device, threads=recipe.threads, quantise=quantise)
+
+
+def tasks_of(recipe: Recipe) -> list[Task]:
+    """The tasks of a recipe, made from the model's card alone (no torch)."""
+    if recipe.encoder or not recipe.tasks:
+        return []
+    from wsi_mmm.model.card import read_card
+    from wsi_mmm.tasks import make_task
+
+    cards = {card.name: card for card in read_card(recipe.model).tasks}
+    return [make_task(cards[name]) for name in recipe.tasks]
+
+
+def entry_of(uri: str, grid: Grid, block: int) -> Entry:
+    """The cache entry at ``uri``, its arrays opened once per process."""
+    with _lock:
+        if (uri, block) not in _entries:
+            _entries[uri, block] = Entry(uri, grid.rows, grid.columns, block)
+        return _entries[uri, block]
+
+
+def forget_entries(prefix: str) -> None:
+    """Drop what is known of the entries under ``prefix``, whose files are about to go."""
+    with _lock:
+        for key in [key for key in _entries if key[0].startswith(prefix)]:
+            del _entries[key]
+
+
+def release(*, models: bool = True) -> None:
+    """Close every slide and forget entries; with ``models``, the models too."""
+    with _lock:
+        for slide, _ in _slides.values():
+            slide.close()
+        _slides.clear()
+        _entries.clear()
+        _readers.clear()
+        if models:
+            _runners.clear()
+
+
+def peak_rss_mb() -> float:
+    """Highest resident memory of this process so far, in MB, as the system accounts it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1024

@@ -1,0 +1,283 @@
+"""Publish: from the parts and the cache of a slide to the files a person opens. Everything whole, slide.json last."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import wsi_mmm
+from wsi_mmm.cache import ArraySpec, Entry
+from wsi_mmm.engine import parts, process, steps
+from wsi_mmm.engine.base import Receipt, SlideTask, Work
+from wsi_mmm.engine.picture import Picture
+from wsi_mmm.engine.plan import SlidePlan, core_of, interpret_works
+from wsi_mmm.outputs import merge, polygons, ragged
+from wsi_mmm.outputs.exports import write_features
+from wsi_mmm.outputs.geojson import GeoJSONWriter
+from wsi_mmm.outputs.maps import write_map
+from wsi_mmm.outputs.tables import tiles_table
+from wsi_mmm.slides import store
+from wsi_mmm.tasks.base import Task
+from wsi_mmm.tiles.grid import tile_boxes, tile_size_level0, tile_xy
+from wsi_mmm.types import Objects
+
+Values = Mapping[str, np.ndarray[Any, Any]]
+
+SIMPLIFY = 0.35  # target px an outline may move: a third of what the map resolves, and half the corners
+
+
+@dataclass(slots=True)
+class Published:
+    """What publishing a slide has come to so far."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    classes: dict[str, dict[str, int]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    repaired: int = 0
+    dropped: int = 0
+
+
+def publish(work: Work) -> Receipt:
+    """Write every file of a slide; the receipt carries its slide.json."""
+    started = time.perf_counter()
+    task = work.slide
+    with process.slide_of(task) as slide:
+        plan = steps.replan(task, slide)
+        done, failed = Published(), _failed(plan, work)
+        tables = _tables(plan, work)
+        picture = Picture(slide, plan)
+        if task.recipe.tasks:
+            _geojson(plan, tables, done, picture)
+            done.files["overlay"] = _write(task, "overlay.png", _overlay(plan, picture, done))
+        done.files["tiles"] = _write(task, "tiles.parquet", _tiles(plan, tables, failed))
+        if task.recipe.features and len(plan.index):
+            done.files["features"] = _features(plan, work)
+        if task.recipe.save_maps:
+            done.files["maps"] = _maps(plan, work)
+        facts = _facts(plan, done, partial=bool(failed.any()))
+        _write(task, "slide.json", json.dumps(facts, indent=1).encode())
+        if not failed.any():
+            steps.remove_scratch(task)
+        seconds = {"publish": time.perf_counter() - started}
+        return Receipt(
+            "publish", task.id, (0, 0), "ok", objects=sum(done.counts.values()), pid=os.getpid(),
+            bytes_read=slide.reader.stats().bytes_read, peak_rss_mb=process.peak_rss_mb(), stages=seconds,
+            payload=facts,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- GeoJSON
+
+
+def _geojson(plan: SlidePlan, tables: dict[str, Values], done: Published, picture: Picture) -> None:
+    task = plan.slide
+    found = process.tasks_of(task.recipe)
+    name = "result.geojson.gz" if task.recipe.gzip else "result.geojson"
+    regions = {t.info.name: _regions(t, plan) for t in found if t.info.kind == "segment"}
+    counts = {name: len(objects) for name, objects in regions.items()}
+    with _local_file(store.join(task.output, name)) as path:
+        with GeoJSONWriter(
+            path, plan.info.fingerprint, [t.info for t in found], task.recipe.gzip, counts=counts
+        ) as writer:
+            for t in found:
+                before = writer.written
+                classes = np.zeros(len(t.info.classes), np.int64)
+                for objects in _objects(t, plan, tables, regions):
+                    classes += np.bincount(objects.class_index, minlength=len(classes))
+                    picture.add(t.info, objects)
+                    writer.write(_placed(objects, plan))
+                if t.scope == "pixel":
+                    done.counts[t.info.name] = writer.written - before
+                done.classes[t.info.name] = dict(zip(t.info.classes, classes.tolist(), strict=True))
+        done.repaired, done.dropped = writer.repaired, writer.dropped
+    done.files["geojson"] = name
+
+
+def _overlay(plan: SlidePlan, picture: Picture, done: Published) -> bytes:
+    found = {t.info.name: t for t in process.tasks_of(plan.slide.recipe)}
+    return picture.png(
+        [t.info for t in found.values()], done.classes, lambda info, box: _within(found[info.name], plan, box)
+    )
+
+
+def _within(task: Task, plan: SlidePlan, box: tuple[float, float, float, float]) -> Objects:
+    """Objects of a task whose owning pixel lies in, or near, a level-0 rectangle, from the parts it meets."""
+    grid, near = plan.grid, plan.halo
+    x0, x1 = box[0] / grid.scale_x - near, box[2] / grid.scale_x + near
+    y0, y1 = box[1] / grid.scale_y - near, box[3] / grid.scale_y + near
+    pieces = []
+    for work in interpret_works(plan):
+        core = core_of(grid, plan.slide.recipe.block_tiles, work.block, plan.stride)
+        if core.x0 < x1 and core.x1 > x0 and core.y0 < y1 and core.y1 > y0:
+            part = parts.load_part(plan.slide, task.info.name, work.block)
+            y, x = part.anchor[:, 0], part.anchor[:, 1]
+            pieces.append(ragged.take(part, (x >= x0) & (x < x1) & (y >= y0) & (y < y1)))
+    return ragged.concat(pieces) if pieces else ragged.empty(task.info.name)
+
+
+def _objects(task: Task, plan: SlidePlan, tables: dict[str, Values], regions: dict[str, Objects]) -> Iterator[Objects]:
+    """The objects of one task in their published order, in pieces of bounded size."""
+    if task.info.kind == "segment":
+        yield regions[task.info.name]
+    elif task.scope == "pixel":
+        yield from _instances(task, plan)
+    elif len(plan.index):
+        yield _squares(task, plan, tables[task.info.name])
+
+
+def _instances(task: Task, plan: SlidePlan) -> Iterator[Objects]:
+    """Row of blocks by row of blocks, each sorted by (y, x) of the owning pixel: the order does not know the blocks."""
+    rows: dict[int, list[tuple[int, int]]] = {}
+    for work in interpret_works(plan):
+        rows.setdefault(work.block[0], []).append(work.block)
+    for blocks in rows.values():
+        objects = ragged.concat([parts.load_part(plan.slide, task.info.name, block) for block in blocks])
+        order = np.lexsort((objects.anchor[:, 1], objects.anchor[:, 0]))
+        yield polygons.simplify(ragged.take(objects, order), SIMPLIFY * plan.grid.scale_x)
+
+
+def _regions(task: Task, plan: SlidePlan) -> Objects:
+    """Regions cut by block borders made whole, scaled to level-0 px."""
+    pieces = [parts.load_part(plan.slide, task.info.name, work.block) for work in interpret_works(plan)]
+    if not pieces:
+        return ragged.empty(task.info.name)
+    merged = merge.merge_regions(pieces)
+    scaled = replace(merged, coords=merged.coords * np.array([plan.grid.scale_x, plan.grid.scale_y]))
+    return polygons.simplify(scaled, plan.grid.scale_x * task.stride)
+
+
+def _squares(task: Task, plan: SlidePlan, values: Values) -> Objects:
+    """One rectangle per tile, cut at the slide's edge, with the probabilities of its classes."""
+    count = len(plan.index)
+    boxes = tile_boxes(plan.grid, plan.index)
+    boxes[:, 2] = np.minimum(boxes[:, 2], plan.info.width)
+    boxes[:, 3] = np.minimum(boxes[:, 3], plan.info.height)
+    corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2)
+    measured = {name: values[f"{task.info.name}:{name}"].astype(np.float64) for name in task.info.classes}
+    return Objects(
+        task.info.name, corners, np.arange(0, 4 * count + 1, 4), np.arange(count + 1),
+        values[task.info.name].astype(np.int32), plan.index * plan.grid.stride, measured,
+    )  # fmt: skip
+
+
+def _placed(objects: Objects, plan: SlidePlan) -> Objects:
+    """Shifted into QuPath's cropped frame when the recipe asks for it."""
+    info = plan.info
+    if not plan.slide.recipe.bounds_offset or not (info.bounds_x or info.bounds_y):
+        return objects
+    return replace(objects, coords=objects.coords - np.array([info.bounds_x, info.bounds_y], np.float64))
+
+
+# ---------------------------------------------------------------- tables, features, maps
+
+
+def _entry(plan: SlidePlan, work: Work) -> Entry:
+    return process.entry_of(work.entry, plan.grid, plan.slide.recipe.block_tiles)
+
+
+def _tables(plan: SlidePlan, work: Work) -> dict[str, Values]:
+    """Per tile task: its columns (``Task.table``), in the order of ``plan.index``."""
+    tables = {}
+    for task in process.tasks_of(plan.slide.recipe):
+        if task.scope == "tile" and len(plan.index):
+            spec = ArraySpec(f"tables/{task.info.name}", (len(task.info.classes),), "uint8")
+            dense = _entry(plan, work).read(spec, slice(None), slice(None))
+            tables[task.info.name] = task.table(dense[plan.index[:, 0], plan.index[:, 1]])
+    return tables
+
+
+def _failed(plan: SlidePlan, work: Work) -> Any:
+    """Which tiles had pixels that could not be read: bool[n]."""
+    entry, grid = _entry(plan, work), plan.grid
+    bad = set()
+    for row, column in np.unique(plan.index // plan.slide.recipe.block_tiles, axis=0).tolist():
+        receipt = entry.receipt(f"{row}-{column}") or {}
+        bad |= {(x, y) for x, y, _, _ in receipt.get("failed", ())}
+    xy = tile_xy(grid, plan.index).tolist()
+    return np.array([(x, y) in bad for x, y in xy], bool)
+
+
+def _tiles(plan: SlidePlan, tables: dict[str, Values], failed: Any) -> bytes:
+    infos = {t.info.name: t.info for t in process.tasks_of(plan.slide.recipe)}
+    probabilities = {
+        name: np.stack([values[f"{name}:{c}"] for c in infos[name].classes], axis=1) for name, values in tables.items()
+    }
+    return tiles_table(
+        index=plan.index, xy=tile_xy(plan.grid, plan.index), size=tile_size_level0(plan.grid),
+        failed=failed, tissue=plan.tissue, tasks=probabilities, classes={name: infos[name].classes for name in tables},
+    )  # fmt: skip
+
+
+def _features(plan: SlidePlan, work: Work) -> str:
+    """``features`` float32[n, D] and ``coords`` int64[n, 2], with the attributes that TRIDENT and CLAM know."""
+    entry, recipe, info = _entry(plan, work), plan.slide.recipe, plan.info
+    array = entry.existing("features")
+    vectors = np.asarray(array[:])[plan.index[:, 0], plan.index[:, 1]]
+    width, _ = tile_size_level0(plan.grid)
+    native = info.objective or (10.0 / info.mpp_x if info.mpp_x else 0.0)
+    attributes = {
+        "patch_size": recipe.tile, "patch_size_level0": width, "level0_magnification": round(native),
+        "target_magnification": round(10.0 / recipe.mpp, 2), "overlap": recipe.overlap, "level0_width": info.width,
+        "level0_height": info.height, "mpp": recipe.mpp, "encoder": recipe.model, "model_hash": recipe.model_hash,
+        "name": plan.slide.id,
+    }  # fmt: skip
+    write_features(store.join(plan.slide.output, "features.zarr"), vectors, tile_xy(plan.grid, plan.index), attributes)
+    return "features.zarr"
+
+
+def _maps(plan: SlidePlan, work: Work) -> str:
+    """Blended maps of the pixel tasks, for whoever wants to look at what the objects were made of."""
+    entry = _entry(plan, work)
+    works = interpret_works(plan)
+    for task in process.tasks_of(plan.slide.recipe):
+        if task.scope == "pixel":
+            pieces = (steps.blended_core(task, w, entry) for w in works)
+            write_map(store.join(plan.slide.output, "maps", f"{task.info.name}.zarr"), task, plan.grid, pieces)
+    return "maps"
+
+
+# ---------------------------------------------------------------- files
+
+
+def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]:
+    """slide.json: what was done to this slide and what came of it; nothing of time or place, so reruns agree."""
+    info, recipe = plan.info, plan.slide.recipe
+    shown = {k: v for k, v in recipe.public().items() if k not in _PLACES}
+    return {
+        "format": "wsi-mmm-slide/1", "wsi_mmm_version": wsi_mmm.__version__, "id": plan.slide.id,
+        "uri": store.redact(plan.slide.uri), "status": "partial" if partial else "done" if len(plan.index) else "empty",
+        "result_hash": recipe.result_hash(), "recipe": shown, "fingerprint": info.fingerprint, "reader": info.reader,
+        "vendor": info.vendor, "width": info.width, "height": info.height, "mpp_x": info.mpp_x, "mpp_y": info.mpp_y,
+        "mpp_requested": recipe.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),
+        "objects": done.counts, "classes": done.classes, "repaired": done.repaired, "dropped": done.dropped,
+        "files": done.files,
+    }  # fmt: skip
+
+
+_PLACES = {"block_tiles", "batch_size", "device", "threads", "cache", "cache_tiles", "force", "weights"}
+
+
+def _write(task: SlideTask, name: str, data: bytes) -> str:
+    store.write_bytes(store.join(task.output, name), data)
+    return name
+
+
+@contextmanager
+def _local_file(uri: str) -> Iterator[Path]:
+    """A path to write ``uri`` at: itself when local, else a temporary file that is put at the end, whole."""
+    if store.is_local(uri):
+        yield store.local_path(uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="wsi-mmm-") as folder:
+        path = Path(folder) / uri.rsplit("/", 1)[-1]
+        yield path
+        store.write_bytes(uri, path.read_bytes())

@@ -1,0 +1,85 @@
+"""The recipe: everything a result depends on, and what it does not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wsi_mmm.errors import RecipeError
+
+RESULT_FORMAT = 1  # raised when the same recipe would give other objects or other files
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How slides are turned into results.
+
+    ``model``: name or path of a model, or of a bare encoder when ``encoder`` is true; ``model_hash`` identifies its
+    weights. ``mpp`` micrometres per target px; ``tile``/``overlap`` target px; ``tissue``: "auto", "none" or a URI.
+    The lower half changes speed and places only: results do not depend on it.
+    """
+
+    model: str
+    model_hash: str
+    tasks: tuple[str, ...]
+    mpp: float
+    tile: int
+    overlap: int
+    tissue: str = "auto"
+    min_tissue: float = 0.02
+    features: bool = True
+    encoder: bool = False
+    weights: str | None = None
+    save_maps: bool = False
+    bounds_offset: bool = False
+    gzip: bool = True
+
+    block_tiles: int = 4
+    batch_size: int = 64
+    device: str = "auto"
+    threads: int | None = None
+    cache: str | None = None
+    cache_tiles: bool = False
+    reader: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mpp) and self.mpp > 0):
+            raise RecipeError(f"mpp must be a positive number of micrometres per pixel, not {self.mpp}")
+        if self.tasks:
+            self._check_maps()
+        if self.tile < 16 or not 0 <= self.overlap < self.tile:
+            sizes = f"tile size {self.tile} px and overlap {self.overlap} px"
+            raise RecipeError(f"{sizes} do not fit: tiles have at least 16 px and overlap by less than themselves")
+        if not 1 <= self.block_tiles <= 64:
+            raise RecipeError(f"block_tiles must be between 1 and 64, not {self.block_tiles}")
+        if self.batch_size < 1:
+            raise RecipeError(f"batch size must be at least 1, not {self.batch_size}")
+
+    def _check_maps(self) -> None:
+        """Maps of neighbouring tiles must lie on one grid of map pixels (strides up to 8, encoders down to 32)."""
+        if self.tile < 64 or self.tile % 32:
+            raise RecipeError(f"tile size must be a multiple of 32 px of at least 64, not {self.tile}")
+        if not 0 <= self.overlap <= self.tile // 2 or self.overlap % 8:
+            raise RecipeError(f"overlap must be a multiple of 8 px and at most half a tile, not {self.overlap}")
+
+    def forward_hash(self, kind: str) -> str:
+        """Hash of what the network's values depend on; ``kind`` is the kind of device ("cpu", "cuda")."""
+        names = ("model_hash", "tasks", "mpp", "tile", "overlap", "features")
+        return self._hash({"device": kind, "block_tiles": self.block_tiles}, names)
+
+    def result_hash(self) -> str:
+        """Hash of what the published objects depend on."""
+        names = ("model_hash", "tasks", "mpp", "tile", "overlap", "tissue", "min_tissue", "features")
+        return self._hash({"save_maps": self.save_maps, "gzip": self.gzip, "bounds": self.bounds_offset}, names)
+
+    def _hash(self, extra: dict[str, Any], names: tuple[str, ...]) -> str:
+        facts = {"format": RESULT_FORMAT, **extra, **{name: getattr(self, name) for name in names}}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def public(self) -> dict[str, Any]:
+        """The recipe as a JSON object for reports."""
+        return asdict(self)

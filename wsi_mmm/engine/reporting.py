@@ -1,0 +1,158 @@
+"""The run report: a row per slide as it ends, report.json and report.html at the end."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import wsi_mmm
+from wsi_mmm.engine.base import SlideTask
+from wsi_mmm.engine.recipe import Recipe
+from wsi_mmm.engine.street import SlideState, busy_share
+from wsi_mmm.errors import OutputError, RecipeError, StorageError
+from wsi_mmm.outputs import exports
+from wsi_mmm.outputs.report import SlideRow, report_html, report_json
+from wsi_mmm.slides import store
+
+_PACKAGES = ("torch", "timm", "openslide-python", "openslide-bin", "zarr", "dask", "shapely", "numpy")
+
+
+@dataclass(slots=True)
+class RunReport:
+    """What became of a run. ``slides``: one SlideRow each, in the order asked for.
+
+    ``exit_code``: 0 every slide succeeded, 3 some failed or have tiles that could not be read, 4 none succeeded.
+    """
+
+    output: str
+    recipe: Recipe
+    order: tuple[str, ...]
+    rows: dict[str, SlideRow] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+    seconds: float = 0.0
+    device: str = ""
+
+    @property
+    def slides(self) -> list[SlideRow]:
+        """Rows of the slides that have ended."""
+        return [self.rows[name] for name in self.order if name in self.rows]
+
+    @property
+    def path(self) -> str:
+        """Where report.html lies."""
+        return store.join(self.output, "report.html")
+
+    @property
+    def exit_code(self) -> int:
+        """What the command ends with."""
+        good = sum(row.status in ("done", "empty") for row in self.slides)
+        return 0 if good == len(self.order) else 3 if good or any(r.status == "partial" for r in self.slides) else 4
+
+    def add(self, state: SlideState) -> None:
+        """Take in a slide that has ended."""
+        self.rows[state.task.id] = row_of(state)
+
+    def save(self) -> None:
+        """Write report.json and report.html, whole."""
+        self.seconds = time.time() - self.started
+        facts = {
+            "wsi_mmm_version": wsi_mmm.__version__, "versions": versions(), "recipe": self.recipe.public(),
+            "recipe_hash": self.recipe.result_hash(),
+            "argv": [store.redact(word) for word in sys.argv],
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            "seconds": round(self.seconds, 3),
+            "device": self.recipe.device, "slides_asked": len(self.order),
+        }  # fmt: skip
+        store.write_bytes(store.join(self.output, "report.json"), report_json(facts, self.slides))
+        store.write_bytes(self.path, report_html(facts, self.slides, self._overlays()))
+
+    def _overlays(self) -> dict[str, bytes]:
+        """The pictures of at most 200 slides: the page stays one that a browser opens."""
+        found = {}
+        for row in self.slides[:200]:
+            uri = store.join(self.output, row.id, "overlay.png")
+            if row.status in ("done", "partial") and store.exists(uri):
+                found[row.id] = store.read_bytes(uri)
+        return found
+
+
+def begin(output: str, recipe: Recipe, tasks: Iterable[SlideTask]) -> RunReport:
+    """A report with no rows yet."""
+    return RunReport(output, recipe, tuple(task.id for task in tasks))
+
+
+def row_of(state: SlideState) -> SlideRow:
+    """A slide's row from what its receipts added up to; one that was published before keeps what slide.json says."""
+    recipe, facts = state.task.recipe, state.payload if isinstance(state.payload, dict) else {}
+    seconds = max(0.0, state.ended - state.started)
+    skipped = state.status == "skipped"
+    tiles = int(facts.get("tiles", 0)) if skipped else state.tiles
+    return SlideRow(
+        id=state.task.id,
+        uri=store.redact(state.task.uri),
+        status=str(facts.get("status", "done")) if skipped else state.status,
+        error=state.error or None,
+        mpp_requested=recipe.mpp,
+        mpp_effective=facts.get("mpp_effective") or (state.plan.mpp_effective if state.plan else None),
+        tiles=tiles,
+        failed_tiles=len(state.failed),
+        objects=sum(facts.get("objects", {}).values()) if facts else 0,
+        seconds=round(seconds, 3),
+        tiles_per_s=round(tiles / seconds, 2) if seconds and not skipped else 0.0,
+        busy_share=round(busy_share(state), 4),
+        bytes_read=sum(state.bytes_read.values()),
+        cache_hits=tiles if skipped else state.cache_hits,
+        peak_rss_mb=round(sum(state.peak_rss_mb.values()), 1),
+        extra=_extra(state, facts, resumed=skipped),
+    )
+
+
+def _extra(state: SlideState, facts: dict[str, Any], *, resumed: bool) -> dict[str, Any]:
+    return {
+        "resumed": resumed,
+        "failures": [[x, y, x + width, y + height] for x, y, width, height in sorted(state.failed)],
+        "stages": {name: round(seconds, 3) for name, seconds in sorted(state.stages.items())},
+        "classes": facts.get("classes", {}),
+        "files": {k: store.join(store.redact(state.task.output), v) for k, v in facts.get("files", {}).items()},
+        "reader": facts.get("reader") or (state.plan.info.reader if state.plan else None),
+        **({"traceback": state.traceback} if state.traceback else {}),  # only for faults that are not the user's
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages results may depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def check_writable(output: str) -> None:
+    """Raise OutputError now rather than after an hour when nothing can be written at ``output``."""
+    probe = store.join(output, ".wsi-mmm-probe")
+    try:
+        store.write_bytes(probe, b"")
+        store.delete(probe)
+    except OutputError:
+        raise
+    except StorageError as error:
+        raise OutputError(f"cannot write to {store.redact(output)}: {error}") from error
+
+
+def export_features(report: RunReport, formats: Sequence[str]) -> None:
+    """Also write each slide's features as "h5" or "pt", beside its features.zarr."""
+    for name in formats:
+        if name not in exports.FORMATS:
+            raise RecipeError(f"unknown export {name!r}; known: {', '.join(exports.FORMATS)}")
+        for row in report.slides:
+            if row.status in ("done", "partial"):
+                source = store.join(report.output, row.id, "features.zarr")
+                exports.export(source, store.join(report.output, row.id, f"features.{name}"))

@@ -1,0 +1,279 @@
+"""The steps of a slide: plan, forward (read, compute, write), interpret. Each is idempotent and may be repeated."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wsi_mmm.cache import ArraySpec, Entry
+from wsi_mmm.engine import parts, process
+from wsi_mmm.engine.base import Receipt, SlideTask, Work
+from wsi_mmm.engine.plan import SlidePlan, Span, core_of, window_of
+from wsi_mmm.errors import ManifestError, OutputError
+from wsi_mmm.model.identity import device_kind
+from wsi_mmm.slides import Slide, store
+from wsi_mmm.tasks.blend import blend, window_weights
+from wsi_mmm.tiles.grid import BlockTiles, make_grid, tile_size_level0
+from wsi_mmm.tiles.stream import read_block
+from wsi_mmm.tiles.tissue import select_tiles, tissue_mask, tissue_share
+from wsi_mmm.types import F32, I64, U8, Batch, Grid, Objects
+
+if TYPE_CHECKING:
+    from wsi_mmm.model.runner import RunOutput
+    from wsi_mmm.tasks.base import Task
+
+
+def plan(work: Work) -> Receipt:
+    """Open the slide, find its tissue, choose its tiles. The receipt carries the plan, or what is already published."""
+    task = work.slide
+    if task.error:
+        raise ManifestError(task.error)
+    started = time.perf_counter()
+    if task.recipe.force:
+        remove_scratch(task)
+    with process.slide_of(task) as slide:
+        done = None if task.recipe.force else published(task, slide.info.fingerprint)
+        if done is not None:
+            return Receipt("plan", task.id, (0, 0), "cached", payload=done)
+        planned = _plan(task, slide)
+        parts.save_plan(planned)
+        seconds = {"plan": time.perf_counter() - started}
+        return _receipt(work, slide, tiles=len(planned.index), stages=seconds, payload=planned)
+
+
+def _plan(task: SlideTask, slide: Slide) -> SlidePlan:
+    recipe = task.recipe
+    slide.scale(recipe.mpp)  # says what to do when the slide does not know its mpp
+    grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
+    mask = tissue_mask(slide, task.mask or recipe.tissue)
+    index = select_tiles(grid, mask, min_tissue=recipe.min_tissue)
+    return _assembled(task, slide, index, tissue_share(grid, mask, index))
+
+
+def replan(task: SlideTask, slide: Slide) -> SlidePlan:
+    """The plan that this slide's parts were made by, from what was written down."""
+    return _assembled(task, slide, *parts.load_plan(task))
+
+
+def _assembled(task: SlideTask, slide: Slide, index: I64, share: F32) -> SlidePlan:
+    recipe = task.recipe
+    grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
+    tasks = [t for t in process.tasks_of(recipe) if t.scope == "pixel"]
+    root = recipe.cache or store.join(task.scratch, "cache")
+    entry = store.join(root, slide.info.fingerprint, recipe.forward_hash(device_kind(recipe.device)))
+    return SlidePlan(
+        task, slide.info, grid, index, share, entry,
+        halo=max([t.halo for t in tasks], default=0),
+        stride=int(np.lcm.reduce([t.stride for t in tasks] or [1])),
+        mpp_effective=grid.scale_x * (slide.info.mpp_x or 0.0),
+        maps=bool(tasks),
+    )  # fmt: skip
+
+
+def published(task: SlideTask, fingerprint: str) -> dict[str, Any] | None:
+    """The slide.json of an earlier run of the same recipe, when it is complete.
+
+    Raises OutputError when the folder holds the results of another slide: two slides of one name, run apart.
+    """
+    found = parts.read_json(store.join(task.output, "slide.json"))
+    if found and found.get("fingerprint") != fingerprint:
+        other = f"{store.redact(task.output)} holds the results of another slide ({found.get('uri')})"
+        raise OutputError(f"{other}; choose another --output, or --force to replace them")
+    if found and found.get("result_hash") == task.recipe.result_hash() and found.get("status") in ("done", "empty"):
+        return found
+    return None
+
+
+def remove_scratch(task: SlideTask) -> None:
+    """Remove parts and maps of this slide that are not in a shared cache."""
+    scratch = store.join(task.output, ".work")
+    process.forget_entries(scratch)
+    for uri in store.list_uris(scratch):
+        store.delete(uri)
+
+
+# ---------------------------------------------------------------- forward: read | compute | write
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A forward work with its pixels, or with the receipt of an earlier run."""
+
+    work: Work
+    batch: Batch | None
+    receipt: dict[str, Any] | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A forward work with the network's values."""
+
+    loaded: Loaded
+    output: RunOutput | None
+    busy: tuple[float, float] | None
+
+
+def read(work: Work) -> Loaded:
+    """Fetch and decode the tiles of a block, unless the cache already holds their values."""
+    started = time.perf_counter()
+    grid = _grid(work)
+    entry = process.entry_of(work.entry, grid, work.slide.recipe.block_tiles)
+    receipt = None if work.slide.recipe.force else entry.receipt(_block_name(work))
+    if receipt and receipt.get("tiles") == work.tiles.hex() and not receipt.get("failed"):
+        return Loaded(work, None, receipt, time.perf_counter() - started)
+    with process.slide_of(work.slide) as slide:
+        reader = process.reader_of(slide, work.slide, grid) or slide.reader
+        batch = read_block(reader, grid, BlockTiles(*work.block, work.index()))
+    return Loaded(work, batch, None, time.perf_counter() - started)
+
+
+def compute(loaded: Loaded) -> Computed:
+    """The network over the tiles of a block."""
+    if loaded.batch is None:
+        return Computed(loaded, None, None)
+    recipe = loaded.work.slide.recipe
+    runner = process.runner_of(recipe)
+    started = time.time()
+    output = runner.run(loaded.batch.pixels, list(recipe.tasks))
+    return Computed(loaded, output, (started, time.time()))
+
+
+def write(computed: Computed) -> Receipt:
+    """Put the block's shards, then its receipt."""
+    loaded, work = computed.loaded, computed.loaded.work
+    started = time.perf_counter()
+    with process.slide_of(work.slide) as slide:
+        if loaded.batch is None or computed.output is None:
+            return _receipt(work, slide, status="cached", tiles=len(work.index()), stages={"read": loaded.seconds})
+        failed = _failed_tiles(loaded.batch, _grid(work))
+        entry = process.entry_of(work.entry, _grid(work), work.slide.recipe.block_tiles)
+        _put(entry, loaded.batch.index, computed.output, features=work.slide.recipe.features)
+        entry.put_receipt(_block_name(work), {"tiles": work.tiles.hex(), "failed": failed})
+        busy = computed.busy or (0.0, 0.0)
+        stages = {"read": loaded.seconds, "model": busy[1] - busy[0], "write": time.perf_counter() - started}
+        status = "partial" if failed else "ok"
+        facts = {"tiles": len(work.index()), "failed": failed, "busy": (busy,), "stages": stages}
+        return _receipt(work, slide, status=status, **facts)
+
+
+def forward(work: Work) -> Receipt:
+    """Read, compute, write in one go: what a cluster worker does."""
+    return write(compute(read(work)))
+
+
+def _put(entry: Entry, index: I64, output: RunOutput, *, features: bool) -> None:
+    if features:
+        entry.write_block(features_spec(output.features.shape[1]), index, output.features)
+    for name, values in output.maps.items():
+        entry.write_block(ArraySpec(f"maps/{name}", values.shape[1:], "uint8"), index, values)
+    for name, values in output.tables.items():
+        entry.write_block(ArraySpec(f"tables/{name}", values.shape[1:], "uint8"), index, values)
+
+
+def features_spec(size: int) -> ArraySpec:
+    """The array of pooled vectors."""
+    return ArraySpec("features", (size,), "float32")
+
+
+def _failed_tiles(batch: Batch, grid: Grid) -> tuple[tuple[int, int, int, int], ...]:
+    size = tile_size_level0(grid)
+    return tuple((int(x), int(y), *size) for x, y in batch.xy[batch.failed])
+
+
+# ---------------------------------------------------------------- interpret
+
+
+def interpret(work: Work) -> Receipt:
+    """Blend the maps round a block, say what is in its core, write one part per task."""
+    started = time.perf_counter()
+    grid, recipe = _grid(work), work.slide.recipe
+    entry = process.entry_of(work.entry, grid, recipe.block_tiles)
+    objects = 0
+    for task in process.tasks_of(recipe):
+        if task.scope == "pixel":
+            found = _interpret(task, work, entry)
+            parts.save_part(work.slide, task.info.name, work.block, found)
+            objects += len(found)
+    with process.slide_of(work.slide) as slide:
+        return _receipt(work, slide, objects=objects, stages={"interpret": time.perf_counter() - started})
+
+
+def _interpret(task: Task, work: Work, entry: Entry) -> Objects:
+    from wsi_mmm.tasks.base import View
+
+    grid = _grid(work)
+    core, window = _spans(task, work)
+    # Regions stay in whole target px until those that seams cut are merged.
+    scale_x, scale_y = (1.0, 1.0) if task.info.kind == "segment" else (grid.scale_x, grid.scale_y)
+    view = View(
+        y0=window.y0, x0=window.x0, core=(core.y0, core.x0, core.y1, core.x1),
+        scale_y=scale_y, scale_x=scale_x, height=grid.height, width=grid.width,
+    )  # fmt: skip
+    return task.interpret(_blended(task, work, entry, window), view)
+
+
+def blended_core(task: Task, work: Work, entry: Entry) -> tuple[tuple[int, int], U8]:
+    """The blended map of a block's core alone: its corner (y, x) in map px and uint8[C, h, w]."""
+    core, window = _spans(task, work)
+    y0, x0 = -(-core.y0 // task.stride), -(-core.x0 // task.stride)
+    y1, x1 = -(-core.y1 // task.stride), -(-core.x1 // task.stride)
+    top, left = window.y0 // task.stride, window.x0 // task.stride
+    return (y0, x0), _blended(task, work, entry, window)[:, y0 - top : y1 - top, x0 - left : x1 - left]
+
+
+def _spans(task: Task, work: Work) -> tuple[Span, Span]:
+    core = core_of(_grid(work), work.slide.recipe.block_tiles, work.block, task.stride)
+    return core, window_of(_grid(work), core, task.halo, task.stride)
+
+
+def _blended(task: Task, work: Work, entry: Entry, window: Span) -> U8:
+    shape = ((window.y1 - window.y0) // task.stride, (window.x1 - window.x0) // task.stride)
+    tiles, corners = _tiles_in(task, work, entry, window)
+    weights = window_weights(_grid(work).tile // task.stride, _grid(work).overlap // task.stride)
+    return blend(tiles, corners, shape=shape, weights=weights)
+
+
+def _tiles_in(task: Task, work: Work, entry: Entry, window: Span) -> tuple[U8, I64]:
+    """Maps uint8[k, C, h, h] of the tiles that touch the window and their corners int64[k, 2] in window map px."""
+    grid, index = _grid(work), work.index()
+    y, x = index[:, 0] * grid.stride, index[:, 1] * grid.stride
+    keep = (y < window.y1) & (y + grid.tile > window.y0) & (x < window.x1) & (x + grid.tile > window.x0)
+    index = index[keep]
+    side = grid.tile // task.stride
+    if not len(index):
+        return np.zeros((0, task.channels, side, side), np.uint8), np.zeros((0, 2), np.int64)
+    low, high = index.min(axis=0), index.max(axis=0) + 1
+    spec = ArraySpec(f"maps/{task.info.name}", (task.channels, side, side), "uint8")
+    dense = entry.read(spec, slice(low[0], high[0]), slice(low[1], high[1]))
+    corners = (index * grid.stride - np.array([window.y0, window.x0])) // task.stride
+    return dense[index[:, 0] - low[0], index[:, 1] - low[1]], corners
+
+
+# ---------------------------------------------------------------- shared
+
+
+def perform(work: Work) -> Receipt:
+    """Do a work of any kind."""
+    from wsi_mmm.engine.publish import publish
+
+    return {"plan": plan, "forward": forward, "interpret": interpret, "publish": publish}[work.kind](work)
+
+
+def _grid(work: Work) -> Grid:
+    assert work.grid is not None
+    return work.grid
+
+
+def _block_name(work: Work) -> str:
+    return f"{work.block[0]}-{work.block[1]}"
+
+
+def _receipt(work: Work, slide: Slide, **facts: Any) -> Receipt:
+    base = partial(Receipt, work.kind, work.slide.id, work.block, pid=os.getpid(), peak_rss_mb=process.peak_rss_mb())
+    return base(**{"status": "ok", "bytes_read": slide.reader.stats().bytes_read, **facts})

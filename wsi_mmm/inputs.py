@@ -1,0 +1,308 @@
+"""From what a user names (files, folders, patterns, prefixes, manifests) to slides with ids."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from wsi_mmm.config import SlideSpec, positive_mpp
+from wsi_mmm.errors import InputError, ManifestError, RecipeError, SlideNotFound, StorageError
+from wsi_mmm.slides import store
+
+SUFFIXES = frozenset(
+    (".svs", ".tif", ".tiff", ".btf", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide", ".czi", ".dcm")
+)
+"""File names a directory or prefix is searched for; a slide named outright may be called anything."""
+
+MANIFEST_SUFFIXES = (".csv", ".tsv")
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Where a manifest keeps what; None: it has no such column."""
+
+    slide: str
+    mpp: str | None
+    mask: str | None
+    id: str | None
+
+
+_SLIDE = ("slide", "wsi", "image_path", "path", "slide_path", "uri", "filename")
+_MPP = ("mpp", "spacing_at_level_0", "wsi_mpp", "slide_mpp")
+_MASK = ("mask_path", "mask", "tissue")
+_ID = ("sample_id", "slide_id", "id")
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+def expand_inputs(inputs: Sequence[str | Path | SlideSpec], mpp: float | None = None) -> list[SlideSpec]:
+    """Every slide that ``inputs`` name, each with its own id, in the order given and sorted inside a folder or pattern.
+
+    An input is a slide (path or URI), a directory (searched recursively), a glob, an ``s3://`` (or other) prefix or
+    pattern, or a manifest ``.csv``/``.tsv``. ``mpp`` applies to the slides whose manifest row says nothing.
+
+    A slide that is named outright is not checked here: if it is missing it fails alone and the others go on. What
+    names many slides and finds none raises SlideNotFound; a manifest with a bad row raises ManifestError.
+    """
+    if mpp is not None:
+        positive_mpp(mpp)
+    specs = [spec for item in inputs for spec in _expand_one(item)]
+    if not specs:
+        raise SlideNotFound("no slides given; name files, folders, patterns or a manifest CSV")
+    return unique_specs([spec if spec.mpp is not None else replace(spec, mpp=mpp) for spec in specs])
+
+
+def _expand_one(item: str | Path | SlideSpec) -> Iterable[SlideSpec]:
+    if isinstance(item, SlideSpec):
+        return [item]
+    uri = str(item)
+    if not uri.strip():
+        raise InputError("an empty slide name was given")
+    if uri.lower().endswith(MANIFEST_SUFFIXES):
+        return read_manifest(uri)
+    return [SlideSpec(found) for found in (_local(_path(uri)) if store.is_local(uri) else _remote(uri))]
+
+
+def _local(path: str) -> list[str]:
+    if os.path.isdir(path):
+        return _files_below(path)
+    if os.path.exists(path) or not glob.has_magic(path):
+        return [path]  # a missing file is that slide's own failure
+    found = filter(os.path.isfile, glob.glob(path, recursive=True))
+    return _some(sorted(found), f"no file matches {path}")
+
+
+def _files_below(folder: str) -> list[str]:
+    found = [
+        os.path.join(base, name)
+        for base, _, names in os.walk(folder)
+        for name in names
+        if is_slide_name(name) and not name.startswith(".")
+    ]
+    return _some(sorted(found), f"no slide in {folder} (looked for {_shown_suffixes()})")
+
+
+def _remote(uri: str) -> list[str]:
+    """A pattern, or a prefix (ends in ``/``, or no suffix), is listed; anything else, and a web address, is a slide."""
+    fixed = re.split(r"[*\[]", uri, maxsplit=1)[0]
+    if uri.lower().startswith(("http://", "https://")):
+        return [uri]
+    if fixed != uri:
+        if fixed.count("/") < 3:
+            raise InputError(f"{store.redact(uri)}: name the bucket; only what follows it can be a pattern")
+        wanted = re.compile(_pattern(uri))
+        found = [name for name in store.list_uris(fixed[: fixed.rfind("/")]) if wanted.fullmatch(name)]
+        return _some(found, f"nothing matches {store.redact(uri)}")
+    if "." in _name(uri) and not uri.endswith("/"):
+        return [uri]
+    found = [name for name in store.list_uris(uri) if is_slide_name(name)]
+    return _some(found, f"no slide below {store.redact(uri)} (looked for {_shown_suffixes()})")
+
+
+def _pattern(glob_text: str) -> str:
+    """Glob to regular expression: ``*`` stays inside a folder, ``**`` crosses folders, ``[abc]`` as usual."""
+    parts = {r"**/": r"(?:.*/)?", r"**": r".*", r"*": r"[^/]*"}
+    pieces = re.split(r"(\*\*/|\*\*|\*|\[[^\]]+\])", glob_text)
+    return "".join(
+        parts.get(piece) or (piece.replace("[!", "[^") if piece.startswith("[") else re.escape(piece))
+        for piece in pieces
+    )
+
+
+def _some(found: list[str], otherwise: str) -> list[str]:
+    if not found:
+        raise SlideNotFound(otherwise)
+    return found
+
+
+def _shown_suffixes() -> str:
+    return " ".join(sorted(SUFFIXES))
+
+
+def is_slide_name(name: str) -> bool:
+    """Whether a file found in a folder is taken for a slide, by its suffix."""
+    return PurePosixPath(name.lower()).suffix in SUFFIXES
+
+
+# ------------------------------------------------------------------------------------------------ manifests
+
+
+def read_manifest(uri: str) -> list[SlideSpec]:
+    """The slides of a manifest CSV (or TSV), in its order; ids are as given, or empty.
+
+    Headers of the tools in use are understood: ``slide,mpp`` | ``wsi,mpp`` |
+    ``sample_id,image_path,mask_path,spacing_at_level_0`` | ``path,wsi_mpp,wsi_magnification``; others are ignored.
+    Paths are relative to the manifest. A wrong row becomes a SlideSpec with an ``error`` that names row (the header is
+    row 1) and column; a manifest that is wrong as a whole raises ManifestError.
+    """
+    name = _name(uri)
+    rows = csv.reader(io.StringIO(_manifest_text(uri, name)), delimiter="\t" if name.lower().endswith(".tsv") else ",")
+    try:
+        numbered = [(number, row) for number, row in enumerate(rows, start=1) if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise ManifestError(f"{name}: row {rows.line_num} is not CSV ({error})") from error
+    if not numbered:
+        raise ManifestError(f"{name} is empty; its first row names the columns, such as slide,mpp")
+    header = [cell.strip() for cell in numbered[0][1]]
+    columns = _columns(header, name)
+    if len(numbered) == 1:
+        raise ManifestError(f"{name} has a header and no slides")
+    return [_spec_or_error(header, row, columns, (name, n, uri)) for n, row in numbered[1:]]
+
+
+def _spec_or_error(
+    header: Sequence[str], cells: Sequence[str], columns: Columns, where: tuple[str, int, str]
+) -> SlideSpec:
+    """The slide of a row; a wrong row becomes a slide that fails with the reason and does not stop the others."""
+    name, number, manifest = where
+    try:
+        return _row_spec(_row(header, cells, f"{name}: row {number}"), columns, where)
+    except ManifestError as error:
+        return SlideSpec(manifest, f"{safe_id(stem(manifest))}-row-{number}", error=str(error))
+
+
+def _row(header: Sequence[str], cells: Sequence[str], where: str) -> dict[str, str]:
+    """Cells by column; cells missing at the end are empty, cells too many are a ManifestError."""
+    if any(cell.strip() for cell in cells[len(header) :]):
+        raise ManifestError(
+            f"{where} has {len(cells)} cells and the header {len(header)}; quote paths that hold commas"
+        )
+    return dict(zip(header, cells, strict=False))
+
+
+def _manifest_text(uri: str, name: str) -> str:
+    try:
+        return store.read_bytes(_path(uri) if store.is_local(uri) else uri).decode("utf-8-sig")
+    except SlideNotFound as error:
+        raise ManifestError(f"no manifest at {store.redact(uri)}") from error
+    except (StorageError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{name} cannot be read as UTF-8 text ({error})") from error
+
+
+def _columns(header: Sequence[str], name: str) -> Columns:
+    """Which column is what; names are compared without case."""
+    repeated = {cell for cell in header if cell and header.count(cell) > 1}
+    if repeated:
+        raise ManifestError(f"{name}: row 1: column {sorted(repeated)[0]!r} is there twice")
+    lower = {cell.lower(): cell for cell in header}
+
+    def first(candidates: Sequence[str]) -> str | None:
+        return next((lower[candidate] for candidate in candidates if candidate in lower), None)
+
+    slide = first(_SLIDE)
+    if slide is None:
+        wanted, found = ", ".join(_SLIDE), ", ".join(header)
+        raise ManifestError(f"{name}: row 1: no column names the slides; call it one of {wanted} (found: {found})")
+    return Columns(slide, first(_MPP), first(_MASK), first(_ID))
+
+
+def _row_spec(row: Mapping[str, str], columns: Columns, where: tuple[str, int, str]) -> SlideSpec:
+    name, number, manifest = where
+
+    def cell(column: str | None) -> str:
+        return row.get(column, "").strip() if column else ""
+
+    uri = cell(columns.slide)
+    if not uri:
+        raise ManifestError(f"{name}: row {number}, column {columns.slide!r}: empty; it names the slide")
+    try:
+        mpp = positive_mpp(cell(columns.mpp)) if cell(columns.mpp) else None
+    except RecipeError as error:
+        raise ManifestError(f"{name}: row {number}, column {columns.mpp!r}: {error}") from error
+    mask = cell(columns.mask)
+    return SlideSpec(_beside(uri, manifest), cell(columns.id), mpp, _beside(mask, manifest) if mask else None)
+
+
+def _beside(uri: str, manifest: str) -> str:
+    """``uri`` as seen from the folder of the manifest, unless it is absolute or has a scheme."""
+    if not store.is_local(uri) or os.path.isabs(_path(uri)):
+        return uri if not store.is_local(uri) else _path(uri)
+    if not store.is_local(manifest):
+        return manifest.rsplit("/", 1)[0] + "/" + uri
+    return os.path.normpath(os.path.join(os.path.dirname(_path(manifest)), uri))
+
+
+def _path(uri: str) -> str:
+    """The path of a local URI, ``~`` expanded."""
+    return os.path.expanduser(store.local_path(uri))
+
+
+# ------------------------------------------------------------------------------------------------ ids
+
+
+def unique_specs(specs: Sequence[SlideSpec]) -> list[SlideSpec]:
+    """The same slides with ids that are safe folder names and unique without regard to case.
+
+    Slides that share a file name get the name of their folder and a short hash of their URI in front of it, so an id
+    does not depend on the order of the inputs nor on how many others there are beside its namesakes.
+    A slide that is named twice is kept once; a second, different demand on a slide becomes a spec with an error.
+    """
+    kept: dict[str, SlideSpec] = {}
+    for number, spec in enumerate(specs):
+        key = _identity(spec.uri)
+        if spec.error:
+            kept[f"{key}#{number}"] = spec
+        elif replace(kept.setdefault(key, spec), uri=spec.uri) != spec:
+            error = f"{store.redact(spec.uri)} is given twice with different id, mpp or mask; keep one"
+            kept[f"{key}#{number}"] = SlideSpec(
+                spec.uri, f"{safe_id(spec.id or stem(spec.uri))}-again-{number}", error=error
+            )
+    ids = [safe_id(spec.id or stem(spec.uri)) for spec in kept.values()]
+    namesakes = Counter(name.lower() for name in ids)
+    return [
+        replace(spec, id=_qualified(spec, name, key) if namesakes[name.lower()] > 1 else name)
+        for (key, spec), name in zip(kept.items(), ids, strict=True)
+    ]
+
+
+def _qualified(spec: SlideSpec, name: str, identity: str) -> str:
+    if spec.id:
+        raise ManifestError(f"the id {spec.id!r} is given to more than one slide; ids must differ")
+    folder = safe_id(PurePosixPath(identity.partition("?")[0]).parent.name or "root")
+    return f"{folder[:40]}-{name}-{sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def _identity(uri: str) -> str:
+    return os.path.abspath(_path(uri)) if store.is_local(uri) else uri
+
+
+def stem(uri: str) -> str:
+    """The file name without folders, query and suffix (``.ome.tiff`` counts as one)."""
+    name = _name(uri)
+    lower = name.lower()
+    for suffix in (".ome.tiff", ".ome.tif"):
+        if lower.endswith(suffix):
+            return name[: -len(suffix)]
+    return PurePosixPath(name).stem
+
+
+def _name(uri: str) -> str:
+    """The last part of the path. An object-store key may hold ``?`` and ``#``; in a web address they end the path."""
+    if uri.lower().startswith(("http://", "https://")):
+        return PurePosixPath(unquote(urlsplit(uri).path)).name
+    return PurePosixPath(_path(uri) if store.is_local(uri) else uri.partition("://")[2]).name
+
+
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|report)(\..*)?", re.IGNORECASE)
+
+
+def safe_id(text: str) -> str:
+    """``text`` as one folder name on any file system and in any object store: letters, digits, ``._-``, at most 120.
+
+    What had to be changed to fit gets a hash of the original, so different texts never meet in one name.
+    """
+    name = re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII)[:120].strip("._ ")
+    if name and name == text and not _RESERVED.fullmatch(name):
+        return name
+    start = "slide" if not name or _RESERVED.fullmatch(name) else name[:110].rstrip("._ ")
+    return f"{start}-{sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"

@@ -1,0 +1,175 @@
+"""Reading and writing models: ``card.json`` + ``model.safetensors`` in a folder. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file, save
+from torch import Tensor, nn
+
+from wsi_mmm.errors import ModelError, OutputError
+from wsi_mmm.model.card import CARD, WEIGHTS, DecoderCard, EncoderCard, ModelCard, card_json, model_path, read_card
+from wsi_mmm.model.encoder import PyramidEncoder, build_encoder
+from wsi_mmm.model.heads import HeadSpec, build_head
+from wsi_mmm.model.multitask import MultiTaskModel
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def build_model(card: ModelCard) -> MultiTaskModel:
+    """A model as its card describes it, with random weights, in training mode."""
+    return _assemble(card, build_encoder(card.encoder.name, args=card.encoder.args))
+
+
+def load_model(name_or_path: str | Path = "default", device: str | torch.device = "cpu") -> MultiTaskModel:
+    """A packaged model or a model folder, in evaluation mode on ``device``.
+
+    ModelError: no such model, broken or foreign files, weights that do not fit the card or were changed since.
+    """
+    card = read_card(name_or_path)
+    path = model_path(name_or_path) / WEIGHTS
+    weights = _read_weights(path, card.weights_sha256)
+    model = build_model(card)
+    _fill(model, {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}, path)
+    return _ready(model, device)
+
+
+def save_model(
+    model: MultiTaskModel, folder: str | Path, *, card: ModelCard | None = None, half: bool = True
+) -> ModelCard:
+    """Write ``model`` (float16 when ``half``) and ``card`` (None: its own), to which the weights' hash is added."""
+    dtype = torch.float16 if half else torch.float32
+    state = {
+        key: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+    }
+    data = save(state)
+    done = (card or model.card).model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        _replace(target / WEIGHTS, data)
+        _replace(target / CARD, card_json(done).encode())
+    except OSError as error:
+        raise OutputError(f"cannot write the model to {target}: {error.strerror or error}") from error
+    return done
+
+
+def load_encoder(name: str, weights: str | None = None, device: str | torch.device = "cpu") -> MultiTaskModel:
+    """A bare encoder as a model without tasks: any timm name or ``hf-hub:`` id.
+
+    ``weights``: None downloads timm's own; "random" takes none; else a local ``.safetensors`` file.
+    """
+    encoder = build_encoder(name, pretrained=weights is None)
+    if weights not in (None, "random"):
+        path = Path(str(weights)).expanduser()
+        _fill_encoder(encoder, _read_weights(path, ""), path)
+    mean, std = _normalisation(encoder)
+    card = ModelCard(
+        name=name, encoder=EncoderCard(name=name), decoder=DecoderCard(bottleneck=0),
+        mpp=0.5, tile_size=256, overlap=0, mean=mean, std=std,
+    )  # fmt: skip
+    return _ready(_assemble(card, encoder), device)
+
+
+def _assemble(card: ModelCard, encoder: PyramidEncoder) -> MultiTaskModel:
+    spec = HeadSpec(card.decoder.widths[0] if card.decoder.widths else 0, encoder.channels[-1])
+    heads = {task.name: build_head(task.head, spec, task.outputs) for task in card.tasks}
+    tile = frozenset(task.name for task in card.tasks if task.head == "vector")
+    return MultiTaskModel(card, encoder, heads=heads, tile_heads=tile)
+
+
+def _ready(model: MultiTaskModel, device: str | torch.device) -> MultiTaskModel:
+    try:
+        model.to(device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"cannot use the device '{device}': {str(error).splitlines()[0]}") from error
+    model.to(memory_format=torch.channels_last)
+    return model.eval()
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. ModelError if absent, truncated, no safetensors, or not of the given hash."""
+    if not path.is_file():
+        raise ModelError(f"the weights {path} are missing")
+    try:
+        if not sha256:
+            return load_file(path)
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ModelError(f"the weights {path} are not those its card was written for (sha256 differs)")
+        return load(data)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"the weights {path} cannot be read as safetensors: {str(error).splitlines()[0]}") from error
+
+
+def _fill(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights that must fit exactly. ModelError names the first that does not."""
+    wanted = module.state_dict()
+    odd = sorted(set(wanted) ^ set(weights))
+    if odd:
+        verb = "lack" if odd[0] in wanted else "have an unknown"
+        raise ModelError(f"the weights {path} do not fit the model: they {verb} '{odd[0]}' ({len(odd)} such in all)")
+    for key, value in wanted.items():
+        if value.shape != weights[key].shape:
+            found, due = tuple(weights[key].shape), tuple(value.shape)
+            raise ModelError(f"the weights {path} do not fit the model: '{key}' is {found}, not {due}")
+    module.load_state_dict(dict(weights))
+
+
+def _fill_encoder(encoder: PyramidEncoder, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Load a backbone's own file: names as in timm's plain model, classifier and other extras left out."""
+    wanted = encoder.backbone.state_dict()
+    named = {
+        key.removeprefix("encoder.").removeprefix("backbone.").removeprefix("model."): v for key, v in weights.items()
+    }
+    nested = {key: key.removeprefix("model.") for key in wanted}
+    flat = {key: key.replace("_", ".", 1) if key.split(".")[0] not in named else key for key in wanted}
+    chosen = {key: named.get(key, named.get(nested[key], named.get(flat[key]))) for key in wanted}
+    found = {
+        key: value.float() if value.is_floating_point() else value for key, value in chosen.items() if value is not None
+    }
+    _fill(encoder.backbone, found, path)
+
+
+def _normalisation(encoder: PyramidEncoder) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and std that timm knows for these weights, else ImageNet's."""
+    known = getattr(encoder.backbone, "pretrained_cfg", None) or getattr(
+        getattr(encoder.backbone, "model", None), "pretrained_cfg", None
+    )
+    config = known if isinstance(known, dict) else {}
+    mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def _replace(path: Path, data: bytes) -> None:
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    """A safetensors file of any tensors with string metadata, written whole or not at all."""
+    data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, dict(facts))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, data)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `save_tensors` wrote. ModelError if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = dict(file.metadata() or {})
+        return load_file(path), facts
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"the checkpoint {path} cannot be read as safetensors: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,52 @@
+"""What identifies a model's numbers: hashes of weights and of the facts that change what they compute. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from wsi_mmm.errors import ModelError
+from wsi_mmm.model.card import CARD, WEIGHTS, ModelCard, model_path, zoo_names
+
+_CHUNK = 1 << 22
+
+
+def is_model(name: str) -> bool:
+    """Whether ``name`` is a packaged model or a model folder, rather than the name of a bare encoder."""
+    return name in zoo_names() or (Path(name).expanduser() / CARD).is_file()
+
+
+def model_identity(name: str, card: ModelCard) -> str:
+    """sha256 hex of a model: its weights and the part of its card that changes its answers."""
+    facts = card.model_dump(mode="json", include={"encoder", "decoder", "mean", "std", "tasks"})
+    weights = card.weights_sha256 or _file_hash(model_path(name) / WEIGHTS)
+    return hashlib.sha256(json.dumps([facts, weights], sort_keys=True).encode()).hexdigest()
+
+
+def encoder_identity(name: str, weights: str | None) -> str:
+    """sha256 hex of an encoder: its name and its weights (a file's content, or the word that stands for them)."""
+    known = _file_hash(Path(weights)) if weights and weights != "random" else str(weights)
+    return hashlib.sha256(json.dumps([name, known]).encode()).hexdigest()
+
+
+def device_kind(device: str) -> str:
+    """Kind of the device a model will run on here, "cpu" or "cuda": numbers agree to the bit on one kind only."""
+    if device != "auto":
+        return device.split(":")[0]
+    try:
+        import torch
+    except ImportError:
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise ModelError(f"cannot read the weights {path}: {error.strerror}") from error
+    return digest.hexdigest()

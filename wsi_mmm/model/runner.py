@@ -1,0 +1,195 @@
+"""Running a model the same way every time: fixed padded micro-batches, one intra-op thread, quantised answers.
+
+Measured: the number of intra-op threads changes the bits of a convolution, the position in a batch and its companions
+do not as long as the batch has one shape. So a batch is cut into micro-batches of one fixed size (the last padded with
+zeros), each runs on one thread, and parallelism comes from several Python threads (torch releases the GIL).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from wsi_mmm.errors import ModelError
+from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.types import F32, U8
+
+Quantise = Callable[[Tensor], Tensor]
+_PIXELS_CPU = 8 * 256 * 256
+_PIXELS_CUDA = 64 * 256 * 256
+_allocator_lock = threading.Lock()
+_allocator_tuned = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutput:
+    """``features`` float32[n, D]; ``maps`` of pixel tasks uint8[n, C, h, w]; ``tables`` of tile tasks uint8[n, K]."""
+
+    features: F32
+    maps: dict[str, U8]
+    tables: dict[str, U8]
+
+
+class Runner:
+    """A model on a device, callable from several threads at once; answers depend on nothing but the pixels.
+
+    ``quantise``: task name -> logits to uint8 (the task's own `quantise`). ``threads``: micro-batches run side by side
+    on a CPU (None: one per core this process may use). ``device`` "auto": CUDA when there is one.
+    """
+
+    def __init__(
+        self,
+        model: MultiTaskModel,
+        device: str = "auto",
+        threads: int | None = None,
+        *,
+        quantise: Mapping[str, Quantise] | None = None,
+    ) -> None:
+        self.device = pick_device(device)
+        self.model = model.to(self.device).eval()
+        self.threads = max(1, threads or _cores()) if self.device.type == "cpu" else 1
+        self.quantise = dict(quantise or {})
+        self._pool = ThreadPoolExecutor(self.threads, "model", initializer=_one_thread)
+        self._lock = threading.Lock()
+        self._running = 0
+        self._since = 0.0
+        self._busy: list[tuple[float, float]] = []
+        if self.device.type == "cpu":
+            tune_allocator()
+
+    def micro_batch(self, size: int) -> int:
+        """Tiles of ``size`` px that run together."""
+        budget = _PIXELS_CPU if self.device.type == "cpu" else _PIXELS_CUDA
+        return max(1, budget // (size * size))
+
+    def run(self, pixels: U8, tasks: Sequence[str] = ()) -> RunOutput:
+        """Tiles uint8[n, s, s, 3] -> features and the quantised answers of ``tasks``.
+
+        Bit-identical for any n, any grouping of tiles into calls and any number of threads on one kind of device.
+        """
+        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
+            raise ModelError(f"tiles must be uint8[n, s, s, 3], not {pixels.dtype}{list(pixels.shape)}")
+        self._check(tasks)
+        step = self.micro_batch(pixels.shape[1])
+        starts = range(0, len(pixels), step) if len(pixels) else range(1)
+        with _Busy(self):
+            parts = list(self._pool.map(lambda i: self._micro(pixels[i : i + step], step, tasks), starts))
+        return _join(parts, frozenset(self.model.tile_heads))
+
+    def _check(self, tasks: Sequence[str]) -> None:
+        for name in tasks:
+            if name not in self.model.heads:
+                raise ModelError(f"the model has no task '{name}'; it has: {', '.join(self.model.tasks) or 'none'}")
+            if name not in self.quantise:
+                raise ModelError(f"Runner was given no quantise for task '{name}'; pass Task.quantise of every task")
+
+    def _micro(self, pixels: U8, size: int, tasks: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        """One padded micro-batch; the padding's answers are cut off again. "" holds the features."""
+        count = len(pixels)
+        padded = np.zeros((size, *pixels.shape[1:]), np.uint8)
+        padded[:count] = pixels
+        with torch.inference_mode():
+            vector, logits = self.model.forward_all(self.model.prepare(self._to_device(padded)), tasks)
+            answers = {"": vector.float()} | {name: self.quantise[name](x) for name, x in logits.items()}
+            return {name: x[:count].contiguous().cpu().numpy() for name, x in answers.items()}
+
+    def _to_device(self, pixels: U8) -> Tensor:
+        tensor = torch.from_numpy(pixels)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+    def busy(self) -> list[tuple[float, float]]:
+        """Intervals (start, end; time.perf_counter) in which the model was running, merged, oldest first."""
+        with self._lock:
+            running = [(self._since, time.perf_counter())] if self._running else []
+            return [*self._busy, *running]
+
+    def busy_seconds(self, since: float = 0.0) -> float:
+        """Seconds after ``since`` (time.perf_counter) in which the model was running, overlaps counted once."""
+        return sum(max(0.0, end - max(start, since)) for start, end in self.busy())
+
+    def close(self) -> None:
+        """Let the threads go; the runner cannot be used afterwards."""
+        self._pool.shutdown()
+
+
+class _Busy:
+    """While any of these is entered the runner counts as busy."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+
+    def __enter__(self) -> None:
+        r = self.runner
+        with r._lock:
+            if r._running == 0:
+                r._since = time.perf_counter()
+            r._running += 1
+
+    def __exit__(self, *_: object) -> None:
+        r = self.runner
+        with r._lock:
+            r._running -= 1
+            if r._running == 0:
+                r._busy.append((r._since, time.perf_counter()))
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> device. ModelError if this machine has no such thing."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def tune_allocator() -> None:
+    """Keep freed tensors with glibc instead of the kernel, in one arena for all threads (once).
+
+    Measured on two cores: 25 times fewer page faults and a third less time per tile.
+    """
+    global _allocator_tuned
+    with _allocator_lock:
+        if _allocator_tuned or not sys.platform.startswith("linux"):
+            return
+        _allocator_tuned = True
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mmap_threshold, trim_threshold, arena_max = -3, -1, -8
+        libc.mallopt(arena_max, 1)  # arenas of threads are cut into 64 MB heaps, too small for our tensors
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+    except (OSError, AttributeError):  # not glibc (musl): slower, nothing else
+        return
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def _one_thread() -> None:
+    """Intra-op threads are a setting of the calling thread (OpenMP): one each."""
+    torch.set_num_threads(1)
+
+
+def _join(parts: Sequence[dict[str, npt.NDArray[Any]]], tile: frozenset[str]) -> RunOutput:
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    features = whole.pop("")
+    maps = {name: value for name, value in whole.items() if name not in tile}
+    return RunOutput(features, maps, {name: value for name, value in whole.items() if name in tile})

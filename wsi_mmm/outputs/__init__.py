@@ -1,0 +1,1 @@
+"""Findings -> files: polygons, merging over seams, GeoJSON, tables, maps, overlay, report, exports."""

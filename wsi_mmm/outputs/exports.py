@@ -1,0 +1,113 @@
+"""Features: features.zarr as the native store, and the files of other tools made from it."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec
+from zarr.errors import GroupNotFoundError
+
+from wsi_mmm.errors import MissingPackage, RecipeError, StorageError
+from wsi_mmm.outputs.folders import published_folder
+from wsi_mmm.outputs.maps import zarr_store
+from wsi_mmm.slides import store
+from wsi_mmm.types import F32, I64
+
+_ROWS = 4096  # tiles per chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """``vectors`` float32[n, D], ``coords`` int64[n, 2] level-0 (x, y), and what the attributes say."""
+
+    vectors: F32
+    coords: I64
+    attributes: Mapping[str, Any]
+
+
+def write_features(uri: str, features: F32, coords: I64, attributes: Mapping[str, Any]) -> None:
+    """features.zarr: ``features`` float32[n, D], ``coords`` int64[n, 2], with ``attributes`` on both and the group."""
+    with published_folder(uri) as place:
+        group = zarr.create_group(zarr_store(place), attributes=dict(attributes))
+        for name, values in (("features", np.asarray(features, np.float32)), ("coords", np.asarray(coords, np.int64))):
+            array = group.create_array(
+                name,
+                shape=values.shape,
+                chunks=(max(1, min(_ROWS, len(values))), max(1, values.shape[1])),
+                dtype=values.dtype,
+                compressors=BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
+                attributes=dict(attributes),
+            )
+            if values.size:
+                array[:] = values
+
+
+def read_features(uri: str) -> Features:
+    """What `write_features` wrote. StorageError when it is not there or not that."""
+    try:
+        group = zarr.open_group(zarr_store(uri), mode="r")
+        vectors, coords = np.asarray(group["features"][:]), np.asarray(group["coords"][:])  # type: ignore[index]
+        return Features(vectors, coords, dict(group.attrs))
+    except (GroupNotFoundError, KeyError, FileNotFoundError, ValueError) as error:
+        raise StorageError(f"{store.redact(uri)} is no features.zarr; wsi-mmm embed makes them") from error
+
+
+def export(source: str, target: str) -> None:
+    """features.zarr at ``source`` -> ``target``, whose ending names the format (see `FORMATS`)."""
+    name = target.rsplit(".", 1)[-1]
+    if name not in FORMATS:
+        raise RecipeError(f"unknown export {name!r}; known: {', '.join(FORMATS)}")
+    store.write_bytes(target, FORMATS[name](read_features(source)))
+
+
+export_features = export
+
+
+def as_h5(features: Features) -> bytes:
+    """HDF5 as TRIDENT and CLAM read it: ``coords`` with the attributes, ``features``."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        coords = file.create_dataset("coords", data=np.asarray(features.coords, np.int64))
+        vectors = file.create_dataset("features", data=np.asarray(features.vectors, np.float32))
+        for name, value in features.attributes.items():
+            coords.attrs[name] = value if isinstance(value, int | float | str) else json.dumps(value)
+        vectors.attrs["encoder"] = str(features.attributes.get("encoder", ""))
+    return buffer.getvalue()
+
+
+def as_pt(features: Features) -> bytes:
+    """The tensor float32[n, D] that CLAM reads with ``torch.load``."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingPackage("the .pt export needs torch: pip install torch, or export h5") from error
+    buffer = io.BytesIO()
+    torch.save(torch.from_numpy(np.ascontiguousarray(features.vectors)), buffer)
+    return buffer.getvalue()
+
+
+def as_h5ad(features: Features) -> bytes:
+    """AnnData: X is the features, ``obsm["spatial"]`` the middle of each tile, ``uns["wsi_mmm"]`` the attributes."""
+    try:
+        anndata = importlib.import_module("anndata")  # optional, untyped
+    except ImportError as error:
+        raise MissingPackage("the .h5ad export needs anndata: pip install anndata, or export h5") from error
+    middle = features.coords + int(features.attributes.get("patch_size_level0", 0)) / 2
+    data = anndata.AnnData(X=features.vectors, obsm={"spatial": middle}, uns={"wsi_mmm": dict(features.attributes)})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "features.h5ad"
+        data.write_h5ad(path)
+        return path.read_bytes()
+
+
+FORMATS: dict[str, Callable[[Features], bytes]] = {"h5": as_h5, "pt": as_pt, "h5ad": as_h5ad}

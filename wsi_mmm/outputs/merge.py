@@ -1,0 +1,226 @@
+"""`merge_regions`: regions that block borders cut apart become whole again, as if there had been no blocks.
+
+Outlines are directed edges on whole pixels with the region on one side. Where two pieces of one class meet at a
+seam, their edges run over each other in opposite directions and cancel; what is left are the outlines of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from wsi_mmm.outputs.cycles import cycles, first_of_each, split_touching, walk
+from wsi_mmm.outputs.ragged import (
+    concat,
+    drop_points,
+    following_points,
+    offsets_of,
+    preceding_points,
+    sort_by_anchor,
+    take,
+    take_rings,
+)
+from wsi_mmm.types import F64, I32, I64, Mask, Objects
+
+_EAST, _SOUTH, _WEST, _NORTH = range(4)
+_STEP = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)], np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segments:
+    """k axis-parallel directed edges: ``tail`` int64[k, 2] (x, y), ``length``, ``direction`` 0..3, own ``piece``."""
+
+    tail: I64
+    length: I64
+    direction: I64
+    piece: I64
+
+    def where(self, keep: Mask) -> _Segments:
+        return _Segments(self.tail[keep], self.length[keep], self.direction[keep], self.piece[keep])
+
+    @property
+    def head(self) -> I64:
+        return self.tail + _STEP[self.direction] * self.length[:, None]
+
+
+def merge_regions(parts: Sequence[Objects]) -> Objects:
+    """Dissolve the regions of ``parts``, one part per block core, into the regions of the whole slide.
+
+    Coordinates are whole target px (`trace` with "exact", not yet scaled), cores tile the plane: then regions of one
+    class that share an edge become one, exactly, and the result is the same for every way of cutting: canonical
+    rings (no collinear points, first corner topmost then leftmost, holes in that order too), objects sorted by
+    ``anchor``, which is the (y, x) of that corner of the exterior. Measurements are summed: give counts, not means.
+    """
+    parts = [some for some in parts if len(some)] or list(parts[:1])
+    pieces = concat(parts)
+    if not len(pieces):
+        return pieces
+    segments = _segments(pieces)
+    left, pairs = _cancel(segments, _on_seams(segments, parts), pieces.class_index)
+    group = _components(pairs, len(pieces))
+    alone = np.bincount(group)[group] == 1
+    done = [take(pieces, alone)]
+    if not alone.all():
+        done.append(_rebuild(left.where(~alone[left.piece]), pieces, group))
+    return sort_by_anchor(canonical(concat(done)))
+
+
+def canonical(objects: Objects) -> Objects:
+    """The one way to write down each polygon of whole-pixel coordinates (see `merge_regions`); anchors recomputed."""
+    corners = drop_points(objects, _turns(objects) != 0)
+    rotated = replace(corners, coords=corners.coords[_rotation(corners)])
+    first = rotated.coords[rotated.ring_offsets[:-1]]
+    owner = np.repeat(np.arange(len(rotated)), np.diff(rotated.object_offsets))
+    hole = np.ones(len(owner), np.bool_)
+    hole[rotated.object_offsets[:-1]] = False
+    ordered = take_rings(rotated, np.lexsort((first[:, 0], first[:, 1], hole, owner)))
+    starts = ordered.coords[ordered.ring_offsets[ordered.object_offsets[:-1]]]
+    return replace(ordered, anchor=np.floor(starts[:, ::-1]).astype(np.int64))
+
+
+def _segments(pieces: Objects) -> _Segments:
+    points = np.rint(pieces.coords).astype(np.int64)
+    step = points[following_points(pieces)] - points
+    upright = np.where(step[:, 1] > 0, _SOUTH, _NORTH)
+    direction = np.where(step[:, 0] > 0, _EAST, np.where(step[:, 0] < 0, _WEST, upright))
+    rings = np.repeat(np.arange(len(pieces)), np.diff(pieces.object_offsets))
+    piece = np.repeat(rings, np.diff(pieces.ring_offsets))
+    if (points != pieces.coords).any() or ((step != 0).sum(axis=1) != 1).any():
+        raise ValueError("regions to merge must have axis-parallel outlines on whole target pixels")
+    return _Segments(points, np.abs(step).sum(axis=1), direction, piece)
+
+
+def _on_seams(segments: _Segments, parts: Sequence[Objects]) -> Mask:
+    """Edges that may lie on a seam: those at the very border of what their part covers."""
+    lengths = [len(part.coords) for part in parts]
+    low = np.repeat([part.coords.min(axis=0) for part in parts], lengths, axis=0)
+    high = np.repeat([part.coords.max(axis=0) for part in parts], lengths, axis=0)
+    across = 1 - segments.direction % 2  # the coordinate that stays the same along the edge
+    rows = np.arange(len(across))
+    at = segments.tail[rows, across]
+    return np.asarray((at == low[rows, across]) | (at == high[rows, across]))
+
+
+def _cancel(segments: _Segments, seam: Mask, class_index: I32) -> tuple[_Segments, I64]:
+    """(the edges that remain, int64[k, 2] pieces whose edges cancelled somewhere)."""
+    remaining, pairs = [segments.where(~seam)], [np.empty((0, 2), np.int64)]
+    for axis in (0, 1):
+        some = segments.where(seam & (segments.direction % 2 == axis))
+        left, met = _sweep(some, axis, class_index)
+        remaining.append(left)
+        pairs.append(met)
+    names = ("tail", "length", "direction", "piece")
+    joined = _Segments(*(np.concatenate([getattr(part, name) for part in remaining]) for name in names))
+    return joined, np.concatenate(pairs)
+
+
+def _sweep(some: _Segments, axis: int, class_index: I32) -> tuple[_Segments, I64]:
+    """Cancel edges along ``axis`` (0: x, 1: y) of one class on one line that run over each other.
+
+    Between two neighbouring ends on a line either one edge runs (it stays), or two (they cancel), or none: running
+    sums over the sorted ends tell which, and whose.
+    """
+    forward = some.direction < 2  # east or south
+    low = np.minimum(some.tail, some.head)[:, axis]
+    line = some.tail[:, 1 - axis] * (int(class_index.max()) + 1) + class_index[some.piece]
+    position = np.concatenate([low, low + some.length])
+    lines = np.concatenate([line, line])
+    order = np.lexsort((position, lines))
+    facts = np.stack([np.ones_like(low), forward, some.piece * forward, some.piece * ~forward], axis=1).astype(np.int64)
+    running = np.cumsum(np.concatenate([facts, -facts])[order], axis=0)[:-1]
+    length = np.diff(position[order])
+    same_line = np.diff(lines[order]) == 0
+    one, two = (same_line & (length > 0) & (running[:, 0] == k) for k in (1, 2))
+    stays_forward = running[one, 1] > 0
+    tail = np.empty((int(one.sum()), 2), np.int64)
+    start = position[order][:-1][one]
+    tail[:, axis] = np.where(stays_forward, start, start + length[one])
+    tail[:, 1 - axis] = lines[order][:-1][one] // (int(class_index.max()) + 1)
+    direction = axis + 2 * (~stays_forward).astype(np.int64)
+    return _Segments(tail, length[one], direction, running[one, 2] + running[one, 3]), running[two][:, 2:]
+
+
+def _components(pairs: I64, count: int) -> I32:
+    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    return np.asarray(connected_components(graph.tocsr(), directed=False)[1])
+
+
+def _rebuild(segments: _Segments, pieces: Objects, group: I32) -> Objects:
+    """Rings and regions from the edges that remain."""
+    following, corner = _chain(segments, pieces.class_index)
+    count, ring = cycles(following)
+    following, count, ring = split_touching(following, count, ring, head=corner, among=np.arange(len(ring)))
+    start = first_of_each(ring, count)
+    hole = _twice_area(segments, ring, count) < 0
+    owner = group[segments.piece[start]]
+    rank = np.lexsort((hole, owner))
+    order = walk(following, start[rank])
+    exterior = np.flatnonzero(~hole[rank])
+    region = owner[rank][exterior]
+    lead = segments.piece[start[rank][exterior]]
+    totals = {
+        name: np.asarray(np.bincount(group, weights=values, minlength=len(pieces)), np.float64)[region]
+        for name, values in pieces.measurements.items()
+    }
+    return Objects(
+        pieces.task,
+        segments.tail[order].astype(np.float64),
+        offsets_of(np.bincount(ring, minlength=count)[rank]),
+        np.append(exterior, count).astype(np.int64),
+        pieces.class_index[lead],
+        pieces.anchor[lead],
+        totals,
+    )
+
+
+def _chain(segments: _Segments, class_index: I32) -> tuple[I32, I64]:
+    """(the edge that follows each edge, the corner it ends in). Where two regions meet diagonally, turn inwards."""
+    head, tail = _corners(segments.head, segments, class_index), _corners(segments.tail, segments, class_index)
+    arriving = np.lexsort(((segments.direction + 1) % 4, head))
+    leaving = np.lexsort((segments.direction, tail))
+    if (head[arriving] != tail[leaving]).any():
+        raise ValueError("regions to merge overlap; parts must come from cores that tile the plane")
+    following = np.empty(len(head), np.int32)
+    following[arriving] = leaving
+    return following, head
+
+
+def _corners(points: I64, segments: _Segments, class_index: I32) -> I64:
+    """A number per (class, point)."""
+    low = segments.tail.min(axis=0)
+    wide = segments.tail[:, 0].max() - low[0] + 1
+    classes = int(class_index.max()) + 1
+    number: I64 = ((points[:, 1] - low[1]) * wide + points[:, 0] - low[0]) * classes + class_index[segments.piece]
+    return number
+
+
+def _twice_area(segments: _Segments, ring: I32, count: int) -> F64:
+    """Twice the signed area per ring: whole numbers, exact in float64."""
+    x, y = segments.tail.T
+    low = segments.tail.min(axis=0)
+    step = _STEP[segments.direction] * segments.length[:, None]
+    cross = (x - low[0]) * step[:, 1] - (y - low[1]) * step[:, 0]
+    return np.asarray(np.bincount(ring, weights=cross.astype(np.float64), minlength=count), np.float64)
+
+
+def _turns(objects: Objects) -> F64:
+    """Cross product of the steps before and after each point: 0 where the outline goes straight on."""
+    points = objects.coords
+    before, after = points - points[preceding_points(objects)], points[following_points(objects)] - points
+    turn: npt.NDArray[np.float64] = before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]
+    return turn
+
+
+def _rotation(objects: Objects) -> I64:
+    """Order of the points that lets each ring begin at its topmost, then leftmost corner."""
+    lengths = np.diff(objects.ring_offsets)
+    ring = np.repeat(np.arange(len(lengths)), lengths)
+    starts = objects.ring_offsets[:-1]
+    first = np.lexsort((objects.coords[:, 0], objects.coords[:, 1], ring))[starts] - starts
+    within = np.arange(len(ring)) - starts[ring]
+    return np.asarray(starts[ring] + (within + first[ring]) % lengths[ring])

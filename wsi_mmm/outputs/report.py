@@ -1,0 +1,251 @@
+"""The run report: `report_json` for machines, `report_html` as one page that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+from PIL import Image
+
+from wsi_mmm.outputs.report_style import STYLE
+
+FACTS = (
+    "id", "uri", "status", "error", "mpp_requested", "mpp_effective", "tiles", "failed_tiles", "objects", "seconds",
+    "tiles_per_s", "busy_share", "bytes_read", "cache_hits", "peak_rss_mb",
+)  # fmt: skip
+_PICTURE = 1100  # px, the longer side of an embedded picture
+_FAILURES = 50  # listed per slide; report.json has all
+_COLORS = ("#3d6fd8", "#e08a1e", "#3a9d6e", "#b0528f", "#7a6ff0", "#8b8f98", "#c2513a")
+
+
+@dataclass(frozen=True, slots=True)
+class SlideRow:
+    """What became of one slide.
+
+    ``status``: done | empty | partial | failed | cancelled. ``extra`` may hold ``failures`` (level-0 rectangles
+    [x0, y0, x1, y1] that could not be read), ``stages`` (name -> seconds), ``files`` (name -> URI), ``classes``
+    (task -> class -> count), ``resumed``, ``reader``.
+    """
+
+    id: str
+    uri: str
+    status: str
+    error: str | None
+    mpp_requested: float | None
+    mpp_effective: float | None
+    tiles: int
+    failed_tiles: int
+    objects: int
+    seconds: float
+    tiles_per_s: float
+    busy_share: float
+    bytes_read: int
+    cache_hits: int
+    peak_rss_mb: float
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def report_json(facts: Mapping[str, Any], slides: Sequence[SlideRow]) -> bytes:
+    """``facts`` of the run (versions, recipe, argv; the caller keeps secrets out) and ``slides``, one object each."""
+    rows = [{**{name: getattr(row, name) for name in FACTS}, **row.extra} for row in slides]
+    return (json.dumps(_finite({**facts, "slides": rows}), indent=1, ensure_ascii=False, default=str) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity are no JSON: null instead."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def report_html(
+    facts: Mapping[str, Any], slides: Sequence[SlideRow], overlays: Mapping[str, bytes] | None = None
+) -> bytes:
+    """The page; ``overlays``: slide id -> PNG. Everything that comes from slides or users is escaped."""
+    cards = "".join(_card(row, (overlays or {}).get(row.id)) for row in slides)
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><title>wsi-mmm report</title>',
+        f"<style>{STYLE}</style></head><body><main>",
+        _header(facts, slides),
+        _table(slides),
+        f'<section class="cards">{cards}</section>',
+        _about(facts),
+        "</main></body></html>\n",
+    ]
+    return "".join(parts).encode()
+
+
+# ---------------------------------------------------------------- parts of the page
+
+
+def _header(facts: Mapping[str, Any], slides: Sequence[SlideRow]) -> str:
+    states = Counter(row.status for row in slides)
+    chips = " ".join(f"{_chip(state, f'{count} {state}')}" for state, count in sorted(states.items()))
+    tiles, seconds = sum(row.tiles for row in slides), float(facts.get("seconds") or 0)
+    figures = [
+        ("slides", f"{len(slides):,}"),
+        ("tiles", f"{tiles:,}"),
+        ("objects", f"{sum(row.objects for row in slides):,}"),
+        ("wall time", _seconds(seconds)),
+        ("tiles/s", f"{tiles / seconds:,.1f}" if seconds else "–"),
+        ("read", _bytes(sum(row.bytes_read for row in slides))),
+    ]
+    boxes = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in figures)
+    return (
+        f"<header><h1>wsi-mmm <small>{_text(facts.get('wsi_mmm_version', ''))}</small></h1>"
+        f"<p>{_text(facts.get('started', ''))} · {_text(facts.get('device', ''))} {chips}</p></header>"
+        f'<section class="figures">{boxes}</section>'
+    )
+
+
+def _table(slides: Sequence[SlideRow]) -> str:
+    heads = (
+        "slide", "status", "mpp asked", "mpp used", "tiles", "failed", "objects", "time", "tiles/s", "model busy",
+        "read", "cache hits", "peak MB",
+    )  # fmt: skip
+    rows = "".join(_table_row(row) for row in slides)
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _table_row(row: SlideRow) -> str:
+    cells = [
+        _number(row.mpp_requested, 4),
+        _number(row.mpp_effective, 4),
+        f"{row.tiles:,}",
+        f"<em>{row.failed_tiles:,}</em>" if row.failed_tiles else "0",
+        f"{row.objects:,}",
+        _seconds(row.seconds),
+        _number(row.tiles_per_s, 1),
+        _meter(row.busy_share),
+        _bytes(row.bytes_read),
+        f"{row.cache_hits:,}",
+        f"{row.peak_rss_mb:,.0f}",
+    ]
+    first = f'<td><a href="#{_text(row.id)}">{_text(row.id)}</a></td><td>{_chip(row.status)}</td>'
+    return f"<tr>{first}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _card(row: SlideRow, overlay: bytes | None) -> str:
+    picture = f'<img alt="overlay of {_text(row.id)}" src="{_picture(overlay)}">' if overlay else ""
+    error = f'<p class="error">{_text(row.error)}</p>' if row.error else ""
+    return (
+        f'<article id="{_text(row.id)}"><h2>{_text(row.id)} {_chip(row.status)}</h2><p class="uri">{_text(row.uri)}</p>'
+        f"{error}{picture}{_stages(row.extra.get('stages') or {})}{_classes(row.extra.get('classes') or {})}"
+        f"{_failures(row.extra.get('failures') or [])}{_files(row.extra.get('files') or {})}</article>"
+    )
+
+
+def _stages(stages: Mapping[str, float]) -> str:
+    """Where time went: one bar, parts as wide as their share (stages of several threads add up)."""
+    total = sum(stages.values())
+    if total <= 0:
+        return ""
+    x, bars, keys = 0.0, [], []
+    for k, (name, seconds) in enumerate(sorted(stages.items(), key=lambda item: -item[1])):
+        width, color = 100 * seconds / total, _COLORS[k % len(_COLORS)]
+        bars.append(f'<rect x="{x:.2f}" y="0" width="{width:.2f}" height="6" fill="{color}"/>')
+        keys.append(f'<li><i style="background:{color}"></i>{_text(name)} {_seconds(seconds)}</li>')
+        x += width
+    svg = f'<svg viewBox="0 0 100 6" preserveAspectRatio="none" role="img" aria-label="time">{"".join(bars)}</svg>'
+    return f'<h3>Where time went</h3>{svg}<ul class="keys">{"".join(keys)}</ul>'
+
+
+def _classes(classes: Mapping[str, Mapping[str, int]]) -> str:
+    lines = []
+    for task, counts in classes.items():
+        said = ", ".join(f"{_text(name)} {count:,}" for name, count in counts.items())
+        lines.append(f"<li><b>{_text(task)}</b> {said}</li>")
+    return f"<h3>Found</h3><ul>{''.join(lines)}</ul>" if lines else ""
+
+
+def _failures(failures: Sequence[Sequence[int]]) -> str:
+    if not failures:
+        return ""
+    shown = "".join(f"<li>{_text(_where(area))}</li>" for area in failures[:_FAILURES])
+    more = f"<p>… and {len(failures) - _FAILURES:,} more in report.json</p>" if len(failures) > _FAILURES else ""
+    return (
+        f'<details open class="failures"><summary>{len(failures):,} areas could not be read (level-0 px)</summary>'
+        f"<ul>{shown}</ul>{more}</details>"
+    )
+
+
+def _where(area: Sequence[int]) -> str:
+    if len(area) != 4:
+        return ", ".join(map(str, area))
+    x0, y0, x1, y1 = area
+    return f"x {x0}–{x1}, y {y0}–{y1}"
+
+
+def _files(files: Mapping[str, str]) -> str:
+    lines = "".join(f"<li>{_text(name)}: <code>{_text(uri)}</code></li>" for name, uri in files.items())
+    return f"<details><summary>Files</summary><ul>{lines}</ul></details>" if lines else ""
+
+
+def _about(facts: Mapping[str, Any]) -> str:
+    shown = {name: value for name, value in facts.items() if name != "slides"}
+    text = json.dumps(_finite(shown), indent=1, ensure_ascii=False, default=str)
+    return f'<details class="about"><summary>How this run was made</summary><pre>{_text(text)}</pre></details>'
+
+
+# ---------------------------------------------------------------- words and numbers
+
+
+def _text(value: object) -> str:
+    return escape(str(value), quote=True)
+
+
+def _chip(status: str, text: str | None = None) -> str:
+    kind = status if status in ("done", "empty", "partial", "failed", "cancelled") else "other"
+    return f'<span class="chip {kind}">{_text(text or status)}</span>'
+
+
+def _meter(share: float) -> str:
+    width = min(max(share if math.isfinite(share) else 0.0, 0.0), 1.0)
+    return f'<span class="meter"><i style="width:{100 * width:.0f}%"></i></span> {100 * width:.0f} %'
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _picture(png: bytes) -> str:
+    """A data URI, made smaller: the page holds many of them."""
+    with Image.open(io.BytesIO(png)) as image:
+        small = image.convert("RGB")
+        small.thumbnail((_PICTURE, _PICTURE))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def statuses(slides: Iterable[SlideRow]) -> dict[str, int]:
+    """Number of slides per status."""
+    return dict(Counter(row.status for row in slides))

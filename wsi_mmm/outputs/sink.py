@@ -1,0 +1,106 @@
+"""`FileSink`: bytes to a file that appears whole or not at all, compressed beside the thread that writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import tempfile
+import threading
+import zlib
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from wsi_mmm.slides.store_local import writing
+
+BLOCK = 1 << 20  # bytes handed on at a time: fixed, so the compressed bytes do not depend on the caller's batches
+LEVEL = 1  # gzip: 6 takes four times as long for a fifth less; measured in tests/benchmarks/bench_geojson.py
+
+
+class _Squeeze(Protocol):
+    def compress(self, data: bytes, /) -> bytes: ...
+    def flush(self) -> bytes: ...
+
+
+class _Plain:
+    def compress(self, data: bytes, /) -> bytes:
+        return data
+
+    def flush(self) -> bytes:
+        return b""
+
+
+class FileSink:
+    """Writes to a temporary file beside ``path``; `close` renames it, `abort` removes it. OutputError on trouble.
+
+    With ``gzip`` the stream is one gzip member without name or time, so equal content gives equal bytes.
+    """
+
+    def __init__(self, path: str | Path, *, gzip: bool = False) -> None:
+        self.path = Path(path)
+        self._buffer = bytearray()
+        self._blocks: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
+        self._error: OSError | None = None
+        self._squeeze: _Squeeze = zlib.compressobj(LEVEL, zlib.DEFLATED, 31) if gzip else _Plain()
+        with writing(str(self.path)):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, self._temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        self._file: BinaryIO = os.fdopen(descriptor, "wb")
+        self._thread = threading.Thread(target=self._drain, name="file-sink", daemon=True)
+        self._thread.start()
+
+    def write(self, data: bytes) -> None:
+        """Append ``data``. An error of an earlier block is raised here or in `close`."""
+        self._buffer += data
+        if len(self._buffer) < BLOCK:
+            return
+        whole = len(self._buffer) // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            self._blocks.put(bytes(self._buffer[start : start + BLOCK]))
+        del self._buffer[:whole]
+        self._check()
+
+    def close(self) -> None:
+        """Finish the file and put it in place."""
+        try:
+            self._blocks.put(bytes(self._buffer))
+            self._stop()
+            self._check()
+            with writing(str(self.path)):
+                self._file.close()
+                os.chmod(self._temporary, 0o644)
+                os.replace(self._temporary, self.path)
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        self._stop()
+        with contextlib.suppress(OSError):  # a full disk fails once more when the file is closed
+            self._file.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._temporary)
+
+    def _stop(self) -> None:
+        if self._thread.is_alive():
+            self._blocks.put(None)
+            self._thread.join()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            with writing(str(self.path)):
+                raise self._error
+
+    def _drain(self) -> None:
+        """The thread: goes on taking blocks after an error, so that the writer never waits for it in vain."""
+        while (block := self._blocks.get()) is not None:
+            self._put(self._squeeze.compress(block))
+        self._put(self._squeeze.flush())
+
+    def _put(self, data: bytes) -> None:
+        if self._error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._error = error

@@ -1,0 +1,106 @@
+"""The Reader port, and the Slide a user holds.
+
+A reader turns a :class:`~wsi_mmm.types.Block` of a target grid into pixels. It is thread-safe: several threads call
+``read`` at once, and no native tile is decoded twice at the same time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Protocol
+
+from wsi_mmm.errors import MppUnknown, RecipeError, SlideDamaged
+from wsi_mmm.types import U8, Block, Canvas, SlideInfo
+
+_MAX_REGION = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class ReadStats:
+    """What a reader has cost so far (cumulative): bytes and requests of storage, native tiles decoded."""
+
+    bytes_read: int = 0
+    requests: int = 0
+    tiles_decoded: int = 0
+
+
+class Reader(Protocol):
+    """Pixels of one slide. ``read`` never raises for a native tile that cannot be decoded: it is white and listed."""
+
+    @property
+    def info(self) -> SlideInfo:
+        """Size, levels, resolution and fingerprint; constant."""
+
+    def read(self, block: Block) -> Canvas:
+        """Return the block's pixels. Raises StorageError when bytes cannot be fetched."""
+
+    def stats(self) -> ReadStats:
+        """Return the cumulative cost."""
+
+    def close(self) -> None:
+        """Let go of files and connections; reading afterwards is an error."""
+
+
+class Slide:
+    """A slide: a Reader with the resolution that holds (its own, or the one the user gave)."""
+
+    def __init__(self, reader: Reader, mpp: float | None = None) -> None:
+        self.reader = reader
+        self.info = reader.info if mpp is None else replace(reader.info, mpp_x=float(mpp), mpp_y=float(mpp))
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+        self.reader.close()
+
+    def scale(self, mpp: float) -> tuple[float, float]:
+        """Return level-0 px per target px at ``mpp``, (x, y). Raises MppUnknown, RecipeError."""
+        check_mpp(mpp)
+        if self.info.mpp_x is None or self.info.mpp_y is None:
+            raise MppUnknown(
+                f"{self.info.uri} does not say its resolution; pass --mpp-override 0.25 (Python: mpp=0.25) "
+                "or give a manifest with a column 'mpp'"
+            )
+        return mpp / self.info.mpp_x, mpp / self.info.mpp_y
+
+    def read_region(self, x0: int, y0: int, width: int, height: int, mpp: float | None = None) -> U8:
+        """Return uint8[height, width, 3]: ``width`` x ``height`` px at ``mpp`` (None: level 0) from level-0 (x0, y0).
+
+        White outside the slide. Raises SlideDamaged when a native tile in it cannot be decoded.
+        """
+        scale_x, scale_y = (1.0, 1.0) if mpp is None else self.scale(mpp)
+        if width <= 0 or height <= 0 or width * height > _MAX_REGION:
+            raise RecipeError(f"a region of {width} x {height} px cannot be read; give 1 to {_MAX_REGION} px")
+        canvas = self.reader.read(Block(0, 0, width, height, scale_x, scale_y, int(x0), int(y0)))
+        if len(canvas.failed):
+            x, y, x1, y1 = canvas.failed[0].tolist()
+            raise SlideDamaged(
+                f"{self.info.uri}: {len(canvas.failed)} native tile(s) cannot be decoded, "
+                f"the first at level-0 px ({x}, {y}) to ({x1}, {y1})"
+            )
+        return canvas.pixels
+
+    def thumbnail(self, max_size: int) -> U8:
+        """Return the whole slide as uint8[h, w, 3], its longer side ``max_size`` px; damaged tiles are white."""
+        if max_size <= 0:
+            raise RecipeError(f"a thumbnail of {max_size} px cannot be made; give a size of at least 1")
+        scale = max(max(self.info.width, self.info.height) / max_size, 1.0)
+        width = max(1, round(self.info.width / scale))
+        height = max(1, round(self.info.height / scale))
+        block = Block(0, 0, width, height, self.info.width / width, self.info.height / height)
+        return self.reader.read(block).pixels
+
+
+def check_mpp(mpp: float) -> None:
+    """Raise RecipeError unless ``mpp`` is a finite number above 0."""
+    if not math.isfinite(mpp) or mpp <= 0:
+        raise RecipeError(f"mpp must be a number above 0 (micrometres per pixel), not {mpp}")

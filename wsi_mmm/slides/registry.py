@@ -1,0 +1,97 @@
+"""Which reader reads a slide: decided by its content, or named by the user; never a silent second try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from wsi_mmm.errors import NotASlide, RecipeError
+from wsi_mmm.slides.base import Reader, Slide, check_mpp
+from wsi_mmm.slides.openslide import detect, open_with_openslide
+from wsi_mmm.slides.store import ByteStore, is_local, open_store, redact
+from wsi_mmm.slides.tiff import TiffReader
+from wsi_mmm.slides.tiff_ifd import Directory, is_tiff, read_directories
+from wsi_mmm.slides.tiff_meta import plane_of, unsupported, vendor_of
+from wsi_mmm.slides.tiffslide import open_with_tiffslide
+
+_PLAIN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP", b"BM": "BMP", b"%PDF": "PDF",
+          b"PK\x03\x04": "ZIP", b"\x1f\x8b": "gzip"}  # fmt: skip
+
+
+def open_slide(uri: str, mpp: float | None = None, reader: str | None = None) -> Slide:
+    """Open a slide at a path or URI; ``mpp`` overrides what it says of level 0, ``reader`` forces one by name.
+
+    Raises SlideNotFound, NotASlide, SlideDamaged, StorageError, RecipeError.
+    """
+    uri = str(uri)
+    if mpp is not None:
+        check_mpp(mpp)
+    if reader is not None and reader not in READERS:
+        raise RecipeError(f"there is no reader {reader!r}; choose one of {', '.join(READERS)}")
+    return Slide(READERS[reader](uri) if reader else _by_content(uri), mpp)
+
+
+def _by_content(uri: str) -> Reader:
+    store = open_store(uri)
+    try:
+        found = _examine(store)
+        if not isinstance(found, str):
+            return TiffReader(store, found)
+    except BaseException:
+        store.close()
+        raise
+    store.close()
+    return READERS[found](uri)
+
+
+def _examine(store: ByteStore) -> str | list[Directory]:
+    """Return the directories of a TIFF for our own reader, else a reader's name. Raises NotASlide, SlideDamaged."""
+    name = redact(store.uri)
+    if store.size == 0:
+        raise NotASlide(f"{name} is empty (0 bytes); copy it again")
+    head = store.get_ranges([(0, 132)])[0]
+    if not is_tiff(head):
+        return _other_kind(store.uri, name, head)
+    directories = read_directories(store)
+    first = directories[0]
+    if vendor_of(first) is None or unsupported(plane_of(first, name)):
+        return "openslide" if _seen_by_openslide(store.uri) else directories
+    return directories
+
+
+def _other_kind(uri: str, name: str, head: bytes) -> str:
+    plain = next((kind for magic, kind in _PLAIN.items() if head.startswith(magic)), None)
+    if not is_local(uri):
+        what = "DICOM" if head[128:132] == b"DICM" else plain or "no TIFF"
+        raise NotASlide(f"{name} is {what}; only TIFF slides are read over the network: copy it to a local disk")
+    # MRXS is a small JPEG beside a folder: ask OpenSlide before calling a JPEG a photo.
+    if detect(uri) is not None:
+        return "openslide"
+    if plain in ("PNG", "JPEG", "GIF", "WebP", "BMP"):
+        raise NotASlide(
+            f"{name} is a plain {plain} image, not a slide; convert it to a pyramidal tiled TIFF "
+            "(vips tiffsave in.png out.tif --tile --pyramid)"
+        )
+    what = f"a {plain} file" if plain else "of no format that a reader knows"
+    raise NotASlide(f"{name} is {what}; give a slide (SVS, TIFF, OME-TIFF, NDPI, MRXS, DICOM, ...)")
+
+
+def _seen_by_openslide(uri: str) -> bool:
+    if not is_local(uri):
+        raise NotASlide(f"{redact(uri)} is a TIFF that only OpenSlide reads, from local files; copy it to a disk")
+    return detect(uri) is not None
+
+
+def _open_tiff(uri: str) -> Reader:
+    store = open_store(uri)
+    try:
+        return TiffReader(store)
+    except BaseException:
+        store.close()
+        raise
+
+
+READERS: dict[str, Callable[[str], Reader]] = {
+    "tiff": _open_tiff,
+    "openslide": open_with_openslide,
+    "tiffslide": open_with_tiffslide,
+}

@@ -1,0 +1,105 @@
+"""Decoded native tiles, bounded in bytes; a tile that one thread is decoding is waited for, never decoded twice."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+Load = Callable[[Sequence[Key]], Iterator[tuple[Key, Value, int]]]  # keys -> (key, value, bytes)
+
+
+class TileCache(Generic[Key, Value]):
+    """Least recently used goes first; *cold* values (unlikely to be asked again) go before all others."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._hot: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
+        self._cold: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
+        self._flying: set[Key] = set()
+        self._changed = threading.Condition()
+
+    def visit(
+        self,
+        keys: Sequence[Key],
+        load: Load[Key, Value],
+        use: Callable[[Key, Value], None],
+        cold: Callable[[Key], bool],
+    ) -> None:
+        """Call ``use`` once with every key's value; ``load`` is asked only for what nobody has or is loading.
+
+        What ``load`` raises goes to the caller; other threads that waited for those keys then load them themselves.
+        """
+        left = list(keys)
+        while left:
+            have, mine, theirs = self._claim(left)
+            for key, value in have:
+                use(key, value)
+            if mine:
+                with self._release(mine):
+                    for key, value, size in load(mine):
+                        use(key, value)
+                        self._land(key, value, size, cold=cold(key))
+            elif theirs and not have:
+                self._wait(theirs)
+            left = theirs
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._changed:
+            self._hot.clear()
+            self._cold.clear()
+            self.used = 0
+
+    def _claim(self, keys: Sequence[Key]) -> tuple[list[tuple[Key, Value]], list[Key], list[Key]]:
+        have: list[tuple[Key, Value]] = []
+        mine: list[Key] = []
+        theirs: list[Key] = []
+        with self._changed:
+            for key in keys:
+                found = self._find(key)
+                if found is not None:
+                    have.append((key, found[0]))
+                elif key in self._flying:
+                    theirs.append(key)
+                else:
+                    mine.append(key)
+            self._flying.update(mine)
+        return have, mine, theirs
+
+    def _wait(self, keys: Sequence[Key]) -> None:
+        """Return when at least one of ``keys`` has landed or was given up."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._flying.issuperset(keys))
+
+    def _find(self, key: Key) -> tuple[Value, int] | None:
+        for shelf in (self._hot, self._cold):
+            if key in shelf:
+                shelf.move_to_end(key)
+                return shelf[key]
+        return None
+
+    @contextmanager
+    def _release(self, keys: Sequence[Key]) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._flying.difference_update(keys)
+                self._changed.notify_all()
+
+    def _land(self, key: Key, value: Value, size: int, *, cold: bool) -> None:
+        with self._changed:
+            self._flying.discard(key)
+            (self._cold if cold else self._hot)[key] = (value, size)
+            self.used += size
+            while self.used > self.limit and (self._cold or self._hot):
+                _, (_, freed) = (self._cold or self._hot).popitem(last=False)
+                self.used -= freed
+            self._changed.notify_all()

@@ -1,0 +1,36 @@
+"""Arithmetic of URIs; no I/O."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
+
+
+def is_local(uri: str) -> bool:
+    """Tell whether ``uri`` is a path or a ``file://`` URI (a Windows drive letter is a path)."""
+    return not _SCHEME.match(uri) or uri.startswith("file://")
+
+
+def local_path(uri: str) -> Path:
+    """Return the path of a local URI."""
+    return Path(unquote(urlsplit(uri).path)) if uri.startswith("file://") else Path(uri)
+
+
+def join(uri: str, *parts: str) -> str:
+    """Return ``uri`` with ``parts`` below it, '/' between them."""
+    return "/".join([uri.rstrip("/"), *(p.strip("/") for p in parts)])
+
+
+def redact(uri: str) -> str:
+    """Return ``uri`` without user, password, query and fragment: what may be shown."""
+    if is_local(uri):
+        return uri
+    parts = urlsplit(uri)
+    if parts.scheme in ("s3", "s3a", "gs"):
+        scheme, rest = uri.split("://", 1)
+        bucket, slash, key = rest.partition("/")
+        return f"{scheme}://{bucket.rpartition('@')[2]}{slash}{key}"
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

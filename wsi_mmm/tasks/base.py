@@ -1,0 +1,99 @@
+"""PORT Task: what to learn and to say. A task is a head, targets, a loss, and how its integers become findings.
+
+A task's life at inference: logits -> ``quantise`` (uint8, the last use of torch) -> blended over overlaps ->
+``interpret`` (pixel tasks) or ``table`` (tile tasks). Everything after ``quantise`` is a pure, local function of
+integers, so that results do not depend on how the slide was cut into blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi_mmm.types import U8, Objects, TaskInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from wsi_mmm.model.heads import HeadSpec
+
+Truth = Any
+Scope = Literal["pixel", "tile"]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Where a window of blended maps lies on its slide, and which part of it is to be answered for.
+
+    ``y0``, ``x0``: target px of the window's first map px (multiples of the task's stride). ``core``: (y0, x0, y1, x1)
+    in target px, half open: objects whose anchor lies in it belong to this view. ``scale_x``, ``scale_y``: level-0 px
+    per target px. ``width``, ``height``: size of the slide in target px.
+    """
+
+    y0: int
+    x0: int
+    core: tuple[int, int, int, int]
+    scale_x: float
+    scale_y: float
+    width: int
+    height: int
+
+
+class Task(Protocol):
+    """What a kind of task must offer; see `make_task` for the registry.
+
+    Cells beyond the slide count as zeros.
+    """
+
+    @property
+    def info(self) -> TaskInfo:
+        """Name, kind, classes, colors."""
+
+    @property
+    def scope(self) -> Scope:
+        """Whether it answers per pixel or per tile."""
+
+    @property
+    def stride(self) -> int:
+        """Target px per map px."""
+
+    @property
+    def channels(self) -> int:
+        """uint8 channels after `quantise`."""
+
+    @property
+    def halo(self) -> int:
+        """Target px of context round a core that make its interpretation exact."""
+
+    def head(self, spec: HeadSpec) -> nn.Module:
+        """The module that turns the decoder's map (pixel) or the vector (tile) into this task's logits."""
+
+    def target(self, truth: Truth) -> Tensor:
+        """One picture's truth as the tensor that `loss` wants (instances: int32[h, w] labels, segment: int32[h, w]
+        class indices, classify: one class index; negative means unknown)."""
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Scalar; about 1 for random predictions, so that tasks add up fairly."""
+
+    def quantise(self, logits: Tensor) -> Tensor:
+        """Logits float[n, K, ...] -> uint8[n, channels, ...]."""
+
+    def metrics(self, pairs: Iterable[tuple[Truth, U8]]) -> dict[str, float]:
+        """Quality over pictures: (truth, quantised answer of the same picture)."""
+
+    def interpret(self, window: U8, view: View) -> Objects:
+        """Pixel tasks: blended uint8[channels, h, w] -> the findings that the view's core owns, sorted by anchor."""
+
+    def table(self, values: U8) -> Mapping[str, npt.NDArray[Any]]:
+        """Tile tasks: quantised uint8[n, channels] -> columns for the tiles table."""
+
+
+def check_view(window: U8, view: View, stride: int) -> None:
+    """ValueError if window and view do not lie on the map grid (a mistake of the caller, not of a user)."""
+    values = (view.y0, view.x0, *view.core)
+    if window.ndim != 3 or window.dtype != np.uint8 or any(v % stride for v in values):
+        raise ValueError(f"window must be uint8[C, h, w] and the view on a grid of {stride} target px: {view}")

@@ -1,0 +1,166 @@
+"""`instances`: separate every object of one class (nuclei), touching ones too.
+
+The head says four things per map px: is it foreground, how deep inside its object, and in which direction (dx, dy) the
+object's centre lies, with the distance while it is short. Foreground px walk to centres, which parts touching objects;
+`grouping` turns the bytes into labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from wsi_mmm.outputs.polygons import Frame, to_objects, trace
+from wsi_mmm.tasks import grouping, metrics
+from wsi_mmm.tasks.base import Scope, Truth, View, check_view
+from wsi_mmm.types import F64, I32, I64, U8, Mask, Objects, TaskInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from wsi_mmm.model.heads import HeadSpec
+
+UNIT = 4.0  # target px per unit of the head's offset logits: keeps them near 1
+STRIDE_MAX = 8.0  # target px that one offset reaches at most; farther centres are reached in several hops
+
+
+DEFAULT = grouping.Rules()
+
+
+@dataclass(frozen=True, slots=True)
+class Instances:
+    """The `instances` task; maps have ``stride`` 2."""
+
+    info: TaskInfo
+    rules: grouping.Rules = DEFAULT
+    scope: Scope = "pixel"
+    stride: int = 2
+    channels: int = 4
+    halo: int = 2 * grouping.HALO
+
+    def head(self, spec: HeadSpec) -> nn.Module:
+        """Logits float[n, 4, h, w]: foreground, depth, dx, dy (offsets in units of `UNIT` target px)."""
+        from wsi_mmm.model.heads import build_head
+
+        return build_head("map", spec, 4)
+
+    def target(self, truth: Truth) -> Tensor:
+        """int32[h, w] labels -> float32[5, h / 2, w / 2]: soft foreground, depth, dx, dy (target px), weight of offsets
+        (8 / radius of the object: what counts is the error relative to its size).
+
+        All-negative labels mean unknown: the whole target is NaN and `loss` leaves the picture out.
+        """
+        import torch
+
+        return torch.from_numpy(_target(np.asarray(truth, np.int32)))
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross entropy and Dice of the foreground, depth, and smooth L1 of the offsets inside objects."""
+        from wsi_mmm.tasks.losses import instances_loss
+
+        return instances_loss(logits, target, unit=UNIT)
+
+    def quantise(self, logits: Tensor) -> Tensor:
+        """Probabilities as 0..255; offsets in 1 / `grouping.STEPS` map px round 128."""
+        import torch
+
+        chance = torch.sigmoid(logits[:, :2].float()) * 255.0
+        offset = logits[:, 2:].float() * (UNIT / self.stride * grouping.STEPS) + grouping.ZERO
+        return torch.cat([chance, offset], dim=1).round().clamp(0.0, 255.0).to(torch.uint8)
+
+    def metrics(self, pairs: Iterable[tuple[Truth, U8]]) -> dict[str, float]:
+        """F1 and the like at IoU 0.5, over all objects of all pictures."""
+        return metrics.total(metrics.match(truth, self.labels(maps)) for truth, maps in pairs).figures()
+
+    def labels(self, maps: U8) -> I32:
+        """uint8[4, h, w] of one whole picture -> labels int32[2h, 2w]."""
+        height, width = maps.shape[1:]
+        return grouping.group(maps, grouping.Place(0, 0, height, width), self.rules)[0]
+
+    def interpret(self, window: U8, view: View) -> Objects:
+        """Objects whose centre px lies in the core, cut at the slide's edge, with their mean ``probability``."""
+        check_view(window, view, self.stride)
+        rows, columns = -(-view.height // self.stride), -(-view.width // self.stride)
+        place = grouping.Place(view.y0 // self.stride, view.x0 // self.stride, rows, columns)
+        labels, centres = grouping.group(window, place, self.rules)
+        labels[max(0, view.height - view.y0) :] = 0
+        labels[:, max(0, view.width - view.x0) :] = 0
+        anchors = centres * self.stride
+        y0, x0, y1, x1 = view.core
+        owned = (anchors[:, 0] >= y0) & (anchors[:, 0] < y1) & (anchors[:, 1] >= x0) & (anchors[:, 1] < x1)
+        labels = np.append(False, owned)[labels] * labels
+        rings = trace(labels)
+        number = rings.labels.astype(np.int64) - 1
+        return to_objects(
+            rings,
+            Frame(view.x0, view.y0, 1.0, view.scale_x, view.scale_y),
+            task=self.info.name,
+            class_index=np.zeros(len(number), np.int32),
+            anchor=anchors[number],
+            measurements={"probability": _means(labels, grouping.double(window[0]), rings.labels)},
+        )
+
+    def table(self, values: U8) -> Mapping[str, npt.NDArray[Any]]:
+        """Pixel tasks have no tile table."""
+        return {}
+
+
+def _means(labels: I32, doubled: npt.NDArray[np.uint16], which: I32) -> F64:
+    """Mean foreground probability of each label in ``which``: sums of integers, divided once."""
+    drawn = labels > 0
+    number, size = labels[drawn], int(which.max()) + 1 if len(which) else 1
+    sums = np.bincount(number, weights=doubled[drawn], minlength=size)
+    counts = np.bincount(number, minlength=size)
+    means: F64 = sums[which] / (counts[which] * (16.0 * 255.0))
+    return means
+
+
+def _target(labels: I32) -> npt.NDArray[np.float32]:
+    """See `Instances.target`."""
+    height, width = labels.shape[0] // 2, labels.shape[1] // 2
+    out = np.zeros((5, height, width), np.float32)
+    if labels.size and int(labels.max()) < 0:
+        out[:] = np.nan
+        return out
+    ids, flat = np.unique(np.maximum(labels, 0), return_inverse=True)
+    index: I64 = flat.reshape(labels.shape)
+    centre_y, centre_x, radius = _shapes(index, len(ids))
+    quarters = index.reshape(height, 2, width, 2).transpose(0, 2, 1, 3).reshape(height, width, 4)
+    out[0] = (ids[quarters] > 0).mean(axis=2)
+    own = quarters.max(axis=2)
+    inside = ids[own] > 0
+    y, x = np.mgrid[1 : 2 * height : 2, 1 : 2 * width : 2]
+    to_x, to_y = centre_x[own] - x, centre_y[own] - y
+    distance = np.hypot(to_x, to_y)
+    short = STRIDE_MAX * (1.0 - np.exp(-distance / STRIDE_MAX)) / np.maximum(distance, 1e-6)
+    out[1] = _depth(own, inside, len(ids))
+    out[2], out[3] = np.where(inside, to_x * short, 0.0), np.where(inside, to_y * short, 0.0)
+    out[4] = inside * 8.0 / np.maximum(radius[own], 4.0)
+    return out
+
+
+def _depth(own: I64, inside: Mask, count: int) -> F64:
+    """How deep inside its object a px lies: near 0 at the rim (touching ones too), 1 in the middle."""
+    padded = np.pad(own, 1, mode="edge")
+    beside = (padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1])
+    rim = np.logical_or.reduce([other != own for other in beside])
+    depth = (ndimage.distance_transform_edt(np.pad(~rim, 1, mode="edge"))[1:-1, 1:-1] + 0.5) * inside
+    deepest = np.zeros(count)
+    np.maximum.at(deepest, own.ravel(), depth.ravel())
+    share: F64 = depth / np.maximum(deepest[own], 0.5)
+    return share
+
+
+def _shapes(index: I64, count: int) -> tuple[F64, F64, F64]:
+    """Centroid (y, x; px edges are integers) and radius of the disc of equal area, per label."""
+    flat = index.ravel()
+    y, x = np.mgrid[: index.shape[0], : index.shape[1]]
+    area = np.bincount(flat, minlength=count)
+    mean_y = np.bincount(flat, weights=y.ravel(), minlength=count) / area + 0.5
+    mean_x = np.bincount(flat, weights=x.ravel(), minlength=count) / area + 0.5
+    return mean_y, mean_x, np.sqrt(area / np.pi)

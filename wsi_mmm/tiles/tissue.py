@@ -1,0 +1,194 @@
+"""Which tiles hold tissue: a mask of the slide, found, given or absent, and the tiles it selects."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from wsi_mmm.annotations import parse_shapes, rasterise
+from wsi_mmm.errors import RecipeError, SlideNotFound
+from wsi_mmm.slides.base import Slide
+from wsi_mmm.slides.store import read_bytes, redact
+from wsi_mmm.tiles.find import find_tissue
+from wsi_mmm.types import F32, F64, I64, Block, Grid, Mask, SlideInfo
+
+MASK_MPP = 8.0
+"""Resolution at which tissue is looked for, where the slide's size allows."""
+
+ASSUMED_MPP = 0.25
+"""Taken for the sizes of windows and specks on a slide that does not say its resolution; never for coordinates."""
+
+FINEST_MPP = 2.0
+"""Tissue is never looked for finer than this: single cells would look smooth."""
+
+MIN_SIDE, MAX_SIDE = 512, 1536
+"""Bounds of the longer side of the picture in which tissue is looked for, px."""
+
+SHAPES_SIDE = 4096
+"""Longer side of the mask that polygons are drawn into, px."""
+
+MIN_TISSUE = 0.01
+"""Default share of a tile that must be tissue: low, so that pale and ragged edges stay in."""
+
+_CHUNK = 1 << 21  # tiles looked at together: bounds memory, not the result
+_SHAPES = (b"{", b"[", b"<", b"\x1f\x8b", b"PK\x03\x04", b"\xef\xbb\xbf")
+
+
+@dataclass(frozen=True, slots=True)
+class TissueMask:
+    """``mask`` bool[h, w]: row i, column j covers level-0 px from (j * scale_x, i * scale_y) on."""
+
+    mask: Mask
+    scale_x: float
+    scale_y: float
+
+
+def tissue_mask(slide: Slide, tissue: str = "auto") -> TissueMask:
+    """Where the tissue of ``slide`` is.
+
+    ``tissue``: "auto" looks for it; "none" takes the whole slide; anything else is the path or URI of an annotation
+    file (polygons in level-0 px) or of a mask picture of the slide (nonzero = tissue). What cannot be decoded counts
+    as tissue, so that the run meets it and lists it. Raises RecipeError, AnnotationError, StorageError.
+    """
+    if tissue == "none":
+        return TissueMask(np.ones((1, 1), bool), float(slide.info.width), float(slide.info.height))
+    if tissue == "auto":
+        return _auto(slide)
+    data = _fetch(tissue)
+    if data.lstrip()[:4].startswith(_SHAPES):
+        return _from_shapes(data, redact(tissue), slide.info)
+    return _from_picture(data, redact(tissue), slide.info)
+
+
+def select_tiles(grid: Grid, mask: TissueMask, min_tissue: float = MIN_TISSUE) -> I64:
+    """Tiles int64[n, 2] (row, column), row-major, of which a share of at least ``min_tissue`` is tissue.
+
+    The share is of the tile's part inside the slide. Only tiles with some tissue are selected, unless ``min_tissue``
+    is 0: then all are. Raises RecipeError unless 0 <= min_tissue <= 1.
+    """
+    if not 0 <= min_tissue <= 1:
+        raise RecipeError(f"min_tissue is {min_tissue}: give a share from 0 to 1, such as {MIN_TISSUE}")
+    sums = np.zeros((mask.mask.shape[0] + 1, mask.mask.shape[1] + 1), np.int64)
+    sums[1:, 1:] = mask.mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
+    x0, x1 = _spans(grid, (grid.columns, grid.width), grid.scale_x / mask.scale_x, mask.mask.shape[1])
+    y0, y1 = _spans(grid, (grid.rows, grid.height), grid.scale_y / mask.scale_y, mask.mask.shape[0])
+    chunk = max(1, _CHUNK // max(grid.columns, mask.mask.shape[1]))
+    found = []
+    for start in range(0, grid.rows, chunk):
+        rows = slice(start, start + chunk)
+        band = (_at(sums, y1[rows]) - _at(sums, y0[rows])).T
+        covered = (_at(band, x1) - _at(band, x0)).T
+        area = (y1 - y0)[rows, None] * (x1 - x0)[None, :]
+        # Differences of interpolated sums: exact to far below a millionth of a mask pixel.
+        keep = covered >= min_tissue * area - 1e-6
+        found.append(np.argwhere(keep & (covered > 1e-6) if min_tissue > 0 else keep) + np.array([start, 0]))
+    return np.concatenate(found).astype(np.int64)
+
+
+def tissue_share(grid: Grid, mask: TissueMask, index: I64) -> F32:
+    """Share of each tile of ``index`` int64[n, 2] (its part inside the slide) that is tissue: float32[n], 0 to 1."""
+    sums = np.zeros((mask.mask.shape[0] + 1, mask.mask.shape[1] + 1), np.int64)
+    sums[1:, 1:] = mask.mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
+    x0, x1 = _spans(grid, (grid.columns, grid.width), grid.scale_x / mask.scale_x, mask.mask.shape[1])
+    y0, y1 = _spans(grid, (grid.rows, grid.height), grid.scale_y / mask.scale_y, mask.mask.shape[0])
+    rows, places = np.unique(index[:, 0], return_inverse=True)
+    band = (_at(sums, y1[rows]) - _at(sums, y0[rows])).T
+    covered = (_at(band, x1) - _at(band, x0)).T[places, index[:, 1]]
+    area = (y1 - y0)[index[:, 0]] * (x1 - x0)[index[:, 1]]
+    return np.clip(covered / np.maximum(area, 1e-9), 0.0, 1.0).astype(np.float32)
+
+
+def _spans(grid: Grid, count_size: tuple[int, int], ratio: float, limit: int) -> tuple[F64, F64]:
+    """Start and end in mask px of each tile along one axis of (tiles, target px), cut to slide and mask."""
+    count, size = count_size
+    start = np.arange(count, dtype=np.float64) * grid.stride
+    end = np.minimum(start + grid.tile, size)
+    return np.minimum(start * ratio, limit), np.minimum(end * ratio, limit)
+
+
+def _at(sums: npt.NDArray[np.int64] | F64, where: F64) -> F64:
+    """Rows of running sums at fractional positions ``where``: exact for pixels of constant value."""
+    low = np.minimum(where.astype(np.int64), len(sums) - 2)
+    part = (where - low)[:, None]
+    return np.asarray(sums[low] * (1 - part) + sums[low + 1] * part, np.float64)
+
+
+def _auto(slide: Slide) -> TissueMask:
+    """Look for tissue on one small read of the whole slide."""
+    info = slide.info
+    mpp_x, mpp_y = info.mpp_x or ASSUMED_MPP, info.mpp_y or ASSUMED_MPP
+    side = max(info.width * mpp_x, info.height * mpp_y)
+    um_per_px = max(min(max(MASK_MPP, side / MAX_SIDE), side / MIN_SIDE), FINEST_MPP, mpp_x, mpp_y)
+    um_per_px *= _to_level(info, um_per_px / mpp_x, um_per_px / mpp_y)
+    scale_x, scale_y = um_per_px / mpp_x, um_per_px / mpp_y
+    width, height = math.ceil(info.width / scale_x), math.ceil(info.height / scale_y)
+    canvas = slide.reader.read(Block(0, 0, width, height, scale_x, scale_y))
+    mask = find_tissue(canvas.pixels, um_per_px)
+    for x0, y0, x1, y1 in canvas.failed / (scale_x, scale_y, scale_x, scale_y):
+        mask[math.floor(y0) : math.ceil(y1), math.floor(x0) : math.ceil(x1)] = True
+    return TissueMask(mask, scale_x, scale_y)
+
+
+def _to_level(info: SlideInfo, scale_x: float, scale_y: float) -> float:
+    """By how much to change the scale to meet a pyramid level, or a power of two of one: cheap to decode."""
+    for shrink in (1, 2, 4, 8):
+        fits = [max(one.downsample_x * shrink / scale_x, one.downsample_y * shrink / scale_y) for one in info.levels]
+        near = [fit for fit in fits if 0.95 <= fit <= 1.5]
+        if near:
+            return min(near)
+    return 1.0
+
+
+def _fetch(tissue: str) -> bytes:
+    try:
+        return read_bytes(tissue)
+    except SlideNotFound as error:
+        raise RecipeError(
+            f"tissue {redact(tissue)!r} is neither 'auto' nor 'none', and no file is there: "
+            "give one of them, a GeoJSON of polygons, or a mask picture"
+        ) from error
+
+
+def _from_shapes(data: bytes, name: str, info: SlideInfo) -> TissueMask:
+    shapes = parse_shapes(data, name)
+    if not shapes:
+        raise RecipeError(f"{name}: no polygon is in it: draw the tissue, or use --tissue auto")
+    scale = max(max(info.width, info.height) / SHAPES_SIDE, 1.0)
+    size = math.ceil(info.height / scale), math.ceil(info.width / scale)
+    return TissueMask(rasterise(shapes, size, scale_x=scale, scale_y=scale), scale, scale)
+
+
+def _from_picture(data: bytes, name: str, info: SlideInfo) -> TissueMask:
+    mask = _picture(data, name)
+    height, width = mask.shape
+    expected = width * info.height / info.width
+    if abs(height - expected) > max(1.0, 0.01 * expected):
+        raise RecipeError(
+            f"{name}: a mask of {width} x {height} px does not have the aspect of the slide's {info.width} x "
+            f"{info.height} px: give a mask of the whole slide, such as {width} x {max(1, round(expected))} px"
+        )
+    return TissueMask(mask, info.width / width, info.height / height)
+
+
+def _picture(data: bytes, name: str) -> Mask:
+    """Nonzero pixels of a picture (of any channel but alpha; where alpha is zero, nothing)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as picture:
+                values = np.asarray(picture)
+                alpha = picture.mode in ("RGBA", "LA")
+    except Image.DecompressionBombError as error:
+        raise RecipeError(f"{name}: the mask has too many pixels ({error}): make it smaller") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RecipeError(f"{name}: no GeoJSON, nor a picture that can be read: give GeoJSON, PNG or TIFF") from error
+    if values.ndim == 2:
+        return np.asarray(values != 0, bool)
+    colour = values[..., :-1] if alpha else values
+    return np.asarray((colour != 0).any(axis=2) & (values[..., -1] != 0 if alpha else True), bool)

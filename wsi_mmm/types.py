@@ -1,0 +1,157 @@
+"""Frozen records that every room passes on. No I/O, no heavy imports.
+
+Words: *level-0 px* are pixels of the full-resolution level in the uncropped OpenSlide frame;
+*target px* are pixels of the grid at the recipe's mpp, anchored at level-0 (0, 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+U8 = npt.NDArray[np.uint8]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One pyramid level. ``downsample_x`` = level-0 width / this width, exactly (likewise y)."""
+
+    width: int
+    height: int
+    downsample_x: float
+    downsample_y: float
+    tile_width: int
+    tile_height: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlideInfo:
+    """What a slide says about itself (or was told: ``mpp`` overridden by the user).
+
+    ``fingerprint`` is hex of a hash of content samples: equal for equal bytes on any storage.
+    ``mpp_x``/``mpp_y``: micrometres per level-0 pixel, or None when the slide does not say.
+    ``bounds_x``/``bounds_y``: offset of the scanned area as OpenSlide reports it (0 when none).
+    """
+
+    uri: str
+    width: int
+    height: int
+    mpp_x: float | None
+    mpp_y: float | None
+    levels: tuple[Level, ...]
+    vendor: str
+    reader: str
+    fingerprint: str
+    objective: float | None = None
+    bounds_x: int = 0
+    bounds_y: int = 0
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A rectangle of the target grid to be read.
+
+    Output pixel ``k`` (``x <= k < x + width``) covers the level-0 interval
+    ``[origin_x + k * scale_x, origin_x + (k + 1) * scale_x)``; likewise y. Because the interval is
+    computed from the absolute integer ``k``, a pixel's value does not depend on the block it is read in.
+    ``scale`` is level-0 px per target px (1.0: level 0 itself; below 1.0 is upsampling).
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    scale_x: float
+    scale_y: float
+    origin_x: int = 0
+    origin_y: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """What a Reader returns: ``pixels`` uint8[height, width, 3] RGB, white outside the slide.
+
+    ``failed`` int64[n, 4]: level-0 rectangles (x0, y0, x1, y1) that could not be decoded (white in ``pixels``).
+    """
+
+    pixels: U8
+    failed: I64
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The target grid of one slide: ``columns`` x ``rows`` tiles of ``tile`` target px, ``stride`` apart.
+
+    ``width``/``height``: size of the slide in target px (the last tiles may reach beyond it: white).
+    ``mpp`` is the requested one; ``mpp_effective`` = scale * slide mpp (they differ only by float rounding).
+    """
+
+    tile: int
+    overlap: int
+    columns: int
+    rows: int
+    width: int
+    height: int
+    scale_x: float
+    scale_y: float
+    mpp: float
+
+    @property
+    def stride(self) -> int:
+        """Target px between the left edges of neighbouring tiles."""
+        return self.tile - self.overlap
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tiles on their way to the model.
+
+    ``pixels`` uint8[n, tile, tile, 3]; ``xy`` int64[n, 2] level-0 px of the top-left corner (x, y);
+    ``index`` int64[n, 2] (row, column) in the grid; ``failed`` bool[n]: some pixel of the tile could not be read.
+    """
+
+    pixels: U8
+    xy: I64
+    index: I64
+    failed: Mask
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """n polygons of one task, as ragged arrays; nothing per object lives in Python.
+
+    ``coords`` float64[m, 2] (x, y) level-0 px. Ring r is ``coords[ring_offsets[r]:ring_offsets[r + 1]]``, *not* closed
+    (the first point is not repeated). Object i owns rings ``object_offsets[i]:object_offsets[i + 1]``: the first is the
+    exterior, the others are holes. ``class_index`` int32[n]; ``anchor`` int64[n, 2] (y, x) in target px, unique
+    within a task: the pixel that owns the object and the key it is sorted by. ``measurements``: name -> float64[n].
+    """
+
+    task: str
+    coords: F64
+    ring_offsets: I64
+    object_offsets: I64
+    class_index: I32
+    anchor: I64
+    measurements: Mapping[str, F64] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.class_index)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """What files need to know of a task: its name, kind, class names and class colours (r, g, b)."""
+
+    name: str
+    kind: str
+    classes: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
