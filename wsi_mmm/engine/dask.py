@@ -36,7 +36,8 @@ class DaskExecutor:
         self._lock = threading.Lock()
         self.warnings: list[str] = []
         self._workers = self._able_workers()
-        self._places = AHEAD * sum(self._client.nthreads()[worker] for worker in self._workers)
+        threads: dict[str, int] = self._client.nthreads()
+        self._places: int = AHEAD * sum(threads[worker] for worker in self._workers)
 
     def _able_workers(self) -> list[str]:
         """Addresses of the workers that can do the work; an error when there is none, a warning for each left out."""
