@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import subprocess
@@ -33,11 +32,22 @@ class Row:
     error: str = ""
     objects: int = 0
 
+    @property
+    def extra(self) -> dict[str, Any]:
+        files = {name: f"out/{self.id}/{file}" for name, file in FILES.items()}
+        return {"files": files if self.status != "failed" else {}}
+
+
+FILES = {"geojson": "result.geojson.gz", "overlay": "overlay.png"}
+
 
 @dataclass
 class Report:
     slides: list[Row]
-    path: str = "out/report.json"
+    path: str = "out/report.html"
+    output: str = "out"
+    seconds: float = 12.3
+    unsaved: str = ""
 
 
 @dataclass
@@ -46,6 +56,7 @@ class FakeApi:
 
     statuses: list[str] = field(default_factory=lambda: ["done"])
     error: BaseException | None = None
+    unsaved: str = ""
     calls: list[tuple[str, Any, dict[str, Any]]] = field(default_factory=list)
 
     def _call(self, name: str, slides: Any, options: dict[str, Any]) -> Report:
@@ -58,7 +69,7 @@ class FakeApi:
         rows = [
             Row(f"s{number}", status, "broken" * (status == "failed")) for number, status in enumerate(self.statuses, 1)
         ]
-        return Report(rows)
+        return Report(rows, unsaved=self.unsaved)
 
     def run(self, slides: Any, **options: Any) -> Report:
         return self._call("run", slides, options)
@@ -199,7 +210,8 @@ def test_a_failed_slide_is_named_with_its_reason_on_stderr(api: FakeApi) -> None
     api.statuses = ["done", "failed"]
     result = invoke("run", "a.svs")
     assert result.stderr == "error: s2 failed: broken\n"
-    assert "1 done, 1 failed; report: out/report.json" in result.stdout
+    assert "1 done, 1 failed in 12 s\n" in result.stdout
+    assert "report   out/report.html\n" in result.stdout
 
 
 def test_an_error_is_one_line_without_traceback(api: FakeApi) -> None:
@@ -215,6 +227,24 @@ def test_debug_shows_the_traceback(api: FakeApi) -> None:
     result = invoke("run", "a.svs", "--debug")
     assert "Traceback" in result.stderr
     assert result.stderr.endswith("error: disk full\n")
+
+
+def test_a_few_slides_are_named_with_their_files_and_many_with_their_folder(api: FakeApi) -> None:
+    """The last lines say what to open."""
+    text = invoke("run", "a.svs").stdout
+    assert "GeoJSON  out/s1/result.geojson.gz  (open the slide in QuPath" in text
+    api.statuses = ["done"] * 6
+    text = invoke("run", "a.svs").stdout
+    assert "results  out  (a folder per slide)" in text
+    assert "GeoJSON" not in text
+
+
+def test_a_report_that_cannot_be_written_is_said_after_the_slides(api: FakeApi) -> None:
+    """The slides' own outcome is told all the same, and the exit code is not 0."""
+    api.unsaved = "out/report.json: the disk is full; free space"
+    result = invoke("run", "a.svs")
+    assert "1 done" in result.stdout
+    assert (result.exit_code, result.stderr) == (3, f"error: the report could not be written: {api.unsaved}\n")
 
 
 @pytest.mark.parametrize("error", [Cancelled("stopped"), KeyboardInterrupt()])
@@ -288,33 +318,6 @@ def test_values_become_plain_json() -> None:
     assert cli_console.plain(value) == {
         "a": None, "b": 0.5, "c": [1, None], "d": "x", "e": {"id": "i", "status": "done", "error": "", "objects": 0},
     }  # fmt: skip
-
-
-def test_plain_lines_show_tiles_sparingly(capsys: pytest.CaptureFixture[str]) -> None:
-    """Slides and warnings always; tiles at most every few seconds."""
-    lines = cli_console.PlainLines(every=60)
-    lines(Event("slide", "s", 1, 2, "done"))
-    lines(Event("tile", "s", 5, 10))
-    lines(Event("warning", "s", message="one tile is damaged"))
-    lines.every = 0
-    lines(Event("tile", "s", 6, 10, "2 tiles/s"))
-    expected = "[1/2] s: done\nwarning: s: one tile is damaged\ns: 6/10 tiles, 2 tiles/s\n"
-    assert capsys.readouterr().out == expected
-
-
-def test_bars_follow_the_events() -> None:
-    """One bar for the slides, one for each slide in work, which goes when the slide is done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    screen = Console(file=open(os.devnull, "w"), force_terminal=True, width=100, record=True)  # noqa: SIM115
-    with screen.file, Progress(console=screen, auto_refresh=False) as progress:
-        bars = cli_console.Bars(progress)
-        bars(Event("tile", "[s]", 5, 10))
-        assert [(task.description, task.completed, task.total) for task in progress.tasks[1:]] == [("[s]", 5, 10)]
-        bars(Event("slide", "[s]", 1, 2, "done"))
-        assert [(task.description, task.completed, task.total) for task in progress.tasks] == [("slides", 1, 2)]
-        assert "[1/2] [s]: done" in screen.export_text()
 
 
 # ------------------------------------------------------------------------------------------------ one slide

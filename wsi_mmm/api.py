@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_mmm.config import SlideSpec
 from wsi_mmm.engine import reporting
 from wsi_mmm.engine.base import Executor, SlideTask
+from wsi_mmm.engine.claims import TAKEN, claimed
 from wsi_mmm.engine.events import Event, Listener, silent
 from wsi_mmm.engine.job import Job, drive
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.reporting import RunReport
 from wsi_mmm.engine.street import open_street
+from wsi_mmm.engine.weights import check_file, check_weights
 from wsi_mmm.errors import OutputError, RecipeError
 from wsi_mmm.inputs import expand_inputs
 from wsi_mmm.slides import Slide, store
@@ -47,7 +50,7 @@ def run(
     model: str | Path = "default",
     *,
     output: str | Path,
-    tasks: Sequence[str] | None = None,
+    tasks: str | Sequence[str] | None = None,
     workers: int = 0,
     scheduler: str | None = None,
     progress: Listener | None = None,
@@ -59,7 +62,7 @@ def run(
         slides: a slide, folder, glob, ``s3://`` prefix, manifest CSV, or a list of these and of SlideSpec.
         model: "default", or the folder of a model.
         output: folder or ``s3://`` prefix for results and the run report.
-        tasks: names of the model's tasks to run; None: all.
+        tasks: name or names of the model's tasks to run; None: all.
         workers: 0: in this process with reader threads; n: n local processes.
         scheduler: address of a Dask cluster, ``tcp://host:port``.
         progress: called with an Event whenever something happened.
@@ -172,23 +175,29 @@ def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | Non
 
 # ---------------------------------------------------------------- from words to an order
 
-_RECIPE_OPTIONS = {
-    "min_tissue", "features", "save_maps", "bounds_offset", "gzip", "block_tiles", "batch_size", "device", "threads",
-    "cache", "cache_tiles", "reader", "force", "tissue", "overlap", "mpp",
-}  # fmt: skip
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("tile_size", "overlap", "batch_size", "block_tiles", "threads"), (Integral, "a whole number")),
+    **dict.fromkeys(("mpp", "mpp_override", "min_tissue"), (Real, "a number")),
+    **dict.fromkeys(
+        ("features", "save_maps", "bounds_offset", "gzip", "cache_tiles", "force"), (bool, "true or false")
+    ),
+    **dict.fromkeys(("device", "reader"), (str, "a word")),
+    **dict.fromkeys(("tissue", "cache"), (str, "a path or a word")),
+}
 
 
-def _model_recipe(model: str, tasks: Sequence[str] | None, options: dict[str, Any]) -> Recipe:
+def _model_recipe(model: str, tasks: str | Sequence[str] | None, options: dict[str, Any]) -> Recipe:
     from wsi_mmm.model.card import read_card
     from wsi_mmm.model.identity import model_identity
 
     card = read_card(model)
     known = [task.name for task in card.tasks]
-    wanted = list(dict.fromkeys(tasks)) if tasks else known
+    wanted = list(dict.fromkeys([tasks] if isinstance(tasks, str) else tasks)) if tasks else known
     for name in wanted:
         if name not in known:
             raise RecipeError(f"model {model!r} has no task {name!r}; it has: {', '.join(known) or 'none'}")
     chosen = tuple(name for name in known if name in wanted)
+    check_weights(model, card.weights_sha256)
     base = Recipe(model, model_identity(model, card), chosen, card.mpp, card.tile_size, card.overlap)
     return _with_options(base, options)
 
@@ -198,37 +207,51 @@ def _encoder_recipe(encoder: str, weights: str | None, options: dict[str, Any]) 
     from wsi_mmm.model.identity import encoder_identity, is_model, model_identity
 
     plain = not is_model(encoder)
+    if plain and weights not in (None, "random"):
+        check_file(Path(str(weights)).expanduser())
+    elif not plain:
+        check_weights(encoder, read_card(encoder).weights_sha256)
     identity = encoder_identity(encoder, weights) if plain else model_identity(encoder, read_card(encoder))
     base = Recipe(encoder, identity, (), 0.5, 256, 0, block_tiles=8, encoder=plain, weights=weights)
     return _with_options(base, options)
 
 
-def _with_options(recipe: Recipe, options: dict[str, Any]) -> Recipe:
-    apart = {"mpp_override", "tile_size"}
-    given = {name: value for name, value in options.items() if value is not None and name not in apart}
-    unknown = sorted(set(given) - _RECIPE_OPTIONS)
-    if unknown:
-        raise RecipeError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(_RECIPE_OPTIONS | apart))}")
-    if options.get("tile_size") is not None:
-        given["tile"] = int(options["tile_size"])
+def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
+    given = {name: _checked(name, value) for name, value in options.items() if value is not None}
+    given.pop("mpp_override", None)
+    if "tile_size" in given:
+        given["tile"] = given.pop("tile_size")
         given.setdefault("overlap", min(recipe.overlap, given["tile"] // 8 // 2 * 2))
-    if given.get("cache") is not None:
-        given["cache"] = str(given["cache"])
+    for name in {"tissue", "cache"} & set(given):  # a worker may stand in another folder
+        given[name] = given[name] if given[name] in ("auto", "none") else _absolute(given[name])
     return replace(recipe, **given)
 
 
+def _checked(name: str, value: Any) -> Any:
+    """``value`` of an option as a plain int, float, bool or str; RecipeError when the name or the type is wrong."""
+    if name not in _KINDS:
+        raise RecipeError(f"unknown option {name!r}; known: {', '.join(sorted(_KINDS))}")
+    kind, words = _KINDS[name]
+    value = str(value) if isinstance(value, Path) else value
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise RecipeError(f"option {name} must be {words}, not {value!r}")
+    plain: dict[type, type] = {Integral: int, Real: float}
+    return plain.get(kind, kind)(value)
+
+
 def _order(
-    slides: Slides, recipe: Recipe, output: str | Path, workers: int, scheduler: str | None, options: dict[str, Any]
+    slides: Slides, recipe: Recipe, output: str | Path, workers: object, scheduler: str | None, options: dict[str, Any]
 ) -> Order:
-    if workers < 0:
-        raise RecipeError(f"workers must be 0 or more, not {workers}")
+    if not isinstance(workers, int) or workers < 0:
+        raise RecipeError(f"workers must be a whole number of 0 or more, not {workers!r}")
     items = [slides] if isinstance(slides, str | Path | SlideSpec) else list(slides)
     specs = expand_inputs(items, mpp=options.get("mpp_override"))
     out = str(output).rstrip("/")
     out = out if "://" in out else str(Path(out).absolute())
     reporting.check_writable(out)
     tasks = tuple(
-        SlideTask(s.id, _absolute(s.uri), store.join(out, s.id), recipe, s.mpp, s.mask, s.error) for s in specs
+        SlideTask(s.id, _absolute(s.uri), store.join(out, s.id), recipe, s.mpp, s.mask and _absolute(s.mask), s.error)
+        for s in specs
     )
     return Order(tasks, recipe, out, workers, scheduler)
 
@@ -260,14 +283,18 @@ def _carry_out(
     listener: Listener,
     stop: threading.Event | None = None,
 ) -> RunReport:
-    made = executor() if callable(executor) else executor
-    for line in getattr(made, "warnings", ()):
-        listener(Event("warning", "", message=line))
-    street = open_street(order.tasks, listener)
-    report = reporting.begin(order.output, order.recipe, order.tasks)
-    try:
-        for state in drive(street, made, stop or threading.Event()):
-            report.add(state)
-    finally:
-        report.save()
+    with claimed(order.output, [task.id for task in order.tasks]) as taken:
+        if len(taken) == len(order.tasks):
+            raise OutputError(f"{order.output}: {TAKEN}")
+        tasks = [replace(task, error=task.error or TAKEN) if task.id in taken else task for task in order.tasks]
+        made = executor() if callable(executor) else executor
+        for line in getattr(made, "warnings", ()):
+            listener(Event("warning", "", message=line))
+        street = open_street(tasks, listener)
+        report = reporting.begin(order.output, order.recipe, tasks)
+        try:
+            for state in drive(street, made, stop or threading.Event()):
+                report.add(state)
+        finally:
+            report.save()
     return report

@@ -1,25 +1,18 @@
-"""How commands talk: tables and bars on a terminal, plain lines elsewhere, JSON lines for machines, one-line errors."""
+"""How commands talk: tables on a terminal, plain lines elsewhere, JSON lines for machines, one-line errors."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
 from wsi_mmm.errors import Cancelled, WsiError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from wsi_mmm.engine.events import Event
 
 P = ParamSpec("P")
 
@@ -157,82 +150,3 @@ def facts(pairs: Mapping[str, object], title: str) -> None:
     say(title)
     for name, value in pairs.items():
         say(f"  {name:<{width}}  {value}")
-
-
-# ------------------------------------------------------------------------------------------------ progress
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[Event], None]]:
-    """The listener that fits where stdout goes: JSON lines, bars on a terminal, or plain lines."""
-    if flags.json:
-        yield lambda event: say_json({"event": asdict(event)})
-    elif sys.stdout.isatty():
-        with _bars() as listener:
-            yield listener
-    else:
-        yield PlainLines()
-
-
-class PlainLines:
-    """Events as lines: every slide, stage and warning, and tiles at most every ``every`` seconds."""
-
-    def __init__(self, every: float = 10.0) -> None:
-        self.every = every
-        self.last = time.monotonic()
-
-    def __call__(self, event: Event) -> None:
-        now = time.monotonic()
-        if event.kind == "tile" and now - self.last < self.every:
-            return
-        self.last = now
-        say(line(event))
-        sys.stdout.flush()
-
-
-def line(event: Event) -> str:
-    """``[done/total] slide: message`` with the parts that the event has."""
-    count = f"{event.done}/{event.total} tiles" if event.kind == "tile" else ""
-    number = f"[{event.done}/{event.total}] " if event.kind == "slide" and event.total else ""
-    words = "warning: " if event.kind == "warning" else ""
-    detail = ", ".join(part for part in (count, event.message) if part)
-    return f"{words}{number}{event.slide}" + (f": {detail}" if detail and event.slide else detail)
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator[Callable[[Event], None]]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    name = TextColumn("{task.description}", markup=False)
-    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, refresh_per_second=4) as bars:
-        yield Bars(bars)
-
-
-class Bars:
-    """Events as bars: one for the slides, one for the tiles of each slide in work; the rest is printed above them."""
-
-    def __init__(self, bars: Progress) -> None:
-        self.bars = bars
-        self.slides = bars.add_task("slides", total=None)
-        self.rows: dict[str, Any] = {}
-
-    def __call__(self, event: Event) -> None:
-        if event.kind == "tile":
-            row = self.rows.get(event.slide)
-            if row is None:
-                row = self.rows[event.slide] = self.bars.add_task(event.slide[:40], total=event.total)
-            self.bars.update(row, completed=event.done, total=event.total)
-            return
-        if event.kind == "slide":
-            self.bars.update(self.slides, completed=event.done, total=event.total or None)
-            if event.slide in self.rows:
-                self.bars.remove_task(self.rows.pop(event.slide))
-        self.bars.console.print(line(event), markup=False, highlight=False)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from pathlib import Path, PurePath
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wsi_mmm import config
-from wsi_mmm.cli_console import ALL_FAILED, SOME_FAILED, Debug, Json, error_line, flags, progress, say, say_json
+from wsi_mmm.cli_console import ALL_FAILED, SOME_FAILED, Debug, Json, error_line, flags, say, say_json
+from wsi_mmm.cli_progress import duration, progress
 
 if TYPE_CHECKING:
     from wsi_mmm.api import RunReport
@@ -236,15 +237,8 @@ def demo(
     """
     from wsi_mmm import api
 
-    with progress() as listener:
+    with progress(1) as listener:
         report = api.demo(output, seed=seed, progress=listener)
-    folder = PurePath(report.path).parent
-    for row in report.slides:
-        if row.status == "failed":
-            continue  # told below
-        say(f"GeoJSON  {folder / row.id / 'result.geojson.gz'}  (open the slide in QuPath, drag this file onto it)")
-        say(f"picture  {folder / row.id / 'overlay.png'}")
-    say(f"report   {folder / 'report.html'}")
     return _verdict(report)
 
 
@@ -261,20 +255,44 @@ def _work(call: Callable[..., RunReport], inputs: list[str], output: str, option
 
     slides = expand_inputs(inputs)
     say(f"{len(slides)} slide{'s' * (len(slides) != 1)} -> {output}")
-    with progress() as listener:
+    with progress(len(slides)) as listener:
         report = call(slides, output=output, progress=listener, **options)
     return _verdict(report)
 
 
 def _verdict(report: RunReport) -> int:
-    """Print what became of the slides; the exit code: 0, SOME_FAILED or ALL_FAILED."""
+    """Print what became of the slides and where it lies; the exit code: 0, SOME_FAILED or ALL_FAILED."""
     if flags.json:
-        say_json({"report": {"path": report.path, "slides": list(report.slides)}})
+        say_json({"report": {"path": report.path, "seconds": report.seconds, "slides": list(report.slides)}})
     bad = [row for row in report.slides if row.status in ("failed", "partial")]
     for row in bad:
         error_line(f"{row.id} {row.status}: {row.error or 'some tiles could not be read'}")
     counts = Counter(row.status for row in report.slides)
-    say(", ".join(f"{number} {status}" for status, number in sorted(counts.items())) + f"; report: {report.path}")
+    total = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+    say(f"{total} in {duration(report.seconds)}")
+    for name, path in results(report):
+        say(f"{name:<8} {path}")
+    if report.unsaved:
+        error_line(f"the report could not be written: {report.unsaved}")
     if counts and counts["failed"] == len(report.slides):
         return ALL_FAILED
-    return SOME_FAILED if bad else 0
+    return SOME_FAILED if bad or report.unsaved else 0
+
+
+SHOWN = 5  # slides whose files are named one by one at the end of a run
+
+
+def results(report: RunReport) -> Iterator[tuple[str, str]]:
+    """What to open, as (name, path): the files of a few slides, or the folder of many, then the report."""
+    good = [row for row in report.slides if row.status != "failed"]
+    if len(good) > SHOWN:
+        yield "results", f"{report.output}  (a folder per slide)"
+    for row in good[:SHOWN] if len(good) <= SHOWN else ():
+        files = row.extra.get("files", {})
+        if "geojson" in files:
+            yield "GeoJSON", f"{files['geojson']}  (open the slide in QuPath, drag this file onto it)"
+            yield "picture", files.get("overlay", "none")
+        elif "features" in files:
+            yield "features", files["features"]
+    if not report.unsaved:
+        yield "report", report.path

@@ -5,7 +5,9 @@ A work is a few hundred bytes: no pixels, no secrets. Whoever performs it opens 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -35,7 +37,17 @@ class SlideTask:
     @property
     def scratch(self) -> str:
         """Folder for parts and, without a cache, maps; gone once the slide is published."""
-        return f"{self.output}/.work/{self.recipe.result_hash()}"
+        return f"{self.output}/.work/{self.result_hash()}"
+
+    def result_hash(self) -> str:
+        """Hash of what the objects depend on: the recipe, and what the user said of this slide.
+
+        What a mask file holds is compared apart (slide.json keeps its hash): where it lies does not matter.
+        """
+        recipe, masked = self.recipe.result_hash(), self.mask is not None
+        if self.mpp is None and not masked:
+            return recipe
+        return sha256(json.dumps([recipe, self.mpp, masked]).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)

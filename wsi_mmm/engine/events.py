@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened. ``done``/``total`` count tiles for "tile" and slides for "slide", else they are 0."""
+    """One thing that happened. ``done``/``total`` count tiles for "plan" and "tile", slides for "slide", else 0."""
 
     kind: Literal["plan", "tile", "slide", "warning", "stage"]
     slide: str

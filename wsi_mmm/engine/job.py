@@ -28,8 +28,7 @@ class Progress:
     def hear(self, event: Event) -> None:
         """Take in an event of the run."""
         if event.kind in ("plan", "tile"):
-            total = int(event.message.split()[0]) if event.kind == "plan" else event.total
-            self._seen[event.slide] = (event.done, total)
+            self._seen[event.slide] = (event.done, event.total)
             self.tiles_done = sum(done for done, _ in self._seen.values())
             self.tiles_total = sum(total for _, total in self._seen.values())
         elif event.kind == "slide":

@@ -17,6 +17,14 @@ from wsi_mmm.types import F32, I64, Objects
 _FIELDS = ("coords", "ring_offsets", "object_offsets", "class_index", "anchor")
 
 
+PLAN = "plan.npz"
+
+
+def plan_uri(slide: SlideTask) -> str:
+    """Where the plan of a slide in work lies."""
+    return store.join(slide.scratch, PLAN)
+
+
 def part_uri(slide: SlideTask, task: str, block: tuple[int, int]) -> str:
     """Where the part of a block lies."""
     return store.join(slide.scratch, "parts", f"{task}-{block[0]}-{block[1]}.npz")
@@ -39,12 +47,12 @@ def load_part(slide: SlideTask, task: str, block: tuple[int, int]) -> Objects:
 
 def save_plan(plan: SlidePlan) -> None:
     """Write down which tiles a slide's results are made of."""
-    _save(store.join(plan.slide.scratch, "plan.npz"), {"index": plan.index, "tissue": plan.tissue})
+    _save(plan_uri(plan.slide), {"index": plan.index, "tissue": plan.tissue})
 
 
 def load_plan(slide: SlideTask) -> tuple[I64, F32]:
     """Tiles int64[n, 2] (row, column) and their tissue share float32[n]."""
-    arrays = _load(store.join(slide.scratch, "plan.npz"))
+    arrays = _load(plan_uri(slide))
     return arrays["index"], arrays["tissue"]
 
 

@@ -63,6 +63,7 @@ def publish(work: Work) -> Receipt:
             done.files["features"] = _features(plan, work)
         if task.recipe.save_maps:
             done.files["maps"] = _maps(plan, work)
+        steps.check_kept(task)
         facts = _facts(plan, done, partial=bool(failed.any()))
         _write(task, "slide.json", json.dumps(facts, indent=1).encode())
         if not failed.any():
@@ -255,7 +256,8 @@ def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]
     return {
         "format": "wsi-mmm-slide/1", "wsi_mmm_version": wsi_mmm.__version__, "id": plan.slide.id,
         "uri": store.redact(plan.slide.uri), "status": "partial" if partial else "done" if len(plan.index) else "empty",
-        "result_hash": recipe.result_hash(), "recipe": shown, "fingerprint": info.fingerprint, "reader": info.reader,
+        "result_hash": plan.slide.result_hash(), "region": steps.region_hash(plan.slide), "recipe": shown,
+        "fingerprint": info.fingerprint, "reader": info.reader,
         "vendor": info.vendor, "width": info.width, "height": info.height, "mpp_x": info.mpp_x, "mpp_y": info.mpp_y,
         "mpp_requested": recipe.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),
         "objects": done.counts, "classes": done.classes, "repaired": done.repaired, "dropped": done.dropped,

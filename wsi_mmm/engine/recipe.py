@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,6 +59,12 @@ class Recipe:
             raise RecipeError(f"block_tiles must be between 1 and 64, not {self.block_tiles}")
         if self.batch_size < 1:
             raise RecipeError(f"batch size must be at least 1, not {self.batch_size}")
+        if self.threads is not None and self.threads < 1:
+            raise RecipeError(f"threads must be at least 1, not {self.threads}")
+        if not 0 <= self.min_tissue <= 1:
+            raise RecipeError(f"min_tissue is a share between 0 and 1, not {self.min_tissue}")
+        if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", self.device):
+            raise RecipeError(f"there is no device {self.device!r}; choose auto, cpu, cuda or cuda:N")
 
     def _check_maps(self) -> None:
         """Maps of neighbouring tiles must lie on one grid of map pixels (strides up to 8, encoders down to 32)."""
@@ -66,15 +73,21 @@ class Recipe:
         if not 0 <= self.overlap <= self.tile // 2 or self.overlap % 8:
             raise RecipeError(f"overlap must be a multiple of 8 px and at most half a tile, not {self.overlap}")
 
-    def forward_hash(self, kind: str) -> str:
-        """Hash of what the network's values depend on; ``kind`` is the kind of device ("cpu", "cuda")."""
+    def forward_hash(self, kind: str, scale: tuple[float, float]) -> str:
+        """Hash of what the network's values depend on.
+
+        ``kind``: the kind of device ("cpu", "cuda"); ``scale``: level-0 px per target px (x, y), which a user who
+        corrects a slide's mpp changes.
+        """
         names = ("model_hash", "tasks", "mpp", "tile", "overlap", "features")
-        return self._hash({"device": kind, "block_tiles": self.block_tiles}, names)
+        return self._hash({"device": kind, "block_tiles": self.block_tiles, "scale": scale}, names)
 
     def result_hash(self) -> str:
         """Hash of what the published objects depend on."""
-        names = ("model_hash", "tasks", "mpp", "tile", "overlap", "tissue", "min_tissue", "features")
-        return self._hash({"save_maps": self.save_maps, "gzip": self.gzip, "bounds": self.bounds_offset}, names)
+        names = ("model_hash", "tasks", "mpp", "tile", "overlap", "min_tissue", "features")
+        tissue = self.tissue if self.tissue in ("auto", "none") else "file"  # its content is compared apart
+        files = {"save_maps": self.save_maps, "gzip": self.gzip, "bounds": self.bounds_offset}
+        return self._hash({"tissue": tissue, **files}, names)
 
     def _hash(self, extra: dict[str, Any], names: tuple[str, ...]) -> str:
         facts = {"format": RESULT_FORMAT, **extra, **{name: getattr(self, name) for name in names}}

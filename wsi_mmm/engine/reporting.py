@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -27,6 +28,7 @@ class RunReport:
     """What became of a run. ``slides``: one SlideRow each, in the order asked for.
 
     ``exit_code``: 0 every slide succeeded, 3 some failed or have tiles that could not be read, 4 none succeeded.
+    ``unsaved``: why report.json and report.html could not be written; then a code of 0 is 3, too.
     """
 
     output: str
@@ -36,6 +38,7 @@ class RunReport:
     started: float = field(default_factory=time.time)
     seconds: float = 0.0
     device: str = ""
+    unsaved: str = ""
 
     @property
     def slides(self) -> list[SlideRow]:
@@ -51,14 +54,22 @@ class RunReport:
     def exit_code(self) -> int:
         """What the command ends with."""
         good = sum(row.status in ("done", "empty") for row in self.slides)
-        return 0 if good == len(self.order) else 3 if good or any(r.status == "partial" for r in self.slides) else 4
+        if good == len(self.order):
+            return 3 if self.unsaved else 0
+        return 3 if good or any(row.status == "partial" for row in self.slides) else 4
 
     def add(self, state: SlideState) -> None:
         """Take in a slide that has ended."""
         self.rows[state.task.id] = row_of(state)
 
     def save(self) -> None:
-        """Write report.json and report.html, whole."""
+        """Write report.json and report.html, whole; the slides' results stand even when that fails (``unsaved``)."""
+        try:
+            self._save()
+        except StorageError as error:
+            self.unsaved = str(error)
+
+    def _save(self) -> None:
         self.seconds = time.time() - self.started
         facts = {
             "wsi_mmm_version": wsi_mmm.__version__, "versions": versions(), "recipe": self.recipe.public(),
@@ -137,14 +148,14 @@ def versions() -> dict[str, str]:
 
 def check_writable(output: str) -> None:
     """Raise OutputError now rather than after an hour when nothing can be written at ``output``."""
-    probe = store.join(output, ".wsi-mmm-probe")
+    probe = store.join(output, f".wsi-mmm-probe-{uuid.uuid4().hex[:8]}")  # two runs may begin at once
     try:
-        store.write_bytes(probe, b"")
+        store.write_bytes(probe, b"wsi-mmm")
         store.delete(probe)
-    except OutputError:
-        raise
     except StorageError as error:
-        raise OutputError(f"cannot write to {store.redact(output)}: {error}") from error
+        reason = str(error).removeprefix(f"{store.redact(probe)}: ")
+        remedy = "" if "; " in reason else "; choose another output folder"
+        raise OutputError(f"cannot write to {store.redact(output)}: {reason}{remedy}") from error
 
 
 def export_features(report: RunReport, formats: Sequence[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +39,7 @@ def plan(work: Work) -> Receipt:
     if task.recipe.force:
         remove_scratch(task)
     with process.slide_of(task) as slide:
-        done = None if task.recipe.force else published(task, slide.info.fingerprint)
+        done = None if task.recipe.force else published(task, slide.info.fingerprint, region_hash(task))
         if done is not None:
             return Receipt("plan", task.id, (0, 0), "cached", payload=done)
         planned = _plan(task, slide)
@@ -65,7 +67,9 @@ def _assembled(task: SlideTask, slide: Slide, index: I64, share: F32) -> SlidePl
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     tasks = [t for t in process.tasks_of(recipe) if t.scope == "pixel"]
     root = recipe.cache or store.join(task.scratch, "cache")
-    entry = store.join(root, slide.info.fingerprint, recipe.forward_hash(device_kind(recipe.device)))
+    entry = store.join(
+        root, slide.info.fingerprint, recipe.forward_hash(device_kind(recipe.device), (grid.scale_x, grid.scale_y))
+    )
     return SlidePlan(
         task, slide.info, grid, index, share, entry,
         halo=max([t.halo for t in tasks], default=0),
@@ -75,7 +79,13 @@ def _assembled(task: SlideTask, slide: Slide, index: I64, share: F32) -> SlidePl
     )  # fmt: skip
 
 
-def published(task: SlideTask, fingerprint: str) -> dict[str, Any] | None:
+def region_hash(task: SlideTask) -> str:
+    """Hash of the file that says where to look, empty when there is none: an edited mask is another question."""
+    where = task.mask or task.recipe.tissue
+    return "" if where in ("auto", "none") else hashlib.sha256(store.read_bytes(where)).hexdigest()[:32]
+
+
+def published(task: SlideTask, fingerprint: str, region: str) -> dict[str, Any] | None:
     """The slide.json of an earlier run of the same recipe, when it is complete.
 
     Raises OutputError when the folder holds the results of another slide: two slides of one name, run apart.
@@ -84,17 +94,25 @@ def published(task: SlideTask, fingerprint: str) -> dict[str, Any] | None:
     if found and found.get("fingerprint") != fingerprint:
         other = f"{store.redact(task.output)} holds the results of another slide ({found.get('uri')})"
         raise OutputError(f"{other}; choose another --output, or --force to replace them")
-    if found and found.get("result_hash") == task.recipe.result_hash() and found.get("status") in ("done", "empty"):
-        return found
-    return None
+    same = found and (found.get("result_hash"), found.get("region")) == (task.result_hash(), region)
+    return found if found and same and found.get("status") in ("done", "empty") else None
 
 
 def remove_scratch(task: SlideTask) -> None:
-    """Remove parts and maps of this slide that are not in a shared cache."""
+    """Remove parts and maps of this slide that are not in a shared cache; the plan goes first (see ``check_kept``)."""
     scratch = store.join(task.output, ".work")
     process.forget_entries(scratch)
-    for uri in store.list_uris(scratch):
+    for uri in sorted(store.list_uris(scratch), key=lambda uri: not uri.endswith(parts.PLAN)):
         store.delete(uri)
+    if store.is_local(scratch):
+        shutil.rmtree(store.local_path(scratch), ignore_errors=True)  # the empty folders
+
+
+def check_kept(task: SlideTask) -> None:
+    """Raise OutputError when another run has removed this slide's scratch: what was read from it may be blank."""
+    if not store.exists(parts.plan_uri(task)):
+        where = f"the files in work at {store.redact(task.output)} are gone"
+        raise OutputError(f"{where}: does another run use the same output? run this again")
 
 
 # ---------------------------------------------------------------- forward: read | compute | write
@@ -198,6 +216,7 @@ def interpret(work: Work) -> Receipt:
     for task in process.tasks_of(recipe):
         if task.scope == "pixel":
             found = _interpret(task, work, entry)
+            check_kept(work.slide)
             parts.save_part(work.slide, task.info.name, work.block, found)
             objects += len(found)
     with process.slide_of(work.slide) as slide:

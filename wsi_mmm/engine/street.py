@@ -122,7 +122,7 @@ class Street:
         if state.status != "running" and not state.running and not state.finished:
             state.ended = time.time()
             done = sum(1 for s in self.slides.values() if s.finished)
-            self.listener(Event("slide", state.task.id, done, len(self.slides), state.error or state.status))
+            self.listener(Event("slide", state.task.id, done, len(self.slides), outcome(state)))
 
     def _planned(self, state: SlideState, receipt: Receipt) -> None:
         if receipt.status == "cached":
@@ -163,13 +163,15 @@ class Street:
 
     def _maybe_publish(self, state: SlideState) -> None:
         if state.plan and not state.forward_left and not state.interpret_left and not state.waiting:
-            self.listener(Event("stage", state.task.id, message="publish"))
+            self.listener(Event("stage", state.task.id, message="publishing"))
             plan = state.plan
             self.ready["publish"].append(Work("publish", state.task, grid=plan.grid, entry=plan.entry))
 
     def _published(self, state: SlideState, receipt: Receipt) -> None:
         state.objects, state.payload = receipt.objects, receipt.payload
         state.status = "partial" if state.failed else ("done" if state.tiles else "empty")
+        if state.failed:
+            state.error = unreadable(state)
 
     def _fail(self, state: SlideState, receipt: Receipt) -> None:
         if state.status == "running":
@@ -193,6 +195,29 @@ def open_street(tasks: Iterable[SlideTask], listener: Listener = silent) -> Stre
     """A street on which every slide is still to come, in the order given."""
     slides = {task.id: SlideState(task) for task in tasks}
     return Street(slides, listener, upcoming=deque(slides.values()))
+
+
+def unreadable(state: SlideState) -> str:
+    """What is wrong with a slide that is published in part, and what mends it."""
+    x, y, _, _ = min(state.failed, key=lambda tile: (tile[1], tile[0]))
+    count = f"{len(state.failed)} of {state.tiles} tiles hold pixels that cannot be read (first at x={x}, y={y}"
+    return f"{count}; all are in report.json): copy the slide again, then run again"
+
+
+def outcome(state: SlideState) -> str:
+    """How a slide ended, in words: what was found, in how many tiles, in how many seconds; or why not."""
+    if state.status == "failed":
+        return f"failed: {state.error}"
+    facts = state.payload if isinstance(state.payload, dict) else {}
+    found = sum(facts.get("objects", {}).values())
+    objects = f"{found:,} object{'s' * (found != 1)} in " if facts.get("objects") else ""
+    if state.status == "skipped":
+        return f"{facts.get('status', 'done')} before, {objects}{facts.get('tiles', 0):,} tiles; --force redoes"
+    seconds = state.ended - state.started
+    rate = f" ({state.tiles / seconds:.1f} tiles/s)" if seconds > 0 and state.tiles > state.cache_hits else ""
+    reason = {"empty": " (no tissue found)", "partial": f" ({len(state.failed)} tiles cannot be read)"}
+    size = f"{objects}{state.tiles:,} tile{'s' * (state.tiles != 1)}"
+    return f"{state.status}{reason.get(state.status, '')}, {size}, {seconds:.1f} s{rate}"
 
 
 def busy_share(state: SlideState) -> float:
