@@ -241,8 +241,11 @@ def _s3_settings(env: Any) -> dict[str, str]:
     if any(env.get(name, "").lower() in ("1", "true", "yes") for name in ("AWS_NO_SIGN_REQUEST", "AWS_SKIP_SIGNATURE")):
         return settings | {"skip_signature": "true"}
     if not env.get("AWS_ACCESS_KEY_ID") or env.get("AWS_PROFILE"):
-        settings |= _shared_credentials(env)
-    return settings
+        return settings | _shared_credentials(env)
+    # Said here too, though obstore reads them itself: a store is remembered by its settings, and keys may be replaced.
+    names = {"AWS_ACCESS_KEY_ID": "access_key_id", "AWS_SECRET_ACCESS_KEY": "secret_access_key",
+             "AWS_SESSION_TOKEN": "session_token"}  # fmt: skip
+    return settings | {new: env[old] for old, new in names.items() if env.get(old)}
 
 
 def _shared_credentials(env: Any) -> dict[str, str]:

@@ -20,7 +20,7 @@ from wsi_mmm.types import F32, I32, Mask
 
 MARGIN = 32  # px of labels read round a crop, so that objects cut by its rim keep their true centre
 UNKNOWN = -1
-RESTAINED = 0.45  # of the nuclei crops get new H&E-like colours
+RESTAINED = 0.35  # of the nuclei crops get new H&E-like colours
 WEAK = (0, 1)  # stain classes (H&E, IHC) in whose tiles px without hematoxylin are taken for background
 EDGE_SHARE = 0.25  # of the crops lie at the edge of a slide
 

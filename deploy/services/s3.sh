@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# A real S3 server on loopback, without containers: one Ceph monitor, one manager, one object store in memory, one gateway.
+#   deploy/services/s3.sh up     installs what is missing (Debian, Ubuntu; as root), starts, prints `export AWS_...` lines
+#   deploy/services/s3.sh down   stops it and removes its files
+# WSI_MMM_S3_DIR (default: a folder below TMPDIR) holds everything; WSI_MMM_S3_PORT (default 9004) is where it answers.
+# For tests and benchmarks only: authentication inside the cluster is off, and what it stores is gone when it stops.
+set -euo pipefail
+
+dir=${WSI_MMM_S3_DIR:-${TMPDIR:-/tmp}/wsi-mmm-s3}
+port=${WSI_MMM_S3_PORT:-9004}
+key=wsimmm
+secret=wsimmm-loopback-only
+conf=$dir/ceph.conf
+log=$dir/start.log
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+install_packages() {
+    command -v radosgw >/dev/null && command -v ceph-osd >/dev/null && return
+    command -v apt-get >/dev/null || fail "radosgw, ceph-mon, ceph-osd and ceph-mgr are not installed, and there is no apt-get"
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        radosgw ceph-mon ceph-osd ceph-mgr ceph-common; } >"$log" 2>&1 || fail "apt-get failed; see $log"
+}
+
+write_config() {
+    cat >"$conf" <<CONF
+[global]
+fsid = $(cat /proc/sys/kernel/random/uuid)
+mon_host = v1:127.0.0.1:6789
+ms_bind_msgr2 = false
+public_addr = 127.0.0.1
+cluster_addr = 127.0.0.1
+auth_cluster_required = none
+auth_service_required = none
+auth_client_required = none
+osd_pool_default_size = 1
+osd_pool_default_min_size = 1
+osd_pool_default_pg_num = 8
+osd_pool_default_pg_autoscale_mode = off
+mon_allow_pool_size_one = true
+osd_crush_chooseleaf_type = 0
+osd_objectstore = memstore
+memstore_device_bytes = 4294967296
+mgr_initial_modules =
+run_dir = $dir/run
+pid_file = $dir/run/\$name.pid
+admin_socket = $dir/run/\$name.asok
+log_file = $dir/log/\$name.log
+keyring = $dir/keyring
+mon_data = $dir/mon
+mgr_data = $dir/mgr
+osd_data = $dir/osd
+[client.rgw]
+rgw_frontends = beast endpoint=127.0.0.1:$port
+rgw_dns_name = 127.0.0.1
+CONF
+}
+
+start_cluster() {
+    ceph-authtool --create-keyring "$dir/keyring" --gen-key -n mon. --cap mon 'allow *'
+    ceph-authtool "$dir/keyring" --gen-key -n client.admin --cap mon 'allow *' --cap osd 'allow *' --cap mgr 'allow *'
+    monmaptool --create --addv a '[v1:127.0.0.1:6789]' --fsid "$(sed -n 's/^fsid = //p' "$conf")" "$dir/monmap"
+    ceph-mon -c "$conf" --mkfs -i a --monmap "$dir/monmap" --keyring "$dir/keyring"
+    ceph-mon -c "$conf" -i a
+    ceph-mgr -c "$conf" -i x
+    local osd
+    osd=$(cat /proc/sys/kernel/random/uuid)
+    ceph -c "$conf" osd new "$osd"
+    ceph-osd -c "$conf" -i 0 --mkfs --osd-uuid "$osd"
+    ceph -c "$conf" osd crush add osd.0 1.0 root=default host=loopback
+    ceph-osd -c "$conf" -i 0
+    radosgw -c "$conf" -n client.rgw
+}
+
+up() {
+    mkdir -p "$dir"/{mon,mgr,osd,run,log}
+    if [ ! -f "$dir/run/client.rgw.pid" ]; then
+        install_packages
+        write_config
+        start_cluster >>"$log" 2>&1 || fail "the S3 server did not start; see $log"
+        for _ in $(seq 240); do curl -s -o /dev/null "http://127.0.0.1:$port" && break; sleep 0.5; done
+        curl -s -o /dev/null "http://127.0.0.1:$port" || fail "nothing answers on port $port; see $dir/log"
+        radosgw-admin -c "$conf" user create --uid=wsi --display-name=wsi --access-key="$key" --secret="$secret" \
+            >>"$log" 2>&1 || fail "the S3 user could not be made; see $log"
+    fi
+    echo "export AWS_ENDPOINT_URL=http://127.0.0.1:$port AWS_ACCESS_KEY_ID=$key AWS_SECRET_ACCESS_KEY=$secret AWS_REGION=us-east-1"
+}
+
+down() {
+    for name in client.rgw osd.0 mgr.x mon.a; do
+        [ -f "$dir/run/$name.pid" ] || continue
+        pid=$(cat "$dir/run/$name.pid")
+        kill "$pid" 2>/dev/null || continue
+        for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.2; done
+        kill -9 "$pid" 2>/dev/null || true
+    done
+    rm -rf "$dir"
+}
+
+case ${1:-} in
+    up) up ;;
+    down) down ;;
+    *) fail "say: $0 up | down" ;;
+esac
