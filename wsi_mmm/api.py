@@ -22,6 +22,7 @@ from wsi_mmm.engine.weights import check_file, check_weights
 from wsi_mmm.errors import OutputError, RecipeError
 from wsi_mmm.inputs import expand_inputs
 from wsi_mmm.slides import Slide, store
+from wsi_mmm.slides.registry import READERS
 from wsi_mmm.types import Batch
 
 if TYPE_CHECKING:
@@ -222,6 +223,8 @@ def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     if "tile_size" in given:
         given["tile"] = given.pop("tile_size")
         given.setdefault("overlap", min(recipe.overlap, given["tile"] // 8 // 2 * 2))
+    if given.get("reader") not in (None, *READERS):
+        raise RecipeError(f"there is no reader {given['reader']!r}; choose one of {', '.join(READERS)}")
     for name in {"tissue", "cache"} & set(given):  # a worker may stand in another folder
         given[name] = given[name] if given[name] in ("auto", "none") else _absolute(given[name])
     return replace(recipe, **given)

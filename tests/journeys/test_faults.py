@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -181,9 +182,9 @@ def test_an_unknown_task_names_the_known_ones(tiny_slide: Path, tmp_path: Path) 
         wsi_mmm.run(tiny_slide, output=tmp_path, tasks=["nucleus"])
 
 
-@pytest.mark.parametrize("damage", ["garbage", "short", "missing"])
+@pytest.mark.parametrize("damage", ["garbage", "short", "missing", "pickle"])
 def test_a_broken_model_file_is_one_line(damage: str, tiny_slide: Path, tmp_path: Path) -> None:
-    """Weights that are garbage, cut short or not there: ModelError, or a failed slide that says so."""
+    """Weights that are garbage, cut short, not there or a pickle: ModelError before any slide is begun."""
     from wsi_mmm.model.card import model_path
 
     model = tmp_path / "model"
@@ -191,13 +192,12 @@ def test_a_broken_model_file_is_one_line(damage: str, tiny_slide: Path, tmp_path
     weights = model / "model.safetensors"
     content = weights.read_bytes()
     weights.unlink()
+    broken = {"garbage": b"garbage" * 1000, "short": content[: len(content) // 2], "pickle": pickle.dumps({"a": 1})}
     if damage != "missing":
-        weights.write_bytes(b"garbage" * 1000 if damage == "garbage" else content[: len(content) // 2])
-    report = wsi_mmm.run(tiny_slide, str(model), output=tmp_path / "out")
-    [row] = report.slides
-    assert row.status == "failed"
-    assert "model.safetensors" in (row.error or "")
-    assert report.exit_code == 4
+        weights.write_bytes(broken[damage])
+    with pytest.raises(ModelError, match=r"model\.safetensors") as caught:
+        wsi_mmm.run(tiny_slide, str(model), output=tmp_path / "out")
+    assert ("pickle" in str(caught.value)) == (damage == "pickle")
 
 
 def test_a_model_that_is_not_there_is_said_before_anything_runs(tiny_slide: Path, tmp_path: Path) -> None:

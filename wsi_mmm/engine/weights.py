@@ -25,7 +25,7 @@ def check_file(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            head = file.read(8)
+            head = file.read(9)
             digest.update(head)
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
@@ -33,7 +33,6 @@ def check_file(path: Path) -> str:
         raise ModelError(f"the weights {path} are missing: copy the whole model folder, or check the path") from error
     except OSError as error:
         raise ModelError(f"the weights {path} cannot be read: {error.strerror}") from error
-    # A safetensors file begins with the length of its header: 8 bytes, the upper ones zero.
-    if head.startswith(_PICKLES) and head[4:] != b"\0\0\0\0":
+    if head.startswith(_PICKLES) and head[8:] != b"{":  # safetensors: 8 bytes of length, then a JSON object
         raise ModelError(f"the weights {path} are a pickle (.pt), which can run code; save them as safetensors")
     return digest.hexdigest()
