@@ -13,7 +13,7 @@ from helpers.plans import plan_of
 from wsi_mmm.engine.base import Kind, Receipt, SlideTask, Work
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.plan import SlidePlan
-from wsi_mmm.engine.street import busy_share, open_street
+from wsi_mmm.engine.street import SlideState, busy_share, open_street, outcome
 from wsi_mmm.errors import Cancelled
 
 
@@ -93,6 +93,7 @@ def test_a_bad_tile_makes_the_slide_partial_and_is_listed() -> None:
     block = plans["s0"].index[0] // 2
     [state] = open_street(tasks).run(Pretend(plans, partial=f"s0/forward/{block[0]}-{block[1]}"))
     assert state.status == "partial" and list(state.failed) == [(0, 0, 64, 64)]
+    assert "1 of " in state.error and "first at x=0, y=0" in state.error and "copy the slide again" in state.error
 
 
 def test_empty_glass_is_a_valid_empty_result() -> None:
@@ -111,6 +112,19 @@ def test_events_count_tiles_up_to_the_total() -> None:
     for task in tasks:
         last = [e for e in events if e.kind == "tile" and e.slide == task.id][-1]
         assert last.done == last.total == len(plans[task.id].index)
+
+
+def test_how_a_slide_ended_is_said_in_numbers() -> None:
+    """Objects, tiles and seconds of a slide that is done; the reason of one that is not; what was done before."""
+    state = SlideState(slides(1)[0][0], status="done", tiles=26, started=1.0, ended=11.0)
+    state.payload = {"objects": {"nuclei": 2431}, "tiles": 26, "status": "done"}
+    assert outcome(state) == "done, 2,431 objects in 26 tiles, 10.0 s (2.6 tiles/s)"
+    state.status = "skipped"
+    assert outcome(state) == "done before, 2,431 objects in 26 tiles; --force redoes"
+    state.status, state.error = "failed", "no mpp"
+    assert outcome(state) == "failed: no mpp"
+    empty = SlideState(state.task, status="empty", started=1.0, ended=2.5)
+    assert outcome(empty) == "empty (no tissue found), 0 tiles, 1.5 s"
 
 
 def test_cancel_is_heard() -> None:

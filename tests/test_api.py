@@ -1,0 +1,61 @@
+"""What a Python user hands in: every wrong option is one line, before any slide is begun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import wsi_mmm
+from wsi_mmm import api
+from wsi_mmm.engine.claims import claimed
+from wsi_mmm.errors import OutputError, RecipeError
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mpp": "0.5"}, "option mpp must be a number, not '0.5'"),
+        ({"tile_size": 256.0}, "option tile_size must be a whole number"),
+        ({"force": 1}, "option force must be true or false"),
+        ({"batch_size": True}, "option batch_size must be a whole number"),
+        ({"tissue": 3}, "option tissue must be a path or a word"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"min_tissue": 7}, "min_tissue is a share between 0 and 1"),
+        ({"device": "gpu"}, "there is no device 'gpu'"),
+        ({"reader": "best"}, "there is no reader 'best'"),
+        ({"workers": "2"}, "workers must be a whole number"),
+        ({"nonsense": 1}, "unknown option 'nonsense'; known: batch_size"),
+        ({"tasks": "nucleus"}, "no task 'nucleus'"),
+    ],
+)
+def test_a_wrong_option_is_said_before_anything_runs(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """RecipeError names the option, what it must be and what was given; nothing is written."""
+    with pytest.raises(RecipeError) as caught:
+        wsi_mmm.run("a.svs", output=tmp_path / "out", **options)
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_do_not_depend_on_the_folder_a_worker_stands_in(in_tmp: Path) -> None:
+    """Slide, mask, tissue, cache and output are absolute once an order is written."""
+    recipe = api._model_recipe("default", "stain", {"tissue": Path("t.geojson"), "cache": "c"})
+    assert (recipe.tissue, recipe.cache) == (str(in_tmp / "t.geojson"), str(in_tmp / "c"))
+    (in_tmp / "m.csv").write_text("slide,mask\na.svs,m.png\n")
+    [task] = api._order("m.csv", recipe, "out", 0, None, {}).tasks
+    assert (task.uri, task.mask) == (str(in_tmp / "a.svs"), str(in_tmp / "m.png"))
+    assert task.output == str(in_tmp / "out" / "a")
+
+
+def test_a_second_run_over_the_same_slides_is_refused(tmp_path: Path) -> None:
+    """While a run works in an output folder, another over the same slides is one line: wait, or go elsewhere."""
+    with claimed(str(tmp_path), ["a"]), pytest.raises(OutputError, match="another run is working"):
+        wsi_mmm.run("a.svs", output=tmp_path)
+
+
+def test_a_slide_that_another_run_holds_fails_alone(tmp_path: Path) -> None:
+    """The other slides of the second run go on."""
+    with claimed(str(tmp_path), ["a"]):
+        rows = wsi_mmm.run(["a.svs", "b.svs"], output=tmp_path, tasks="stain").slides
+    assert "another run" in (rows[0].error or "") and "no such file" in (rows[1].error or "")
