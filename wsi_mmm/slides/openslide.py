@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from hashlib import blake2b
 from pathlib import Path
@@ -104,8 +105,11 @@ def _tile(properties: dict[str, str], level: int, side: str) -> int:
 
 
 def _positive(text: str | None) -> float | None:
-    value = float(text) if text else 0.0
-    return value if value > 0 else None
+    try:
+        value = float(text or 0)
+    except ValueError:  # vendors put words there too
+        return None
+    return value if 0 < value < math.inf else None
 
 
 def _fingerprint(uri: str, path: Path, properties: dict[str, str]) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from wsi_mmm.errors import NotASlide, RecipeError
+from wsi_mmm.errors import NotASlide, RecipeError, SlideDamaged
 from wsi_mmm.slides.base import Reader, Slide, check_mpp
 from wsi_mmm.slides.openslide import detect, open_with_openslide
 from wsi_mmm.slides.store import ByteStore, is_local, open_store, redact
 from wsi_mmm.slides.tiff import TiffReader
 from wsi_mmm.slides.tiff_ifd import Directory, is_tiff, read_directories
-from wsi_mmm.slides.tiff_meta import plane_of, unsupported, vendor_of
+from wsi_mmm.slides.tiff_meta import perhaps_openslide, plane_of, unsupported, vendor_of
 from wsi_mmm.slides.tiffslide import open_with_tiffslide
 
 _PLAIN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP", b"BM": "BMP", b"%PDF": "PDF",
@@ -51,11 +51,19 @@ def _examine(store: ByteStore) -> str | list[Directory]:
     head = store.get_ranges([(0, 132)])[0]
     if not is_tiff(head):
         return _other_kind(store.uri, name, head)
-    directories = read_directories(store)
+    try:
+        directories = read_directories(store)
+    except SlideDamaged:
+        # NDPI beyond 4 GB bends the TIFF format: only its own vendor's reader knows how.
+        if is_local(store.uri) and detect(store.uri) == "hamamatsu":
+            return "openslide"
+        raise
     first = directories[0]
-    if vendor_of(first) is None or unsupported(plane_of(first, name)):
-        return "openslide" if _seen_by_openslide(store.uri) else directories
-    return directories
+    if vendor_of(first) is not None:
+        plane = plane_of(first, name)
+        if not unsupported(plane) or not perhaps_openslide(plane):
+            return directories
+    return "openslide" if _seen_by_openslide(store.uri) else directories
 
 
 def _other_kind(uri: str, name: str, head: bytes) -> str:

@@ -18,7 +18,7 @@ from wsi_mmm.slides.base import ReadStats
 from wsi_mmm.slides.fingerprint import fingerprint
 from wsi_mmm.slides.scaled import WHITE, Source, Window, read_scaled, sources_of
 from wsi_mmm.slides.store import ByteStore, redact
-from wsi_mmm.slides.tiff_codecs import UndecodableError, decoder, shrinks
+from wsi_mmm.slides.tiff_codecs import UndecodableError, decoder, most_bytes, shrinks
 from wsi_mmm.slides.tiff_ifd import Directory, read_directories, table
 from wsi_mmm.slides.tiff_meta import COMPRESSIONS, Plane, TiffSlide, describe
 from wsi_mmm.slides.tile_cache import TileCache
@@ -69,15 +69,20 @@ class TiffReader:
 
     def _load(self, source: Source, keys: Sequence[Key]) -> Iterator[tuple[Key, Tile, int]]:
         offsets, counts = self._offsets[source.level], self._counts[source.level]
+        most = most_bytes(self._planes[source.level])
         for group in _groups(keys, counts):
-            ranges = [(int(offsets[number]), int(counts[number])) for _, _, number in group]
-            for key, (_, length), data in zip(group, ranges, self._store.get_ranges(ranges), strict=True):
+            lengths = [int(counts[number]) for _, _, number in group]
+            # A length that cannot be is not fetched: a small file may claim terabytes.
+            ranges = [(int(offsets[k[2]]), n if n <= most else 0) for k, n in zip(group, lengths, strict=True)]
+            for key, length, data in zip(group, lengths, self._store.get_ranges(ranges), strict=True):
                 tile = self._tile(source, key[2], data, length)
                 yield key, tile, size_of(tile)
 
     def _tile(self, source: Source, number: int, data: bytes, length: int) -> Tile:
         if length == 0:
             return self._left_out(source, number)
+        if length > most_bytes(self._planes[source.level]):
+            return f"it claims {length} bytes"
         if len(data) < length:
             return "the file ends inside the tile"
         try:
@@ -106,9 +111,9 @@ class TiffReader:
         width = min(plane.tile_width, plane.width - column * plane.tile_width)
         height = min(plane.tile_height, plane.height - row * plane.tile_height)
         if source.shrink == 1 or (width % source.shrink == 0 and height % source.shrink == 0):
-            return decode(data, source.shrink)
+            return decode(data, source.shrink, plane.tile_height if plane.tiled else height)
         # The last pixels would mix the slide with the padding beyond its edge, which may hold anything.
-        full = decode(data, 1)
+        full = decode(data, 1, plane.tile_height if plane.tiled else height)
         full[height:], full[:, width:] = WHITE, WHITE
         return _shrunk(full, source.shrink)
 

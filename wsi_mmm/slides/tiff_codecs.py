@@ -23,7 +23,7 @@ class UndecodableError(Exception):
     """The bytes of a tile do not decode to a whole tile. Never leaves the reader: the tile is listed as failed."""
 
 
-Decode = Callable[[bytes, int], U8]  # data, shrink -> pixels
+Decode = Callable[[bytes, int, int], U8]  # data, shrink, rows that must be there (strips may end early) -> pixels
 
 
 def decoder(plane: Plane) -> Decode:
@@ -31,8 +31,8 @@ def decoder(plane: Plane) -> Decode:
     if plane.compression == 7:
         return _jpeg_decoder(plane)
     if plane.compression in (33003, 33005, 34712):
-        return lambda data, shrink: _jpeg2000(plane, data)
-    return lambda data, shrink: _plain(plane, data)
+        return lambda data, shrink, rows: _jpeg2000(plane, data, rows)
+    return lambda data, shrink, rows: _plain(plane, data, rows)
 
 
 def shrinks(plane: Plane) -> tuple[int, ...]:
@@ -42,15 +42,19 @@ def shrinks(plane: Plane) -> tuple[int, ...]:
     return tuple(s for s in (1, 2, 4, 8) if plane.tile_width % s == 0 and plane.tile_height % s == 0)
 
 
+def most_bytes(plane: Plane) -> int:
+    """Return a length that no honest tile exceeds: noise in any codec takes less than twice its pixels."""
+    return 2 * plane.tile_width * plane.tile_height * plane.samples + (1 << 16)
+
+
 def _jpeg_decoder(plane: Plane) -> Decode:
     import simplejpeg
 
-    tables = plane.directory.values.get(347, b"")
-    tables = tables[2:-2] if tables[:2] == _SOI and tables[-2:] == b"\xff\xd9" else b""
-    head = _SOI + (_ADOBE + (b"\x01" if plane.photometric == 6 else b"\x00") if plane.samples == 3 else b"") + tables
+    head = _SOI + (_ADOBE + (b"\x01" if plane.photometric == 6 else b"\x00") if plane.samples == 3 else b"")
+    head += _tables(plane)
     rgb = plane.photometric != 6
 
-    def decode(data: bytes, shrink: int) -> U8:
+    def decode(data: bytes, shrink: int, rows: int) -> U8:
         if data[:2] != _SOI:
             raise UndecodableError("no JPEG")
         width, height = plane.tile_width // shrink, plane.tile_height // shrink
@@ -64,9 +68,17 @@ def _jpeg_decoder(plane: Plane) -> Decode:
             raise UndecodableError(str(error)) from error
         if pixels.shape[1] != width or (plane.tiled and pixels.shape[0] != height):
             raise UndecodableError(f"a JPEG of {pixels.shape[1]} x {pixels.shape[0]} px")
-        return pixels if pixels.shape[0] == height else _padded(pixels, height)
+        whole = pixels if pixels.shape[0] == height else _padded(pixels, height, -(-rows // shrink))
+        return 255 - whole if plane.photometric == 0 else whole
 
     return decode
+
+
+def _tables(plane: Plane) -> bytes:
+    """The quantisation and Huffman tables that all tiles share, without the markers round them."""
+    tables = plane.directory.values.get(347, b"")
+    stop = tables.rfind(b"\xff\xd9")
+    return tables[2:stop] if tables[:2] == _SOI and stop >= 2 else b""
 
 
 def _without_colour_markers(data: bytes) -> bytes:
@@ -81,30 +93,46 @@ def _without_colour_markers(data: bytes) -> bytes:
     return b"".join([*kept, data[at:]])
 
 
-def _padded(pixels: U8, height: int) -> U8:
-    """The last strip of an image may be shorter than the others; rows below it are outside the image."""
-    if pixels.shape[0] > height:
-        raise UndecodableError(f"a strip of {pixels.shape[0]} rows")
+def _padded(pixels: U8, height: int, rows: int) -> U8:
+    """The last strip of an image may be shorter than the others; rows below its ``rows`` are outside the image."""
+    if not rows <= pixels.shape[0] <= height:
+        raise UndecodableError(f"a strip of {pixels.shape[0]} rows where {rows} are needed")
     full = np.full((height, *pixels.shape[1:]), 255, np.uint8)
     full[: pixels.shape[0]] = pixels
     return full
 
 
-def _jpeg2000(plane: Plane, data: bytes) -> U8:
+def _jpeg2000(plane: Plane, data: bytes, needed: int) -> U8:
     import imagecodecs
 
     at = data.find(b"\xff\x4f\xff\x51", 0, 4096)
-    if at < 0 or len(data) < at + 40:
-        raise UndecodableError("no JPEG 2000 codestream")
-    x1, y1, x0, y0 = (int.from_bytes(data[at + 8 + 4 * n : at + 12 + 4 * n], "big") for n in range(4))
-    if (x1 - x0, y1 - y0) != (plane.tile_width, plane.tile_height):
-        raise UndecodableError(f"a JPEG 2000 image of {x1 - x0} x {y1 - y0} px")
+    subsampled = _check_size(plane, data, at, needed)
     try:
-        pixels = np.asarray(imagecodecs.jpeg2k_decode(data))
+        # Without the boxes round the codestream: only the TIFF says what the colours are.
+        pixels = np.asarray(imagecodecs.jpeg2k_decode(data[at:]))
     except (imagecodecs.Jpeg2kError, ValueError) as error:
         raise UndecodableError(str(error)) from error
-    ycc = plane.compression == _YCC_J2K or plane.photometric == 6
-    return _from_ycc(_rgb(plane, pixels)) if ycc else _rgb(plane, pixels)
+    # Halved chroma (Aperio's 33003) is enlarged by the codec, which then also turns it into RGB.
+    ycc = (plane.compression == _YCC_J2K or plane.photometric == 6) and not subsampled
+    found = _from_ycc(_rgb(plane, pixels)) if ycc else _rgb(plane, pixels)
+    return found if len(found) == plane.tile_height else _padded(found, plane.tile_height, needed)
+
+
+def _check_size(plane: Plane, data: bytes, at: int, needed: int) -> bool:
+    """Refuse a codestream at ``at`` that is not of the plane's tiles; tell whether its chroma is subsampled.
+
+    ISO/IEC 15444-1 A.5.1: the SIZ marker segment.
+    """
+    if at < 0 or len(data) < at + 42 + 3 * plane.samples:
+        raise UndecodableError("no JPEG 2000 codestream")
+    x1, y1, x0, y0 = (int.from_bytes(data[at + 8 + 4 * n : at + 12 + 4 * n], "big") for n in range(4))
+    if x1 - x0 != plane.tile_width or not needed <= y1 - y0 <= plane.tile_height:
+        raise UndecodableError(f"a JPEG 2000 image of {x1 - x0} x {y1 - y0} px")
+    components = int.from_bytes(data[at + 40 : at + 42], "big")
+    if components != plane.samples:
+        raise UndecodableError(f"a JPEG 2000 image of {components} components")
+    steps = {tuple(data[at + 43 + 3 * n : at + 45 + 3 * n]) for n in range(components)}
+    return steps != {(1, 1)}
 
 
 def _from_ycc(pixels: U8) -> U8:
@@ -115,20 +143,20 @@ def _from_ycc(pixels: U8) -> U8:
     return np.clip(np.floor(rgb + 0.5), 0, 255).astype(np.uint8)
 
 
-def _plain(plane: Plane, data: bytes) -> U8:
+def _plain(plane: Plane, data: bytes, needed: int) -> U8:
     """Uncompressed, LZW, deflate, packbits or zstd, with an optional horizontal predictor."""
     row = plane.tile_width * plane.samples
     size = row * plane.tile_height
     raw = _unpacked(plane.compression, data, size)
     rows = len(raw) // row
-    if rows == 0 or (rows < plane.tile_height and plane.tiled):
+    if rows < needed:
         raise UndecodableError(f"{len(raw)} bytes of {size}")
     pixels = np.frombuffer(raw, np.uint8, min(rows, plane.tile_height) * row)
     pixels = pixels.reshape(-1, plane.tile_width, plane.samples)
     if plane.predictor == 2:
         pixels = np.cumsum(pixels, axis=1, dtype=np.uint8)
     found = _rgb(plane, pixels)
-    return found if len(found) == plane.tile_height else _padded(found, plane.tile_height)
+    return found if len(found) == plane.tile_height else _padded(found, plane.tile_height, needed)
 
 
 def _unpacked(compression: int, data: bytes, size: int) -> bytes:
@@ -155,8 +183,20 @@ def _rgb(plane: Plane, pixels: Any) -> U8:
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.shape[1:2] != (plane.tile_width,):
         raise UndecodableError(f"{pixels.dtype} pixels of {pixels.shape}")
+    if pixels.shape[2] in (2, 4):
+        pixels = _on_white(pixels, plane.directory.number(338, 0))
     if plane.photometric == 0:
         pixels = 255 - pixels
     if pixels.shape[2] < 3:
         pixels = np.repeat(pixels[..., :1], 3, axis=2)
     return np.ascontiguousarray(pixels[..., :3])
+
+
+def _on_white(pixels: Any, kind: int) -> U8:
+    """Colours without their last sample, which is 1: alpha, multiplied in; 2: alpha; else something unknown."""
+    colour, alpha = pixels[..., :-1], pixels[..., -1:].astype(np.uint16)
+    if kind == 1:
+        colour = np.minimum(colour + (255 - alpha), 255)
+    elif kind == 2:
+        colour = (colour * alpha + 255 * (255 - alpha) + 127) // 255
+    return np.asarray(colour, np.uint8)

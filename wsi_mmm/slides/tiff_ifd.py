@@ -18,7 +18,9 @@ from wsi_mmm.types import I64
 _PAGE = 64 << 10
 _MAX_DIRECTORIES = 1024
 _MAX_TAGS = 4096
-_MAX_VALUE = 16 << 20  # larger values (annotations, thumbnails of other programs) are not loaded
+_TEXTS = (270, 271, 305, 700)  # description, make, software, XMP: of the first directory alone
+_NUMBERS = (254, 256, 257, 258, 259, 262, 277, 278, 282, 283, 284, 296, 317, 322, 323, 330, 338, 339, 347, 32997)
+_MAX_TEXT, _MAX_NUMBERS = 16 << 20, 64 << 10  # larger values are not loaded, nor is what nobody asks for
 _TYPES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 5: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 10: "i4", 11: "f4", 12: "f8",
           13: "u4", 16: "u8", 17: "i8", 18: "u8"}  # fmt: skip
 _PAIRS = (5, 10)  # rationals: two numbers per value
@@ -57,10 +59,11 @@ class Directory:
         entry, raw = self.entries.get(tag), self.values.get(tag)
         if entry is None or raw is None or entry.kind == 2:
             return []
-        flat = np.frombuffer(raw, self.order + _TYPES[entry.kind]).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # numbers that are none: 0 below
+            flat = np.frombuffer(raw, self.order + _TYPES[entry.kind]).astype(np.float64)
         if entry.kind in _PAIRS:
             return [float(a / b) if b else 0.0 for a, b in flat.reshape(-1, 2)]
-        return [float(v) for v in flat]
+        return [float(v) if np.isfinite(v) else 0.0 for v in flat]
 
     def number(self, tag: int, default: int) -> int:
         """Return the first number of a tag as int."""
@@ -134,20 +137,28 @@ def read_directories(store: ByteStore) -> list[Directory]:
     chain = _chain(window, layout, first, seen)
     if not chain:
         raise SlideDamaged(f"{redact(store.uri)} is a TIFF without any image; copy it again")
-    found = [_loaded(window, d) for d in chain]
+    found = [_loaded(window, d, _NUMBERS if n else _TEXTS + _NUMBERS) for n, d in enumerate(chain)]
     return [_with_sub(window, layout, d, seen) for d in found]
 
 
 def _chain(window: _Window, layout: _Layout, offset: int, seen: set[int]) -> list[Directory]:
     found: list[Directory] = []
     while offset:
-        if offset in seen or len(seen) >= _MAX_DIRECTORIES:
-            what = "its directories form a loop" if offset in seen else f"more than {_MAX_DIRECTORIES} directories"
-            raise SlideDamaged(f"{redact(window.store.uri)} is damaged: {what}")
-        seen.add(offset)
+        if offset in seen:
+            raise SlideDamaged(f"{redact(window.store.uri)} is damaged: its directories form a loop; copy it again")
+        _remember(window, offset, seen)
         directory, offset = _directory(window, layout, offset)
         found.append(directory)
     return found
+
+
+def _remember(window: _Window, offset: int, seen: set[int]) -> None:
+    seen.add(offset)
+    if len(seen) > _MAX_DIRECTORIES:
+        name = redact(window.store.uri)
+        raise SlideDamaged(
+            f"{name} is damaged: more than {_MAX_DIRECTORIES} directories; convert it to a pyramidal TIFF"
+        )
 
 
 def _directory(window: _Window, layout: _Layout, offset: int) -> tuple[Directory, int]:
@@ -171,7 +182,7 @@ def _entry(window: _Window, layout: _Layout, tag: int, found: tuple[int, int, by
     if size <= len(value):
         return Entry(kind, count, 0, value[:size])
     offset = layout.pointer.unpack(value)[0]
-    if offset + size > window.store.size:
+    if offset + size > window.store.size and (tag in OFFSET_TAGS or tag in _NUMBERS):
         raise SlideDamaged(
             f"{redact(window.store.uri)} is truncated or damaged: tag {tag} claims {size} bytes at {offset}, "
             f"the file has {window.store.size}"
@@ -179,15 +190,19 @@ def _entry(window: _Window, layout: _Layout, tag: int, found: tuple[int, int, by
     return Entry(kind, count, offset, None)
 
 
-def _loaded(window: _Window, directory: Directory) -> Directory:
-    """Load every value except the tables of tiles, which are big and wanted for the levels in use only."""
+def _loaded(window: _Window, directory: Directory, wanted: Sequence[int] = _NUMBERS) -> Directory:
+    """Load the values of the ``wanted`` tags; the tables of tiles are big, and asked for of the levels in use only."""
     values: dict[int, bytes] = {}
     for tag, entry in directory.entries.items():
         if entry.inline is not None:
             values[tag] = entry.inline
-        elif tag not in OFFSET_TAGS and entry.size <= _MAX_VALUE:
-            values[tag] = window.read(entry.offset, entry.size)
+        elif tag in wanted and entry.size <= (_MAX_TEXT if tag in _TEXTS else _MAX_NUMBERS):
+            values[tag] = _value(window, entry)
     return Directory(directory.offset, directory.entries, values, directory.order)
+
+
+def _value(window: _Window, entry: Entry) -> bytes:
+    return window.read(entry.offset, entry.size) if entry.offset + entry.size <= window.store.size else b""
 
 
 def table(store: ByteStore, directories: Sequence[Directory], tags: Sequence[int]) -> list[I64]:
@@ -205,6 +220,10 @@ def table(store: ByteStore, directories: Sequence[Directory], tags: Sequence[int
 
 
 def _with_sub(window: _Window, layout: _Layout, directory: Directory, seen: set[int]) -> Directory:
-    offsets = [int(v) for v in directory.numbers(SUBIFDS)]
-    sub = [_loaded(window, d) for o in offsets for d in _chain(window, layout, o, seen)[:1]]
+    """Add the SubIFDs, each on its own: some writers chain them too, so what follows one is not followed."""
+    sub = []
+    for offset in dict.fromkeys(int(v) for v in directory.numbers(SUBIFDS)):
+        if offset and offset not in seen:
+            _remember(window, offset, seen)
+            sub.append(_loaded(window, _directory(window, layout, offset)[0]))
     return Directory(directory.offset, directory.entries, directory.values, directory.order, tuple(sub))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from wsi_mmm.types import Level
 
 _MAX_SIDE = 1 << 24
 _MAX_TILE_BYTES = 1 << 28
+_MAX_SAMPLES = 1 << 16
 COMPRESSIONS = {1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32946: "deflate", 32773: "packbits", 50000: "zstd",
                 33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000"}  # fmt: skip
 _ODD = ("<scn", "iScan", "MedScan", "PHILIPS", "Philips", "<DataObject", "Hamamatsu", "3DHISTECH", "Ventana", "Leica")
 _PLAUSIBLE_MPP = (0.01, 100.0)
+_COARSEST_BY_INCH = 10.0  # 2540 dots per inch: 72, 300 or 600 are what image writers put there by habit
 _NUMBER = re.compile(r"([0-9]+[.,]?[0-9]*|[.,][0-9]+)([eE][-+]?[0-9]{1,3})?")
 _UNITS = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "μm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "pm": 1e-6}
 
@@ -68,6 +71,10 @@ def describe(directories: Sequence[Directory], name: str) -> TiffSlide:
         raise NotASlide(f"{name} is a vendor's TIFF that only OpenSlide reads; give reader='openslide' or leave it out")
     planes = _pyramid(directories, name)
     top = planes[0]
+    if vendor == "ome" and top.samples == 1 and _ome_channels(text) > 1:
+        raise NotASlide(
+            f"{name} is an OME-TIFF of {_ome_channels(text)} channels in separate images; convert it to RGB"
+        )
     levels = tuple(
         Level(p.width, p.height, top.width / p.width, top.height / p.height, p.tile_width, p.tile_height)
         for p in planes
@@ -100,8 +107,7 @@ def _pyramid(directories: Sequence[Directory], name: str) -> tuple[Plane, ...]:
             continue
         plane = plane_of(directory, name)
         if plane.width < chosen[-1].width and plane.height < chosen[-1].height and _same_aspect(plane, top):
-            _check_supported(plane, name)
-            chosen.append(plane)
+            chosen += [] if unsupported(plane) else [plane]
     return tuple(chosen)
 
 
@@ -120,16 +126,18 @@ def _same_aspect(plane: Plane, top: Plane) -> bool:
 
 
 def plane_of(directory: Directory, name: str) -> Plane:
-    """Return how a directory stores its pixels. Raises SlideDamaged on sizes that cannot be."""
+    """Return how a directory stores its pixels. Raises SlideDamaged on impossible sizes, NotASlide on huge tiles."""
     width, height = directory.number(256, 0), directory.number(257, 0)
     tiled = 322 in directory.entries
     tile_width = directory.number(322, 0) if tiled else width
     tile_height = directory.number(323, 0) if tiled else min(directory.number(278, height), height)
     samples = directory.number(277, 1)
     sides = (width, height, tile_width, tile_height)
-    if not all(0 < side <= _MAX_SIDE for side in sides) or tile_width * tile_height * samples > _MAX_TILE_BYTES:
-        claim = f"{width} x {height} px in tiles of {tile_width} x {tile_height}"
-        raise SlideDamaged(f"{name} is damaged: it claims {claim}; copy it again")
+    claim = f"{width} x {height} px in {'tiles' if tiled else 'strips'} of {tile_width} x {tile_height}"
+    if not all(0 < side <= _MAX_SIDE for side in sides) or not 0 < samples <= _MAX_SAMPLES:
+        raise SlideDamaged(f"{name} is damaged: it claims {claim}, {samples} samples each; copy it again")
+    if tile_width * tile_height * samples > _MAX_TILE_BYTES:
+        raise NotASlide(f"{name} has {claim}: too large to read in parts; convert it to a tiled pyramidal TIFF")
     return Plane(
         directory, width, height, tile_width, tile_height, tiled, directory.number(259, 1), directory.number(262, -1),
         samples, directory.number(317, 1),
@@ -151,10 +159,14 @@ def unsupported(plane: Plane) -> str | None:
         return f"compression {plane.compression}"
     if bits != {8.0}:
         return f"{'/'.join(str(int(b)) for b in sorted(bits))} bits per sample"
+    if set(directory.numbers(339)) - {1.0, 4.0}:
+        return "samples that are no unsigned integers"
     if plane.samples not in colours:
         return f"{plane.samples} samples of photometric {plane.photometric}"
     if plane.photometric == 6 and plane.compression not in (7, 33003, 33005, 34712):
         return "YCbCr without JPEG"
+    if plane.compression == 7 and plane.samples not in (1, 3):
+        return f"JPEG of {plane.samples} samples"
     if plane.samples > 1 and directory.number(284, 1) != 1:
         return "colours in separate planes"
     if directory.number(32997, 1) > 1:
@@ -162,6 +174,12 @@ def unsupported(plane: Plane) -> str | None:
     if plane.predictor not in (1, 2):
         return f"predictor {plane.predictor}"
     return None
+
+
+def perhaps_openslide(plane: Plane) -> bool:
+    """Tell whether OpenSlide may be able to read what is unsupported here: it takes 8 or 16 bits, unsigned."""
+    bits, kinds = set(plane.directory.numbers(258)), set(plane.directory.numbers(339))
+    return bits in ({8.0}, {16.0}) and kinds <= {1.0, 4.0}
 
 
 def _aperio_properties(text: str) -> dict[str, str]:
@@ -174,11 +192,12 @@ def _mpp(first: Directory, vendor: str, text: str, properties: Mapping[str, str]
         return _plausible(*(2 * [_float(properties.get("aperio.MPP"))]))
     if vendor == "ome":
         return _ome_mpp(text)
-    across, down = first.numbers(282), first.numbers(283)
-    # Only centimetres are believed: 72 or 300 dots per inch are what image writers put there by habit.
-    if first.number(296, 2) != 3 or not across or not down or min(across[0], down[0]) <= 0:
+    across, down, unit = first.numbers(282), first.numbers(283), first.number(296, 2)
+    if unit not in (2, 3) or not across or not down or min(across[0], down[0]) <= 0:
         return None
-    return _plausible(10000.0 / across[0], 10000.0 / down[0])
+    length = 10000.0 if unit == 3 else 25400.0
+    mpp = _plausible(length / across[0], length / down[0])
+    return None if mpp and unit == 2 and max(mpp) > _COARSEST_BY_INCH else mpp
 
 
 def _plausible(x: float | None, y: float | None) -> tuple[float, float] | None:
@@ -197,14 +216,19 @@ def _ome_mpp(text: str) -> tuple[float, float] | None:
     return _plausible(*sizes)
 
 
+def _ome_channels(text: str) -> int:
+    pixels = _ome_element(text, "Pixels") or {}
+    return int(_float(pixels.get("SizeC")) or 1)
+
+
 def _ome_element(text: str, name: str) -> Mapping[str, str] | None:
     """Return the attributes of the first element called ``name``; None when there is none or the XML is broken."""
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         return None  # entities can expand without bound
     try:
         root = ET.fromstring(text.encode())
-    except ET.ParseError:
-        return None
+    except (ET.ParseError, LookupError, ValueError):
+        return None  # broken, or in an encoding that nobody knows
     found = next((e for e in root.iter() if e.tag.rpartition("}")[2] == name), None)
     return None if found is None else found.attrib
 
@@ -220,4 +244,5 @@ def _float(text: str | None) -> float | None:
     """Return a positive decimal, a comma read as a point (as OpenSlide does); None for anything else."""
     if text is None or not _NUMBER.fullmatch(text.strip()):
         return None
-    return float(text.strip().replace(",", "."))
+    value = float(text.strip().replace(",", "."))
+    return value if 0 < value < math.inf else None
