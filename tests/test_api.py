@@ -38,6 +38,13 @@ def test_a_wrong_option_is_said_before_anything_runs(options: dict[str, Any], wo
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unknown_export_is_said_before_anything_runs(tmp_path: Path) -> None:
+    """Not after the features of a thousand slides."""
+    with pytest.raises(RecipeError, match="unknown export 'csv'"):
+        wsi_mmm.embed("a.svs", output=tmp_path / "out", export="csv")
+    assert not (tmp_path / "out").exists()
+
+
 def test_paths_do_not_depend_on_the_folder_a_worker_stands_in(in_tmp: Path) -> None:
     """Slide, mask, tissue, cache and output are absolute once an order is written."""
     recipe = api._model_recipe("default", "stain", {"tissue": Path("t.geojson"), "cache": "c"})

@@ -106,7 +106,7 @@ def embed(
     workers: int = 0,
     scheduler: str | None = None,
     progress: Listener | None = None,
-    export: Sequence[str] = (),
+    export: str | Sequence[str] = (),
     **options: Any,
 ) -> RunReport:
     """Features only: one vector per tile, in ``<output>/<slide>/features.zarr``.
@@ -115,10 +115,11 @@ def embed(
     safetensors file for it, or "random". Tiles are 256 px at 0.5 mpp without overlap unless ``options`` say otherwise.
     ``export``: further formats per slide, of "h5" (TRIDENT, CLAM) and "pt". Otherwise as ``run``.
     """
+    formats = reporting.known_exports(export)
     recipe = _encoder_recipe(encoder, weights, options)
     order = _order(slides, recipe, output, workers, scheduler, options)
     report = _carry_out(order, _executor(order), progress or silent)
-    reporting.export_features(report, export)
+    reporting.export_features(report, formats)
     return report
 
 

@@ -78,7 +78,7 @@ def examine(output: str, scheduler: str | None) -> Iterator[Finding]:
         try:
             yield check()
         except WsiError as error:
-            yield Finding("fail", what, str(error), "see the message")
+            yield Finding("fail", what, str(error))  # our own words name the fix
         except Exception as error:  # noqa: BLE001  (finding out what is broken is the very job)
             yield Finding(
                 "fail", what, f"{type(error).__name__}: {error}", 'pip install -c constraints.txt -e ".[dev]"'
@@ -148,11 +148,10 @@ def storage() -> Finding:
 
 def writable(output: str) -> Finding:
     """Whether results can be written there, and how much room a local disk has."""
+    from wsi_mmm.engine.reporting import check_writable
     from wsi_mmm.slides import store
 
-    probe = store.join(output, f".wsi-mmm-doctor-{os.getpid()}")
-    store.write_bytes(probe, b"wsi-mmm")
-    store.delete(probe)
+    check_writable(output)
     if not store.is_local(output):
         return Finding("ok", "output", f"{store.redact(output)} can be written")
     free = shutil.disk_usage(output).free / 1e9

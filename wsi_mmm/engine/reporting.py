@@ -158,11 +158,18 @@ def check_writable(output: str) -> None:
         raise OutputError(f"cannot write to {store.redact(output)}: {reason}{remedy}") from error
 
 
+def known_exports(formats: str | Sequence[str]) -> tuple[str, ...]:
+    """The export formats asked for; RecipeError names one that does not exist."""
+    wanted = (formats,) if isinstance(formats, str) else tuple(formats)
+    for name in wanted:
+        if name not in exports.FORMATS:
+            raise RecipeError(f"unknown export {name!r}; known: {', '.join(exports.FORMATS)}")
+    return wanted
+
+
 def export_features(report: RunReport, formats: Sequence[str]) -> None:
     """Also write each slide's features as "h5" or "pt", beside its features.zarr."""
     for name in formats:
-        if name not in exports.FORMATS:
-            raise RecipeError(f"unknown export {name!r}; known: {', '.join(exports.FORMATS)}")
         for row in report.slides:
             if row.status in ("done", "partial"):
                 source = store.join(report.output, row.id, "features.zarr")
