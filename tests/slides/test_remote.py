@@ -124,7 +124,7 @@ def test_an_unreachable_server_is_one_line_without_the_secret(bucket: str, monke
 
 
 class _Ranges(BaseHTTPRequestHandler):
-    """Serves one body; honours ranges when the server's ``ranged`` says so."""
+    """Serves one body; honours ranges, HEAD and If-Match as the server's ``ranged``, ``heads`` and ``tag`` say."""
 
     protocol_version = "HTTP/1.1"
     server: Any
@@ -142,6 +142,14 @@ class _Ranges(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        refused = 405 if not body and not self.server.heads else 0
+        if self.headers.get("If-Match", self.server.tag) != self.server.tag:
+            refused = 412
+        if refused:
+            self.send_response(refused)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         asked = self.headers.get("Range")
         if asked and self.server.ranged:
             first, _, last = asked.removeprefix("bytes=").partition("-")
@@ -154,7 +162,7 @@ class _Ranges(BaseHTTPRequestHandler):
         if self.server.ranged:
             self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", '"v1"')
+        self.send_header("ETag", self.server.tag)
         self.send_header("Last-Modified", "Mon, 02 Jan 2023 00:00:00 GMT")
         self.end_headers()
         if body:
@@ -168,7 +176,7 @@ class _Ranges(BaseHTTPRequestHandler):
 def web(small_slide: Made) -> Iterator[Any]:
     """A web server with the small slide at any path."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Ranges)
-    server.data, server.ranged = small_slide.path.read_bytes(), True
+    server.data, server.ranged, server.heads, server.tag = small_slide.path.read_bytes(), True, True, '"v1"'
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -193,5 +201,37 @@ def test_http_errors_are_words(web: Any) -> None:
     with pytest.raises(SlideNotFound):
         open_slide(f"{base}/none.tiff")
     web.ranged = False
-    with pytest.raises(WsiError, match="ranges"):
-        open_slide(f"{base}/a.tiff")
+    for query in ("", "?sig=hidden"):
+        with pytest.raises(WsiError, match="ranges") as caught:
+            open_slide(f"{base}/a.tiff{query}")
+        assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("query", ["", "?sig=hidden"])
+def test_a_page_replaced_while_it_is_read_is_noticed(web: Any, query: str) -> None:
+    """Plain addresses compare the ETag of every answer, signed ones ask for the version they began with."""
+    with open_slide(f"http://127.0.0.1:{web.server_port}/a.tiff{query}") as slide:
+        web.tag = '"v2"'
+        with pytest.raises(SlideChanged, match="replaced"):
+            slide.read_region(0, 0, 300, 300)
+
+
+@pytest.mark.parametrize("query", ["", "?sig=hidden"])
+def test_a_server_that_refuses_head_is_read_all_the_same(web: Any, small_slide: Made, query: str) -> None:
+    """Size and version then come with the first bytes."""
+    web.heads = False
+    with open_slide(f"http://127.0.0.1:{web.server_port}/a.tiff{query}") as far:
+        assert (far.info.width, far.info.height) == (1100, 820)
+
+
+def test_an_answer_of_another_length_is_never_taken_for_the_bytes_asked_for() -> None:
+    """Too much means no ranges, too little that the object changed or the line broke."""
+    whole = store.RemoteStore("http://x/a?key=hidden", 100, None, lambda start, stop: (bytes(100), None))
+    with pytest.raises(StorageError, match="byte ranges"):
+        whole.get_ranges([(10, 20)])
+    short = store.RemoteStore("http://x/a?key=hidden", 100, None, lambda start, stop: (bytes(5), None))
+    with pytest.raises(SlideChanged, match="ended early"):
+        short.get_ranges([(10, 20)])
+    assert short.get_ranges([(100, 20)]) == [b""]
+    whole.close()
+    short.close()

@@ -32,6 +32,7 @@ __all__ = [
 _CONCURRENT = 12
 _REMOTE_GAP = 128 << 10  # reading this much too much is cheaper than one more request
 _TIMEOUT = "60s"
+_NO_RANGES = "the server does not serve byte ranges; copy the file to a local disk or to S3"
 
 
 Get = Callable[[int, int], tuple[bytes, str | None]]  # start, stop -> bytes, etag
@@ -76,6 +77,10 @@ class RemoteStore:
         self.counter.add(len(data))
         if self.etag is not None and etag is not None and etag != self.etag:
             raise SlideChanged(f"{redact(self.uri)} was replaced while it was read; run again")
+        if len(data) > length:
+            raise StorageError(f"{redact(self.uri)}: {_NO_RANGES}")
+        if len(data) < length:
+            raise SlideChanged(f"{redact(self.uri)} ended early while it was read: replaced, or cut off; run again")
         return data
 
     def close(self) -> None:
@@ -174,15 +179,31 @@ def _by_obstore(uri: str) -> bool:
 
 def _open_obstore(uri: str) -> ByteStore:
     store, path = _object(uri)
-    with _translate(uri):
-        meta = _obstore().head(store, path)
+    meta = _meta(uri, store, path)
 
     def get(start: int, stop: int) -> tuple[bytes, str | None]:
         with _translate(uri):
             answer = _obstore().get(store, path, options={"range": (start, stop)})
-            return bytes(answer.bytes()), answer.meta.get("e_tag")
+            return bytes(answer.bytes()), _version(answer.meta)
 
-    return RemoteStore(uri, int(meta["size"]), meta.get("e_tag"), get)
+    return RemoteStore(uri, int(meta["size"]), _version(meta), get)
+
+
+def _meta(uri: str, store: Any, path: str) -> Any:
+    """Return what the storage says of an object; a web server that refuses HEAD is asked for its first byte."""
+    try:
+        with _translate(uri):
+            return _obstore().head(store, path)
+    except SlideNotFound:
+        if uri.startswith("s3"):
+            raise
+        with _translate(uri):
+            return _obstore().get(store, path, options={"range": (0, 1)}).meta
+
+
+def _version(meta: Any) -> str:
+    """Return what changes when the object does: its size, and its ETag or else its date."""
+    return f"{meta['size']} {meta.get('e_tag') or meta.get('last_modified')}"
 
 
 def _object(uri: str) -> tuple[Any, str]:
@@ -291,7 +312,7 @@ def _reason(text: str) -> str:
         "dns": "the server's name cannot be resolved; check AWS_ENDPOINT_URL or the host name",
         "timed out": "the server did not answer in time; try again",
         "timeout": "the server did not answer in time; try again",
-        "range": "the server does not serve byte ranges; copy the file to a local disk or to S3",
+        "range": _NO_RANGES,
         "403": "access denied; check the credentials",
         "500": "the server failed (500); try again",
         "503": "the server is overloaded (503); try again",
@@ -315,9 +336,15 @@ def _open_fsspec(uri: str) -> ByteStore:
     if not detail.get("size"):
         raise StorageError(f"{redact(uri)}: the server does not say the size; copy the file to a local disk or to S3")
 
+    if detail.get("partial") is False:
+        raise StorageError(f"{redact(uri)}: {_NO_RANGES}")
+    tag = str(detail.get("ETag") or "")
+    # A server that keeps to RFC 9110 then refuses to serve parts of another version; weak tags cannot be asked for.
+    asked = {"headers": {"If-Match": tag}} if tag.startswith('"') and uri.startswith("http") else {}
+
     def get(start: int, stop: int) -> tuple[bytes, str | None]:
         with _translate_fsspec(uri):
-            return bytes(fs.cat_file(path, start=start, end=stop)), None
+            return bytes(fs.cat_file(path, start=start, end=stop, **asked)), None
 
     return RemoteStore(uri, int(detail["size"]), None, get)
 
@@ -347,4 +374,6 @@ def _translate_fsspec(uri: str, *, writing: bool = False) -> Iterator[None]:
     except WsiError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever an fsspec file system raises is a storage error here
+        if getattr(error, "status", None) == 412:
+            raise SlideChanged(f"{redact(uri)} was replaced while it was read; run again") from None
         raise (OutputError if writing else StorageError)(f"{redact(uri)}: {_reason(str(error))}") from None
