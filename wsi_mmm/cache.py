@@ -4,6 +4,7 @@ Everything is content-addressed: ``<root>/<slide fingerprint>/<key>/...`` where 
 depend on. Writers own whole shards (one shard = one block of the grid) and every writer of a shard writes the same
 bytes, so concurrent and repeated writes are harmless; a shard is put whole (temp + rename, or one PUT). A *receipt*,
 a small JSON object written last, says that all shards of a block are in: a crash leaves either both or a block to redo.
+Chunks carry a checksum: what was damaged at rest is an error or is made anew, never other values.
 
 Layout of one entry::
 
@@ -17,14 +18,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore, ObjectStore
 
@@ -48,7 +50,7 @@ def open_store(uri: str) -> LocalStore | ObjectStore[Any]:
 def ensure_array(uri: str, name: str, **settings: Any) -> zarr.Array[Any]:
     """Open the array ``name`` at ``uri``, made with ``settings`` when absent; never removes what another writer put."""
     store = open_store(uri)
-    with _Translated(uri):
+    with _translated(uri, writing=True):
         try:
             return zarr.open_array(store, path=name, mode="r+")
         except FileNotFoundError:
@@ -99,7 +101,7 @@ class Entry:
             chunks=(*lead, *spec.item),
             shards=(self.block, self.block, *spec.item),
             dtype=spec.dtype,
-            compressors=BloscCodec(cname="lz4", clevel=3, shuffle=shuffle),
+            compressors=[BloscCodec(cname="lz4", clevel=3, shuffle=shuffle), Crc32cCodec()],
             fill_value=0,
         )
 
@@ -117,17 +119,13 @@ class Entry:
         high = min(row + self.block, self.rows), min(column + self.block, self.columns)
         dense = np.zeros((high[0] - row, high[1] - column, *spec.item), spec.dtype)
         dense[index[:, 0] - row, index[:, 1] - column] = values
-        array = self.array(spec)
-        with _Translated(self.uri):
-            array[row : high[0], column : high[1]] = dense
+        _put(self.uri, self.array(spec), (slice(row, high[0]), slice(column, high[1])), dense)
 
     def read(self, spec: ArraySpec, rows: slice, columns: slice) -> Array:
         """Values of a rectangle of tiles; tiles never written are zero."""
         array = self.array(spec)
-        try:
+        with _translated(self.uri):
             return np.asarray(array[rows, columns])
-        except (OSError, ValueError, RuntimeError) as error:
-            raise StorageError(f"cache {storage.redact(self.uri)}: cannot read {spec.name}: {error}") from error
 
     def receipt(self, block: str) -> dict[str, Any] | None:
         """The receipt of a block, or None when the block is not (wholly) in."""
@@ -145,19 +143,33 @@ class Entry:
         storage.write_bytes(storage.join(self.uri, "receipts", f"{block}.json"), json.dumps(dict(receipt)).encode())
 
 
-class _Translated:
-    """Foreign errors of a write, said once in our words."""
+def _put(uri: str, array: zarr.Array[Any], place: tuple[slice, slice], values: Array) -> None:
+    """Write the whole shard at ``place``. Zarr reads what is there before: what is damaged is removed first."""
+    with _translated(uri, writing=True):
+        try:
+            array[place] = values
+        except (RuntimeError, ValueError):
+            sides = array.shards or array.chunks
+            corner = tuple(span.start // side for span, side in zip(place, sides, strict=False))
+            key = array.metadata.encode_chunk_key((*corner, *[0] * (array.ndim - 2)))
+            storage.delete(storage.join(uri, array.path, key))
+            array[place] = values
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, RuntimeError)):
-            reason = getattr(error, "strerror", None) or str(error)
-            raise OutputError(f"cannot write the cache at {storage.redact(self.uri)}: {reason}") from error
+@contextmanager
+def _translated(uri: str, *, writing: bool = False) -> Iterator[None]:
+    """Foreign errors, said once in our words."""
+    fail = OutputError if writing else StorageError
+    where = f"{'write' if writing else 'read'} the cache at {storage.redact(uri)}"
+    try:
+        with nullcontext() if storage.is_local(uri) else storage.translated(uri, writing=writing):
+            try:
+                yield
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise fail(f"cannot {where}: it is damaged ({reason}); delete it and run again") from error
+    except OSError as error:
+        raise fail(f"cannot {where}: {error.strerror or error}; check the disk, or choose another --cache") from error
 
 
 @dataclass(slots=True)
@@ -165,7 +177,8 @@ class CachedReader:
     """A Reader whose pixels at one scale rest in Zarr: what was read once is not fetched or decoded again.
 
     Pixels lie in ``pixels`` uint8[height, width, 3] of the target grid in shards of 1024 px; a shard is filled from the
-    inner reader when first touched. Blocks with another origin or scale go to the inner reader.
+    inner reader when first touched, and anew when it is damaged. Blocks with another origin or scale go to the inner
+    reader.
     """
 
     inner: Reader
@@ -189,7 +202,7 @@ class CachedReader:
             shards=(PIXEL_SHARD, PIXEL_SHARD, 3),
             dtype="uint8",
             fill_value=255,
-            compressors=BloscCodec(cname="zstd", clevel=3, shuffle="noshuffle"),
+            compressors=[BloscCodec(cname="zstd", clevel=3, shuffle="noshuffle"), Crc32cCodec()],
         )
 
     def read(self, block: Block) -> Canvas:
@@ -200,28 +213,40 @@ class CachedReader:
         pixels = np.full((block.height, block.width, 3), 255, np.uint8)
         top, left = max(0, block.y), max(0, block.x)
         bottom, right = min(height, block.y + block.height), min(width, block.x + block.width)
-        failed = []
-        for y in range(top // PIXEL_SHARD, -(-bottom // PIXEL_SHARD)):
-            failed += [self._fill(y, x) for x in range(left // PIXEL_SHARD, -(-right // PIXEL_SHARD))]
+        failed: list[I64] = []
         if bottom > top and right > left:
-            part = np.asarray(self._array[top:bottom, left:right])
+            rows = range(top // PIXEL_SHARD, -(-bottom // PIXEL_SHARD))
+            columns = range(left // PIXEL_SHARD, -(-right // PIXEL_SHARD))
+            shards = [(y, x) for y in rows for x in columns]
+            part, failed = self._read(shards, slice(top, bottom), slice(left, right))
             pixels[top - block.y : bottom - block.y, left - block.x : right - block.x] = part
         rects = np.concatenate(failed) if failed else np.zeros((0, 4), np.int64)
         return Canvas(pixels, _touching(rects, block))
 
-    def _fill(self, y: int, x: int) -> I64:
+    def _read(self, shards: list[tuple[int, int]], rows: slice, columns: slice) -> tuple[Array, list[I64]]:
+        """Pixels of a rectangle that lies in ``shards``, and what of these shards could not be read."""
+        failed = [self._fill(y, x) for y, x in shards]
+        try:
+            with _translated(self.uri):
+                return np.asarray(self._array[rows, columns]), failed
+        except StorageError:  # damaged at rest: what it was made from is still there
+            failed = [self._fill(y, x, again=True) for y, x in shards]
+        with _translated(self.uri):
+            return np.asarray(self._array[rows, columns]), failed
+
+    def _fill(self, y: int, x: int, *, again: bool = False) -> I64:
         """Make sure that shard (y, x) is in; return its unreadable rectangles int64[n, 4]."""
         mark = storage.join(self.uri, "shards", f"{y}-{x}.json")
-        if storage.exists(mark):
+        known = None if again else _marked(mark)
+        if known is not None:
             with self._lock:
                 self.hits += 1
-            return np.asarray(json.loads(storage.read_bytes(mark)), np.int64).reshape(-1, 4)
+            return known
         height, width = self._array.shape[:2]
         top, left = y * PIXEL_SHARD, x * PIXEL_SHARD
         size_y, size_x = min(PIXEL_SHARD, height - top), min(PIXEL_SHARD, width - left)
         canvas = self.inner.read(Block(left, top, size_x, size_y, self.scale_x, self.scale_y))
-        with _Translated(self.uri):
-            self._array[top : top + size_y, left : left + size_x] = canvas.pixels
+        _put(self.uri, self._array, (slice(top, top + size_y), slice(left, left + size_x)), canvas.pixels)
         storage.write_bytes(mark, json.dumps(canvas.failed.tolist()).encode())
         return canvas.failed
 
@@ -232,6 +257,16 @@ class CachedReader:
     def close(self) -> None:
         """Close the inner reader."""
         self.inner.close()
+
+
+def _marked(uri: str) -> I64 | None:
+    """What the mark of a shard lists, or None where there is no mark that can be read."""
+    if not storage.exists(uri):
+        return None
+    try:
+        return np.asarray(json.loads(storage.read_bytes(uri)), np.int64).reshape(-1, 4)
+    except (ValueError, TypeError):
+        return None
 
 
 def _touching(rects: I64, block: Block) -> I64:

@@ -1,4 +1,4 @@
-"""Folders that appear whole: written beside their place, then renamed; on object stores written in place."""
+"""Folders that appear whole: written beside their place, then renamed; on object stores what was there goes first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from wsi_mmm.slides.store_local import writing
 def published_folder(uri: str) -> Iterator[str]:
     """A URI to write a folder at. Local: a temporary folder that becomes ``uri`` when the block ends well."""
     if not store.is_local(uri):
-        yield uri
+        for old in store.list_uris(uri):
+            store.delete(old)
+        with store.translated(uri, writing=True):
+            yield uri
         return
     target = store.local_path(uri)
     with writing(uri):

@@ -26,7 +26,7 @@ from wsi_mmm.slides.uris import is_local, join, local_path, redact
 
 __all__ = [
     "ByteStore", "delete", "exists", "is_local", "join", "list_uris", "local_path", "open_store", "read_bytes",
-    "redact", "write_bytes",
+    "redact", "translated", "write_bytes",
 ]  # fmt: skip
 
 _CONCURRENT = 12
@@ -217,6 +217,8 @@ def _object(uri: str) -> tuple[Any, str]:
 
 def object_store(uri: str) -> Any:
     """An obstore store whose root is the prefix ``uri`` of an ``s3://`` bucket: what Zarr writes through."""
+    if not uri.startswith(("s3://", "s3a://")):
+        raise OutputError(f"{redact(uri)}: Zarr is kept in local folders and on s3:// only; choose one of these")
     from obstore.store import S3Store
 
     bucket, _, key = uri.split("://", 1)[1].partition("/")
@@ -288,6 +290,13 @@ def _shared_credentials(env: Any) -> dict[str, str]:
 
 
 @contextmanager
+def translated(uri: str, *, writing: bool = False) -> Iterator[None]:
+    """Turn what the library behind a remote ``uri`` raises into our errors: for Zarr, which calls it by itself."""
+    with (_translate if _by_obstore(uri) else _translate_fsspec)(uri, writing=writing):
+        yield
+
+
+@contextmanager
 def _translate(uri: str, *, writing: bool = False) -> Iterator[None]:
     """Turn obstore's errors into ours, once; the texts are ours, so no key or signature can leak."""
     from obstore import exceptions as foreign
@@ -308,6 +317,7 @@ def _reason(text: str) -> str:
     causes = {
         "169.254.169.254": "no AWS credentials; set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_NO_SIGN_REQUEST",
         "credential": "no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_NO_SIGN_REQUEST",
+        "nosuchbucket": "no such bucket; check its name",
         "connect": "the server cannot be reached; check AWS_ENDPOINT_URL or the host name, and the network",
         "dns": "the server's name cannot be resolved; check AWS_ENDPOINT_URL or the host name",
         "timed out": "the server did not answer in time; try again",
@@ -317,7 +327,7 @@ def _reason(text: str) -> str:
         "500": "the server failed (500); try again",
         "503": "the server is overloaded (503); try again",
     }
-    lower = text.lower()
+    lower = text.partition("Debug source")[0].lower()  # which tells of time-outs and ranges that never were
     return next((say for word, say in causes.items() if word in lower), "the storage answered with an error; try again")
 
 
