@@ -320,6 +320,20 @@ def test_values_become_plain_json() -> None:
     }  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------------------ rehearsal
+
+
+def test_a_dry_run_opens_every_slide_and_computes_nothing(tiny_slide: Path, in_tmp: Path) -> None:
+    """It lists what can be read and names what cannot, with the exit code of the run to come."""
+    result = invoke("run", tiny_slide, "none.svs", "-o", "out", "--dry-run")
+    assert (result.exit_code, result.stderr) == (3, f"error: none: {in_tmp}/none.svs: no such file; check the path\n")
+    assert "tiny  1536 x 1152 px, 0.5 mpp, at most 12 tiles" in result.stdout
+    assert "1 of 2 slides can be read at 0.5 mpp -> out" in result.stdout
+    assert not list((in_tmp / "out").iterdir())
+    assert invoke("embed", tiny_slide, "-o", "out", "--mpp", "0.1", "--dry-run").exit_code == 4
+    assert invoke("run", tiny_slide, "-o", "out", "--task", "x", "--dry-run").exit_code == 1
+
+
 # ------------------------------------------------------------------------------------------------ one slide
 
 

@@ -79,8 +79,22 @@ def run(
         RecipeError, ModelError, ManifestError, OutputError, ClusterError: before any slide is begun.
         Cancelled: on Ctrl-C; running the same again resumes.
     """
-    order = _order(slides, _model_recipe(str(model), tasks, options), output, workers, scheduler, options)
+    order = order_run(slides, model, output=output, tasks=tasks, workers=workers, scheduler=scheduler, **options)
     return _carry_out(order, _executor(order), progress or silent)
+
+
+def order_run(
+    slides: Slides,
+    model: str | Path = "default",
+    *,
+    output: str | Path,
+    tasks: str | Sequence[str] | None = None,
+    workers: int = 0,
+    scheduler: str | None = None,
+    **options: Any,
+) -> Order:
+    """What ``run`` would do, checked as ``run`` checks it; no slide is opened."""
+    return _order(slides, _model_recipe(str(model), tasks, options), output, workers, scheduler, options)
 
 
 def submit(
@@ -116,11 +130,24 @@ def embed(
     ``export``: further formats per slide, of "h5" (TRIDENT, CLAM) and "pt". Otherwise as ``run``.
     """
     formats = reporting.known_exports(export)
-    recipe = _encoder_recipe(encoder, weights, options)
-    order = _order(slides, recipe, output, workers, scheduler, options)
+    order = _order(slides, _encoder_recipe(encoder, weights, options), output, workers, scheduler, options)
     report = _carry_out(order, _executor(order), progress or silent)
     reporting.export_features(report, formats)
     return report
+
+
+def order_embed(
+    slides: Slides,
+    encoder: str = "default",
+    *,
+    output: str | Path,
+    weights: str | None = None,
+    workers: int = 0,
+    scheduler: str | None = None,
+    **options: Any,
+) -> Order:
+    """What ``embed`` would do, checked as ``embed`` checks it; no slide is opened."""
+    return _order(slides, _encoder_recipe(encoder, weights, options), output, workers, scheduler, options)
 
 
 def stream_tiles(
@@ -171,7 +198,9 @@ def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | Non
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
     if not path.exists():
-        synthetic_slide(path, seed=seed)
+        half = path.with_name(".synthetic.part.tiff")  # a drawing that is cut short is no slide
+        synthetic_slide(half, seed=seed)
+        half.replace(path)
     return run(str(path), output=folder / "results", progress=progress, **options)
 
 

@@ -12,9 +12,11 @@ import typer
 from wsi_mmm import config
 from wsi_mmm.cli_console import ALL_FAILED, SOME_FAILED, Debug, Json, error_line, flags, say, say_json
 from wsi_mmm.cli_progress import duration, progress
+from wsi_mmm.errors import ManifestError, WsiError
 
 if TYPE_CHECKING:
-    from wsi_mmm.api import RunReport
+    from wsi_mmm.api import Order, RunReport
+    from wsi_mmm.engine.base import SlideTask
 
 ONLY_IN_SETTINGS = ("block_tiles", "min_tissue", "features", "cache_tiles")
 """Options of the api that a settings file may set and that have no flag."""
@@ -86,6 +88,10 @@ Scheduler = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Redo what is already done.", rich_help_panel=HOW)]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check options, model and every slide; compute nothing.", rich_help_panel=HOW),
+]
 Settings = Annotated[
     Path | None,
     typer.Option(
@@ -137,6 +143,7 @@ def run(
     device: Device = None,
     scheduler: Scheduler = None,
     force: Force = False,
+    dry_run: DryRun = False,
     settings: Settings = None,
     json: Json = False,
     debug: Debug = False,
@@ -150,6 +157,7 @@ def run(
       wsi-mmm run 's3://bucket/study/*.svs' -o s3://bucket/results
       wsi-mmm run manifest.csv -o results --scheduler tcp://scheduler:8786
       wsi-mmm run no-resolution.tif -o results --mpp-override 0.25
+      wsi-mmm run slides/ -o results --dry-run     (which slides, and can they all be read?)
 
     Running the same command again resumes; --force redoes.
     """
@@ -162,6 +170,8 @@ def run(
         "bounds_offset": bounds_offset or None, "batch_size": batch_size, "workers": workers, "threads": threads,
         "device": device, "scheduler": scheduler, "force": force or None,
     }  # fmt: skip
+    if dry_run:
+        return _rehearse(api.order_run, inputs, output, _options(given, settings))
     return _work(api.run, inputs, output, _options(given, settings))
 
 
@@ -196,6 +206,7 @@ def embed(
     device: Device = None,
     scheduler: Scheduler = None,
     force: Force = False,
+    dry_run: DryRun = False,
     settings: Settings = None,
     json: Json = False,
     debug: Debug = False,
@@ -219,6 +230,8 @@ def embed(
         "batch_size": batch_size, "workers": workers, "threads": threads, "device": device,
         "scheduler": scheduler, "force": force or None,
     }  # fmt: skip
+    if dry_run:
+        return _rehearse(api.order_embed, inputs, output, _options(given, settings))
     return _work(api.embed, inputs, output, _options(given, settings))
 
 
@@ -258,6 +271,41 @@ def _work(call: Callable[..., RunReport], inputs: list[str], output: str, option
     with progress(len(slides)) as listener:
         report = call(slides, output=output, progress=listener, **options)
     return _verdict(report)
+
+
+def _rehearse(call: Callable[..., Order], inputs: list[str], output: str, options: Mapping[str, Any]) -> int:
+    """Open every slide and say what it is, or what would make it fail; the exit code is that of the run to come."""
+    order = call(inputs, output=output, **options)
+    failed = 0
+    for task in order.tasks:
+        try:
+            found = _look(task)
+        except WsiError as error:
+            failed += 1
+            error_line(f"{task.id}: {error}")
+            continue
+        if flags.json:
+            say_json(found)
+        size = f"{found['width']} x {found['height']} px, {found['mpp_x']:g} mpp"
+        say(f"{found['id']}  {size}, at most {found['tiles_at_most']:,} tiles, {found['uri']}")
+    say(f"{len(order.tasks) - failed} of {len(order.tasks)} slides can be read at {order.recipe.mpp:g} mpp -> {output}")
+    return 0 if not failed else ALL_FAILED if failed == len(order.tasks) else SOME_FAILED
+
+
+def _look(task: SlideTask) -> dict[str, Any]:
+    """Facts of a slide that can be read at the resolution asked for; else its WsiError."""
+    from wsi_mmm.slides import open_slide, store
+    from wsi_mmm.tiles.grid import make_grid
+
+    if task.error:
+        raise ManifestError(task.error)
+    recipe = task.recipe
+    with open_slide(task.uri, task.mpp, recipe.reader) as slide:
+        info = slide.info
+        slide.scale(recipe.mpp)
+        grid = make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
+    size = {"width": info.width, "height": info.height, "mpp_x": info.mpp_x, "tiles_at_most": grid.rows * grid.columns}
+    return {"id": task.id, "uri": store.redact(task.uri), **size}
 
 
 def _verdict(report: RunReport) -> int:

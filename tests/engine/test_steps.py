@@ -77,3 +77,12 @@ def test_a_published_slide_leaves_no_scratch_and_others_notice(task: SlideTask) 
     assert list(Path(task.output).iterdir()) == []
     with pytest.raises(OutputError, match="another run"):
         steps.check_kept(task)
+
+
+def test_what_a_killed_run_was_writing_is_tidied_up(task: SlideTask, tmp_path: Path) -> None:
+    """Half files beside the results go; results and files of others stay."""
+    for name in (".result.geojson.gz.x1y2", ".slide.json.ab_c", "result.geojson.gz", ".hidden", ".work"):
+        (tmp_path / name).touch()
+    steps.remove_halves(task)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", ".work", "result.geojson.gz"]
+    steps.remove_halves(replace(task, output=str(tmp_path / "not yet there")))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +38,7 @@ def plan(work: Work) -> Receipt:
     if task.error:
         raise ManifestError(task.error)
     started = time.perf_counter()
+    remove_halves(task)
     if task.recipe.force:
         remove_scratch(task)
     with process.slide_of(task) as slide:
@@ -106,6 +109,17 @@ def remove_scratch(task: SlideTask) -> None:
         store.delete(uri)
     if store.is_local(scratch):
         shutil.rmtree(store.local_path(scratch), ignore_errors=True)  # the empty folders
+
+
+_HALF = re.compile(r"\.(result\.geojson(\.gz)?|overlay\.png|tiles\.parquet|slide\.json)\.\w+")
+
+
+def remove_halves(task: SlideTask) -> None:
+    """Remove the files that a run was writing beside their final names when it was killed."""
+    if store.is_local(task.output):
+        for path in Path(store.local_path(task.output)).glob(".*"):
+            if _HALF.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def check_kept(task: SlideTask) -> None:
