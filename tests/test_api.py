@@ -45,6 +45,13 @@ def test_an_unknown_export_is_said_before_anything_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cache_that_cannot_be_written_is_said_before_anything_runs(tmp_path: Path) -> None:
+    """As it is for the output: not once per slide."""
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write to .*taken"):
+        wsi_mmm.run("a.svs", output=tmp_path / "out", cache=tmp_path / "taken")
+
+
 def test_paths_do_not_depend_on_the_folder_a_worker_stands_in(in_tmp: Path) -> None:
     """Slide, mask, tissue, cache and output are absolute once an order is written."""
     recipe = api._model_recipe("default", "stain", {"tissue": Path("t.geojson"), "cache": "c"})

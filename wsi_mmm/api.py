@@ -281,7 +281,9 @@ def _order(
     specs = expand_inputs(items, mpp=options.get("mpp_override"))
     out = str(output).rstrip("/")
     out = out if "://" in out else str(Path(out).absolute())
-    reporting.check_writable(out)
+    for place in (out, recipe.cache):
+        if place is not None:
+            reporting.check_writable(place)
     tasks = tuple(
         SlideTask(s.id, _absolute(s.uri), store.join(out, s.id), recipe, s.mpp, s.mask and _absolute(s.mask), s.error)
         for s in specs

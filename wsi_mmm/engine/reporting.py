@@ -154,7 +154,7 @@ def check_writable(output: str) -> None:
         store.delete(probe)
     except StorageError as error:
         reason = str(error).removeprefix(f"{store.redact(probe)}: ")
-        remedy = "" if "; " in reason else "; choose another output folder"
+        remedy = "" if "; " in reason else "; choose another folder"
         raise OutputError(f"cannot write to {store.redact(output)}: {reason}{remedy}") from error
 
 
