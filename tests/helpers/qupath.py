@@ -113,8 +113,7 @@ def _root_object(text: _Text, report: Report) -> Iterator[Any]:
             yield from text.array()
         else:
             rest[key] = text.value()
-        if text.peek() == ",":
-            text.take(",")
+        text.comma("}")
     text.take("}")
     if rest.get("type") == "Feature":
         yield rest
@@ -127,7 +126,16 @@ class _Text:
 
     def __init__(self, stream: TextIO, report: Report) -> None:
         self._stream, self._buffer, self._at = stream, "", 0
-        self._decoder = json.JSONDecoder(parse_constant=lambda name: report.add("number", "file", name))
+        self._decoder = json.JSONDecoder(
+            parse_constant=lambda name: report.add("number", "file", name), object_pairs_hook=self._object
+        )
+        self._report = report
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            self._report.add("duplicate-key", "file", ", ".join(key for key, _ in pairs))
+        return found
 
     def peek(self) -> str:
         """The next character that is no space; "" at the end."""
@@ -162,11 +170,16 @@ class _Text:
         self.take("[")
         while self.peek() != "]":
             yield self.value()
-            if self.peek() == ",":
-                self.take(",")
-                if self.peek() == "]":
-                    raise ValueError("a comma before ]")
+            self.comma("]")
         self.take("]")
+
+    def comma(self, end: str) -> None:
+        """A comma and something after it, or ``end``."""
+        if self.peek() == end:
+            return
+        self.take(",")
+        if self.peek() == end:
+            raise ValueError(f"a comma before {end}")
 
     def _more(self) -> bool:
         piece = self._stream.read(max(1 << 18, len(self._buffer) - self._at))
@@ -276,6 +289,8 @@ class _Geometries:
         elif kind in {"Polygon", "MultiPolygon"}:
             for polygon in [coordinates] if kind == "Polygon" else coordinates:
                 self._add_polygon(polygon, where, report)
+            if kind == "MultiPolygon":
+                _check_together(geometry, where, report)
 
     def _add_polygon(self, polygon: Any, where: str, report: Report) -> None:
         if not isinstance(polygon, list) or not polygon or not all(map(_may_be_ring, polygon)):
@@ -338,6 +353,16 @@ class _Geometries:
     def _say(self, report: Report, rule: str, owners: np.ndarray) -> None:
         for index in np.unique(owners):
             report.add(rule, self.owners[index])
+
+
+def _check_together(geometry: dict[str, Any], where: str, report: Report) -> None:
+    """The parts of a MultiPolygon must not overlap."""
+    try:
+        whole = shapely.set_precision(shapely.from_geojson(json.dumps(geometry)), 0.01, mode="pointwise")
+    except (shapely.GEOSException, ValueError, TypeError):
+        return  # said of its rings
+    if not shapely.is_valid(whole) and shapely.is_valid(shapely.get_parts(whole)).all():
+        report.add("valid", where, shapely.is_valid_reason(whole))
 
 
 def _may_be_ring(ring: Any) -> bool:

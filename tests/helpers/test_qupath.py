@@ -145,9 +145,29 @@ def test_too_many_annotations_are_found(tmp_path: Path) -> None:
     assert check_qupath(path, max_annotations=2).counts == {"many-annotations": 1}
 
 
+@pytest.mark.parametrize(("shift", "ok"), [(5, False), (0, False), (10, True), (20, True)])
+def test_parts_of_a_multipolygon_must_not_overlap(shift: int, ok: bool, tmp_path: Path) -> None:
+    """Each part may be valid alone and the whole not; parts may touch in a point."""
+    feature = copy.deepcopy(GOOD)
+    moved = [[x + shift, y + shift] for x, y in RING]
+    feature["geometry"] = {"type": "MultiPolygon", "coordinates": [[RING], [moved]]}
+    report = check_qupath(store(tmp_path / "a.geojson", feature))
+    assert dict(report.counts) == ({} if ok else {"valid": 1})
+
+
+def test_a_key_given_twice_is_found(tmp_path: Path) -> None:
+    """JSON libraries differ in which one they believe, and some refuse."""
+    path = store(tmp_path / "a.geojson", GOOD)
+    path.write_text(path.read_text().replace('"area": 96.5', '"area": 96.5, "area": 1'))
+    assert "duplicate-key" in check_qupath(path).counts
+
+
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
+        (b'{"type":"FeatureCollection","features":[{} {}]}', "json"),
+        (b'{"type":"FeatureCollection" "features":[]}', "json"),
+        (b'{"type":"FeatureCollection","features":[],}', "json"),
         (b'{"type":"FeatureCollection","features":[', "json"),
         (b'{"type":"FeatureCollection","features":[{}, ]}', "json"),
         (b'{"type":"FeatureCollection","features":[]} x', "json"),

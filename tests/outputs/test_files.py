@@ -206,6 +206,27 @@ def test_the_overlay_shows_its_parts() -> None:
     assert overlay_png(bare) == overlay_png(bare)
 
 
+def test_long_names_and_many_classes_stay_on_the_page() -> None:
+    """A title too long for the page loses its middle, a legend too long for it its last lines."""
+    shown = scene(10_000, 10_000, 1)
+    counts = [(f"a class with a long name, number {n}", (n, 10, 200 - n), n) for n in range(1, 120)]
+    crowded = replace(shown, title="a slide whose name goes on and on " * 12, counts=counts)
+    with Image.open(io.BytesIO(overlay_png(crowded))) as image, Image.open(io.BytesIO(overlay_png(shown))) as plain:
+        assert image.size == plain.size
+        pixels = np.asarray(image.convert("RGB"))
+    ground = pixels[2, 2]
+    assert (pixels[:, -20:] == ground).all()
+    assert (pixels[-2:] == ground).all()
+
+
+@pytest.mark.parametrize("mpp", [0.1, 0.25, 1 / 3, 2.0, 28.97, 1000 / 99 / 7])
+def test_scale_bars_are_round_at_any_resolution(mpp: float) -> None:
+    """No slide size and resolution leaves the bar without a length, powers of ten included."""
+    for width in (64, 1_000, 12_800, 64_000, 100_000):
+        shown = Scene("t", "", np.full((50, 50, 3), 240, np.uint8), width, width, mpp)
+        assert overlay_png(shown)
+
+
 # ---------------------------------------------------------------- report
 
 ROW = SlideRow("a", "/s/a.svs", "done", None, 0.5, 0.4999, 10, 0, 1234, 2.5, 4.0, 0.9, 10**7, 0, 800.0)
@@ -239,6 +260,31 @@ def test_report_html_is_one_safe_page() -> None:
     assert 'href="http' not in page
     assert "@import" not in page
     assert "75.00" in page  # forward took three quarters of the time
+
+
+def test_report_html_links_the_files_beside_it() -> None:
+    """Files in a slide's folder are relative links, its picture leads to the large one; other addresses are text."""
+    odd = replace(ROW, id='a "b" %20é', extra={"files": {
+        "overlay": 's3://bucket/out/a "b" %20é/overlay.png', "tiles": "javascript:alert(1)",
+    }})  # fmt: skip
+    page = report_html(RUN, [ROW, odd], {odd.id: overlay_png(scene(10_000, 10_000, 1))}).decode()
+    assert page.count('href="./a%20%22b%22%20%2520%C3%A9/overlay.png"') == 2
+    assert 'href="javascript' not in page
+    assert 'href="#slide-2"' in page
+    assert 'id="slide-2"' in page
+
+
+def test_report_html_shows_every_fact_of_every_slide() -> None:
+    """What report.json says of a slide in figures can be read on the page as well."""
+    row = replace(
+        ROW, id="named", uri="/s/where.svs", status="failed", error="no luck", mpp_requested=0.5012,
+        mpp_effective=0.4987, tiles=1111, failed_tiles=22, objects=333_333, seconds=44.4, tiles_per_s=55.5,
+        busy_share=0.66, bytes_read=77_700, cache_hits=888, peak_rss_mb=999.0,
+    )  # fmt: skip
+    page = report_html(RUN, [row]).decode()
+    for text in ("named", "/s/where.svs", "failed", "no luck", "0.5012", "0.4987", "1,111", "<em>22</em>", "333,333",
+                 "44.4 s", "55.5", "66 %", "77.7 kB", "888", "999"):  # fmt: skip
+        assert text in page, text
 
 
 def test_a_report_of_nothing() -> None:

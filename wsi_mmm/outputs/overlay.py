@@ -73,7 +73,7 @@ def overlay_png(scene: Scene) -> bytes:
     page = Image.new("RGB", (width, _HEAD + tall + _FOOT + _MARGIN), _GROUND)
     draw = ImageDraw.Draw(page)
     corner = (_MARGIN + (left - size[0]) // 2, _HEAD + (tall - size[1]) // 2)
-    _head(draw, scene)
+    _head(draw, scene, width - 2 * _MARGIN)
     page.paste(_slide(scene, size), corner)
     draw.rectangle((corner[0] - 1, corner[1] - 1, corner[0] + size[0], corner[1] + size[1]), outline=_EDGE)
     for number, shown in enumerate(scene.fields):
@@ -167,7 +167,7 @@ def _drawn(
 
 
 def _outline_mask(draw: ImageDraw.ImageDraw, mask: Mask, size: tuple[int, int]) -> None:
-    rings = trace(mask.astype(np.int32))
+    rings = trace(mask.astype(np.int32), "exact")  # pixels may be whole tiles: no corner of one is cut
     points = rings.coords * (size[0] / mask.shape[1], size[1] / mask.shape[0])
     for a, b in zip(rings.ring_offsets[:-1], rings.ring_offsets[1:], strict=True):
         ring = [(x, y) for x, y in points[a:b].tolist()]
@@ -217,9 +217,18 @@ def _badge(draw: ImageDraw.ImageDraw, corner: tuple[float, float], name: str, si
 # ---------------------------------------------------------------- words
 
 
-def _head(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
-    _write(draw, (_MARGIN, 50), scene.title, size=30)
-    _write(draw, (_MARGIN, 78), scene.subtitle, size=18, fill=_SOFT)
+def _head(draw: ImageDraw.ImageDraw, scene: Scene, room: float) -> None:
+    _write(draw, (_MARGIN, 50), _fitted(draw, scene.title, room, size=30), size=30)
+    _write(draw, (_MARGIN, 78), _fitted(draw, scene.subtitle, room, size=18), size=18, fill=_SOFT)
+
+
+def _fitted(draw: ImageDraw.ImageDraw, text: str, room: float, *, size: int) -> str:
+    """``text``, its middle left out where it is wider than ``room``: ends tell slides apart."""
+    shown, keep = text, len(text)
+    while keep > 8 and draw.textlength(shown, font=_font(size)) > room:
+        keep -= 1 + keep // 20
+        shown = f"{text[: keep - keep // 2]}...{text[len(text) - keep // 2 :]}"
+    return shown
 
 
 def _legend(draw: ImageDraw.ImageDraw, page: Image.Image, scene: Scene, corner: tuple[int, int]) -> None:
@@ -234,6 +243,9 @@ def _legend(draw: ImageDraw.ImageDraw, page: Image.Image, scene: Scene, corner: 
         wide = 26 + round(draw.textlength(text, font=_font(17))) + 28
         if x + wide > page.width - _MARGIN:
             x, y = corner[0], y + 28
+        if y + 28 > page.height:  # as many as there is room for: the report has all
+            _write(draw, (page.width - _MARGIN, y - 11), "...", size=17, fill=_SOFT)
+            return
         draw.rounded_rectangle((x, y + 3, x + 16, y + 19), radius=4, fill=color)
         _write(draw, (x + 26, y + 17), text, size=17)
         x += wide
@@ -252,7 +264,7 @@ def _scale_bar(image: Image.Image, mpp: float | None, scale: float, *, share: fl
         return
     target = share * image.width * scale * mpp
     power = 10.0 ** math.floor(math.log10(target))
-    length = max(step * power for step in (1, 2, 5) if step * power <= target)
+    length = max((step * power for step in (1, 2, 5) if step * power <= target), default=power)
     wide = length / (scale * mpp)
     text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} \u00b5m"
     draw = ImageDraw.Draw(image)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -73,7 +74,7 @@ def report_html(
     facts: Mapping[str, Any], slides: Sequence[SlideRow], overlays: Mapping[str, bytes] | None = None
 ) -> bytes:
     """The page; ``overlays``: slide id -> PNG. Everything that comes from slides or users is escaped."""
-    cards = "".join(_card(row, (overlays or {}).get(row.id)) for row in slides)
+    cards = "".join(_card(n, row, (overlays or {}).get(row.id)) for n, row in enumerate(slides, 1))
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1"><title>wsi-mmm report</title>',
@@ -115,12 +116,12 @@ def _table(slides: Sequence[SlideRow]) -> str:
         "slide", "status", "mpp asked", "mpp used", "tiles", "failed", "objects", "time", "tiles/s", "model busy",
         "read", "cache hits", "peak MB",
     )  # fmt: skip
-    rows = "".join(_table_row(row) for row in slides)
+    rows = "".join(_table_row(n, row) for n, row in enumerate(slides, 1))
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _table_row(row: SlideRow) -> str:
+def _table_row(number: int, row: SlideRow) -> str:
     cells = [
         _number(row.mpp_requested, 4),
         _number(row.mpp_effective, 4),
@@ -134,18 +135,28 @@ def _table_row(row: SlideRow) -> str:
         f"{row.cache_hits:,}",
         f"{row.peak_rss_mb:,.0f}",
     ]
-    first = f'<td><a href="#{_text(row.id)}">{_text(row.id)}</a></td><td>{_chip(row.status)}</td>'
+    name = f'<a href="#slide-{number}" title="{_text(row.uri)}">{_text(row.id)}</a>'
+    first = f"<td>{name}</td><td>{_chip(row.status)}</td>"
     return f"<tr>{first}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _card(row: SlideRow, overlay: bytes | None) -> str:
+def _card(number: int, row: SlideRow, overlay: bytes | None) -> str:
+    files = row.extra.get("files") or {}
     picture = f'<img alt="overlay of {_text(row.id)}" src="{_picture(overlay)}">' if overlay else ""
+    if overlay and "overlay" in files:
+        picture = _link(row.id, files["overlay"], picture)
     error = f'<p class="error">{_text(row.error)}</p>' if row.error else ""
     return (
-        f'<article id="{_text(row.id)}"><h2>{_text(row.id)} {_chip(row.status)}</h2><p class="uri">{_text(row.uri)}</p>'
+        f'<article id="slide-{number}"><h2>{_text(row.id)} {_chip(row.status)}</h2><p class="uri">{_text(row.uri)}</p>'
         f"{error}{picture}{_stages(row.extra.get('stages') or {})}{_classes(row.extra.get('classes') or {})}"
-        f"{_failures(row.extra.get('failures') or [])}{_files(row.extra.get('files') or {})}</article>"
+        f"{_failures(row.extra.get('failures') or [])}{_files(row.id, files)}</article>"
     )
+
+
+def _link(slide: str, uri: str, html: str) -> str:
+    """``html`` as a link to a file of a slide's folder, which lies beside the report; unchanged for other files."""
+    _, found, name = uri.rpartition(f"/{slide}/")
+    return f'<a href="{_text(quote(f"./{slide}/{name}"))}">{html}</a>' if found else html
 
 
 def _stages(stages: Mapping[str, float]) -> str:
@@ -189,8 +200,10 @@ def _where(area: Sequence[int]) -> str:
     return f"x {x0}–{x1}, y {y0}–{y1}"
 
 
-def _files(files: Mapping[str, str]) -> str:
-    lines = "".join(f"<li>{_text(name)}: <code>{_text(uri)}</code></li>" for name, uri in files.items())
+def _files(slide: str, files: Mapping[str, str]) -> str:
+    lines = "".join(
+        f"<li>{_text(name)}: {_link(slide, uri, f'<code>{_text(uri)}</code>')}</li>" for name, uri in files.items()
+    )
     return f"<details><summary>Files</summary><ul>{lines}</ul></details>" if lines else ""
 
 
