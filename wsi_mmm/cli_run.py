@@ -157,7 +157,7 @@ def run(
       wsi-mmm run 's3://bucket/study/*.svs' -o s3://bucket/results
       wsi-mmm run manifest.csv -o results --scheduler tcp://scheduler:8786
       wsi-mmm run no-resolution.tif -o results --mpp-override 0.25
-      wsi-mmm run slides/ -o results --dry-run     (which slides, and can they all be read?)
+      wsi-mmm run slides/ -o results --dry-run     (can every slide be read?)
 
     Running the same command again resumes; --force redoes.
     """
