@@ -116,6 +116,7 @@ def test_invalid_polygons_are_repaired_and_counted() -> None:
         (zipped(a_dot_txt=b""), "0 .geojson"),
         (zipped(a_dot_json=b"", b_dot_json=b""), "2 .geojson"),
         (b"<broken", "cannot be parsed"),
+        (b'<?xml version="1.0" encoding="foo"?><ASAP_Annotations/>', "cannot be parsed"),
         (b"<svg></svg>", "not of ASAP"),
         (b'<!DOCTYPE a [<!ENTITY b "c">]><ASAP_Annotations/>', "entity"),
         (b'<ASAP_Annotations><Annotation Type="Polygon"><Coordinate X="1"/></Annotation></ASAP_Annotations>', "Order"),

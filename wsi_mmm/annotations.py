@@ -232,7 +232,7 @@ def _xml_shapes(data: bytes, name: str) -> Iterator[tuple[Any, str | None]]:
         raise AnnotationError(f"{name}: XML with entity declarations is refused: export the annotations again")
     try:
         root = ET.fromstring(data)
-    except ET.ParseError as error:
+    except (ET.ParseError, LookupError, ValueError) as error:  # LookupError: an encoding that nobody knows
         raise AnnotationError(f"{name}: XML that cannot be parsed ({error}): export the annotations again") from error
     if root.tag != "ASAP_Annotations":
         raise AnnotationError(f"{name}: XML, but not of ASAP (<{root.tag}>): convert it to GeoJSON")
