@@ -98,6 +98,8 @@ def test_missing_objects_and_buckets_are_not_found(bucket: str) -> None:
             open_slide(uri)
     with pytest.raises(OutputError, match="no-such-bucket"):
         store.write_bytes("s3://no-such-bucket/a", b"x")
+    with pytest.raises(StorageError, match="no such bucket"):
+        store.list_uris("s3://no-such-bucket/a")
 
 
 def test_what_only_openslide_reads_is_refused_over_the_network(bucket: str, small_slide: Made) -> None:

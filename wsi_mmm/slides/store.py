@@ -327,7 +327,7 @@ def _reason(text: str) -> str:
         "500": "the server failed (500); try again",
         "503": "the server is overloaded (503); try again",
     }
-    lower = text.partition("Debug source")[0].lower()  # which tells of time-outs and ranges that never were
+    lower = text.lower().replace("retry_timeout", "")  # a setting that every error of obstore tells
     return next((say for word, say in causes.items() if word in lower), "the storage answered with an error; try again")
 
 
