@@ -13,6 +13,7 @@ import shapely
 import wsi_mmm
 from helpers.qupath import check_qupath
 from wsi_mmm.api import RunReport
+from wsi_mmm.slides.tiff_write import TiffForm, write_tiff
 
 FIELDS = {
     "id", "uri", "status", "error", "mpp_requested", "mpp_effective", "tiles", "failed_tiles", "objects", "seconds",
@@ -26,8 +27,20 @@ def features(folder: Path) -> list[dict]:
 
 def test_the_geojson_keeps_every_rule_of_qupath(quiet_run: tuple[Path, RunReport]) -> None:
     """QuPath would import the file: the checker finds nothing."""
-    report = check_qupath(quiet_run[0] / "result.geojson.gz")
+    report = check_qupath(quiet_run[0] / "result.geojson.gz", size=(1536, 1152))
     assert not report.violations and report.features > 0
+
+
+def test_nothing_reaches_beyond_the_slide(tiny_slide: Path, tmp_path: Path) -> None:
+    """Map pixels at the far edges lie partly beyond a slide of odd size and mpp; objects there end at its edge."""
+    with wsi_mmm.open_slide(tiny_slide) as whole:
+        pixels = whole.read_region(0, 0, 701, 643)
+    pixels[300:330, -25:] = pixels[-25:, 300:330] = (70, 40, 120)  # nuclei that the edges cut
+    write_tiff(tmp_path / "odd.tiff", [pixels], TiffForm(mpp=0.4975))
+    [row] = wsi_mmm.run(tmp_path / "odd.tiff", output=tmp_path / "out", tissue="none", gzip=False).slides
+    assert row.extra["device"] in ("cpu", "cuda")
+    report = check_qupath(tmp_path / "out" / "odd" / "result.geojson", size=(701, 643))
+    assert not report.violations and report.features > 20
 
 
 def test_the_layout_is_the_one_that_is_documented(quiet_run: tuple[Path, RunReport]) -> None:
@@ -115,7 +128,7 @@ def test_two_slides_of_one_name_keep_two_folders(tiny_slide: Path, tmp_path: Pat
 
 def test_a_namesake_does_not_overwrite_what_is_there(tiny_slide: Path, tmp_path: Path) -> None:
     """Another slide of the same name, run later into the same output, fails and says so; --force replaces."""
-    from wsi_mmm.slides.fake import synthetic_slide
+    from wsi_mmm.slides.tiff_write import TiffForm, write_tiff
 
     other = tmp_path / tiny_slide.name
     synthetic_slide(other, seed=5, width=600, height=600, nuclei=10)

@@ -97,6 +97,7 @@ class Receipt:
     cache_hits: int = 0
     peak_rss_mb: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
+    device: str = ""
     payload: Any = None
 
 

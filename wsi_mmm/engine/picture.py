@@ -12,11 +12,12 @@ from wsi_mmm.outputs import ragged
 from wsi_mmm.outputs.density import Density
 from wsi_mmm.outputs.overlay import Field, Scene, legend_counts, overlay_png
 from wsi_mmm.slides import Slide
-from wsi_mmm.types import F64, Block, Mask, Objects, TaskInfo
+from wsi_mmm.types import F64, I64, Block, Grid, Mask, Objects, TaskInfo
 
 THUMBNAIL = 1600
 FIELD_PX = 400  # side of a close-up in target px
 FIELDS = 4
+MASK_PX = 4  # px of the tissue mask per tile
 MAX_AREAS = 20_000  # regions or tiles drawn on the thumbnail
 
 Find = Callable[[TaskInfo, tuple[float, float, float, float]], Objects]
@@ -65,10 +66,11 @@ class Picture:
         return overlay_png(scene)
 
     def _tissue(self) -> Mask:
-        """The tiles that were looked at, as a mask of one pixel per tile stride."""
-        mask = np.zeros((self.plan.grid.rows, self.plan.grid.columns), bool)
-        mask[self.plan.index[:, 0], self.plan.index[:, 1]] = True
-        return mask
+        """The tiles that were looked at, as a mask that covers just the slide, wherever the last tiles end."""
+        grid = self.plan.grid
+        tiles = np.zeros((grid.rows, grid.columns), bool)
+        tiles[self.plan.index[:, 0], self.plan.index[:, 1]] = True
+        return tiles[np.ix_(_tile_of(grid.height, grid.rows, grid), _tile_of(grid.width, grid.columns, grid))]
 
     def _fields(self, find: Find) -> list[Field]:
         scale_x, scale_y = self.plan.grid.scale_x, self.plan.grid.scale_y
@@ -77,10 +79,18 @@ class Picture:
 
     def _field(self, x: float, y: float, find: Find) -> Field:
         grid = self.plan.grid
-        block = Block(0, 0, FIELD_PX, FIELD_PX, grid.scale_x, grid.scale_y, int(x), int(y))
-        box = (int(x), int(y), int(x) + FIELD_PX * grid.scale_x, int(y) + FIELD_PX * grid.scale_y)
+        scale = grid.scale_x  # both ways: outlines are drawn with one scale, also where mpp_x and mpp_y differ
+        block = Block(0, 0, FIELD_PX, FIELD_PX, scale, scale, int(x), int(y))
+        box = (int(x), int(y), int(x) + FIELD_PX * scale, int(y) + FIELD_PX * scale)
         found = [(info, find(info, box)) for info in self.instances]
-        return Field(self.slide.reader.read(block).pixels, int(x), int(y), grid.scale_x, found)
+        return Field(self.slide.reader.read(block).pixels, int(x), int(y), scale, found)
+
+
+def _tile_of(length: int, count: int, grid: Grid) -> I64:
+    """Which tile each of the evenly spaced px along a side of ``length`` target px belongs to: `MASK_PX` per stride."""
+    places = max(1, round(MASK_PX * length / grid.stride))
+    found: I64 = np.minimum(((np.arange(places) + 0.5) * length / places / grid.stride).astype(np.int64), count - 1)
+    return found
 
 
 def centres(objects: Objects, plan: SlidePlan) -> F64:

@@ -92,7 +92,9 @@ def _geojson(plan: SlidePlan, tables: dict[str, Values], done: Published, pictur
             for t in found:
                 before = writer.written
                 classes = np.zeros(len(t.info.classes), np.int64)
-                for objects in _objects(t, plan, tables, regions):
+                for found_objects in _objects(t, plan, tables, regions):
+                    # Map px at the far edges reach beyond the slide by up to one of them.
+                    objects = polygons.clip(found_objects, plan.info.width, plan.info.height)
                     classes += np.bincount(objects.class_index, minlength=len(classes))
                     picture.add(t.info, objects)
                     writer.write(_placed(objects, plan))

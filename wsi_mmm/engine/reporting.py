@@ -77,10 +77,15 @@ class RunReport:
             "argv": [store.redact(word) for word in sys.argv],
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(self.seconds, 3),
-            "device": self.recipe.device, "slides_asked": len(self.order),
+            "device": self._device(), "slides_asked": len(self.order),
         }  # fmt: skip
         store.write_bytes(store.join(self.output, "report.json"), report_json(facts, self.slides))
         store.write_bytes(self.path, report_html(facts, self.slides, self._overlays()))
+
+    def _device(self) -> str:
+        """What the model ran on; what was asked for when it ran nowhere (all slides resumed, failed or empty)."""
+        used = {str(row.extra["device"]) for row in self.rows.values() if row.extra.get("device")}
+        return ", ".join(sorted(used)) or self.recipe.device
 
     def _overlays(self) -> dict[str, bytes]:
         """The pictures of at most 200 slides: the page stays one that a browser opens."""
@@ -130,6 +135,7 @@ def _extra(state: SlideState, facts: dict[str, Any], *, resumed: bool) -> dict[s
         "stages": {name: round(seconds, 3) for name, seconds in sorted(state.stages.items())},
         "classes": facts.get("classes", {}),
         "files": {k: store.join(store.redact(state.task.output), v) for k, v in facts.get("files", {}).items()},
+        "device": ", ".join(sorted(state.devices)) or None,
         "reader": facts.get("reader") or (state.plan.info.reader if state.plan else None),
         **({"traceback": state.traceback} if state.traceback else {}),  # only for faults that are not the user's
     }

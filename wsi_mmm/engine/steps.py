@@ -149,6 +149,7 @@ class Computed:
     loaded: Loaded
     output: RunOutput | None
     busy: tuple[float, float] | None
+    device: str = ""
 
 
 def read(work: Work) -> Loaded:
@@ -173,7 +174,7 @@ def compute(loaded: Loaded) -> Computed:
     runner = process.runner_of(recipe)
     started = time.time()
     output = runner.run(loaded.batch.pixels, list(recipe.tasks))
-    return Computed(loaded, output, (started, time.time()))
+    return Computed(loaded, output, (started, time.time()), str(runner.device))
 
 
 def write(computed: Computed) -> Receipt:
@@ -190,7 +191,13 @@ def write(computed: Computed) -> Receipt:
         busy = computed.busy or (0.0, 0.0)
         stages = {"read": loaded.seconds, "model": busy[1] - busy[0], "write": time.perf_counter() - started}
         status = "partial" if failed else "ok"
-        facts = {"tiles": len(work.index()), "failed": failed, "busy": (busy,), "stages": stages}
+        facts = {
+            "tiles": len(work.index()),
+            "failed": failed,
+            "busy": (busy,),
+            "stages": stages,
+            "device": computed.device,
+        }
         return _receipt(work, slide, status=status, **facts)
 
 

@@ -48,6 +48,7 @@ class SlideState:
     bytes_read: dict[int, int] = field(default_factory=dict)
     peak_rss_mb: dict[int, float] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
+    devices: set[str] = field(default_factory=set)
     payload: Any = None
 
     @property
@@ -187,6 +188,7 @@ def _count(state: SlideState, receipt: Receipt) -> None:
     state.busy += [(receipt.pid, start, end) for start, end in receipt.busy]
     state.bytes_read[receipt.pid] = max(state.bytes_read.get(receipt.pid, 0), receipt.bytes_read)
     state.peak_rss_mb[receipt.pid] = max(state.peak_rss_mb.get(receipt.pid, 0.0), receipt.peak_rss_mb)
+    state.devices |= {receipt.device} - {""}
     for stage, seconds in receipt.stages.items():
         state.stages[stage] = state.stages.get(stage, 0.0) + seconds
 

@@ -32,7 +32,7 @@ class SlideRow:
 
     ``status``: done | empty | partial | failed | cancelled. ``extra`` may hold ``failures`` (level-0 rectangles
     [x0, y0, x1, y1] that could not be read), ``stages`` (name -> seconds), ``files`` (name -> URI), ``classes``
-    (task -> class -> count), ``resumed``, ``reader``.
+    (task -> class -> count), ``resumed``, ``reader``, ``device``.
     """
 
     id: str
