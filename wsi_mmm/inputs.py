@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from wsi_mmm.config import SlideSpec, positive_mpp
 from wsi_mmm.errors import InputError, ManifestError, RecipeError, SlideNotFound, StorageError
 from wsi_mmm.slides import store
+from wsi_mmm.slides.dicom import one_per_series
 
 SUFFIXES = frozenset(
     (".svs", ".tif", ".tiff", ".btf", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide", ".czi", ".dcm")
@@ -79,7 +80,7 @@ def _local(path: str) -> list[str]:
     if os.path.exists(path) or not glob.has_magic(path):
         return [path]  # a missing file is that slide's own failure
     found = filter(os.path.isfile, glob.glob(path, recursive=True))
-    return _some(sorted(found), f"no file matches {path}")
+    return _some(one_per_series(sorted(found)), f"no file matches {path}")
 
 
 def _files_below(folder: str) -> list[str]:
@@ -89,7 +90,7 @@ def _files_below(folder: str) -> list[str]:
         for name in names
         if is_slide_name(name) and not name.startswith(".")
     ]
-    return _some(sorted(found), f"no slide in {folder} (looked for {_shown_suffixes()})")
+    return _some(one_per_series(sorted(found)), f"no slide in {folder} (looked for {_shown_suffixes()})")
 
 
 def _remote(uri: str) -> list[str]:

@@ -128,7 +128,6 @@ def test_two_slides_of_one_name_keep_two_folders(tiny_slide: Path, tmp_path: Pat
 
 def test_a_namesake_does_not_overwrite_what_is_there(tiny_slide: Path, tmp_path: Path) -> None:
     """Another slide of the same name, run later into the same output, fails and says so; --force replaces."""
-    from wsi_mmm.slides.tiff_write import TiffForm, write_tiff
 
     other = tmp_path / tiny_slide.name
     synthetic_slide(other, seed=5, width=600, height=600, nuclei=10)

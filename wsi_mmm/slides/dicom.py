@@ -1,0 +1,33 @@
+"""Which DICOM files belong together: a slide is a series, one file per level, and OpenSlide opens it by any of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+_HEAD = 1 << 16  # bytes; the attributes of the series stand before the pixels
+_SERIES = re.compile(rb"\x20\x00\x0e\x00UI..([0-9.]{1,64})", re.DOTALL)  # (0020,000E), explicit VR, little endian
+
+
+def series_of(path: str | Path) -> str | None:
+    """SeriesInstanceUID of a DICOM file; None when it has none, is no DICOM file or cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return None  # whoever opens it as a slide says why
+    found = _SERIES.search(head) if head[128:132] == b"DICM" else None
+    return found.group(1).decode() if found else None
+
+
+def one_per_series(paths: Iterable[str]) -> list[str]:
+    """The paths without the ``.dcm`` files whose folder and series an earlier one has; the order is kept."""
+    kept, seen = [], set()
+    for path in paths:
+        series = series_of(path) if path.lower().endswith(".dcm") else None
+        key = (str(Path(path).parent), series)
+        if series is None or key not in seen:
+            kept.append(path)
+        seen.add(key)
+    return kept
