@@ -13,6 +13,7 @@ import shapely
 import wsi_mmm
 from helpers.qupath import check_qupath
 from wsi_mmm.api import RunReport
+from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.slides.tiff_write import TiffForm, write_tiff
 
 FIELDS = {
