@@ -143,3 +143,18 @@ def test_busy_share_is_the_union_of_model_time_over_wall_time() -> None:
     state.started, state.ended = 100.0, 110.0
     state.busy = [(1, 100.0, 104.0), (1, 102.0, 106.0), (1, 108.0, 110.0)]
     assert busy_share(state) == pytest.approx(0.8)
+
+
+def test_a_slide_counts_the_model_busy_with_its_neighbours_too() -> None:
+    """Two slides under way at once: neither was idle while the model worked on the other; time outside is cut off."""
+    tasks, plans = slides(2)
+    street = open_street(tasks)
+    for name in ("s0", "s1"):
+        street.slides[name].started = 100.0
+        street.active.add(name)
+        street.slides[name].running = 1
+        street.slides[name].plan, street.slides[name].status = plans[name], "running"
+    for name, span in (("s0", (99.0, 104.0)), ("s1", (104.0, 107.0))):
+        street.receive(Receipt("interpret", name, (0, 0), "ok", pid=1, busy=(span,)))
+    street.slides["s0"].ended = street.slides["s1"].ended = 110.0
+    assert busy_share(street.slides["s0"]) == busy_share(street.slides["s1"]) == pytest.approx(0.7)

@@ -32,8 +32,6 @@ from wsi_mmm.types import Objects
 
 Values = Mapping[str, np.ndarray[Any, Any]]
 
-SIMPLIFY = 0.35  # target px an outline may move: a third of what the map resolves, and half the corners
-
 
 @dataclass(slots=True)
 class Published:
@@ -145,7 +143,7 @@ def _instances(task: Task, plan: SlidePlan) -> Iterator[Objects]:
     for blocks in rows.values():
         objects = ragged.concat([parts.load_part(plan.slide, task.info.name, block) for block in blocks])
         order = np.lexsort((objects.anchor[:, 1], objects.anchor[:, 0]))
-        yield polygons.simplify(ragged.take(objects, order), SIMPLIFY * plan.grid.scale_x)
+        yield ragged.take(objects, order)
 
 
 def _regions(task: Task, plan: SlidePlan) -> Objects:

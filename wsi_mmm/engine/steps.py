@@ -20,6 +20,7 @@ from wsi_mmm.engine.base import Receipt, SlideTask, Work
 from wsi_mmm.engine.plan import SlidePlan, Span, core_of, window_of
 from wsi_mmm.errors import ManifestError, OutputError
 from wsi_mmm.model.identity import device_kind
+from wsi_mmm.outputs import polygons
 from wsi_mmm.slides import Slide, store
 from wsi_mmm.tasks.blend import blend, window_weights
 from wsi_mmm.tiles.grid import BlockTiles, make_grid, tile_size_level0
@@ -30,6 +31,9 @@ from wsi_mmm.types import F32, I64, U8, Batch, Grid, Objects
 if TYPE_CHECKING:
     from wsi_mmm.model.runner import RunOutput
     from wsi_mmm.tasks.base import Task
+
+
+SIMPLIFY = 0.35  # target px an outline may move: a third of what the map resolves, and half the corners
 
 
 def plan(work: Work) -> Receipt:
@@ -255,7 +259,9 @@ def _interpret(task: Task, work: Work, entry: Entry) -> Objects:
         y0=window.y0, x0=window.x0, core=(core.y0, core.x0, core.y1, core.x1),
         scale_y=scale_y, scale_x=scale_x, height=grid.height, width=grid.width,
     )  # fmt: skip
-    return task.interpret(_blended(task, work, entry, window), view)
+    found = task.interpret(_blended(task, work, entry, window), view)
+    # Regions are simplified once they are whole; single objects here, where the work is spread and the model goes on.
+    return found if task.info.kind == "segment" else polygons.simplify(found, SIMPLIFY * grid.scale_x)
 
 
 def blended_core(task: Task, work: Work, entry: Entry) -> tuple[tuple[int, int], U8]:

@@ -65,6 +65,7 @@ class Street:
     listener: Listener = silent
     ready: dict[Kind, deque[Work]] = field(default_factory=lambda: {kind: deque() for kind in ORDER})
     upcoming: deque[SlideState] = field(default_factory=deque)
+    active: set[str] = field(default_factory=set)
 
     def run(self, executor: Executor, stop: threading.Event | None = None) -> Iterator[SlideState]:
         """Drive the executor until every slide is finished; yields each slide's state as it ends.
@@ -96,6 +97,7 @@ class Street:
                 state = self.slides[work.slide.id]
                 state.running += 1
                 state.started = state.started or time.time()
+                self.active.add(state.task.id)
                 executor.start(work)
                 started += 1
         return started
@@ -115,6 +117,8 @@ class Street:
         state = self.slides[receipt.slide]
         state.running -= 1
         _count(state, receipt)
+        for other in self.active:
+            self.slides[other].busy += [(receipt.pid, start, end) for start, end in receipt.busy]
         if receipt.status == "failed":
             self._fail(state, receipt)
         elif state.status == "running":
@@ -122,6 +126,7 @@ class Street:
             next_of.get(receipt.kind, self._published)(state, receipt)
         if state.status != "running" and not state.running and not state.finished:
             state.ended = time.time()
+            self.active.discard(state.task.id)
             done = sum(1 for s in self.slides.values() if s.finished)
             self.listener(Event("slide", state.task.id, done, len(self.slides), outcome(state)))
 
@@ -185,7 +190,6 @@ class Street:
 
 def _count(state: SlideState, receipt: Receipt) -> None:
     state.failed |= dict.fromkeys(receipt.failed)
-    state.busy += [(receipt.pid, start, end) for start, end in receipt.busy]
     state.bytes_read[receipt.pid] = max(state.bytes_read.get(receipt.pid, 0), receipt.bytes_read)
     state.peak_rss_mb[receipt.pid] = max(state.peak_rss_mb.get(receipt.pid, 0.0), receipt.peak_rss_mb)
     state.devices |= {receipt.device} - {""}
@@ -223,11 +227,14 @@ def outcome(state: SlideState) -> str:
 
 
 def busy_share(state: SlideState) -> float:
-    """Share of the slide's wall time in which the model ran, averaged over the processes that ran it."""
+    """Share of the slide's wall time in which the model ran, averaged over the processes that ran it.
+
+    The model counts as busy with whatever slide it works on: slides overlap, and what matters is that it never waits.
+    """
     wall = state.ended - state.started
     by_pid: dict[int, list[tuple[float, float]]] = {}
     for pid, start, end in state.busy:
-        by_pid.setdefault(pid, []).append((start, end))
+        by_pid.setdefault(pid, []).append((max(start, state.started), min(end, state.ended)))
     if wall <= 0 or not by_pid:
         return 0.0
     return min(1.0, sum(_union(spans) for spans in by_pid.values()) / len(by_pid) / wall)
