@@ -130,7 +130,7 @@ def _stroma(stains: F32, scene: _Scene, grain: list[F32], y0: int) -> None:
     size = (y0, y1, scene.width)
     fine, across, along, soft = (_tiled(g, *size) for g in grain)
     weave = _at(scene.weave, *size)
-    edge = _at(scene.tissue, *size) + 0.5 * soft
+    edge = _at(scene.tissue, *size) + 0.15 * soft
     inside = np.clip(edge * 1.5 + 0.5, 0, 1) * _at(scene.stain, *size)
     fibres = across * weave + along * (1 - weave)
     dense = _at(scene.cells, *size)
