@@ -262,7 +262,10 @@ def test_a_worker_without_torch_is_named(tiny_slide: Path, tmp_path: Path) -> No
 def test_ctrl_c_ends_in_words_and_is_resumable(tiny_slide: Path, tmp_path: Path) -> None:
     """SIGINT: exit 130, one line that says how to go on, no traceback; the same command then succeeds."""
     words = [sys.executable, "-m", "wsi_mmm", "run", str(tiny_slide), "-o", str(tmp_path / "out")]
+    # A suite that a shell runs in the background ignores SIGINT, and its children would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     until = time.monotonic() + 60
     while time.monotonic() < until and not list((tmp_path / "out").glob("*/.work/*/plan.npz")):
         time.sleep(0.05)
