@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,30 +12,50 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi_mmm.errors import OutputError, SlideChanged, SlideNotFound, StorageError
-from wsi_mmm.slides import store
-from wsi_mmm.slides.ranges import fetch_merged, merge
+from wsi_mmm.slides import store, store_objects
+from wsi_mmm.slides.ranges import Merging, fetch_merged, plan
+
+RULES = st.builds(
+    Merging,
+    gap=st.integers(0, 300),
+    waste=st.sampled_from([0.0, 0.1, 1.0]),
+    part=st.sampled_from([10, 100, 1000]),
+    most=st.integers(1, 4),
+    longest=st.sampled_from([50, 500, 5000]),
+)
 
 
-@given(st.lists(st.tuples(st.integers(0, 900), st.integers(0, 200)), max_size=30), st.integers(0, 300))
-def test_merged_ranges_bring_the_bytes_of_each_range(ranges: list[tuple[int, int]], gap: int) -> None:
-    """Whatever overlaps or touches is fetched in fewer spans; every range gets its own bytes, clipped to the end."""
+@given(st.lists(st.tuples(st.integers(0, 1100), st.integers(0, 200)), max_size=30), RULES)
+def test_merged_ranges_bring_the_bytes_of_each_range(ranges: list[tuple[int, int]], rule: Merging) -> None:
+    """Every range gets its own bytes, clipped to the end; no more is fetched beside them than the rule allows."""
     data = bytes(n * 7 % 256 for n in range(1000))
     calls: list[tuple[int, int]] = []
 
-    def get(spans: object) -> list[bytes]:
-        calls.extend(spans)  # type: ignore[call-overload]
-        return [data[a : a + n] for a, n in spans]  # type: ignore[attr-defined]
+    def get(spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        calls.extend(spans)
+        return [data[a : a + n] for a, n in spans]
 
-    found = fetch_merged(ranges, 1000, gap=gap, get=get)
-    assert found == [data[start : start + length] for start, length in ranges]
-    assert len(calls) <= len(ranges)
+    found = fetch_merged(ranges, 1000, rule=rule, get=get)
+    assert [bytes(part) for part in found] == [data[start : start + length] for start, length in ranges]
+    needed = {n for start, length in ranges for n in range(start, min(start + length, 1000))}
+    assert sum(length for _, length in calls) <= len(needed) * (1 + rule.waste)
 
 
 def test_near_ranges_are_one_request_and_far_ones_are_not() -> None:
-    """The gap decides."""
-    assert len(merge([(0, 10), (15, 10)], 5)[0]) == 1
-    assert len(merge([(0, 10), (16, 10)], 5)[0]) == 2
-    assert len(merge([(0, 8 << 20), (8 << 20, 10)], 5)[0]) == 2
+    """The gap decides, and so does what all gaps add up to: the smallest are joined first."""
+    assert len(plan([(0, 100), (110, 100)], 1000, Merging(gap=10)).spans) == 1
+    assert len(plan([(0, 100), (111, 100)], 1000, Merging(gap=10)).spans) == 2
+    both = plan([(0, 100), (109, 100), (220, 100), (321, 100)], 1000, Merging(gap=50, waste=0.03))
+    assert both.spans == [(0, 209), (220, 201)]
+
+
+def test_long_spans_are_cut_between_ranges_into_parts_that_travel_side_by_side() -> None:
+    """Equal parts of at least ``part``; what is shorter than two of them stays whole."""
+    ranges = [(n * 10, 10) for n in range(100)]
+    assert plan(ranges, 1000, Merging(gap=0, part=501)).spans == [(0, 1000)]
+    parts = plan(ranges, 1000, Merging(gap=0, part=200, most=4)).spans
+    assert parts == [(0, 250), (250, 250), (500, 250), (750, 250)]
+    assert len(plan(ranges, 1000, Merging(gap=0, part=200, most=1, longest=350)).spans) == 3
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}"])
@@ -133,7 +154,7 @@ def test_a_profile_gives_the_keys_of_the_shared_files(tmp_path: Path) -> None:
     (tmp_path / ".aws").mkdir()
     (tmp_path / ".aws/credentials").write_text("[lab]\naws_access_key_id = AK\naws_secret_access_key = SK%1\n")
     (tmp_path / ".aws/config").write_text("[profile lab]\nregion = eu-north-1\nendpoint_url = http://host:9\n")
-    found = store._s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "lab"})
+    found = store_objects.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "lab"})
     assert found == {
         "region": "eu-north-1",
         "access_key_id": "AK",
@@ -141,10 +162,39 @@ def test_a_profile_gives_the_keys_of_the_shared_files(tmp_path: Path) -> None:
         "endpoint": "http://host:9",
     }
     with pytest.raises(StorageError, match="aws configure"):
-        store._s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "other"})
+        store_objects.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "other"})
 
 
 def test_public_buckets_are_read_unsigned() -> None:
     """Either variable of the two tools works."""
     for name in ("AWS_NO_SIGN_REQUEST", "AWS_SKIP_SIGNATURE"):
-        assert store._s3_settings({name: "true"})["skip_signature"] == "true"
+        assert store_objects.s3_settings({name: "true"})["skip_signature"] == "true"
+
+
+@pytest.mark.parametrize(
+    "key", ["sso_session = work", "credential_process = /bin/keys", "role_arn = arn:aws:iam::1:role/x"]
+)
+def test_a_profile_whose_keys_lie_elsewhere_says_how_to_export_them(tmp_path: Path, key: str) -> None:
+    """Single sign-on, processes and roles are named, not answered with a riddle."""
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/config").write_text(f"[profile lab]\nregion = eu-north-1\n{key}\n")
+    with pytest.raises(StorageError, match="export-credentials --profile lab"):
+        store_objects.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "lab"})
+
+
+def test_a_broken_credentials_file_is_one_line_without_its_content(tmp_path: Path) -> None:
+    """The parser repeats the line it stumbles over; the error does not."""
+    (tmp_path / "keys").write_text("aws_secret_access_key = very-secret\n")
+    with pytest.raises(StorageError, match="check its lines") as caught:
+        store_objects.s3_settings({"HOME": str(tmp_path), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "keys")})
+    assert "very-secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf"])
+def test_a_time_out_that_is_none_is_told(value: str) -> None:
+    """WSI_MMM_STORAGE_TIMEOUT takes seconds above 0."""
+    assert store_objects.timeout({}) == 30
+    assert store_objects.timeout({"WSI_MMM_STORAGE_TIMEOUT": "2.5"}) == 2.5
+    with pytest.raises(StorageError, match="WSI_MMM_STORAGE_TIMEOUT"):
+        store_objects.timeout({"WSI_MMM_STORAGE_TIMEOUT": value})

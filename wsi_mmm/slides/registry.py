@@ -7,7 +7,7 @@ from collections.abc import Callable
 from wsi_mmm.errors import NotASlide, RecipeError, SlideDamaged
 from wsi_mmm.slides.base import Reader, Slide, check_mpp
 from wsi_mmm.slides.openslide import detect, open_with_openslide
-from wsi_mmm.slides.store import ByteStore, is_local, open_store, redact
+from wsi_mmm.slides.store import HeldStore, held, is_local, open_store, redact
 from wsi_mmm.slides.tiff import TiffReader
 from wsi_mmm.slides.tiff_ifd import Directory, is_tiff, read_directories
 from wsi_mmm.slides.tiff_meta import perhaps_openslide, plane_of, unsupported, vendor_of
@@ -31,11 +31,11 @@ def open_slide(uri: str, mpp: float | None = None, reader: str | None = None) ->
 
 
 def _by_content(uri: str) -> Reader:
-    store = open_store(uri)
+    store = held(open_store(uri))
     try:
         found = _examine(store)
         if not isinstance(found, str):
-            return TiffReader(store, found)
+            return _tiff(store, found)
     except BaseException:
         store.close()
         raise
@@ -43,12 +43,18 @@ def _by_content(uri: str) -> Reader:
     return READERS[found](uri)
 
 
-def _examine(store: ByteStore) -> str | list[Directory]:
+def _tiff(store: HeldStore, directories: list[Directory] | None = None) -> Reader:
+    reader = TiffReader(store, directories)
+    store.release()
+    return reader
+
+
+def _examine(store: HeldStore) -> str | list[Directory]:
     """Return the directories of a TIFF for our own reader, else a reader's name. Raises NotASlide, SlideDamaged."""
     name = redact(store.uri)
     if store.size == 0:
         raise NotASlide(f"{name} is empty (0 bytes); copy it again")
-    head = store.get_ranges([(0, 132)])[0]
+    head = bytes(store.piece(0, 132))
     if not is_tiff(head):
         return _other_kind(store.uri, name, head)
     try:
@@ -90,9 +96,9 @@ def _seen_by_openslide(uri: str) -> bool:
 
 
 def _open_tiff(uri: str) -> Reader:
-    store = open_store(uri)
+    store = held(open_store(uri))
     try:
-        return TiffReader(store)
+        return _tiff(store)
     except BaseException:
         store.close()
         raise

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from wsi_mmm.errors import NotASlide, SlideDamaged
-from wsi_mmm.slides.store import ByteStore, redact
+from wsi_mmm.slides.store import ByteStore, held, redact
 from wsi_mmm.types import I64
 
-_PAGE = 64 << 10
 _MAX_DIRECTORIES = 1024
 _MAX_TAGS = 4096
 _TEXTS = (270, 271, 305, 700)  # description, make, software, XMP: of the first directory alone
@@ -76,11 +75,10 @@ class Directory:
 
 
 class _Window:
-    """Reads small pieces by way of whole pages that are kept, so that neighbouring directories cost one request."""
+    """Reads small pieces; what lies behind one is held, so that neighbouring directories cost one request."""
 
     def __init__(self, store: ByteStore) -> None:
-        self.store = store
-        self._pages: dict[int, bytes] = {}
+        self.store = held(store)
 
     def read(self, start: int, length: int) -> bytes:
         """Return exactly these bytes. Raises SlideDamaged when the file ends before."""
@@ -89,12 +87,7 @@ class _Window:
                 f"{redact(self.store.uri)} is truncated: it has {self.store.size} bytes, a directory lies at {start}; "
                 "copy it again"
             )
-        pages = range(start // _PAGE, -(-(start + length) // _PAGE))
-        missing = [n for n in pages if n not in self._pages]
-        fetched = self.store.get_ranges([(n * _PAGE, _PAGE) for n in missing])
-        self._pages.update(zip(missing, fetched, strict=True))
-        begin = start - pages.start * _PAGE
-        piece = b"".join(self._pages[n] for n in pages)[begin : begin + length]
+        piece = bytes(self.store.piece(start, length))
         if len(piece) < length:
             raise SlideDamaged(f"{redact(self.store.uri)} is truncated at byte {start}; copy it again")
         return piece
