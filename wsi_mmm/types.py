@@ -77,6 +77,20 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Tiles:
+    """n square tiles of a target grid, to be read together.
+
+    ``xy`` int64[n, 2]: target px (x, y) of their top-left corners; ``size``: their side in target px. Target px are
+    those of a `Block` with origin 0.
+    """
+
+    xy: I64
+    size: int
+    scale_x: float
+    scale_y: float
+
+
+@dataclass(frozen=True, slots=True)
 class Canvas:
     """What a Reader returns: ``pixels`` uint8[height, width, 3] RGB, white outside the slide.
 

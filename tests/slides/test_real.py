@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.area import area_average
+from helpers.stored import stored
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.registry import READERS
 from wsi_mmm.types import U8, Block
@@ -81,7 +82,7 @@ def test_stored_levels_are_read_pixel_for_pixel(real_data: Any, name: str) -> No
     for source in reader._sources:  # type: ignore[attr-defined]
         if source.shrink == 1:
             size = min(200, source.width), min(200, source.height)
-            got, _ = reader._fetch(source, (0, 0, *size))  # type: ignore[attr-defined]
+            got, _ = stored(reader, source, (0, 0, *size))
             assert np.array_equal(got, openslide_region(path, 0, 0, size=size, level=source.level))
     reader.close()
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from helpers.area import area_average
+from helpers.stored import stored
 from wsi_mmm.errors import MppUnknown, NotASlide, RecipeError, SlideDamaged, SlideNotFound
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.fake import VARIANTS, form_of, pyramid, synthetic_slide
@@ -115,7 +116,7 @@ def test_positions_are_exact_on_every_level_of_a_shifted_checkerboard(board: Boa
             want = want.reshape(120, scale, 150, scale, 3).mean(axis=(1, 3))
             assert np.abs(slide.reader.read(block).pixels - want).max() <= 1
             window = (x, y, x + 150, y + 120)
-            level, _ = slide.reader._fetch(source, window)  # type: ignore[attr-defined]
+            level, _ = stored(slide.reader, source, window)
             assert np.abs(level - want).max() <= 2  # each level was rounded once more
 
 
@@ -208,14 +209,14 @@ def test_a_tile_left_out_is_blank_on_level_0_and_made_from_level_0_above(small_s
     write_tiff(path, list(pyramid(small_slide.image)), TiffForm("none", mpp=0.5))
     with open_slide(str(path)) as slide:
         source = slide.reader._sources[1]  # type: ignore[attr-defined]
-        want, _ = slide.reader._fetch(source, (0, 0, 275, 205))  # type: ignore[attr-defined]
+        want, _ = stored(slide.reader, source, (0, 0, 275, 205))
     set_count(path, 0, 0, 0)
     set_count(path, 1, 0, 0)
     with open_slide(str(path)) as slide:
         gone = slide.read_region(0, 0, 1100, 820)
         assert (gone[:256, :256] == 255).all()
         assert np.array_equal(gone[256:], small_slide.image[256:])
-        got, failed = slide.reader._fetch(slide.reader._sources[1], (0, 0, 275, 205))  # type: ignore[attr-defined]
+        got, failed = stored(slide.reader, slide.reader._sources[1], (0, 0, 275, 205))  # type: ignore[attr-defined]
         assert len(failed) == 0
         assert np.abs(got[70:, 70:].astype(int) - want[70:, 70:]).mean() < 1
 

@@ -7,12 +7,13 @@ A reader turns a :class:`~wsi_mmm.types.Block` of a target grid into pixels. It 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from wsi_mmm.errors import MppUnknown, RecipeError, SlideDamaged
-from wsi_mmm.types import U8, Block, Canvas, SlideInfo
+from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
 
 _MAX_REGION = 1 << 30
 
@@ -41,6 +42,36 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Let go of files and connections; reading afterwards is an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Compressed native tiles of a level, by number: what ``fetch`` brought, for ``read_tiles`` to decode."""
+
+    level: int
+    data: Mapping[int, bytes | memoryview]
+
+
+@runtime_checkable
+class TileReader(Reader, Protocol):
+    """A Reader that can bring bytes ahead of their use and decode straight into tiles.
+
+    ``remote``: fetching waits for a network, so it pays to fetch well ahead and much at a time.
+    """
+
+    @property
+    def remote(self) -> bool:
+        """Whether fetching waits for a network."""
+
+    def fetch(self, tiles: Sequence[Tiles]) -> Fetched:
+        """Bring what these tiles (all of one scale) need, in merged ranges; decode nothing. Raises StorageError."""
+
+    def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
+        """Write n tiles to ``out``, arrays uint8[size, size, 3], as ``read`` would give them; white beyond the slide.
+
+        Return int64[m, 4], the level-0 rectangles that could not be decoded (white). What is not in ``fetched`` is
+        fetched. Raises StorageError.
+        """
 
 
 class Slide:

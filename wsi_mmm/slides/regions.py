@@ -49,9 +49,9 @@ class RegionReader:
         self._close()
         self._cache.clear()
 
-    def _fetch(self, source: Source, window: Window) -> tuple[U8, I64]:
+    def _fetch(self, source: Source, window: Window, out: U8) -> I64:
         tiling = self._tiling(source)
-        return fill(self.info, tiling, window, cache=self._cache, load=partial(self._load, tiling))
+        return fill(self.info, tiling, window, out, cache=self._cache, load=partial(self._load, tiling))
 
     def _tiling(self, source: Source) -> Tiling:
         level = self.info.levels[source.level]
@@ -60,7 +60,7 @@ class RegionReader:
         height = level.tile_height * max(1, _CHUNK // level.tile_height)
         return Tiling(source, width, height)
 
-    def _load(self, tiling: Tiling, keys: Sequence[Key]) -> Iterator[tuple[Key, Tile, int]]:
+    def _load(self, tiling: Tiling, keys: Sequence[Key], *, keep: bool = True) -> Iterator[tuple[Key, Tile, int]]:
         for key in keys:
             tile: Tile = self._read_chunk(tiling.source.level, tiling.window(key))
             with self._lock:

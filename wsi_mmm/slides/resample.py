@@ -1,8 +1,8 @@
 """Area averaging and bilinear enlarging with absolute coordinates.
 
 Output pixel k of an axis covers the source interval [edge(k), edge(k + 1)); edges are rounded to 1/65536 source px and
-are computed from the absolute k, so weights do not depend on the block. All sums are exact integers (uint16, or float32
-below 2**24), which makes every pixel the same bits on any machine, in any strip and any block.
+are computed from the absolute k, so weights do not depend on the block. All sums are exact integers: every pixel has
+the same bits on any machine and in any block.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from wsi_mmm.types import I64, U8
 
 _ONE = 1 << 16
 _WEIGHT = 256  # sum of the weights of one output pixel along one axis
-_HALF = np.float32(1 << 15)
-_STRIP = 1 << 20  # samples of the source converted at a time: stays near the processor
-_ACROSS = 1 << 14  # output px made by one product
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ def taps(start: int, count: int, scale: float, origin: float = 0.0) -> Taps:
     """Return the taps of output pixels start..start+count-1, each ``scale`` source px wide, from ``origin``."""
     if scale < 1.0 - 1e-9:
         return _bilinear(start, count, scale, origin)
-    edges = np.floor((origin + np.arange(start, start + count + 1) * scale) * _ONE + 0.5).astype(np.int64)
+    edges = _fixed(origin + np.arange(start, start + count + 1) * scale)
     first, stop = edges[:-1] >> 16, -(-edges[1:] >> 16)
     number = stop - first
     offsets = np.concatenate(([0], np.cumsum(number)))
@@ -59,8 +57,20 @@ def taps(start: int, count: int, scale: float, origin: float = 0.0) -> Taps:
     return _without_zeros(offsets, index, weight)
 
 
+def reach(start: I64, count: int, scale: float) -> tuple[I64, I64]:
+    """First source px and one past the last that output pixels start..start+count-1 use at most, for each start."""
+    if scale < 1.0 - 1e-9:
+        return _fixed((start + 0.5) * scale - 0.5) >> 16, (_fixed((start + count - 0.5) * scale - 0.5) >> 16) + 2
+    return _fixed(start * scale) >> 16, -(-_fixed((start + count) * scale) >> 16)
+
+
+def _fixed(position: npt.NDArray[np.floating[Any]]) -> I64:
+    """Source px, rounded to 1/65536."""
+    return np.asarray(np.floor(position * _ONE + 0.5), np.int64)
+
+
 def _bilinear(start: int, count: int, scale: float, origin: float) -> Taps:
-    centre = np.floor((origin + (np.arange(start, start + count) + 0.5) * scale - 0.5) * _ONE + 0.5).astype(np.int64)
+    centre = _fixed(origin + (np.arange(start, start + count) + 0.5) * scale - 0.5)
     left = centre >> 16
     right_weight = ((centre & (_ONE - 1)) * _WEIGHT + _ONE // 2) >> 16
     index = np.stack([left, left + 1], axis=1).ravel()
@@ -74,45 +84,71 @@ def _without_zeros(offsets: I64, index: I64, weight: I64) -> Taps:
     return Taps(kept[offsets], index[keep], weight[keep])
 
 
+class Weights:
+    """Both axes, ready for averaging rows of source pixels as they come."""
+
+    def __init__(self, y: Taps, x: Taps) -> None:
+        self._first_y, self._weight_y = _dense(y)
+        self._first_x, self._weight_x = _dense(x)
+        self._left, self._width = x.first, x.stop - x.first
+        self._bottom = y.stop
+        self.taps_y = self._weight_y.shape[1]
+        self._sums: Any = None
+
+    def complete(self, bottom: int) -> int:
+        """Return how many target rows need no source row at or below ``bottom``."""
+        if bottom >= self._bottom:
+            return len(self._first_y)
+        return int(np.searchsorted(self._first_y + self.taps_y, bottom, "right"))
+
+    def first_row(self, row: int, at_most: int) -> int:
+        """Return the first source row that target row ``row`` needs, ``at_most`` at most."""
+        return min(int(self._first_y[row]), at_most)
+
+    def average(self, rows: U8, first: int, start: int, stop: int, out: U8) -> None:
+        """Write target rows start..stop-1 of ``out`` uint8[all rows, columns, 3].
+
+        ``rows`` uint8[n, w, 3]: source rows from ``first`` on, columns from x.first to x.stop. Both may be parts of
+        larger pictures.
+        """
+        if stop <= start:
+            return
+        from wsi_mmm.slides import kernels  # numba: a third of a second, for those who resample
+
+        first_y = self._first_y[start:stop] - first
+        # Where the picture is smaller than the weights are many, those beyond it are 0, but their pixels must be there.
+        lack = int(first_y[-1]) + self.taps_y - len(rows)
+        source = rows if lack <= 0 else np.pad(rows, ((0, lack), (0, 0), (0, 0)))
+        if self._sums is None:
+            samples = 3 * max(self._width, int(self._first_x[-1]) - self._left + self._weight_x.shape[1])
+            self._sums = np.zeros((kernels.ROWS, samples + kernels.PAD), np.uint16)
+        first_x = self._first_x - self._left
+        kernels.average(_flat(source), first_y, self._weight_y[start:stop], first_x, self._weight_x,
+                        _flat(out[start:stop]), self._sums)  # fmt: skip
+
+
 def resample(source: U8, y: Taps, x: Taps) -> U8:
     """Return uint8[len(y), len(x), 3] of ``source`` uint8[h, w, 3], whose pixel (0, 0) is (y.first, x.first)."""
-    rows, columns = len(y.offsets) - 1, len(x.offsets) - 1
-    width = source.shape[1]
-    out = np.empty((rows, columns, 3), np.uint8)
-    step = max(1, min(rows, _ACROSS // columns))
-    # As many rows at a time as keep the source strip small, in whole steps.
-    down = step * max(1, int(_STRIP / (width * 3 * step * max(1.0, source.shape[0] / rows))))
-    matrix = _across(x, width, step)
-    for r0 in range(0, rows, down):
-        strip = _down(source, y, r0, min(rows, r0 + down))
-        for s0 in range(0, len(strip), step):
-            part = strip[s0 : s0 + step]
-            if len(part) < step:
-                matrix = _across(x, width, len(part))
-            total = matrix @ part.reshape(-1, 3).astype(np.float32)
-            np.add(total, _HALF, out=total)
-            np.right_shift(total.astype(np.uint32), 16, out=total.view(np.uint32))
-            out[r0 + s0 : r0 + s0 + len(part)] = total.view(np.uint32).reshape(len(part), columns, 3)
+    out = np.empty((len(y.offsets) - 1, len(x.offsets) - 1, 3), np.uint8)
+    Weights(y, x).average(source, y.first, 0, len(out), out)
     return out
 
 
-def _down(source: U8, y: Taps, r0: int, r1: int) -> Any:
-    """Sum of rows, uint16[r1 - r0, w * 3] in 1/256 grey levels."""
-    p0, p1 = int(y.offsets[r0]), int(y.offsets[r1])
-    s0, s1 = int(y.index[p0]), int(y.index[p1 - 1]) + 1
-    rows = source[s0 - y.first : s1 - y.first].reshape(s1 - s0, -1).astype(np.uint16)
-    matrix = _csr(y.weight[p0:p1].astype(np.uint16), y.index[p0:p1] - s0, y.offsets[r0 : r1 + 1] - p0, s1 - s0)
-    return matrix @ rows
+def _flat(pixels: U8) -> U8:
+    """The picture as uint8[h, w * 3] on the same memory."""
+    height, width = pixels.shape[:2]
+    return np.lib.stride_tricks.as_strided(pixels, (height, width * 3), (pixels.strides[0], 1))
 
 
-def _across(x: Taps, width: int, rows: int) -> Any:
-    """The same taps for ``rows`` rows laid end to end, as one sparse matrix."""
-    index = ((x.index - x.first) + (np.arange(rows) * width)[:, None]).ravel()
-    offsets = (x.offsets[1:] + (np.arange(rows) * x.offsets[-1])[:, None]).ravel()
-    return _csr(np.tile(x.weight, rows).astype(np.float32), index, np.concatenate(([0], offsets)), rows * width)
+def _dense(axis: Taps) -> tuple[I64, Any]:
+    """Per output pixel the first source px and the uint32 weights of it and those that follow it.
 
-
-def _csr(data: Any, index: I64, offsets: I64, width: int) -> Any:
-    from scipy.sparse import csr_array
-
-    return csr_array((data, index.astype(np.int32), offsets.astype(np.int32)), shape=(len(offsets) - 1, width))
+    Every pixel has the same number of weights, two at least; they end with the axis where that is possible.
+    """
+    start = np.minimum.reduceat(axis.index, axis.offsets[:-1])
+    owner = np.repeat(np.arange(len(start)), np.diff(axis.offsets))
+    taps = max(2, int((axis.index - start[owner]).max()) + 1)
+    first = np.clip(start, axis.first, max(axis.first, axis.stop - taps))
+    weight = np.zeros((len(start), taps), np.uint32)
+    np.add.at(weight, (owner, axis.index - first[owner]), axis.weight.astype(np.uint32))
+    return first, weight

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
-from wsi_mmm.slides.resample import Taps, resample, taps
+from wsi_mmm.slides.resample import Taps, Weights, taps
 from wsi_mmm.types import I64, U8, Block, Canvas, Level, SlideInfo
 
 WHITE = 255
@@ -32,6 +33,7 @@ class Source:
     """``level`` read at 1/``shrink`` (1: as stored). ``width``, ``height`` in source px, partial ones included.
 
     ``extent_x``, ``extent_y``: where the slide ends, in source px. A level whose size was rounded down ends before.
+    ``step``: rows of source px that are decoded together.
     """
 
     level: int
@@ -42,10 +44,11 @@ class Source:
     downsample_y: float
     extent_x: float
     extent_y: float
+    step: int
 
 
 Window = tuple[int, int, int, int]  # x0, y0, x1, y1 in source px, within the source
-Fetch = Callable[[Source, Window], tuple[U8, I64]]  # -> uint8[y1 - y0, x1 - x0, 3], failed level-0 rectangles
+Fetch = Callable[[Source, Window, U8], I64]  # fills uint8[y1 - y0, x1 - x0, 3]; returns failed level-0 rectangles
 
 
 def sources_of(levels: Sequence[Level], shrinks: Sequence[int] = (1,)) -> tuple[Source, ...]:
@@ -58,7 +61,7 @@ def sources_of(levels: Sequence[Level], shrinks: Sequence[int] = (1,)) -> tuple[
             if level.tile_width % s == 0 and level.tile_height % s == 0:
                 width, height = -(-level.width // s), -(-level.height // s)
                 extents = top.width / (down_x * s), top.height / (down_y * s)
-                found.append(Source(n, s, width, height, down_x * s, down_y * s, *extents))
+                found.append(Source(n, s, width, height, down_x * s, down_y * s, *extents, level.tile_height // s))
     return tuple(found)
 
 
@@ -83,6 +86,14 @@ def pick(sources: Sequence[Source], block: Block, exact_until: float = 1.0) -> S
     return max(fit or sources[:1], key=lambda s: (s.downsample_x * s.downsample_y, -s.shrink))
 
 
+def copied(source: Source, scale_x: float, scale_y: float) -> bool:
+    """Tell whether target px at this scale (origin 0) are pixels of ``source``."""
+    return (
+        _axis(0, 0, scale_x / source.downsample_x, 0.0).copies()
+        and _axis(0, 0, scale_y / source.downsample_y, 0.0).copies()
+    )
+
+
 def _fine_enough(block: Block, source: Source) -> bool:
     """Averaging averages is exact only where the boxes nest; else the source must be clearly finer than the target."""
     return all(
@@ -101,11 +112,13 @@ def _whole(ratio: float) -> bool:
 def read_scaled(block: Block, sources: Sequence[Source], fetch: Fetch, exact_until: float = 1.0) -> Canvas:
     """Return the block's canvas, fetched from the best source and resampled once."""
     source = pick(sources, block, exact_until)
-    pixels = np.full((block.height, block.width, 3), WHITE, np.uint8)
+    pixels = np.empty((block.height, block.width, 3), np.uint8)
     x = _axis(block.x, block.width, block.scale_x / source.downsample_x, block.origin_x / source.downsample_x)
     y = _axis(block.y, block.height, block.scale_y / source.downsample_y, block.origin_y / source.downsample_y)
     kx0, kx1 = x.inside(source.extent_x)
     ky0, ky1 = y.inside(source.extent_y)
+    if (kx0, kx1, ky0, ky1) != (0, block.width, 0, block.height):
+        pixels[...] = WHITE
     parts = _parts(kx0, kx1, ky0, ky1, max(1.0, x.scale) * max(1.0, y.scale))
     failed = [_read_part(pixels, x, y, part, source=source, fetch=fetch) for part in parts]
     return Canvas(pixels, merge_failed(failed))
@@ -160,32 +173,50 @@ def _parts(kx0: int, kx1: int, ky0: int, ky1: int, cost: float) -> list[tuple[in
 
 def _read_part(pixels: U8, x: _Axis, y: _Axis, part: tuple[int, int, int, int], *, source: Source, fetch: Fetch) -> I64:
     kx0, kx1, ky0, ky1 = part
+    out = pixels[ky0:ky1, kx0:kx1]
     if x.copies() and y.copies():
         left, top = x.start + kx0 + round(x.origin), y.start + ky0 + round(y.origin)
-        canvas, failed = _white_around(source, fetch, (left, top, left + kx1 - kx0, top + ky1 - ky0))
-        pixels[ky0:ky1, kx0:kx1] = canvas
-        return failed
-    tx, ty = x.taps(kx0, kx1, source.width), y.taps(ky0, ky1, source.height)
-    canvas, failed = _white_around(source, fetch, (tx.first, ty.first, tx.stop, ty.stop))
-    pixels[ky0:ky1, kx0:kx1] = resample(canvas, ty, tx)
-    return failed
+        return _white_around(source, fetch, (left, top, left + kx1 - kx0, top + ky1 - ky0), out)
+    return _resampled(out, y.taps(ky0, ky1, source.height), x.taps(kx0, kx1, source.width), source, fetch)
 
 
-def _white_around(source: Source, fetch: Fetch, window: Window) -> tuple[U8, I64]:
+def _resampled(out: U8, ty: Taps, tx: Taps, source: Source, fetch: Fetch) -> I64:
+    """Fetch row of tiles after row of tiles and average what is complete, while it is near the processor."""
+    weights = Weights(ty, tx)
+    cuts = [ty.first, *range((ty.first // source.step + 1) * source.step, ty.stop, source.step), ty.stop]
+    rows = np.empty((max(np.diff(cuts)) + weights.taps_y, tx.stop - tx.first, 3), np.uint8)
+    failed, base, held, done = [], ty.first, 0, 0  # rows[:held] are source rows from ``base`` on
+    for top, bottom in pairwise(cuts):
+        window = (tx.first, top, tx.stop, bottom)
+        failed.append(_white_around(source, fetch, window, rows[held : held + bottom - top]))
+        held += bottom - top
+        stop = weights.complete(bottom)
+        weights.average(rows[:held], base, done, stop, out)
+        done = stop
+        if bottom < ty.stop:
+            kept = weights.first_row(done, bottom) - base
+            rows[: held - kept] = rows[kept:held].copy()
+            base, held = base + kept, held - kept
+    return merge_failed(failed)
+
+
+def _white_around(source: Source, fetch: Fetch, window: Window, out: U8) -> I64:
+    """Fill ``out`` with a window of the source that may reach beyond it."""
     x0, y0, x1, y1 = window
     cx0, cy0, cx1, cy1 = max(x0, 0), max(y0, 0), min(x1, source.width), min(y1, source.height)
     if (cx0, cy0, cx1, cy1) == window:
-        return fetch(source, window)
-    canvas = np.full((y1 - y0, x1 - x0, 3), WHITE, np.uint8)
+        return fetch(source, window, out)
+    out[...] = WHITE
     if cx1 <= cx0 or cy1 <= cy0:
-        return canvas, NO_FAILURES
-    inner, failed = fetch(source, (cx0, cy0, cx1, cy1))
+        return NO_FAILURES
+    bottom, right = cy1 - y0, cx1 - x0
+    failed = fetch(source, (cx0, cy0, cx1, cy1), out[cy0 - y0 : bottom, cx0 - x0 : right])
     # Where the level ends before the slide does, its last pixels stand for what it left out.
-    right, below = min(x1, int(np.ceil(source.extent_x))) - cx1, min(y1, int(np.ceil(source.extent_y))) - cy1
-    if right > 0 or below > 0:
-        inner = np.pad(inner, ((0, max(below, 0)), (0, max(right, 0)), (0, 0)), mode="edge")
-    canvas[cy0 - y0 : cy0 - y0 + inner.shape[0], cx0 - x0 : cx0 - x0 + inner.shape[1]] = inner
-    return canvas, failed
+    beyond = max(right, min(x1, int(np.ceil(source.extent_x))) - x0)
+    below = max(bottom, min(y1, int(np.ceil(source.extent_y))) - y0)
+    out[cy0 - y0 : bottom, right:beyond] = out[cy0 - y0 : bottom, right - 1 : right]
+    out[bottom:below, cx0 - x0 : beyond] = out[bottom - 1 : bottom, cx0 - x0 : beyond]
+    return failed
 
 
 def level0_rect(info: SlideInfo, source: Source, window: Window) -> tuple[int, int, int, int]:

@@ -14,16 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_mmm.errors import SlideDamaged
-from wsi_mmm.slides.base import ReadStats
+from wsi_mmm.slides.base import Fetched, ReadStats
+from wsi_mmm.slides.cut import cut_tiles
+from wsi_mmm.slides.direct import inner_numbers, needed_numbers, nested
 from wsi_mmm.slides.fingerprint import fingerprint
-from wsi_mmm.slides.scaled import WHITE, Source, Window, read_scaled, sources_of
-from wsi_mmm.slides.store import ByteStore, redact
-from wsi_mmm.slides.tiff_codecs import UndecodableError, decoder, most_bytes, shrinks
+from wsi_mmm.slides.scaled import WHITE, Source, Window, level0_rect, merge_failed, pick, read_scaled, sources_of
+from wsi_mmm.slides.store import ByteStore, is_local, redact
+from wsi_mmm.slides.tiff_codecs import Buffer, UndecodableError, decoder, most_bytes, shrinks
 from wsi_mmm.slides.tiff_ifd import Directory, read_directories, table
 from wsi_mmm.slides.tiff_meta import COMPRESSIONS, Plane, TiffSlide, describe
 from wsi_mmm.slides.tile_cache import TileCache
-from wsi_mmm.slides.tiled import CACHE_BYTES, Key, Tile, Tiling, fill, size_of
-from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo
+from wsi_mmm.slides.tiled import CACHE_BYTES, EVERYTHING, Key, Tile, Tiling, Want, fill, size_of
+from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
 
 _EXACT_JPEG, _EXACT = 16.0, 8.0  # level-0 px per target px up to which level 0 is read (see scaled.py)
 _FETCH_BYTES = 32 << 20  # compressed bytes held at a time
@@ -46,12 +48,36 @@ class TiffReader:
         self._decoded = 0
         self._lock = threading.Lock()
         self.info = _info(store, slide)
+        self.remote = not is_local(store.uri)
         self._sources = sources_of(slide.levels, shrinks(slide.planes[0]))
         self._exact_until = _EXACT_JPEG if len(self._sources) > len(slide.levels) else _EXACT
 
     def read(self, block: Block) -> Canvas:
         """Return the block's pixels; tiles that cannot be decoded are white and listed. Raises StorageError."""
-        return read_scaled(block, self._sources, self._fetch, self._exact_until)
+        return read_scaled(block, self._sources, self._fill, self._exact_until)
+
+    def fetch(self, tiles: Sequence[Tiles]) -> Fetched:
+        """Bring the compressed native tiles under ``tiles`` (all of one scale) that are not in memory, decoded."""
+        source = self._source(tiles[0])
+        tiling = self._tiling(source)
+        numbers = np.unique(np.concatenate([needed_numbers(part, tiling) for part in tiles]))
+        missing = self._cache.missing([(source.level, source.shrink, n) for n in numbers.tolist()])
+        return Fetched(source.level, dict(self._bytes(source.level, [key[2] for key in missing])))
+
+    def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
+        """Write n tiles to ``out``, n arrays uint8[size, size, 3]; return the level-0 rectangles that failed (white).
+
+        Tiles that are native ones are decoded where they shall lie; others are cut from a canvas. Raises StorageError.
+        """
+        tiling = self._tiling(self._source(tiles))
+        whole = nested(tiles, tiling)
+        failed = []
+        for which, read in ((whole, self._decode_into), (~whole, self._cut)):
+            at = np.flatnonzero(which)
+            if len(at):
+                some = Tiles(tiles.xy[at], tiles.size, tiles.scale_x, tiles.scale_y)
+                failed.append(read(some, [out[i] for i in at.tolist()], tiling, fetched))
+        return merge_failed(failed)
 
     def stats(self) -> ReadStats:
         """Return the cumulative cost."""
@@ -62,23 +88,78 @@ class TiffReader:
         self._store.close()
         self._cache.clear()
 
-    def _fetch(self, source: Source, window: Window) -> tuple[U8, I64]:
+    def _source(self, tiles: Tiles) -> Source:
+        block = Block(0, 0, tiles.size, tiles.size, tiles.scale_x, tiles.scale_y)
+        return pick(self._sources, block, self._exact_until)
+
+    def _tiling(self, source: Source) -> Tiling:
         plane = self._planes[source.level]
-        tiling = Tiling(source, plane.tile_width // source.shrink, plane.tile_height // source.shrink)
-        return fill(self.info, tiling, window, cache=self._cache, load=partial(self._load, source))
+        return Tiling(source, plane.tile_width // source.shrink, plane.tile_height // source.shrink)
 
-    def _load(self, source: Source, keys: Sequence[Key]) -> Iterator[tuple[Key, Tile, int]]:
-        offsets, counts = self._offsets[source.level], self._counts[source.level]
-        most = most_bytes(self._planes[source.level])
-        for group in _groups(keys, counts):
-            lengths = [int(counts[number]) for _, _, number in group]
+    def _fill(
+        self, source: Source, window: Window, out: U8, *, want: Want = EVERYTHING, fetched: Fetched | None = None
+    ) -> I64:
+        load = partial(self._load, source, fetched)
+        return fill(self.info, self._tiling(source), window, out, cache=self._cache, load=load, want=want)
+
+    def _cut(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
+        """Cut tiles from canvases that hold no more than they need."""
+        brought = self.fetch([tiles]) if fetched is None else fetched
+        want = Want(frozenset(needed_numbers(tiles, tiling).tolist()), keep=False)
+        fetch = partial(self._fill, want=want, fetched=brought)
+        return cut_tiles(lambda block: read_scaled(block, self._sources, fetch, self._exact_until), tiles, out)
+
+    def _decode_into(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
+        """Decode nested tiles: native tiles of their size right where they belong, smaller ones beside each other."""
+        source, failed = tiling.source, []
+        numbers = inner_numbers(tiles, tiling)
+        data = self._bytes(source.level, numbers.ravel().tolist(), fetched)
+        across, one = tiles.size // tiling.width, numbers.shape[1] == 1
+        scratch = None if one else np.empty((tiling.height, tiling.width, 3), np.uint8)
+        for n, (number, raw) in enumerate(data):
+            target = out[n] if one else _cell(out[n // numbers.shape[1]], n % numbers.shape[1], across, tiling)
+            buffer = target if scratch is None else scratch
+            tile = self._tile(source, number, raw, buffer)
+            if tile is not target:
+                target[...] = tile if isinstance(tile, np.ndarray) else WHITE
+            if isinstance(tile, str):
+                failed.append(level0_rect(self.info, source, tiling.window((source.level, source.shrink, number))))
+        self._count(len(out) * numbers.shape[1])
+        return np.array(failed, np.int64).reshape(-1, 4)
+
+    def _load(
+        self, source: Source, fetched: Fetched | None, keys: Sequence[Key], *, keep: bool = True
+    ) -> Iterator[tuple[Key, Tile, int]]:
+        tiling = self._tiling(source)
+        scratch = None if keep else np.empty((tiling.height, tiling.width, 3), np.uint8)
+        for number, raw in self._bytes(source.level, [k[2] for k in keys], fetched):
+            tile = self._tile(source, number, raw, scratch)
+            self._count(1)
+            yield (source.level, source.shrink, number), tile, size_of(tile)
+
+    def _count(self, tiles: int) -> None:
+        with self._lock:
+            self._decoded += tiles
+
+    def _bytes(
+        self, level: int, numbers: Sequence[int], fetched: Fetched | None = None
+    ) -> Iterator[tuple[int, Buffer]]:
+        """Yield (number, compressed bytes) of native tiles in the order given, fetching what ``fetched`` lacks."""
+        known = fetched.data if fetched is not None and fetched.level == level else {}
+        if all(n in known for n in numbers):
+            yield from ((n, known[n]) for n in numbers)
+            return
+        counts, offsets, most = self._counts[level], self._offsets[level], most_bytes(self._planes[level])
+        for group in _groups(numbers, counts):
+            missing = [n for n in group if n not in known]
+            lengths, starts = counts[missing].tolist(), offsets[missing].tolist()
             # A length that cannot be is not fetched: a small file may claim terabytes.
-            ranges = [(int(offsets[k[2]]), n if n <= most else 0) for k, n in zip(group, lengths, strict=True)]
-            for key, length, data in zip(group, lengths, self._store.get_ranges(ranges), strict=True):
-                tile = self._tile(source, key[2], data, length)
-                yield key, tile, size_of(tile)
+            ranges = [(start, n if n <= most else 0) for start, n in zip(starts, lengths, strict=True)]
+            found = dict(zip(missing, self._store.get_ranges(ranges), strict=True)) if missing else {}
+            yield from ((n, found[n] if n in found else known[n]) for n in group)
 
-    def _tile(self, source: Source, number: int, data: bytes, length: int) -> Tile:
+    def _tile(self, source: Source, number: int, data: Buffer, out: U8 | None = None) -> Tile:
+        length = int(self._counts[source.level][number])
         if length == 0:
             return self._left_out(source, number)
         if length > most_bytes(self._planes[source.level]):
@@ -86,12 +167,9 @@ class TiffReader:
         if len(data) < length:
             return "the file ends inside the tile"
         try:
-            tile = self._decoded_tile(source, number, data)
+            return self._decoded_tile(source, number, data, out)
         except UndecodableError as error:
             return str(error)
-        with self._lock:
-            self._decoded += 1
-        return tile
 
     def _left_out(self, source: Source, number: int) -> Tile:
         """Return what stands for a tile the file leaves out: blank on level 0, else made from finer levels."""
@@ -102,20 +180,28 @@ class TiffReader:
         row, column = divmod(number, plane.columns)
         width, height = plane.tile_width // source.shrink, plane.tile_height // source.shrink
         scales = source.downsample_x, source.downsample_y
-        canvas = read_scaled(Block(column * width, row * height, width, height, *scales), finer, self._fetch)
+        canvas = read_scaled(Block(column * width, row * height, width, height, *scales), finer, self._fill)
         return "a finer tile under it cannot be decoded" if len(canvas.failed) else canvas.pixels
 
-    def _decoded_tile(self, source: Source, number: int, data: bytes) -> U8:
+    def _decoded_tile(self, source: Source, number: int, data: Buffer, out: U8 | None) -> U8:
         plane, decode = self._planes[source.level], self._decode[source.level]
+        if plane.tiled and source.shrink == 1:
+            return decode(data, 1, plane.tile_height, out)
         row, column = divmod(number, plane.columns)
         width = min(plane.tile_width, plane.width - column * plane.tile_width)
         height = min(plane.tile_height, plane.height - row * plane.tile_height)
         if source.shrink == 1 or (width % source.shrink == 0 and height % source.shrink == 0):
-            return decode(data, source.shrink, plane.tile_height if plane.tiled else height)
+            return decode(data, source.shrink, plane.tile_height if plane.tiled else height, out)
         # The last pixels would mix the slide with the padding beyond its edge, which may hold anything.
         full = decode(data, 1, plane.tile_height if plane.tiled else height)
         full[height:], full[:, width:] = WHITE, WHITE
         return _shrunk(full, source.shrink)
+
+
+def _cell(tile: U8, n: int, across: int, tiling: Tiling) -> U8:
+    """The part of ``tile`` that its n-th native tile fills."""
+    y, x = n // across * tiling.height, n % across * tiling.width
+    return tile[y : y + tiling.height, x : x + tiling.width]
 
 
 def _shrunk(pixels: U8, factor: int) -> U8:
@@ -126,16 +212,15 @@ def _shrunk(pixels: U8, factor: int) -> U8:
     return mean
 
 
-def _groups(keys: Sequence[Key], counts: I64) -> Iterator[list[Key]]:
+def _groups(numbers: Sequence[int], counts: I64) -> Iterator[list[int]]:
     """Cut into runs of at most _FETCH_BYTES compressed bytes (one tile at least)."""
-    group: list[Key] = []
+    group: list[int] = []
     size = 0
-    for key in keys:
-        length = int(counts[key[2]])
+    for number, length in zip(numbers, counts[list(numbers)].tolist(), strict=True):
         if group and size + length > _FETCH_BYTES:
             yield group
             group, size = [], 0
-        group.append(key)
+        group.append(number)
         size += length
     if group:
         yield group

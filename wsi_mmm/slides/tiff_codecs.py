@@ -5,8 +5,7 @@ JPEG is decoded by libjpeg-turbo with its accurate DCT and 'fancy' chroma upsamp
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,13 +16,20 @@ from wsi_mmm.types import U8
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 _SOI = b"\xff\xd8"
 _YCC_J2K = 33003
+Buffer = bytes | memoryview
 
 
 class UndecodableError(Exception):
     """The bytes of a tile do not decode to a whole tile. Never leaves the reader: the tile is listed as failed."""
 
 
-Decode = Callable[[bytes, int, int], U8]  # data, shrink, rows that must be there (strips may end early) -> pixels
+class Decode(Protocol):
+    """Bytes of one tile -> its pixels at 1/``shrink``, in ``out`` (contiguous, of that size) where the codec can.
+
+    ``rows``: how many must be there; strips may end early.
+    """
+
+    def __call__(self, data: Buffer, shrink: int, rows: int, out: U8 | None = None, /) -> U8: ...
 
 
 def decoder(plane: Plane) -> Decode:
@@ -31,8 +37,8 @@ def decoder(plane: Plane) -> Decode:
     if plane.compression == 7:
         return _jpeg_decoder(plane)
     if plane.compression in (33003, 33005, 34712):
-        return lambda data, shrink, rows: _jpeg2000(plane, data, rows)
-    return lambda data, shrink, rows: _plain(plane, data, rows)
+        return lambda data, shrink, rows, out=None: _jpeg2000(plane, bytes(data), rows)
+    return lambda data, shrink, rows, out=None: _plain(plane, bytes(data), rows)
 
 
 def shrinks(plane: Plane) -> tuple[int, ...]:
@@ -54,21 +60,21 @@ def _jpeg_decoder(plane: Plane) -> Decode:
     head += _tables(plane)
     rgb = plane.photometric != 6
 
-    def decode(data: bytes, shrink: int, rows: int) -> U8:
+    def decode(data: Buffer, shrink: int, rows: int, out: U8 | None = None) -> U8:
         if data[:2] != _SOI:
             raise UndecodableError("no JPEG")
         width, height = plane.tile_width // shrink, plane.tile_height // shrink
-        buffer = np.empty((height, width, 3), np.uint8)
-        body = _without_colour_markers(data) if rgb or data[2:4] != b"\xff\xe0" else data[2:]
+        buffer = np.empty((height, width, 3), np.uint8) if out is None else out
+        body = _without_colour_markers(bytes(data)) if rgb or data[2:4] != b"\xff\xe0" else data[2:]
         try:
             pixels = simplejpeg.decode_jpeg(
-                head + body, min_height=height, min_width=width, min_factor=shrink, buffer=buffer
+                b"".join((head, body)), min_height=height, min_width=width, min_factor=shrink, buffer=buffer
             )
         except ValueError as error:
             raise UndecodableError(str(error)) from error
         if pixels.shape[1] != width or (plane.tiled and pixels.shape[0] != height):
             raise UndecodableError(f"a JPEG of {pixels.shape[1]} x {pixels.shape[0]} px")
-        whole = pixels if pixels.shape[0] == height else _padded(pixels, height, -(-rows // shrink))
+        whole = buffer if pixels.shape[0] == height else _padded(pixels, height, -(-rows // shrink))
         return 255 - whole if plane.photometric == 0 else whole
 
     return decode

@@ -50,6 +50,11 @@ class TileCache(Generic[Key, Value]):
                 self._wait(theirs)
             left = theirs
 
+    def missing(self, keys: Sequence[Key]) -> list[Key]:
+        """Return which of ``keys`` are not here at this moment."""
+        with self._changed:
+            return [key for key in keys if key not in self._hot and key not in self._cold]
+
     def clear(self) -> None:
         """Forget everything."""
         with self._changed:

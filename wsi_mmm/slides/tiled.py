@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -14,8 +15,13 @@ from wsi_mmm.types import I64, U8, SlideInfo
 CACHE_BYTES = 128 << 20
 Key = tuple[int, int, int]  # level, shrink, tile number (row-major)
 Tile = U8 | None | str  # pixels; None: the file leaves this tile out; str: why it cannot be decoded
-Load = Callable[[Sequence[Key]], Iterator[tuple[Key, Tile, int]]]
 _BLANK_SIZE = 64
+
+
+class Load(Protocol):
+    """Decode tiles in any order. Without ``keep`` the pixels may lie in memory that the next tile overwrites."""
+
+    def __call__(self, keys: Sequence[Key], /, *, keep: bool = True) -> Iterator[tuple[Key, Tile, int]]: ...
 
 
 def size_of(tile: Tile) -> int:
@@ -52,10 +58,29 @@ class Tiling:
         return x, y, min(x + self.width, self.source.width), min(y + self.height, self.source.height)
 
 
-def fill(info: SlideInfo, tiling: Tiling, window: Window, *, cache: TileCache[Key, Tile], load: Load) -> tuple[U8, I64]:
-    """Return uint8[y1 - y0, x1 - x0, 3] of the window and the level-0 rectangles of tiles that failed (white)."""
+@dataclass(frozen=True, slots=True)
+class Want:
+    """How a window is filled: from ``only`` these native tiles (None: all under it); ``keep``: remember every tile.
+
+    Without ``keep`` those that lie wholly in the window are forgotten: its neighbours do not ask for them.
+    """
+
+    only: frozenset[int] | None = None
+    keep: bool = True
+
+
+EVERYTHING = Want()
+
+
+def fill(
+    info: SlideInfo, tiling: Tiling, window: Window, canvas: U8, *, cache: TileCache[Key, Tile], load: Load,
+    want: Want = EVERYTHING,
+) -> I64:  # fmt: skip
+    """Fill uint8[y1 - y0, x1 - x0, 3] with the window; return the level-0 rectangles of tiles that failed (white).
+
+    What ``load`` yields may be overwritten once the next tile is asked for, except for tiles that are kept.
+    """
     x0, y0, x1, y1 = window
-    canvas = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
     failed: list[Window] = []
 
     def place(key: Key, tile: Tile) -> None:
@@ -71,5 +96,14 @@ def fill(info: SlideInfo, tiling: Tiling, window: Window, *, cache: TileCache[Ke
         left, top, right, bottom = tiling.window(key)
         return x0 <= left and right <= x1 and y0 <= top and bottom <= y1
 
-    cache.visit(tiling.keys(window), load, place, inside)
-    return canvas, merge_failed([np.array(failed, np.int64).reshape(-1, 4)])
+    keys = tiling.keys(window)
+    if want.only is not None:
+        keys = [key for key in keys if key[2] in want.only]
+    own = [] if want.keep else [key for key in keys if inside(key)]
+    if own:
+        mine = set(own)
+        keys = [key for key in keys if key not in mine]
+        for key, tile, _ in load(own, keep=False):
+            place(key, tile)
+    cache.visit(keys, load, place, inside)
+    return merge_failed([np.array(failed, np.int64).reshape(-1, 4)])

@@ -1,30 +1,36 @@
 """The one stream of batches: blocks of tiles are read ahead in threads, in a fixed order.
 
-A block is read as one canvas (or a few, when its tiles are sparse) and cut into tiles, so that every native
-tile is fetched and decoded once. A pixel depends only on its position in the target grid: neither the block
-size nor the number of threads changes a byte.
+A block's native tiles are fetched in merged ranges and decoded once, into the very memory of the batches. A pixel
+depends only on its position in the target grid: neither the block size nor the number of threads changes a byte.
+Where fetching waits for a network, runs of blocks are fetched together, well ahead of those that decode them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
-from scipy import ndimage
 
 from wsi_mmm.errors import RecipeError
-from wsi_mmm.slides.base import Reader
+from wsi_mmm.memory import keep_memory
+from wsi_mmm.slides.base import Fetched, Reader, TileReader
+from wsi_mmm.slides.cut import cut_tiles
 from wsi_mmm.tiles.grid import BlockTiles, blocks, tile_boxes, tile_xy
-from wsi_mmm.types import I64, Batch, Block, Grid, Mask
-
-SPARSE = 0.7
-"""A block is read in pieces when they cover less than this share of the rectangle around all its tiles."""
+from wsi_mmm.types import I64, U8, Batch, Grid, Mask, Tiles
 
 READ_AHEAD = 1
 """Blocks that may wait, read, beyond those that the threads are reading."""
+
+RUNS_AHEAD = 2
+"""Runs of blocks that are fetched, or being fetched, beyond the one that is decoded."""
+
+RUN_PIXELS = 1 << 26
+"""Level-0 px of a run: some 20 MB of JPEG. The first runs are shorter, so that decoding begins soon."""
 
 
 def stream(
@@ -41,111 +47,147 @@ def stream(
     if workers < 0:
         raise RecipeError(f"workers is {workers}: give 0 or more")
     work = blocks(grid, index, block_tiles)
-    return _rebatch(_read_ahead(reader, grid, work, workers), batch_size)
+    keep_memory()
+    return _batches(reader, grid, work, batch_size=batch_size, workers=workers)
 
 
 def read_block(reader: Reader, grid: Grid, block: BlockTiles) -> Batch:
     """The tiles of one block, in its order: ``pixels`` uint8[k, tile, tile, 3], white beyond the slide."""
     pixels = np.empty((len(block.index), grid.tile, grid.tile, 3), np.uint8)
-    failed = np.zeros(len(block.index), bool)
-    for piece in _pieces(grid, block.index):
-        first = block.index[piece].min(axis=0) * grid.stride
-        last = block.index[piece].max(axis=0) * grid.stride + grid.tile
-        canvas = reader.read(_rectangle(grid, first, last))
-        for i, (y, x) in zip(piece, block.index[piece] * grid.stride - first, strict=True):
-            pixels[i] = canvas.pixels[y : y + grid.tile, x : x + grid.tile]
-        failed[piece] |= _touched(grid, block.index[piece], canvas.failed)
+    failed = _read(reader, grid, block.index, list(pixels))
     return Batch(pixels=pixels, xy=tile_xy(grid, block.index), index=block.index, failed=failed)
 
 
-def _rectangle(grid: Grid, first: I64, last: I64) -> Block:
-    """The target rectangle from ``first`` to ``last`` (y, x), half-open."""
-    height, width = (int(side) for side in last - first)
-    return Block(int(first[1]), int(first[0]), width, height, grid.scale_x, grid.scale_y)
+def _read(reader: Reader, grid: Grid, index: I64, out: Sequence[U8], fetched: Fetched | None = None) -> Mask:
+    """Read tiles to ``out``; return which of them hold pixels that could not be read."""
+    tiles = _tiles(grid, index)
+    if isinstance(reader, TileReader):
+        failed = reader.read_tiles(tiles, out, fetched)
+    else:
+        failed = cut_tiles(reader.read, tiles, out)
+    return _touched(grid, index, failed)
 
 
-def _pieces(grid: Grid, index: I64) -> list[I64]:
-    """Positions in ``index`` of the tiles to read together: all of them, or connected groups when that is much less."""
-    everything = np.arange(len(index))
-    corner = index.min(axis=0)
-    taken = np.zeros(tuple(index.max(axis=0) - corner + 1), bool)
-    taken[tuple((index - corner).T)] = True
-    labels, count = ndimage.label(taken, np.ones((3, 3), bool))
-    if count < 2:
-        return [everything]
-    group = labels[tuple((index - corner).T)]
-    pieces = [np.flatnonzero(group == label) for label in range(1, count + 1)]
-    area = sum(_area(grid, index[piece]) for piece in pieces)
-    return pieces if area < SPARSE * _area(grid, index) else [everything]
-
-
-def _area(grid: Grid, index: I64) -> int:
-    """Target px of the rectangle around tiles ``index``."""
-    return int(np.prod((index.max(axis=0) - index.min(axis=0)) * grid.stride + grid.tile))
+def _tiles(grid: Grid, index: I64) -> Tiles:
+    return Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y)
 
 
 def _touched(grid: Grid, index: I64, failed: I64) -> Mask:
     """Which tiles share area with a rectangle of ``failed`` int64[m, 4] (x0, y0, x1, y1), level-0 px."""
+    if not len(failed):
+        return np.zeros(len(index), bool)
     boxes = tile_boxes(grid, index)[:, None, :]
     hit = (boxes[..., :2] < failed[None, :, 2:]) & (boxes[..., 2:] > failed[None, :, :2])
     return np.asarray(hit.all(axis=-1).any(axis=-1), bool)
 
 
-def _read_ahead(reader: Reader, grid: Grid, work: Iterable[BlockTiles], workers: int) -> Iterator[Batch]:
-    """Each block of ``work`` read, in order, with up to ``workers`` reads under way."""
-    if workers == 0:
-        for block in work:
-            yield read_block(reader, grid, block)
+# ---------------------------------------------------------------- batches
+
+
+@dataclass(slots=True)
+class _Slots:
+    """The memory of the batches, made when the first tile of each is about to be read."""
+
+    index: I64
+    tile: int
+    size: int
+    made: dict[int, U8] = field(default_factory=dict)
+
+    def take(self, start: int, stop: int) -> list[U8]:
+        """Where tiles start..stop-1 of the whole order shall lie, uint8[tile, tile, 3] each."""
+        return [self._batch(n // self.size)[n % self.size] for n in range(start, stop)]
+
+    def _batch(self, number: int) -> U8:
+        if number not in self.made:
+            count = min(self.size, len(self.index) - number * self.size)
+            self.made[number] = np.empty((count, self.tile, self.tile, 3), np.uint8)
+        return self.made[number]
+
+
+def _batches(reader: Reader, grid: Grid, work: list[BlockTiles], *, batch_size: int, workers: int) -> Iterator[Batch]:
+    if not work:
         return
-    todo = iter(work)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="wsi-mmm-read")
-    try:
-        waiting: deque[Future[Batch]] = deque()
-        for block in islice(todo, workers + READ_AHEAD):
-            waiting.append(pool.submit(read_block, reader, grid, block))
+    index = np.concatenate([block.index for block in work])
+    xy, failed = tile_xy(grid, index), np.zeros(len(index), bool)
+    slots = _Slots(index, grid.tile, batch_size)
+    given = 0  # batches
+    for start, mask in _read_ahead(reader, grid, work, slots=slots, workers=workers):
+        stop = start + len(mask)
+        failed[start:stop] = mask
+        while given * batch_size < stop and ((given + 1) * batch_size <= stop or stop == len(index)):
+            part = slice(given * batch_size, (given + 1) * batch_size)
+            yield Batch(slots.made.pop(given), xy[part], index[part], failed[part])
+            given += 1
+
+
+def _read_ahead(
+    reader: Reader, grid: Grid, work: list[BlockTiles], *, slots: _Slots, workers: int
+) -> Iterator[tuple[int, Mask]]:
+    """Position of each block's first tile and which of its tiles failed, in order, up to ``workers`` under way."""
+    starts = np.cumsum([0, *(len(block.index) for block in work)]).tolist()
+
+    def read(n: int, out: list[U8], fetched: Future[Fetched] | None) -> tuple[int, Mask]:
+        brought = fetched.result() if fetched is not None else None
+        return starts[n], _read(reader, grid, work[n].index, out, brought)
+
+    with ExitStack() as stack:
+        ahead = _fetch_ahead(reader, grid, work, stack)
+        if workers == 0:
+            for n, fetched in enumerate(ahead):
+                yield read(n, slots.take(starts[n], starts[n + 1]), fetched)
+            return
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="wsi-mmm-read")
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        todo = enumerate(ahead)
+        waiting: deque[Future[tuple[int, Mask]]] = deque()
+
+        def begin(count: int) -> None:
+            for n, fetched in islice(todo, count):
+                waiting.append(pool.submit(read, n, slots.take(starts[n], starts[n + 1]), fetched))
+
+        begin(workers + READ_AHEAD)
         while waiting:
             done = waiting.popleft().result()
-            for block in islice(todo, 1):
-                waiting.append(pool.submit(read_block, reader, grid, block))
+            begin(1)
             yield done
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _rebatch(parts: Iterator[Batch], size: int) -> Iterator[Batch]:
-    """The tiles of ``parts`` in batches of exactly ``size``, the last one shorter."""
-    held: list[Batch] = []
-    count = 0
-    try:
-        for part in parts:
-            held.append(part)
-            count += len(part.failed)
-            if count < size:
-                continue
-            whole = _join(held)
-            full = count - count % size
-            for start in range(0, full, size):
-                yield _cut(whole, start, start + size)
-            held, count = [_cut(whole, full, count)], count - full
-        if count:
-            yield _join(held)
-    finally:
-        if hasattr(parts, "close"):
-            parts.close()
+# ---------------------------------------------------------------- fetching ahead
 
 
-def _join(parts: list[Batch]) -> Batch:
-    parts = [part for part in parts if len(part.failed)]
-    if len(parts) == 1:
-        return parts[0]
-    return Batch(
-        pixels=np.concatenate([part.pixels for part in parts]),
-        xy=np.concatenate([part.xy for part in parts]),
-        index=np.concatenate([part.index for part in parts]),
-        failed=np.concatenate([part.failed for part in parts]),
-    )
+def _fetch_ahead(
+    reader: Reader, grid: Grid, work: list[BlockTiles], stack: ExitStack
+) -> Iterator[Future[Fetched] | None]:
+    """For each block what will hold its bytes; None where they are read when it is decoded."""
+    if not isinstance(reader, TileReader) or not reader.remote:
+        yield from [None] * len(work)
+        return
+    pool = ThreadPoolExecutor(RUNS_AHEAD + 1, thread_name_prefix="wsi-mmm-fetch")
+    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+    todo = iter(_runs(grid, work))
+    flying: deque[tuple[int, Future[Fetched]]] = deque()
+
+    def begin(count: int) -> None:
+        for run in islice(todo, count):
+            flying.append((len(run), pool.submit(reader.fetch, [_tiles(grid, block.index) for block in run])))
+
+    begin(RUNS_AHEAD + 1)
+    while flying:
+        count, fetched = flying.popleft()
+        yield from [fetched] * count
+        begin(1)
 
 
-def _cut(batch: Batch, start: int, stop: int) -> Batch:
-    part = slice(start, stop)
-    return Batch(batch.pixels[part], batch.xy[part], batch.index[part], batch.failed[part])
+def _runs(grid: Grid, work: list[BlockTiles]) -> Iterator[list[BlockTiles]]:
+    """Cut into runs that double until they are of RUN_PIXELS: long ones lie in the file in long ranges."""
+    run: list[BlockTiles] = []
+    most, pixels = RUN_PIXELS >> 4, 0.0
+    for block in work:
+        area = len(block.index) * grid.tile**2 * grid.scale_x * grid.scale_y
+        if run and pixels + area > most:
+            yield run
+            most, run, pixels = min(2 * most, RUN_PIXELS), [], 0.0
+        run.append(block)
+        pixels += area
+    if run:
+        yield run
