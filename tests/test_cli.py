@@ -153,7 +153,7 @@ def test_every_flag_of_run_reaches_the_api(api: FakeApi) -> None:
     line = (
         "run a.svs -o out -m m --task t --task u --mag 20 --tile-size 256 --overlap 32 --tissue none "
         "--mpp-override 0.3 --reader tiff --skip-errors --cache c --maps --no-gzip --bounds-offset "
-        "--batch-size 8 --workers 2 --threads 1 --device cpu --scheduler tcp://h:1 --force"
+        "--batch-size 8 --workers 2 --threads 1 --device cpu --runtime bf16 --scheduler tcp://h:1 --force"
     )
     assert invoke(*line.split()).exit_code == 0
     options = api.calls[0][2]
@@ -162,7 +162,8 @@ def test_every_flag_of_run_reaches_the_api(api: FakeApi) -> None:
         "output": "out", "model": "m", "tasks": ["t", "u"], "mpp": 0.5, "tile_size": 256, "overlap": 32,
         "tissue": "none", "mpp_override": 0.3, "reader": "tiff", "cache": "c", "save_maps": True, "gzip": False,
         "bounds_offset": True,
-        "batch_size": 8, "workers": 2, "threads": 1, "device": "cpu", "scheduler": "tcp://h:1", "force": True,
+        "batch_size": 8, "workers": 2, "threads": 1, "device": "cpu", "runtime": "bf16",
+        "scheduler": "tcp://h:1", "force": True,
     }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def run(
         progress: called with an Event whenever something happened.
         **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
             ``tissue``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``reader``, ``features``,
-            ``save_maps``, ``bounds_offset``, ``force``, ``gzip``.
+            ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``runtime``.
 
     Returns:
         A RunReport: one row per slide, ``exit_code`` 0 only if every slide succeeded. A slide that fails does not stop
@@ -212,7 +212,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(
         ("features", "save_maps", "bounds_offset", "gzip", "cache_tiles", "force"), (bool, "true or false")
     ),
-    **dict.fromkeys(("device", "reader"), (str, "a word")),
+    **dict.fromkeys(("device", "reader", "runtime"), (str, "a word")),
     **dict.fromkeys(("tissue", "cache"), (str, "a path or a word")),
 }
 

@@ -81,6 +81,13 @@ Workers = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="Model threads per process.", rich_help_panel=HOW)]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. (default: auto)", rich_help_panel=HOW)]
+Runtime = Annotated[
+    str | None,
+    typer.Option(
+        help="How the model runs: eager, compile or bf16; the numbers differ a little. (default: eager)",
+        rich_help_panel=HOW,
+    ),
+]
 Scheduler = Annotated[
     str | None,
     typer.Option(
@@ -141,6 +148,7 @@ def run(
     workers: Workers = None,
     threads: Threads = None,
     device: Device = None,
+    runtime: Runtime = None,
     scheduler: Scheduler = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -168,7 +176,7 @@ def run(
         "overlap": overlap, "tissue": tissue, "mpp_override": mpp_override, "reader": reader,
         "cache": cache, "save_maps": maps or None, "gzip": False if plain_geojson else None,
         "bounds_offset": bounds_offset or None, "batch_size": batch_size, "workers": workers, "threads": threads,
-        "device": device, "scheduler": scheduler, "force": force or None,
+        "device": device, "runtime": runtime, "scheduler": scheduler, "force": force or None,
     }  # fmt: skip
     if dry_run:
         return _rehearse(api.order_run, inputs, output, _options(given, settings))
@@ -204,6 +212,7 @@ def embed(
     workers: Workers = None,
     threads: Threads = None,
     device: Device = None,
+    runtime: Runtime = None,
     scheduler: Scheduler = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -228,7 +237,7 @@ def embed(
         "encoder": encoder, "weights": weights, "mpp": config.mpp_of(mpp, mag), "tile_size": tile_size,
         "overlap": overlap, "tissue": tissue, "mpp_override": mpp_override, "reader": reader, "cache": cache,
         "batch_size": batch_size, "workers": workers, "threads": threads, "device": device,
-        "scheduler": scheduler, "force": force or None,
+        "runtime": runtime, "scheduler": scheduler, "force": force or None,
     }  # fmt: skip
     if dry_run:
         return _rehearse(api.order_embed, inputs, output, _options(given, settings))

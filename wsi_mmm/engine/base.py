@@ -81,6 +81,7 @@ class Receipt:
     """What came of a work. ``failed``: level-0 (x, y, width, height) of tiles with unreadable pixels.
 
     ``busy``: (start, end) epoch seconds in which the model ran; ``bytes_read`` is cumulative for (pid, slide).
+    ``encoder``: JSON of what the Runner chose.
     """
 
     kind: Kind
@@ -98,6 +99,7 @@ class Receipt:
     peak_rss_mb: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
     device: str = ""
+    encoder: str = ""
     payload: Any = None
 
 

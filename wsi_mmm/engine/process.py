@@ -26,7 +26,7 @@ OPEN_SLIDES = 8
 
 _lock = threading.RLock()
 _slides: OrderedDict[tuple[str, float | None, str | None], tuple[Slide, int]] = OrderedDict()
-_runners: dict[tuple[str, str, int | None], Runner] = {}
+_runners: dict[tuple[str, str, int | None, str], Runner] = {}
 _entries: dict[tuple[str, int], Entry] = {}
 _readers: dict[tuple[str, str], CachedReader] = {}
 
@@ -68,7 +68,7 @@ def reader_of(slide: Slide, task: SlideTask, grid: Grid) -> CachedReader | None:
 
 def runner_of(recipe: Recipe) -> Runner:
     """The model of a recipe on its device, loaded once per process."""
-    key = (f"{recipe.model}/{recipe.model_hash}/{recipe.tasks}", recipe.device, recipe.threads)
+    key = (f"{recipe.model}/{recipe.model_hash}/{recipe.tasks}", recipe.device, recipe.threads, recipe.runtime)
     with _lock:
         if key not in _runners:
             _runners[key] = _load(recipe)
@@ -89,7 +89,9 @@ def _load(recipe: Recipe) -> Runner:
     else:
         model = load_model(recipe.model)
     quantise = {task.info.name: task.quantise for task in tasks_of(recipe)}
-    return Runner(model, device=recipe.device, threads=recipe.threads, quantise=quantise)
+    return Runner(
+        model, device=recipe.device, threads=recipe.threads, quantise=quantise, runtime=recipe.runtime, tune=True
+    )
 
 
 def tasks_of(recipe: Recipe) -> list[Task]:

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wsi_mmm.errors import RecipeError
+from wsi_mmm.model.identity import RUNTIMES
 
-RESULT_FORMAT = 1  # raised when the same recipe would give other objects or other files
+RESULT_FORMAT = 2  # raised when the same recipe would give other objects or other files
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Recipe:
     save_maps: bool = False
     bounds_offset: bool = False
     gzip: bool = True
+    runtime: str = "eager"
 
     block_tiles: int = 4
     batch_size: int = 64
@@ -65,6 +67,8 @@ class Recipe:
             raise RecipeError(f"min_tissue is a share between 0 and 1, not {self.min_tissue}")
         if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", self.device):
             raise RecipeError(f"there is no device {self.device!r}; choose auto, cpu, cuda or cuda:N")
+        if self.runtime not in RUNTIMES:
+            raise RecipeError(f"there is no runtime {self.runtime!r}; choose one of: {', '.join(RUNTIMES)}")
 
     def _check_maps(self) -> None:
         """Maps of neighbouring tiles must lie on one grid of map pixels (strides up to 8, encoders down to 32)."""
@@ -79,12 +83,12 @@ class Recipe:
         ``kind``: the kind of device ("cpu", "cuda"); ``scale``: level-0 px per target px (x, y), which a user who
         corrects a slide's mpp changes.
         """
-        names = ("model_hash", "tasks", "mpp", "tile", "overlap", "features")
+        names = ("model_hash", "tasks", "mpp", "tile", "overlap", "features", "runtime")
         return self._hash({"device": kind, "block_tiles": self.block_tiles, "scale": scale}, names)
 
     def result_hash(self) -> str:
         """Hash of what the published objects depend on."""
-        names = ("model_hash", "tasks", "mpp", "tile", "overlap", "min_tissue", "features")
+        names = ("model_hash", "tasks", "mpp", "tile", "overlap", "min_tissue", "features", "runtime")
         tissue = self.tissue if self.tissue in ("auto", "none") else "file"  # its content is compared apart
         files = {"save_maps": self.save_maps, "gzip": self.gzip, "bounds": self.bounds_offset}
         return self._hash({"tissue": tissue, **files}, names)

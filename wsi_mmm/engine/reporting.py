@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 import time
@@ -133,9 +134,11 @@ def _extra(state: SlideState, facts: dict[str, Any], *, resumed: bool) -> dict[s
         "resumed": resumed,
         "failures": [[x, y, x + width, y + height] for x, y, width, height in sorted(state.failed)],
         "stages": {name: round(seconds, 3) for name, seconds in sorted(state.stages.items())},
+        "features_s": round(max(0.0, state.forward_span[1] - state.forward_span[0]), 3),
         "classes": facts.get("classes", {}),
         "files": {k: store.join(store.redact(state.task.output), v) for k, v in facts.get("files", {}).items()},
         "device": ", ".join(sorted(state.devices)) or None,
+        "encoder": [json.loads(facts) for facts in sorted(set(state.encoders.values()))],
         "reader": facts.get("reader") or (state.plan.info.reader if state.plan else None),
         **({"traceback": state.traceback} if state.traceback else {}),  # only for faults that are not the user's
     }

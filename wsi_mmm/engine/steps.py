@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -154,6 +155,7 @@ class Computed:
     output: RunOutput | None
     busy: tuple[float, float] | None
     device: str = ""
+    encoder: str = ""
 
 
 def read(work: Work) -> Loaded:
@@ -178,7 +180,8 @@ def compute(loaded: Loaded) -> Computed:
     runner = process.runner_of(recipe)
     started = time.time()
     output = runner.run(loaded.batch.pixels, list(recipe.tasks))
-    return Computed(loaded, output, (started, time.time()), str(runner.device))
+    facts = json.dumps(runner.facts())
+    return Computed(loaded, output, (started, time.time()), str(runner.device), facts)
 
 
 def write(computed: Computed) -> Receipt:
@@ -201,6 +204,7 @@ def write(computed: Computed) -> Receipt:
             "busy": (busy,),
             "stages": stages,
             "device": computed.device,
+            "encoder": computed.encoder,
         }
         return _receipt(work, slide, status=status, **facts)
 

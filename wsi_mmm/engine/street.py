@@ -49,6 +49,8 @@ class SlideState:
     peak_rss_mb: dict[int, float] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
     devices: set[str] = field(default_factory=set)
+    encoders: dict[int, str] = field(default_factory=dict)
+    forward_span: tuple[float, float] = (0.0, 0.0)  # epoch: the first tiles are asked for, the last values are in
     payload: Any = None
 
     @property
@@ -97,6 +99,8 @@ class Street:
                 state = self.slides[work.slide.id]
                 state.running += 1
                 state.started = state.started or time.time()
+                if kind == "forward":
+                    state.forward_span = (state.forward_span[0] or time.time(), 0.0)
                 self.active.add(state.task.id)
                 executor.start(work)
                 started += 1
@@ -153,6 +157,7 @@ class Street:
         state.tiles += receipt.tiles
         state.cache_hits += receipt.tiles if receipt.status == "cached" else 0
         state.forward_left.discard(receipt.block)
+        state.forward_span = (state.forward_span[0], time.time())
         for block in state.unlocks.pop(receipt.block, ()):
             work, needs = state.waiting[block]
             needs.discard(receipt.block)
@@ -193,6 +198,8 @@ def _count(state: SlideState, receipt: Receipt) -> None:
     state.bytes_read[receipt.pid] = max(state.bytes_read.get(receipt.pid, 0), receipt.bytes_read)
     state.peak_rss_mb[receipt.pid] = max(state.peak_rss_mb.get(receipt.pid, 0.0), receipt.peak_rss_mb)
     state.devices |= {receipt.device} - {""}
+    if receipt.encoder:
+        state.encoders[receipt.pid] = receipt.encoder
     for stage, seconds in receipt.stages.items():
         state.stages[stage] = state.stages.get(stage, 0.0) + seconds
 

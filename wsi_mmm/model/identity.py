@@ -11,6 +11,13 @@ from wsi_mmm.model.card import CARD, WEIGHTS, ModelCard, model_path, zoo_names
 
 _CHUNK = 1 << 22
 
+RUNTIMES = {
+    "eager": "float32; norms folded into convolutions: within 1e-4 of the plain model's largest answer",
+    "compile": "float32 through torch.compile with frozen weights: within 1e-3 of eager's largest answer",
+    "bf16": "bfloat16 in convolutions and matrix products: within 5e-2 of eager's largest answer",
+}
+"""Ways to run a model, and how far their numbers may lie apart. One kind of device and runtime: equal to the bit."""
+
 
 def is_model(name: str) -> bool:
     """Whether ``name`` is a packaged model or a model folder, rather than the name of a bare encoder."""

@@ -23,10 +23,16 @@ import torch
 from torch import Tensor
 
 from wsi_mmm.errors import ModelError
+from wsi_mmm.model.fold import folded
+from wsi_mmm.model.identity import RUNTIMES
 from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.model.runtime import forward_pass
+from wsi_mmm.model.staging import Stager, staged_ahead
+from wsi_mmm.model.tune import Tuner, case_key
 from wsi_mmm.types import F32, U8
 
 Quantise = Callable[[Tensor], Tensor]
+Answers = dict[str, npt.NDArray[Any]]
 _PIXELS_CPU = 8 * 256 * 256
 _PIXELS_CUDA = 64 * 256 * 256
 _allocator_lock = threading.Lock()
@@ -46,7 +52,8 @@ class Runner:
     """A model on a device, callable from several threads at once; answers depend on nothing but the pixels.
 
     ``quantise``: task name -> logits to uint8 (the task's own `quantise`). ``threads``: micro-batches run side by side
-    on a CPU (None: one per core this process may use). ``device`` "auto": CUDA when there is one.
+    on a CPU (None: one per core this process may use). ``device`` "auto": CUDA when there is one. ``runtime``: one of
+    `identity.RUNTIMES`. ``tune``: look for the micro-batch that costs least (see `tune`); the answers stay the same.
     """
 
     def __init__(
@@ -56,21 +63,28 @@ class Runner:
         threads: int | None = None,
         *,
         quantise: Mapping[str, Quantise] | None = None,
+        runtime: str = "eager",
+        tune: bool = False,
     ) -> None:
         self.device = pick_device(device)
-        self.model = model.to(self.device).eval()
+        if self.device.type == "cpu":
+            tune_allocator()
+        self.model = folded(model.eval()).to(self.device)  # folded first: a GPU rounds too much to compare
+        self.runtime = runtime
         self.threads = max(1, threads or _cores()) if self.device.type == "cpu" else 1
         self.quantise = dict(quantise or {})
+        self._pass = forward_pass(self.model, runtime, self.device)
+        self._tune = tune and self.device.type == "cpu" and runtime != "compile"  # a new size is compiled anew
+        self._tuners: dict[tuple[int, tuple[str, ...]], Tuner] = {}
         self._pool = ThreadPoolExecutor(self.threads, "model", initializer=_one_thread)
+        self._stagers = threading.local()
         self._lock = threading.Lock()
         self._running = 0
         self._since = 0.0
         self._busy: list[tuple[float, float]] = []
-        if self.device.type == "cpu":
-            tune_allocator()
 
     def micro_batch(self, size: int) -> int:
-        """Tiles of ``size`` px that run together."""
+        """Tiles of ``size`` px that run together unless measuring says otherwise."""
         budget = _PIXELS_CPU if self.device.type == "cpu" else _PIXELS_CUDA
         return max(1, budget // (size * size))
 
@@ -82,10 +96,10 @@ class Runner:
         if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
             raise ModelError(f"tiles must be uint8[n, s, s, 3], not {pixels.dtype}{list(pixels.shape)}")
         self._check(tasks)
-        step = self.micro_batch(pixels.shape[1])
-        starts = range(0, len(pixels), step) if len(pixels) else range(1)
+        tuner = self._tuner(pixels.shape[1], tuple(tasks))
         with _Busy(self):
-            parts = list(self._pool.map(lambda i: self._micro(pixels[i : i + step], step, tasks), starts))
+            size = tuner.next(len(pixels), lambda sizes: self._agreeing(pixels, tasks, sizes, tuner.standard))
+            parts = self._answers(pixels, tasks, size, tuner)
         return _join(parts, frozenset(self.model.tile_heads))
 
     def _check(self, tasks: Sequence[str]) -> None:
@@ -95,21 +109,65 @@ class Runner:
             if name not in self.quantise:
                 raise ModelError(f"Runner was given no quantise for task '{name}'; pass Task.quantise of every task")
 
-    def _micro(self, pixels: U8, size: int, tasks: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-        """One padded micro-batch; the padding's answers are cut off again. "" holds the features."""
-        count = len(pixels)
-        padded = np.zeros((size, *pixels.shape[1:]), np.uint8)
-        padded[:count] = pixels
-        with torch.inference_mode():
-            vector, logits = self.model.forward_all(self.model.prepare(self._to_device(padded)), tasks)
-            answers = {"": vector.float()} | {name: self.quantise[name](x) for name, x in logits.items()}
-            return {name: x[:count].contiguous().cpu().numpy() for name, x in answers.items()}
+    def _tuner(self, side: int, tasks: tuple[str, ...]) -> Tuner:
+        with self._lock:
+            if (side, tasks) not in self._tuners:
+                card = self.model.card.model_dump(mode="json", include={"encoder", "decoder", "tasks"})
+                facts = {"encoder": self.model.card.encoder.name, "tile": side, "threads": self.threads}
+                facts |= {"torch": torch.__version__, "runtime": self.runtime}
+                key = case_key(**facts, card=card, tasks=tasks) if self._tune else ""
+                self._tuners[side, tasks] = Tuner(self.micro_batch(side), key, facts)
+            return self._tuners[side, tasks]
 
-    def _to_device(self, pixels: U8) -> Tensor:
-        tensor = torch.from_numpy(pixels)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor
+    def _answers(self, pixels: U8, tasks: Sequence[str], size: int, tuner: Tuner | None = None) -> list[Answers]:
+        """Each micro-batch's answers, in order. The lanes are threads; each takes every n-th micro-batch."""
+        starts = range(0, len(pixels), size) if len(pixels) else range(1)
+        lanes = min(self.threads, len(starts))
+
+        def lane(first: int) -> list[Answers]:
+            parts = (pixels[i : i + size] for i in starts[first::lanes])
+            return list(staged_ahead(parts, size, self._stager(), lambda x, n: self._micro(x, n, tasks, tuner)))
+
+        found = list(self._pool.map(lane, range(lanes)))
+        return [found[i % lanes][i // lanes] for i in range(len(starts))]
+
+    def _micro(self, tiles: Tensor, count: int, tasks: Sequence[str], tuner: Tuner | None) -> Answers:
+        """One padded micro-batch; the padding's answers are cut off again. "" holds the features."""
+        began = time.thread_time()
+        with torch.inference_mode():
+            vector, logits = self._pass(tiles, tasks)
+            answers = {"": vector.float()} | {name: self.quantise[name](x.float()) for name, x in logits.items()}
+            found = {name: x[:count].contiguous().cpu().numpy() for name, x in answers.items()}
+        if tuner is not None and count == len(tiles):
+            tuner.took(count, time.thread_time() - began)
+        return found
+
+    def _stager(self) -> Stager:
+        if not hasattr(self._stagers, "one"):
+            self._stagers.one = Stager(self.device)
+        stager: Stager = self._stagers.one
+        return stager
+
+    def _agreeing(self, pixels: U8, tasks: Sequence[str], sizes: Sequence[int], standard: int) -> list[int]:
+        """Those of ``sizes`` that give the very bits of the standard size on some of these tiles."""
+        few = pixels[: 2 * standard]
+        wanted = _whole(self._answers(few, tasks, standard))
+
+        def same(size: int) -> bool:
+            found = _whole(self._answers(few, tasks, size))
+            return all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+        return [size for size in sizes if same(size)]
+
+    def facts(self) -> dict[str, Any]:
+        """What was chosen, for reports: runtime and tolerance, micro-batch per tile size, threads, memory."""
+        with self._lock:
+            sizes = {f"{side} px": f"{t.size} tiles ({t.chosen})" for (side, _), t in sorted(self._tuners.items())}
+        memory = "channels_last" + (", freed memory kept" if self.device.type == "cpu" else "")
+        return {
+            "device": str(self.device), "runtime": self.runtime, "tolerance": RUNTIMES[self.runtime],
+            "micro_batch": sizes, "threads": self.threads, "memory": memory,
+        }  # fmt: skip
 
     def busy(self) -> list[tuple[float, float]]:
         """Intervals (start, end; time.perf_counter) in which the model was running, merged, oldest first."""
@@ -188,8 +246,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _join(parts: Sequence[dict[str, npt.NDArray[Any]]], tile: frozenset[str]) -> RunOutput:
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _whole(parts: Sequence[Answers]) -> Answers:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _join(parts: Sequence[Answers], tile: frozenset[str]) -> RunOutput:
+    whole = _whole(parts)
     features = whole.pop("")
     maps = {name: value for name, value in whole.items() if name not in tile}
     return RunOutput(features, maps, {name: value for name, value in whole.items() if name in tile})

@@ -1,0 +1,153 @@
+"""The micro-batch that costs least on this machine, measured on the run's own tiles and remembered per machine.
+
+Only what leaves every bit as it is may be chosen: a size is a candidate when its answers on a run's own tiles equal,
+bit for bit, those of the standard size. What is measured is the processor time of the thread that ran a micro-batch,
+so a reader on the same core disturbs it little, and no tile is computed twice but the few of the check.
+
+The choices lie in ``tune.json`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``), a key per machine,
+torch version, model, tile size, threads and runtime. A file that cannot be read is measured anew; a folder that
+cannot be written is a run without memory. Neither is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+WORTH = 500
+"""Tiles that a runner does with the standard size before it looks for a better one."""
+
+SAMPLES = 8
+"""Micro-batches of each size that are timed; their median counts."""
+
+GAIN = 0.03
+"""Share that another size must save to be preferred: less is noise."""
+
+Check = Callable[[Sequence[int]], Sequence[int]]
+
+
+@dataclass(slots=True)
+class Tuner:
+    """Which micro-batch size to use next. ``standard`` tiles; ``key`` names the case, empty: never look further.
+
+    Callable from several threads.
+    """
+
+    standard: int
+    key: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    chosen: str = "standard"
+    _size: int = 0
+    _seen: int = 0
+    _trial: list[int] = field(default_factory=list)
+    _times: dict[int, list[float]] = field(default_factory=dict)
+    _checking: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        known = remembered(self.key) if self.key else None
+        self._size = int(known["micro_batch"]) if known else self.standard
+        if known:
+            self.chosen, self._checking = "measured before", True
+
+    @property
+    def size(self) -> int:
+        """The size in use."""
+        return self._size
+
+    def next(self, tiles: int, agreeing: Check) -> int:
+        """The size for a call of ``tiles`` tiles; ``agreeing`` gives those of some sizes that leave the bits alone."""
+        with self._lock:
+            self._seen += tiles
+            due = bool(self.key) and not self._checking and self._seen > WORTH and tiles >= 2 * self.standard
+            self._checking = self._checking or due
+            if not due:
+                return self._trial[self._seen // tiles % len(self._trial)] if self._trial and tiles else self._size
+        sizes = [self.standard, *agreeing([max(1, self.standard // 2), self.standard * 2])]
+        with self._lock:
+            self._times = {size: [] for size in sizes}
+            self._trial = list(sizes) if len(set(sizes)) > 1 else []
+        return self._size
+
+    def took(self, size: int, seconds: float) -> None:
+        """A full micro-batch of ``size`` tiles took this much processor time."""
+        with self._lock:
+            if not self._trial or size not in self._times:
+                return
+            self._times[size].append(seconds / size)
+            self._trial = [s for s, found in self._times.items() if len(found) < SAMPLES + 1]
+            if not self._trial:
+                self._settle()
+
+    def _settle(self) -> None:
+        # The first of each size builds its kernels.
+        cost = {size: statistics.median(found[1:]) for size, found in self._times.items()}
+        best = min(cost, key=lambda size: cost[size])
+        self._size = best if cost[best] < (1 - GAIN) * cost[self.standard] else self.standard
+        self.chosen = "measured"
+        costs = {str(size): round(1e3 * seconds, 3) for size, seconds in sorted(cost.items())}
+        remember(self.key, {"micro_batch": self._size, "core_ms_per_tile": costs, **self.facts})
+
+
+def case_key(**facts: Any) -> str:
+    """A key of this machine and these facts."""
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), **facts}
+    return hashlib.sha256(json.dumps(machine, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "CPU part"))]
+    return named[0] if named else platform.machine()
+
+
+def tune_file() -> Path:
+    """Where the choices of this user on this machine lie."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "wsi-mmm" / "tune.json"
+
+
+def known_choices() -> dict[str, dict[str, Any]]:
+    """Every choice on file; none when the file is absent, unreadable or broken."""
+    try:
+        found = json.loads(tune_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
+        return {}
+    items = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in items if isinstance(value, dict) and _sound(value.get("micro_batch"))}
+
+
+def _sound(size: object) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= 1 << 16
+
+
+def remembered(key: str) -> dict[str, Any] | None:
+    """The choice for this case, if there is one."""
+    return known_choices().get(key)
+
+
+def remember(key: str, choice: dict[str, Any]) -> bool:
+    """Write a choice down, whole or not at all. False where that is not possible."""
+    try:
+        path = tune_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**known_choices(), key: choice}, indent=1)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as half:
+            half.write(text)
+        Path(half.name).replace(path)
+    except (OSError, RuntimeError):
+        return False
+    return True
