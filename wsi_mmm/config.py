@@ -1,7 +1,7 @@
 """What the user asked for: one slide, settings files and the environment.
 
-This is the only reader of TOML and of environment variables in the package (object-store credentials excepted: they
-are read where the object store is opened, and nowhere else). Nothing is read at import time.
+This is the only reader of TOML and of environment variables in the package (what object stores need excepted: it
+is read where the object store is opened, and nowhere else). Nothing is read at import time.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ STORAGE_VARIABLES = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
     "AWS_ALLOW_HTTP",
+    "WSI_MMM_STORAGE_TIMEOUT",
 )
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD")
 

@@ -6,7 +6,7 @@ Words: *level-0 px* are pixels of the full-resolution level in the uncropped Ope
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,11 +32,30 @@ class Level:
     tile_height: int
 
 
-@dataclass(frozen=True, slots=True)
+class _Later:
+    """A text field that takes, in place of the text, what finds it: called when the text is first asked for."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, instance: object | None, owner: type | None = None) -> str:
+        if instance is None:
+            raise AttributeError(self._name)  # tells dataclass that the field has no default
+        value = instance.__dict__[self._name]
+        if callable(value):
+            value = instance.__dict__[self._name] = value()
+        return str(value)
+
+    def __set__(self, instance: object, value: str | Callable[[], str]) -> None:
+        instance.__dict__[self._name] = value
+
+
+@dataclass(frozen=True)
 class SlideInfo:
     """What a slide says about itself (or was told: ``mpp`` overridden by the user).
 
-    ``fingerprint`` is hex of a hash of content samples: equal for equal bytes on any storage.
+    ``fingerprint`` is hex of a hash of content samples: equal for equal bytes on any storage. Of a remote slide it is
+    found when first asked for, while the slide is open (16 small requests); pickling asks for it.
     ``mpp_x``/``mpp_y``: micrometres per level-0 pixel, or None when the slide does not say.
     ``bounds_x``/``bounds_y``: offset of the scanned area as OpenSlide reports it (0 when none).
     """
@@ -49,11 +68,14 @@ class SlideInfo:
     levels: tuple[Level, ...]
     vendor: str
     reader: str
-    fingerprint: str
+    fingerprint: _Later = _Later()  # a str to those who read it
     objective: float | None = None
     bounds_x: int = 0
     bounds_y: int = 0
     properties: Mapping[str, str] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_fingerprint": self.fingerprint}
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,7 +235,7 @@ def test_an_answer_of_another_length_is_never_taken_for_the_bytes_asked_for(
 ) -> None:
     """Too much means no ranges; too little, again and again, that something cuts the answers off."""
 
-    async def get(start: int, stop: int) -> tuple[bytes, None]:
+    async def get(start: int, stop: int, begins: object) -> tuple[bytes, None]:
         return bytes(size), None
 
     opened = RemoteStore("http://x/a?key=hidden", 100, None, get, Endpoint(5.0))

@@ -79,7 +79,7 @@ class Slide:
 
     def __init__(self, reader: Reader, mpp: float | None = None) -> None:
         self.reader = reader
-        self.info = reader.info if mpp is None else replace(reader.info, mpp_x=float(mpp), mpp_y=float(mpp))
+        self.info = reader.info if mpp is None else _with_mpp(reader.info, float(mpp))
 
     def __enter__(self) -> Slide:
         return self
@@ -129,6 +129,11 @@ class Slide:
         height = max(1, round(self.info.height / scale))
         block = Block(0, 0, width, height, self.info.width / width, self.info.height / height)
         return self.reader.read(block).pixels
+
+
+def _with_mpp(info: SlideInfo, mpp: float) -> SlideInfo:
+    # The fingerprint is passed on as what finds it: it may not be known yet, and costs requests.
+    return replace(info, mpp_x=mpp, mpp_y=mpp, fingerprint=lambda: info.fingerprint)
 
 
 def check_mpp(mpp: float) -> None:

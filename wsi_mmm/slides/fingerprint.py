@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from hashlib import blake2b
 
 from wsi_mmm.slides.store import ByteStore
@@ -9,6 +11,11 @@ from wsi_mmm.slides.store import ByteStore
 _ENDS = 64 << 10
 _SAMPLE = 16 << 10
 _SAMPLES = 16
+
+
+def fingerprint_of(store: ByteStore) -> str | Callable[[], str]:
+    """Return the fingerprint, or for a remote store what finds it later: opening need not wait for 16 more requests."""
+    return cache(partial(fingerprint, store)) if store.remote else fingerprint(store)
 
 
 def fingerprint(store: ByteStore) -> str:

@@ -38,7 +38,7 @@ class Merging:
 
     gap: int
     waste: float = 0.1
-    part: int = 1 << 20
+    part: int = 2 << 20
     most: int = 8
     longest: int = 8 << 20
 

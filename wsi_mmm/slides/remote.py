@@ -15,26 +15,30 @@ import random
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from wsi_mmm.errors import SlideChanged, StorageError
 from wsi_mmm.slides.ranges import Buffer, Counter, Merging, Range, fetch_merged
 from wsi_mmm.slides.store_errors import NO_RANGES, SHORT, SILENT, UNREACHABLE, PassingError
 from wsi_mmm.slides.uris import redact
 
-MERGING = Merging(gap=256 << 10)
+MERGING = Merging(gap=512 << 10, waste=0.12)  # measured on RGW with 0 and 20 ms delay, see docs/storage.md
 _PER_PROCESS, _PER_ENDPOINT = 32, 16  # requests on their way
 _PAUSE, _LONGEST_PAUSE = 0.02, 2.0  # seconds: the first pause is up to _PAUSE, each next one up to twice as long
 _SHORT_TRIES = 5  # answers of a wrong length before it is an error
 _UNREACHED = 5.0  # seconds to give a server that never answered anything
 _UNIT = 1 << 20  # bytes: a request of this size or less is one unit of work
-_FIRST_WAIT, _LEAST_WAIT, _TIMES_USUAL = 1.0, 0.1, 4.0  # seconds of silence before a second request is sent
+# Silence before a second request is sent: seconds while nothing is known, else a multiple of the usual p95.
+_FIRST_WAIT, _LEAST_BEGIN, _TIMES_BEGIN, _LEAST_BODY, _TIMES_BODY = 0.5, 0.05, 2.0, 0.1, 3.0
 _COPIES = 3  # of one request on their way
 
 T = TypeVar("T")
 Answer = tuple[Buffer, str | None]  # bytes, version
-Get = Callable[[int, int], Awaitable[Answer]]  # start, stop
+Begins = Callable[[], None]  # to be called when the head of an answer is there
+Send = Callable[[Begins], Awaitable[T]]
+Get = Callable[[int, int, Begins], Awaitable[Answer]]  # start, stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,40 +74,53 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-@dataclass(slots=True)
-class Endpoint:
-    """A server as met so far: how long its answers take, and how many more requests may be doubled."""
+class Usual:
+    """How long something has taken lately: the 95th percentile of the last 64, inf until 8 are known."""
 
-    timeout: float  # seconds until a request is given up
-    concurrent: int = _PER_ENDPOINT
-    reached: bool = False
-    _slots: tuple[int, asyncio.Semaphore] | None = None
-    _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=64))
-    _usual: float = math.inf  # p95 of the seconds per unit
-    _spare: float = 8.0
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=64)
+        self.seconds = math.inf
+
+    def add(self, seconds: float) -> None:
+        """Take note of one."""
+        self._last.append(seconds)
+        if len(self._last) >= 8:
+            self.seconds = sorted(self._last)[int(0.95 * (len(self._last) - 1))]
+
+
+class Endpoint:
+    """A server as met so far: how long it takes, and how many more requests may be doubled. Used in the loop."""
+
+    def __init__(self, timeout: float, concurrent: int = _PER_ENDPOINT) -> None:
+        """``timeout``: seconds until a request is given up."""
+        self.timeout = timeout
+        self.reached = False
+        self.begin, self.body, self.whole = Usual(), Usual(), Usual()  # the latter two per unit of work
+        self._concurrent = concurrent
+        self._slots: tuple[int, asyncio.Semaphore] | None = None
+        self._spare = 8.0
 
     def slots(self) -> asyncio.Semaphore:
-        """Return what bounds the requests to this server; called in the loop."""
+        """Return what bounds the requests to this server."""
         if self._slots is None or self._slots[0] != os.getpid():
-            self._slots = (os.getpid(), asyncio.Semaphore(self.concurrent))
+            self._slots = (os.getpid(), asyncio.Semaphore(self._concurrent))
         return self._slots[1]
 
-    def answered(self, seconds: float, size: int) -> None:
-        """Take note of a good answer."""
-        self.reached = True
-        self._seconds.append(seconds / _units(size))
-        self._spare = min(self._spare + 0.25, 16.0)
-        if len(self._seconds) >= 8:
-            self._usual = sorted(self._seconds)[int(0.95 * (len(self._seconds) - 1))]
+    def silence(self, size: int, *, begun: bool) -> float:
+        """Return the seconds after which a request, or the body of an answer that has ``begun``, counts as stalled."""
+        if begun:
+            usual = max(_TIMES_BODY * self.body.seconds * _units(size), _LEAST_BODY)
+        else:
+            usual = max(_TIMES_BEGIN * min(self.begin.seconds, self.whole.seconds * _units(size)), _LEAST_BEGIN)
+        return min(usual if usual < math.inf else _FIRST_WAIT, self.timeout / 4)
 
-    def silence(self, size: int) -> float:
-        """Return the seconds after which a request for ``size`` bytes counts as stalled."""
-        known = self._usual < math.inf
-        usual = max(_TIMES_USUAL * self._usual * _units(size), _LEAST_WAIT) if known else _FIRST_WAIT
-        return min(usual, self.timeout / 4)
+    def earned(self) -> None:
+        """Add to the allowance of second requests: a quarter of the good answers, so that a storm cannot grow."""
+        self.reached = True
+        self._spare = min(self._spare + 0.25, 16.0)
 
     def may_double(self) -> bool:
-        """Take one from the allowance: a quarter of the good answers, so that a storm cannot grow."""
+        """Take one from the allowance."""
         if self._spare < 1:
             return False
         self._spare -= 1
@@ -114,7 +131,7 @@ def _units(size: int) -> float:
     return max(1.0, size / _UNIT)
 
 
-async def request(endpoint: Endpoint, name: str, size: int, send: Callable[[], Awaitable[T]]) -> T:
+async def request(endpoint: Endpoint, name: str, size: int, send: Send[T]) -> T:
     """Return the first good answer of ``send``, which is called as often as needed. Raises StorageError and its kin."""
     now = asyncio.get_running_loop().time
     began = math.inf  # waiting for a slot is no fault of the server's
@@ -139,16 +156,46 @@ def _patience(endpoint: Endpoint, error: PassingError) -> float:
     return min(endpoint.timeout, _UNREACHED) if lost else endpoint.timeout
 
 
-async def _first(endpoint: Endpoint, size: int, send: Callable[[], Awaitable[T]], *, until: float) -> T:
+class _Try(Generic[T]):
+    """A request on its way."""
+
+    def __init__(self, endpoint: Endpoint, size: int, send: Send[T]) -> None:
+        self._now = asyncio.get_running_loop().time
+        self._endpoint, self._size = endpoint, size
+        self._sent, self._begun = self._now(), math.inf
+        self.task = asyncio.create_task(self._run(send))
+
+    async def _run(self, send: Send[T]) -> T:
+        answer = await send(self._begins)
+        over = self._now()
+        if self._begun < math.inf:
+            self._endpoint.body.add((over - self._begun) / _units(self._size))
+        else:
+            self._endpoint.whole.add((over - self._sent) / _units(self._size))
+        self._endpoint.earned()
+        return answer
+
+    def _begins(self) -> None:
+        self._begun = self._now()
+        self._endpoint.begin.add(self._begun - self._sent)
+
+    def silent_at(self, patience: float) -> float:
+        """Return when it will have been silent for too long."""
+        begun = self._begun < math.inf
+        return (self._begun if begun else self._sent) + patience * self._endpoint.silence(self._size, begun=begun)
+
+
+async def _first(endpoint: Endpoint, size: int, send: Send[T], *, until: float) -> T:
     """Return the first good answer; while all is silent for too long, send again. Raises TimeoutError at ``until``."""
     now = asyncio.get_running_loop().time
-    tries: list[asyncio.Task[T]] = [_try(endpoint, size, send)]
-    silence, wait = endpoint.silence(size), endpoint.silence(size)
+    tries = [_Try(endpoint, size, send)]
+    patience = 1.0
     try:
         while True:
-            await asyncio.wait(tries, timeout=min(wait, max(until - now(), 0)), return_when=asyncio.FIRST_COMPLETED)
-            over = [t for t in tries if t.done()]
-            tries = [t for t in tries if not t.done()]
+            pause = max(min(tries[-1].silent_at(patience), until) - now(), 0.001)
+            await asyncio.wait([t.task for t in tries], timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+            over = [t.task for t in tries if t.task.done()]
+            tries = [t for t in tries if not t.task.done()]
             answer = next((t for t in over if t.exception() is None), None)
             if answer is not None:
                 return answer.result()
@@ -156,26 +203,18 @@ async def _first(endpoint: Endpoint, size: int, send: Callable[[], Awaitable[T]]
                 return over[0].result()  # raises
             if now() >= until:
                 raise TimeoutError
-            if not over and endpoint.may_double():
-                if len(tries) >= _COPIES:
-                    tries.pop(0).cancel()
-                    silence *= 2
-                tries.append(_try(endpoint, size, send))
-            wait = silence
+            if now() < tries[-1].silent_at(patience):
+                continue
+            if not endpoint.may_double():
+                patience *= 2
+                continue
+            if len(tries) >= _COPIES:
+                tries.pop(0).task.cancel()
+                patience *= 2
+            tries.append(_Try(endpoint, size, send))
     finally:
-        for task in tries:
-            task.cancel()
-
-
-def _try(endpoint: Endpoint, size: int, send: Callable[[], Awaitable[T]]) -> asyncio.Task[T]:
-    async def timed() -> T:
-        now = asyncio.get_running_loop().time
-        began = now()
-        answer = await send()
-        endpoint.answered(now() - began, size)
-        return answer
-
-    return asyncio.create_task(timed())
+        for other in tries:
+            other.task.cancel()
 
 
 def check_length(name: str, got: int, wanted: int) -> None:
@@ -215,10 +254,10 @@ class RemoteStore:
                 task.cancel()
 
     async def _one(self, span: Range) -> Buffer:
-        return await request(self._endpoint, redact(self.uri), span[1], lambda: self._try(*span))
+        return await request(self._endpoint, redact(self.uri), span[1], partial(self._try, *span))
 
-    async def _try(self, start: int, length: int) -> Buffer:
-        data, version = await self._get(start, start + length)
+    async def _try(self, start: int, length: int, begins: Begins) -> Buffer:
+        data, version = await self._get(start, start + length, begins)
         self.counter.add(len(data))
         if self.etag is not None and version is not None and version != self.etag:
             raise SlideChanged(f"{redact(self.uri)} was replaced while it was read; run again")

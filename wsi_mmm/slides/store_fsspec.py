@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from wsi_mmm.errors import MissingPackage, SlideNotFound, StorageError
-from wsi_mmm.slides.remote import Answer, Endpoint, RemoteStore, request, wait_for
+from wsi_mmm.slides.remote import Answer, Begins, Endpoint, RemoteStore, request, wait_for
 from wsi_mmm.slides.store_errors import NO_RANGES, translated
 from wsi_mmm.slides.store_objects import timeout
 from wsi_mmm.slides.uris import redact
@@ -32,7 +32,7 @@ def open_file(uri: str) -> RemoteStore:
     # A server that keeps to RFC 9110 then refuses to serve parts of another version; weak tags cannot be asked for.
     asked = {"headers": {"If-Match": tag}} if tag.startswith('"') and uri.startswith("http") else {}
 
-    async def get(start: int, stop: int) -> Answer:
+    async def get(start: int, stop: int, begins: Begins) -> Answer:
         return await _in_thread(uri, lambda: bytes(fs.cat_file(path, start=start, end=stop, **asked))), None
 
     return RemoteStore(uri, int(detail["size"]), None, get, _endpoint(_base(uri), timeout()))
@@ -72,7 +72,7 @@ def delete(uri: str) -> None:
 
 
 def _asked(uri: str, call: Callable[[], T]) -> T:
-    return wait_for(request(_endpoint(_base(uri), timeout()), redact(uri), 0, lambda: _in_thread(uri, call)))
+    return wait_for(request(_endpoint(_base(uri), timeout()), redact(uri), 0, lambda begins: _in_thread(uri, call)))
 
 
 async def _in_thread(uri: str, call: Callable[[], T]) -> T:

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from wsi_mmm.errors import MissingPackage, OutputError, SlideNotFound, StorageError
 from wsi_mmm.slides.ranges import Buffer
-from wsi_mmm.slides.remote import Answer, Endpoint, RemoteStore, check_length, request, wait_for
+from wsi_mmm.slides.remote import Answer, Begins, Endpoint, RemoteStore, check_length, request, wait_for
 from wsi_mmm.slides.store_errors import final, translated
 from wsi_mmm.slides.uris import redact
 
@@ -55,7 +55,7 @@ def open_object(uri: str, head: int) -> tuple[RemoteStore, Buffer]:
     return opened, data
 
 
-async def _head(uri: str, store: Any, path: str, length: int) -> tuple[Any, Buffer]:
+async def _head(uri: str, store: Any, path: str, length: int, begins: Begins) -> tuple[Any, Buffer]:
     with translated(uri):
         try:
             answer = await obstore().get_async(store, path, options={"range": (0, length)})
@@ -63,14 +63,16 @@ async def _head(uri: str, store: Any, path: str, length: int) -> tuple[Any, Buff
             if "416" not in str(error):
                 raise
             return await obstore().head_async(store, path), b""  # nothing can be asked of an empty object
+        begins()
         meta, data = answer.meta, memoryview(await answer.bytes_async())
     check_length(redact(uri), len(data), min(length, int(meta["size"])))
     return meta, data
 
 
-async def _range(uri: str, store: Any, path: str, start: int, stop: int) -> Answer:
+async def _range(uri: str, store: Any, path: str, start: int, stop: int, begins: Begins) -> Answer:
     with translated(uri):
         answer = await obstore().get_async(store, path, options={"range": (start, stop)})
+        begins()
         return memoryview(await answer.bytes_async()), _version(answer.meta)
 
 
@@ -78,9 +80,10 @@ def read(uri: str) -> bytes:
     """Return the whole object. Raises SlideNotFound, StorageError."""
     store, path, endpoint = _readable(uri)
 
-    async def whole() -> bytes:
+    async def whole(begins: Begins) -> bytes:
         with translated(uri):
             answer = await obstore().get_async(store, path)
+            begins()
             return bytes(await answer.bytes_async())
 
     return wait_for(request(endpoint, redact(uri), _WHOLE, whole))
@@ -90,7 +93,7 @@ def exists(uri: str) -> bool:
     """Tell whether there is such an object. Raises StorageError when that cannot be known."""
     store, path, endpoint = _readable(uri)
 
-    async def head() -> None:
+    async def head(begins: Begins) -> None:
         with translated(uri):
             await obstore().head_async(store, path)
 

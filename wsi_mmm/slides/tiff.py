@@ -17,7 +17,7 @@ from wsi_mmm.errors import SlideDamaged
 from wsi_mmm.slides.base import Fetched, ReadStats
 from wsi_mmm.slides.cut import cut_tiles
 from wsi_mmm.slides.direct import inner_numbers, needed_numbers, nested
-from wsi_mmm.slides.fingerprint import fingerprint
+from wsi_mmm.slides.fingerprint import fingerprint_of
 from wsi_mmm.slides.scaled import WHITE, Source, Window, level0_rect, merge_failed, pick, read_scaled, sources_of
 from wsi_mmm.slides.store import ByteStore, is_local, redact
 from wsi_mmm.slides.tiff_codecs import Buffer, UndecodableError, decoder, most_bytes, shrinks
@@ -253,6 +253,6 @@ def _info(store: ByteStore, slide: TiffSlide) -> SlideInfo:
     return SlideInfo(
         uri=redact(store.uri), width=top.width, height=top.height,
         mpp_x=slide.mpp[0] if slide.mpp else None, mpp_y=slide.mpp[1] if slide.mpp else None,
-        levels=slide.levels, vendor=slide.vendor, reader="tiff", fingerprint=fingerprint(store),
+        levels=slide.levels, vendor=slide.vendor, reader="tiff", fingerprint=fingerprint_of(store),
         objective=slide.objective, properties=properties,
     )  # fmt: skip
