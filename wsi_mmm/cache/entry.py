@@ -1,4 +1,4 @@
-"""Zarr v3: where features, maps and tiles rest between steps, runs and workers.
+"""Zarr v3: where features and maps rest between steps, runs and workers.
 
 Everything is content-addressed: ``<root>/<slide fingerprint>/<key>/...`` where the key is a hash of what the values
 depend on. Writers own whole shards (one shard = one block of the grid) and every writer of a shard writes the same
@@ -32,12 +32,9 @@ from zarr.storage import LocalStore, ObjectStore
 
 from wsi_mmm.errors import OutputError, StorageError
 from wsi_mmm.slides import store as storage
-from wsi_mmm.slides.base import Reader, ReadStats
-from wsi_mmm.types import I64, Block, Canvas, SlideInfo
+from wsi_mmm.types import I64
 
 Array = npt.NDArray[Any]
-PIXEL_SHARD = 1024
-PIXEL_CHUNK = 256
 
 
 def open_store(uri: str) -> LocalStore | ObjectStore[Any]:
@@ -50,7 +47,7 @@ def open_store(uri: str) -> LocalStore | ObjectStore[Any]:
 def ensure_array(uri: str, name: str, **settings: Any) -> zarr.Array[Any]:
     """Open the array ``name`` at ``uri``, made with ``settings`` when absent; never removes what another writer put."""
     store = open_store(uri)
-    with _translated(uri, writing=True):
+    with translated(uri, writing=True):
         try:
             return zarr.open_array(store, path=name, mode="r+")
         except FileNotFoundError:
@@ -124,7 +121,7 @@ class Entry:
     def read(self, spec: ArraySpec, rows: slice, columns: slice) -> Array:
         """Values of a rectangle of tiles; tiles never written are zero."""
         array = self.array(spec)
-        with _translated(self.uri):
+        with translated(self.uri):
             return np.asarray(array[rows, columns])
 
     def receipt(self, block: str) -> dict[str, Any] | None:
@@ -145,7 +142,7 @@ class Entry:
 
 def _put(uri: str, array: zarr.Array[Any], place: tuple[slice, slice], values: Array) -> None:
     """Write the whole shard at ``place``. Zarr reads what is there before: what is damaged is removed first."""
-    with _translated(uri, writing=True):
+    with translated(uri, writing=True):
         try:
             array[place] = values
         except (RuntimeError, ValueError):
@@ -157,7 +154,7 @@ def _put(uri: str, array: zarr.Array[Any], place: tuple[slice, slice], values: A
 
 
 @contextmanager
-def _translated(uri: str, *, writing: bool = False) -> Iterator[None]:
+def translated(uri: str, *, writing: bool = False) -> Iterator[None]:
     """Foreign errors, said once in our words."""
     fail = OutputError if writing else StorageError
     where = f"{'write' if writing else 'read'} the cache at {storage.redact(uri)}"
@@ -170,107 +167,3 @@ def _translated(uri: str, *, writing: bool = False) -> Iterator[None]:
                 raise fail(f"cannot {where}: it is damaged ({reason}); delete it and run again") from error
     except OSError as error:
         raise fail(f"cannot {where}: {error.strerror or error}; check the disk, or choose another --cache") from error
-
-
-@dataclass(slots=True)
-class CachedReader:
-    """A Reader whose pixels at one scale rest in Zarr: what was read once is not fetched or decoded again.
-
-    Pixels lie in ``pixels`` uint8[height, width, 3] of the target grid in shards of 1024 px; a shard is filled from the
-    inner reader when first touched, and anew when it is damaged. Blocks with another origin or scale go to the inner
-    reader.
-    """
-
-    inner: Reader
-    uri: str
-    scale_x: float
-    scale_y: float
-    info: SlideInfo = field(init=False)
-    hits: int = 0
-    _array: zarr.Array[Any] = field(init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self.info = self.inner.info
-        height = max(1, int(np.ceil(self.info.height / self.scale_y)))
-        width = max(1, int(np.ceil(self.info.width / self.scale_x)))
-        self._array = ensure_array(
-            self.uri,
-            "pixels",
-            shape=(height, width, 3),
-            chunks=(PIXEL_CHUNK, PIXEL_CHUNK, 3),
-            shards=(PIXEL_SHARD, PIXEL_SHARD, 3),
-            dtype="uint8",
-            fill_value=255,
-            compressors=[BloscCodec(cname="zstd", clevel=3, shuffle="noshuffle"), Crc32cCodec()],
-        )
-
-    def read(self, block: Block) -> Canvas:
-        """As the inner reader's ``read``, byte for byte."""
-        if (block.scale_x, block.scale_y, block.origin_x, block.origin_y) != (self.scale_x, self.scale_y, 0, 0):
-            return self.inner.read(block)
-        height, width = self._array.shape[:2]
-        pixels = np.full((block.height, block.width, 3), 255, np.uint8)
-        top, left = max(0, block.y), max(0, block.x)
-        bottom, right = min(height, block.y + block.height), min(width, block.x + block.width)
-        failed: list[I64] = []
-        if bottom > top and right > left:
-            rows = range(top // PIXEL_SHARD, -(-bottom // PIXEL_SHARD))
-            columns = range(left // PIXEL_SHARD, -(-right // PIXEL_SHARD))
-            shards = [(y, x) for y in rows for x in columns]
-            part, failed = self._read(shards, slice(top, bottom), slice(left, right))
-            pixels[top - block.y : bottom - block.y, left - block.x : right - block.x] = part
-        rects = np.concatenate(failed) if failed else np.zeros((0, 4), np.int64)
-        return Canvas(pixels, _touching(rects, block))
-
-    def _read(self, shards: list[tuple[int, int]], rows: slice, columns: slice) -> tuple[Array, list[I64]]:
-        """Pixels of a rectangle that lies in ``shards``, and what of these shards could not be read."""
-        failed = [self._fill(y, x) for y, x in shards]
-        try:
-            with _translated(self.uri):
-                return np.asarray(self._array[rows, columns]), failed
-        except StorageError:  # damaged at rest: what it was made from is still there
-            failed = [self._fill(y, x, again=True) for y, x in shards]
-        with _translated(self.uri):
-            return np.asarray(self._array[rows, columns]), failed
-
-    def _fill(self, y: int, x: int, *, again: bool = False) -> I64:
-        """Make sure that shard (y, x) is in; return its unreadable rectangles int64[n, 4]."""
-        mark = storage.join(self.uri, "shards", f"{y}-{x}.json")
-        known = None if again else _marked(mark)
-        if known is not None:
-            with self._lock:
-                self.hits += 1
-            return known
-        height, width = self._array.shape[:2]
-        top, left = y * PIXEL_SHARD, x * PIXEL_SHARD
-        size_y, size_x = min(PIXEL_SHARD, height - top), min(PIXEL_SHARD, width - left)
-        canvas = self.inner.read(Block(left, top, size_x, size_y, self.scale_x, self.scale_y))
-        _put(self.uri, self._array, (slice(top, top + size_y), slice(left, left + size_x)), canvas.pixels)
-        storage.write_bytes(mark, json.dumps(canvas.failed.tolist()).encode())
-        return canvas.failed
-
-    def stats(self) -> ReadStats:
-        """What the inner reader read."""
-        return self.inner.stats()
-
-    def close(self) -> None:
-        """Close the inner reader."""
-        self.inner.close()
-
-
-def _marked(uri: str) -> I64 | None:
-    """What the mark of a shard lists, or None where there is no mark that can be read."""
-    if not storage.exists(uri):
-        return None
-    try:
-        return np.asarray(json.loads(storage.read_bytes(uri)), np.int64).reshape(-1, 4)
-    except (ValueError, TypeError):
-        return None
-
-
-def _touching(rects: I64, block: Block) -> I64:
-    left, right = block.x * block.scale_x, (block.x + block.width) * block.scale_x
-    top, bottom = block.y * block.scale_y, (block.y + block.height) * block.scale_y
-    keep = (rects[:, 0] < right) & (rects[:, 2] > left) & (rects[:, 1] < bottom) & (rects[:, 3] > top)
-    return np.unique(rects[keep], axis=0)

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wsi_mmm.cache import PIXEL_SHARD, ArraySpec, CachedReader, Entry
+from wsi_mmm.cache import ArraySpec, Entry
 from wsi_mmm.errors import OutputError, StorageError
-from wsi_mmm.slides.fake import ArrayReader
-from wsi_mmm.types import U8, Block
+from wsi_mmm.types import U8
 
 MAPS = ArraySpec("maps/x", (2, 64, 64), "uint8")
 FEATURES = ArraySpec("features", (3,), "float32")
@@ -103,43 +102,3 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot write the cache"):
         Entry(str(tmp_path / "file" / "cache"), 10, 10, 4).write_block(MAPS, CORNER, values())
-
-
-# ---------------------------------------------------------------- pixels
-
-WHOLE = Block(-30, -20, 1300, 1200, 1.0, 1.0)
-
-
-@pytest.fixture
-def pixels() -> ArrayReader:
-    """A slide of 1100 x 1050 px, a part of which cannot be read."""
-    image = np.random.default_rng(0).integers(0, 255, (1050, 1100, 3), dtype=np.uint8)
-    return ArrayReader(image, failed=np.array([[1000, 1000, 1050, 1040]]))
-
-
-def test_cached_pixels_are_the_readers_own(pixels: ArrayReader, tmp_path: Path) -> None:
-    """Cold and warm, inside and beyond the slide, with the rectangles that failed."""
-    want = pixels.read(WHOLE)
-    cached = CachedReader(pixels, str(tmp_path), 1.0, 1.0)
-    for _ in range(2):
-        got = cached.read(WHOLE)
-        assert np.array_equal(got.pixels, want.pixels)
-        assert got.failed.tolist() == [[1000, 1000, 1050, 1040]]
-    assert cached.hits == 4
-    assert cached.read(Block(2000, 2000, 10, 10, 1.0, 1.0)).pixels.min() == 255
-    assert len(cached.read(Block(0, 0, 10, 10, 1.0, 1.0)).failed) == 0
-
-
-@pytest.mark.parametrize("kind", ["cut", "flipped", "noise"])
-def test_damaged_pixels_are_read_from_the_slide_again(pixels: ArrayReader, tmp_path: Path, kind: str) -> None:
-    """A shard that cannot be read is filled anew; so is one whose mark is damaged."""
-    cached = CachedReader(pixels, str(tmp_path), 1.0, 1.0)
-    want = cached.read(WHOLE).pixels
-    for path in shards(tmp_path):
-        damage(path, kind)
-    (tmp_path / "shards/0-1.json").write_text("[[1,")
-    assert np.array_equal(cached.read(WHOLE).pixels, want)
-    hits = cached.hits
-    assert np.array_equal(CachedReader(pixels, str(tmp_path), 1.0, 1.0).read(WHOLE).pixels, want)
-    assert hits == 3
-    assert PIXEL_SHARD == 1024
