@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
@@ -11,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from wsi_mmm.cache import CachedReader, Entry
+from wsi_mmm.cache import CachedReader, Choice, Entry, Quota, choose
 from wsi_mmm.engine.base import SlideTask
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.errors import MissingPackage
 from wsi_mmm.slides import Slide, open_slide, store
-from wsi_mmm.types import Grid
+from wsi_mmm.types import I64, Grid, Tiles
 
 if TYPE_CHECKING:
     from wsi_mmm.model.runner import Runner
@@ -29,6 +30,8 @@ _slides: OrderedDict[tuple[str, float | None, str | None], tuple[Slide, int]] = 
 _runners: dict[tuple[str, str, int | None, str], Runner] = {}
 _entries: dict[tuple[str, int], Entry] = {}
 _readers: dict[tuple[str, str], CachedReader] = {}
+_choices: dict[tuple[str, str], Choice] = {}
+_quotas: dict[tuple[str, int], Quota] = {}
 
 
 @contextmanager
@@ -53,17 +56,36 @@ def _trim() -> None:
         _slides.pop(key)[0].close()
 
 
-def reader_of(slide: Slide, task: SlideTask, grid: Grid) -> CachedReader | None:
-    """The tile cache in front of a slide's reader, when the recipe asks for one."""
-    if not (task.recipe.cache_tiles and task.recipe.cache):
+def reader_of(slide: Slide, task: SlideTask, grid: Grid, index: I64) -> CachedReader | None:
+    """The tile cache in front of a slide's reader, where the recipe asks for one or it pays on tiles ``index``."""
+    recipe = task.recipe
+    if recipe.cache is None or recipe.cache_tiles == "off":
         return None
     name = f"{grid.scale_x:.9f}-{grid.scale_y:.9f}"
-    uri = store.join(task.recipe.cache, slide.info.fingerprint, "pixels", name)
+    key = (task.uri, store.join(recipe.cache, slide.info.fingerprint, "pixels", name))
     with _lock:
-        key = (task.uri, uri)
         if key not in _readers or _readers[key].inner is not slide.reader:
-            _readers[key] = CachedReader(slide.reader, uri, grid.scale_x, grid.scale_y)
-        return _readers[key]
+            _readers[key] = CachedReader(slide.reader, key[1], grid.scale_x, grid.scale_y, quota=_quota(recipe))
+        if recipe.cache_tiles == "on":
+            return _readers[key]
+        if key not in _choices:
+            tiles = Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y)
+            _choices[key] = choose(_readers[key], tiles)
+        return _readers[key] if _choices[key].use else None
+
+
+def _quota(recipe: Recipe) -> Quota | None:
+    if recipe.cache is None or recipe.cache_quota is None:
+        return None
+    key = (recipe.cache, recipe.cache_quota)
+    if key not in _quotas:
+        _quotas[key] = Quota(store.local_path(recipe.cache), recipe.cache_quota)
+    return _quotas[key]
+
+
+def tile_cache_words(task: SlideTask) -> str:
+    """What was measured and chosen for the tiles of a slide in this process; nothing where nothing was to be chosen."""
+    return next((choice.words for (uri, _), choice in _choices.items() if uri == task.uri), "")
 
 
 def runner_of(recipe: Recipe) -> Runner:
@@ -77,8 +99,9 @@ def runner_of(recipe: Recipe) -> Runner:
 
 def _load(recipe: Recipe) -> Runner:
     try:
-        from wsi_mmm.model.checkpoint import load_encoder, load_model
-        from wsi_mmm.model.runner import Runner
+        with _no_collection():
+            from wsi_mmm.model.checkpoint import load_encoder, load_model
+            from wsi_mmm.model.runner import Runner
     except ImportError as error:
         raise MissingPackage(
             f"the worker on {os.uname().nodename} cannot run models: it has no package {error.name!r}; "
@@ -92,6 +115,17 @@ def _load(recipe: Recipe) -> Runner:
     return Runner(
         model, device=recipe.device, threads=recipe.threads, quantise=quantise, runtime=recipe.runtime, tune=True
     )
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """torch and timm make a million objects that stay: looking for garbage among them is a fifth of importing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def tasks_of(recipe: Recipe) -> list[Task]:
@@ -128,6 +162,8 @@ def release(*, models: bool = True) -> None:
         _slides.clear()
         _entries.clear()
         _readers.clear()
+        _choices.clear()
+        _quotas.clear()
         if models:
             _runners.clear()
 
