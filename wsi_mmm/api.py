@@ -68,8 +68,8 @@ def run(
         scheduler: address of a Dask cluster, ``tcp://host:port``.
         progress: called with an Event whenever something happened.
         **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
-            ``tissue``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``reader``, ``features``,
-            ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``runtime``.
+            ``tissue``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``cache_quota``, ``reader``,
+            ``features``, ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``runtime``.
 
     Returns:
         A RunReport: one row per slide, ``exit_code`` 0 only if every slide succeeded. A slide that fails does not stop
@@ -209,10 +209,9 @@ def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | Non
 _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("tile_size", "overlap", "batch_size", "block_tiles", "threads"), (Integral, "a whole number")),
     **dict.fromkeys(("mpp", "mpp_override", "min_tissue"), (Real, "a number")),
-    **dict.fromkeys(
-        ("features", "save_maps", "bounds_offset", "gzip", "cache_tiles", "force"), (bool, "true or false")
-    ),
-    **dict.fromkeys(("device", "reader", "runtime"), (str, "a word")),
+    **dict.fromkeys(("features", "save_maps", "bounds_offset", "gzip", "force"), (bool, "true or false")),
+    **dict.fromkeys(("device", "reader", "runtime", "cache_tiles"), (str, "a word")),
+    "cache_quota": (Integral, "a size such as 50GB"),
     **dict.fromkeys(("tissue", "cache"), (str, "a path or a word")),
 }
 
@@ -257,7 +256,15 @@ def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"there is no reader {given['reader']!r}; choose one of {', '.join(READERS)}")
     for name in {"tissue", "cache"} & set(given):  # a worker may stand in another folder
         given[name] = given[name] if given[name] in ("auto", "none") else _absolute(given[name])
+    if "cache_quota" in given and not store.is_local(given.get("cache", ".")):
+        raise RecipeError("a quota holds for a cache in a folder; give a bucket a lifecycle rule instead")
     return replace(recipe, **given)
+
+
+def _bytes(value: Any) -> int:
+    from wsi_mmm.cache import bytes_of  # with it comes Zarr
+
+    return bytes_of(value)
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -266,6 +273,10 @@ def _checked(name: str, value: Any) -> Any:
         raise RecipeError(f"unknown option {name!r}; known: {', '.join(sorted(_KINDS))}")
     kind, words = _KINDS[name]
     value = str(value) if isinstance(value, Path) else value
+    if name == "cache_tiles" and isinstance(value, bool):
+        value = "on" if value else "off"
+    if name == "cache_quota":
+        value = _bytes(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise RecipeError(f"option {name} must be {words}, not {value!r}")
     plain: dict[type, type] = {Integral: int, Real: float}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from wsi_mmm.api import Order, RunReport
     from wsi_mmm.engine.base import SlideTask
 
-ONLY_IN_SETTINGS = ("block_tiles", "min_tissue", "features", "cache_tiles")
+ONLY_IN_SETTINGS = ("block_tiles", "min_tissue", "features")
 """Options of the api that a settings file may set and that have no flag."""
 
 WHAT, HOW, WHERE, SLIDES = "What to compute", "How to compute it", "Where results go", "Slides"
@@ -39,6 +39,22 @@ Cache = Annotated[
     typer.Option(
         help="Folder or s3:// prefix that keeps features and maps between runs. (environment: WSI_MMM_CACHE)",
         rich_help_panel=WHERE,
+    ),
+]
+CacheTiles = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep read tiles in --cache too: on, off, or auto (where a measurement says that it pays).",
+        rich_help_panel=WHERE,
+        metavar="WHEN",
+    ),
+]
+CacheQuota = Annotated[
+    str | None,
+    typer.Option(
+        help="Most that cached tiles take, such as 50GB; the least recently used go first.",
+        rich_help_panel=WHERE,
+        metavar="SIZE",
     ),
 ]
 Mpp = Annotated[
@@ -129,6 +145,8 @@ def run(
     reader: Reader = None,
     skip_errors: SkipErrors = False,
     cache: Cache = None,
+    cache_tiles: CacheTiles = None,
+    cache_quota: CacheQuota = None,
     maps: Annotated[
         bool, typer.Option("--maps", help="Keep the probability maps of segment tasks (Zarr).", rich_help_panel=WHERE)
     ] = False,
@@ -174,7 +192,8 @@ def run(
     given = {
         "model": model, "tasks": tasks or None, "mpp": config.mpp_of(mpp, mag), "tile_size": tile_size,
         "overlap": overlap, "tissue": tissue, "mpp_override": mpp_override, "reader": reader,
-        "cache": cache, "save_maps": maps or None, "gzip": False if plain_geojson else None,
+        "cache": cache, "cache_tiles": cache_tiles, "cache_quota": cache_quota,
+        "save_maps": maps or None, "gzip": False if plain_geojson else None,
         "bounds_offset": bounds_offset or None, "batch_size": batch_size, "workers": workers, "threads": threads,
         "device": device, "runtime": runtime, "scheduler": scheduler, "force": force or None,
     }  # fmt: skip
@@ -208,6 +227,8 @@ def embed(
     reader: Reader = None,
     skip_errors: SkipErrors = False,
     cache: Cache = None,
+    cache_tiles: CacheTiles = None,
+    cache_quota: CacheQuota = None,
     batch_size: Batch = None,
     workers: Workers = None,
     threads: Threads = None,
@@ -236,6 +257,7 @@ def embed(
     given = {
         "encoder": encoder, "weights": weights, "mpp": config.mpp_of(mpp, mag), "tile_size": tile_size,
         "overlap": overlap, "tissue": tissue, "mpp_override": mpp_override, "reader": reader, "cache": cache,
+        "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "batch_size": batch_size, "workers": workers, "threads": threads, "device": device,
         "runtime": runtime, "scheduler": scheduler, "force": force or None,
     }  # fmt: skip

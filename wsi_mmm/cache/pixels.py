@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -112,7 +112,7 @@ class CachedReader:
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
         """Write the tiles to ``out``, as ``read`` would give them; return the level-0 rectangles that failed."""
         if not self._same_scale(tiles):
-            return _inner_tiles(self.inner, tiles, out, fetched)
+            return read_inner(self.inner, tiles, out, fetched)
         whole = all(one.flags.c_contiguous for one in out)
         if tiles.size != CHUNK or not whole or (tiles.xy % CHUNK).any() or (tiles.xy < 0).any():
             self._bring(tiles, fetched)
@@ -129,6 +129,15 @@ class CachedReader:
     def close(self) -> None:
         """Close the inner reader."""
         self.inner.close()
+
+    def stored_under(self, tiles: Tiles) -> set[Key]:
+        """The shards under ``tiles`` that are in."""
+        return {key for key in self._under(tiles) if storage.exists(self._place(key))}
+
+    def drop(self, keys: Iterable[Key]) -> None:
+        """Remove shards."""
+        for key in keys:
+            storage.delete(self._place(key))
 
     # ------------------------------------------------------------ shards
 
@@ -212,7 +221,7 @@ class CachedReader:
     def _fill(self, key: Key, fetched: Fetched | None) -> tuple[U8, I64]:
         """Read a shard from the slide and put it in; its pixels uint8[1024, 1024, 3] and what failed."""
         pixels = np.empty((SHARD, SHARD, 3), np.uint8)
-        failed = _inner_tiles(self.inner, self._as_tile(key), [pixels], fetched)
+        failed = read_inner(self.inner, self._as_tile(key), [pixels], fetched)
         self._make()
         inside = self._shape[0] - key[0] * SHARD, self._shape[1] - key[1] * SHARD
         data = pack(pixels, inside, failed)
@@ -247,7 +256,8 @@ class CachedReader:
         self._made = True
 
 
-def _inner_tiles(inner: Reader, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None) -> I64:
+def read_inner(inner: Reader, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None) -> I64:
+    """Tiles from a reader that may know blocks only; see ``TileReader.read_tiles``."""
     if isinstance(inner, TileReader):
         return inner.read_tiles(tiles, out, fetched)
     return cut_tiles(inner.read, tiles, out)

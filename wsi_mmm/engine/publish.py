@@ -265,7 +265,7 @@ def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]
     }  # fmt: skip
 
 
-_PLACES = {"block_tiles", "batch_size", "device", "threads", "cache", "cache_tiles", "force", "weights"}
+_PLACES = {"block_tiles", "batch_size", "device", "threads", "cache", "cache_tiles", "cache_quota", "force", "weights"}
 
 
 def _write(task: SlideTask, name: str, data: bytes) -> str:

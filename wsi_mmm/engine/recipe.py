@@ -45,7 +45,8 @@ class Recipe:
     device: str = "auto"
     threads: int | None = None
     cache: str | None = None
-    cache_tiles: bool = False
+    cache_tiles: str = "auto"
+    cache_quota: int | None = None
     reader: str | None = None
     force: bool = False
 
@@ -63,6 +64,10 @@ class Recipe:
             raise RecipeError(f"batch size must be at least 1, not {self.batch_size}")
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"threads must be at least 1, not {self.threads}")
+        if self.cache_tiles not in ("auto", "on", "off"):
+            raise RecipeError(f"cache_tiles is auto, on or off, not {self.cache_tiles!r}")
+        if self.cache_tiles == "on" and self.cache is None:
+            raise RecipeError("tiles can only be cached where there is a cache: name a folder with --cache")
         if not 0 <= self.min_tissue <= 1:
             raise RecipeError(f"min_tissue is a share between 0 and 1, not {self.min_tissue}")
         if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", self.device):

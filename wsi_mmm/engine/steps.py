@@ -167,7 +167,7 @@ def read(work: Work) -> Loaded:
     if receipt and receipt.get("tiles") == work.tiles.hex() and not receipt.get("failed"):
         return Loaded(work, None, receipt, time.perf_counter() - started)
     with process.slide_of(work.slide) as slide:
-        reader = process.reader_of(slide, work.slide, grid) or slide.reader
+        reader = process.reader_of(slide, work.slide, grid, work.index()) or slide.reader
         batch = read_block(reader, grid, BlockTiles(*work.block, work.index()))
     return Loaded(work, batch, None, time.perf_counter() - started)
 
@@ -204,6 +204,7 @@ def write(computed: Computed) -> Receipt:
             "busy": (busy,),
             "stages": stages,
             "device": computed.device,
+            "payload": process.tile_cache_words(work.slide),
             "encoder": computed.encoder,
         }
         return _receipt(work, slide, status=status, **facts)

@@ -49,6 +49,7 @@ class SlideState:
     peak_rss_mb: dict[int, float] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
     devices: set[str] = field(default_factory=set)
+    tile_cache: str = ""
     encoders: dict[int, str] = field(default_factory=dict)
     forward_span: tuple[float, float] = (0.0, 0.0)  # epoch: the first tiles are asked for, the last values are in
     payload: Any = None
@@ -156,6 +157,9 @@ class Street:
     def _forwarded(self, state: SlideState, receipt: Receipt) -> None:
         state.tiles += receipt.tiles
         state.cache_hits += receipt.tiles if receipt.status == "cached" else 0
+        if receipt.payload and not state.tile_cache:
+            state.tile_cache = str(receipt.payload)
+            self.listener(Event("stage", state.task.id, message=state.tile_cache))
         state.forward_left.discard(receipt.block)
         state.forward_span = (state.forward_span[0], time.time())
         for block in state.unlocks.pop(receipt.block, ()):

@@ -1,0 +1,79 @@
+"""Does keeping tiles pay on this slide? Measured on tiles at hand, said in words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from wsi_mmm.cache.pixels import CachedReader, read_inner
+from wsi_mmm.slides.store import is_local
+from wsi_mmm.types import U8, Tiles
+
+SAVES = 10.0
+"""Milliseconds of reading that a cached MB must save: 1 GB of the disk for 10 s of a core each time it is read.
+
+Measured per MB of pixels: JPEG from the disk saves 0.5 to 2 ms, JPEG 2000 20, a slide in a distant bucket more.
+"""
+
+FASTER = 2.0
+"""By how much the cache must beat the reader."""
+
+SAMPLE = 16  # tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Whether to keep tiles, and what was measured: milliseconds per tile from the reader and from the cache."""
+
+    use: bool
+    read_ms: float
+    cached_ms: float
+
+    @property
+    def words(self) -> str:
+        """For reports and logs."""
+        verdict = "tiles cached" if self.use else "tiles not cached"
+        return f"{verdict}: reading costs {self.read_ms:.2g} ms a tile, the cache {self.cached_ms:.2g}"
+
+
+def choose(cached: CachedReader, tiles: Tiles) -> Choice:
+    """Read a few of ``tiles`` from the slide, then from the cache, and decide. Raises StorageError, OutputError.
+
+    The shards under them stay where the cache pays; else those that were not there before are removed.
+    """
+    sample = _sample(tiles)
+    out = list(np.empty((len(sample.xy), sample.size, sample.size, 3), np.uint8))
+    first = Tiles(sample.xy[:1], sample.size, sample.scale_x, sample.scale_y)
+    read_inner(cached.inner, first, out[:1], None)  # imports, connections and compiled code are not the slide's cost
+    # Other threads are at work too: what they take is no cost of reading, so the work of this thread is measured, and
+    # only where a network is waited for the time that passes.
+    clock = time.perf_counter if cached.remote or not is_local(cached.uri) else time.thread_time
+    read_ms = _milliseconds(lambda: read_inner(cached.inner, sample, out, None), clock) / len(out)
+    before = cached.stored_under(sample)
+    cached.read_tiles(sample, out)
+    cached_ms = _milliseconds(lambda: cached.read_tiles(sample, out), clock) / len(out)
+    choice = Choice(pays(read_ms, cached_ms, out[0]), read_ms, cached_ms)
+    if not choice.use:
+        cached.drop(cached.stored_under(sample) - before)
+    return choice
+
+
+def pays(read_ms: float, cached_ms: float, tile: U8) -> bool:
+    """The rule: clearly faster, and by enough for what a tile takes of the disk."""
+    return read_ms >= FASTER * cached_ms and read_ms - cached_ms >= SAVES * tile.nbytes / 1e6
+
+
+def _sample(tiles: Tiles) -> Tiles:
+    """Tiles that lie near the first of them: few shards are filled for a measurement."""
+    far = np.abs(tiles.xy - tiles.xy[0]).max(axis=1)
+    near = np.sort(np.argsort(far, kind="stable")[:SAMPLE])
+    return Tiles(tiles.xy[near], tiles.size, tiles.scale_x, tiles.scale_y)
+
+
+def _milliseconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    begin = clock()
+    work()
+    return 1000 * (clock() - begin)
