@@ -102,14 +102,15 @@ class Block:
 class Tiles:
     """n square tiles of a target grid, to be read together.
 
-    ``xy`` int64[n, 2]: target px (x, y) of their top-left corners; ``size``: their side in target px. Target px are
-    those of a `Block` with origin 0.
+    ``xy`` int64[n, 2]: target px (x, y) of their top-left corners; ``size``: their side in target px, ``overlap`` what
+    they share with their neighbours in the grid. Target px are those of a `Block` with origin 0.
     """
 
     xy: I64
     size: int
     scale_x: float
     scale_y: float
+    overlap: int = 0
 
 
 @dataclass(frozen=True, slots=True)

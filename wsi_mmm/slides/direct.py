@@ -13,11 +13,12 @@ from wsi_mmm.types import I64, Mask, Tiles
 def nested(tiles: Tiles, tiling: Tiling) -> Mask:
     """Which tiles are made of whole native tiles, pixel for pixel, and lie wholly on the slide: bool[n]."""
     source = tiling.source
-    native = np.array([tiling.width, tiling.height])
-    if not copied(source, tiles.scale_x, tiles.scale_y) or (tiles.size % native).any():
+    width, height = tiling.width, tiling.height
+    if not copied(source, tiles.scale_x, tiles.scale_y) or tiles.size % width or tiles.size % height:
         return np.zeros(len(tiles.xy), bool)
-    end = np.array([min(source.extent_x, source.width), min(source.extent_y, source.height)])
-    return np.asarray(((tiles.xy % native == 0) & (tiles.xy + tiles.size <= end)).all(axis=1), bool)
+    x, y = tiles.xy[:, 0], tiles.xy[:, 1]
+    right, bottom = min(source.extent_x, source.width) - tiles.size, min(source.extent_y, source.height) - tiles.size
+    return np.asarray((x % width == 0) & (y % height == 0) & (x <= right) & (y <= bottom), bool)
 
 
 def inner_numbers(tiles: Tiles, tiling: Tiling) -> I64:

@@ -93,13 +93,14 @@ class Weights:
         self._left, self._width = x.first, x.stop - x.first
         self._bottom = y.stop
         self.taps_y = self._weight_y.shape[1]
+        self._stop_y = self._first_y + self.taps_y
         self._sums: Any = None
 
     def complete(self, bottom: int) -> int:
         """Return how many target rows need no source row at or below ``bottom``."""
         if bottom >= self._bottom:
             return len(self._first_y)
-        return int(np.searchsorted(self._first_y + self.taps_y, bottom, "right"))
+        return int(np.searchsorted(self._stop_y, bottom, "right"))
 
     def first_row(self, row: int, at_most: int) -> int:
         """Return the first source row that target row ``row`` needs, ``at_most`` at most."""
@@ -137,6 +138,8 @@ def resample(source: U8, y: Taps, x: Taps) -> U8:
 def _flat(pixels: U8) -> U8:
     """The picture as uint8[h, w * 3] on the same memory."""
     height, width = pixels.shape[:2]
+    if pixels.flags.c_contiguous:
+        return pixels.reshape(height, width * 3)
     return np.lib.stride_tricks.as_strided(pixels, (height, width * 3), (pixels.strides[0], 1))
 
 

@@ -33,7 +33,7 @@ class Source:
     """``level`` read at 1/``shrink`` (1: as stored). ``width``, ``height`` in source px, partial ones included.
 
     ``extent_x``, ``extent_y``: where the slide ends, in source px. A level whose size was rounded down ends before.
-    ``step``: rows of source px that are decoded together.
+    ``step``: rows of source px to resample at a time: whole rows of native tiles.
     """
 
     level: int
@@ -61,7 +61,18 @@ def sources_of(levels: Sequence[Level], shrinks: Sequence[int] = (1,)) -> tuple[
             if level.tile_width % s == 0 and level.tile_height % s == 0:
                 width, height = -(-level.width // s), -(-level.height // s)
                 extents = top.width / (down_x * s), top.height / (down_y * s)
-                found.append(Source(n, s, width, height, down_x * s, down_y * s, *extents, level.tile_height // s))
+                found.append(
+                    Source(
+                        n,
+                        s,
+                        width,
+                        height,
+                        down_x * s,
+                        down_y * s,
+                        *extents,
+                        level.tile_height // s * max(1, 256 // level.tile_height),
+                    )
+                )
     return tuple(found)
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +46,7 @@ class TiffReader:
         self._planes = slide.planes
         self._offsets, self._counts = _tables(store, slide.planes, name)
         self._decode = [decoder(plane) for plane in slide.planes]
+        self._most = [most_bytes(plane) for plane in slide.planes]
         self._cache: TileCache[Key, Tile] = TileCache(cache_bytes)
         self._decoded = 0
         self._lock = threading.Lock()
@@ -75,7 +78,7 @@ class TiffReader:
         for which, read in ((whole, self._decode_into), (~whole, self._cut)):
             at = np.flatnonzero(which)
             if len(at):
-                some = Tiles(tiles.xy[at], tiles.size, tiles.scale_x, tiles.scale_y)
+                some = replace(tiles, xy=tiles.xy[at])
                 failed.append(read(some, [out[i] for i in at.tolist()], tiling, fetched))
         return merge_failed(failed)
 
@@ -105,26 +108,25 @@ class TiffReader:
     def _cut(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
         """Cut tiles from canvases that hold no more than they need."""
         brought = self.fetch([tiles]) if fetched is None else fetched
-        want = Want(frozenset(needed_numbers(tiles, tiling).tolist()), keep=False)
+        source, reach = tiling.source, tiles.xy.max(axis=0) + tiles.size - tiles.overlap
+        limit = reach[0] * tiles.scale_x / source.downsample_x, reach[1] * tiles.scale_y / source.downsample_y
+        want = Want(frozenset(needed_numbers(tiles, tiling).tolist()), keep=False, limit=limit)
         fetch = partial(self._fill, want=want, fetched=brought)
         return cut_tiles(lambda block: read_scaled(block, self._sources, fetch, self._exact_until), tiles, out)
 
     def _decode_into(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
         """Decode nested tiles: native tiles of their size right where they belong, smaller ones beside each other."""
-        source, failed = tiling.source, []
-        numbers = inner_numbers(tiles, tiling)
-        data = self._bytes(source.level, numbers.ravel().tolist(), fetched)
-        across, one = tiles.size // tiling.width, numbers.shape[1] == 1
-        scratch = None if one else np.empty((tiling.height, tiling.width, 3), np.uint8)
-        for n, (number, raw) in enumerate(data):
-            target = out[n] if one else _cell(out[n // numbers.shape[1]], n % numbers.shape[1], across, tiling)
-            buffer = target if scratch is None else scratch
-            tile = self._tile(source, number, raw, buffer)
+        source, numbers = tiling.source, inner_numbers(tiles, tiling)
+        targets = list(out) if numbers.shape[1] == 1 else _cells(out, tiling)
+        scratch = None if numbers.shape[1] == 1 else np.empty((tiling.height, tiling.width, 3), np.uint8)
+        buffers = targets if scratch is None else repeat(scratch)
+        failed = []
+        tiles_of = self._tiles(source, numbers.ravel().tolist(), fetched, buffers)
+        for target, (number, tile) in zip(targets, tiles_of, strict=True):
             if tile is not target:
                 target[...] = tile if isinstance(tile, np.ndarray) else WHITE
             if isinstance(tile, str):
                 failed.append(level0_rect(self.info, source, tiling.window((source.level, source.shrink, number))))
-        self._count(len(out) * numbers.shape[1])
         return np.array(failed, np.int64).reshape(-1, 4)
 
     def _load(
@@ -132,10 +134,30 @@ class TiffReader:
     ) -> Iterator[tuple[Key, Tile, int]]:
         tiling = self._tiling(source)
         scratch = None if keep else np.empty((tiling.height, tiling.width, 3), np.uint8)
-        for number, raw in self._bytes(source.level, [k[2] for k in keys], fetched):
-            tile = self._tile(source, number, raw, scratch)
-            self._count(1)
+        for number, tile in self._tiles(source, [k[2] for k in keys], fetched, repeat(scratch)):
             yield (source.level, source.shrink, number), tile, size_of(tile)
+
+    def _tiles(
+        self, source: Source, numbers: Sequence[int], fetched: Fetched | None, buffers: Iterable[U8 | None]
+    ) -> Iterator[tuple[int, Tile]]:
+        """Yield (number, pixels or why there are none) in the order given, decoded into ``buffers`` where possible."""
+        plane, decode, most = self._planes[source.level], self._decode[source.level], self._most[source.level]
+        shrink, rows = source.shrink, plane.tile_height
+        plain = plane.tiled and plane.width % shrink == 0 and plane.height % shrink == 0
+        lengths = self._counts[source.level][list(numbers)].tolist()
+        for (number, raw), length, buffer in zip(
+            self._bytes(source.level, numbers, fetched), lengths, buffers, strict=False
+        ):
+            tile: Tile
+            try:
+                if plain and 0 < length == len(raw) <= most:
+                    tile = decode(raw, shrink, rows, buffer)
+                else:
+                    tile = self._tile(source, number, raw, buffer)
+            except UndecodableError as error:
+                tile = str(error)
+            yield number, tile
+        self._count(len(numbers))
 
     def _count(self, tiles: int) -> None:
         with self._lock:
@@ -149,7 +171,7 @@ class TiffReader:
         if all(n in known for n in numbers):
             yield from ((n, known[n]) for n in numbers)
             return
-        counts, offsets, most = self._counts[level], self._offsets[level], most_bytes(self._planes[level])
+        counts, offsets, most = self._counts[level], self._offsets[level], self._most[level]
         for group in _groups(numbers, counts):
             missing = [n for n in group if n not in known]
             lengths, starts = counts[missing].tolist(), offsets[missing].tolist()
@@ -162,14 +184,11 @@ class TiffReader:
         length = int(self._counts[source.level][number])
         if length == 0:
             return self._left_out(source, number)
-        if length > most_bytes(self._planes[source.level]):
+        if length > self._most[source.level]:
             return f"it claims {length} bytes"
         if len(data) < length:
             return "the file ends inside the tile"
-        try:
-            return self._decoded_tile(source, number, data, out)
-        except UndecodableError as error:
-            return str(error)
+        return self._decoded_tile(source, number, data, out)
 
     def _left_out(self, source: Source, number: int) -> Tile:
         """Return what stands for a tile the file leaves out: blank on level 0, else made from finer levels."""
@@ -198,10 +217,15 @@ class TiffReader:
         return _shrunk(full, source.shrink)
 
 
-def _cell(tile: U8, n: int, across: int, tiling: Tiling) -> U8:
-    """The part of ``tile`` that its n-th native tile fills."""
-    y, x = n // across * tiling.height, n % across * tiling.width
-    return tile[y : y + tiling.height, x : x + tiling.width]
+def _cells(out: Sequence[U8], tiling: Tiling) -> list[U8]:
+    """The parts of the tiles that native tiles fill, row-major in each."""
+    height, width = tiling.height, tiling.width
+    return [
+        tile[y : y + height, x : x + width]
+        for tile in out
+        for y in range(0, tile.shape[0], height)
+        for x in range(0, tile.shape[1], width)
+    ]
 
 
 def _shrunk(pixels: U8, factor: int) -> U8:

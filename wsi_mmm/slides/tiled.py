@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from wsi_mmm.slides.scaled import WHITE, Source, Window, level0_rect, merge_failed
+from wsi_mmm.slides.scaled import NO_FAILURES, WHITE, Source, Window, level0_rect, merge_failed
 from wsi_mmm.slides.tile_cache import TileCache
 from wsi_mmm.types import I64, U8, SlideInfo
 
@@ -62,11 +63,13 @@ class Tiling:
 class Want:
     """How a window is filled: from ``only`` these native tiles (None: all under it); ``keep``: remember every tile.
 
-    Without ``keep`` those that lie wholly in the window are forgotten: its neighbours do not ask for them.
+    Without ``keep`` those that lie wholly in the window, left of and above ``limit`` (source px), are forgotten: the
+    window's neighbours do not ask for them.
     """
 
     only: frozenset[int] | None = None
     keep: bool = True
+    limit: tuple[float, float] = (math.inf, math.inf)
 
 
 EVERYTHING = Want()
@@ -80,30 +83,46 @@ def fill(
 
     What ``load`` yields may be overwritten once the next tile is asked for, except for tiles that are kept.
     """
-    x0, y0, x1, y1 = window
+    places, inner = _places(tiling, window, want)
     failed: list[Window] = []
 
     def place(key: Key, tile: Tile) -> None:
-        left, top, right, bottom = tiling.window(key)
-        a, b, c, d = max(left, x0), max(top, y0), min(right, x1), min(bottom, y1)
-        target = canvas[b - y0 : d - y0, a - x0 : c - x0]
-        target[...] = tile[b - top : d - top, a - left : c - left] if isinstance(tile, np.ndarray) else WHITE
+        target, part = places[key]
+        canvas[target] = tile[part] if isinstance(tile, np.ndarray) else WHITE
         if isinstance(tile, str):
-            failed.append(level0_rect(info, tiling.source, (left, top, right, bottom)))
+            failed.append(level0_rect(info, tiling.source, tiling.window(key)))
 
-    def inside(key: Key) -> bool:
-        """Tell whether the window has all of the tile: its neighbours will not ask for it."""
-        left, top, right, bottom = tiling.window(key)
-        return x0 <= left and right <= x1 and y0 <= top and bottom <= y1
+    own = [] if want.keep else [key for key in places if key in inner]
+    for key, tile, _ in load(own, keep=False) if own else ():
+        place(key, tile)
+    if len(own) < len(places):
+        cache.visit([key for key in places if want.keep or key not in inner], load, place, inner.__contains__)
+    return merge_failed([np.array(failed, np.int64)]) if failed else NO_FAILURES
 
-    keys = tiling.keys(window)
-    if want.only is not None:
-        keys = [key for key in keys if key[2] in want.only]
-    own = [] if want.keep else [key for key in keys if inside(key)]
-    if own:
-        mine = set(own)
-        keys = [key for key in keys if key not in mine]
-        for key, tile, _ in load(own, keep=False):
-            place(key, tile)
-    cache.visit(keys, load, place, inside)
-    return merge_failed([np.array(failed, np.int64).reshape(-1, 4)])
+
+Part = tuple[slice, slice]
+
+
+def _places(tiling: Tiling, window: Window, want: Want) -> tuple[dict[Key, tuple[Part, Part]], set[Key]]:
+    """Per tile under the window where it goes, and which part of it; and the tiles that lie wholly in the window."""
+    x0, y0, x1, y1 = window
+    source, width, height, columns = tiling.source, tiling.width, tiling.height, tiling.columns
+    places: dict[Key, tuple[Part, Part]] = {}
+    inner: set[Key] = set()
+    for row in range(y0 // height, -(-y1 // height)):
+        top = row * height
+        bottom = min(top + height, source.height)
+        b, d = max(top, y0), min(bottom, y1)
+        down, rows = slice(b - y0, d - y0), slice(b - top, d - top)
+        for column in range(x0 // width, -(-x1 // width)):
+            number = row * columns + column
+            if want.only is not None and number not in want.only:
+                continue
+            left = column * width
+            right = min(left + width, source.width)
+            a, c = max(left, x0), min(right, x1)
+            key = (source.level, source.shrink, number)
+            places[key] = (down, slice(a - x0, c - x0)), (rows, slice(a - left, c - left))
+            if (a, b, c, d) == (left, top, right, bottom) and right <= want.limit[0] and bottom <= want.limit[1]:
+                inner.add(key)
+    return places, inner

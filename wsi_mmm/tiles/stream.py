@@ -8,7 +8,7 @@ Where fetching waits for a network, runs of blocks are fetched together, well ah
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -54,22 +54,27 @@ def stream(
 def read_block(reader: Reader, grid: Grid, block: BlockTiles) -> Batch:
     """The tiles of one block, in its order: ``pixels`` uint8[k, tile, tile, 3], white beyond the slide."""
     pixels = np.empty((len(block.index), grid.tile, grid.tile, 3), np.uint8)
-    failed = _read(reader, grid, block.index, list(pixels))
+    failed = _read(_tile_reader(reader), grid, block.index, list(pixels))
     return Batch(pixels=pixels, xy=tile_xy(grid, block.index), index=block.index, failed=failed)
 
 
-def _read(reader: Reader, grid: Grid, index: I64, out: Sequence[U8], fetched: Fetched | None = None) -> Mask:
-    """Read tiles to ``out``; return which of them hold pixels that could not be read."""
-    tiles = _tiles(grid, index)
+ReadTiles = Callable[[Tiles, Sequence[U8], Fetched | None], I64]
+
+
+def _tile_reader(reader: Reader) -> ReadTiles:
+    """How this reader fills tiles: by itself, or by way of canvases."""
     if isinstance(reader, TileReader):
-        failed = reader.read_tiles(tiles, out, fetched)
-    else:
-        failed = cut_tiles(reader.read, tiles, out)
-    return _touched(grid, index, failed)
+        return reader.read_tiles
+    return lambda tiles, out, _: cut_tiles(reader.read, tiles, out)
+
+
+def _read(read: ReadTiles, grid: Grid, index: I64, out: Sequence[U8], fetched: Fetched | None = None) -> Mask:
+    """Read tiles to ``out``; return which of them hold pixels that could not be read."""
+    return _touched(grid, index, read(_tiles(grid, index), out, fetched))
 
 
 def _tiles(grid: Grid, index: I64) -> Tiles:
-    return Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y)
+    return Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y, grid.overlap)
 
 
 def _touched(grid: Grid, index: I64, failed: I64) -> Mask:
@@ -125,10 +130,11 @@ def _read_ahead(
 ) -> Iterator[tuple[int, Mask]]:
     """Position of each block's first tile and which of its tiles failed, in order, up to ``workers`` under way."""
     starts = np.cumsum([0, *(len(block.index) for block in work)]).tolist()
+    fill = _tile_reader(reader)
 
     def read(n: int, out: list[U8], fetched: Future[Fetched] | None) -> tuple[int, Mask]:
         brought = fetched.result() if fetched is not None else None
-        return starts[n], _read(reader, grid, work[n].index, out, brought)
+        return starts[n], _read(fill, grid, work[n].index, out, brought)
 
     with ExitStack() as stack:
         ahead = _fetch_ahead(reader, grid, work, stack)
