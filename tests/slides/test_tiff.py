@@ -18,7 +18,7 @@ from wsi_mmm.slides.store import open_store
 from wsi_mmm.slides.tiff import TiffReader
 from wsi_mmm.slides.tiff_ifd import read_directories, table
 from wsi_mmm.slides.tiff_write import TiffForm, write_tiff
-from wsi_mmm.types import U8, Block
+from wsi_mmm.types import U8, Block, Tiles
 
 from .conftest import SIZE, Board, Made
 
@@ -367,3 +367,28 @@ def test_nuclei_are_dark_where_the_truth_says(small_slide: Made) -> None:
     outside = np.array([image[int(y), int(x)] for x, y in edge])
     assert inside[:, 0].mean() < outside[:, 0].mean() - 40
     assert (inside[:, 2] > inside[:, 0]).mean() > 0.9
+
+
+@pytest.mark.parametrize(("scale", "size"), [(1.0, 256), (2.0, 256), (1.3, 256)])
+def test_a_damaged_native_tile_is_white_in_the_tiles_it_touches_and_listed(
+    copy_slide: Path, scale: float, size: int
+) -> None:
+    """Decoded in place, side by side or cut: its neighbours are whole."""
+    with open_slide(str(copy_slide)) as slide:
+        at = int(slide.reader._offsets[0][1])  # type: ignore[attr-defined]
+        count = int(slide.reader._counts[0][1])  # type: ignore[attr-defined]
+    tiles = Tiles(np.array([[0, 0], [256, 0]]), size, scale, scale)
+    with open_slide(str(copy_slide)) as slide:
+        want = [np.zeros((size, size, 3), np.uint8) for _ in range(2)]
+        slide.reader.read_tiles(tiles, want)  # type: ignore[attr-defined]
+    overwrite(copy_slide, at + count // 2, b"\xff\xd9" * 20)
+    with open_slide(str(copy_slide)) as slide:
+        got = [np.zeros((size, size, 3), np.uint8) for _ in range(2)]
+        failed = slide.reader.read_tiles(tiles, got)  # type: ignore[attr-defined]
+    assert failed.tolist() == [[256, 0, 512, 256]]
+    for n in range(2):
+        different = (got[n] != want[n]).any(axis=2)
+        x = np.flatnonzero(different.any(axis=0)) + n * 256
+        assert (got[n][different] > 200).all() or scale != 1.0
+        assert len(x) == 0 or (x.min() * scale >= 255 - scale and x.max() * scale <= 512)
+    assert any((g != w).any() for g, w in zip(got, want, strict=True))

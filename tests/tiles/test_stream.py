@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from wsi_mmm.errors import RecipeError, StorageError
-from wsi_mmm.slides.base import ReadStats
+from wsi_mmm.slides.base import Fetched, ReadStats
+from wsi_mmm.slides.cut import cut_tiles
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.tiles.grid import blocks, make_grid, tile_xy
-from wsi_mmm.tiles.stream import READ_AHEAD, read_block, stream
-from wsi_mmm.types import Batch, Block, Canvas, Grid
+from wsi_mmm.tiles.stream import READ_AHEAD, RUNS_AHEAD, read_block, stream
+from wsi_mmm.types import I64, U8, Batch, Block, Canvas, Grid, Tiles
 
 PIXELS = np.random.default_rng(5).integers(0, 255, (700, 900, 3), dtype=np.uint8)
 
@@ -50,7 +52,9 @@ def a_grid(mpp: float = 0.7, tile: int = 64, overlap: int = 16) -> tuple[ArrayRe
 
 
 def reading_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("wsi-mmm-read")]
+    return [
+        thread.name for thread in threading.enumerate() if thread.name.startswith(("wsi-mmm-read", "wsi-mmm-fetch"))
+    ]
 
 
 def sorted_whole(batches: list[Batch]) -> tuple[bytes, bytes, bytes]:
@@ -142,6 +146,65 @@ def test_reading_ahead_is_bounded() -> None:
         next(batches)
         assert reader.started <= taken + 2 + READ_AHEAD
     batches.close()  # type: ignore[attr-defined]
+
+
+class Remote(ArrayReader):
+    """A reader far away: counts what is fetched, in which runs, and refuses to decode what was not fetched."""
+
+    remote = True
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__(PIXELS, 0.5)
+        self.runs: list[int] = []
+        self.fail_at = fail_at
+        self.decoded = 0
+
+    def fetch(self, tiles: Sequence[Tiles]) -> Fetched:
+        self.runs.append(len(tiles))
+        if len(self.runs) == self.fail_at:
+            raise StorageError("the cable was pulled")
+        places = [tuple(xy) for part in tiles for xy in part.xy.tolist()]
+        return Fetched(0, {hash(place): b"" for place in places})
+
+    def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
+        assert fetched is not None
+        assert all(hash(tuple(xy)) in fetched.data for xy in tiles.xy.tolist())
+        self.decoded += 1
+        return cut_tiles(self.read, tiles, out)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_far_slides_are_fetched_in_runs_ahead_of_decoding(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs begin short and double; what is decoded was fetched; the pixels are the same."""
+    monkeypatch.setattr("wsi_mmm.tiles.stream.RUN_PIXELS", 16 * 2 * 64 * 64)
+    inner, grid, index = a_grid(0.5, overlap=0)
+    far = Remote()
+    got = list(stream(far, grid, index, block_tiles=1, batch_size=10, workers=workers))
+    assert sorted_whole(got) == sorted_whole(list(stream(inner, grid, index, batch_size=10, workers=0)))
+    assert sum(far.runs) == len(index)
+    assert far.runs[:3] == [2, 4, 8]
+    assert far.decoded == len(index)
+    assert reading_threads() == []
+
+
+def test_fetching_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the consumer holds a batch, only the next runs are on their way."""
+    monkeypatch.setattr("wsi_mmm.tiles.stream.RUN_PIXELS", 16)
+    _, grid, index = a_grid(0.5, overlap=0)
+    far = Remote()
+    batches = stream(far, grid, index, block_tiles=1, batch_size=1, workers=1)
+    for taken in range(1, 6):
+        next(batches)
+        assert len(far.runs) <= taken + 1 + READ_AHEAD + RUNS_AHEAD + 1
+    batches.close()  # type: ignore[attr-defined]
+    assert reading_threads() == []
+
+
+def test_errors_of_fetching_arrive_in_their_turn() -> None:
+    _, grid, index = a_grid(0.5)
+    with pytest.raises(StorageError, match="cable"):
+        list(stream(Remote(fail_at=1), grid, index, block_tiles=2))
+    assert reading_threads() == []
 
 
 def test_nothing_selected_is_an_empty_stream() -> None:
