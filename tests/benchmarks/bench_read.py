@@ -2,8 +2,8 @@
 
     make bench-read                                     the largest shared slide, else a synthetic gigapixel
     make bench-read ARGS="SLIDE --rounds 7 --picture docs/images/read.png"
-    make bench-read ARGS="SLIDE --only s3 --s3 s3://bucket/slide.svs --delay-ms 20"
-    make bench-read ARGS="SLIDE --only faults --s3 s3://bucket/slide.svs"
+    make bench-read ARGS="SLIDE --only s3-delay --only faults --s3 s3://bucket/slide.svs"
+    deploy/services/with.sh make bench-read             the same with S3 and JuiceFS, where the slide is put first
 
 Peers come with `pip install -e ".[bench]"`; what is missing is left out and named. Every contestant's pixels are
 compared with ours first. Handles are opened before the clock starts; the page cache is warm for all. Figures are the
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from read_peers import (
     the_limit,
 )
 from read_report import Row, draw, markdown
+from read_services import proxied, put_on_services
 
 from wsi_mmm.slides import Slide, open_slide
 from wsi_mmm.tiles.grid import blocks, make_grid, tile_xy
@@ -213,7 +214,8 @@ def elsewhere(options: argparse.Namespace, uri: str, name: str, rounds: int) -> 
         f"({cost['bytes'] / 1024 / max(1, cost['requests']):.0f} KB each), "
         f"{cost['bytes_over_needed']:.3f} of the bytes needed"
     )
-    rows[1] |= cost
+    rows[1] |= cost | {"of_local": round(rows[1]["rate_2"] / rows[0]["rate_2"], 3)}
+    rows[1]["note"] += f"; {rows[1]['of_local']:.2f} of the local rate"
     return rows
 
 
@@ -240,8 +242,8 @@ def faults(options: argparse.Namespace) -> list[Row]:
     clean, bad, same = [], [], True
     want, _ = digest(job)
     for _ in range(options.rounds):
-        for kind, seconds in ((0, clean), (10, bad)):
-            with proxied(fail_every=kind):
+        for share, seconds in ((0.0, clean), (0.1, bad)):
+            with proxied(share=share):
                 got, took = digest(away)
             same &= got == want
             seconds.append(took)
@@ -255,29 +257,9 @@ def faults(options: argparse.Namespace) -> list[Row]:
     ]
 
 
-@contextmanager
-def proxied(*, delay_ms: float = 0, fail_every: int = 0) -> Iterator[None]:
-    """S3 through a proxy in front of ``AWS_ENDPOINT_URL`` that delays or spoils answers; nothing asked: no proxy."""
-    if not delay_ms and not fail_every:
-        yield
-        return
-    try:
-        from helpers.faulty import proxy
-    except ImportError as error:
-        raise NotForThisError("tests/helpers/faulty.py is needed: run it by `make bench-read`") from error
-    upstream = os.environ.get("AWS_ENDPOINT_URL", "")
-    with proxy(upstream, delay_ms=delay_ms, fail_every=fail_every) as url:
-        os.environ["AWS_ENDPOINT_URL"] = url
-        try:
-            yield
-        finally:
-            os.environ["AWS_ENDPOINT_URL"] = upstream
-
-
-def s3(options: argparse.Namespace) -> list[Row]:
-    name = f"S3, {options.delay_ms:g} ms a request" if options.delay_ms else "S3"
+def s3_delayed(options: argparse.Namespace) -> list[Row]:
     with proxied(delay_ms=options.delay_ms):
-        return elsewhere(options, options.s3, name, options.rounds)
+        return elsewhere(options, options.s3, f"S3, {options.delay_ms:g} ms a request", options.rounds)
 
 
 def memory(options: argparse.Namespace) -> list[Row]:
@@ -341,7 +323,8 @@ SCENARIOS: dict[str, tuple[str, Callable[[argparse.Namespace], list[Row]]]] = {
     "native": ("native mpp, 256 px on the slide's own tiles", lambda o: local(o, "native")),
     "double": ("twice the native mpp, 256 px", lambda o: local(o, "double")),
     "half": ("0.5 mpp, 224 px tiles with 32 px overlap", lambda o: local(o, "half")),
-    "s3": ("S3, native mpp, 256 px", s3),
+    "s3": ("S3, native mpp, 256 px", lambda o: elsewhere(o, o.s3, "S3", o.rounds)),
+    "s3-delay": ("S3 with a delay, native mpp, 256 px", s3_delayed),
     "juicefs": ("JuiceFS mount, warm, native mpp, 256 px", lambda o: elsewhere(o, o.juicefs, "JuiceFS", o.rounds)),
     "memory": ("memory: five passes over all tissue", memory),
     "jpeg2000": (f"JPEG 2000 slide ({J2K}), native mpp, 256 px", jpeg2000),
@@ -356,17 +339,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiles", type=int, default=1600)
     parser.add_argument("--s3", metavar="URI", help="the same slide on S3; the environment names the endpoint")
-    parser.add_argument("--delay-ms", type=float, default=0.0, help="delay every request to S3 by this, in a proxy")
+    parser.add_argument("--delay-ms", type=float, default=20.0, help="delay of every request to S3 in s3-delay")
     parser.add_argument("--juicefs", metavar="PATH", help="the same slide on a JuiceFS mount")
     parser.add_argument("--j2k", metavar="SLIDE", help="another JPEG 2000 slide")
     parser.add_argument("--picture", metavar="FILE.png")
     parser.add_argument("--passes", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    needs = {"s3": options.s3, "faults": options.s3, "juicefs": options.juicefs}
+    return parser.parse_args()
+
+
+def check_needs(options: argparse.Namespace) -> None:
+    """Without --only: every scenario whose storage is there. Ends where one was asked for without it."""
+    needs = {"s3": options.s3, "s3-delay": options.s3, "faults": options.s3, "juicefs": options.juicefs}
     options.only = options.only or [name for name in SCENARIOS if needs.get(name, True)]
     if missing := [name for name in options.only if not needs.get(name, True)]:
-        parser.error(f"{missing[0]} needs --{'juicefs PATH' if missing[0] == 'juicefs' else 's3 URI'}")
-    return options
+        sys.exit(f"error: {missing[0]} needs --{'juicefs PATH' if missing[0] == 'juicefs' else 's3 URI'}")
 
 
 def main() -> None:
@@ -374,8 +360,10 @@ def main() -> None:
     if options.passes:
         passes(options.slide, options.passes)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         options.slide = options.slide or default_slide(folder)
+        put_on_services(options, stack)
+        check_needs(options)
         Path(options.slide).read_bytes()  # the page cache is warm for everybody
         print(f"{Path(options.slide).name}, {os.cpu_count()} cores, {platform.machine()}, {options.rounds} rounds")
         results: dict[str, list[Row]] = {}
