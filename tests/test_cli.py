@@ -22,7 +22,7 @@ from wsi_mmm.cli import app
 from wsi_mmm.engine.events import Event
 from wsi_mmm.errors import Cancelled, InputError, ModelError, OutputError
 
-COMMANDS = ["run", "embed", "info", "thumbnail", "tissue", "models", "export", "doctor", "demo"]
+COMMANDS = ["run", "embed", "info", "thumbnail", "tissue", "models", "export", "doctor", "demo", "cache"]
 
 
 @dataclass
