@@ -65,6 +65,7 @@ class CachedReader:
     _shape: tuple[int, int] = field(init=False)
     _touched: set[Key] = field(default_factory=set)
     _claimed: set[Key] = field(default_factory=set)
+    _listed: set[str] | None = None
     _made: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _filling: list[threading.Lock] = field(default_factory=lambda: [threading.Lock() for _ in range(_LOCKS)])
@@ -106,7 +107,7 @@ class CachedReader:
         with self._lock:
             keys = sorted(under - self._claimed)
             self._claimed.update(keys)
-        keys = [key for key in keys if not storage.exists(self._place(key))]
+        keys = self._absent(keys)
         return self.inner.fetch([self._as_tile(key) for key in keys]) if keys else Fetched(0, {})
 
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
@@ -235,6 +236,15 @@ class CachedReader:
 
     def _as_tile(self, key: Key) -> Tiles:
         return Tiles(np.array([[key[1] * SHARD, key[0] * SHARD]], np.int64), SHARD, self.scale_x, self.scale_y)
+
+    def _absent(self, keys: list[Key]) -> list[Key]:
+        """Those of ``keys`` that are not in; a bucket is asked once, for all."""
+        if storage.is_local(self.uri):
+            return [key for key in keys if not storage.exists(self._place(key))]
+        with self._lock:
+            if self._listed is None:
+                self._listed = set(storage.list_uris(storage.join(self.uri, "pixels", "c")))
+        return [key for key in keys if self._place(key) not in self._listed]
 
     def _place(self, key: Key) -> str:
         return storage.join(self.uri, "pixels", f"c/{key[0]}/{key[1]}/0")
