@@ -12,10 +12,10 @@ from wsi_mmm.cache.pixels import CachedReader, read_inner
 from wsi_mmm.slides.store import is_local
 from wsi_mmm.types import U8, Tiles
 
-SAVES = 10.0
-"""Milliseconds of reading that a cached MB must save: 1 GB of the disk for 10 s of a core each time it is read.
+SAVES = 15.0
+"""Milliseconds of reading that a cached MB must save: 1 GB of the disk for 15 s of a core each time it is read.
 
-Measured per MB of pixels: JPEG from the disk saves 0.5 to 2 ms, JPEG 2000 20, a slide in a distant bucket more.
+Measured per MB of pixels: JPEG from a disk saves 1 to 12 ms, JPEG 2000 22 to 80, a slide in a distant bucket as much.
 """
 
 FASTER = 2.0
