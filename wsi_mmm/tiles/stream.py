@@ -24,7 +24,7 @@ from wsi_mmm.tiles.grid import BlockTiles, blocks, tile_boxes, tile_xy
 from wsi_mmm.types import I64, U8, Batch, Grid, Mask, Tiles
 
 READ_AHEAD = 1
-"""Blocks that may wait, read, beyond those that the threads are reading."""
+"""Blocks (full ones, or as many tiles) that may wait, read, beyond those that the threads are reading."""
 
 RUNS_AHEAD = 2
 """Runs of blocks that are fetched, or being fetched, beyond the one that is decoded."""
@@ -39,7 +39,7 @@ def stream(
     """Batches of ``batch_size`` tiles (the last may be shorter) of tiles ``index`` int64[n, 2] (row, column).
 
     Order: blocks row-major, tiles row-major within a block. ``workers`` threads read ahead (0: read inline);
-    at most ``workers + READ_AHEAD`` blocks are held. Errors of the reader are raised here, in their turn.
+    at most ``workers + READ_AHEAD`` full blocks are held. Errors of the reader are raised here, in their turn.
     Closing the iterator cancels what is not yet begun and leaves no thread behind. Raises RecipeError.
     """
     if batch_size < 1:
@@ -144,17 +144,17 @@ def _read_ahead(
             return
         pool = ThreadPoolExecutor(workers, thread_name_prefix="wsi-mmm-read")
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        todo = enumerate(ahead)
         waiting: deque[Future[tuple[int, Mask]]] = deque()
-
-        def begin(count: int) -> None:
-            for n, fetched in islice(todo, count):
+        todo, begun, given = enumerate(ahead), 0, 0
+        most = (workers + READ_AHEAD) * max(len(block.index) for block in work)
+        while given < len(slots.index):
+            # Counted in tiles: a thread must not wait for a full block that another reads while sparse ones are left.
+            while begun - given < most and (block := next(todo, None)) is not None:
+                n, fetched = block
                 waiting.append(pool.submit(read, n, slots.take(starts[n], starts[n + 1]), fetched))
-
-        begin(workers + READ_AHEAD)
-        while waiting:
+                begun = starts[n + 1]
             done = waiting.popleft().result()
-            begin(1)
+            given = done[0] + len(done[1])
             yield done
 
 
