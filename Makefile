@@ -35,10 +35,8 @@ test: setup  ## the whole suite, slow tests included
 test-fast: setup  ## the suite without the slow tests
 	@$(BIN)/python -m pytest
 
-test-services: setup  ## tests against a real S3 server, started when AWS_ENDPOINT_URL names none
-	@if [ -z "$${AWS_ENDPOINT_URL:-}" ]; then \
-	  exports=$$(deploy/services/s3.sh up); eval "$$exports"; trap 'deploy/services/s3.sh down' EXIT; fi; \
-	  $(BIN)/python -m pytest -m services
+test-services: setup  ## tests against a real S3 server and JuiceFS, started when the environment names none
+	@deploy/services/with.sh $(BIN)/python -m pytest -m services || [ $$? -eq 75 ]
 
 lint: setup  ## ruff: rules and format
 	@$(BIN)/ruff check .

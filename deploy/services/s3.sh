@@ -2,31 +2,35 @@
 # A real S3 server on loopback, without containers: one Ceph monitor, one manager, one object store in memory, one gateway.
 #   deploy/services/s3.sh up     installs what is missing (Debian, Ubuntu; as root), starts, prints `export AWS_...` lines
 #   deploy/services/s3.sh down   stops it and removes its files
-# WSI_MMM_S3_DIR (default: a folder below TMPDIR) holds everything; WSI_MMM_S3_PORT (default 9004) is where it answers.
+# WSI_MMM_S3_DIR (default: a folder below TMPDIR) holds everything; WSI_MMM_S3_PORT (default 9004) is where it answers, the
+# next one is the monitor's: two servers at a time need two folders and two ports.
+# Ends with 75 where it cannot be installed at all (no apt-get, no root, no network).
 # For tests and benchmarks only: authentication inside the cluster is off, and what it stores is gone when it stops.
 set -euo pipefail
 
 dir=${WSI_MMM_S3_DIR:-${TMPDIR:-/tmp}/wsi-mmm-s3}
 port=${WSI_MMM_S3_PORT:-9004}
+monitor=$((port + 1))
 key=wsimmm
 secret=wsimmm-loopback-only
 conf=$dir/ceph.conf
 log=$dir/start.log
 
 fail() { echo "error: $*" >&2; exit 1; }
+cannot() { echo "skipped: $*" >&2; exit 75; }
 
 install_packages() {
     command -v radosgw >/dev/null && command -v ceph-osd >/dev/null && return
-    command -v apt-get >/dev/null || fail "radosgw, ceph-mon, ceph-osd and ceph-mgr are not installed, and there is no apt-get"
+    command -v apt-get >/dev/null || cannot "radosgw, ceph-mon, ceph-osd and ceph-mgr are not installed, and there is no apt-get"
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        radosgw ceph-mon ceph-osd ceph-mgr ceph-common; } >"$log" 2>&1 || fail "apt-get failed; see $log"
+        radosgw ceph-mon ceph-osd ceph-mgr ceph-common; } >"$log" 2>&1 || cannot "apt-get could not install radosgw, ceph-mon, ceph-osd and ceph-mgr; see $log"
 }
 
 write_config() {
     cat >"$conf" <<CONF
 [global]
 fsid = $(cat /proc/sys/kernel/random/uuid)
-mon_host = v1:127.0.0.1:6789
+mon_host = v1:127.0.0.1:$monitor
 ms_bind_msgr2 = false
 public_addr = 127.0.0.1
 cluster_addr = 127.0.0.1
@@ -59,7 +63,7 @@ CONF
 start_cluster() {
     ceph-authtool --create-keyring "$dir/keyring" --gen-key -n mon. --cap mon 'allow *'
     ceph-authtool "$dir/keyring" --gen-key -n client.admin --cap mon 'allow *' --cap osd 'allow *' --cap mgr 'allow *'
-    monmaptool --create --addv a '[v1:127.0.0.1:6789]' --fsid "$(sed -n 's/^fsid = //p' "$conf")" "$dir/monmap"
+    monmaptool --create --addv a "[v1:127.0.0.1:$monitor]" --fsid "$(sed -n 's/^fsid = //p' "$conf")" "$dir/monmap"
     ceph-mon -c "$conf" --mkfs -i a --monmap "$dir/monmap" --keyring "$dir/keyring"
     ceph-mon -c "$conf" -i a
     ceph-mgr -c "$conf" -i x
@@ -72,14 +76,22 @@ start_cluster() {
     radosgw -c "$conf" -n client.rgw
 }
 
+answers() {
+    for _ in $(seq "$1"); do curl -s -m 5 -o /dev/null "http://127.0.0.1:$port" && return; sleep 0.5; done
+    return 1
+}
+
 up() {
     mkdir -p "$dir"/{mon,mgr,osd,run,log}
     if [ ! -f "$dir/run/client.rgw.pid" ]; then
         install_packages
+        ! answers 1 || fail "something else answers on port $port; give another one in WSI_MMM_S3_PORT"
         write_config
         start_cluster >>"$log" 2>&1 || fail "the S3 server did not start; see $log"
-        for _ in $(seq 240); do curl -s -o /dev/null "http://127.0.0.1:$port" && break; sleep 0.5; done
-        curl -s -o /dev/null "http://127.0.0.1:$port" || fail "nothing answers on port $port; see $dir/log"
+        answers 180 || {
+            tail -n 5 "$dir/log/client.rgw.log" "$log" >&2
+            fail "nothing answers on port $port; the last lines of its logs are above"
+        }
         radosgw-admin -c "$conf" user create --uid=wsi --display-name=wsi --access-key="$key" --secret="$secret" \
             >>"$log" 2>&1 || fail "the S3 user could not be made; see $log"
     fi

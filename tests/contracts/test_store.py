@@ -307,6 +307,24 @@ def test_a_forked_process_is_told_to_be_spawned(s3: str) -> None:
     assert b"spawn" in os.read(read, 1000)
 
 
+@pytest.mark.services
+def test_a_real_server_behind_faults_gives_the_same_pixels(
+    real_s3: str, tiny_slide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request in ten fails in one of four ways; signatures hold through what lies between."""
+    store.write_bytes(f"{real_s3}/a.tiff", tiny_slide.read_bytes())
+    with (
+        Faulty(os.environ["AWS_ENDPOINT_URL"], share=0.1, stall=10.0, seed=1) as web,
+        open_slide(str(tiny_slide)) as here,
+    ):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", web.url)
+        for n in range(12):
+            with open_slide(f"{real_s3}/a.tiff") as there:
+                region = (60 * n, 40 * n, 600, 500)
+                assert np.array_equal(there.read_region(*region), here.read_region(*region))
+        assert web.faults >= 2
+
+
 # ------------------------------------------------------------------------------------------------------- opening
 def test_opening_costs_few_requests(tiny_slide: Path) -> None:
     """Header, directories and tables of a slide come in one request here, HEAD included."""
