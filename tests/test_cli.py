@@ -423,7 +423,7 @@ def test_doctor_gives_a_line_per_check_and_hides_secrets(
     result = invoke("doctor", "--json")
     assert result.exit_code == 0
     assert [line["what"] for line in json_lines(result)] == [
-        "python", "libraries", "device", "openslide", "storage", "output", "model",
+        "python", "libraries", "device", "encoder", "openslide", "storage", "output", "model",
     ]  # fmt: skip
     assert "hunter2" not in result.output
     assert "AKIA123" not in result.output

@@ -67,6 +67,7 @@ def examine(output: str, scheduler: str | None) -> Iterator[Finding]:
         ("python", python),
         ("libraries", libraries),
         ("device", device),
+        ("encoder", encoder),
         ("openslide", openslide),
         ("storage", storage),
         ("output", lambda: writable(output)),
@@ -121,6 +122,20 @@ def device() -> Finding:
         fix = "install a torch build for this driver's CUDA version"
         return Finding("warn", "device", f"{detail}; nvidia-smi is here but torch sees no GPU", fix)
     return Finding("ok", "device", detail)
+
+
+def encoder() -> Finding:
+    """How a model would be run here: threads, memory, and the micro-batches that were measured on this machine."""
+    from wsi_mmm.engine.local import cpu_count
+    from wsi_mmm.model.tune import cpu_name, known_choices, tune_file
+
+    detail = f"{cpu_count()} model threads on {cpu_name()}, float32, channels_last, norms folded, freed memory kept"
+    sizes = [
+        f"{choice.get('encoder')} at {choice.get('tile')} px: {choice['micro_batch']} tiles"
+        for choice in known_choices().values()
+    ]
+    measured = f"; micro-batches of {tune_file()}: {', '.join(sizes)}" if sizes else "; no micro-batch measured yet"
+    return Finding("ok", "encoder", detail + measured)
 
 
 def openslide() -> Finding:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.checkpoint import load_model
@@ -80,6 +82,48 @@ def test_a_runner_can_be_called_from_several_threads(runners: dict[int, Runner])
         results = list(pool.map(lambda i: runners[2].run(pixels[i : i + 3], TASKS), range(0, 12, 3)))
     for k, found in enumerate(results):
         assert same(part(wanted, slice(3 * k, 3 * k + 3)), found)
+
+
+def test_calls_share_micro_batches(small_model: Path) -> None:
+    """Many short calls at once fill up each other's micro-batches: far fewer of them than calls, the same bits."""
+    runner = Runner(load_model(small_model), "cpu", 1)
+    pixels = tiles(40)
+    wanted = runner.run(pixels).features
+    passes, plain = [], runner._pass
+    begun, hold = threading.Event(), threading.Event()
+
+    def counted(x: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        begun.set()
+        hold.wait()
+        passes.append(len(x))
+        return plain(x, names)
+
+    runner._pass = counted
+    with ThreadPoolExecutor(20) as pool:
+        results = [pool.submit(runner.run, pixels[:2])]
+        begun.wait()
+        results += [pool.submit(runner.run, pixels[i : i + 2]) for i in range(2, 40, 2)]
+        while len(runner._desk(64, ()).waiting._calls) < 19:
+            time.sleep(0.01)
+        hold.set()
+        found = np.concatenate([result.result().features for result in results])
+    assert np.array_equal(found, wanted)
+    assert len(passes) == 2
+
+
+def test_a_pass_that_fails_fails_its_calls_and_no_others(small_model: Path) -> None:
+    """The error is raised where the answer was waited for; the runner goes on."""
+    runner = Runner(load_model(small_model), "cpu", 2)
+    plain = runner._pass
+
+    def failing(x: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        raise RuntimeError("out of memory")
+
+    runner._pass = failing
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runner.run(tiles(300))
+    runner._pass = plain
+    assert len(runner.run(tiles(300)).features) == 300
 
 
 def test_busy_time_is_counted_once(runners: dict[int, Runner]) -> None:

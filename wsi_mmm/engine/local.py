@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ class LocalExecutor:
     """Works run here and now, by two readers, the Runner's own model threads, and two finishers."""
 
     def __init__(self, recipe: Recipe, *, readers: int = 2, finishers: int = 2) -> None:
-        self.models = 2  # units inside the Runner at once: it never waits for the next while it has its own threads
+        self.models = 3  # units inside the Runner at once: it fills up its micro-batches from one with another
         self._reading = ThreadPoolExecutor(max(1, readers), "read")
         self._computing = ThreadPoolExecutor(self.models, "model")
         self._finishing = ThreadPoolExecutor(max(1, finishers), "finish")
@@ -36,6 +37,10 @@ class LocalExecutor:
         self._flying: dict[str, int] = {"forward": 0, "other": 0}
         self._limits = {"forward": self.models + max(1, readers) + 1, "other": max(1, finishers) + 1}
         self._stopped = threading.Event()
+        # A thread that comes back from native code waits this long for one that runs Python: 5 ms each time is too much
+        # where readers return a thousand times a second.
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(0.0005)
         # Loading the model takes as long as finding the tissue of the first slide: do both at once.
         self._computing.submit(_quietly, process.runner_of, recipe)
 
@@ -86,6 +91,7 @@ class LocalExecutor:
         self._stopped.set()
         for pool in (self._reading, self._computing, self._finishing):
             pool.shutdown(wait=True, cancel_futures=cancel)
+        sys.setswitchinterval(self._interval)
         process.release(models=False)
 
 

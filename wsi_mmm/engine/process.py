@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 OPEN_SLIDES = 8
 
 _lock = threading.RLock()
+_loading = threading.Lock()  # of its own: slides are opened and their tissue is found while a model loads
 _slides: OrderedDict[tuple[str, float | None, str | None], tuple[Slide, int]] = OrderedDict()
 _runners: dict[tuple[str, str, int | None, str], Runner] = {}
 _entries: dict[tuple[str, int], Entry] = {}
@@ -91,7 +92,7 @@ def tile_cache_words(task: SlideTask) -> str:
 def runner_of(recipe: Recipe) -> Runner:
     """The model of a recipe on its device, loaded once per process."""
     key = (f"{recipe.model}/{recipe.model_hash}/{recipe.tasks}", recipe.device, recipe.threads, recipe.runtime)
-    with _lock:
+    with _loading:
         if key not in _runners:
             _runners[key] = _load(recipe)
         return _runners[key]
@@ -112,9 +113,11 @@ def _load(recipe: Recipe) -> Runner:
     else:
         model = load_model(recipe.model)
     quantise = {task.info.name: task.quantise for task in tasks_of(recipe)}
-    return Runner(
+    runner = Runner(
         model, device=recipe.device, threads=recipe.threads, quantise=quantise, runtime=recipe.runtime, tune=True
     )
+    runner.warm_up(recipe.tile, recipe.tasks)
+    return runner
 
 
 @contextmanager

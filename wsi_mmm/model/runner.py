@@ -12,13 +12,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,13 +25,13 @@ from wsi_mmm.errors import ModelError
 from wsi_mmm.model.fold import folded
 from wsi_mmm.model.identity import RUNTIMES
 from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.model.packing import Answers, Call, Packet, Waiting
 from wsi_mmm.model.runtime import forward_pass
 from wsi_mmm.model.staging import Stager, staged_ahead
 from wsi_mmm.model.tune import Tuner, case_key
 from wsi_mmm.types import F32, U8
 
 Quantise = Callable[[Tensor], Tensor]
-Answers = dict[str, npt.NDArray[Any]]
 _PIXELS_CPU = 8 * 256 * 256
 _PIXELS_CUDA = 64 * 256 * 256
 _allocator_lock = threading.Lock()
@@ -46,6 +45,15 @@ class RunOutput:
     features: F32
     maps: dict[str, U8]
     tables: dict[str, U8]
+
+
+@dataclass(slots=True)
+class _Desk:
+    """What belongs to one tile size and choice of tasks: the calls that wait, and the choice of the micro-batch."""
+
+    tasks: tuple[str, ...]
+    tuner: Tuner
+    waiting: Waiting = field(default_factory=Waiting)
 
 
 class Runner:
@@ -75,7 +83,7 @@ class Runner:
         self.quantise = dict(quantise or {})
         self._pass = forward_pass(self.model, runtime, self.device)
         self._tune = tune and self.device.type == "cpu" and runtime != "compile"  # a new size is compiled anew
-        self._tuners: dict[tuple[int, tuple[str, ...]], Tuner] = {}
+        self._desks: dict[tuple[int, tuple[str, ...]], _Desk] = {}
         self._pool = ThreadPoolExecutor(self.threads, "model", initializer=_one_thread)
         self._stagers = threading.local()
         self._lock = threading.Lock()
@@ -96,11 +104,26 @@ class Runner:
         if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
             raise ModelError(f"tiles must be uint8[n, s, s, 3], not {pixels.dtype}{list(pixels.shape)}")
         self._check(tasks)
-        tuner = self._tuner(pixels.shape[1], tuple(tasks))
+        desk = self._desk(pixels.shape[1], tuple(tasks))
         with _Busy(self):
-            size = tuner.next(len(pixels), lambda sizes: self._agreeing(pixels, tasks, sizes, tuner.standard))
-            parts = self._answers(pixels, tasks, size, tuner)
-        return _join(parts, frozenset(self.model.tile_heads))
+            if len(pixels):
+                desk.tuner.saw(len(pixels), lambda sizes: self._agreeing(pixels, desk, sizes))
+                answers = self._call(pixels, desk)
+            else:
+                answers = self._alone(pixels, desk, desk.tuner.size)
+        return _sorted(answers, frozenset(self.model.tile_heads))
+
+    def warm_up(self, side: int, tasks: Sequence[str] = ()) -> None:
+        """Let each thread build its kernels for tiles of ``side`` px: a quarter of a second that nobody waits for."""
+        desk, together = self._desk(side, tuple(tasks)), threading.Barrier(self.threads)
+        blank = np.zeros((1, side, side, 3), np.uint8)
+
+        def one(_: int) -> None:
+            together.wait()  # one on each thread
+            stager = self._stager()
+            self._micro(stager.ready(stager.stage([blank], desk.tuner.size)), 1, desk)
+
+        list(self._pool.map(one, range(self.threads)))
 
     def _check(self, tasks: Sequence[str]) -> None:
         for name in tasks:
@@ -109,38 +132,67 @@ class Runner:
             if name not in self.quantise:
                 raise ModelError(f"Runner was given no quantise for task '{name}'; pass Task.quantise of every task")
 
-    def _tuner(self, side: int, tasks: tuple[str, ...]) -> Tuner:
+    def _desk(self, side: int, tasks: tuple[str, ...]) -> _Desk:
         with self._lock:
-            if (side, tasks) not in self._tuners:
+            if (side, tasks) not in self._desks:
                 card = self.model.card.model_dump(mode="json", include={"encoder", "decoder", "tasks"})
                 facts = {"encoder": self.model.card.encoder.name, "tile": side, "threads": self.threads}
                 facts |= {"torch": torch.__version__, "runtime": self.runtime}
                 key = case_key(**facts, card=card, tasks=tasks) if self._tune else ""
-                self._tuners[side, tasks] = Tuner(self.micro_batch(side), key, facts)
-            return self._tuners[side, tasks]
+                self._desks[side, tasks] = _Desk(tasks, Tuner(self.micro_batch(side), key, facts))
+            return self._desks[side, tasks]
 
-    def _answers(self, pixels: U8, tasks: Sequence[str], size: int, tuner: Tuner | None = None) -> list[Answers]:
-        """Each micro-batch's answers, in order. The lanes are threads; each takes every n-th micro-batch."""
-        starts = range(0, len(pixels), size) if len(pixels) else range(1)
-        lanes = min(self.threads, len(starts))
+    def _call(self, pixels: U8, desk: _Desk) -> Answers:
+        """Leave the tiles to the lanes, which are threads that work until nothing waits, and wait for the answers."""
+        call = Call(pixels)
+        desk.waiting.add(call)
+        for _ in range(min(self.threads, -(-len(pixels) // desk.tuner.size))):
+            self._pool.submit(self._lane, desk)
+        return call.wait()
 
-        def lane(first: int) -> list[Answers]:
-            parts = (pixels[i : i + size] for i in starts[first::lanes])
-            return list(staged_ahead(parts, size, self._stager(), lambda x, n: self._micro(x, n, tasks, tuner)))
+    def _lane(self, desk: _Desk) -> None:
+        def taken() -> Iterator[Packet]:
+            while (packet := desk.waiting.take(desk.tuner.pick)).count:
+                yield packet
 
-        found = list(self._pool.map(lane, range(lanes)))
-        return [found[i % lanes][i // lanes] for i in range(len(starts))]
+        stager = self._stager()
+        staged = staged_ahead(taken(), lambda p: self._staged(p, desk), stager, ahead=self.device.type == "cuda")
+        for packet, tiles in staged:
+            if len(tiles) == 0:
+                continue  # failed as it was staged
+            try:
+                desk.waiting.give(packet.pieces, self._micro(tiles, packet.count, desk))
+            except BaseException as error:  # noqa: BLE001  (whoever waits for these tiles raises it)
+                desk.waiting.fail(packet.pieces, error)
 
-    def _micro(self, tiles: Tensor, count: int, tasks: Sequence[str], tuner: Tuner | None) -> Answers:
+    def _staged(self, packet: Packet, desk: _Desk) -> Tensor:
+        """The tiles of a packet on the device; no tile when that failed, which its calls raise."""
+        try:
+            return self._stager().stage([piece.pixels for piece in packet.pieces], packet.size)
+        except BaseException as error:  # noqa: BLE001  (whoever waits for these tiles raises it)
+            desk.waiting.fail(packet.pieces, error)
+            return torch.empty(0, device=self.device)
+
+    def _micro(self, tiles: Tensor, count: int, desk: _Desk) -> Answers:
         """One padded micro-batch; the padding's answers are cut off again. "" holds the features."""
         began = time.thread_time()
         with torch.inference_mode():
-            vector, logits = self._pass(tiles, tasks)
+            vector, logits = self._pass(tiles, desk.tasks)
             answers = {"": vector.float()} | {name: self.quantise[name](x.float()) for name, x in logits.items()}
             found = {name: x[:count].contiguous().cpu().numpy() for name, x in answers.items()}
-        if tuner is not None and count == len(tiles):
-            tuner.took(count, time.thread_time() - began)
+        if count == len(tiles):
+            desk.tuner.took(count, time.thread_time() - began)
         return found
+
+    def _alone(self, pixels: U8, desk: _Desk, size: int) -> Answers:
+        """These tiles in micro-batches of their own, of ``size`` tiles."""
+
+        def one(first: int) -> Answers:
+            part = pixels[first : first + size]
+            return self._micro(self._stager().ready(self._stager().stage([part], size)), len(part), desk)
+
+        parts = list(self._pool.map(one, range(0, max(1, len(pixels)), size)))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _stager(self) -> Stager:
         if not hasattr(self._stagers, "one"):
@@ -148,13 +200,13 @@ class Runner:
         stager: Stager = self._stagers.one
         return stager
 
-    def _agreeing(self, pixels: U8, tasks: Sequence[str], sizes: Sequence[int], standard: int) -> list[int]:
+    def _agreeing(self, pixels: U8, desk: _Desk, sizes: Sequence[int]) -> list[int]:
         """Those of ``sizes`` that give the very bits of the standard size on some of these tiles."""
-        few = pixels[: 2 * standard]
-        wanted = _whole(self._answers(few, tasks, standard))
+        few = pixels[: 2 * desk.tuner.standard]
+        wanted = self._alone(few, desk, desk.tuner.standard)
 
         def same(size: int) -> bool:
-            found = _whole(self._answers(few, tasks, size))
+            found = self._alone(few, desk, size)
             return all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
         return [size for size in sizes if same(size)]
@@ -162,7 +214,10 @@ class Runner:
     def facts(self) -> dict[str, Any]:
         """What was chosen, for reports: runtime and tolerance, micro-batch per tile size, threads, memory."""
         with self._lock:
-            sizes = {f"{side} px": f"{t.size} tiles ({t.chosen})" for (side, _), t in sorted(self._tuners.items())}
+            sizes = {
+                f"{side} px": f"{desk.tuner.size} tiles ({desk.tuner.chosen})"
+                for (side, _), desk in sorted(self._desks.items())
+            }
         memory = "channels_last" + (", freed memory kept" if self.device.type == "cpu" else "")
         return {
             "device": str(self.device), "runtime": self.runtime, "tolerance": RUNTIMES[self.runtime],
@@ -246,12 +301,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _whole(parts: Sequence[Answers]) -> Answers:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _join(parts: Sequence[Answers], tile: frozenset[str]) -> RunOutput:
-    whole = _whole(parts)
-    features = whole.pop("")
-    maps = {name: value for name, value in whole.items() if name not in tile}
-    return RunOutput(features, maps, {name: value for name, value in whole.items() if name in tile})
+def _sorted(answers: Answers, tile: frozenset[str]) -> RunOutput:
+    rest = {name: values for name, values in answers.items() if name}
+    maps = {name: values for name, values in rest.items() if name not in tile}
+    return RunOutput(answers[""], maps, {name: values for name, values in rest.items() if name in tile})

@@ -7,7 +7,8 @@ the same code runs with a plain buffer and no streams; that is what the tests se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -34,18 +35,20 @@ class Stager:
         self._side = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._sent: list[torch.cuda.Event | None] = [None] * SLOTS
 
-    def stage(self, pixels: U8, size: int) -> Tensor:
-        """The tiles on the device; on CUDA the copy may still be under way: see ``ready``."""
-        if not self._cuda and len(pixels) == size and pixels.flags.c_contiguous and pixels.flags.writeable:
-            return torch.from_numpy(pixels)
+    def stage(self, parts: Sequence[U8], size: int) -> Tensor:
+        """The tiles of ``parts``, one after another, on the device; a copy may be under way: see ``ready``."""
+        if not self._cuda and len(parts) == 1 and len(parts[0]) == size and _plain(parts[0]):
+            return torch.from_numpy(parts[0])
         slot = self._turn = (self._turn + 1) % SLOTS
         sent = self._sent[slot]
         if sent is not None:
             sent.synchronize()
-        buffer = self._buffer(slot, (size, *pixels.shape[1:]))
-        host = buffer.numpy()
-        np.copyto(host[: len(pixels)], pixels)
-        host[len(pixels) :] = 0
+        buffer = self._buffer(slot, (size, *parts[0].shape[1:]))
+        host, first = buffer.numpy(), 0
+        for part in parts:
+            np.copyto(host[first : first + len(part)], part)
+            first += len(part)
+        host[first:] = 0
         return self._send(buffer, slot)
 
     def ready(self, staged: Tensor) -> Tensor:
@@ -74,13 +77,21 @@ class Stager:
         return there
 
 
-def staged_ahead(parts: Iterable[U8], size: int, stager: Stager, work: Callable[[Tensor, int], T]) -> Iterator[T]:
-    """``work(tiles on the device, how many are real)`` for each part in order, the next part staged before it."""
+def _plain(pixels: U8) -> bool:
+    return pixels.flags.c_contiguous and pixels.flags.writeable
+
+
+def staged_ahead(
+    parts: Iterable[T], stage: Callable[[T], Tensor], stager: Stager, *, ahead: bool = True
+) -> Iterator[tuple[T, Tensor]]:
+    """Each part in order with its tiles on the device; with ``ahead`` the next part is staged before one is given."""
+    if not ahead:
+        yield from ((part, stager.ready(stage(part))) for part in parts)
+        return
     todo = iter(parts)
-    part = next(todo, None)
-    ahead = None if part is None else (stager.stage(part, size), len(part))
-    while ahead is not None:
-        now, part = ahead, next(todo, None)
-        ready = stager.ready(now[0])
-        ahead = None if part is None else (stager.stage(part, size), len(part))
-        yield work(ready, now[1])
+    held = [(part, stage(part)) for part in islice(todo, 1)]
+    while held:
+        part, tiles = held.pop()
+        ready = stager.ready(tiles)
+        held = [(following, stage(following)) for following in islice(todo, 1)]
+        yield part, ready

@@ -26,10 +26,10 @@ from typing import Any
 WORTH = 500
 """Tiles that a runner does with the standard size before it looks for a better one."""
 
-SAMPLES = 8
+SAMPLES = 12
 """Micro-batches of each size that are timed; their median counts."""
 
-GAIN = 0.03
+GAIN = 0.05
 """Share that another size must save to be preferred: less is noise."""
 
 Check = Callable[[Sequence[int]], Sequence[int]]
@@ -48,6 +48,7 @@ class Tuner:
     chosen: str = "standard"
     _size: int = 0
     _seen: int = 0
+    _turn: int = 0
     _trial: list[int] = field(default_factory=list)
     _times: dict[int, list[float]] = field(default_factory=dict)
     _checking: bool = False
@@ -64,19 +65,25 @@ class Tuner:
         """The size in use."""
         return self._size
 
-    def next(self, tiles: int, agreeing: Check) -> int:
-        """The size for a call of ``tiles`` tiles; ``agreeing`` gives those of some sizes that leave the bits alone."""
+    def saw(self, tiles: int, agreeing: Check) -> None:
+        """A call of so many tiles begins; ``agreeing`` gives those of some sizes that leave the bits alone."""
         with self._lock:
             self._seen += tiles
-            due = bool(self.key) and not self._checking and self._seen > WORTH and tiles >= 2 * self.standard
-            self._checking = self._checking or due
-            if not due:
-                return self._trial[self._seen // tiles % len(self._trial)] if self._trial and tiles else self._size
+            if not self.key or self._checking or self._seen <= WORTH or tiles < 2 * self.standard:
+                return
+            self._checking = True
         sizes = [self.standard, *agreeing([max(1, self.standard // 2), self.standard * 2])]
         with self._lock:
             self._times = {size: [] for size in sizes}
-            self._trial = list(sizes) if len(set(sizes)) > 1 else []
-        return self._size
+            self._trial = list(self._times)
+            if len(self._trial) < 2:
+                self._settle()
+
+    def pick(self) -> int:
+        """The size of the next micro-batch: while there is something to find out, those on trial in turns."""
+        with self._lock:
+            self._turn += 1
+            return self._trial[self._turn % len(self._trial)] if self._trial else self._size
 
     def took(self, size: int, seconds: float) -> None:
         """A full micro-batch of ``size`` tiles took this much processor time."""
@@ -90,10 +97,10 @@ class Tuner:
 
     def _settle(self) -> None:
         # The first of each size builds its kernels.
-        cost = {size: statistics.median(found[1:]) for size, found in self._times.items()}
-        best = min(cost, key=lambda size: cost[size])
-        self._size = best if cost[best] < (1 - GAIN) * cost[self.standard] else self.standard
-        self.chosen = "measured"
+        cost = {size: statistics.median(found[1:]) for size, found in self._times.items() if found[1:]}
+        best = min(cost, key=lambda size: cost[size], default=self.standard)
+        self._size = best if cost and cost[best] < (1 - GAIN) * cost[self.standard] else self.standard
+        self.chosen, self._trial = "measured", []
         costs = {str(size): round(1e3 * seconds, 3) for size, seconds in sorted(cost.items())}
         remember(self.key, {"micro_batch": self._size, "core_ms_per_tile": costs, **self.facts})
 

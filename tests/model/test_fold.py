@@ -1,0 +1,83 @@
+"""Folding norms: another order of the same sums, and never another function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wsi_mmm.model.checkpoint import load_encoder, load_model
+from wsi_mmm.model.fold import folded
+from wsi_mmm.model.multitask import MultiTaskModel
+
+
+def lively(model: MultiTaskModel) -> MultiTaskModel:
+    """The model with norms that say something: a fresh one's are nearly the identity."""
+    numbers = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for name, low, high in (("running_mean", -0.5, 0.5), ("running_var", 0.5, 2.0)):
+                module.get_buffer(name).uniform_(low, high, generator=numbers)
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=numbers)
+            nn.init.uniform_(module.bias, -0.5, 0.5, generator=numbers)
+    return model
+
+
+def norms(model: nn.Module) -> int:
+    """How many batch norms a model has."""
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def noise(side: int = 64) -> Tensor:
+    """Two seeded tiles."""
+    return torch.randint(0, 256, (2, side, side, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv4_conv_small", "tf_efficientnet_b0", "resnetv2_50"])
+def test_folding_changes_an_encoder_by_rounding_only(name: str) -> None:
+    """Activations inside norms, TensorFlow's padding and norms before convolutions included."""
+    torch.manual_seed(0)
+    model = lively(load_encoder(name, "random"))
+    lean = folded(model)
+    assert norms(lean) < norms(model)
+    with torch.inference_mode():
+        wanted, found = (m.features(m.prepare(noise())) for m in (model, lean))
+    assert float((wanted - found).abs().max()) <= 1e-4 * float(wanted.abs().max())
+
+
+def test_heads_and_decoder_are_folded_too(small_model: Path) -> None:
+    """Every norm of a model with tasks goes that a convolution feeds alone; the model given is left as it was."""
+    model = lively(load_model(small_model))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    lean = folded(model)
+    assert norms(lean) == len(model.decoder.norm)  # type: ignore[union-attr,arg-type]  # these follow a sum
+    with torch.inference_mode():
+        wanted, found = (m.forward_all(m.prepare(noise()))[1] for m in (model, lean))
+    for task, logits in wanted.items():
+        assert torch.allclose(logits, found[task], atol=1e-4 * float(logits.abs().max()))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_convolution_that_something_else_reads_too_is_left_alone() -> None:
+    """Folding it would change the other reader's input: the answers differ, so the plain model is kept."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            made = self.conv(x)
+            return [self.norm(made) + made]
+
+    model = load_encoder("resnet10t", "random")
+    model.encoder.backbone, model.encoder.channels, model.encoder.resampled = Twice(), (32,), False
+    assert folded(lively(model).eval()) is model
+
+
+def test_a_model_without_norms_is_not_copied() -> None:
+    """A transformer passes as it is."""
+    model = load_encoder("convnext_atto", "random")
+    assert folded(model) is model
