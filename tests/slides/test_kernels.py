@@ -39,7 +39,7 @@ def test_sums_are_exact_for_any_number_of_weights(down: int, across: int) -> Non
     target = frame[:, 5:-5]
     sums = np.zeros((kernels.ROWS, 70 * 3 + kernels.PAD), np.uint16)
     y32, x32 = y[1].astype(np.uint32), x[1].astype(np.uint32)
-    kernels.average(source.reshape(60, -1), y[0], y32, x[0], x32, target, sums)
+    kernels.average(source.reshape(1, 60, -1), y[0], y32, x[0], x32, target, sums)
     assert np.array_equal(target.reshape(21, 19, 3), plain(source, (y, x)))
     assert (frame[:, :5] == 77).all()
     assert (frame[:, -5:] == 77).all()

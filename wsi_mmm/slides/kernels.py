@@ -58,24 +58,25 @@ _two, _three, _four, _five, _six = (_average_pixel(taps) for taps in (2, 3, 4, 5
 
 @_compiled
 def _down(source: Any, first: Any, weight: Any, r0: int, r1: int, sums: Any) -> None:
-    """Sums of source rows, uint16 in 1/256 grey levels: ``sums[r - r0]`` for target rows r0..r1-1."""
-    size, taps = source.shape[1], weight.shape[1]
-    for r in range(r0, r1):
-        line, i = sums[r - r0], first[r]
-        a, b = uint16(weight[r, 0]), uint16(weight[r, 1])
-        upper, lower = source[i], source[i + 1]
-        if taps == 2:
-            for j in range(size):
-                line[j] = uint16(a * upper[j] + b * lower[j])
-            continue
-        c, third = uint16(weight[r, 2]), source[i + 2]
-        for j in range(size):
-            line[j] = uint16(a * upper[j] + b * lower[j] + c * third[j])
-        for t in range(3, taps):
-            w, more = uint16(weight[r, t]), source[i + t]
-            if w:
+    """Sums of source rows, uint16 in 1/256 grey levels: ``sums[r - r0]`` for target rows r0..r1-1, tile after tile."""
+    tiles, size, taps = source.shape[0], source.shape[2], weight.shape[1]
+    for tile in range(tiles):
+        for r in range(r0, r1):
+            line, i = sums[r - r0, tile * size : (tile + 1) * size], first[r]
+            a, b = uint16(weight[r, 0]), uint16(weight[r, 1])
+            upper, lower = source[tile, i], source[tile, i + 1]
+            if taps == 2:
                 for j in range(size):
-                    line[j] = uint16(line[j] + w * more[j])
+                    line[j] = uint16(a * upper[j] + b * lower[j])
+                continue
+            c, third = uint16(weight[r, 2]), source[tile, i + 2]
+            for j in range(size):
+                line[j] = uint16(a * upper[j] + b * lower[j] + c * third[j])
+            for t in range(3, taps):
+                w, more = uint16(weight[r, t]), source[tile, i + t]
+                if w:
+                    for j in range(size):
+                        line[j] = uint16(line[j] + w * more[j])
 
 
 @_compiled
@@ -115,11 +116,11 @@ def _across_vectors(sums: Any, first: Any, weight: Any, r0: int, rows: int, targ
 
 @_compiled
 def average(source: Any, first_y: Any, weight_y: Any, first_x: Any, weight_x: Any, target: Any, sums: Any) -> None:
-    """Write ``target`` uint8[rows, columns * 3] from ``source`` uint8[h, w * 3], both with rows of their own pitch.
+    """Write ``target`` uint8[rows, columns * 3] from ``source`` uint8[tiles, h, w * 3]: pictures side by side.
 
-    Target row r is the sum over t of ``weight_y[r, t]`` / 256 of source rows ``first_y[r] + t``, likewise columns; two
-    taps at least, weights uint32 that sum to 256. Where a weight is 0 its row must still exist. ``sums``
-    uint16[ROWS, w * 3 + PAD] is scratch.
+    The target's rows may have a pitch of their own. Target row r is the sum over t of ``weight_y[r, t]`` / 256 of
+    source rows ``first_y[r] + t``, likewise columns; two taps at least, weights uint32 that sum to 256. Where a weight
+    is 0 its row must still exist. ``sums`` uint16[ROWS, tiles * w * 3 + PAD] is scratch.
     """
     rows, columns = first_y.shape[0], first_x.shape[0]
     for r0 in range(0, rows, ROWS):

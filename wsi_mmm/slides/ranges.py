@@ -11,6 +11,7 @@ import numpy as np
 from wsi_mmm.types import I64
 
 Range = tuple[int, int]  # start, length
+Ranges = Sequence[Range] | I64  # int64[n, 2]
 Buffer = bytes | memoryview
 
 
@@ -57,7 +58,7 @@ class Plan:
     length: I64
 
 
-def plan(ranges: Sequence[Range], size: int, rule: Merging) -> Plan:
+def plan(ranges: Ranges, size: int, rule: Merging) -> Plan:
     """Return the spans that bring ``ranges``, clipped to an object of ``size`` bytes."""
     wanted = np.asarray(ranges, np.int64).reshape(-1, 2)
     start = np.clip(wanted[:, 0], 0, size)
@@ -112,7 +113,7 @@ def _parts(low: int, high: int, whole: I64, rule: Merging) -> I64:
 
 
 def fetch_merged(
-    ranges: Sequence[Range], size: int, *, rule: Merging, get: Callable[[Sequence[Range]], Sequence[Buffer]]
+    ranges: Ranges, size: int, *, rule: Merging, get: Callable[[Sequence[Range]], Sequence[Buffer]]
 ) -> list[Buffer]:
     """Return the bytes of each range, clipped to ``size``, by way of ``get`` on merged spans: views, not copies."""
     found = plan(ranges, size, rule)

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from wsi_mmm.errors import SlideChanged, StorageError
-from wsi_mmm.slides.ranges import Buffer, Counter, Merging, Range, fetch_merged
+from wsi_mmm.slides.ranges import Buffer, Counter, Merging, Range, Ranges, fetch_merged
 from wsi_mmm.slides.store_errors import NO_RANGES, SHORT, SILENT, UNREACHABLE, PassingError
 from wsi_mmm.slides.uris import redact
 
@@ -236,7 +236,7 @@ class RemoteStore:
         self._get, self._endpoint = get, endpoint
         self._closed = False
 
-    def get_ranges(self, ranges: Sequence[Range]) -> list[Buffer]:
+    def get_ranges(self, ranges: Ranges) -> list[Buffer]:
         """Return the bytes of each (start, length); short where the object ends."""
         return fetch_merged(ranges, self.size, rule=MERGING, get=self._get_many)
 

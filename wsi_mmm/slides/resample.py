@@ -112,20 +112,27 @@ class Weights:
         ``rows`` uint8[n, w, 3]: source rows from ``first`` on, columns from x.first to x.stop. Both may be parts of
         larger pictures.
         """
+        if stop > start:
+            # Where the picture is smaller than the weights are many, those beyond it are 0, but their pixels are read.
+            lack = int(self._first_y[stop - 1]) - first + self.taps_y - len(rows)
+            source = rows if lack <= 0 else np.pad(rows, ((0, lack), (0, 0), (0, 0)))
+            self.average_tiles(source[None], first, self._left, (start, stop), out)
+
+    def average_tiles(self, tiles: U8, first: int, left: int, span: tuple[int, int], out: U8) -> None:
+        """Write target rows span[0]..span[1]-1 of ``out`` uint8[all rows, columns, 3].
+
+        ``tiles`` uint8[k, n, w, 3]: pictures side by side, whose first pixel is source row ``first``, column ``left``.
+        """
+        start, stop = span
         if stop <= start:
             return
         from wsi_mmm.slides import kernels  # numba: a third of a second, for those who resample
 
-        first_y = self._first_y[start:stop] - first
-        # Where the picture is smaller than the weights are many, those beyond it are 0, but their pixels must be there.
-        lack = int(first_y[-1]) + self.taps_y - len(rows)
-        source = rows if lack <= 0 else np.pad(rows, ((0, lack), (0, 0), (0, 0)))
         if self._sums is None:
-            samples = 3 * max(self._width, int(self._first_x[-1]) - self._left + self._weight_x.shape[1])
+            samples = 3 * max(tiles.shape[0] * tiles.shape[2], int(self._first_x[-1]) - left + self._weight_x.shape[1])
             self._sums = np.zeros((kernels.ROWS, samples + kernels.PAD), np.uint16)
-        first_x = self._first_x - self._left
-        kernels.average(_flat(source), first_y, self._weight_y[start:stop], first_x, self._weight_x,
-                        _flat(out[start:stop]), self._sums)  # fmt: skip
+        kernels.average(_flat(tiles), self._first_y[start:stop] - first, self._weight_y[start:stop],
+                        self._first_x - left, self._weight_x, _flat(out[start:stop]), self._sums)  # fmt: skip
 
 
 def resample(source: U8, y: Taps, x: Taps) -> U8:
@@ -136,11 +143,11 @@ def resample(source: U8, y: Taps, x: Taps) -> U8:
 
 
 def _flat(pixels: U8) -> U8:
-    """The picture as uint8[h, w * 3] on the same memory."""
-    height, width = pixels.shape[:2]
+    """Pictures uint8[..., h, w, 3] as uint8[..., h, w * 3] on the same memory: their rows are of whole pixels."""
+    shape, strides = pixels.shape[:-2], pixels.strides[:-2]
     if pixels.flags.c_contiguous:
-        return pixels.reshape(height, width * 3)
-    return np.lib.stride_tricks.as_strided(pixels, (height, width * 3), (pixels.strides[0], 1))
+        return pixels.reshape(*shape, pixels.shape[-2] * 3)
+    return np.lib.stride_tricks.as_strided(pixels, (*shape, pixels.shape[-2] * 3), (*strides, 1))
 
 
 def _dense(axis: Taps) -> tuple[I64, Any]:

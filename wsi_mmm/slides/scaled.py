@@ -135,6 +135,16 @@ def read_scaled(block: Block, sources: Sequence[Source], fetch: Fetch, exact_unt
     return Canvas(pixels, merge_failed(failed))
 
 
+def taps_of(block: Block, source: Source) -> tuple[Taps, Taps] | None:
+    """Return how the block's rows and columns are averaged; None where pixels are copied or lie beyond ``source``."""
+    x = _axis(block.x, block.width, block.scale_x / source.downsample_x, block.origin_x / source.downsample_x)
+    y = _axis(block.y, block.height, block.scale_y / source.downsample_y, block.origin_y / source.downsample_y)
+    right, bottom = min(source.extent_x, source.width), min(source.extent_y, source.height)
+    if (x.copies() and y.copies()) or not (x.within(right) and y.within(bottom)):
+        return None
+    return y.taps(0, block.height, source.height), x.taps(0, block.width, source.width)
+
+
 def merge_failed(failed: Sequence[I64]) -> I64:
     """Return the distinct rectangles, sorted by (y0, x0)."""
     some = [f for f in failed if len(f)]
@@ -156,6 +166,11 @@ class _Axis:
         first = np.floor(-self.origin / self.scale) - self.start
         stop = np.ceil((size - self.origin) / self.scale) - self.start
         return int(np.clip(first, 0, self.count)), int(np.clip(stop, 0, self.count))
+
+    def within(self, size: float) -> bool:
+        """True when every output pixel covers source px in [0, size) only."""
+        first, last = self.origin + self.start * self.scale, self.origin + (self.start + self.count) * self.scale
+        return first >= 0 and last <= size
 
     def copies(self) -> bool:
         """True when output pixels are source pixels."""

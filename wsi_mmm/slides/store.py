@@ -9,12 +9,12 @@ Errors are SlideNotFound (reading), StorageError, SlideChanged and OutputError (
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from wsi_mmm.slides import store_fsspec, store_local, store_objects
-from wsi_mmm.slides.ranges import Buffer, Counter, Range
+from wsi_mmm.slides.ranges import Buffer, Counter, Ranges
 from wsi_mmm.slides.store_errors import final
 from wsi_mmm.slides.store_held import HEAD, HeldStore, held
 from wsi_mmm.slides.store_objects import object_store
@@ -35,7 +35,7 @@ class ByteStore(Protocol):
     counter: Counter
     remote: bool
 
-    def get_ranges(self, ranges: Sequence[Range]) -> list[Buffer]:
+    def get_ranges(self, ranges: Ranges) -> list[Buffer]:
         """Return the bytes of each (start, length); short where the object ends. StorageError, SlideChanged.
 
         ``ranges`` may be int64[n, 2]. Views of what was read, not copies: one of them keeps its whole span in memory.

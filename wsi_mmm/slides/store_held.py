@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
-from wsi_mmm.slides.ranges import Buffer, Counter, Range
+from wsi_mmm.slides.ranges import Buffer, Counter, Ranges
 
 HEAD = 256 << 10  # bytes: the header, and in most slides the tables of tiles behind it
 _WINDOW = 256 << 10
@@ -22,7 +21,7 @@ class Inner(Protocol):
     counter: Counter
     remote: bool
 
-    def get_ranges(self, ranges: Sequence[Range]) -> list[Buffer]:
+    def get_ranges(self, ranges: Ranges) -> list[Buffer]:
         """Return the bytes of each (start, length)."""
 
     def close(self) -> None:
@@ -50,7 +49,7 @@ class HeldStore:
             self._held.append((start, data))
         return data[:length]
 
-    def get_ranges(self, ranges: Sequence[Range]) -> list[Buffer]:
+    def get_ranges(self, ranges: Ranges) -> list[Buffer]:
         """Return the bytes of each (start, length); short where the object ends."""
         if not self._held:
             return self._inner.get_ranges(ranges)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from wsi_mmm.errors import OutputError, SlideChanged, SlideNotFound, StorageError
-from wsi_mmm.slides.ranges import Buffer, Counter, Merging, Range, fetch_merged
+from wsi_mmm.slides.ranges import Buffer, Counter, Merging, Range, Ranges, fetch_merged
 from wsi_mmm.slides.uris import local_path
 
 # A gap costs its copy, a further pread about as much as copying 16 KB. Nothing travels side by side: no cuts.
@@ -33,7 +33,7 @@ class LocalStore:
         stat = os.fstat(self._descriptor)
         return f"{stat.st_mtime_ns:x}-{stat.st_size:x}"
 
-    def get_ranges(self, ranges: Sequence[Range]) -> list[Buffer]:
+    def get_ranges(self, ranges: Ranges) -> list[Buffer]:
         """Return the bytes of each (start, length); short where the file ends."""
         with _reading(self.uri):
             found = fetch_merged(ranges, self.size, rule=_MERGING, get=self._get)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import repeat
+from itertools import pairwise, repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,18 @@ from wsi_mmm.slides.base import Fetched, ReadStats
 from wsi_mmm.slides.cut import cut_tiles
 from wsi_mmm.slides.direct import inner_numbers, needed_numbers, nested
 from wsi_mmm.slides.fingerprint import fingerprint_of
-from wsi_mmm.slides.scaled import WHITE, Source, Window, level0_rect, merge_failed, pick, read_scaled, sources_of
+from wsi_mmm.slides.rows import Stack, average_rows, fits
+from wsi_mmm.slides.scaled import (
+    WHITE,
+    Source,
+    Window,
+    level0_rect,
+    merge_failed,
+    pick,
+    read_scaled,
+    sources_of,
+    taps_of,
+)  # fmt: skip
 from wsi_mmm.slides.store import ByteStore, is_local, redact
 from wsi_mmm.slides.tiff_codecs import Buffer, UndecodableError, decoder, most_bytes, shrinks
 from wsi_mmm.slides.tiff_ifd import Directory, read_directories, table
@@ -65,7 +76,8 @@ class TiffReader:
         tiling = self._tiling(source)
         numbers = np.unique(np.concatenate([needed_numbers(part, tiling) for part in tiles]))
         missing = self._cache.missing([(source.level, source.shrink, n) for n in numbers.tolist()])
-        return Fetched(source.level, dict(self._bytes(source.level, [key[2] for key in missing])))
+        number_of = [key[2] for key in missing]
+        return Fetched(source.level, dict(zip(number_of, self._bytes(source.level, number_of), strict=True)))
 
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
         """Write n tiles to ``out``, n arrays uint8[size, size, 3]; return the level-0 rectangles that failed (white).
@@ -111,8 +123,20 @@ class TiffReader:
         source, reach = tiling.source, tiles.xy.max(axis=0) + tiles.size - tiles.overlap
         limit = reach[0] * tiles.scale_x / source.downsample_x, reach[1] * tiles.scale_y / source.downsample_y
         want = Want(frozenset(needed_numbers(tiles, tiling).tolist()), keep=False, limit=limit)
-        fetch = partial(self._fill, want=want, fetched=brought)
-        return cut_tiles(lambda block: read_scaled(block, self._sources, fetch, self._exact_until), tiles, out)
+        return cut_tiles(partial(self._averaged, tiling, want, brought), tiles, out)
+
+    def _averaged(self, tiling: Tiling, want: Want, fetched: Fetched, block: Block) -> Canvas:
+        """The block's canvas, of which only what ``want`` names is filled."""
+        source = tiling.source
+        axes = taps_of(block, source)
+        if axes is None or not fits(axes[0], tiling):
+            fetch = partial(self._fill, want=want, fetched=fetched)
+            return read_scaled(block, self._sources, fetch, self._exact_until)
+        pixels = np.empty((block.height, block.width, 3), np.uint8)
+        stack = Stack(tiling, want, self._cache, lambda numbers, to: self._tiles(source, numbers, fetched, to))
+        failed = average_rows(pixels, *axes, stack)
+        rectangles = [level0_rect(self.info, source, tiling.window((source.level, source.shrink, n))) for n in failed]
+        return Canvas(pixels, merge_failed([np.array(rectangles, np.int64).reshape(-1, 4)]))
 
     def _decode_into(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
         """Decode nested tiles: native tiles of their size right where they belong, smaller ones beside each other."""
@@ -144,41 +168,37 @@ class TiffReader:
         plane, decode, most = self._planes[source.level], self._decode[source.level], self._most[source.level]
         shrink, rows = source.shrink, plane.tile_height
         plain = plane.tiled and plane.width % shrink == 0 and plane.height % shrink == 0
-        lengths = self._counts[source.level][list(numbers)].tolist()
-        for (number, raw), length, buffer in zip(
-            self._bytes(source.level, numbers, fetched), lengths, buffers, strict=False
-        ):
-            tile: Tile
-            try:
-                if plain and 0 < length == len(raw) <= most:
-                    tile = decode(raw, shrink, rows, buffer)
-                else:
-                    tile = self._tile(source, number, raw, buffer)
-            except UndecodableError as error:
-                tile = str(error)
-            yield number, tile
+        buffer_of = iter(buffers)
+        for group in _groups(numbers, self._counts[source.level]):
+            lengths = self._counts[source.level][group].tolist()
+            for number, raw, length in zip(group, self._bytes(source.level, group, fetched), lengths, strict=True):
+                tile: Tile
+                try:
+                    if plain and 0 < length == len(raw) <= most:
+                        tile = decode(raw, shrink, rows, next(buffer_of))
+                    else:
+                        tile = self._tile(source, number, raw, next(buffer_of))
+                except UndecodableError as error:
+                    tile = str(error)
+                yield number, tile
         self._count(len(numbers))
 
     def _count(self, tiles: int) -> None:
         with self._lock:
             self._decoded += tiles
 
-    def _bytes(
-        self, level: int, numbers: Sequence[int], fetched: Fetched | None = None
-    ) -> Iterator[tuple[int, Buffer]]:
-        """Yield (number, compressed bytes) of native tiles in the order given, fetching what ``fetched`` lacks."""
+    def _bytes(self, level: int, numbers: Sequence[int], fetched: Fetched | None = None) -> list[Buffer]:
+        """The compressed bytes of native tiles in the order given, fetching what ``fetched`` lacks."""
         known = fetched.data if fetched is not None and fetched.level == level else {}
-        if all(n in known for n in numbers):
-            yield from ((n, known[n]) for n in numbers)
-            return
-        counts, offsets, most = self._counts[level], self._offsets[level], self._most[level]
-        for group in _groups(numbers, counts):
-            missing = [n for n in group if n not in known]
-            lengths, starts = counts[missing].tolist(), offsets[missing].tolist()
-            # A length that cannot be is not fetched: a small file may claim terabytes.
-            ranges = [(start, n if n <= most else 0) for start, n in zip(starts, lengths, strict=True)]
-            found = dict(zip(missing, self._store.get_ranges(ranges), strict=True)) if missing else {}
-            yield from ((n, found[n] if n in found else known[n]) for n in group)
+        missing = [n for n in numbers if n not in known] if known else list(numbers)
+        counts, most = self._counts[level][missing], self._most[level]
+        # A length that cannot be is not fetched: a small file may claim terabytes.
+        ranges = np.stack([self._offsets[level][missing], np.where(counts <= most, counts, 0)], axis=1)
+        found = self._store.get_ranges(ranges) if missing else []
+        if len(missing) == len(numbers):
+            return found
+        late = dict(zip(missing, found, strict=True))
+        return [late[n] if n in late else known[n] for n in numbers]
 
     def _tile(self, source: Source, number: int, data: Buffer, out: U8 | None = None) -> Tile:
         length = int(self._counts[source.level][number])
@@ -236,18 +256,11 @@ def _shrunk(pixels: U8, factor: int) -> U8:
     return mean
 
 
-def _groups(numbers: Sequence[int], counts: I64) -> Iterator[list[int]]:
-    """Cut into runs of at most _FETCH_BYTES compressed bytes (one tile at least)."""
-    group: list[int] = []
-    size = 0
-    for number, length in zip(numbers, counts[list(numbers)].tolist(), strict=True):
-        if group and size + length > _FETCH_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(number)
-        size += length
-    if group:
-        yield group
+def _groups(numbers: Sequence[int], counts: I64) -> Iterator[Sequence[int]]:
+    """Cut into runs of about _FETCH_BYTES compressed bytes (one tile at least)."""
+    run = np.cumsum(counts[list(numbers)]) // _FETCH_BYTES
+    cuts = [0, *(np.flatnonzero(np.diff(run)) + 1).tolist(), len(numbers)]
+    yield from (numbers[a:b] for a, b in pairwise(cuts) if b > a)
 
 
 def _tables(store: ByteStore, planes: Sequence[Plane], name: str) -> tuple[list[I64], list[I64]]:

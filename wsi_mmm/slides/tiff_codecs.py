@@ -15,6 +15,7 @@ from wsi_mmm.types import U8
 # APP14 'Adobe', version 100, no flags, then the colour transform: 0 = none (RGB), 1 = YCbCr.
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 _SOI = b"\xff\xd8"
+_JFIF = b"\xff\xd8\xff\xe0"
 _YCC_J2K = 33003
 Buffer = bytes | memoryview
 
@@ -60,22 +61,25 @@ def _jpeg_decoder(plane: Plane) -> Decode:
     head += _tables(plane)
     rgb = plane.photometric != 6
 
+    plain = not rgb and not _tables(plane)
+    inverted = plane.photometric == 0
+
     def decode(data: Buffer, shrink: int, rows: int, out: U8 | None = None) -> U8:
-        if data[:2] != _SOI:
-            raise UndecodableError("no JPEG")
+        raw = bytes(data)
+        if not (plain and raw.startswith(_JFIF)):  # else all is said in the tile itself
+            if not raw.startswith(_SOI):
+                raise UndecodableError("no JPEG")
+            raw = head + (_without_colour_markers(raw) if rgb or not raw.startswith(_JFIF) else raw[2:])
         width, height = plane.tile_width // shrink, plane.tile_height // shrink
         buffer = np.empty((height, width, 3), np.uint8) if out is None else out
-        body = _without_colour_markers(bytes(data)) if rgb or data[2:4] != b"\xff\xe0" else data[2:]
         try:
-            pixels = simplejpeg.decode_jpeg(
-                b"".join((head, body)), min_height=height, min_width=width, min_factor=shrink, buffer=buffer
-            )
+            pixels = simplejpeg.decode_jpeg(raw, min_height=height, min_width=width, min_factor=shrink, buffer=buffer)
         except ValueError as error:
             raise UndecodableError(str(error)) from error
         if pixels.shape[1] != width or (plane.tiled and pixels.shape[0] != height):
             raise UndecodableError(f"a JPEG of {pixels.shape[1]} x {pixels.shape[0]} px")
         whole = buffer if pixels.shape[0] == height else _padded(pixels, height, -(-rows // shrink))
-        return 255 - whole if plane.photometric == 0 else whole
+        return 255 - whole if inverted else whole
 
     return decode
 

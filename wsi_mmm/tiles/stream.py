@@ -30,7 +30,8 @@ RUNS_AHEAD = 2
 """Runs of blocks that are fetched, or being fetched, beyond the one that is decoded."""
 
 RUN_PIXELS = 1 << 26
-"""Level-0 px of a run: some 20 MB of JPEG. The first runs are shorter, so that decoding begins soon."""
+"""Level-0 px of a run: some 10 to 20 MB of JPEG, of which a request brings 0.5 MB or more on tissue. Shorter ones ask
+for less at a time; the first is half as long, so that decoding begins soon."""
 
 
 def stream(
@@ -185,15 +186,13 @@ def _fetch_ahead(
 
 
 def _runs(grid: Grid, work: list[BlockTiles]) -> Iterator[list[BlockTiles]]:
-    """Cut into runs that double until they are of RUN_PIXELS: long ones lie in the file in long ranges."""
-    run: list[BlockTiles] = []
-    most, pixels = RUN_PIXELS >> 4, 0.0
-    for block in work:
-        area = len(block.index) * grid.tile**2 * grid.scale_x * grid.scale_y
-        if run and pixels + area > most:
-            yield run
-            most, run, pixels = min(2 * most, RUN_PIXELS), [], 0.0
-        run.append(block)
-        pixels += area
-    if run:
-        yield run
+    """Cut into runs of RUN_PIXELS, the first half as long; what would be less than half a run joins the last."""
+    area = np.array([len(block.index) for block in work]) * grid.tile**2 * grid.scale_x * grid.scale_y
+    before = np.concatenate([[0.0], np.cumsum(area)])
+    start, most = 0, RUN_PIXELS / 2
+    while start < len(work):
+        stop = max(start + 1, int(np.searchsorted(before, before[start] + most, "right")) - 1)
+        if before[-1] - before[stop] < RUN_PIXELS / 2:
+            stop = len(work)
+        yield work[start:stop]
+        start, most = stop, float(RUN_PIXELS)
