@@ -135,6 +135,7 @@ def _extra(state: SlideState, facts: dict[str, Any], *, resumed: bool) -> dict[s
         "failures": [[x, y, x + width, y + height] for x, y, width, height in sorted(state.failed)],
         "stages": {name: round(seconds, 3) for name, seconds in sorted(state.stages.items())},
         "features_s": round(max(0.0, state.forward_span[1] - state.forward_span[0]), 3),
+        "model_began_s": round(max(0.0, _first_busy(state) - state.forward_span[0]), 3),
         "classes": facts.get("classes", {}),
         "files": {k: store.join(store.redact(state.task.output), v) for k, v in facts.get("files", {}).items()},
         "device": ", ".join(sorted(state.devices)) or None,
@@ -143,6 +144,11 @@ def _extra(state: SlideState, facts: dict[str, Any], *, resumed: bool) -> dict[s
         "reader": facts.get("reader") or (state.plan.info.reader if state.plan else None),
         **({"traceback": state.traceback} if state.traceback else {}),  # only for faults that are not the user's
     }
+
+
+def _first_busy(state: SlideState) -> float:
+    """Epoch seconds at which the model began with this slide or a neighbour of it; 0 when it never did."""
+    return min((start for _, start, _ in state.busy), default=0.0)
 
 
 def versions() -> dict[str, str]:

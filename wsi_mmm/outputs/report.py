@@ -32,7 +32,8 @@ class SlideRow:
 
     ``status``: done | empty | partial | failed | cancelled. ``extra`` may hold ``failures`` (level-0 rectangles
     [x0, y0, x1, y1] that could not be read), ``stages`` (name -> seconds), ``files`` (name -> URI), ``classes``
-    (task -> class -> count), ``resumed``, ``reader``, ``device``.
+    (task -> class -> count), ``resumed``, ``reader``, ``device``, ``encoder`` (what the model's runner chose, per
+    process), ``features_s`` (from the first tile asked for to the last value stored), ``model_began_s`` (after that).
     """
 
     id: str
