@@ -37,6 +37,8 @@ DEFAULT_GLASS = -math.log(245 / 256)
 SPECK_UM2 = 10_000.0
 """Smaller things are dust, on a slide of ordinary size (a square of 100 micrometres)."""
 
+_DENSITY: F32 = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)  # of each grey level
+
 WINDOW_UM = 72.0
 """Side of the window in which texture is counted: a few cells wide."""
 
@@ -70,18 +72,30 @@ def find_tissue(rgb: U8, um_per_px: float = 8.0) -> Mask:
 
 
 def _features(rgb: U8, window: int) -> Features:
-    density = -np.log((rgb.astype(np.float32) + 1) / 256)
-    mean = density.mean(axis=2)
+    density = _DENSITY[rgb]
+    mean = _mean(density)
     texture = _texture(mean, window)
     glass = _glass(density, mean, texture)
     density -= DEFAULT_GLASS if glass is None else glass
     return Features(
         density=density,
-        depth=density.mean(axis=2),
-        chroma=density.max(axis=2) - density.min(axis=2),
+        depth=_mean(density),
+        chroma=_spread_of(density),
         texture=texture,
         has_glass=glass is not None,
     )
+
+
+def _mean(pixels: F32) -> F32:
+    """The mean of three channels; numpy's own along an axis of three takes ten times as long."""
+    return np.asarray((pixels[..., 0] + pixels[..., 1] + pixels[..., 2]) / np.float32(3), np.float32)
+
+
+def _spread_of(pixels: F32) -> F32:
+    """The largest of three channels less the smallest."""
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    largest = np.maximum(np.maximum(red, green), blue)
+    return np.asarray(largest - np.minimum(np.minimum(red, green), blue), np.float32)
 
 
 def _texture(mean: F32, window: int) -> F32:
@@ -96,7 +110,7 @@ def _texture(mean: F32, window: int) -> F32:
 
 def _glass(density: F32, mean: F32, texture: F32) -> F32 | None:
     """Optical density float32[h, w, 3] of smooth, bright, neutral px nearby, else the slide's; None without glass."""
-    spread = density.max(axis=2) - density.min(axis=2)
+    spread = _spread_of(density)
     smooth = (texture < 0.05) & (mean < GLASS_DENSITY) & (spread < GLASS_CHROMA)
     enough = max(50, 0.001 * smooth.size)
     if smooth.sum() < enough:
@@ -106,8 +120,8 @@ def _glass(density: F32, mean: F32, texture: F32) -> F32 | None:
     smooth = scanned if scanned.sum() >= enough else smooth
     reference = _mode(density, mean, smooth)
     offset = density - reference
-    neutral = offset.max(axis=2) - offset.min(axis=2) < SHADE_CHROMA
-    glass = smooth & neutral & (offset.mean(axis=2) < SHADE_DEPTH)
+    neutral = _spread_of(offset) < SHADE_CHROMA
+    glass = smooth & neutral & (_mean(offset) < SHADE_DEPTH)
     return _spread(density, glass, reference)
 
 
@@ -177,7 +191,7 @@ def _implausible(features: Features) -> Mask:
 def _foreign(features: Features, tissue: Mask, smooth: Mask) -> Mask:
     """Pixels whose colour is far commoner among ``smooth`` dense pixels than among textured ``tissue``."""
     clipped = np.maximum(features.density, 0)
-    total = clipped.sum(axis=2) + 1e-3
+    total = clipped[..., 0] + clipped[..., 1] + clipped[..., 2] + np.float32(1e-3)
     bins = 32
     red = np.minimum((clipped[..., 0] / total * bins).astype(np.int32), bins - 1)
     blue = np.minimum((clipped[..., 2] / total * bins).astype(np.int32), bins - 1)
