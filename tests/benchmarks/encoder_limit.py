@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from wsi_mmm.memory import keep_memory
 from wsi_mmm.model.checkpoint import load_encoder
 from wsi_mmm.model.fold import folded
-from wsi_mmm.model.runner import tune_allocator
 from wsi_mmm.model.runtime import forward_pass
 
 CORES = len(os.sched_getaffinity(0))
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     given = parser.parse_args()
     if given.case != "plain":
-        tune_allocator()
+        keep_memory()
     torch.set_num_threads(CORES)
     todo = cases(given.case, given.encoder, given.size)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Generator, Tensor
 
 from wsi_mmm.errors import ModelError
+from wsi_mmm.memory import keep_memory
 from wsi_mmm.model.checkpoint import load_tensors, save_tensors
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.model.runner import tune_allocator
 from wsi_mmm.tasks import Task
 from wsi_mmm.train import step as stepping
 from wsi_mmm.train.compose import Batch, Composer
@@ -70,7 +70,7 @@ def train(
     Every ``plan.every`` steps a checkpoint is written and ``evaluate`` (of the averaged model) is said.
     """
     torch.set_num_threads(plan.threads)
-    tune_allocator()
+    keep_memory()
     state = begin(model, plan)
     resume(state, folder / CHECKPOINT, say)
     started, first = time.monotonic(), state.step
