@@ -82,8 +82,11 @@ answers() {
 }
 
 up() {
-    mkdir -p "$dir"/{mon,mgr,osd,run,log}
-    if [ ! -f "$dir/run/client.rgw.pid" ]; then
+    local pid
+    pid=$(cat "$dir/run/client.rgw.pid" 2>/dev/null || true)
+    if [ -z "$pid" ] || ! kill -0 "$pid" 2>/dev/null; then
+        down  # what a start that failed, or a machine that went down, left behind does not fit a new cluster
+        mkdir -p "$dir"/{mon,mgr,osd,run,log}
         install_packages
         ! answers 1 || fail "something else answers on port $port; give another one in WSI_MMM_S3_PORT"
         write_config
