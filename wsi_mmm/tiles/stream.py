@@ -29,8 +29,8 @@ READ_AHEAD = 1
 RUNS_AHEAD = 2
 """Runs of blocks that are fetched, or being fetched, beyond the one that is decoded."""
 
-RUN_PIXELS = 1 << 26
-"""Level-0 px of a run: some 10 to 20 MB of JPEG, of which a request brings 0.5 MB or more on tissue. Shorter ones ask
+RUN_PIXELS = 1 << 27
+"""Level-0 px of a run: some 20 to 30 MB of JPEG, of which a request brings 0.5 MB or more on tissue. Shorter ones ask
 for less at a time; the first is half as long, so that decoding begins soon."""
 
 
