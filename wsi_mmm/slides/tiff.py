@@ -169,7 +169,8 @@ class TiffReader:
         shrink, rows = source.shrink, plane.tile_height
         plain = plane.tiled and plane.width % shrink == 0 and plane.height % shrink == 0
         buffer_of = iter(buffers)
-        for group in _groups(numbers, self._counts[source.level]):
+        few = len(numbers) * most <= _FETCH_BYTES
+        for group in [numbers] if few else _groups(numbers, self._counts[source.level]):
             lengths = self._counts[source.level][group].tolist()
             for number, raw, length in zip(group, self._bytes(source.level, group, fetched), lengths, strict=True):
                 tile: Tile
@@ -191,10 +192,12 @@ class TiffReader:
         """The compressed bytes of native tiles in the order given, fetching what ``fetched`` lacks."""
         known = fetched.data if fetched is not None and fetched.level == level else {}
         missing = [n for n in numbers if n not in known] if known else list(numbers)
+        if not missing:
+            return [known[n] for n in numbers]
         counts, most = self._counts[level][missing], self._most[level]
         # A length that cannot be is not fetched: a small file may claim terabytes.
         ranges = np.stack([self._offsets[level][missing], np.where(counts <= most, counts, 0)], axis=1)
-        found = self._store.get_ranges(ranges) if missing else []
+        found = self._store.get_ranges(ranges)
         if len(missing) == len(numbers):
             return found
         late = dict(zip(missing, found, strict=True))
