@@ -275,8 +275,6 @@ def memory(options: argparse.Namespace) -> list[Row]:
 
 def passes(slide: str, count: int) -> None:
     """Read all tissue ``count`` times; print what the process holds after each. Run in a fresh process."""
-    import resource
-
     import psutil
 
     job = make_job(slide, -1.0, tile=256, most=0)
@@ -285,7 +283,9 @@ def passes(slide: str, count: int) -> None:
         timed(ours, job, 2)
         rss.append(psutil.Process().memory_info().rss / 1e6)
     seconds = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    # Not getrusage: after exec it still holds the peak of the process that forked this one.
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024 / 1e6
     rate = len(job.index) * count / seconds
     print(json.dumps({"rss_mb": rss, "peak_mb": peak, "tiles": len(job.index), "rate": rate}))
 

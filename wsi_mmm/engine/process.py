@@ -9,7 +9,8 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi_mmm.cache import CachedReader, Choice, Entry, Quota, choose
@@ -173,5 +174,9 @@ def release(*, models: bool = True) -> None:
 
 def peak_rss_mb() -> float:
     """Highest resident memory of this process so far, in MB, as the system accounts it."""
+    with suppress(OSError, StopIteration):
+        # Not getrusage, where there is more: after exec that still holds the peak of the process that forked this one.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak / 1024
