@@ -198,3 +198,23 @@ def test_a_time_out_that_is_none_is_told(value: str) -> None:
     assert store_objects.timeout({"WSI_MMM_STORAGE_TIMEOUT": "2.5"}) == 2.5
     with pytest.raises(StorageError, match="WSI_MMM_STORAGE_TIMEOUT"):
         store_objects.timeout({"WSI_MMM_STORAGE_TIMEOUT": value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "far"), [("fuse.juicefs", True), ("nfs4", True), ("ext4", False), ("fuseblk", False), ("tmpfs", False)]
+)
+def test_a_file_on_a_network_mount_is_far(
+    tmp_path: Path, kind: str, far: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is then fetched ahead, in long runs, as a slide on S3 is."""
+    path = tmp_path / "slide"
+    path.write_bytes(b"0123456789")
+    device = path.stat().st_dev
+    line = f"31 29 {os.major(device)}:{os.minor(device)} / /mnt rw,relatime shared:1 - {kind} server:/share rw\n"
+    monkeypatch.setattr(
+        "wsi_mmm.slides.store_local.Path.read_text", lambda _: "29 1 0:999 / / rw - proc proc rw\n" + line
+    )
+    opened = store.open_store(str(path))
+    assert opened.remote is far
+    assert [bytes(part) for part in opened.get_ranges([(0, 2), (8, 5)])] == [b"01", b"89"]
+    opened.close()

@@ -15,15 +15,20 @@ from wsi_mmm.slides.uris import local_path
 
 # A gap costs its copy, a further pread about as much as copying 16 KB. Nothing travels side by side: no cuts.
 _MERGING = Merging(gap=16 << 10, waste=1.0, part=64 << 20, longest=256 << 20)
+_FAR = Merging(gap=128 << 10, waste=0.12, part=64 << 20, longest=256 << 20)
+_NETWORKS = ("fuse", "nfs", "cifs", "smb", "ceph", "lustre", "beegfs", "gpfs", "gluster", "9p", "afs")
 
 
 class LocalStore:
-    """A file, read in ranges by several threads at once."""
+    """A file, read in ranges by several threads at once.
 
-    remote = False
+    ``remote``: it lies on a mount of a network (NFS, JuiceFS and the like), where every read waits.
+    """
 
     def __init__(self, uri: str, descriptor: int) -> None:
         self.uri = uri
+        self.remote = _network_mount(os.fstat(descriptor).st_dev)
+        self._merging = _FAR if self.remote else _MERGING
         self.counter = Counter()
         self._descriptor = descriptor
         self.size = os.fstat(descriptor).st_size
@@ -36,7 +41,7 @@ class LocalStore:
     def get_ranges(self, ranges: Ranges) -> list[Buffer]:
         """Return the bytes of each (start, length); short where the file ends."""
         with _reading(self.uri):
-            found = fetch_merged(ranges, self.size, rule=_MERGING, get=self._get)
+            found = fetch_merged(ranges, self.size, rule=self._merging, get=self._get)
             if self._version() != self.etag:
                 raise SlideChanged(f"{self.uri} was changed while it was read; run again")
         return found
@@ -60,6 +65,17 @@ class LocalStore:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _network_mount(device: int) -> bool:
+    """Tell whether a device is a network file system, as Linux lists it; unknown ones are taken for disks."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            mount, _, kind = line.partition(" - ")
+            if mount.split()[2:3] == [number]:
+                return kind.startswith(_NETWORKS) and not kind.startswith("fuseblk")
+    return False
 
 
 def open_local(uri: str) -> LocalStore:

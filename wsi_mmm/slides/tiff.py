@@ -32,7 +32,7 @@ from wsi_mmm.slides.scaled import (
     sources_of,
     taps_of,
 )  # fmt: skip
-from wsi_mmm.slides.store import ByteStore, is_local, redact
+from wsi_mmm.slides.store import ByteStore, redact
 from wsi_mmm.slides.tiff_codecs import Buffer, UndecodableError, decoder, most_bytes, shrinks
 from wsi_mmm.slides.tiff_ifd import Directory, read_directories, table
 from wsi_mmm.slides.tiff_meta import COMPRESSIONS, Plane, TiffSlide, describe
@@ -62,7 +62,7 @@ class TiffReader:
         self._decoded = 0
         self._lock = threading.Lock()
         self.info = _info(store, slide)
-        self.remote = not is_local(store.uri)
+        self.remote = store.remote
         self._sources = sources_of(slide.levels, shrinks(slide.planes[0]))
         self._exact_until = _EXACT_JPEG if len(self._sources) > len(slide.levels) else _EXACT
 
