@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from helpers.faulty import KINDS, Faulty
+from helpers.moto import moto_server
 from wsi_mmm.errors import SlideChanged, SlideNotFound, StorageError
 from wsi_mmm.slides import open_slide, store
 
@@ -37,15 +38,8 @@ class Kind(NamedTuple):
 @pytest.fixture(scope="session")
 def moto() -> Iterator[str]:
     """An S3 server in this process; yields its endpoint."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from moto.server import ThreadedMotoServer
-
-        server = ThreadedMotoServer(port=0, verbose=False)
-        server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as endpoint:
+        yield endpoint
 
 
 def _bucket(endpoint: str) -> str:

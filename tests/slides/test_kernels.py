@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from helpers.resampled import resample
 from wsi_mmm.slides import kernels
-from wsi_mmm.slides.resample import Weights, resample, taps
+from wsi_mmm.slides.resample import Weights, taps
 from wsi_mmm.types import I64, U8
 
 

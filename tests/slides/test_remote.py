@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.moto import moto_server
 from wsi_mmm.errors import NotASlide, OutputError, SlideChanged, SlideNotFound, StorageError, WsiError
 from wsi_mmm.slides import open_slide, store
 from wsi_mmm.slides.remote import Endpoint, RemoteStore
@@ -24,15 +24,8 @@ SECRET = "very/secret+key"
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """An S3 server in this process; yields its endpoint."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from moto.server import ThreadedMotoServer
-
-        server = ThreadedMotoServer(port=0, verbose=False)
-        server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.area import area_average
+from helpers.resampled import resample
 from wsi_mmm.slides.fake import ArrayReader
-from wsi_mmm.slides.resample import resample, taps
+from wsi_mmm.slides.resample import taps
 from wsi_mmm.types import U8, Block
 
 

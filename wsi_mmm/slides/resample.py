@@ -135,13 +135,6 @@ class Weights:
                         self._first_x - left, self._weight_x, _flat(out[start:stop]), self._sums)  # fmt: skip
 
 
-def resample(source: U8, y: Taps, x: Taps) -> U8:
-    """Return uint8[len(y), len(x), 3] of ``source`` uint8[h, w, 3], whose pixel (0, 0) is (y.first, x.first)."""
-    out = np.empty((len(y.offsets) - 1, len(x.offsets) - 1, 3), np.uint8)
-    Weights(y, x).average(source, y.first, 0, len(out), out)
-    return out
-
-
 def _flat(pixels: U8) -> U8:
     """Pictures uint8[..., h, w, 3] as uint8[..., h, w * 3] on the same memory: their rows are of whole pixels."""
     shape, strides = pixels.shape[:-2], pixels.strides[:-2]

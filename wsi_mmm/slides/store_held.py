@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from wsi_mmm.slides.ranges import Buffer, Counter, Ranges
+from wsi_mmm.slides.ranges import Buffer, Ranges
+
+if TYPE_CHECKING:
+    from wsi_mmm.slides.store import ByteStore
 
 HEAD = 256 << 10  # bytes: the header, and in most slides the tables of tiles behind it
 _WINDOW = 256 << 10
@@ -12,26 +15,10 @@ _REST = 1 << 20  # when no more than this is left behind a piece, all of it is r
 _MOST = 4 << 20  # bytes held
 
 
-class Inner(Protocol):
-    """What is read: any ByteStore."""
-
-    uri: str
-    size: int
-    etag: str | None
-    counter: Counter
-    remote: bool
-
-    def get_ranges(self, ranges: Ranges) -> list[Buffer]:
-        """Return the bytes of each (start, length)."""
-
-    def close(self) -> None:
-        """Let go."""
-
-
 class HeldStore:
     """A ByteStore that holds what ``piece`` brought, more than was asked for, and serves ranges from it."""
 
-    def __init__(self, inner: Inner, head: Buffer = b"") -> None:
+    def __init__(self, inner: ByteStore, head: Buffer = b"") -> None:
         self.uri, self.size, self.etag, self.counter = inner.uri, inner.size, inner.etag, inner.counter
         self.remote = inner.remote
         self._inner = inner
@@ -75,6 +62,6 @@ class HeldStore:
         self._inner.close()
 
 
-def held(store: Inner | HeldStore) -> HeldStore:
+def held(store: ByteStore) -> HeldStore:
     """Return a store that holds pieces: itself when it does."""
     return store if isinstance(store, HeldStore) else HeldStore(store)
