@@ -8,6 +8,9 @@ been silent for much longer than its like is sent once more, and the first answe
 from __future__ import annotations
 
 import asyncio
+import atexit
+import concurrent.futures
+import contextlib
 import itertools
 import math
 import os
@@ -59,9 +62,30 @@ def _running() -> _Engine:
         with _lock:
             if _engine is None or _engine.pid != os.getpid():
                 loop = asyncio.new_event_loop()
-                threading.Thread(target=loop.run_forever, name="fetch", daemon=True).start()
+                thread = threading.Thread(target=loop.run_forever, name="fetch", daemon=True)
+                thread.start()
+                # A daemon thread that is killed inside native code, as the interpreter ends, aborts the process.
+                atexit.register(_end, os.getpid(), loop, thread)
                 _engine = _Engine(os.getpid(), loop, asyncio.Semaphore(_PER_PROCESS))
     return _engine
+
+
+async def _cancel_all() -> None:
+    """Stop every other request of the loop, and wait until it has let go."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+def _end(pid: int, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """Stop the loop in order, in the process that started it; what takes longer than two seconds is left."""
+    if pid != os.getpid() or not thread.is_alive():
+        return
+    with contextlib.suppress(concurrent.futures.TimeoutError):
+        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(2)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(2)
 
 
 def wait_for(work: Coroutine[Any, Any, T]) -> T:
