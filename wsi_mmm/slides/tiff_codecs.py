@@ -5,11 +5,12 @@ JPEG is decoded by libjpeg-turbo with its accurate DCT and 'fancy' chroma upsamp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
-from wsi_mmm.slides.tiff_meta import Plane
+from wsi_mmm.slides.tiff_meta import COMPRESSIONS, Plane
 from wsi_mmm.types import U8
 
 # APP14 'Adobe', version 100, no flags, then the colour transform: 0 = none (RGB), 1 = YCbCr.
@@ -57,19 +58,10 @@ def most_bytes(plane: Plane) -> int:
 def _jpeg_decoder(plane: Plane) -> Decode:
     import simplejpeg
 
-    head = _SOI + (_ADOBE + (b"\x01" if plane.photometric == 6 else b"\x00") if plane.samples == 3 else b"")
-    head += _tables(plane)
-    rgb = plane.photometric != 6
-
-    plain = not rgb and not _tables(plane)
-    inverted = plane.photometric == 0
+    inverted, complete = plane.photometric == 0, _completed(plane)
 
     def decode(data: Buffer, shrink: int, rows: int, out: U8 | None = None) -> U8:
-        raw = bytes(data)
-        if not (plain and raw.startswith(_JFIF)):  # else all is said in the tile itself
-            if not raw.startswith(_SOI):
-                raise UndecodableError("no JPEG")
-            raw = head + (_without_colour_markers(raw) if rgb or not raw.startswith(_JFIF) else raw[2:])
+        raw = complete(data)
         width, height = plane.tile_width // shrink, plane.tile_height // shrink
         buffer = np.empty((height, width, 3), np.uint8) if out is None else out
         try:
@@ -82,6 +74,62 @@ def _jpeg_decoder(plane: Plane) -> Decode:
         return 255 - whole if inverted else whole
 
     return decode
+
+
+def _completed(plane: Plane) -> Callable[[Buffer], bytes]:
+    """Return what makes a tile a whole JPEG stream: with the shared tables, and with markers that say its colours."""
+    head = _SOI + (_ADOBE + (b"\x01" if plane.photometric == 6 else b"\x00") if plane.samples == 3 else b"")
+    head += _tables(plane)
+    rgb = plane.photometric != 6
+    plain = not rgb and not _tables(plane)
+
+    def complete(data: Buffer) -> bytes:
+        raw = bytes(data)
+        if plain and raw.startswith(_JFIF):  # all is said in the tile itself
+            return raw
+        if not raw.startswith(_SOI):
+            raise UndecodableError("no JPEG")
+        return head + (_without_colour_markers(raw) if rgb or not raw.startswith(_JFIF) else raw[2:])
+
+    return complete
+
+
+def foreign_obstacle(plane: Plane) -> str:
+    """Why no other decoder than ours gets a plane's tiles; empty when `streams` tells tile by tile."""
+    if plane.compression != 7 or not plane.tiled:
+        return f"compressed with {COMPRESSIONS[plane.compression]}" if plane.tiled else "stored in strips"
+    if plane.photometric != 6 or plane.samples != 3:
+        return "its JPEG tiles are not stored as YCbCr"
+    return "" if 8 in shrinks(plane) else f"its tiles have {plane.tile_width} x {plane.tile_height} px"
+
+
+def streams(plane: Plane) -> Callable[[Buffer], bytes | None]:
+    """Return what makes a tile a whole stream for any baseline decoder; None: a stream that is not plain enough."""
+    complete = _completed(plane)
+
+    def stream(data: Buffer) -> bytes | None:
+        whole = complete(data)
+        return whole if _baseline(whole, plane) else None
+
+    return stream
+
+
+def _baseline(raw: bytes, plane: Plane) -> bool:
+    """Tell whether a stream is baseline, of 8 bits, of three components and the tile's size, and surely YCbCr.
+
+    ITU-T T.81 B.2 (markers), T.872 6.5.3 (the colour transform of APP14).
+    """
+    at = 2
+    while at + 18 <= len(raw) and raw[at] == 0xFF:
+        marker, begin = raw[at + 1], at + 4
+        if marker == 0xC0:
+            size = plane.tile_height.to_bytes(2, "big") + plane.tile_width.to_bytes(2, "big")
+            return raw[begin : begin + 6] == b"\x08" + size + b"\x03"
+        odd_frame = 0xC1 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
+        if odd_frame or marker == 0xDA or (marker == 0xEE and raw[begin : begin + 5] == b"Adobe" and raw[at + 15] != 1):
+            return False
+        at = begin - 2 + int.from_bytes(raw[at + 2 : begin], "big")
+    return False
 
 
 def _tables(plane: Plane) -> bytes:

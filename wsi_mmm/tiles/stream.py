@@ -18,10 +18,10 @@ import numpy as np
 
 from wsi_mmm.errors import RecipeError
 from wsi_mmm.memory import keep_memory
-from wsi_mmm.slides.base import Fetched, Reader, TileReader
+from wsi_mmm.slides.base import EncodedReader, Fetched, Reader, TileReader
 from wsi_mmm.slides.cut import cut_tiles
 from wsi_mmm.tiles.grid import BlockTiles, blocks, tile_boxes, tile_xy
-from wsi_mmm.types import I64, U8, Batch, Grid, Mask, Tiles
+from wsi_mmm.types import I64, U8, Batch, EncodedBatch, Grid, Mask, Tiles
 
 READ_AHEAD = 1
 """Blocks (full ones, or as many tiles) that may wait, read, beyond those that the threads are reading."""
@@ -59,6 +59,12 @@ def read_block(reader: Reader, grid: Grid, block: BlockTiles) -> Batch:
     return Batch(pixels=pixels, xy=tile_xy(grid, block.index), index=block.index, failed=failed)
 
 
+def read_encoded(reader: EncodedReader, grid: Grid, block: BlockTiles, fetched: Fetched | None = None) -> EncodedBatch:
+    """The tiles of one block, in its order, still compressed. The reader has no `obstacle` to them."""
+    encoded = reader.read_encoded(_tiles(grid, block.index), fetched)
+    return EncodedBatch(encoded, tile_xy(grid, block.index), block.index, touched(grid, block.index, encoded.failed))
+
+
 ReadTiles = Callable[[Tiles, Sequence[U8], Fetched | None], I64]
 
 
@@ -71,14 +77,14 @@ def _tile_reader(reader: Reader) -> ReadTiles:
 
 def _read(read: ReadTiles, grid: Grid, index: I64, out: Sequence[U8], fetched: Fetched | None = None) -> Mask:
     """Read tiles to ``out``; return which of them hold pixels that could not be read."""
-    return _touched(grid, index, read(_tiles(grid, index), out, fetched))
+    return touched(grid, index, read(_tiles(grid, index), out, fetched))
 
 
 def _tiles(grid: Grid, index: I64) -> Tiles:
     return Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y, grid.overlap)
 
 
-def _touched(grid: Grid, index: I64, failed: I64) -> Mask:
+def touched(grid: Grid, index: I64, failed: I64) -> Mask:
     """Which tiles share area with a rectangle of ``failed`` int64[m, 4] (x0, y0, x1, y1), level-0 px."""
     if not len(failed):
         return np.zeros(len(index), bool)
