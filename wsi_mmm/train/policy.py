@@ -1,4 +1,4 @@
-"""What a training step looks at: a pure function of (seed, step), shared out among ranks. It chooses, and reads nothing.
+"""What a training step looks at: a pure function of (seed, step), shared out among ranks. It chooses, reads nothing.
 
 A *feed* is a data set as training sees it, a *micro-batch* some of its items, a *slot* one micro-batch in the order of
 all. Every policy is a block of slots that repeats (a step, a round or an epoch) with fixed counts of each feed, in an
@@ -64,7 +64,7 @@ def plan_step(
     """All micro-batches of one optimiser step, the same on every rank.
 
     ``balanced``: each step has every feed once (``weight`` times), ``rounds`` times over. The others take the next
-    ``rounds`` slots: ``cyclic`` of feeds in turn, ``concat`` of epochs in which each item comes once, ``proportional``
+    ``rounds`` slots: ``cyclic`` of feeds in turn, ``concat`` of epochs as long as all feeds together, ``proportional``
     with feeds drawn by their size, ``temperature`` by size ** (1 / temperature) (Devlin et al. 2019; 1: proportional).
     ``class_balance``: within a feed its classes take turns, whatever their sizes. Raises RecipeError.
     """
@@ -111,7 +111,7 @@ def fraction_of(labels: I32, fraction: float, *, seed: int) -> I64:
     """
     if not 0.0 < fraction <= 1.0:
         raise RecipeError(f"fraction of the data is {fraction}: give more than 0 and at most 1")
-    order = np.random.default_rng([key_of("fraction"), seed]).permutation(len(labels)).astype(np.int64)
+    order = np.random.default_rng(key_of(f"fraction/{seed}")).permutation(len(labels)).astype(np.int64)
     known = np.flatnonzero(labels[order] >= 0)
     leaders = known[np.unique(labels[order][known], return_index=True)[1]]
     order = np.concatenate([order[np.sort(leaders)], np.delete(order, leaders)])
@@ -174,15 +174,11 @@ def _block(counts: tuple[int, ...], key: tuple[int, int] | None) -> tuple[I32, I
     if key is None:
         order = np.argsort(before, kind="stable")  # in turn: 0 1 2 0 2, not 0 0 1 2 2
         return feeds[order], before[order]
-    feeds = np.random.default_rng([key_of("block"), *_words(key)]).permutation(feeds)
+    feeds = np.random.default_rng(key_of(f"block/{key}")).permutation(feeds)
     for number in range(len(counts)):
         mine = feeds == number
         before[mine] = np.arange(counts[number])
     return feeds, before
-
-
-def _words(numbers: Sequence[int]) -> list[int]:
-    return [number & 0xFFFFFFFFFFFFFFFF for number in numbers]
 
 
 # ---------------------------------------------------------------- which items
@@ -198,7 +194,7 @@ def _by_epoch(name: str, items: int, positions: I64) -> I64:
 
 def _by_class(feed: FeedSize, labels: I32, *, seed: int, positions: I64) -> I64:
     """Every run of C positions has each of the C classes once; each class goes through its own epochs."""
-    order, starts = _members(labels.tobytes())
+    order, starts = _members(_Same(labels))
     classes = len(starts) - 1
     rounds, places = np.divmod(positions, classes)
     out = np.empty(len(positions), np.int64)
@@ -209,12 +205,25 @@ def _by_class(feed: FeedSize, labels: I32, *, seed: int, positions: I64) -> I64:
     return out
 
 
-@lru_cache(maxsize=8)
-def _members(labels: bytes) -> tuple[I64, I64]:
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """An array as a key: the very object, not its values, which may be millions. Held, so that no other takes its id."""
+
+    array: I32
+
+    def __hash__(self) -> int:
+        return id(self.array)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.array is self.array
+
+
+@lru_cache(maxsize=16)
+def _members(labels: _Same) -> tuple[I64, I64]:
     """Items sorted by class, and where each class begins (one more at the end). Items without one are a class."""
-    values = np.frombuffer(labels, np.int32)
-    _, counts = np.unique(np.maximum(values, -1), return_counts=True)
-    return np.argsort(np.maximum(values, -1), kind="stable"), np.concatenate([[0], np.cumsum(counts)])
+    values = np.maximum(labels.array, -1)
+    _, counts = np.unique(values, return_counts=True)
+    return np.argsort(values, kind="stable"), np.concatenate([[0], np.cumsum(counts)])
 
 
 def _order(name: str, items: int) -> I32:

@@ -1,0 +1,320 @@
+"""Geometric change as one affine per picture, the same for its pixels and its truth.
+
+``theta`` float32[2, 3] takes crop px to sample px: (x, y) = theta[:, :2] @ (u, v) + theta[:, 2]; px edges are integers,
+so the middle of px k is k + 0.5. Turns by right angles, flips and whole shifts copy pixels and labels exactly. Beyond
+the sample there is white, and nothing is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wsi_mmm.tasks.truth import Boxes, Survival, Truth
+from wsi_mmm.types import F32, F64, I64, U8, Mask
+
+VISIBLE = 0.35
+"""Least share of a box that must lie in the crop; what shows less of itself is marked unknown."""
+
+_BAND = 8  # px rows that an unknown area beyond a turned sample is cut into
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What may be done to the geometry of pictures in training.
+
+    ``flips``: left and right; ``quarters``: turns by right angles; ``angle``: degrees that it is turned further at
+    most; ``scale``: objects get up to 1 + scale times as large or small; ``shift``: sizes of a crop that it may lie
+    beside the middle of a sample cut out for it (whole images: any place in them, and this much beyond). ``place``:
+    False puts every crop in the middle. Boxes of what is turned by free angles get loose: a box turns as a rectangle.
+    """
+
+    flips: bool = True
+    quarters: bool = True
+    angle: float = 0.0
+    scale: float = 0.0
+    shift: float = 0.0
+    place: bool = True
+
+
+NO_CHANGE = Change(flips=False, quarters=False, place=False)
+
+
+def reach(change: Change, size: int, margin: int = 0) -> int:
+    """Side in px that a sample needs so that no crop of ``size`` px, and ``margin`` px round it, reaches beyond it."""
+    turned = math.radians(min(abs(change.angle), 45.0))
+    side = (size + 2 * margin) * (1.0 + change.scale) * (math.cos(turned) + math.sin(turned))
+    side += 2.0 * change.shift * size
+    return size + 2 * math.ceil(max(0.0, side - size - 1e-6) / 2)
+
+
+def draw_thetas(change: Change, shapes: Sequence[tuple[int, int]], *, size: int, read: int, seed: int) -> F32:
+    """float32[n, 2, 3] of crops of ``size`` px out of samples of ``shapes`` (height, width).
+
+    Samples of ``read`` x ``read`` px were cut out round their item, others are whole images. Sample i gets the same
+    numbers whatever the others are.
+    """
+    drawn = np.random.default_rng(seed).random((len(shapes), 6))
+    thetas = [
+        _theta(change, shape, size=size, whole=shape != (read, read), drawn=row)
+        for shape, row in zip(shapes, drawn, strict=True)
+    ]
+    return np.stack(thetas).astype(np.float32) if thetas else np.zeros((0, 2, 3), np.float32)
+
+
+def _theta(change: Change, shape: tuple[int, int], *, size: int, whole: bool, drawn: F64) -> F64:
+    linear = _linear(change, drawn)
+    half = np.abs(linear).sum(1) * size / 2
+    middle = np.array([shape[1], shape[0]]) / 2
+    slack = np.abs(middle - half) if whole and change.place else np.zeros(2)
+    slack = slack + change.shift * size
+    centre = middle + (2.0 * drawn[4:6] - 1.0) * slack
+    offset = centre - linear.sum(1) * size / 2
+    if _right_angled(linear):
+        offset = np.round(offset)  # whole px are copied as they are
+    return np.concatenate([linear, offset[:, None]], axis=1)
+
+
+def _linear(change: Change, drawn: F64) -> F64:
+    """The 2 x 2 part: a flip, a turn and a scale; exact for right angles."""
+    flip = -1.0 if change.flips and drawn[0] < 0.5 else 1.0
+    quarter = int(drawn[1] * 4) if change.quarters else 0
+    turn = math.radians(change.angle) * (2.0 * drawn[2] - 1.0)
+    step = (1.0 + change.scale) ** (1.0 - 2.0 * drawn[3])
+    cos, sin = ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))[quarter]
+    right = np.array([[cos * flip, -sin], [sin * flip, cos]])
+    free = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    linear: F64 = step * (free @ right) if change.angle or change.scale else right
+    return linear
+
+
+def _right_angled(linear: F64) -> bool:
+    return bool(np.isin(linear, (-1.0, 0.0, 1.0)).all() and (np.abs(linear).sum(0) == 1).all())
+
+
+def widened(theta: F32, margin: int) -> F32:
+    """The same warp of a crop with ``margin`` more px on every side; ``theta`` float32[2, 3]."""
+    out = theta.copy()
+    out[:, 2] -= theta[:, :2].sum(1) * np.float32(margin)
+    return out
+
+
+def cut(pixels: U8, theta: F32, size: int) -> tuple[U8, F32]:
+    """The part of ``pixels`` uint8[h, w, 3] (a view) that the crop needs, and its warp from there. Nothing else of the
+    picture goes to the device; at least one px."""
+    scale = float(np.abs(theta[:, :2]).max())
+    rim = 0 if _exact(theta) else math.ceil(2.0 * scale) + 1
+    corners = _corners(theta, size)
+    shape = np.array(pixels.shape[1::-1])
+    low = np.clip(np.floor(corners.min(0)).astype(np.int64) - rim, 0, shape - 1)
+    high = np.clip(np.ceil(corners.max(0)).astype(np.int64) + rim, low + 1, shape)
+    moved = theta.copy()
+    moved[:, 2] -= low.astype(np.float32)
+    return pixels[low[1] : high[1], low[0] : high[0]], moved
+
+
+def padded(pictures: Sequence[U8]) -> tuple[U8, I64]:
+    """Pictures uint8[h, w, 3] of any sizes as one uint8[n, H, W, 3], white beside them, and int64[n, 2] their sizes."""
+    sizes = np.array([p.shape[:2] for p in pictures], np.int64).reshape(-1, 2)
+    height, width = sizes.max(0) if len(sizes) else (0, 0)
+    even = bool((sizes == (height, width)).all())
+    out = (np.empty if even else lambda s, t: np.full(s, 255, t))((len(pictures), height, width, 3), np.uint8)
+    for place, picture in zip(out, pictures, strict=True):
+        place[: picture.shape[0], : picture.shape[1]] = picture
+    return out, sizes
+
+
+# ---------------------------------------------------------------- pixels, on the device
+
+
+def warp_pixels(pixels: Tensor, theta: Tensor, size: int) -> Tensor:
+    """uint8[n, H, W, 3] (white beside smaller pictures) -> float32[n, 3, size, size] in [0, 1], channels_last.
+
+    ``theta`` float32[n, 2, 3] on the CPU: what is to be done is decided there, without waiting for the device.
+    Warps that copy are copied; the others are bilinear, of averages of 2 ** k px where they show less.
+    """
+    if len(theta) != len(pixels) or theta.device.type != "cpu":
+        raise ValueError("theta must be on the CPU, with one warp for each picture")
+    ways = _ways(theta.numpy())
+    if len(set(ways)) == 1:
+        return _one_way(pixels, theta, size=size, way=ways[0])
+    out = torch.empty((len(pixels), size, size, 3), device=pixels.device).permute(0, 3, 1, 2)
+    for way in sorted(set(ways)):
+        which = torch.tensor([i for i, w in enumerate(ways) if w == way])
+        there = which.to(pixels.device)
+        out[there] = _one_way(pixels[there], theta[which], size=size, way=way)
+    return out
+
+
+def _ways(thetas: F32) -> list[int]:
+    """-1: copies; k >= 0: sampled from averages of 2 ** k px, of which a crop px spans 1.5 at most (k <= 6)."""
+    out = []
+    for theta in thetas:
+        span = float(np.linalg.norm(theta[:, :2].astype(np.float64), axis=0).max())
+        out.append(-1 if _exact(theta) else min(6, max(0, math.ceil(math.log2(max(span, 1e-6) / 1.5)))))
+    return out
+
+
+def _one_way(pixels: Tensor, theta: Tensor, *, size: int, way: int) -> Tensor:
+    if not len(pixels):
+        return torch.empty((0, 3, size, size), device=pixels.device)
+    x, y = _fields(theta.to(pixels.device, non_blocking=True), size)
+    return _copied(pixels, x, y) if way < 0 else _sampled(pixels, x, y, level=way)
+
+
+def _fields(theta: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Sample px float32[n, size, size] (x, y) of the middles of crop px."""
+    t = torch.arange(size, device=theta.device, dtype=torch.float32) + 0.5
+    a, b, c = (theta[:, :, k, None, None] for k in range(3))
+    both = a * t + b * t[:, None] + c
+    return both[:, 0], both[:, 1]
+
+
+def _copied(pixels: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    n, height, width, _ = pixels.shape
+    column, row = x.floor().long(), y.floor().long()
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    first = torch.arange(n, device=pixels.device).view(n, 1, 1) * (height * width)
+    index = first + row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+    found = pixels.reshape(-1, 3).index_select(0, index.flatten()).view(*x.shape, 3)
+    return torch.where(inside[..., None], found, 255).float().div_(255.0).permute(0, 3, 1, 2)
+
+
+def _sampled(pixels: Tensor, x: Tensor, y: Tensor, *, level: int) -> Tensor:
+    # Darkness instead of light: beyond the picture, where grid_sample and the padding give 0, it is white.
+    dark = (255 - pixels).permute(0, 3, 1, 2).float()
+    step = 1 << level
+    if level:
+        height, width = dark.shape[-2:]
+        dark = functional.avg_pool2d(functional.pad(dark, (0, -width % step, 0, -height % step)), step)
+    height, width = dark.shape[-2:]
+    grid = torch.stack([x * (2.0 / (step * width)) - 1.0, y * (2.0 / (step * height)) - 1.0], dim=-1)
+    found = functional.grid_sample(dark, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    light = 1.0 - found / 255.0
+    return light.clamp_(0.0, 1.0).contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------- truth, in numpy
+
+
+def warp_truth(kind: str, truth: Truth, theta: F32, size: int, *, visible: float = VISIBLE) -> Truth:
+    """The truth of the crop: label maps and masks by nearest px, unknown beyond the sample; boxes moved and clipped,
+    unknown where less than ``visible`` of one shows; what is no picture stays as it is. ``theta`` float32[2, 3]."""
+    if kind in ("segment", "instances", "multisegment"):
+        return _labels(np.asarray(truth), theta, size)
+    if isinstance(truth, Boxes):
+        return _boxes(truth, theta, size=size, visible=visible)
+    return truth
+
+
+def unknown_truth(kind: str, classes: int, size: int) -> Truth:
+    """Nothing is known of a crop: a truth of the right shape that is not learnt from."""
+    if kind in ("segment", "instances"):
+        return np.full((size, size), -1, np.int32)
+    if kind == "multisegment":
+        return np.full((classes, size, size), -1, np.int8)
+    if kind == "detect":
+        return Boxes(np.array([[0, 0, size, size]], np.float32), np.array([-1], np.int32), size, size)
+    if kind in ("multilabel", "regress"):
+        return np.full(classes, np.nan, np.float32)
+    if kind == "survive":
+        return Survival(math.nan, False)
+    return None if kind == "reconstruct" else -1
+
+
+def places(theta: F32, size: int) -> tuple[I64, I64]:
+    """Sample px (x, y) of crop px, each of a shape that broadcasts to (size, size): a line where turns are right."""
+    t: F64 = np.arange(size, dtype=np.float64) + 0.5
+    (a, b, c), (d, e, f) = theta.astype(np.float64).tolist()
+    return _line(a, b, c, t), _line(d, e, f, t)
+
+
+def _line(along: float, across: float, offset: float, t: F64) -> I64:
+    if across == 0.0:
+        value = (along * t + offset)[None, :]
+    elif along == 0.0:
+        value = (across * t + offset)[:, None]
+    else:
+        value = along * t[None, :] + across * t[:, None] + offset
+    return np.floor(value).astype(np.int64)
+
+
+def _inside(x: I64, y: I64, shape: Sequence[int]) -> Mask:
+    inside: Mask = (x >= 0) & (x < shape[1]) & (y >= 0) & (y < shape[0])
+    return inside
+
+
+def _labels(labels: np.ndarray[tuple[int, ...], np.dtype[np.generic]], theta: F32, size: int) -> Truth:
+    """[..., h, w] -> [..., size, size] of the same type, -1 beyond."""
+    x, y = places(theta, size)
+    height, width = labels.shape[-2:]
+    inside = _inside(x, y, (height, width))
+    found = labels[..., np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)]
+    return found if inside.all() else np.where(inside, found, -1).astype(labels.dtype)
+
+
+def _boxes(boxes: Boxes, theta: F32, *, size: int, visible: float) -> Boxes:
+    moved = _moved(boxes.xyxy.astype(np.float64), theta)
+    clipped = np.clip(moved, 0.0, size)
+    shown = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
+    share = _area(clipped) / np.maximum(_area(moved), 1e-9)
+    labels = np.where(share < visible, -1, boxes.labels)[shown]
+    beyond = _beyond(theta, (boxes.height, boxes.width), size)
+    xyxy = np.concatenate([clipped[shown], beyond]).astype(np.float32)
+    return Boxes(xyxy, np.concatenate([labels, np.full(len(beyond), -1)]).astype(np.int32), size, size)
+
+
+def _moved(xyxy: F64, theta: F32) -> F64:
+    """Bounds in the crop of boxes float64[n, 4] in the sample."""
+    matrix = theta.astype(np.float64)
+    corners = xyxy[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
+    there = (corners - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T
+    return np.concatenate([there.min(1), there.max(1)], axis=1)
+
+
+def _area(xyxy: F64) -> F64:
+    area: F64 = (xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1])
+    return area
+
+
+def _beyond(theta: F32, shape: tuple[int, int], size: int) -> F64:
+    """Boxes float64[k, 4] that cover the crop's px beyond the sample; of turned samples, in bands of `_BAND` rows, as
+    much as covers nothing of the sample."""
+    corners = _corners(theta, size)
+    if (corners >= 0).all() and (corners <= np.array(shape[::-1])).all():
+        return np.zeros((0, 4))
+    x, y = places(theta, size)
+    outside: Mask = ~np.broadcast_to(_inside(x, y, shape), (size, size))
+    band = 1 if 1 in x.shape else _BAND
+    runs: dict[tuple[int, int], list[int]] = {}  # columns -> the rows that they were last seen in
+    found: list[tuple[int, int, int, int]] = []
+    for y0 in range(0, size, band):
+        y1 = min(size, y0 + band)
+        now = _runs(np.logical_and.reduce(outside[y0:y1]))
+        found += [(x0, rows[0], x1, rows[1]) for (x0, x1), rows in runs.items() if (x0, x1) not in now]
+        runs = {run: [runs[run][0] if run in runs else y0, y1] for run in now}
+    found += [(x0, rows[0], x1, rows[1]) for (x0, x1), rows in runs.items()]
+    return np.array(found, np.float64).reshape(-1, 4)
+
+
+def _runs(line: Mask) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], line, [False]]).astype(np.int8)))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def _corners(theta: F32, size: int) -> F64:
+    """float64[4, 2]: sample px of the crop's corners."""
+    square = np.array([[0, 0], [size, 0], [0, size], [size, size]], np.float64)
+    corners: F64 = square @ theta[:, :2].astype(np.float64).T + theta[:, 2]
+    return corners
+
+
+def _exact(theta: F32) -> bool:
+    """Whether px are copied as they are: right angles, flips and whole shifts."""
+    return _right_angled(theta[:, :2].astype(np.float64)) and bool((theta[:, 2] == np.round(theta[:, 2])).all())
