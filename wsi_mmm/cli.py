@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from wsi_mmm import __version__, cli_cache, cli_doctor, cli_models, cli_run, cli_slide
+from wsi_mmm import __version__, cli_cache, cli_doctor, cli_fewshot, cli_models, cli_run, cli_slide
 from wsi_mmm.cli_console import EXIT_CODES, guarded
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     epilog=EXIT_CODES,
 )
 
-_WORK, _LOOK, _REST = "Work through slides", "Look at one slide", "Models and machine"
+_WORK, _LEARN, _LOOK, _REST = "Work through slides", "Learn", "Look at one slide", "Models and machine"
 
 
 def _version(value: bool) -> None:
@@ -54,6 +54,7 @@ for _name, _panel, _command in (
     ("doctor", _REST, cli_doctor.doctor),
 ):
     app.command(_name, rich_help_panel=_panel, epilog=EXIT_CODES)(guarded(_command))
+app.add_typer(cli_fewshot.fewshot_app, name="fewshot", rich_help_panel=_LEARN)
 app.add_typer(cli_cache.cache_app, name="cache", rich_help_panel=_REST)
 app.add_typer(cli_models.models_app, name="models", rich_help_panel=_REST)
 
