@@ -31,16 +31,19 @@ def test_random_predictions_lose_about_one() -> None:
     assert float(task.loss(torch.ones(1, 2), torch.tensor([-1]))) == 0.0
 
 
-def test_accuracy_is_given_plain_and_balanced() -> None:
-    """Three right of four, one class half right."""
+def test_figures_are_of_what_is_known() -> None:
+    """Three right of four, one class half right: accuracy plain and balanced, F1, and ranking with a tie."""
     rows = [np.array(v, np.uint8) for v in ([200, 55], [200, 55], [55, 200], [200, 55])]
-    figures = make_task(CARD).metrics(list(zip([0, 0, 1, 1], rows, strict=True)))
-    assert figures == {"accuracy": 0.75, "balanced_accuracy": 0.75}
+    figures = make_task(CARD).metrics([*zip([0, 0, 1, 1], rows, strict=True), (-1, rows[0])])
+    assert figures.pop("f1") == pytest.approx((4 / 5 + 2 / 3) / 2)
+    assert figures.pop("ap") == pytest.approx((2 / 3 + (1 + 2 / 4) / 2) / 2)
+    assert figures == {"accuracy": 0.75, "balanced_accuracy": 0.75, "auroc": 0.75}
+    assert make_task(CARD).metrics([(-1, rows[0])]) == {}
 
 
 def test_the_registry_names_its_kinds_and_refuses_what_does_not_fit() -> None:
     """Unknown kind, unknown parameter, wrong head or number of outputs: one line each."""
-    assert kinds() == ("classify", "instances", "segment")
+    assert {"classify", "instances", "multilabel", "regress", "segment", "survive"} <= set(kinds())
     for change, words in (
         ({"kind": "dream"}, "unknown kind 'dream'"),
         ({"params": {"depth": 1}}, "does not know"),

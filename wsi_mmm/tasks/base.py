@@ -1,8 +1,9 @@
 """PORT Task: what to learn and to say. A task is a head, targets, a loss, and how its integers become findings.
 
-A task's life at inference: logits -> ``quantise`` (uint8, the last use of torch) -> blended over overlaps ->
-``interpret`` (pixel tasks) or ``table`` (tile tasks). Everything after ``quantise`` is a pure, local function of
-integers, so that results do not depend on how the slide was cut into blocks.
+A task's life at inference: logits -> ``quantise`` (the last use of torch) -> blended over overlaps -> ``interpret``
+(pixel tasks) or ``table`` (tile and bag tasks). Everything after ``quantise`` is a pure, local function of integers,
+so that results do not depend on how the slide was cut into blocks. Nothing of tile and bag tasks is blended: their
+answers may be float32, which are as independent of the blocks as the features are, to the bit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from wsi_mmm.model.heads import HeadSpec
 
 Truth = Any
-Scope = Literal["pixel", "tile"]
+Scope = Literal["pixel", "tile", "bag"]
+Answer = npt.NDArray[Any]
+"""What `quantise` gave, per picture or stacked: uint8, of tile and bag tasks maybe float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Task(Protocol):
 
     @property
     def scope(self) -> Scope:
-        """Whether it answers per pixel or per tile."""
+        """Whether it answers per pixel, per tile or per bag of tiles (a slide)."""
 
     @property
     def stride(self) -> int:
@@ -63,33 +66,33 @@ class Task(Protocol):
 
     @property
     def channels(self) -> int:
-        """uint8 channels after `quantise`."""
+        """Channels after `quantise`."""
 
     @property
     def halo(self) -> int:
         """Target px of context round a core that make its interpretation exact."""
 
     def head(self, spec: HeadSpec) -> nn.Module:
-        """The module that turns the decoder's map (pixel) or the vector (tile) into this task's logits."""
+        """The module that turns the decoder's map (pixel) or the vector (tile, bag) into this task's logits."""
 
     def target(self, truth: Truth) -> Tensor:
-        """One picture's truth as the tensor that `loss` wants (instances: int32[h, w] labels, segment: int32[h, w]
-        class indices, classify: one class index; negative means unknown)."""
+        """One picture's or bag's truth (see `tasks.truth`) as the tensor that `loss` wants; targets stack."""
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Scalar; about 1 for random predictions, so that tasks add up fairly."""
 
     def quantise(self, logits: Tensor) -> Tensor:
-        """Logits float[n, K, ...] -> uint8[n, channels, ...]."""
+        """Logits float[n, K, ...] -> uint8[n, channels, ...]; tile and bag tasks may give float32."""
 
-    def metrics(self, pairs: Iterable[tuple[Truth, U8]]) -> dict[str, float]:
+    def metrics(self, pairs: Iterable[tuple[Truth, Answer]]) -> dict[str, float]:
         """Quality over pictures: (truth, quantised answer of the same picture)."""
 
     def interpret(self, window: U8, view: View) -> Objects:
         """Pixel tasks: blended uint8[channels, h, w] -> the findings that the view's core owns, sorted by anchor."""
 
-    def table(self, values: U8) -> Mapping[str, npt.NDArray[Any]]:
-        """Tile tasks: quantised uint8[n, channels] -> columns for the tiles table."""
+    def table(self, values: Answer) -> Mapping[str, npt.NDArray[Any]]:
+        """Tile and bag tasks: quantised [n, channels] -> columns for the tiles or the slides table. An integer column
+        holds class indices (-1: none), the others float32."""
 
 
 def check_view(window: U8, view: View, stride: int) -> None:

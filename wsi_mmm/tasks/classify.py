@@ -1,4 +1,4 @@
-"""`classify`: one class per tile, from the pooled vector."""
+"""`classify`: one class per tile, from the pooled vector, or per bag of tiles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from wsi_mmm.tasks.base import Scope, Truth, View
+from wsi_mmm.tasks import scores
+from wsi_mmm.tasks.answers import as_answer, shares
+from wsi_mmm.tasks.base import Answer, Scope, Truth, View
 from wsi_mmm.types import F32, U8, Objects, TaskInfo
 
 if TYPE_CHECKING:
@@ -20,19 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Classify:
-    """The `classify` task. ``channels`` is the number of classes."""
+    """The `classify` task. ``channels`` is the number of classes. ``smoothing`` and ``weights``: see `classes_loss`."""
 
     info: TaskInfo
     channels: int
     scope: Scope = "tile"
     stride: int = 1
     halo: int = 0
+    smoothing: float = 0.02
+    weights: tuple[float, ...] | None = None
 
     def head(self, spec: HeadSpec) -> nn.Module:
         """Logits float[n, classes]."""
         from wsi_mmm.model.heads import build_head
 
-        return build_head("vector", spec, self.channels)
+        return build_head("bag" if self.scope == "bag" else "vector", spec, self.channels)
 
     def target(self, truth: Truth) -> Tensor:
         """A class index (negative: unknown) -> int64 scalar."""
@@ -42,34 +46,46 @@ class Classify:
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross entropy in units of ln(classes)."""
-        from wsi_mmm.tasks.losses import classes_loss
+        from wsi_mmm.tasks.losses_tile import classes_loss
 
-        return classes_loss(logits, target)
+        return classes_loss(logits, target, smoothing=self.smoothing, weights=self.weights)
 
     def quantise(self, logits: Tensor) -> Tensor:
-        """Softmax as 0..255."""
+        """Softmax as 0..255; of bags as float32."""
         import torch
 
-        return (torch.softmax(logits.float(), dim=1) * 255.0).round().to(torch.uint8)
+        return as_answer(torch.softmax(logits.float(), dim=1), self.scope)
 
-    def metrics(self, pairs: Iterable[tuple[Truth, U8]]) -> dict[str, float]:
-        """Accuracy over all pictures and averaged over classes (balanced)."""
-        known = [(int(t), int(np.argmax(v))) for t, v in pairs if int(t) >= 0]
+    def metrics(self, pairs: Iterable[tuple[Truth, Answer]]) -> dict[str, float]:
+        """accuracy, balanced_accuracy, f1 (macro), auroc (one against the rest, mean over classes) and ap (likewise).
+
+        Of pairs whose truth is known; what they cannot settle is left out.
+        """
+        known = [(int(t), v) for t, v in pairs if int(t) >= 0]
         if not known:
-            return {"accuracy": 1.0, "balanced_accuracy": 1.0}
-        truth, found = np.array(known).T
-        share = [float((found[truth == c] == c).mean()) for c in np.unique(truth)]
-        return {"accuracy": float((truth == found).mean()), "balanced_accuracy": float(np.mean(share))}
+            return {}
+        truth, chance = np.array([t for t, _ in known], np.int64), shares(np.stack([v for _, v in known]))
+        table = scores.confusion(truth, np.argmax(chance, axis=1), self.channels)
+        each = [(truth == c, chance[:, c]) for c in range(self.channels)]
+        return scores.settled({
+            "accuracy": scores.accuracy(table),
+            "balanced_accuracy": scores.balanced_accuracy(table),
+            "f1": scores.f1_macro(table),
+            "auroc": scores.mean(scores.auroc(*pair) for pair in each),
+            "ap": scores.mean(scores.average_precision(*pair) for pair in each),
+        })  # fmt: skip
 
     def interpret(self, window: U8, view: View) -> Objects:
         """Tile tasks draw no objects."""
-        raise TypeError(f"task '{self.info.name}' answers per tile; use table()")
+        raise TypeError(f"task '{self.info.name}' answers per {self.scope}; use table()")
 
-    def table(self, values: U8) -> Mapping[str, npt.NDArray[Any]]:
-        """uint8[n, classes] -> ``<task>`` int32[n] class index and ``<task>:<class>`` float32[n] probabilities."""
-        total = np.maximum(values.sum(axis=1, dtype=np.int64), 1)
-        columns: dict[str, npt.NDArray[Any]] = {self.info.name: np.argmax(values, axis=1).astype(np.int32)}
+    def table(self, values: Answer) -> Mapping[str, npt.NDArray[Any]]:
+        """[n, classes] -> ``<task>`` int32[n] likeliest class (-1: none, every value is 0) and ``<task>:<class>``
+        float32[n] probabilities, which add up to 1."""
+        total = values.sum(axis=1, dtype=np.int64 if values.dtype == np.uint8 else np.float64)
+        best = np.where(total > 0, np.argmax(values, axis=1), -1).astype(np.int32)
+        columns: dict[str, npt.NDArray[Any]] = {self.info.name: best}
         for i, name in enumerate(self.info.classes):
-            chance: F32 = (values[:, i] / total).astype(np.float32)
+            chance: F32 = (values[:, i] / np.where(total > 0, total, 1)).astype(np.float32)
             columns[f"{self.info.name}:{name}"] = chance
         return columns

@@ -1,0 +1,164 @@
+"""Quality of answers per tile or per bag, from arrays of truths and answers. numpy and scipy only.
+
+A figure that the pairs cannot settle (AUROC of a class that never occurs) is NaN here and left out by `settled`.
+Everything sorts: nothing compares all pairs, so a hundred thousand of them take well under a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import rankdata
+
+from wsi_mmm.types import F64, I64, Mask
+
+Scores = npt.NDArray[np.floating[Any]]
+
+
+def settled(figures: Mapping[str, float]) -> dict[str, float]:
+    """Those of ``figures`` that are numbers."""
+    return {name: float(value) for name, value in figures.items() if not np.isnan(value)}
+
+
+def mean(figures: Iterable[float]) -> float:
+    """The mean of those that are numbers, NaN when none is."""
+    known = [value for value in figures if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+# ---------------------------------------------------------------- classes
+
+
+def confusion(truth: I64, found: I64, classes: int) -> I64:
+    """Counts int64[true class, found class]."""
+    return np.bincount(truth * classes + found, minlength=classes * classes).reshape(classes, classes)
+
+
+def accuracy(table: I64) -> float:
+    """Share on the diagonal."""
+    return _ratio(np.trace(table), table.sum())
+
+
+def balanced_accuracy(table: I64) -> float:
+    """Mean share found of the classes that occur."""
+    return mean(_ratio(hit, total) for hit, total in zip(np.diag(table), table.sum(axis=1), strict=True))
+
+
+def f1_macro(table: I64) -> float:
+    """Mean of 2 tp / (2 tp + fp + fn) over the classes that occur or were said to."""
+    both = table.sum(axis=0) + table.sum(axis=1)
+    return mean(_ratio(2 * hit, total) for hit, total in zip(np.diag(table), both, strict=True))
+
+
+def f1(truth: Mask, found: Mask) -> float:
+    """2 tp / (2 tp + fp + fn); NaN when nothing holds and nothing was said."""
+    return _ratio(2 * int((truth & found).sum()), int(truth.sum()) + int(found.sum()))
+
+
+def auroc(truth: Mask, score: Scores) -> float:
+    """Chance that a positive scores above a negative, ties half (Mann and Whitney); NaN without both."""
+    positive = int(truth.sum())
+    negative = len(truth) - positive
+    if not positive or not negative:
+        return float("nan")
+    ranks = rankdata(score)
+    return float((ranks[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def average_precision(truth: Mask, score: Scores) -> float:
+    """Sum over thresholds of precision times the gain in recall, equal scores together; NaN without a positive."""
+    positive = int(truth.sum())
+    if not positive:
+        return float("nan")
+    order = np.argsort(-score, kind="stable")
+    hits = np.cumsum(truth[order])
+    last = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)  # the end of each run of equal scores
+    precision, gain = hits[last] / (last + 1), np.diff(hits[last], prepend=0) / positive
+    return float((precision * gain).sum())
+
+
+# ---------------------------------------------------------------- values
+
+
+def mean_absolute_error(truth: F64, found: F64) -> float:
+    """Mean of |truth - found|."""
+    return float(np.abs(truth - found).mean()) if len(truth) else float("nan")
+
+
+def r2(truth: F64, found: F64) -> float:
+    """1 - residual / total sum of squares; NaN when the truth does not vary."""
+    total = ((truth - truth.mean()) ** 2).sum() if len(truth) else 0.0
+    return float(1.0 - ((truth - found) ** 2).sum() / total) if total > 0 else float("nan")
+
+
+def spearman(truth: F64, found: F64) -> float:
+    """Correlation of ranks, equal values sharing the mean of theirs; NaN when either does not vary."""
+    if len(truth) < 2:
+        return float("nan")
+    a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (truth, found))
+    scale = np.sqrt((a**2).sum() * (b**2).sum())
+    return float((a * b).sum() / scale) if scale > 0 else float("nan")
+
+
+# ---------------------------------------------------------------- survival
+
+
+def concordance(time: F64, event: Mask, risk: F64) -> float:
+    """Harrell's index: share of comparable pairs of which the one with the higher risk has the event first.
+
+    Pairs are comparable when the earlier time is an event, or at equal times exactly one of the two is. Equal risks
+    count half (as in lifelines and scikit-survival). NaN without a comparable pair. O(n log^2 n).
+    """
+    order = np.lexsort((~event, time))  # by time, events before the others of their time
+    time, event = time[order], event[order]
+    rank = np.unique(risk[order], return_inverse=True)[1].astype(np.int64)
+    late = _after_events(time, event)
+    comparable = (len(time) - late).sum()
+    if not comparable:
+        return float("nan")
+    below, equal = _count_behind(rank, late, rank[event])
+    return float((below.sum() + 0.5 * equal.sum()) / comparable)
+
+
+def _after_events(time: F64, event: Mask) -> I64:
+    """Per event, in order: the first position behind all events of its time."""
+    ends = np.append(np.flatnonzero(np.diff(time)), len(time) - 1) + 1 if len(time) else np.zeros(0, np.int64)
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    events = np.concatenate([[0], np.cumsum(event)])
+    behind = starts + events[ends] - events[starts] if len(ends) else starts
+    group = np.searchsorted(ends, np.flatnonzero(event), side="right")
+    found: I64 = behind[group].astype(np.int64)
+    return found
+
+
+def _count_behind(rank: I64, start: I64, value: I64) -> tuple[I64, I64]:
+    """How many of ``rank[start[q]:]`` are below, and equal to, ``value[q]``, for every query q.
+
+    A suffix is the union of blocks of 1, 2, 4 ... positions, one for each bit set in its start on the way up; blocks of
+    a size are searched all at once in a copy that is sorted within each.
+    """
+    size = 1 << max(0, (len(rank) - 1).bit_length())
+    top = int(rank.max(initial=0)) + 2
+    padded = np.full(size, top - 1, np.int64)  # above every value
+    padded[: len(rank)] = rank
+    below, equal = np.zeros(len(start), np.int64), np.zeros(len(start), np.int64)
+    at, width = start.copy(), 1
+    while width <= size:
+        table = np.sort(padded.reshape(-1, width), axis=1) + np.arange(size // width)[:, None] * top
+        asked = ((at & width) > 0) if width < size else at == 0
+        asked &= at < size
+        block = at[asked] // width
+        key = value[asked] + block * top
+        low = np.searchsorted(table.ravel(), key, side="left")
+        below[asked] += low - block * width
+        equal[asked] += np.searchsorted(table.ravel(), key, side="right") - low
+        at[asked] += width
+        width *= 2
+    return below, equal
+
+
+def _ratio(a: Any, b: Any) -> float:
+    return float(a / b) if b else float("nan")
