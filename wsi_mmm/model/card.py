@@ -9,7 +9,15 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from wsi_mmm.errors import ModelError
 
@@ -19,23 +27,40 @@ WEIGHTS = "model.safetensors"
 _ZOO = Path(__file__).parent / "zoo"
 
 Color = tuple[int, int, int]
+HeadKind = Literal["map", "vector", "bag", "dense", "image"]
+
+_LATER = frozenset({"squeezer", "neck", "bag", "kind", "norm"})
+"""Fields that the first cards did not have; see `_Part`."""
 
 
 class _Part(BaseModel):
+    """Later fields are left out while they hold their default: old cards, and hashes made from them, stay the same."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_serializer(mode="wrap")
+    def _brief(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        raw: dict[str, Any] = written(self)
+        later = {name for name in raw if name in _LATER and not fields[name].is_required()}
+        return {k: v for k, v in raw.items() if k not in later or getattr(self, k) != fields[k].default}
 
 
 class TaskCard(_Part):
     """One task. ``head`` and ``outputs`` say which head holds its weights and how many logits that gives;
-    ``params`` are integers that its kind understands (thresholds, background class)."""
+    ``params`` are numbers that its kind understands (thresholds, background class).
+
+    Heads: "map" reads the decoder's map, "vector" the pooled vector of a tile, "bag" the vector that the grouper makes
+    of many tiles, "dense" the detection neck's map of stride 4, "image" draws px from the decoder's map.
+    """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
     kind: str
-    head: Literal["map", "vector"]
+    head: HeadKind
     outputs: int = Field(ge=1)
     classes: tuple[str, ...] = Field(min_length=1)
     colors: tuple[Color, ...]
-    params: dict[str, int] = {}
+    params: dict[str, int | float] = {}
 
     @model_validator(mode="after")
     def _one_color_each(self) -> TaskCard:
@@ -47,17 +72,54 @@ class TaskCard(_Part):
 
 
 class EncoderCard(_Part):
-    """A timm model name and the arguments it is created with."""
+    """A timm model name and the arguments it is created with.
+
+    ``norm``: batch norms learn their statistics in training ("train"), or keep those that came with the weights
+    ("frozen"; gains and biases still learn). Which norms a backbone has is never changed.
+    """
 
     name: str = Field(min_length=1)
     args: dict[str, Any] = {}
+    norm: Literal["train", "frozen"] = "train"
+
+
+class SqueezerCard(_Part):
+    """How the coarsest map becomes a vector: mean, max, generalised mean (its power learns), or attention."""
+
+    kind: Literal["mean", "max", "gem", "attention"] = "mean"
+    heads: int = Field(default=4, ge=1)
 
 
 class DecoderCard(_Part):
-    """``bottleneck``: channels after squeezing (0: none). ``widths``: decoder channels per stride, finest first."""
+    """``bottleneck``: channels after squeezing (0: none). ``widths``: decoder channels per stride, finest first.
+
+    ``kind``: see `model.decoders`; "fpn" wants all ``widths`` the same.
+    """
 
     bottleneck: int = Field(default=128, ge=0)
     widths: tuple[int, ...] = (32, 48, 64, 96)
+    kind: Literal["unet", "fpn"] = "unet"
+
+
+class NeckCard(_Part):
+    """Channels of the map of stride 4 that dense heads read."""
+
+    width: int = Field(default=64, ge=1)
+
+
+class BagCard(_Part):
+    """How tiles become one vector (`model.grouper`). ``width``: its channels, 0: those of the tiles' vectors.
+
+    ``hidden``: channels of the attention's inside; ``heads``: attentions side by side, each for its share of the
+    channels; ``layers``: blocks of the transformer.
+    """
+
+    kind: Literal["mean", "gated", "transformer"] = "gated"
+    width: int = Field(default=256, ge=0)
+    hidden: int = Field(default=128, ge=1)
+    heads: int = Field(default=1, ge=1)
+    layers: int = Field(default=2, ge=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
 
 
 class ModelCard(_Part):
@@ -66,7 +128,10 @@ class ModelCard(_Part):
     format: Literal["wsi-mmm-model/1"] = "wsi-mmm-model/1"
     name: str
     encoder: EncoderCard
+    squeezer: SqueezerCard = SqueezerCard()
     decoder: DecoderCard = DecoderCard()
+    neck: NeckCard = NeckCard()
+    bag: BagCard = BagCard()
     mpp: float = Field(gt=0, allow_inf_nan=False)
     tile_size: int = Field(gt=0)
     overlap: int = Field(ge=0)

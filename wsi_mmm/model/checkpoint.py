@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,9 +22,20 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def build_model(card: ModelCard) -> MultiTaskModel:
-    """A model as its card describes it, with random weights, in training mode."""
-    return _assemble(card, build_encoder(card.encoder.name, args=card.encoder.args))
+def build_model(card: ModelCard, *, weights: str | None = "random") -> MultiTaskModel:
+    """A model as its card describes it, in training mode; everything but the encoder has random weights.
+
+    ``weights`` of the encoder: "random"; None downloads timm's own, or those of the ``hf-hub:`` id that the encoder is
+    called by; else a local ``.safetensors`` file. `declared_normalisation` says which mean and std such weights want.
+    """
+    return _assemble(card, _encoder(card.encoder.name, weights, card.encoder.args))
+
+
+def declared_normalisation(
+    name: str, weights: str | None = "random"
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and std of RGB in [0, 1] that timm declares for the encoder ``name``; ImageNet's where it declares none."""
+    return _normalisation(_encoder(name, weights, {}))
 
 
 def load_model(name_or_path: str | Path = "default", device: str | torch.device = "cpu") -> MultiTaskModel:
@@ -65,10 +77,7 @@ def load_encoder(name: str, weights: str | None = None, device: str | torch.devi
 
     ``weights``: None downloads timm's own; "random" takes none; else a local ``.safetensors`` file.
     """
-    encoder = build_encoder(name, pretrained=weights is None)
-    if weights not in (None, "random"):
-        path = Path(str(weights)).expanduser()
-        _fill_encoder(encoder, _read_weights(path, ""), path)
+    encoder = _encoder(name, weights, {})
     mean, std = _normalisation(encoder)
     card = ModelCard(
         name=name, encoder=EncoderCard(name=name), decoder=DecoderCard(bottleneck=0),
@@ -77,11 +86,22 @@ def load_encoder(name: str, weights: str | None = None, device: str | torch.devi
     return _ready(_assemble(card, encoder), device)
 
 
+def _encoder(name: str, weights: str | None, args: Mapping[str, Any]) -> PyramidEncoder:
+    """See `build_model` for ``weights``."""
+    encoder = build_encoder(name, pretrained=weights is None, args=args)
+    if weights not in (None, "random"):
+        path = Path(str(weights)).expanduser()
+        _fill_encoder(encoder, _read_weights(path, ""), path)
+    return encoder
+
+
 def _assemble(card: ModelCard, encoder: PyramidEncoder) -> MultiTaskModel:
-    spec = HeadSpec(card.decoder.widths[0] if card.decoder.widths else 0, encoder.channels[-1])
+    vector = encoder.channels[-1]
+    spec = HeadSpec(
+        card.decoder.widths[0] if card.decoder.widths else 0, vector, card.bag.width or vector, card.neck.width
+    )
     heads = {task.name: build_head(task.head, spec, task.outputs) for task in card.tasks}
-    tile = frozenset(task.name for task in card.tasks if task.head == "vector")
-    return MultiTaskModel(card, encoder, heads=heads, tile_heads=tile)
+    return MultiTaskModel(card, encoder, heads=heads)
 
 
 def _ready(model: MultiTaskModel, device: str | torch.device) -> MultiTaskModel:

@@ -11,38 +11,45 @@ import torch
 from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.blocks import Decoder, Squeezer
+from wsi_mmm.model.blocks import Resize, Squeezer
 from wsi_mmm.model.card import ModelCard
+from wsi_mmm.model.decoders import build_decoder
 from wsi_mmm.model.encoder import PyramidEncoder
+from wsi_mmm.model.grouper import Grouper
+from wsi_mmm.model.heads import MAP_STRIDE
+from wsi_mmm.model.layers import hold_norms
+from wsi_mmm.model.neck import Neck
 
 
 class MultiTaskModel(nn.Module):
     """``model(x, tasks=[...])`` -> dict of logits. ``encoder``, ``squeezer`` and ``decoder`` can be used alone.
 
-    Pixel heads read the decoder's map, tile heads the pooled vector; ``tile_heads`` names the latter.
+    The card says which head each task has; only the shared parts that some head reads are there: "map" and "image"
+    read the decoder's map, "dense" the neck's, "vector" the pooled vector, "bag" what the grouper makes of many.
     """
 
-    def __init__(
-        self, card: ModelCard, encoder: PyramidEncoder, *, heads: Mapping[str, nn.Module], tile_heads: frozenset[str]
-    ) -> None:
+    def __init__(self, card: ModelCard, encoder: PyramidEncoder, *, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.card = card
         self.encoder = encoder
-        self.squeezer = Squeezer(encoder.channels[-1], card.decoder.bottleneck)
-        pixel = [name for name in heads if name not in tile_heads]
-        self.decoder = self._decoder() if pixel else None
+        self.kinds: dict[str, str] = {task.name: task.head for task in card.tasks}
+        self.squeezer = Squeezer(encoder.channels[-1], card.decoder.bottleneck, card.squeezer)
+        self.decoder = self._decoder() if self._any("map", "image") else None
+        self.to_map = Resize(encoder.strides[0], MAP_STRIDE)
         self.heads = nn.ModuleDict(dict(heads))
-        self.tile_heads = tile_heads
+        self.neck = Neck(card.neck, encoder.channels, encoder.strides) if self._any("dense") else None
+        self.grouper = Grouper(card.bag, encoder.channels[-1]) if self._any("bag") else None
         self.register_buffer("mean", torch.tensor(card.mean).view(1, 3, 1, 1) * 255.0, persistent=False)
         self.register_buffer("std", torch.tensor(card.std).view(1, 3, 1, 1) * 255.0, persistent=False)
 
-    def _decoder(self) -> Decoder:
-        channels, widths = self.encoder.channels[:-1], self.card.decoder.widths
-        if len(widths) != len(channels):
-            raise ModelError(
-                f"model '{self.card.name}': decoder.widths has {len(widths)} entries, the encoder needs {len(channels)}"
-            )
-        return Decoder(self.squeezer.width, channels, widths)
+    def _any(self, *kinds: str) -> bool:
+        return any(kind in kinds for kind in self.kinds.values())
+
+    def _decoder(self) -> nn.Module:
+        try:
+            return build_decoder(self.card.decoder, self.squeezer.width, self.encoder.channels[:-1])
+        except ModelError as error:
+            raise ModelError(f"model '{self.card.name}': {error}") from error
 
     @property
     def device(self) -> torch.device:
@@ -53,6 +60,22 @@ class MultiTaskModel(nn.Module):
     def tasks(self) -> tuple[str, ...]:
         """Names of the heads."""
         return tuple(self.heads)
+
+    @property
+    def tile_heads(self) -> frozenset[str]:
+        """Tasks that answer per tile."""
+        return frozenset(name for name, kind in self.kinds.items() if kind == "vector")
+
+    @property
+    def bag_heads(self) -> frozenset[str]:
+        """Tasks that answer per bag of tiles."""
+        return frozenset(name for name, kind in self.kinds.items() if kind == "bag")
+
+    def train(self, mode: bool = True) -> MultiTaskModel:
+        """As every module's, but that norms whose statistics are to stay remain in evaluation mode."""
+        super().train(mode)
+        hold_norms(self)
+        return self
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """uint8[n, h, w, 3] -> float32[n, 3, h, w], normalised, channels_last in memory, on the model's device."""
@@ -67,16 +90,40 @@ class MultiTaskModel(nn.Module):
         return self.forward_all(x, tasks)[1]
 
     def forward_all(self, x: Tensor, tasks: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The pooled vector float[n, D] and the logits of ``tasks`` (None: all)."""
+        """The pooled vector float[n, D] and the logits of ``tasks`` (None: all) but those that `bag_logits` answers."""
+        names = self._known(tasks)
+        wanted = {name: kind for name in names if (kind := self.kinds[name]) != "bag"}
+        pyramid = self.encoder(x)
+        bottleneck, vector = self.squeezer(pyramid)
+        shared: dict[str, Tensor] = {"vector": vector}
+        if self.decoder is not None and not {"map", "image"}.isdisjoint(wanted.values()):
+            shared["map"] = shared["image"] = self.to_map(self.decoder(bottleneck, pyramid))
+        if self.neck is not None and "dense" in wanted.values():
+            shared["dense"] = self.neck(pyramid)
+        return vector, {name: self.heads[name](shared[kind]) for name, kind in wanted.items()}
+
+    def bag_logits(
+        self, vectors: Tensor, bag: Tensor, tasks: Sequence[str] | None = None, *, bags: int | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Pooled vectors float[m, D] of tiles, their bag int64[m] -> logits float[b, K] and attention float[m] by task.
+
+        ``tasks`` (None: all bag tasks); ``bags``: how many bags there are (None: up to the largest number in ``bag``).
+        ModelError for a task without a bag head.
+        """
+        names = [name for name in self.tasks if name in self.bag_heads] if tasks is None else self._known(tasks)
+        other = [name for name in names if name not in self.bag_heads]
+        if other or self.grouper is None:
+            what = f"task '{other[0]}' is not" if other else "there is no task that is"
+            raise ModelError(f"model '{self.card.name}': {what} answered per bag of tiles")
+        grouped, attention = self.grouper(vectors, bag, bags)
+        return {name: self.heads[name](grouped) for name in names}, dict.fromkeys(names, attention)
+
+    def _known(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         names = self.tasks if tasks is None else tuple(tasks)
         unknown = [name for name in names if name not in self.heads]
         if unknown:
             raise ModelError(f"model '{self.card.name}' has no task '{unknown[0]}'; it has: {', '.join(self.tasks)}")
-        pyramid = self.encoder(x)
-        bottleneck, vector = self.squeezer(pyramid)
-        pixel = [name for name in names if name not in self.tile_heads]
-        shared = self.decoder(bottleneck, pyramid) if pixel and self.decoder is not None else vector
-        return vector, {name: self.heads[name](vector if name in self.tile_heads else shared) for name in names}
+        return names
 
     def features(self, x: Tensor) -> Tensor:
         """float[n, 3, h, w] from `prepare` -> pooled vectors float[n, D]; the heads are not run."""
