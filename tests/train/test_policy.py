@@ -15,7 +15,8 @@ from wsi_mmm.train import policy as policies
 from wsi_mmm.train.policy import Draw, FeedSize, Policy, epoch_steps, fraction_of, of_rank, plan_step
 
 NAMES: tuple[Policy, ...] = ("balanced", "cyclic", "concat", "proportional", "temperature")
-FEEDS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 7), st.sampled_from([1.0, 1.0, 2.0])), min_size=1, max_size=4)  # fmt: skip
+ONE = st.tuples(st.integers(1, 40), st.integers(1, 7), st.sampled_from([1.0, 1.0, 2.0]))
+FEEDS = st.lists(ONE, min_size=1, max_size=4)
 
 
 def feeds_of(drawn: list[tuple[int, int, float]]) -> list[FeedSize]:

@@ -207,7 +207,7 @@ def _by_class(feed: FeedSize, labels: I32, *, seed: int, positions: I64) -> I64:
 
 @dataclass(frozen=True, eq=False)
 class _Same:
-    """An array as a key: the very object, not its values, which may be millions. Held, so that no other takes its id."""
+    """An array as a key: the very object, not its values, which may be millions. It is held: no other gets its id."""
 
     array: I32
 
