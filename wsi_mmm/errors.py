@@ -16,7 +16,8 @@
     │   └── OutputError          the output cannot be written (permission, disk full)
     ├── ModelError               a model file is missing, broken or does not fit
     ├── MissingPackage           an optional package is needed and not installed
-    ├── ClusterError             the scheduler or its workers cannot do the work
+    ├── ClusterError             the scheduler, its workers or another rank cannot do the work
+    ├── NotFinite                a loss or a gradient became NaN or infinite in training
     └── Cancelled                the user stopped the run; it can be resumed
 
 Foreign exceptions are translated once, where the foreign library is called, with ``from``.
@@ -83,7 +84,11 @@ class MissingPackage(WsiError):
 
 
 class ClusterError(WsiError):
-    """The scheduler or its workers cannot do the work."""
+    """The scheduler, its workers or another rank cannot do the work."""
+
+
+class NotFinite(WsiError):
+    """A loss or a gradient became NaN or infinite in training."""
 
 
 class Cancelled(WsiError):

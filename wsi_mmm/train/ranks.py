@@ -1,0 +1,262 @@
+"""Ranks: several processes that do one training together and give the result of a single one.
+
+Each rank does its share of the micro-batches that the plan of a step names (maybe none); what they found is added up,
+so nothing depends on who did what. Small numbers that all must know go over gloo, which notices at once when a process
+has ended (its sockets close); a process that hangs is given up after ``wait`` seconds. Tensors on a GPU go over NCCL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from wsi_mmm.errors import ClusterError
+
+T = TypeVar("T")
+_CPU = torch.device("cpu")
+_BUCKET = 25 << 20  # bytes that travel together
+_TEXT = 400  # bytes of a message that one rank tells all
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Which of ``world`` processes this one is, its device, and the seconds after which a silent one is given up."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = _CPU
+    wait: float = 120.0
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that writes files and talks."""
+        return self.rank == 0
+
+
+ALONE = Ranks()
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where ranks meet that torchrun did not start: rank 0's host and port, this one's number, how many there are."""
+
+    host: str
+    port: int
+    rank: int
+    world: int
+
+
+@contextlib.contextmanager
+def joined(device: str = "auto", *, wait: float = 120.0, meeting: Meeting | None = None) -> Iterator[Ranks]:
+    """The ranks that torchrun started (env://) or that meet at ``meeting``; without either, this process alone.
+
+    Leaving, also by an error, closes the connections: that is how the other ranks learn of it. ClusterError.
+    """
+    if meeting is None and not dist.is_torchelastic_launched():
+        yield Ranks(device=_device(device, 0), wait=wait)
+        return
+    where = _device(device, -1)
+    with _speaking("ranks cannot meet; check that all were started and reach rank 0's host"):
+        _begin("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", wait, meeting)
+    try:
+        local = dist.get_node_local_rank(fallback_rank=0) if meeting is None else 0
+        yield Ranks(dist.get_rank(), dist.get_world_size(), _device(device, local), wait)
+    finally:
+        # Not a barrier: a rank that fails must not wait for those that wait for it.
+        dist.destroy_process_group()
+
+
+def _begin(backend: str, wait: float, meeting: Meeting | None) -> None:
+    limit = timedelta(seconds=wait)
+    if meeting is None:
+        dist.init_process_group(backend, timeout=limit)
+        return
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{meeting.host}:{meeting.port}",
+        rank=meeting.rank,
+        world_size=meeting.world,
+        timeout=limit,
+    )
+
+
+def _device(name: str, local: int) -> torch.device:
+    """``local`` -1 asks for the kind only; a GPU is chosen by the rank's number on its machine."""
+    if name != "auto":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        return _CPU
+    if local < 0:
+        return torch.device("cuda")
+    device = torch.device("cuda", local % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def _speaking(what: str) -> Iterator[None]:
+    """Errors of torch.distributed (all of them RuntimeErrors) in one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise ClusterError(what) from error
+
+
+def _lost(ranks: Ranks) -> contextlib.AbstractContextManager[None]:
+    return _speaking(
+        f"rank {ranks.rank} of {ranks.world}: another rank has ended or was silent for {ranks.wait:g} s; its own "
+        "message says why; start all ranks again to go on from the latest checkpoint"
+    )
+
+
+# ------------------------------------------------------------------------------------------- what all must know
+def total(ranks: Ranks, values: Sequence[float]) -> list[float]:
+    """The sums of ``values`` (as many on every rank) over the ranks, in float64; every rank gets the same bits."""
+    if ranks.world == 1:
+        return [float(v) for v in values]
+    sums = torch.tensor(values, dtype=torch.float64)
+    with _lost(ranks):
+        dist.all_reduce(sums)
+    found: list[float] = sums.tolist()
+    return found
+
+
+def first_word(ranks: Ranks, text: str) -> str:
+    """What the lowest rank that has something to say ("": nothing) says; at most 400 bytes. Every rank must call it."""
+    if ranks.world == 1:
+        return text
+    line = text.encode()[:_TEXT].ljust(_TEXT, b"\0")
+    mine = torch.frombuffer(bytearray(line), dtype=torch.uint8)
+    found = [torch.empty_like(mine) for _ in range(ranks.world)]
+    with _lost(ranks):
+        dist.all_gather(found, mine)
+    said = (bytes(one.tolist()).rstrip(b"\0").decode(errors="ignore") for one in found)
+    return next((one for one in said if one), "")
+
+
+# ------------------------------------------------------------------------------------------- large tensors
+def add(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over the ranks, in place, in flat buckets. Same list of shapes on every rank."""
+    if ranks.world == 1:
+        return
+    for bucket in _buckets(tensors):
+        with _lost(ranks):
+            _through(bucket, dist.all_reduce)
+
+
+def add_gradients(ranks: Ranks, parameters: Sequence[Tensor]) -> None:
+    """Sum the gradients over the ranks. A parameter that no rank has a gradient for keeps None, so that an optimiser
+    leaves it alone as it would in one process; one that some rank has a gradient for gets one everywhere."""
+    if ranks.world == 1:
+        return
+    there = total(ranks, [float(p.grad is not None) for p in parameters])
+    used = [p for p, count in zip(parameters, there, strict=True) if count]
+    for p in used:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    add(ranks, [p.grad for p in used if p.grad is not None])
+
+
+def spread(ranks: Ranks, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+    """Give every rank the owners' values of ``tensors``, in place."""
+    if ranks.world == 1:
+        return
+    for owner in range(ranks.world):
+        own = [t for t, o in zip(tensors, owners, strict=True) if o == owner]
+        for bucket in _buckets(own):
+            with _lost(ranks):
+                _through(bucket, partial(dist.broadcast, src=owner))
+
+
+def _through(bucket: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
+    flat = torch.cat([t.detach().reshape(-1) for t in bucket])
+    collective(flat)
+    with torch.no_grad():
+        for tensor, part in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, up to `_BUCKET` bytes together (a larger tensor alone)."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        more = tensor.numel() * tensor.element_size()
+        if bucket and (size + more > _BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += more
+    if bucket:
+        yield bucket
+
+
+def owners(sizes: Sequence[int], world: int) -> list[int]:
+    """Which rank keeps the optimiser's state of each parameter: the largest first, each to the rank that has least."""
+    load, found = [0] * world, [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        found[index] = min(range(world), key=lambda r: (load[r], r))
+        load[found[index]] += sizes[index]
+    return found
+
+
+# ------------------------------------------------------------------------------------------- ranks on a Dask cluster
+def launch_on_dask(client: Any, work: Callable[[Ranks], T], *, device: str = "auto", wait: float = 120.0) -> list[T]:
+    """Run ``work(ranks)`` once on every worker of a Dask ``client``, as ranks that know each other; results by rank.
+
+    ``client`` is what distributed calls one (it is only asked to submit, gather facts and cancel), ``work`` something
+    that it can send. Workers must be processes of their own and able to reach the first one's host. When a rank fails,
+    the others are told to stop and its error is raised; a worker that dies fails the others within ``wait`` seconds.
+    """
+    workers = list(client.scheduler_info(n_workers=-1)["workers"])
+    if not workers:
+        raise ClusterError("the Dask cluster has no workers; start some, one for each rank")
+    host = urlsplit(workers[0]).hostname or "127.0.0.1"
+    port = client.submit(_free_port, workers=[workers[0]], pure=False).result()
+    futures = []
+    for rank, worker in enumerate(workers):
+        meeting = Meeting(host, port, rank, len(workers))
+        options = {"workers": [worker], "allow_other_workers": False, "pure": False, "retries": 0}
+        futures.append(client.submit(_rank_of_dask, work, meeting, device, wait, **options))
+    _until_done(client, futures, wait)
+    return [future.result() for future in futures]
+
+
+def _rank_of_dask(work: Callable[[Ranks], T], meeting: Meeting, device: str, wait: float) -> T:
+    with joined(device, wait=wait, meeting=meeting) as ranks:
+        return work(ranks)
+
+
+def _free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
+
+
+def _until_done(client: Any, futures: Sequence[Any], wait: float) -> None:
+    """Until all ranks are done, or one fails: then the others have ``wait`` seconds to say why they fail, too."""
+    while not all(future.done() for future in futures):
+        if any(future.status in ("error", "cancelled", "lost") for future in futures):
+            break
+        time.sleep(0.1)
+    errors = [future.exception() for future in futures if future.done() and future.status == "error"]
+    if not errors:
+        return
+    end = time.monotonic() + wait
+    while not all(future.done() for future in futures) and time.monotonic() < end:
+        time.sleep(0.1)
+    client.cancel(list(futures))
+    # What a rank says of the others tells less than what went wrong itself.
+    raise min(errors, key=lambda error: isinstance(error, ClusterError))
