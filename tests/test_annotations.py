@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import json
@@ -186,3 +187,57 @@ def test_real_exports_of_qupath_and_asap_are_read(real_data: RealData) -> None:
     assert (len(qupath), qupath.skipped) == (3, 0)
     assert (len(asap), asap.skipped) == (6, 0)
     assert {item.class_name for item in asap} == {"metastasis"}
+
+
+def test_points_are_kept_beside_the_polygons() -> None:
+    """Point and MultiPoint of GeoJSON, dots of ASAP: with their class; they still count as no polygon."""
+    data = collection(
+        feature([5, 6.5], "Point", {"classification": {"name": "mitosis"}}),
+        feature([[1, 2], [3, 4], ["x", 1], [1]], "MultiPoint"),
+        feature(SQUARE),
+    )
+    found = parse_shapes(data, "x")
+    assert [(dot.x, dot.y, dot.class_name) for dot in found.dots] == [(5, 6.5, "mitosis"), (1, 2, None), (3, 4, None)]
+    assert (len(found), found.skipped) == (1, 2)
+    xml = (
+        b'<ASAP_Annotations><Annotations><Annotation Type="Dot" PartOfGroup="a"><Coordinates>'
+        b'<Coordinate Order="0" X="7" Y="8" /></Coordinates></Annotation></Annotations></ASAP_Annotations>'
+    )
+    (dot,) = parse_shapes(xml, "x").dots
+    assert (dot.x, dot.y, dot.class_name) == (7, 8, "a")
+
+
+def test_numbers_of_objects_are_kept_when_asked_for() -> None:
+    """Properties, measurements as an object or as QuPath's older list; NaN where an object has none."""
+    data = collection(
+        feature(SQUARE, properties={"grade": 3, "measurements": {"tils": 0.25}}),
+        feature(SQUARE, properties={"measurements": [{"name": "tils", "value": 0.5}]}),
+        feature(SQUARE, properties={"grade": "high", "measurements": None}),
+        feature(SQUARE, properties={"grade": True}),
+    )
+    values = [item.values for item in parse_shapes(data, "x", ("grade", "tils"))]
+    expected = [(3, 0.25), (np.nan, 0.5), (np.nan, np.nan), (np.nan, np.nan)]
+    assert np.array_equal(np.array(values), np.array(expected), equal_nan=True)
+    assert all(item.values == () for item in parse_shapes(data, "x"))
+
+
+def test_one_odd_polygon_among_many_is_named_and_changes_no_other() -> None:
+    """Polygons made together are those that are made one by one."""
+    plain = [feature([[[i, 0], [i + 9, 0], [i + 9, 9], [i, 9]]]) for i in range(20)]
+    odd = feature([[[0, 0, 1], [5, 0, 1], [5, 5, 1], [0, 0, 1]]])  # with a height: looked at by itself
+    alone = [item.geometry for item in parse_shapes(collection(*plain), "x")]
+    among = [item.geometry for item in parse_shapes(collection(*plain, odd), "x")]
+    assert all(a.equals(b) for a, b in zip(alone, among[:20], strict=True))
+    with pytest.raises(AnnotationError, match="feature 20"):
+        parse_shapes(collection(*plain, feature([[[0, 0], [5, 0], ["a", 5], [0, 0]]])), "x")
+
+
+def test_parsing_leaves_garbage_collection_as_it_was() -> None:
+    """On stays on, off stays off, also after an error."""
+    for switch in (gc.disable, gc.enable):
+        switch()
+        before = gc.isenabled()
+        parse_shapes(collection(feature(SQUARE)), "x")
+        with pytest.raises(AnnotationError):
+            parse_shapes(b"{", "x")
+        assert gc.isenabled() == before

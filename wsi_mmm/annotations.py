@@ -1,4 +1,4 @@
-"""Annotation files -> polygons in level-0 px -> masks.
+"""Annotation files -> polygons and points in level-0 px -> masks.
 
 Read: GeoJSON as QuPath writes and accepts it (FeatureCollection, array of Features, one Feature, a bare geometry)
 and ASAP XML, plain, gzipped or zipped. What a file is, is decided by its bytes, not by its name.
@@ -6,14 +6,17 @@ and ASAP XML, plain, gzipped or zipped. What a file is, is decided by its bytes,
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import json
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -24,7 +27,7 @@ from shapely.geometry import MultiPolygon, Polygon, shape
 from skimage.draw import polygon as fill_polygon
 
 from wsi_mmm.errors import AnnotationError
-from wsi_mmm.types import F64, Mask
+from wsi_mmm.types import F64, I64, Mask
 
 MAX_BYTES = 4 << 30
 """Unpacked size above which a compressed file is refused rather than filling the memory."""
@@ -32,19 +35,33 @@ MAX_BYTES = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A valid polygon with area, in level-0 px, and the name of its class (None when it has none)."""
+    """A valid polygon with area, in level-0 px, the name of its class (None when it has none), and the numbers that
+    were asked for by name, NaN where the object has no such number."""
 
     geometry: Polygon | MultiPolygon
     class_name: str | None = None
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A point at level-0 px (x, y); the rest as of a `Shape`."""
+
+    x: float
+    y: float
+    class_name: str | None = None
+    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """What a file holds: its polygons in file order, how many objects were no polygon, how many had to be repaired."""
+    """What a file holds: its polygons in file order, how many objects were no polygon, how many had to be repaired,
+    and the points among those that were none."""
 
     items: tuple[Shape, ...]
     skipped: int = 0
     repaired: int = 0
+    dots: tuple[Dot, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -53,7 +70,17 @@ class Shapes:
         return iter(self.items)
 
 
-def load_shapes(path: str | Path) -> Shapes:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An object as it stands in a file: its polygon (None: it has none), its points (x, y), and what it says."""
+
+    polygon: Any
+    dots: tuple[tuple[float, float], ...] = ()
+    class_name: str | None = None
+    values: tuple[float, ...] = ()
+
+
+def load_shapes(path: str | Path, values: Sequence[str] = ()) -> Shapes:
     """The polygons of a local annotation file; for other URIs fetch the bytes and call ``parse_shapes``.
 
     Raises AnnotationError naming the file.
@@ -62,11 +89,12 @@ def load_shapes(path: str | Path) -> Shapes:
         data = Path(path).read_bytes()
     except OSError as error:
         raise AnnotationError(f"{path}: cannot be read ({error.strerror}): check the path") from error
-    return parse_shapes(data, str(path))
+    return parse_shapes(data, str(path), values)
 
 
-def parse_shapes(data: bytes, name: str) -> Shapes:
-    """The polygons in the bytes of an annotation file; ``name`` is what errors call it.
+def parse_shapes(data: bytes, name: str, values: Sequence[str] = ()) -> Shapes:
+    """The polygons in the bytes of an annotation file; ``name`` is what errors call it, ``values`` names numbers of
+    the objects (GeoJSON properties or QuPath measurements) to be kept.
 
     Invalid polygons are repaired (``shapely.make_valid``, polygon parts only); points, lines and polygons without
     area are skipped and counted. Raises AnnotationError.
@@ -74,16 +102,45 @@ def parse_shapes(data: bytes, name: str) -> Shapes:
     data = _unpack(data, name).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not data:
         raise AnnotationError(f"{name}: the file is empty: export the annotations again")
-    found = _xml_shapes(data, name) if data.startswith(b"<") else _geojson_shapes(data, name)
-    items, skipped, repaired = [], 0, 0
-    for geometry, class_name in found:
-        valid = _polygons(geometry)
+    with _no_collection():
+        return _shapes(_xml_objects(data, name) if data.startswith(b"<") else _geojson_objects(data, name, values))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Looking for garbage among millions of lists that are all in use is more than half of parsing."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+def _shapes(found: Sequence[_Found]) -> Shapes:
+    """Valid polygons, points, and what had to be left out."""
+    polygons = np.array([one.polygon for one in found], object)
+    fine = shapely.is_valid(polygons) & (shapely.area(polygons) > 0)
+    items, dots, skipped, repaired = [], [], 0, 0
+    for one, good in zip(found, fine.tolist(), strict=True):
+        dots += [Dot(x, y, one.class_name, one.values) for x, y in one.dots]
+        valid = one.polygon if good else _polygons(one.polygon)
         if valid is None:
             skipped += 1
             continue
-        repaired += valid is not geometry
-        items.append(Shape(valid, class_name))
-    return Shapes(tuple(items), skipped, repaired)
+        repaired += valid is not one.polygon
+        items.append(Shape(valid, one.class_name, one.values))
+    return Shapes(tuple(items), skipped, repaired, tuple(dots))
+
+
+def shape_at(shapes: Shapes, points: F64) -> I64:
+    """int64[n]: number of the first shape that holds each of ``points`` float64[n, 2] (x, y level-0 px); -1: none."""
+    found = np.full(len(points), len(shapes), np.int64)
+    tree = shapely.STRtree([item.geometry for item in shapes])
+    which, number = tree.query(shapely.points(points), predicate="intersects")
+    np.minimum.at(found, which, number)
+    return np.where(found < len(shapes), found, -1)
 
 
 def rasterise(shapes: Shapes, size: tuple[int, int], *, scale_x: float, scale_y: float) -> Mask:
@@ -164,17 +221,77 @@ def _bounded(data: bytes, name: str) -> bytes:
     return data
 
 
-def _geojson_shapes(data: bytes, name: str) -> Iterator[tuple[Any, str | None]]:
-    """(geometry or None, class name) of each feature."""
+def _geojson_objects(data: bytes, name: str, values: Sequence[str]) -> list[_Found]:
+    """Every feature of a GeoJSON."""
     try:
         root = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{name}: neither GeoJSON nor XML ({error}): export it as GeoJSON") from error
-    for number, feature in enumerate(_features(root, name)):
+    features = _features(root, name)
+    for number, feature in enumerate(features):
         if not isinstance(feature, dict):
             raise AnnotationError(f"{name}: feature {number} is no object: export the annotations as GeoJSON")
-        geometry = feature.get("geometry") if feature.get("type") == "Feature" else feature
-        yield _geometry(geometry, f"{name}: feature {number}"), _class_name(feature.get("properties"))
+    geometries = [one.get("geometry") if one.get("type") == "Feature" else one for one in features]
+    made = _plain_polygons(geometries)
+    found = []
+    for number, (feature, geometry) in enumerate(zip(features, geometries, strict=True)):
+        polygon = made[number] if number in made else _geometry(geometry, f"{name}: feature {number}")
+        properties = feature.get("properties")
+        numbers = tuple(_number(properties, key) for key in values)
+        found.append(_Found(polygon, _dots(geometry), _class_name(properties), numbers))
+    return found
+
+
+def _plain_polygons(geometries: Sequence[Any]) -> dict[int, Polygon]:
+    """Number -> polygon of those of one ring, made together. Empty when one of them is odd: then each is looked at by
+    itself, and the odd one named."""
+    plain = {n: ring for n, geometry in enumerate(geometries) if (ring := _one_ring(geometry)) is not None}
+    try:
+        xy = np.array(list(chain.from_iterable(plain.values())))
+        if xy.dtype.kind not in "if" or xy.shape[1:] != (2,) or not np.isfinite(xy).all():
+            return {}
+        owner = np.repeat(np.arange(len(plain)), [len(ring) for ring in plain.values()])
+        made = shapely.polygons(shapely.linearrings(xy.astype(np.float64), indices=owner))
+    except (ValueError, TypeError, shapely.errors.ShapelyError):
+        return {}
+    return dict(zip(plain, made.tolist(), strict=True))
+
+
+def _one_ring(geometry: Any) -> list[Any] | None:
+    """The exterior of a Polygon of four points or more that has no holes."""
+    if not isinstance(geometry, dict) or geometry.get("type") != "Polygon":
+        return None
+    rings = geometry.get("coordinates")
+    if not isinstance(rings, list) or len(rings) != 1 or not isinstance(rings[0], list) or len(rings[0]) < 4:
+        return None
+    return rings[0]
+
+
+def _dots(geometry: Any) -> tuple[tuple[float, float], ...]:
+    """The points of a Point or MultiPoint that have two finite numbers; others are skipped."""
+    kind = geometry.get("type") if isinstance(geometry, dict) else None
+    if kind not in ("Point", "MultiPoint"):
+        return ()
+    found = geometry.get("coordinates")
+    points = [found] if kind == "Point" else found if isinstance(found, list) else []
+    pairs = [(_float(one[0]), _float(one[1])) for one in points if isinstance(one, list) and len(one) >= 2]
+    return tuple(pair for pair in pairs if all(map(math.isfinite, pair)))
+
+
+def _number(properties: Any, key: str) -> float:
+    """A property of that name, or a measurement (an object, or QuPath's older list of name and value); else NaN."""
+    if not isinstance(properties, dict):
+        return math.nan
+    if key in properties:
+        return _float(properties[key])
+    measurements = properties.get("measurements")
+    if isinstance(measurements, list):
+        measurements = {one.get("name"): one.get("value") for one in measurements if isinstance(one, dict)}
+    return _float(measurements.get(key)) if isinstance(measurements, dict) else math.nan
+
+
+def _float(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def _features(root: Any, name: str) -> list[Any]:
@@ -187,7 +304,7 @@ def _features(root: Any, name: str) -> list[Any]:
             return features
     elif kind == "GeometryCollection" and isinstance(root.get("geometries"), list):
         return list(root["geometries"])
-    elif kind in ("Feature", "Polygon", "MultiPolygon"):
+    elif kind in ("Feature", "Polygon", "MultiPolygon", "Point", "MultiPoint"):
         return [root]
     raise AnnotationError(f"{name}: JSON, but no FeatureCollection, Feature or array of Features: export it as GeoJSON")
 
@@ -226,8 +343,8 @@ def _class_name(properties: Any) -> str | None:
     return label if isinstance(label, str) else None
 
 
-def _xml_shapes(data: bytes, name: str) -> Iterator[tuple[Any, str | None]]:
-    """(geometry or None, group) of each annotation of an ASAP file."""
+def _xml_objects(data: bytes, name: str) -> list[_Found]:
+    """Every annotation of an ASAP file; its class is its group."""
     if b"<!ENTITY" in data:
         raise AnnotationError(f"{name}: XML with entity declarations is refused: export the annotations again")
     try:
@@ -236,14 +353,18 @@ def _xml_shapes(data: bytes, name: str) -> Iterator[tuple[Any, str | None]]:
         raise AnnotationError(f"{name}: XML that cannot be parsed ({error}): export the annotations again") from error
     if root.tag != "ASAP_Annotations":
         raise AnnotationError(f"{name}: XML, but not of ASAP (<{root.tag}>): convert it to GeoJSON")
-    for number, annotation in enumerate(root.iter("Annotation")):
-        group = annotation.get("PartOfGroup")
-        yield _asap_polygon(annotation, f"{name}: annotation {number}"), None if group in (None, "None") else group
+    return [_asap(annotation, f"{name}: annotation {n}") for n, annotation in enumerate(root.iter("Annotation"))]
 
 
-def _asap_polygon(annotation: ET.Element, where: str) -> Polygon | None:
-    if annotation.get("Type") not in ("Polygon", "Spline", "Rectangle"):
-        return None
+def _asap(annotation: ET.Element, where: str) -> _Found:
+    group, kind = annotation.get("PartOfGroup"), annotation.get("Type")
+    group = None if group == "None" else group
+    drawn = kind in ("Polygon", "Spline", "Rectangle")
+    points = _asap_points(annotation, where) if drawn or kind in ("Dot", "PointSet") else []
+    return _Found(Polygon(points) if drawn and len(points) >= 3 else None, () if drawn else tuple(points), group)
+
+
+def _asap_points(annotation: ET.Element, where: str) -> list[tuple[float, float]]:
     try:
         nodes = sorted(annotation.iter("Coordinate"), key=lambda node: int(float(node.attrib["Order"])))
         points = [(float(node.attrib["X"]), float(node.attrib["Y"])) for node in nodes]
@@ -251,4 +372,28 @@ def _asap_polygon(annotation: ET.Element, where: str) -> Polygon | None:
         raise AnnotationError(f"{where} has a coordinate without Order, X or Y: correct or remove it") from error
     if not all(math.isfinite(value) for point in points for value in point):
         raise AnnotationError(f"{where} has a coordinate that is not a finite number: correct or remove it")
-    return Polygon(points) if len(points) >= 3 else None
+    return points
+
+
+def ring_arrays(geometries: Sequence[Any]) -> tuple[F64, I64, I64, F64]:
+    """The closed rings of n polygons, by polygon: points float64[m, 2], where rings begin and end int64[r + 1], whose
+    they are int64[r]; and the polygons' areas float64[n]."""
+    whole = np.array(geometries, object)
+    parts, owner = shapely.get_parts(whole, return_index=True)
+    rings, part = shapely.get_rings(parts, return_index=True)
+    xy, ring = shapely.get_coordinates(rings, return_index=True)
+    ends = np.cumsum(np.bincount(ring, minlength=len(rings)), dtype=np.int64)
+    return xy, np.concatenate([np.zeros(1, np.int64), ends]), owner[part].astype(np.int64), shapely.area(whole)
+
+
+def box_index(boxes: F64) -> Callable[[F64], tuple[I64, I64]]:
+    """An index of boxes float64[n, 4] (x0, y0, x1, y1): asked with k boxes, it gives the pairs (numbers of the asked
+    one, of the box) that touch, by asked one. Threads may share it."""
+    tree = shapely.STRtree(shapely.linestrings(boxes.reshape(-1, 2, 2)))  # a diagonal has the extent of its box
+    tree.query(shapely.box(0, 0, 1, 1))  # what is built with the first question is built by now
+
+    def touching(asked: F64) -> tuple[I64, I64]:
+        pairs = tree.query(shapely.box(*asked.T)).astype(np.int64)
+        return pairs[0], pairs[1]
+
+    return touching

@@ -1,0 +1,201 @@
+"""From the class names that annotators use to the labels of a task: an ordered table, and what it would do to files.
+
+The first rule that fits a name decides. Beside the task's labels there are three buckets: ``IGNORE`` (nothing is known
+there), ``DROP`` (as if the object were not in the file) and ``USE`` (the annotator looked at everything in there).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from wsi_mmm.annotations import Shapes
+from wsi_mmm.errors import RecipeError
+
+IGNORE, DROP, USE = "ignore", "drop", "use"
+CODES: Mapping[str, int] = {IGNORE: -1, DROP: -2, USE: -3}
+"""What stands for a bucket among class indices."""
+
+How = Literal["exact", "prefix", "regex", "unnamed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Names that are (``exact``), begin with (``prefix``) or match in full (``regex``) ``pattern`` get ``label``;
+    ``unnamed`` fits objects without a class."""
+
+    label: str
+    pattern: str = ""
+    how: How = "exact"
+    any_case: bool = False
+
+    def fits(self, name: str | None) -> bool:
+        """Whether this rule decides about ``name`` (None: an object without a class)."""
+        if name is None or self.how == "unnamed":
+            return name is None and self.how == "unnamed"
+        if self.how == "regex":
+            return re.fullmatch(self.pattern, name, re.IGNORECASE if self.any_case else 0) is not None
+        wanted, name = (self.pattern.casefold(), name.casefold()) if self.any_case else (self.pattern, name)
+        return name.startswith(wanted) if self.how == "prefix" else name == wanted
+
+    @property
+    def words(self) -> str:
+        """For reports."""
+        case = " (any case)" if self.any_case else ""
+        return "unnamed" if self.how == "unnamed" else f"{self.how} {self.pattern!r}{case}"
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """``labels``: the task's classes in the order of their indices; ``rules`` in the order in which they are tried,
+    which is also the order of overlaps: what an earlier rule took lies on top. ``unmatched``, ``unnamed``: the bucket
+    or label of named objects that no rule fits, and of those without a class; they lie below all others.
+
+    Raises RecipeError for a label that the task does not have, a label named like a bucket, or a broken pattern.
+    """
+
+    labels: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    unmatched: str = IGNORE
+    unnamed: str = IGNORE
+
+    def __post_init__(self) -> None:
+        for label in self.labels:
+            if label in CODES:
+                raise RecipeError(f"a class cannot be called {label!r}, that is a bucket: rename it")
+        for label in (*(rule.label for rule in self.rules), self.unmatched, self.unnamed):
+            if label not in self.labels and label not in CODES:
+                known = ", ".join((*self.labels, *CODES))
+                raise RecipeError(f"the bucket table gives the label {label!r}: give one of {known}")
+        for rule in self.rules:
+            _check_pattern(rule)
+
+    def place(self, name: str | None) -> tuple[int, int]:
+        """(class index, or the code of a bucket; number of the rule, ``len(rules)`` when none fits)."""
+        for number, rule in enumerate(self.rules):
+            if rule.fits(name):
+                return self.code(rule.label), number
+        return self.code(self.unnamed if name is None else self.unmatched), len(self.rules)
+
+    def code(self, label: str) -> int:
+        """The class index of a label, or the code of a bucket."""
+        return CODES[label] if label in CODES else self.labels.index(label)
+
+
+def _check_pattern(rule: Rule) -> None:
+    if rule.how not in ("exact", "prefix", "regex", "unnamed"):
+        raise RecipeError(f"a rule for {rule.label!r} says how={rule.how!r}: give exact, prefix, regex or unnamed")
+    if rule.how != "unnamed" and not rule.pattern:
+        raise RecipeError(f"a rule for {rule.label!r} has no pattern: give the class name it is for")
+    try:
+        re.compile(rule.pattern if rule.how == "regex" else "")
+    except re.error as error:
+        raise RecipeError(
+            f"the pattern {rule.pattern!r} of {rule.label!r} is no regular expression ({error})"
+        ) from error
+
+
+def same_names(labels: Sequence[str]) -> Buckets:
+    """The table that takes every class by its own name, in any case, and nothing else."""
+    return Buckets(tuple(labels), tuple(Rule(label, label, any_case=True) for label in labels))
+
+
+# ---------------------------------------------------------------- dry run
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What becomes of the objects of one class of one slide. ``area`` level-0 px²; ``area_mm2`` None where the
+    slide's resolution is not known; points count as objects without area. ``rule``: "" when none fits."""
+
+    slide: str
+    class_name: str | None
+    label: str
+    rule: str
+    objects: int
+    area: float
+    area_mm2: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """Every class of every slide, and what a table does with it. ``skipped``: objects that are no polygon (points
+    included), ``repaired``: invalid polygons, by slide."""
+
+    lines: tuple[Line, ...]
+    skipped: Mapping[str, int]
+    repaired: Mapping[str, int]
+
+    @property
+    def unmatched(self) -> tuple[str, ...]:
+        """Named classes that no rule fits, sorted."""
+        return tuple(sorted({line.class_name for line in self.lines if line.class_name is not None and not line.rule}))
+
+    @property
+    def unnamed(self) -> int:
+        """Objects without a class."""
+        return sum(line.objects for line in self.lines if line.class_name is None)
+
+    def as_json(self) -> str:
+        """Everything, as JSON."""
+        facts = {"unmatched": self.unmatched, "unnamed": self.unnamed, "skipped": self.skipped}
+        lines = [asdict(line) for line in self.lines]
+        return json.dumps({"lines": lines, **facts, "repaired": self.repaired}, ensure_ascii=False, indent=1)
+
+    def table(self) -> str:
+        """The lines in columns, the sums by label, and what nobody asked for."""
+        rows = [("slide", "class", "label", "rule", "objects", "area")]
+        rows += [
+            (one.slide, _said(one.class_name), one.label, one.rule or "none fits", str(one.objects), _area(one))
+            for one in self.lines
+        ]
+        sums: dict[str, int] = defaultdict(int)
+        for one in self.lines:
+            sums[one.label] += one.objects
+        end = [f"{label}: {count} objects" for label, count in sorted(sums.items())]
+        if self.unmatched:
+            end.append(f"no rule fits: {', '.join(self.unmatched)}")
+        if self.unnamed:
+            end.append(f"without a class: {self.unnamed} objects")
+        return "\n".join([*_columns(rows), "", *end])
+
+
+def dry_run(buckets: Buckets, slides: Iterable[tuple[str, Shapes, float | None]]) -> DryRun:
+    """What ``buckets`` would make of slides: (id, what its files hold, mpp or None). Nothing is read or written."""
+    lines: list[Line] = []
+    skipped, repaired = {}, {}
+    for slide, shapes, mpp in slides:
+        found: dict[str | None, list[float]] = defaultdict(list)
+        for item in shapes:
+            found[item.class_name].append(float(item.geometry.area))
+        for dot in shapes.dots:
+            found[dot.class_name].append(0.0)
+        names = sorted(found, key=lambda name: (name is None, name or ""))
+        lines += [_line(buckets, slide, name, areas=found[name], mpp=mpp) for name in names]
+        skipped[slide], repaired[slide] = shapes.skipped, shapes.repaired
+    return DryRun(tuple(lines), skipped, repaired)
+
+
+def _line(buckets: Buckets, slide: str, name: str | None, *, areas: list[float], mpp: float | None) -> Line:
+    code, number = buckets.place(name)
+    label = buckets.labels[code] if code >= 0 else next(key for key, value in CODES.items() if value == code)
+    rule = buckets.rules[number].words if number < len(buckets.rules) else ""
+    area = sum(areas)
+    return Line(slide, name, label, rule, len(areas), area, None if mpp is None else area * mpp * mpp / 1e6)
+
+
+def _said(name: str | None) -> str:
+    return "(no class)" if name is None else name
+
+
+def _area(line: Line) -> str:
+    return f"{line.area:.4g} px²" if line.area_mm2 is None else f"{line.area_mm2:.4g} mm²"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
