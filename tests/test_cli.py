@@ -400,6 +400,34 @@ def test_models_lists_and_shows_the_default() -> None:
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
 
 
+def test_models_export_says_what_was_written(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
+    """The file, its tasks, the tile sizes that fit, and how far its answers lie from torch's."""
+    from wsi_mmm import api
+    from wsi_mmm.model.onnx import Exported
+
+    def written(name: str, *, output: Path, tasks: list[str] | None, **rest: object) -> Exported:
+        return Exported(output, tuple(tasks or ("nuclei", "stain")), None if tasks is None else 512, 1.04e-06)
+
+    monkeypatch.setattr(api, "export_model", written)
+    plain = invoke("models", "export", "default").stdout
+    assert plain.startswith("wrote default.onnx: features, nuclei, stain; tile size: any multiple of 32 px\n")
+    assert "1.0e-06 of the largest answer" in plain
+    assert "features, stain; tile size: 512 px only" in invoke("models", "export", "--task", "stain").stdout
+    [line] = json_lines(invoke("models", "export", "-o", "a.onnx", "--json"))
+    assert line == {"path": "a.onnx", "tasks": ["nuclei", "stain"], "side": None, "difference": 1.04e-06}
+
+
+def test_doctor_names_the_runtimes_and_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their tolerance; one that lacks its packages says how to install them."""
+    from wsi_mmm.model import identity
+
+    assert "onnx: float32 through ONNX Runtime: within 1e-3" in cli_doctor.runtimes().detail
+    monkeypatch.setattr(identity, "find_spec", lambda name: None)
+    detail = cli_doctor.runtimes().detail
+    assert "pip install 'wsi-mmm[onnx]'" in detail
+    assert "through ONNX Runtime" not in detail
+
+
 def test_features_are_found_and_exported_to_one_file_per_slide(tmp_path: Path) -> None:
     """A store itself, or every store below a folder; files go beside the features or into one folder."""
     stores = [f"{tmp_path}/{name}/features.zarr" for name in ("a", "b")]
@@ -423,7 +451,7 @@ def test_doctor_gives_a_line_per_check_and_hides_secrets(
     result = invoke("doctor", "--json")
     assert result.exit_code == 0
     assert [line["what"] for line in json_lines(result)] == [
-        "python", "libraries", "device", "encoder", "openslide", "storage", "output", "model",
+        "python", "libraries", "device", "encoder", "runtimes", "openslide", "storage", "output", "model",
     ]  # fmt: skip
     assert "hunter2" not in result.output
     assert "AKIA123" not in result.output

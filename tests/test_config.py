@@ -86,6 +86,12 @@ def test_secrets_of_the_environment_are_never_shown() -> None:
     }
 
 
+def test_what_is_kept_per_user_lies_in_the_users_cache_folder() -> None:
+    """XDG_CACHE_HOME names it; the home folder is left for the machine that works to fill in."""
+    assert config.user_cache({"XDG_CACHE_HOME": "/big/cache/"}) == "/big/cache/wsi-mmm"
+    assert config.user_cache({"XDG_CACHE_HOME": ""}) == config.user_cache({}) == "~/.cache/wsi-mmm"
+
+
 def test_the_default_cache_comes_from_one_variable() -> None:
     """WSI_MMM_CACHE names the cache; empty is as good as unset."""
     assert config.default_cache({"WSI_MMM_CACHE": "s3://b/c"}) == "s3://b/c"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from wsi_mmm.api import RunReport as RunReport
     from wsi_mmm.api import demo as demo
     from wsi_mmm.api import embed as embed
+    from wsi_mmm.api import export_model as export_model
     from wsi_mmm.api import load_model as load_model
     from wsi_mmm.api import run as run
     from wsi_mmm.api import stream_tiles as stream_tiles
@@ -38,6 +39,7 @@ _HOMES = {
     "WsiError": "wsi_mmm.errors",
     "demo": "wsi_mmm.api",
     "embed": "wsi_mmm.api",
+    "export_model": "wsi_mmm.api",
     "expand_inputs": "wsi_mmm.inputs",
     "load_model": "wsi_mmm.api",
     "open_slide": "wsi_mmm.slides",

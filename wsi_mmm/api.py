@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_mmm.config import SlideSpec
+from wsi_mmm.config import SlideSpec, user_cache
 from wsi_mmm.engine import reporting
 from wsi_mmm.engine.base import Executor, SlideTask
 from wsi_mmm.engine.claims import TAKEN, claimed
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from wsi_mmm.model.multitask import MultiTaskModel
+    from wsi_mmm.model.onnx import Exported
 
-__all__ = ["Event", "Job", "RunReport", "demo", "embed", "load_model", "run", "stream_tiles", "submit"]
+__all__ = ["Event", "Job", "RunReport", "demo", "embed", "export_model", "load_model", "run", "stream_tiles", "submit"]
 
 Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
 
@@ -94,7 +95,7 @@ def order_run(
     **options: Any,
 ) -> Order:
     """What ``run`` would do, checked as ``run`` checks it; no slide is opened."""
-    return _order(slides, _model_recipe(str(model), tasks, options), output, workers, scheduler, options)
+    return _here(_order(slides, _model_recipe(str(model), tasks, options), output, workers, scheduler, options))
 
 
 def submit(
@@ -130,7 +131,7 @@ def embed(
     ``export``: further formats per slide, of "h5" (TRIDENT, CLAM) and "pt". Otherwise as ``run``.
     """
     formats = reporting.known_exports(export)
-    order = _order(slides, _encoder_recipe(encoder, weights, options), output, workers, scheduler, options)
+    order = _here(_order(slides, _encoder_recipe(encoder, weights, options), output, workers, scheduler, options))
     report = _carry_out(order, _executor(order), progress or silent)
     reporting.export_features(report, formats)
     return report
@@ -147,7 +148,7 @@ def order_embed(
     **options: Any,
 ) -> Order:
     """What ``embed`` would do, checked as ``embed`` checks it; no slide is opened."""
-    return _order(slides, _encoder_recipe(encoder, weights, options), output, workers, scheduler, options)
+    return _here(_order(slides, _encoder_recipe(encoder, weights, options), output, workers, scheduler, options))
 
 
 def stream_tiles(
@@ -185,6 +186,30 @@ def load_model(name_or_path: str | Path = "default", device: str = "cpu") -> Mul
     from wsi_mmm.model.checkpoint import load_model as load
 
     return load(str(name_or_path), device=device)
+
+
+def export_model(
+    model: str | Path = "default",
+    *,
+    output: str | Path,
+    tasks: str | Sequence[str] | None = None,
+    weights: str | None = None,
+    tile_size: int | None = None,
+) -> Exported:
+    """Write a model as an ONNX file; gives ``.path``, ``.tasks``, ``.side`` (None: any), ``.difference`` from torch.
+
+    ``model``: as for ``embed``, with ``weights``; ``tasks``: None: all; ``tile_size``: fix it at so many px.
+    MissingPackage without the extra ``onnx``; ModelError when it cannot be translated or gives other answers.
+    """
+    from wsi_mmm.model.checkpoint import load_encoder
+    from wsi_mmm.model.fold import folded
+    from wsi_mmm.model.identity import check_runtime, is_model
+    from wsi_mmm.model.onnx import export_onnx
+
+    check_runtime("onnx")
+    loaded = load_model(model) if is_model(str(model)) else load_encoder(str(model), weights)
+    names = [tasks] if isinstance(tasks, str) else tasks
+    return export_onnx(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
 
 
 def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | None = None, **options: Any) -> RunReport:
@@ -258,7 +283,7 @@ def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
         given[name] = given[name] if given[name] in ("auto", "none") else _absolute(given[name])
     if "cache_quota" in given and not store.is_local(given.get("cache", ".")):
         raise RecipeError("a quota holds for a cache in a folder; give a bucket a lifecycle rule instead")
-    return replace(recipe, **given)
+    return replace(recipe, user_cache=user_cache(), **given)
 
 
 def _bytes(value: Any) -> int:
@@ -300,6 +325,15 @@ def _order(
         for s in specs
     )
     return Order(tasks, recipe, out, workers, scheduler)
+
+
+def _here(order: Order) -> Order:
+    """The order, when this machine has what its runtime needs; a cluster's workers look for themselves."""
+    from wsi_mmm.model.identity import check_runtime
+
+    if not order.scheduler:
+        check_runtime(order.recipe.runtime)
+    return order
 
 
 def _absolute(uri: str) -> str:

@@ -68,6 +68,7 @@ def examine(output: str, scheduler: str | None) -> Iterator[Finding]:
         ("libraries", libraries),
         ("device", device),
         ("encoder", encoder),
+        ("runtimes", runtimes),
         ("openslide", openslide),
         ("storage", storage),
         ("output", lambda: writable(output)),
@@ -129,13 +130,31 @@ def encoder() -> Finding:
     from wsi_mmm.engine.local import cpu_count
     from wsi_mmm.model.tune import cpu_name, known_choices, tune_file
 
+    folder = Path(os.path.expanduser(config.user_cache()))  # raises nothing without a home
     detail = f"{cpu_count()} model threads on {cpu_name()}, float32, channels_last, norms folded, freed memory kept"
     sizes = [
         f"{choice.get('encoder')} at {choice.get('tile')} px: {choice['micro_batch']} tiles"
-        for choice in known_choices().values()
+        for choice in known_choices(folder).values()
     ]
-    measured = f"; micro-batches of {tune_file()}: {', '.join(sizes)}" if sizes else "; no micro-batch measured yet"
-    return Finding("ok", "encoder", detail + measured)
+    found = f"micro-batches of {tune_file(folder)}: {', '.join(sizes)}" if sizes else "no micro-batch measured yet"
+    return Finding("ok", "encoder", f"{detail}; {found}")
+
+
+def runtimes() -> Finding:
+    """The ways to run a model that are installed here, and how far their numbers may lie from eager's."""
+    from wsi_mmm.model.identity import RUNTIMES, lacking
+
+    here = {name: words for name, words in RUNTIMES.items() if not lacking(name)}
+    detail = "; ".join(f"{name}: {words}" for name, words in here.items())
+    if "onnx" in here:
+        return Finding("ok", "runtimes", f"{detail} ({_version('onnxruntime')}; {', '.join(_providers())})")
+    return Finding("ok", "runtimes", f"{detail}; onnx is not installed (pip install 'wsi-mmm[onnx]')")
+
+
+def _providers() -> list[str]:
+    from wsi_mmm.model.onnx import providers
+
+    return providers()
 
 
 def openslide() -> Finding:

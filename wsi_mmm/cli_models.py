@@ -1,4 +1,4 @@
-"""The commands about models and their features: models, models show, export."""
+"""The commands about models and their features: models, models show, models export, export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from wsi_mmm.model.card import ModelCard
 
 models_app = typer.Typer(
-    help="List the packaged models, or show one.\n\n\b\nExamples:\n  wsi-mmm models\n  wsi-mmm models show default",
+    help="List the packaged models, show one, or write one for other tools.\n\n\b\nExamples:\n  wsi-mmm models\n"
+    "  wsi-mmm models show default\n  wsi-mmm models export default -o default.onnx",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EXIT_CODES,
 )
@@ -32,7 +33,7 @@ def packaged() -> list[str]:
 
 @models_app.callback(invoke_without_command=True)
 def models(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
-    """List the packaged models, or show one."""
+    """List the packaged models, show one, or write one for other tools."""
     if context.invoked_subcommand is None:
         guarded(_list)()
 
@@ -90,6 +91,49 @@ def _short(value: object) -> str:
 
 
 models_app.command("show", epilog=EXIT_CODES)(guarded(show))
+
+
+class ModelFormat(StrEnum):
+    """What models are exported to."""
+
+    onnx = "onnx"
+
+
+def export_model(
+    name: Annotated[str, typer.Argument(help="Packaged model, model folder, timm name or hf-hub: id.")] = "default",
+    to: Annotated[ModelFormat, typer.Option("--to", help="onnx: one file for ONNX Runtime.")] = ModelFormat.onnx,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write. (default: NAME.onnx)", metavar="FILE")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="Task to include, repeatable. (default: all)", metavar="NAME")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="For a timm name: local .safetensors file, or random.")] = None,
+    tile_size: Annotated[
+        int | None, typer.Option(help="Fix the tile size, px. (default: free where the encoder allows)", min=32)
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model for other tools: pixels uint8[n, h, w, 3] in, features and one answer per task out.
+
+    \b
+    Examples:
+      wsi-mmm models export default -o default.onnx
+      wsi-mmm models export my-model/ --task nuclei -o nuclei.onnx
+    """
+    from wsi_mmm.api import export_model as write
+
+    target = output or Path(f"{PurePosixPath(name).name}.{to.value}")
+    done = write(name, output=target, tasks=tasks, weights=weights, tile_size=tile_size)
+    if flags.json:
+        say_json(done)
+    size = f"{done.side} px only" if done.side else "any multiple of 32 px"
+    say(f"wrote {done.path}: features{''.join(f', {task}' for task in done.tasks)}; tile size: {size}")
+    say(f"largest difference from torch on seeded noise: {done.difference:.1e} of the largest answer")
+
+
+models_app.command("export", epilog=EXIT_CODES)(guarded(export_model))
 
 
 class Format(StrEnum):

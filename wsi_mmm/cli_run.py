@@ -100,7 +100,7 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. (de
 Runtime = Annotated[
     str | None,
     typer.Option(
-        help="How the model runs: eager, compile or bf16; the numbers differ a little. (default: eager)",
+        help="How the model runs: eager, compile, bf16 or onnx; the numbers differ a little. (default: eager)",
         rich_help_panel=HOW,
     ),
 ]

@@ -99,6 +99,12 @@ def _without_login(value: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.netloc else value
 
 
+def user_cache(environ: Mapping[str, str] | None = None) -> str:
+    """Folder of what is kept per user and machine: in ``XDG_CACHE_HOME``, else in ``~/.cache`` (``~`` not expanded)."""
+    base = (os.environ if environ is None else environ).get("XDG_CACHE_HOME") or "~/.cache"
+    return f"{base.rstrip('/')}/wsi-mmm"
+
+
 def default_cache(environ: Mapping[str, str] | None = None) -> str | None:
     """The cache URI of ``WSI_MMM_CACHE``, or None: then a run keeps its cache beside its output."""
     return (os.environ if environ is None else environ).get("WSI_MMM_CACHE") or None

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from wsi_mmm.model.checkpoint import load_encoder, load_model
-from wsi_mmm.model.fold import folded
+from wsi_mmm.model.fold import fold, folded
 from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.model.runner import Runner
 
 
 def lively(model: MultiTaskModel) -> MultiTaskModel:
@@ -74,10 +75,41 @@ def test_a_convolution_that_something_else_reads_too_is_left_alone() -> None:
 
     model = load_encoder("resnet10t", "random")
     model.encoder.backbone, model.encoder.channels, model.encoder.resampled = Twice(), (32,), False
-    assert folded(lively(model).eval()) is model
+    kept, words = fold(lively(model).eval())
+    assert kept is model
+    assert words == "not folded: the answers would change by more than 0.0001 of the largest"
+    assert Runner(model, "cpu", 1).facts()["norms"] == words
 
 
 def test_a_model_without_norms_is_not_copied() -> None:
     """A transformer passes as it is."""
     model = load_encoder("convnext_atto", "random")
-    assert folded(model) is model
+    assert fold(model) == (model, "none to fold")
+
+
+def test_a_model_that_cannot_be_tried_runs_as_it_is() -> None:
+    """At its card's tile size, which need not be the one it is run at; the report's words say why."""
+
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            assert x.shape[-1] == 64, "Input width doesn't match model (64)."
+            return [self.norm(self.conv(x))]
+
+    model = load_encoder("resnet10t", "random")
+    model.encoder.backbone, model.encoder.channels, model.encoder.resampled = Picky(), (32,), False
+    runner = Runner(model, "cpu", 1)
+    assert runner.model is model
+    assert runner.facts()["norms"].startswith("not folded: the model could not be tried at 256 px (Input width")
+    assert runner.run(noise().numpy()).features.shape == (2, 32)
+
+
+def test_the_report_says_how_many_norms_were_folded(small_model: Path) -> None:
+    """Of how many."""
+    model = load_model(small_model)
+    total, left = norms(model), norms(folded(model))
+    assert 0 < left < total
+    assert Runner(model, "cpu", 1).facts()["norms"] == f"{total - left} of {total} folded into convolutions"

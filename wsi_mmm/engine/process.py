@@ -115,10 +115,18 @@ def _load(recipe: Recipe) -> Runner:
         model = load_model(recipe.model)
     quantise = {task.info.name: task.quantise for task in tasks_of(recipe)}
     runner = Runner(
-        model, device=recipe.device, threads=recipe.threads, quantise=quantise, runtime=recipe.runtime, tune=True
-    )
+        model, device=recipe.device, threads=recipe.threads, quantise=quantise, runtime=recipe.runtime, tune=True,
+        cache=_user_cache(recipe),
+    )  # fmt: skip
     runner.warm_up(recipe.tile, recipe.tasks)
     return runner
+
+
+def _user_cache(recipe: Recipe) -> Path | None:
+    """The folder of what is kept per user here, or None where there is no home to keep it in."""
+    with suppress(RuntimeError):
+        return Path(recipe.user_cache).expanduser() if recipe.user_cache else None
+    return None
 
 
 @contextmanager

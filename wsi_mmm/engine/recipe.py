@@ -21,7 +21,8 @@ class Recipe:
 
     ``model``: name or path of a model, or of a bare encoder when ``encoder`` is true; ``model_hash`` identifies its
     weights. ``mpp`` micrometres per target px; ``tile``/``overlap`` target px; ``tissue``: "auto", "none" or a URI.
-    The lower half changes speed and places only: results do not depend on it.
+    The lower half changes speed and places only: results do not depend on it. ``user_cache``: folder, on the machine
+    that works, of what is kept per user (``~`` is that machine's); None keeps nothing.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Recipe:
     cache: str | None = None
     cache_tiles: str = "auto"
     cache_quota: int | None = None
+    user_cache: str | None = None
     reader: str | None = None
     force: bool = False
 

@@ -23,22 +23,34 @@ TOLERANCE = 1e-4
 
 
 def folded(model: MultiTaskModel) -> MultiTaskModel:
-    """A copy of ``model``, for evaluation only, with its norms folded.
+    """A copy of ``model``, for evaluation only, with its norms folded; ``model`` itself where `fold` says why not."""
+    return fold(model)[0]
 
-    ``model`` itself when it has none to fold, or when the copy's answers differ by more than rounding explains
-    (a convolution's result that something besides its norm uses, too).
+
+def fold(model: MultiTaskModel) -> tuple[MultiTaskModel, str]:
+    """A copy of ``model``, for evaluation only, with its norms folded, and a report's words for what was done.
+
+    ``model`` itself when it has none to fold, when it cannot be run at its card's tile size, or when the copy's answers
+    differ by more than rounding explains (a convolution's result that something besides its norm uses, too).
     """
-    if not any(_is_norm(module) for module in model.modules()):
-        return model
-    probe = _probe(model)
-    wanted, pairs = _watched(model, probe)
+    norms = sum(_is_norm(module) for module in model.modules())
+    if not norms:
+        return model, "none to fold"
+    try:
+        probe = _probe(model)
+        wanted, pairs = _watched(model, probe)
+    except (RuntimeError, AssertionError, ValueError) as error:  # a size that this encoder does not take
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        return model, f"not folded: the model could not be tried at {model.card.tile_size} px ({line})"
     if not pairs:
-        return model
+        return model, f"not folded: no convolution feeds one of the {norms} alone"
     lean = copy.deepcopy(model)
     for conv, norm in pairs.items():
         _fold(lean, conv, norm)
     lean.requires_grad_(False)
-    return lean if _agree(wanted, _answers(lean, probe)) else model
+    if not _agree(wanted, _answers(lean, probe)):
+        return model, f"not folded: the answers would change by more than {TOLERANCE:g} of the largest"
+    return lean, f"{len(pairs)} of {norms} folded into convolutions"
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
-from wsi_mmm.errors import ModelError
+from wsi_mmm.errors import MissingPackage, ModelError
 from wsi_mmm.model.card import CARD, WEIGHTS, ModelCard, model_path, zoo_names
 
 _CHUNK = 1 << 22
@@ -15,8 +16,23 @@ RUNTIMES = {
     "eager": "float32; norms folded into convolutions: within 1e-4 of the plain model's largest answer",
     "compile": "float32 through torch.compile with frozen weights: within 1e-3 of eager's largest answer",
     "bf16": "bfloat16 in convolutions and matrix products: within 5e-2 of eager's largest answer",
+    "onnx": "float32 through ONNX Runtime: within 1e-3 of eager's largest answer",
 }
 """Ways to run a model, and how far their numbers may lie apart. One kind of device and runtime: equal to the bit."""
+
+
+_NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
+
+
+def lacking(runtime: str) -> list[str]:
+    """Packages that ``runtime`` needs and that are not installed here."""
+    return [name for name in _NEEDS.get(runtime, ()) if find_spec(name) is None]
+
+
+def check_runtime(runtime: str) -> None:
+    """MissingPackage, naming the fix, when ``runtime`` cannot be used here."""
+    if lacking(runtime):
+        raise MissingPackage(f"ONNX needs the package {lacking(runtime)[0]}: pip install 'wsi-mmm[{runtime}]'")
 
 
 def is_model(name: str) -> bool:
@@ -26,7 +42,8 @@ def is_model(name: str) -> bool:
 
 def model_identity(name: str, card: ModelCard) -> str:
     """sha256 hex of a model: its weights and the part of its card that changes its answers."""
-    facts = card.model_dump(mode="json", include={"encoder", "decoder", "mean", "std", "tasks"})
+    parts = {"encoder", "squeezer", "decoder", "neck", "bag", "mean", "std", "tasks"}
+    facts = card.model_dump(mode="json", include=parts)
     weights = card.weights_sha256 or _file_hash(model_path(name) / WEIGHTS)
     return hashlib.sha256(json.dumps([facts, weights], sort_keys=True).encode()).hexdigest()
 

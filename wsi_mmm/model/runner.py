@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from wsi_mmm.errors import ModelError
 from wsi_mmm.memory import keep_memory
-from wsi_mmm.model.fold import folded
+from wsi_mmm.model.fold import fold
 from wsi_mmm.model.identity import RUNTIMES
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.model.packing import Answers, Call, Packet, Waiting
-from wsi_mmm.model.runtime import forward_pass
+from wsi_mmm.model.runtime import forward_pass, versions
 from wsi_mmm.model.staging import Stager, staged_ahead
 from wsi_mmm.model.tune import Tuner, case_key
 from wsi_mmm.types import F32, U8
@@ -59,6 +60,7 @@ class Runner:
     ``quantise``: task name -> logits to uint8 (the task's own `quantise`). ``threads``: micro-batches run side by side
     on a CPU (None: one per core this process may use). ``device`` "auto": CUDA when there is one. ``runtime``: one of
     `identity.RUNTIMES`. ``tune``: look for the micro-batch that costs least (see `tune`); the answers stay the same.
+    ``cache``: the user's cache folder, where such choices and ONNX files are kept (None: nowhere).
     """
 
     def __init__(
@@ -70,15 +72,18 @@ class Runner:
         quantise: Mapping[str, Quantise] | None = None,
         runtime: str = "eager",
         tune: bool = False,
+        cache: Path | None = None,
     ) -> None:
         self.device = pick_device(device)
         if self.device.type == "cpu":
             keep_memory()
-        self.model = folded(model.eval()).to(self.device)  # folded first: a GPU rounds too much to compare
+        lean, self._norms = fold(model.eval())  # before it is moved: a GPU rounds too much to compare
+        self.model = lean.to(self.device)
         self.runtime = runtime
         self.threads = max(1, threads or _cores()) if self.device.type == "cpu" else 1
         self.quantise = dict(quantise or {})
-        self._pass = forward_pass(self.model, runtime, self.device)
+        self._pass = forward_pass(self.model, runtime, self.device, folder=cache)
+        self._cache = cache
         self._tune = tune and self.device.type == "cpu" and runtime != "compile"  # a new size is compiled anew
         self._desks: dict[tuple[int, tuple[str, ...]], _Desk] = {}
         self._pool = ThreadPoolExecutor(self.threads, "model", initializer=_one_thread)
@@ -134,9 +139,9 @@ class Runner:
             if (side, tasks) not in self._desks:
                 card = self.model.card.model_dump(mode="json", include={"encoder", "decoder", "tasks"})
                 facts = {"encoder": self.model.card.encoder.name, "tile": side, "threads": self.threads}
-                facts |= {"torch": torch.__version__, "runtime": self.runtime}
+                facts |= {**versions(self.runtime), "runtime": self.runtime}
                 key = case_key(**facts, card=card, tasks=tasks) if self._tune else ""
-                self._desks[side, tasks] = _Desk(tasks, Tuner(self.micro_batch(side), key, facts))
+                self._desks[side, tasks] = _Desk(tasks, Tuner(self.micro_batch(side), key, facts, self._cache))
             return self._desks[side, tasks]
 
     def _call(self, pixels: U8, desk: _Desk) -> Answers:
@@ -209,7 +214,7 @@ class Runner:
         return [size for size in sizes if same(size)]
 
     def facts(self) -> dict[str, Any]:
-        """What was chosen, for reports: runtime and tolerance, micro-batch per tile size, threads, memory."""
+        """What was chosen, for reports: runtime and tolerance, norms, micro-batch per tile size, threads, memory."""
         with self._lock:
             sizes = {
                 f"{side} px": f"{desk.tuner.size} tiles ({desk.tuner.chosen})"
@@ -218,7 +223,7 @@ class Runner:
         memory = "channels_last" + (", freed memory kept" if self.device.type == "cpu" else "")
         return {
             "device": str(self.device), "runtime": self.runtime, "tolerance": RUNTIMES[self.runtime],
-            "micro_batch": sizes, "threads": self.threads, "memory": memory,
+            "norms": self._norms, "micro_batch": sizes, "threads": self.threads, "memory": memory,
         }  # fmt: skip
 
     def busy(self) -> list[tuple[float, float]]:

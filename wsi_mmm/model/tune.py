@@ -4,9 +4,9 @@ Only what leaves every bit as it is may be chosen: a size is a candidate when it
 bit for bit, those of the standard size. What is measured is the processor time of the thread that ran a micro-batch,
 so a reader on the same core disturbs it little, and no tile is computed twice but the few of the check.
 
-The choices lie in ``tune.json`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``), a key per machine,
-torch version, model, tile size, threads and runtime. A file that cannot be read is measured anew; a folder that
-cannot be written is a run without memory. Neither is an error.
+The choices lie in ``tune.json`` in the user's cache folder, which is handed in (`config.user_cache`), a key per
+machine, torch version, model, tile size, threads and runtime. A file that cannot be read is measured anew; a folder
+that cannot be written, or none, is a run without memory. Neither is an error.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ Check = Callable[[Sequence[int]], Sequence[int]]
 class Tuner:
     """Which micro-batch size to use next. ``standard`` tiles; ``key`` names the case, empty: never look further.
 
-    Callable from several threads.
+    ``folder``: the user's cache, where choices are remembered. Callable from several threads.
     """
 
     standard: int
     key: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
     chosen: str = "standard"
     _size: int = 0
     _seen: int = 0
@@ -55,7 +56,7 @@ class Tuner:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        known = remembered(self.key) if self.key else None
+        known = remembered(self.folder, self.key) if self.key else None
         self._size = int(known["micro_batch"]) if known else self.standard
         if known:
             self.chosen, self._checking = "measured before", True
@@ -102,7 +103,7 @@ class Tuner:
         self._size = best if cost and cost[best] < (1 - GAIN) * cost[self.standard] else self.standard
         self.chosen, self._trial = "measured", []
         costs = {str(size): round(1e3 * seconds, 3) for size, seconds in sorted(cost.items())}
-        remember(self.key, {"micro_batch": self._size, "core_ms_per_tile": costs, **self.facts})
+        remember(self.folder, self.key, {"micro_batch": self._size, "core_ms_per_tile": costs, **self.facts})
 
 
 def case_key(**facts: Any) -> str:
@@ -121,17 +122,18 @@ def cpu_name() -> str:
     return named[0] if named else platform.machine()
 
 
-def tune_file() -> Path:
-    """Where the choices of this user on this machine lie."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "wsi-mmm" / "tune.json"
+def tune_file(folder: Path) -> Path:
+    """Where the choices of this user on this machine lie, below the user's cache."""
+    return folder / "tune.json"
 
 
-def known_choices() -> dict[str, dict[str, Any]]:
-    """Every choice on file; none when the file is absent, unreadable or broken."""
+def known_choices(folder: Path | None) -> dict[str, dict[str, Any]]:
+    """Every choice on file; none without a folder, or when the file is absent, unreadable or broken."""
+    if folder is None:
+        return {}
     try:
-        found = json.loads(tune_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
+        found = json.loads(tune_file(folder).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     items = found.items() if isinstance(found, dict) else ()
     return {key: value for key, value in items if isinstance(value, dict) and _sound(value.get("micro_batch"))}
@@ -141,20 +143,22 @@ def _sound(size: object) -> bool:
     return isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= 1 << 16
 
 
-def remembered(key: str) -> dict[str, Any] | None:
+def remembered(folder: Path | None, key: str) -> dict[str, Any] | None:
     """The choice for this case, if there is one."""
-    return known_choices().get(key)
+    return known_choices(folder).get(key)
 
 
-def remember(key: str, choice: dict[str, Any]) -> bool:
+def remember(folder: Path | None, key: str, choice: dict[str, Any]) -> bool:
     """Write a choice down, whole or not at all. False where that is not possible."""
+    if folder is None:
+        return False
     try:
-        path = tune_file()
+        path = tune_file(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**known_choices(), key: choice}, indent=1)
+        text = json.dumps({**known_choices(folder), key: choice}, indent=1)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as half:
             half.write(text)
         Path(half.name).replace(path)
-    except (OSError, RuntimeError):
+    except OSError:
         return False
     return True
