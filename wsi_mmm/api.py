@@ -70,7 +70,8 @@ def run(
         progress: called with an Event whenever something happened.
         **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
             ``tissue``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``cache_quota``, ``reader``,
-            ``features``, ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``runtime``.
+            ``features``, ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``runtime``,
+            ``decode``.
 
     Returns:
         A RunReport: one row per slide, ``exit_code`` 0 only if every slide succeeded. A slide that fails does not stop
@@ -235,7 +236,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("tile_size", "overlap", "batch_size", "block_tiles", "threads"), (Integral, "a whole number")),
     **dict.fromkeys(("mpp", "mpp_override", "min_tissue"), (Real, "a number")),
     **dict.fromkeys(("features", "save_maps", "bounds_offset", "gzip", "force"), (bool, "true or false")),
-    **dict.fromkeys(("device", "reader", "runtime", "cache_tiles"), (str, "a word")),
+    **dict.fromkeys(("device", "reader", "runtime", "cache_tiles", "decode"), (str, "a word")),
     "cache_quota": (Integral, "a size such as 50GB"),
     **dict.fromkeys(("tissue", "cache"), (str, "a path or a word")),
 }

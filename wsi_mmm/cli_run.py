@@ -104,6 +104,14 @@ Runtime = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+Decode = Annotated[
+    str | None,
+    typer.Option(
+        help="Where JPEG tiles are decoded: cpu, device (the model's), or auto (on a GPU, where it measures faster).",
+        rich_help_panel=HOW,
+        metavar="WHERE",
+    ),
+]
 Scheduler = Annotated[
     str | None,
     typer.Option(
@@ -167,6 +175,7 @@ def run(
     threads: Threads = None,
     device: Device = None,
     runtime: Runtime = None,
+    decode: Decode = None,
     scheduler: Scheduler = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -195,7 +204,7 @@ def run(
         "cache": cache, "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "save_maps": maps or None, "gzip": False if plain_geojson else None,
         "bounds_offset": bounds_offset or None, "batch_size": batch_size, "workers": workers, "threads": threads,
-        "device": device, "runtime": runtime, "scheduler": scheduler, "force": force or None,
+        "device": device, "runtime": runtime, "decode": decode, "scheduler": scheduler, "force": force or None,
     }  # fmt: skip
     if dry_run:
         return _rehearse(api.order_run, inputs, output, _options(given, settings))
@@ -234,6 +243,7 @@ def embed(
     threads: Threads = None,
     device: Device = None,
     runtime: Runtime = None,
+    decode: Decode = None,
     scheduler: Scheduler = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -259,7 +269,7 @@ def embed(
         "overlap": overlap, "tissue": tissue, "mpp_override": mpp_override, "reader": reader, "cache": cache,
         "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "batch_size": batch_size, "workers": workers, "threads": threads, "device": device,
-        "runtime": runtime, "scheduler": scheduler, "force": force or None,
+        "runtime": runtime, "decode": decode, "scheduler": scheduler, "force": force or None,
     }  # fmt: skip
     if dry_run:
         return _rehearse(api.order_embed, inputs, output, _options(given, settings))

@@ -47,6 +47,31 @@ def test_several_parts_share_a_batch() -> None:
     assert not found[3:].any()
 
 
+@pytest.mark.parametrize("device", ["cpu", cuda])
+def test_tiles_that_lie_on_the_device_are_gathered_there(device: str) -> None:
+    """With others from memory or without, padded with zeros."""
+    one, two, three = parts(1, 2, 3)
+    there = torch.from_numpy(two).to(device)
+    for given in ([one, there, three], [there], [there, there]):
+        stager = Stager(torch.device(device))
+        found = stager.ready(stager.stage(given, 8)).cpu().numpy()
+        wanted = np.concatenate([two if part is there else part for part in given])
+        assert np.array_equal(found[: len(wanted)], wanted)
+        assert found.shape == (8, 8, 8, 3)
+        assert not found[len(wanted) :].any()
+
+
+@pytest.mark.parametrize("device", ["cpu", cuda])
+def test_the_model_says_the_same_of_tiles_on_the_device(small_model: Path, device: str) -> None:
+    """To the bit, whichever way they came."""
+    pixels = np.random.default_rng(0).integers(0, 256, (11, 64, 64, 3), np.uint8)
+    runner = Runner(load_model(small_model), device, 2)
+    assert np.array_equal(runner.run(torch.from_numpy(pixels).to(device)).features, runner.run(pixels).features)
+    with pytest.raises(ModelError, match="tiles must be uint8"):
+        runner.run(torch.zeros(1, 64, 64, 3, device=device))
+    runner.close()
+
+
 def test_the_next_part_is_staged_before_this_one_is_worked_on() -> None:
     """One ahead, never more."""
     order, stager = [], Stager(CPU)

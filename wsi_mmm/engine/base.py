@@ -52,7 +52,10 @@ class SlideTask:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One thing to do. ``block`` (row, column) of the block grid; ``tiles`` packs int32 (row, column) pairs."""
+    """One thing to do. ``block`` (row, column) of the block grid; ``tiles`` packs int32 (row, column) pairs.
+
+    ``decode``: where its native tiles are decoded, "cpu" or "device".
+    """
 
     kind: Kind
     slide: SlideTask
@@ -60,6 +63,7 @@ class Work:
     tiles: bytes = b""
     grid: Grid | None = None
     entry: str = ""
+    decode: str = "cpu"
 
     @property
     def name(self) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from wsi_mmm.engine.base import Kind, SlideTask, Work, pack
+from wsi_mmm.engine.decoding import Choice
 from wsi_mmm.tiles.grid import blocks
 from wsi_mmm.types import F32, I64, Grid, SlideInfo
 
@@ -16,7 +17,7 @@ class SlidePlan:
     """One slide, planned: its grid and the tiles ``index`` int64[n, 2] (row, column) that hold tissue.
 
     ``tissue`` float32[n]: share of each tile that is tissue. ``entry``: URI of the cache entry its values rest in.
-    ``maps``: some task answers per pixel, so blocks are interpreted.
+    ``maps``: some task answers per pixel, so blocks are interpreted. ``decode``: where native tiles are decoded.
     """
 
     slide: SlideTask
@@ -29,6 +30,7 @@ class SlidePlan:
     stride: int
     mpp_effective: float
     maps: bool = True
+    decode: Choice = field(default_factory=Choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,4 +108,4 @@ def _window_tiles(plan: SlidePlan, row: int, column: int) -> I64:
 
 
 def _work(kind: Kind, plan: SlidePlan, block: tuple[int, int], tiles: I64) -> Work:
-    return Work(kind, plan.slide, block, pack(tiles), plan.grid, plan.entry)
+    return Work(kind, plan.slide, block, pack(tiles), plan.grid, plan.entry, plan.decode.on)

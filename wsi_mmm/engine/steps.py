@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_mmm.cache import ArraySpec, Entry
-from wsi_mmm.engine import parts, process
+from wsi_mmm.engine import decoding, parts, process
 from wsi_mmm.engine.base import Receipt, SlideTask, Work
 from wsi_mmm.engine.plan import SlidePlan, Span, core_of, window_of
 from wsi_mmm.errors import ManifestError, OutputError
 from wsi_mmm.model.identity import device_kind
 from wsi_mmm.outputs import polygons
 from wsi_mmm.slides import Slide, store
+from wsi_mmm.slides.base import EncodedReader
 from wsi_mmm.tasks.blend import blend, window_weights
 from wsi_mmm.tiles.grid import BlockTiles, make_grid, tile_size_level0
-from wsi_mmm.tiles.stream import read_block
+from wsi_mmm.tiles.stream import read_block, read_encoded, tiles_at
 from wsi_mmm.tiles.tissue import select_tiles, tissue_mask, tissue_share
-from wsi_mmm.types import F32, I64, U8, Batch, Grid, Objects
+from wsi_mmm.types import F32, I64, U8, Batch, EncodedBatch, Grid, Objects
 
 if TYPE_CHECKING:
     from wsi_mmm.model.runner import RunOutput
@@ -62,7 +63,14 @@ def _plan(task: SlideTask, slide: Slide) -> SlidePlan:
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     mask = tissue_mask(slide, task.mask or recipe.tissue)
     index = select_tiles(grid, mask, min_tissue=recipe.min_tissue)
-    return _assembled(task, slide, index, tissue_share(grid, mask, index))
+    choice = _kept_choice(task) or decoding.choose(recipe, slide.reader, tiles_at(grid, index))
+    return _assembled(task, slide, index, tissue_share(grid, mask, index), choice)
+
+
+def _kept_choice(task: SlideTask) -> decoding.Choice | None:
+    """What was measured when this slide was begun: measured anew it might be otherwise, and the work done be lost."""
+    measured = task.recipe.decode == "auto" and device_kind(task.recipe.device) == "cuda"
+    return parts.load_plan(task)[2] if measured and store.exists(parts.plan_uri(task)) else None
 
 
 def replan(task: SlideTask, slide: Slide) -> SlidePlan:
@@ -70,20 +78,19 @@ def replan(task: SlideTask, slide: Slide) -> SlidePlan:
     return _assembled(task, slide, *parts.load_plan(task))
 
 
-def _assembled(task: SlideTask, slide: Slide, index: I64, share: F32) -> SlidePlan:
+def _assembled(task: SlideTask, slide: Slide, index: I64, share: F32, choice: decoding.Choice) -> SlidePlan:
     recipe = task.recipe
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     tasks = [t for t in process.tasks_of(recipe) if t.scope == "pixel"]
     root = recipe.cache or store.join(task.scratch, "cache")
-    entry = store.join(
-        root, slide.info.fingerprint, recipe.forward_hash(device_kind(recipe.device), (grid.scale_x, grid.scale_y))
-    )
+    name = recipe.forward_hash(device_kind(recipe.device), (grid.scale_x, grid.scale_y), choice.on)
+    entry = store.join(root, slide.info.fingerprint, name)
     return SlidePlan(
         task, slide.info, grid, index, share, entry,
         halo=max([t.halo for t in tasks], default=0),
         stride=int(np.lcm.reduce([t.stride for t in tasks] or [1])),
         mpp_effective=grid.scale_x * (slide.info.mpp_x or 0.0),
-        maps=bool(tasks),
+        maps=bool(tasks), decode=choice,
     )  # fmt: skip
 
 
@@ -103,6 +110,8 @@ def published(task: SlideTask, fingerprint: str, region: str) -> dict[str, Any] 
         other = f"{store.redact(task.output)} holds the results of another slide ({found.get('uri')})"
         raise OutputError(f"{other}; choose another --output, or --force to replace them")
     same = found and (found.get("result_hash"), found.get("region")) == (task.result_hash(), region)
+    if found and task.recipe.decode == "cpu" and found.get("decode", "cpu") != "cpu":
+        same = False  # "auto" had it decoded on the device
     return found if found and same and found.get("status") in ("done", "empty") else None
 
 
@@ -142,7 +151,7 @@ class Loaded:
     """A forward work with its pixels, or with the receipt of an earlier run."""
 
     work: Work
-    batch: Batch | None
+    batch: Batch | EncodedBatch | None
     receipt: dict[str, Any] | None
     seconds: float
 
@@ -167,9 +176,15 @@ def read(work: Work) -> Loaded:
     if receipt and receipt.get("tiles") == work.tiles.hex() and not receipt.get("failed"):
         return Loaded(work, None, receipt, time.perf_counter() - started)
     with process.slide_of(work.slide) as slide:
-        reader = process.reader_of(slide, work.slide, grid, work.index()) or slide.reader
-        batch = read_block(reader, grid, BlockTiles(*work.block, work.index()))
+        batch = _batch(work, slide, grid)
     return Loaded(work, batch, None, time.perf_counter() - started)
+
+
+def _batch(work: Work, slide: Slide, grid: Grid) -> Batch | EncodedBatch:
+    block = BlockTiles(*work.block, work.index())
+    if work.decode == "device" and isinstance(slide.reader, EncodedReader):
+        return read_encoded(slide.reader, grid, block)
+    return read_block(process.reader_of(slide, work.slide, grid, block.index) or slide.reader, grid, block)
 
 
 def compute(loaded: Loaded) -> Computed:
@@ -178,8 +193,10 @@ def compute(loaded: Loaded) -> Computed:
         return Computed(loaded, None, None)
     recipe = loaded.work.slide.recipe
     runner = process.runner_of(recipe)
+    batch, pixels = decoding.decoded(loaded.batch, _grid(loaded.work), runner.device)
+    loaded = replace(loaded, batch=batch)
     started = time.time()
-    output = runner.run(loaded.batch.pixels, list(recipe.tasks))
+    output = runner.run(pixels, list(recipe.tasks))
     facts = json.dumps(runner.facts())
     return Computed(loaded, output, (started, time.time()), str(runner.device), facts)
 
@@ -229,7 +246,7 @@ def features_spec(size: int) -> ArraySpec:
     return ArraySpec("features", (size,), "float32")
 
 
-def _failed_tiles(batch: Batch, grid: Grid) -> tuple[tuple[int, int, int, int], ...]:
+def _failed_tiles(batch: Batch | EncodedBatch, grid: Grid) -> tuple[tuple[int, int, int, int], ...]:
     size = tile_size_level0(grid)
     return tuple((int(x), int(y), *size) for x, y in batch.xy[batch.failed])
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from wsi_mmm.types import U8
 
@@ -22,9 +23,9 @@ Answers = dict[str, npt.NDArray[Any]]
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """Tiles uint8[n, s, s, 3] that somebody waits for, and their answers as they come in."""
+    """Tiles uint8[n, s, s, 3] that somebody waits for, in memory or on the device, and their answers as they come."""
 
-    pixels: U8
+    pixels: U8 | Tensor
     answers: Answers = field(default_factory=dict)
     taken: int = 0
     left: int = 0
@@ -51,7 +52,7 @@ class Piece:
     stop: int
 
     @property
-    def pixels(self) -> U8:
+    def pixels(self) -> U8 | Tensor:
         """The tiles themselves."""
         return self.call.pixels[self.start : self.stop]
 

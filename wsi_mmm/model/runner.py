@@ -98,12 +98,12 @@ class Runner:
         budget = _PIXELS_CPU if self.device.type == "cpu" else _PIXELS_CUDA
         return max(1, budget // (size * size))
 
-    def run(self, pixels: U8, tasks: Sequence[str] = ()) -> RunOutput:
-        """Tiles uint8[n, s, s, 3] -> features and the quantised answers of ``tasks``.
+    def run(self, pixels: U8 | Tensor, tasks: Sequence[str] = ()) -> RunOutput:
+        """Tiles uint8[n, s, s, 3], in memory or on the device -> features and the quantised answers of ``tasks``.
 
         Bit-identical for any n, any grouping of tiles into calls and any number of threads on one kind of device.
         """
-        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
+        if pixels.ndim != 4 or pixels.shape[3] != 3 or str(pixels.dtype) not in ("uint8", "torch.uint8"):
             raise ModelError(f"tiles must be uint8[n, s, s, 3], not {pixels.dtype}{list(pixels.shape)}")
         self._check(tasks)
         desk = self._desk(pixels.shape[1], tuple(tasks))
@@ -144,7 +144,7 @@ class Runner:
                 self._desks[side, tasks] = _Desk(tasks, Tuner(self.micro_batch(side), key, facts, self._cache))
             return self._desks[side, tasks]
 
-    def _call(self, pixels: U8, desk: _Desk) -> Answers:
+    def _call(self, pixels: U8 | Tensor, desk: _Desk) -> Answers:
         """Leave the tiles to the lanes, which are threads that work until nothing waits, and wait for the answers."""
         call = Call(pixels)
         desk.waiting.add(call)
@@ -186,7 +186,7 @@ class Runner:
             desk.tuner.took(count, time.thread_time() - began)
         return found
 
-    def _alone(self, pixels: U8, desk: _Desk, size: int) -> Answers:
+    def _alone(self, pixels: U8 | Tensor, desk: _Desk, size: int) -> Answers:
         """These tiles in micro-batches of their own, of ``size`` tiles."""
 
         def one(first: int) -> Answers:
@@ -202,7 +202,7 @@ class Runner:
         stager: Stager = self._stagers.one
         return stager
 
-    def _agreeing(self, pixels: U8, desk: _Desk, sizes: Sequence[int]) -> list[int]:
+    def _agreeing(self, pixels: U8 | Tensor, desk: _Desk, sizes: Sequence[int]) -> list[int]:
         """Those of ``sizes`` that give the very bits of the standard size on some of these tiles."""
         few = pixels[: 2 * desk.tuner.standard]
         wanted = self._alone(few, desk, desk.tuner.standard)

@@ -8,6 +8,7 @@ the same code runs with a plain buffer and no streams; that is what the tests se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import TypeVar
 
@@ -35,8 +36,26 @@ class Stager:
         self._side = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._sent: list[torch.cuda.Event | None] = [None] * SLOTS
 
-    def stage(self, parts: Sequence[U8], size: int) -> Tensor:
-        """The tiles of ``parts``, one after another, on the device; a copy may be under way: see ``ready``."""
+    def stage(self, parts: Sequence[U8 | Tensor], size: int) -> Tensor:
+        """The tiles of ``parts``, one after another, on the device; a copy may be under way: see ``ready``.
+
+        Parts that are tensors lie on the device already, complete.
+        """
+        in_memory = [part for part in parts if not isinstance(part, Tensor)]
+        return self._copied(in_memory, size) if len(in_memory) == len(parts) else self._gathered(parts, size)
+
+    def _gathered(self, parts: Sequence[U8 | Tensor], size: int) -> Tensor:
+        with nullcontext() if self._side is None else torch.cuda.stream(self._side):
+            there, first = torch.zeros((size, *parts[0].shape[1:]), dtype=torch.uint8, device=self.device), 0
+            for part in parts:
+                tiles = part if isinstance(part, Tensor) else torch.from_numpy(part)
+                there[first : first + len(part)].copy_(tiles)
+                first += len(part)
+                if self._side is not None and tiles.is_cuda:
+                    tiles.record_stream(self._side)  # made on another stream: not free before this one has read it
+        return there
+
+    def _copied(self, parts: Sequence[U8], size: int) -> Tensor:
         if not self._cuda and len(parts) == 1 and len(parts[0]) == size and _plain(parts[0]):
             return torch.from_numpy(parts[0])
         slot = self._turn = (self._turn + 1) % SLOTS

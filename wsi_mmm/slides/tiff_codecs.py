@@ -120,11 +120,12 @@ def _baseline(raw: bytes, plane: Plane) -> bool:
     ITU-T T.81 B.2 (markers), T.872 6.5.3 (the colour transform of APP14).
     """
     at = 2
-    while at + 18 <= len(raw) and raw[at] == 0xFF:
+    while at + 20 <= len(raw) and raw[at] == 0xFF:
         marker, begin = raw[at + 1], at + 4
         if marker == 0xC0:
             size = plane.tile_height.to_bytes(2, "big") + plane.tile_width.to_bytes(2, "big")
-            return raw[begin : begin + 6] == b"\x08" + size + b"\x03"
+            named_rgb = raw[begin + 6 : begin + 15 : 3] == b"RGB"  # which some decoders go by
+            return raw[begin : begin + 6] == b"\x08" + size + b"\x03" and not named_rgb
         odd_frame = 0xC1 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
         if odd_frame or marker == 0xDA or (marker == 0xEE and raw[begin : begin + 5] == b"Adobe" and raw[at + 15] != 1):
             return False

@@ -61,7 +61,7 @@ def read_block(reader: Reader, grid: Grid, block: BlockTiles) -> Batch:
 
 def read_encoded(reader: EncodedReader, grid: Grid, block: BlockTiles, fetched: Fetched | None = None) -> EncodedBatch:
     """The tiles of one block, in its order, still compressed. The reader has no `obstacle` to them."""
-    encoded = reader.read_encoded(_tiles(grid, block.index), fetched)
+    encoded = reader.read_encoded(tiles_at(grid, block.index), fetched)
     return EncodedBatch(encoded, tile_xy(grid, block.index), block.index, touched(grid, block.index, encoded.failed))
 
 
@@ -77,10 +77,11 @@ def _tile_reader(reader: Reader) -> ReadTiles:
 
 def _read(read: ReadTiles, grid: Grid, index: I64, out: Sequence[U8], fetched: Fetched | None = None) -> Mask:
     """Read tiles to ``out``; return which of them hold pixels that could not be read."""
-    return touched(grid, index, read(_tiles(grid, index), out, fetched))
+    return touched(grid, index, read(tiles_at(grid, index), out, fetched))
 
 
-def _tiles(grid: Grid, index: I64) -> Tiles:
+def tiles_at(grid: Grid, index: I64) -> Tiles:
+    """Tiles ``index`` int64[n, 2] (row, column) of a grid."""
     return Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y, grid.overlap)
 
 
@@ -182,7 +183,7 @@ def _fetch_ahead(
 
     def begin(count: int) -> None:
         for run in islice(todo, count):
-            flying.append((len(run), pool.submit(reader.fetch, [_tiles(grid, block.index) for block in run])))
+            flying.append((len(run), pool.submit(reader.fetch, [tiles_at(grid, block.index) for block in run])))
 
     begin(RUNS_AHEAD + 1)
     while flying:
