@@ -164,8 +164,10 @@ def _ways(thetas: F32) -> list[int]:
 def _one_way(pixels: Tensor, theta: Tensor, *, size: int, way: int) -> Tensor:
     if not len(pixels):
         return torch.empty((0, 3, size, size), device=pixels.device)
+    if way < 0:
+        return _copied(pixels, theta, size)
     x, y = _fields(theta.to(pixels.device, non_blocking=True), size)
-    return _copied(pixels, x, y) if way < 0 else _sampled(pixels, x, y, level=way)
+    return _sampled(pixels, x, y, level=way)
 
 
 def _fields(theta: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -176,14 +178,27 @@ def _fields(theta: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return both[:, 0], both[:, 1]
 
 
-def _copied(pixels: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _copied(pixels: Tensor, theta: Tensor, size: int) -> Tensor:
+    """Right angles: which px is taken is a number of its row plus one of its column, each a line found on the CPU."""
     n, height, width, _ = pixels.shape
-    column, row = x.floor().long(), y.floor().long()
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    first = torch.arange(n, device=pixels.device).view(n, 1, 1) * (height * width)
-    index = first + row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-    found = pixels.reshape(-1, 3).index_select(0, index.flatten()).view(*x.shape, 3)
-    return torch.where(inside[..., None], found, 255).float().div_(255.0).permute(0, 3, 1, 2)
+    t = torch.arange(size, dtype=torch.float32) + 0.5
+    along, across = ((theta[:, :, k, None] * t).floor().long() for k in (0, 1))  # [n, 2 (x, y), size]
+    upright = (theta[:, 0, 0] != 0)[:, None]
+    offset = theta[:, :, 2].long()
+    # Either x goes with the columns and y with the rows, or the other way round.
+    x = torch.where(upright, along[:, 0], across[:, 0]) + offset[:, :1]
+    y = torch.where(upright, across[:, 1], along[:, 1]) + offset[:, 1:]
+    x_in, y_in = (x >= 0) & (x < width), (y >= 0) & (y < height)
+    x, y = x.clamp(0, width - 1), y.clamp(0, height - 1) * width
+    first = torch.arange(n)[:, None] * (height * width)
+    rows, columns = torch.where(upright, y, x) + first, torch.where(upright, x, y)
+    index = rows.to(pixels.device)[:, :, None] + columns.to(pixels.device)[:, None, :]
+    found = pixels.reshape(-1, 3).index_select(0, index.flatten()).view(n, size, size, 3)
+    if not (x_in.all() and y_in.all()):
+        row_in, column_in = torch.where(upright, y_in, x_in), torch.where(upright, x_in, y_in)
+        inside = row_in.to(pixels.device)[:, :, None, None] & column_in.to(pixels.device)[:, None, :, None]
+        found = torch.where(inside, found, 255)
+    return found.float().div_(255.0).permute(0, 3, 1, 2)
 
 
 def _sampled(pixels: Tensor, x: Tensor, y: Tensor, *, level: int) -> Tensor:
