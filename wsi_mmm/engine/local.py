@@ -14,7 +14,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from wsi_mmm.engine import process, steps
+from wsi_mmm.engine import ahead, process, steps
 from wsi_mmm.engine.base import Kind, Receipt, Work
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.errors import WsiError
@@ -41,8 +41,7 @@ class LocalExecutor:
         # where readers return a thousand times a second.
         self._interval = sys.getswitchinterval()
         sys.setswitchinterval(0.0005)
-        # Loading the model takes as long as finding the tissue of the first slide: do both at once.
-        self._computing.submit(_quietly, process.runner_of, recipe)
+        self._recipe: Recipe | None = recipe
 
     def room(self, kind: Kind) -> int:
         """Free places: forwards are bounded by what memory should hold, the rest by the finishers."""
@@ -52,11 +51,19 @@ class LocalExecutor:
     def start(self, work: Work) -> None:
         """Send a work on its way through the pools."""
         self._flying["forward" if work.kind == "forward" else "other"] += 1
+        self._load(work)
         if work.kind == "forward":
             stations = [(self._reading, steps.read), (self._computing, steps.compute), (self._finishing, steps.write)]
             self._chain(work, work, stations)
         else:
             self._chain(work, work, [(self._finishing, steps.perform)])
+
+    def _load(self, first: Work) -> None:
+        """Load the model, which takes as long as finding the tissue of the first slide: do both at once."""
+        if self._recipe is not None:
+            recipe, self._recipe = self._recipe, None
+            ahead.begin(first.slide)  # before there are threads
+            self._computing.submit(_quietly, process.runner_of, recipe)
 
     def _chain(self, work: Work, value: Any, stations: list[tuple[ThreadPoolExecutor, Any]]) -> None:
         (pool, step), rest = stations[0], stations[1:]
@@ -92,6 +99,7 @@ class LocalExecutor:
         for pool in (self._reading, self._computing, self._finishing):
             pool.shutdown(wait=True, cancel_futures=cancel)
         sys.setswitchinterval(self._interval)
+        ahead.end()
         process.release(models=False)
 
 

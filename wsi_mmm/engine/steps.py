@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_mmm.cache import ArraySpec, Entry
-from wsi_mmm.engine import decoding, parts, process
+from wsi_mmm.engine import ahead, decoding, parts, process
 from wsi_mmm.engine.base import Receipt, SlideTask, Work
 from wsi_mmm.engine.plan import SlidePlan, Span, core_of, window_of
 from wsi_mmm.errors import ManifestError, OutputError
@@ -27,7 +27,7 @@ from wsi_mmm.slides.base import EncodedReader
 from wsi_mmm.tasks.blend import blend, window_weights
 from wsi_mmm.tiles.grid import BlockTiles, make_grid, tile_size_level0
 from wsi_mmm.tiles.stream import read_block, read_encoded, tiles_at
-from wsi_mmm.tiles.tissue import select_tiles, tissue_mask, tissue_share
+from wsi_mmm.tiles.tissue import select_tiles, tissue_share
 from wsi_mmm.types import F32, I64, U8, Batch, EncodedBatch, Grid, Objects
 
 if TYPE_CHECKING:
@@ -51,20 +51,21 @@ def plan(work: Work) -> Receipt:
         done = None if task.recipe.force else published(task, slide.info.fingerprint, region_hash(task))
         if done is not None:
             return Receipt("plan", task.id, (0, 0), "cached", payload=done)
-        planned = _plan(task, slide)
+        planned, spent = _plan(task, slide)
         parts.save_plan(planned)
         seconds = {"plan": time.perf_counter() - started}
-        return _receipt(work, slide, tiles=len(planned.index), stages=seconds, payload=planned)
+        return _receipt(work, slide, tiles=len(planned.index), stages=seconds, payload=planned, **spent)
 
 
-def _plan(task: SlideTask, slide: Slide) -> SlidePlan:
+def _plan(task: SlideTask, slide: Slide) -> tuple[SlidePlan, dict[str, Any]]:
+    """The plan, and what a receipt is to say of another process that helped."""
     recipe = task.recipe
     slide.scale(recipe.mpp)  # says what to do when the slide does not know its mpp
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
-    mask = tissue_mask(slide, task.mask or recipe.tissue)
-    index = select_tiles(grid, mask, min_tissue=recipe.min_tissue)
+    tissue = ahead.tissue_of(slide, task)
+    index = select_tiles(grid, tissue.mask, min_tissue=recipe.min_tissue)
     choice = _kept_choice(task) or decoding.choose(recipe, slide.reader, tiles_at(grid, index))
-    return _assembled(task, slide, index, tissue_share(grid, mask, index), choice)
+    return _assembled(task, slide, index, tissue_share(grid, tissue.mask, index), choice), tissue.spent
 
 
 def _kept_choice(task: SlideTask) -> decoding.Choice | None:
