@@ -230,7 +230,8 @@ class Objects:
     ``coords`` float64[m, 2] (x, y) level-0 px. Ring r is ``coords[ring_offsets[r]:ring_offsets[r + 1]]``, *not* closed
     (the first point is not repeated). Object i owns rings ``object_offsets[i]:object_offsets[i + 1]``: the first is the
     exterior, the others are holes. ``class_index`` int32[n]; ``anchor`` int64[n, 2] (y, x) in target px, unique
-    within a task: the pixel that owns the object and the key it is sorted by. ``measurements``: name -> float64[n].
+    within a task (within a class where masks may lie on each other): the pixel that owns the object and the key it is
+    sorted by. ``measurements``: name -> float64[n].
     """
 
     task: str
@@ -245,6 +246,9 @@ class Objects:
         return len(self.class_index)
 
 
+REGION_KINDS = ("segment", "multisegment")
+
+
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
     """What files need to know of a task: its name, kind, class names and class colours (r, g, b)."""
@@ -253,3 +257,8 @@ class TaskInfo:
     kind: str
     classes: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
+
+    @property
+    def dissolves(self) -> bool:
+        """Whether its objects are regions, which seams cut and `outputs.merge` makes whole again."""
+        return self.kind in REGION_KINDS

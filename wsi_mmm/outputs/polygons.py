@@ -86,17 +86,22 @@ def _round_chunk(objects: Objects, decimals: int) -> Rounded:
     if len(mended):
         mended = _thin(from_parts(mended, shapely.make_valid(shapes(mended))), decimals)
         mended = _without_slivers(take(mended, shapely.is_valid(shapes(mended))))
-        saved = len(np.unique(mended.anchor, axis=0))
+        saved = len(np.unique(_keys(mended), axis=0))
         sound = concat([_without_slivers(take(thin, valid)), mended])
         sound = take(sound, _rank_like(objects, sound))
-        return Rounded(_oriented(sound), saved, len(objects) - len(np.unique(sound.anchor, axis=0)))
+        return Rounded(_oriented(sound), saved, len(objects) - len(np.unique(_keys(sound), axis=0)))
     sound = _without_slivers(thin)
     return Rounded(_oriented(sound), 0, len(objects) - len(sound))
 
 
+def _keys(objects: Objects) -> I64:
+    """int64[n, 3]: what no two objects of a task have in common."""
+    return np.column_stack([objects.anchor, objects.class_index.astype(np.int64)])
+
+
 def _rank_like(objects: Objects, some: Objects) -> I64:
     """Order that puts ``some`` (a subset, perhaps in parts) back into the order of ``objects``."""
-    both = np.concatenate([objects.anchor, some.anchor])
+    both = np.concatenate([_keys(objects), _keys(some)])
     _, number = np.unique(both, axis=0, return_inverse=True)
     place = np.zeros(number.max() + 1, np.int64)
     place[number[: len(objects)]] = np.arange(len(objects))

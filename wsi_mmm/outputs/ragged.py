@@ -107,8 +107,8 @@ def concat(parts: Sequence[Objects]) -> Objects:
 
 
 def sort_by_anchor(objects: Objects) -> Objects:
-    """Objects in the order every published file has: by anchor (y, then x)."""
-    return take(objects, np.lexsort((objects.anchor[:, 1], objects.anchor[:, 0])))
+    """Objects in the order every published file has: by anchor (y, then x), then class (masks may overlap)."""
+    return take(objects, np.lexsort((objects.class_index, objects.anchor[:, 1], objects.anchor[:, 0])))
 
 
 def ring_areas(objects: Objects) -> F64:

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from wsi_mmm.outputs.polygons import Frame, to_objects, trace
 from wsi_mmm.tasks import grouping, metrics
-from wsi_mmm.tasks.base import Scope, Truth, View, check_view
+from wsi_mmm.tasks.base import Answer, Scope, Truth, View, check_view
 from wsi_mmm.types import F64, I32, I64, U8, Mask, Objects, TaskInfo
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class Instances:
         """int32[h, w] labels -> float32[5, h / 2, w / 2]: soft foreground, depth, dx, dy (target px), weight of offsets
         (8 / radius of the object: what counts is the error relative to its size).
 
-        All-negative labels mean unknown: the whole target is NaN and `loss` leaves the picture out.
+        Negative labels mean unknown: there, and where an object borders on them (how far it goes on is unknown, too),
+        the foreground is NaN, and `loss` leaves these px out.
         """
         import torch
 
@@ -73,9 +74,10 @@ class Instances:
         offset = logits[:, 2:].float() * (UNIT / self.stride * grouping.STEPS) + grouping.ZERO
         return torch.cat([chance, offset], dim=1).round().clamp(0.0, 255.0).to(torch.uint8)
 
-    def metrics(self, pairs: Iterable[tuple[Truth, U8]]) -> dict[str, float]:
-        """F1 and the like at IoU 0.5, over all objects of all pictures."""
-        return metrics.total(metrics.match(truth, self.labels(maps)) for truth, maps in pairs).figures()
+    def metrics(self, pairs: Iterable[tuple[Truth, Answer]]) -> dict[str, float]:
+        """F1 and the like at IoU 0.5, over all objects of all pictures; found ones in unknown areas do not count."""
+        known = (_where_known(np.asarray(truth, np.int32), self.labels(maps)) for truth, maps in pairs)
+        return metrics.total(metrics.match(truth, found) for truth, found in known).figures()
 
     def labels(self, maps: U8) -> I32:
         """uint8[4, h, w] of one whole picture -> labels int32[2h, 2w]."""
@@ -105,7 +107,7 @@ class Instances:
             measurements={"probability": _means(labels, grouping.double(window[0]), rings.labels)},
         )
 
-    def table(self, values: U8) -> Mapping[str, npt.NDArray[Any]]:
+    def table(self, values: Answer) -> Mapping[str, npt.NDArray[Any]]:
         """Pixel tasks have no tile table."""
         return {}
 
@@ -127,6 +129,7 @@ def _target(labels: I32) -> npt.NDArray[np.float32]:
     if labels.size and int(labels.max()) < 0:
         out[:] = np.nan
         return out
+    labels = _without_cut(labels)
     ids, flat = np.unique(np.maximum(labels, 0), return_inverse=True)
     index: I64 = flat.reshape(labels.shape)
     centre_y, centre_x, radius = _shapes(index, len(ids))
@@ -141,7 +144,30 @@ def _target(labels: I32) -> npt.NDArray[np.float32]:
     out[1] = _depth(own, inside, len(ids))
     out[2], out[3] = np.where(inside, to_x * short, 0.0), np.where(inside, to_y * short, 0.0)
     out[4] = inside * 8.0 / np.maximum(radius[own], 4.0)
+    unknown = (labels < 0).reshape(height, 2, width, 2).any(axis=(1, 3))
+    out[0, unknown], out[4, unknown] = np.nan, 0.0
     return out
+
+
+def _without_cut(labels: I32) -> I32:
+    """Unknown px, and all px of objects that touch them, are -1."""
+    unknown = labels < 0
+    if not unknown.any():
+        return labels
+    cut = np.unique(labels[ndimage.binary_dilation(unknown)])
+    found: I32 = np.where(unknown | np.isin(labels, cut[cut > 0]), -1, labels).astype(np.int32)
+    return found
+
+
+def _where_known(truth: I32, found: I32) -> tuple[I32, I32]:
+    """Labels of both, less unknown px and found objects that lie in them with half their px or more."""
+    truth = _without_cut(truth)
+    unknown = truth < 0
+    if not unknown.any():
+        return truth, found
+    size = int(found.max(initial=0)) + 1
+    hidden = 2 * np.bincount(found[unknown], minlength=size) >= np.bincount(found.ravel(), minlength=size)
+    return np.maximum(truth, 0), np.where(unknown | hidden[found], 0, found)
 
 
 def _depth(own: I64, inside: Mask, count: int) -> F64:

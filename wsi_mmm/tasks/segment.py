@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from wsi_mmm.outputs.polygons import Frame, to_objects, trace
-from wsi_mmm.tasks.base import Scope, Truth, View, check_view
-from wsi_mmm.types import I32, I64, U8, Objects, TaskInfo
+from wsi_mmm.tasks.base import Answer, Scope, Truth, View, check_view
+from wsi_mmm.tasks.regions import core_part, draw_regions
+from wsi_mmm.types import I32, U8, Objects, TaskInfo
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The `segment` task. ``channels`` is the number of classes; class ``background`` (-1: none) is not drawn."""
+    """The `segment` task. ``channels`` is the number of classes; class ``background`` (-1: none) is not drawn.
+
+    ``smoothing`` and ``weights``: see `pixel_classes_loss`.
+    """
 
     info: TaskInfo
     channels: int
     background: int = 0
+    smoothing: float = 0.02
+    weights: tuple[float, ...] | None = None
     scope: Scope = "pixel"
     stride: int = 2
     halo: int = 0
@@ -45,9 +50,9 @@ class Segment:
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross entropy in units of ln(classes), unknown px left out."""
-        from wsi_mmm.tasks.losses import classes_loss
+        from wsi_mmm.tasks.losses_dense import pixel_classes_loss
 
-        return classes_loss(logits, target)
+        return pixel_classes_loss(logits, target, smoothing=self.smoothing, weights=self.weights)
 
     def quantise(self, logits: Tensor) -> Tensor:
         """Softmax per px as 0..255."""
@@ -55,7 +60,7 @@ class Segment:
 
         return (torch.softmax(logits.float(), dim=1) * 255.0).round().to(torch.uint8)
 
-    def metrics(self, pairs: Iterable[tuple[Truth, U8]]) -> dict[str, float]:
+    def metrics(self, pairs: Iterable[tuple[Truth, Answer]]) -> dict[str, float]:
         """Mean intersection over union of the classes that occur, and pixel accuracy."""
         table = np.zeros((self.channels, self.channels), np.int64)
         for truth, maps in pairs:
@@ -72,38 +77,17 @@ class Segment:
         }
 
     def classes_of(self, window: U8, view: View) -> I32:
-        """Class + 1 per map px of the core; 0 for background, uncovered px and px beyond the slide."""
-        y0, x0, y1, x1 = (v // self.stride for v in view.core)
-        top, left = view.y0 // self.stride, view.x0 // self.stride
-        part = window[:, max(y0 - top, 0) : max(y1 - top, 0), max(x0 - left, 0) : max(x1 - left, 0)]
+        """Class + 1 per map px of the core that lies on the slide; 0 for background and px that no tile covers."""
+        part = core_part(window, view, self.stride)
         labels: I32 = np.argmax(part, axis=0).astype(np.int32) + 1
         labels[(labels == self.background + 1) | ~part.any(axis=0)] = 0
-        labels[max(0, -(-view.height // self.stride) - max(y0, top)) :] = 0
-        labels[:, max(0, -(-view.width // self.stride) - max(x0, left)) :] = 0
         return labels
 
     def interpret(self, window: U8, view: View) -> Objects:
         """One object per connected region of a class in the core, exact corners; anchor: its first px."""
         check_view(window, view, self.stride)
-        labels = self.classes_of(window, view)
-        y, x = max(view.core[0], view.y0), max(view.core[1], view.x0)
-        rings = trace(labels, "exact")
-        first = rings.ring_offsets[rings.object_offsets[:-1]]
-        objects = to_objects(
-            rings,
-            Frame(x, y, self.stride, view.scale_x, view.scale_y),
-            task=self.info.name,
-            class_index=rings.labels - 1,
-            anchor=_anchors(rings.coords[first], (y, x), self.stride),
-        )
-        np.minimum(objects.coords, (view.width * view.scale_x, view.height * view.scale_y), out=objects.coords)
-        return objects
+        return draw_regions(self.classes_of(window, view), view, self.stride, self.info.name)
 
-    def table(self, values: U8) -> Mapping[str, npt.NDArray[Any]]:
+    def table(self, values: Answer) -> Mapping[str, npt.NDArray[Any]]:
         """Pixel tasks have no tile table."""
         return {}
-
-
-def _anchors(corners: npt.NDArray[np.float64], origin: tuple[int, int], stride: int) -> I64:
-    """(y, x) target px of the px at the top-left corner that each exterior begins with."""
-    return corners[:, ::-1].astype(np.int64) * stride + np.array(origin, np.int64)

@@ -34,17 +34,17 @@ def allow(params: Params, known: Iterable[str]) -> None:
 
 
 def _classify(info: TaskInfo, params: Params, scope: Scope) -> Task:
-    smoothing, weights = _smoothing(info, params, 0.02), _weights(info, params)
+    smoothing, weights = _smoothing(info, params, 0.02), weights_of(info, params)
     return Classify(info, len(info.classes), scope, smoothing=smoothing, weights=weights)
 
 
 def _multilabel(info: TaskInfo, params: Params, scope: Scope) -> Task:
-    smoothing, weights = _smoothing(info, params, 0.0), _weights(info, params)
+    smoothing, weights = _smoothing(info, params, 0.0), weights_of(info, params)
     return Multilabel(info, len(info.classes), scope, smoothing=smoothing, weights=weights)
 
 
 def _regress(info: TaskInfo, params: Params, scope: Scope) -> Task:
-    allow(params, ("huber", "centre", "spread", *_each("centre", info), *_each("spread", info)))
+    allow(params, ("huber", "centre", "spread", *each_class("centre", info), *each_class("spread", info)))
     centre, spread = (_per_class(info, params, *default) for default in (("centre", 0.0), ("spread", 1.0)))
     if min(spread) <= 0:
         raise ModelError(f"task '{info.name}': 'spread' must be above 0, such as the standard deviation of the truths")
@@ -64,16 +64,16 @@ def _survive(info: TaskInfo, params: Params, scope: Scope) -> Task:
 
 
 def _smoothing(info: TaskInfo, params: Params, default: float) -> float:
-    allow(params, ("smoothing", *_each("weight", info)))
+    allow(params, ("smoothing", *each_class("weight", info)))
     found = float(params.get("smoothing", default))
     if not 0 <= found < 1:
         raise ModelError(f"task '{info.name}': 'smoothing' is {found:g}: give a share from 0 to below 1")
     return found
 
 
-def _weights(info: TaskInfo, params: Params) -> tuple[float, ...] | None:
+def weights_of(info: TaskInfo, params: Params) -> tuple[float, ...] | None:
     """Weights of the classes when the card has any."""
-    if not set(params) & set(_each("weight", info)):
+    if not set(params) & set(each_class("weight", info)):
         return None
     found = _per_class(info, params, "weight", 1.0)
     if min(found) < 0:
@@ -83,10 +83,11 @@ def _weights(info: TaskInfo, params: Params) -> tuple[float, ...] | None:
 
 def _per_class(info: TaskInfo, params: Params, name: str, default: float) -> tuple[float, ...]:
     common = params.get(name, default)
-    return tuple(float(params.get(key, common)) for key in _each(name, info))
+    return tuple(float(params.get(key, common)) for key in each_class(name, info))
 
 
-def _each(name: str, info: TaskInfo) -> list[str]:
+def each_class(name: str, info: TaskInfo) -> list[str]:
+    """Names of the parameters ``<name>:<class>``."""
     return [f"{name}:{one}" for one in info.classes]
 
 
