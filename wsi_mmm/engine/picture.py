@@ -38,7 +38,7 @@ class Picture:
 
     def add(self, info: TaskInfo, objects: Objects) -> None:
         """Take note of objects that are being written."""
-        if info.kind == "segment":
+        if info.dissolves:
             self.areas.append((info, ragged.part(objects, 0, min(len(objects), MAX_AREAS))))
         elif info.kind not in ("classify", "multilabel"):
             self.density.add(centres(objects, self.plan))

@@ -81,7 +81,7 @@ def _geojson(plan: SlidePlan, tables: dict[str, Values], done: Published, pictur
     task = plan.slide
     found = process.tasks_of(task.recipe)
     name = "result.geojson.gz" if task.recipe.gzip else "result.geojson"
-    regions = {t.info.name: _regions(t, plan) for t in found if t.info.kind == "segment"}
+    regions = {t.info.name: _regions(t, plan) for t in found if t.info.dissolves}
     counts = {name: len(objects) for name, objects in regions.items()}
     with _local_file(store.join(task.output, name)) as path:
         with GeoJSONWriter(
@@ -127,7 +127,7 @@ def _within(task: Task, plan: SlidePlan, box: tuple[float, float, float, float])
 
 def _objects(task: Task, plan: SlidePlan, tables: dict[str, Values], regions: dict[str, Objects]) -> Iterator[Objects]:
     """The objects of one task in their published order, in pieces of bounded size."""
-    if task.info.kind == "segment":
+    if task.info.dissolves:
         yield regions[task.info.name]
     elif task.scope == "pixel":
         yield from _instances(task, plan)

@@ -277,14 +277,14 @@ def _interpret(task: Task, work: Work, entry: Entry) -> Objects:
     grid = _grid(work)
     core, window = _spans(task, work)
     # Regions stay in whole target px until those that seams cut are merged.
-    scale_x, scale_y = (1.0, 1.0) if task.info.kind == "segment" else (grid.scale_x, grid.scale_y)
+    scale_x, scale_y = (1.0, 1.0) if task.info.dissolves else (grid.scale_x, grid.scale_y)
     view = View(
         y0=window.y0, x0=window.x0, core=(core.y0, core.x0, core.y1, core.x1),
         scale_y=scale_y, scale_x=scale_x, height=grid.height, width=grid.width,
     )  # fmt: skip
     found = task.interpret(_blended(task, work, entry, window), view)
     # Regions are simplified once they are whole; single objects here, where the work is spread and the model goes on.
-    return found if task.info.kind == "segment" else polygons.simplify(found, SIMPLIFY * grid.scale_x)
+    return found if task.info.dissolves else polygons.simplify(found, SIMPLIFY * grid.scale_x)
 
 
 def blended_core(task: Task, work: Work, entry: Entry) -> tuple[tuple[int, int], U8]:

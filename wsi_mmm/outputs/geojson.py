@@ -16,7 +16,7 @@ from wsi_mmm.outputs.numbertext import coordinate_texts
 from wsi_mmm.outputs.polygons import Rounded, round_valid
 from wsi_mmm.outputs.ragged import part
 from wsi_mmm.outputs.sink import FileSink
-from wsi_mmm.types import F64, Objects, TaskInfo
+from wsi_mmm.types import F64, REGION_KINDS, Objects, TaskInfo
 
 NAMESPACE = uuid.UUID("5b2ab1f4-53a6-5c5e-9d6e-0c8a35f0b6a1")  # of every object id wsi_mmm gives
 MANY = 5_000  # regions beyond this number are detections: QuPath handles few annotations well
@@ -27,7 +27,7 @@ _KINDS = {"instances": "detection", "detect": "detection", "classify": "tile", "
 
 def object_type(kind: str, count: int) -> str:
     """QuPath's objectType for ``count`` objects of a task of this kind."""
-    if kind == "segment":
+    if kind in REGION_KINDS:
         return "annotation" if count <= MANY else "detection"
     return _KINDS.get(kind, "detection")
 
