@@ -31,12 +31,12 @@ TISSUE = TaskInfo("tissue", "segment", ("tumour", "stroma"), ((200, 0, 0), (0, 1
 
 
 def test_the_tiles_table_has_a_row_per_tile() -> None:
-    """Positions, sizes, flags, and per task the likeliest class (null where nothing is known) and all probabilities."""
+    """Positions, sizes, flags, and what tasks say: class indices become names, null where there is none."""
     index = np.array([[0, 1], [2, 3]])
     data = tiles_table(
         index=index, xy=index[:, ::-1] * 448, size=(512, 511), failed=np.array([False, True]),
-        tissue=np.array([0.5, 1], np.float32), tasks={"stain": np.array([[0.2, 0.8], [0, 0]], np.float32)},
-        classes={"stain": ("H&E", "IHC")},
+        tissue=np.array([0.5, 1], np.float32), classes={"stain": ("H&E", "IHC")},
+        columns={"stain": np.array([1, -1], np.int32), "stain:IHC": np.array([0.8, 0], np.float32)},
     )  # fmt: skip
     table = pq.read_table(io.BytesIO(data)).to_pydict()
     assert (table["row"], table["column"]) == ([0, 2], [1, 3])
@@ -52,11 +52,11 @@ def test_a_table_without_tiles_has_its_columns() -> None:
     none = np.zeros((0, 2), np.int64)
     data = tiles_table(
         index=none, xy=none, size=(512, 512), failed=np.zeros(0, bool), tissue=np.zeros(0, np.float32),
-        tasks={"stain": np.zeros((0, 2), np.float32)},
+        columns={"stain": np.zeros(0, np.int32), "age": np.zeros(0, np.float32)}, classes={"stain": ("0",)},
     )  # fmt: skip
     table = pq.read_table(io.BytesIO(data))
     assert table.num_rows == 0
-    assert table.column_names[-3:] == ["stain", "stain:0", "stain:1"]
+    assert table.column_names[-2:] == ["stain", "age"]
 
 
 # ---------------------------------------------------------------- maps

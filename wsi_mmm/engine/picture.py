@@ -40,7 +40,7 @@ class Picture:
         """Take note of objects that are being written."""
         if info.dissolves:
             self.areas.append((info, ragged.part(objects, 0, min(len(objects), MAX_AREAS))))
-        elif info.kind not in ("classify", "multilabel"):
+        elif info.kind not in ("classify", "multilabel", "regress", "survive"):
             self.density.add(centres(objects, self.plan))
             if info not in self.instances:
                 self.instances.append(info)

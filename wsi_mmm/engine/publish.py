@@ -16,11 +16,12 @@ import numpy as np
 
 import wsi_mmm
 from wsi_mmm.cache import ArraySpec, Entry
-from wsi_mmm.engine import parts, process, steps
+from wsi_mmm.engine import bags, parts, process, steps
 from wsi_mmm.engine.base import Receipt, SlideTask, Work
-from wsi_mmm.engine.picture import Picture
+from wsi_mmm.engine.picture import THUMBNAIL, Picture
 from wsi_mmm.engine.plan import SlidePlan, core_of, interpret_works
 from wsi_mmm.outputs import merge, polygons, ragged
+from wsi_mmm.outputs.attention import attention_png
 from wsi_mmm.outputs.exports import write_features
 from wsi_mmm.outputs.geojson import GeoJSONWriter
 from wsi_mmm.outputs.maps import write_map
@@ -28,7 +29,7 @@ from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.slides import store
 from wsi_mmm.tasks.base import Task
 from wsi_mmm.tiles.grid import tile_boxes, tile_size_level0, tile_xy
-from wsi_mmm.types import Objects
+from wsi_mmm.types import I64, Objects
 
 Values = Mapping[str, np.ndarray[Any, Any]]
 
@@ -40,6 +41,7 @@ class Published:
     counts: dict[str, int] = field(default_factory=dict)
     classes: dict[str, dict[str, int]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    answers: bags.SlideAnswers = field(default_factory=bags.SlideAnswers)
     repaired: int = 0
     dropped: int = 0
 
@@ -52,15 +54,19 @@ def publish(work: Work) -> Receipt:
         plan = steps.replan(task, slide)
         done, failed = Published(), _failed(plan, work)
         tables = _tables(plan, work)
+        done.answers = bags.answers(plan, _entry(plan, work), failed)
         picture = Picture(slide, plan)
         if task.recipe.tasks:
             _geojson(plan, tables, done, picture)
             done.files["overlay"] = _write(task, "overlay.png", _overlay(plan, picture, done))
-        done.files["tiles"] = _write(task, "tiles.parquet", _tiles(plan, tables, failed))
+        done.files["tiles"] = _write(task, "tiles.parquet", _tiles(plan, tables, failed, done.answers))
         if task.recipe.features and len(plan.index):
             done.files["features"] = _features(plan, work)
         if task.recipe.save_maps:
             done.files["maps"] = _maps(plan, work)
+            for name, shares in done.answers.attention.items():
+                drawn = attention_png(slide.thumbnail(THUMBNAIL), plan.grid, plan.index, shares)
+                done.files[f"attention-{name}"] = _write(task, f"attention-{name}.png", drawn)
         steps.check_kept(task)
         facts = _facts(plan, done, partial=bool(failed.any()))
         _write(task, "slide.json", json.dumps(facts, indent=1).encode())
@@ -79,7 +85,7 @@ def publish(work: Work) -> Receipt:
 
 def _geojson(plan: SlidePlan, tables: dict[str, Values], done: Published, picture: Picture) -> None:
     task = plan.slide
-    found = process.tasks_of(task.recipe)
+    found = [t for t in process.tasks_of(task.recipe) if t.scope != "bag"]
     name = "result.geojson.gz" if task.recipe.gzip else "result.geojson"
     regions = {t.info.name: _regions(t, plan) for t in found if t.info.dissolves}
     counts = {name: len(objects) for name, objects in regions.items()}
@@ -93,12 +99,15 @@ def _geojson(plan: SlidePlan, tables: dict[str, Values], done: Published, pictur
                 for found_objects in _objects(t, plan, tables, regions):
                     # Map px at the far edges reach beyond the slide by up to one of them.
                     objects = polygons.clip(found_objects, plan.info.width, plan.info.height)
-                    classes += np.bincount(objects.class_index, minlength=len(classes))
+                    classes += np.bincount(objects.class_index[objects.class_index >= 0], minlength=len(classes))
                     picture.add(t.info, objects)
                     writer.write(_placed(objects, plan))
                 if t.scope == "pixel":
                     done.counts[t.info.name] = writer.written - before
-                done.classes[t.info.name] = dict(zip(t.info.classes, classes.tolist(), strict=True))
+                if t.info.kind == "multilabel" and len(plan.index):  # a tile may have several
+                    classes = _holding(t, tables[t.info.name])
+                if t.info.kind not in ("regress", "survive"):  # numbers have no classes to count
+                    done.classes[t.info.name] = dict(zip(t.info.classes, classes.tolist(), strict=True))
         done.repaired, done.dropped = writer.repaired, writer.dropped
     done.files["geojson"] = name
 
@@ -156,17 +165,28 @@ def _regions(task: Task, plan: SlidePlan) -> Objects:
     return polygons.simplify(scaled, plan.grid.scale_x * task.stride)
 
 
+def _holding(task: Task, values: Values) -> I64:
+    """Tiles of which each label holds: a probability of at least a half."""
+    return np.array([np.count_nonzero(values[f"{task.info.name}:{c}"] >= 0.5) for c in task.info.classes], np.int64)
+
+
 def _squares(task: Task, plan: SlidePlan, values: Values) -> Objects:
-    """One rectangle per tile, cut at the slide's edge, with the probabilities of its classes."""
+    """One rectangle per tile, cut at the slide's edge, with every number that the task says of it as a measurement.
+
+    Its class is the one that the task names (-1: none), or that of a task which has only one.
+    """
     count = len(plan.index)
     boxes = tile_boxes(plan.grid, plan.index)
     boxes[:, 2] = np.minimum(boxes[:, 2], plan.info.width)
     boxes[:, 3] = np.minimum(boxes[:, 3], plan.info.height)
     corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2)
-    measured = {name: values[f"{task.info.name}:{name}"].astype(np.float64) for name in task.info.classes}
+    numbers = {name: column for name, column in values.items() if not np.issubdtype(column.dtype, np.integer)}
+    measured = {name.removeprefix(f"{task.info.name}:"): x.astype(np.float64) for name, x in numbers.items()}
+    named = next((column for name, column in values.items() if name not in numbers), None)
+    only = np.full(count, 0 if len(task.info.classes) == 1 else -1)
     return Objects(
         task.info.name, corners, np.arange(0, 4 * count + 1, 4), np.arange(count + 1),
-        values[task.info.name].astype(np.int32), plan.index * plan.grid.stride, measured,
+        (only if named is None else named).astype(np.int32), plan.index * plan.grid.stride, measured,
     )  # fmt: skip
 
 
@@ -190,8 +210,9 @@ def _tables(plan: SlidePlan, work: Work) -> dict[str, Values]:
     tables = {}
     for task in process.tasks_of(plan.slide.recipe):
         if task.scope == "tile" and len(plan.index):
-            spec = ArraySpec(f"tables/{task.info.name}", (len(task.info.classes),), "uint8")
-            dense = _entry(plan, work).read(spec, slice(None), slice(None))
+            entry, name = _entry(plan, work), f"tables/{task.info.name}"
+            kept = entry.existing(name)
+            dense = entry.read(ArraySpec(name, kept.shape[2:], str(kept.dtype)), slice(None), slice(None))
             tables[task.info.name] = task.table(dense[plan.index[:, 0], plan.index[:, 1]])
     return tables
 
@@ -207,14 +228,13 @@ def _failed(plan: SlidePlan, work: Work) -> Any:
     return np.array([(x, y) in bad for x, y in xy], bool)
 
 
-def _tiles(plan: SlidePlan, tables: dict[str, Values], failed: Any) -> bytes:
-    infos = {t.info.name: t.info for t in process.tasks_of(plan.slide.recipe)}
-    probabilities = {
-        name: np.stack([values[f"{name}:{c}"] for c in infos[name].classes], axis=1) for name, values in tables.items()
-    }
+def _tiles(plan: SlidePlan, tables: dict[str, Values], failed: Any, answers: bags.SlideAnswers) -> bytes:
+    columns = {name: column for values in tables.values() for name, column in values.items()}
+    columns |= {f"{name}:attention": shares for name, shares in answers.attention.items()}
     return tiles_table(
-        index=plan.index, xy=tile_xy(plan.grid, plan.index), size=tile_size_level0(plan.grid),
-        failed=failed, tissue=plan.tissue, tasks=probabilities, classes={name: infos[name].classes for name in tables},
+        index=plan.index, xy=tile_xy(plan.grid, plan.index), size=tile_size_level0(plan.grid), failed=failed,
+        tissue=plan.tissue, columns=columns,
+        classes={t.info.name: t.info.classes for t in process.tasks_of(plan.slide.recipe)},
     )  # fmt: skip
 
 
@@ -251,7 +271,7 @@ def _maps(plan: SlidePlan, work: Work) -> str:
 
 def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]:
     """slide.json: what was done to this slide and what came of it; nothing of time or place, so reruns agree."""
-    info, recipe = plan.info, plan.slide.recipe
+    info, recipe, said = plan.info, plan.slide.recipe, done.answers.columns
     shown = {k: v for k, v in recipe.public().items() if k not in _PLACES}
     return {
         "format": "wsi-mmm-slide/1", "wsi_mmm_version": wsi_mmm.__version__, "id": plan.slide.id,
@@ -261,7 +281,7 @@ def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]
         "vendor": info.vendor, "width": info.width, "height": info.height, "mpp_x": info.mpp_x, "mpp_y": info.mpp_y,
         "mpp_requested": recipe.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),
         "objects": done.counts, "classes": done.classes, "repaired": done.repaired, "dropped": done.dropped,
-        "files": done.files,
+        "files": done.files, **({} if said is None else {"answers": said}),
     }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from wsi_mmm.engine.street import SlideState, busy_share
 from wsi_mmm.errors import OutputError, RecipeError, StorageError
 from wsi_mmm.outputs import exports
 from wsi_mmm.outputs.report import SlideRow, report_html, report_json
+from wsi_mmm.outputs.slides_table import slides_csv, slides_parquet
 from wsi_mmm.slides import store
 
 _PACKAGES = ("torch", "timm", "openslide-python", "openslide-bin", "zarr", "dask", "shapely", "numpy")
@@ -81,6 +82,9 @@ class RunReport:
             "device": self._device(), "slides_asked": len(self.order),
         }  # fmt: skip
         store.write_bytes(store.join(self.output, "report.json"), report_json(facts, self.slides))
+        if any("answers" in row.extra for row in self.slides):
+            store.write_bytes(store.join(self.output, "slides.csv"), slides_csv(self.slides))
+            store.write_bytes(store.join(self.output, "slides.parquet"), slides_parquet(self.slides))
         store.write_bytes(self.path, report_html(facts, self.slides, self._overlays()))
 
     def _device(self) -> str:
@@ -137,6 +141,7 @@ def _extra(state: SlideState, facts: dict[str, Any], *, resumed: bool) -> dict[s
         "features_s": round(max(0.0, state.forward_span[1] - state.forward_span[0]), 3),
         "model_began_s": round(max(0.0, _first_busy(state) - state.forward_span[0]), 3),
         "classes": facts.get("classes", {}),
+        **({"answers": facts["answers"]} if "answers" in facts else {}),
         "files": {k: store.join(store.redact(state.task.output), v) for k, v in facts.get("files", {}).items()},
         "device": ", ".join(sorted(state.devices)) or None,
         "encoder": [json.loads(facts) for facts in sorted(set(state.encoders.values()))],

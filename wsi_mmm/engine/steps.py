@@ -19,6 +19,7 @@ from wsi_mmm.cache import ArraySpec, Entry
 from wsi_mmm.engine import ahead, decoding, parts, process
 from wsi_mmm.engine.base import Receipt, SlideTask, Work
 from wsi_mmm.engine.plan import SlidePlan, Span, core_of, window_of
+from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.errors import ManifestError, OutputError
 from wsi_mmm.model.identity import device_kind
 from wsi_mmm.outputs import polygons
@@ -126,7 +127,7 @@ def remove_scratch(task: SlideTask) -> None:
         shutil.rmtree(store.local_path(scratch), ignore_errors=True)  # the empty folders
 
 
-_HALF = re.compile(r"\.(result\.geojson(\.gz)?|overlay\.png|tiles\.parquet|slide\.json)\.\w+")
+_HALF = re.compile(r"\.(result\.geojson(\.gz)?|overlay\.png|attention-[\w-]+\.png|tiles\.parquet|slide\.json)\.\w+")
 
 
 def remove_halves(task: SlideTask) -> None:
@@ -211,7 +212,7 @@ def write(computed: Computed) -> Receipt:
             return _receipt(work, slide, status="cached", tiles=len(work.index()), stages={"read": loaded.seconds})
         failed = _failed_tiles(loaded.batch, _grid(work))
         entry = process.entry_of(work.entry, _grid(work), work.slide.recipe.block_tiles)
-        _put(entry, loaded.batch.index, computed.output, features=work.slide.recipe.features)
+        _put(entry, loaded.batch.index, computed.output, features=_keeps_features(work.slide.recipe))
         entry.put_receipt(_block_name(work), {"tiles": work.tiles.hex(), "failed": failed})
         busy = computed.busy or (0.0, 0.0)
         stages = {"read": loaded.seconds, "model": busy[1] - busy[0], "write": time.perf_counter() - started}
@@ -239,7 +240,12 @@ def _put(entry: Entry, index: I64, output: RunOutput, *, features: bool) -> None
     for name, values in output.maps.items():
         entry.write_block(ArraySpec(f"maps/{name}", values.shape[1:], "uint8"), index, values)
     for name, values in output.tables.items():
-        entry.write_block(ArraySpec(f"tables/{name}", values.shape[1:], "uint8"), index, values)
+        entry.write_block(ArraySpec(f"tables/{name}", values.shape[1:], str(values.dtype)), index, values)
+
+
+def _keeps_features(recipe: Recipe) -> bool:
+    """Whether they are published, or a bag task reads them."""
+    return recipe.features or any(task.scope == "bag" for task in process.tasks_of(recipe))
 
 
 def features_spec(size: int) -> ArraySpec:

@@ -22,7 +22,8 @@ NAMESPACE = uuid.UUID("5b2ab1f4-53a6-5c5e-9d6e-0c8a35f0b6a1")  # of every object
 MANY = 5_000  # regions beyond this number are detections: QuPath handles few annotations well
 _CHUNK = 10_000  # objects formatted at a time
 
-_KINDS = {"instances": "detection", "detect": "detection", "classify": "tile", "multilabel": "tile"}
+_TILES = ("classify", "multilabel", "regress", "survive")
+_KINDS = {"instances": "detection", "detect": "detection", **dict.fromkeys(_TILES, "tile")}
 
 
 def object_type(kind: str, count: int) -> str:
@@ -122,11 +123,12 @@ def _ahead(chunks: Iterable[Objects]) -> Iterator[Rounded]:
 
 
 def _tails(task: TaskInfo, count: int) -> list[bytes]:
-    """Per class: objectType and classification, as they stand in ``properties``."""
+    """Per class: objectType and classification, as they stand in ``properties``; the last one has no class (-1)."""
     kind = object_type(task.kind, count)
     pairs = zip(task.classes, task.colors, strict=True)
     classifications = [{"name": name, "color": [int(c) for c in color]} for name, color in pairs]
-    return [f'"objectType":"{kind}","classification":{_json(c)}'.encode() for c in classifications]
+    named = [f'"objectType":"{kind}","classification":{_json(c)}'.encode() for c in classifications]
+    return [*named, f'"objectType":"{kind}"'.encode()]
 
 
 def _json(value: object) -> str:

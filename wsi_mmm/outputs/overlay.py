@@ -122,7 +122,7 @@ def _heated(image: Image.Image, density: Density) -> Image.Image:
     """Heat over a paled slide: the denser, the less of the slide shows through."""
     value = density.smooth()
     level = np.clip(value / max(_full(density), 1e-9), 0, 1)
-    small = np.concatenate([_heat(level), (255 * np.clip(1.1 * level**0.5, 0, 0.82))[..., None]], axis=-1)
+    small = np.concatenate([heat(level), (255 * np.clip(1.1 * level**0.5, 0, 0.82))[..., None]], axis=-1)
     layer = Image.fromarray(small.astype(np.uint8), "RGBA").resize(image.size, Image.Resampling.BICUBIC)
     out = Image.blend(image, Image.new("RGB", image.size, (255, 255, 255)), 0.25)
     out.paste(layer.convert("RGB"), mask=layer.getchannel("A"))
@@ -135,7 +135,8 @@ def _full(density: Density) -> float:
     return float(np.quantile(value[value > 0.01], 0.99)) if (value > 0.01).any() else 1.0
 
 
-def _heat(level: F64) -> F64:
+def heat(level: F64) -> F64:
+    """Colours float64[..., 3] of ``level`` in [0, 1]: dark violet to yellow."""
     steps = np.linspace(0, 1, len(_HEAT))
     return np.stack([np.interp(level, steps, _HEAT[:, k]) for k in range(3)], axis=-1)
 
@@ -234,7 +235,7 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, room: float, *, size: int) -> 
 def _legend(draw: ImageDraw.ImageDraw, page: Image.Image, scene: Scene, corner: tuple[int, int]) -> None:
     x, y = corner
     if scene.density is not None and scene.density.counts.any():
-        bar = _heat(np.tile(np.linspace(0, 1, 180), (14, 1))).astype(np.uint8)
+        bar = heat(np.tile(np.linspace(0, 1, 180), (14, 1))).astype(np.uint8)
         page.paste(Image.fromarray(bar), (x, y + 4))
         text = f"0 to {_per_area(scene.density, scene.mpp)}"
         x = round(_write(draw, (x + 192, y + 17), text, size=17, fill=_SOFT)) + 40

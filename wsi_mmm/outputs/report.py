@@ -32,8 +32,9 @@ class SlideRow:
 
     ``status``: done | empty | partial | failed | cancelled. ``extra`` may hold ``failures`` (level-0 rectangles
     [x0, y0, x1, y1] that could not be read), ``stages`` (name -> seconds), ``files`` (name -> URI), ``classes``
-    (task -> class -> count), ``resumed``, ``reader``, ``device``, ``encoder`` (what the model's runner chose, per
-    process), ``features_s`` (from the first tile asked for to the last value stored), ``model_began_s`` (after that).
+    (task -> class -> count), ``answers`` (column -> what bag tasks say of the slide), ``resumed``, ``reader``,
+    ``device``, ``encoder`` (what the model's runner chose, per process), ``features_s`` (from the first tile asked for
+    to the last value stored), ``model_began_s`` (after that).
     """
 
     id: str
@@ -150,6 +151,7 @@ def _card(number: int, row: SlideRow, overlay: bytes | None) -> str:
     return (
         f'<article id="slide-{number}"><h2>{_text(row.id)} {_chip(row.status)}</h2><p class="uri">{_text(row.uri)}</p>'
         f"{error}{picture}{_stages(row.extra.get('stages') or {})}{_classes(row.extra.get('classes') or {})}"
+        f"{_answers(row.extra.get('answers') or {})}"
         f"{_failures(row.extra.get('failures') or [])}{_files(row.id, files)}</article>"
     )
 
@@ -181,6 +183,13 @@ def _classes(classes: Mapping[str, Mapping[str, int]]) -> str:
         said = ", ".join(f"{_text(name)} {count:,}" for name, count in counts.items())
         lines.append(f"<li><b>{_text(task)}</b> {said}</li>")
     return f"<h3>Found</h3><ul>{''.join(lines)}</ul>" if lines else ""
+
+
+def _answers(answers: Mapping[str, Any]) -> str:
+    lines = "".join(
+        f"<li><b>{_text(name)}</b> {_text('–' if value is None else value)}</li>" for name, value in answers.items()
+    )
+    return f"<h3>Said of the slide</h3><ul>{lines}</ul>" if lines else ""
 
 
 def _failures(failures: Sequence[Sequence[int]]) -> str:

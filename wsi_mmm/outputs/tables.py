@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +21,18 @@ def tiles_table(
     size: tuple[int, int],
     failed: Mask,
     tissue: F32,
-    tasks: Mapping[str, F32],
-    classes: Mapping[str, Sequence[str]] | None = None,
+    columns: Mapping[str, npt.NDArray[Any]],
+    classes: Mapping[str, Sequence[str]],
 ) -> bytes:
     """The parquet file of n tiles, rows as given.
 
     ``index`` int64[n, 2] (row, column); ``xy`` int64[n, 2] level-0 px; ``size`` (width, height) of a tile, level-0 px;
-    ``failed`` bool[n]; ``tissue`` float32[n] share; ``tasks``: tile task -> float32[n, K] probabilities, whose classes
-    are ``classes[task]`` (their numbers when not given). Columns: row, column, x, y, width0, height0, failed, tissue,
-    then per task ``<task>`` (the likeliest class, null where every probability is 0) and ``<task>:<class>``.
+    ``failed`` bool[n]; ``tissue`` float32[n] share; ``columns``: what tasks say, as of ``Task.table``. Columns: row,
+    column, x, y, width0, height0, failed, tissue, then ``columns``: those of integers are indices into
+    ``classes[column]`` and become names (null where negative).
     """
     n = len(index)
-    columns: dict[str, object] = {
+    table: dict[str, object] = {
         "row": index[:, 0],
         "column": index[:, 1],
         "x": xy[:, 0],
@@ -41,16 +42,13 @@ def tiles_table(
         "failed": np.asarray(failed, np.bool_),
         "tissue": np.asarray(tissue, np.float32),
     }
-    for task, probabilities in tasks.items():
-        names = list((classes or {}).get(task, map(str, range(probabilities.shape[1]))))
-        columns[task] = _likeliest(probabilities, names)
-        columns |= {f"{task}:{name}": probabilities[:, k] for k, name in enumerate(names)}
+    for name, values in columns.items():
+        table[name] = _named(values, classes[name]) if np.issubdtype(values.dtype, np.integer) else values
     buffer = io.BytesIO()
-    parquet.write_table(pa.table(columns), buffer, compression="zstd")
+    parquet.write_table(pa.table(table), buffer, compression="zstd")
     return buffer.getvalue()
 
 
-def _likeliest(probabilities: npt.NDArray[np.float32], names: list[str]) -> pa.DictionaryArray:
-    best = probabilities.argmax(axis=1).astype(np.int32) if len(names) else np.zeros(len(probabilities), np.int32)
-    unknown = ~(probabilities > 0).any(axis=1)
-    return pa.DictionaryArray.from_arrays(pa.array(best, mask=unknown), pa.array(names, pa.string()))
+def _named(index: npt.NDArray[Any], names: Sequence[str]) -> pa.DictionaryArray:
+    indices = pa.array(index.astype(np.int32), mask=index < 0)
+    return pa.DictionaryArray.from_arrays(indices, pa.array(list(names), pa.string()))

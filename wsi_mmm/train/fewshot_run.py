@@ -139,8 +139,10 @@ def _table(features: Features, found: F64, about: dict[str, Any]) -> bytes:
     if side <= 0:
         raise RecipeError("the features do not say how large their tiles are; embed the slides again")
     task = str(about["task"])
+    columns = {task: found.argmax(axis=1).astype(np.int32)}
+    columns |= {f"{task}:{name}": found[:, k].astype(np.float32) for k, name in enumerate(about["classes"])}
     return tiles_table(
         index=features.coords[:, ::-1] // side, xy=features.coords, size=(side, side),
         failed=np.zeros(n, np.bool_), tissue=np.ones(n, np.float32),
-        tasks={task: found.astype(np.float32)}, classes={task: about["classes"]},
+        columns=columns, classes={task: about["classes"]},
     )  # fmt: skip
