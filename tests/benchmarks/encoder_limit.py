@@ -4,7 +4,8 @@
 
 Cases (float32 all): ``plain`` batch 64 as torch runs it; ``kept`` the same with freed memory kept; ``channels_last``
 that with channels last; ``folded`` norms folded, several micro-batches, a thread per core of one intra-op thread;
-``compile`` that through torch.compile with frozen weights. Prints one JSON line: the best rate and what gave it.
+``compile`` that through torch.compile with frozen weights;
+``onnx`` that through ONNX Runtime. Prints one JSON line: the best rate and what gave it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def cases(case: str, encoder: str, size: int) -> list[tuple[str, Callable[[Any],
         batch = model.prepare(pixels(64)).contiguous(memory_format=layout)
         return [(f"batch 64, {CORES} intra-op threads", model.features, lambda: batch, 64, 1)]
     lean = folded(model)
-    run = forward_pass(lean, "compile" if case == "compile" else "eager", torch.device("cpu"))
+    run = forward_pass(lean, case if case in ("compile", "onnx") else "eager", torch.device("cpu"))
     found = []
     for count in (8,) if case == "compile" else (4, 8, 16, 32):
         words = f"batch {count}, {CORES} threads"
@@ -89,7 +90,7 @@ def cases(case: str, encoder: str, size: int) -> list[tuple[str, Callable[[Any],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("encoder")
-    parser.add_argument("case", choices=["plain", "kept", "channels_last", "folded", "compile"])
+    parser.add_argument("case", choices=["plain", "kept", "channels_last", "folded", "compile", "onnx"])
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--size", type=int, default=256)
     given = parser.parse_args()
