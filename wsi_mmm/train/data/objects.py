@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from wsi_mmm.tasks.truth import Boxes
@@ -103,7 +105,7 @@ def common_objects(sheet: Sheet, xy: I64, tile: int) -> I32:
     return np.where(table.max(axis=1) > 0, table.argmax(axis=1), UNKNOWN).astype(np.int32)
 
 
-def drawn_places(sheet: Sheet, count: int, tile: int, seed: int) -> I64:
+def drawn_places(sheet: Sheet, count: int, tile: int, seed: int | Sequence[int]) -> I64:
     """Corners int64[count, 2] of tiles round objects drawn with replacement, every class as often as any other, each
     somewhere in its tile's middle half. Pure in its arguments; none where there are no objects."""
     rng = np.random.default_rng(seed)

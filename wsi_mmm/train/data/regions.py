@@ -157,6 +157,12 @@ def known_share(sheet: Sheet, xy: I64, tile: int) -> F32:
     return np.concatenate(found).astype(np.float32) if found else np.zeros(0, np.float32)
 
 
+def label_share(sheet: Sheet, xy: I64, tile: int) -> F32:
+    """float32[n]: the part of each tile of which it is known for some class whether it is there."""
+    found = [(label_maps(sheet, some) >= 0).any(axis=1).mean(axis=(1, 2)) for some in _measured(sheet, xy, tile)]
+    return np.concatenate(found).astype(np.float32) if found else np.zeros(0, np.float32)
+
+
 def looked_at_share(sheet: Sheet, xy: I64, tile: int) -> F32:
     """float32[n]: the part of each tile that was looked at."""
     found = [looked_at(sheet, some).mean(axis=(1, 2)) for some in _measured(sheet, xy, tile)]
@@ -182,13 +188,13 @@ def _measured(sheet: Sheet, xy: I64, tile: int) -> Iterator[Squares]:
         yield sheet.squares(xy[start : start + _TILES], side, tile / side)
 
 
-def grid_places(sheet: Sheet, tile: int, stride: int) -> I64:
-    """Corners int64[n, 2] (x, y) in target px, row-major, of the tiles of a grid from (0, 0) that shapes touch, use-
-    regions among them: all tiles of a slide that is ``complete`` and has none."""
+def grid_places(sheet: Sheet, tile: int, stride: int, *, touched: bool = False) -> I64:
+    """Corners int64[n, 2] (x, y) in target px, row-major, of the tiles of a grid from (0, 0) that use-regions touch;
+    where there are none those that labelled shapes touch, or, unless ``touched``, all of a slide that is complete."""
     across, down = (max(1, -(-int(np.ceil(side - tile)) // stride) + 1) for side in (sheet.width, sheet.height))
     y, x = np.mgrid[:down, :across].astype(np.int64) * stride
     xy = np.stack([x.ravel(), y.ravel()], axis=1)
-    if sheet.complete and not sheet.coding.has_use:
+    if sheet.complete and not sheet.coding.has_use and not touched:
         return xy
     wanted = sheet.coding.code == CODES[USE] if sheet.coding.has_use else sheet.coding.code >= 0
     square, shape = sheet.index.touching(sheet.squares(xy, tile).boxes())

@@ -1,0 +1,257 @@
+"""Tables with a row per slide (CSV, TSV, Parquet) -> truth of slides, patients and splits.
+
+An unknown cell is unknown truth. A cell that should be a label or a number and is not is an error that names its row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wsi_mmm.errors import ManifestError, RecipeError
+from wsi_mmm.slides import store
+from wsi_mmm.tasks.truth import Survival, Truth
+from wsi_mmm.types import I32
+
+UNKNOWN = frozenset(("", "na", "n/a", "nan", "null", "none", "unknown", "?"))
+"""Cells, in any case, that say that nothing is known."""
+
+YES, NO = frozenset(("1", "true", "yes", "y", "event")), frozenset(("0", "false", "no", "n", "censored"))
+KINDS = ("classify", "multilabel", "regress", "survive")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells as text without blanks around them, by column; ``name`` is what errors call the file."""
+
+    name: str
+    columns: Mapping[str, tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def column(self, name: str) -> tuple[str, ...]:
+        """The cells of a column. ManifestError naming those that there are."""
+        if name not in self.columns:
+            raise ManifestError(f"{self.name} has no column {name!r}; it has {', '.join(self.columns)}")
+        return self.columns[name]
+
+    def wrong(self, row: int, text: str) -> ManifestError:
+        """An error about a row (counted from 0 here; a user counts the header as row 1)."""
+        return ManifestError(f"{self.name} row {row + 2}: {text}")
+
+
+def read_table(uri: str) -> Table:
+    """The table at a path or URI: Parquet by its bytes, else text with a header line, separated by tabs where the file
+    is called .tsv and by commas elsewhere. Raises ManifestError, SlideNotFound, StorageError."""
+    name, data = store.redact(uri), store.read_bytes(uri)
+    columns = _parquet(data, name) if data[:4] == b"PAR1" else _text(data, name, "\t" if _is_tsv(uri) else ",")
+    return Table(name, columns)
+
+
+def _is_tsv(uri: str) -> bool:
+    return uri.partition("?")[0].lower().endswith(".tsv")
+
+
+def _text(data: bytes, name: str, separator: str) -> dict[str, tuple[str, ...]]:
+    try:
+        rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), delimiter=separator, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(f"{name} is no table ({error}): save it as CSV in UTF-8, or as Parquet") from error
+    if not rows or not any(cell.strip() for cell in rows[0]):
+        raise ManifestError(f"{name} has no header line: name the columns in its first line")
+    header = [cell.strip() for cell in rows[0]]
+    double = next((cell for cell in header if header.count(cell) > 1), None)
+    if double is not None:
+        raise ManifestError(f"{name} has two columns {double!r}: rename one")
+    while len(rows) > 1 and not any(rows[-1]):
+        rows.pop()  # blank lines at the end
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(header):
+            raise ManifestError(f"{name} row {number}: {len(row)} cells, but {len(header)} columns: correct the row")
+    return {key: tuple(row[n].strip() for row in rows[1:]) for n, key in enumerate(header)}
+
+
+def _parquet(data: bytes, name: str) -> dict[str, tuple[str, ...]]:
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        raise ManifestError(f"{name} is no Parquet file that can be read ({error}): write it again") from error
+    return {key: tuple(_cell(value) for value in table[key].to_pylist()) for key in table.column_names}
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    # Integers with gaps are stored as floats: a class "1" must not become "1.0".
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+# ---------------------------------------------------------------- truth
+
+
+@dataclass(frozen=True, slots=True)
+class TableTask:
+    """What a task of ``kind`` learns from which ``columns``.
+
+    classify: one column that holds one of ``labels``. multilabel: one column per label (yes or no), or one column of
+    labels joined by ``separator``. regress: a column per value. survive: the time, then whether the event happened.
+    ``values`` translates cells to labels before anything else.
+    """
+
+    task: str
+    kind: str
+    columns: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    values: Mapping[str, str] = field(default_factory=dict)
+    separator: str = ";"
+
+    def __post_init__(self) -> None:
+        allowed = {"classify": (1,), "multilabel": (1, len(self.labels)), "survive": (2,)}
+        if self.kind not in KINDS:
+            raise RecipeError(f"task '{self.task}' of kind {self.kind!r} learns from no table: give {', '.join(KINDS)}")
+        counts = allowed.get(self.kind, (max(1, len(self.columns)),))
+        if len(self.columns) not in counts:
+            raise RecipeError(f"task '{self.task}': {len(self.columns)} columns, {self.kind} takes {counts[-1]}")
+        if self.kind in ("classify", "multilabel") and not self.labels:
+            raise RecipeError(f"task '{self.task}': no labels: list the classes that its columns hold")
+
+
+@dataclass(frozen=True, slots=True)
+class SlideTable:
+    """Per row: the slide's id, its patient (the slide itself where none is given), its split ("": none given), and the
+    truths by task. ``table``: where further columns are found."""
+
+    slides: tuple[str, ...]
+    groups: tuple[str, ...]
+    splits: tuple[str, ...]
+    truths: Mapping[str, tuple[Truth, ...]]
+    table: Table
+
+    def of(self, row: int) -> dict[str, Truth]:
+        """All truths of a row."""
+        return {task: truths[row] for task, truths in self.truths.items()}
+
+
+def slide_table(
+    table: Table,
+    tasks: Sequence[TableTask],
+    *,
+    slide: str = "slide",
+    group: str | None = None,
+    split: str | None = None,
+) -> SlideTable:
+    """What the rows say. Raises ManifestError with the row for a slide without name or listed twice, a label that the
+    task does not have, a number that is none, a negative time."""
+    slides = table.column(slide)
+    seen: dict[str, int] = {}
+    for row, name in enumerate(slides):
+        if not name:
+            raise table.wrong(row, f"no slide in column {slide!r}: name it, or remove the row")
+        if name in seen:
+            raise table.wrong(row, f"slide {name!r} is already in row {seen[name] + 2}: keep one of them")
+        seen[name] = row
+    groups = table.column(group) if group else slides
+    for row, name in enumerate(groups):
+        if name.lower() in UNKNOWN:
+            raise table.wrong(row, f"no patient in column {group!r}: give one, so that splits do not divide it")
+    splits = table.column(split) if split else ("",) * len(slides)
+    return SlideTable(slides, groups, splits, {task.task: _truths(table, task) for task in tasks}, table)
+
+
+def _truths(table: Table, task: TableTask) -> tuple[Truth, ...]:
+    columns = [table.column(name) for name in task.columns]
+    readers: dict[str, Callable[[int, tuple[str, ...]], Truth]] = {
+        "classify": partial(_class, table, task),
+        "multilabel": partial(_labels, table, task),
+        "regress": partial(_values, table, task),
+        "survive": partial(_survival, table, task),
+    }
+    read = readers[task.kind]
+    return tuple(read(row, cells) for row, cells in enumerate(zip(*columns, strict=True)))
+
+
+def _class(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> int:
+    cell = task.values.get(cells[0], cells[0])
+    if cell in task.labels:
+        return task.labels.index(cell)
+    if cell.lower() in UNKNOWN:
+        return -1
+    known = ", ".join(task.labels)
+    raise table.wrong(row, f"column {task.columns[0]!r} holds {cell!r}, which is none of {known}: correct or map it")
+
+
+def _labels(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Truth:
+    if len(task.columns) == len(task.labels) and (len(cells) > 1 or _is_flag(cells[0])):
+        pairs = zip(task.columns, cells, strict=True)
+        return np.array([_flag(table, row, column, cell) for column, cell in pairs], np.float32)
+    if cells[0].lower() in UNKNOWN - {"none"}:
+        return np.full(len(task.labels), np.nan, np.float32)
+    truth = np.zeros(len(task.labels), np.float32)
+    for cell in cells[0].split(task.separator):
+        if cell.strip() and cell.strip().lower() != "none":
+            truth[_class(table, task, row, (cell.strip(),))] = 1
+    return truth
+
+
+def _is_flag(cell: str) -> bool:
+    return cell.lower() in YES | NO | UNKNOWN
+
+
+def _flag(table: Table, row: int, column: str, cell: str) -> float:
+    if cell.lower() in UNKNOWN:
+        return math.nan
+    if cell.lower() in YES | NO:
+        return float(cell.lower() in YES)
+    raise table.wrong(
+        row, f"column {column!r} holds {cell!r}, which is neither yes nor no: give 1 or 0, or leave it empty"
+    )
+
+
+def _values(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Truth:
+    pairs = zip(task.columns, cells, strict=True)
+    return np.array([_float(table, row, column, cell) for column, cell in pairs], np.float32)
+
+
+def _float(table: Table, row: int, column: str, cell: str) -> float:
+    if cell.lower() in UNKNOWN:
+        return math.nan
+    try:
+        value = float(cell)
+    except ValueError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise table.wrong(row, f"column {column!r} holds {cell!r}, which is no number: correct it, or leave it empty")
+    return value
+
+
+def _survival(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Survival:
+    time = _float(table, row, task.columns[0], cells[0])
+    event = _flag(table, row, task.columns[1], cells[1])
+    if time < 0:
+        raise table.wrong(row, f"column {task.columns[0]!r} holds the time {cells[0]}: give 0 or more")
+    known = not (math.isnan(time) or math.isnan(event))
+    return Survival(time if known else math.nan, bool(known and event))
+
+
+def balance_labels(kind: str, truths: Sequence[Truth]) -> I32:
+    """int32[n]: what balancing and stratifying go by: the class, the first label that holds, whether the event
+    happened; -1 where that is unknown or there is nothing of the kind."""
+    return np.array([_balance(truth) if kind != "regress" else -1 for truth in truths], np.int32)
+
+
+def _balance(truth: Truth) -> int:
+    if isinstance(truth, int):
+        return max(truth, -1)
+    if isinstance(truth, Survival):
+        return -1 if math.isnan(truth.time) else int(truth.event)
+    hits = np.flatnonzero(np.asarray(truth, np.float32) > 0.5).tolist() if isinstance(truth, np.ndarray) else []
+    return hits[0] if hits else -1
