@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
+from wsi_mmm.tasks.reconstruct import Reconstruct
 
 if TYPE_CHECKING:
     from wsi_mmm.train.loader import TrainBatch
@@ -42,13 +43,29 @@ class Bench:
     norms: Norms | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A batch after the shared part: by task what its head reads, and its target."""
+
+    reads: dict[str, Tensor]
+    targets: dict[str, Tensor]
+
+
 def served(bench: Bench, batch: TrainBatch) -> tuple[str, ...]:
     """Names of the tasks that learn from ``batch``; none when all of its items failed."""
     return tuple(name for name in bench.tasks if name in batch.targets) if len(batch) else ()
 
 
-def shared(bench: Bench, batch: TrainBatch, names: Sequence[str]) -> dict[str, Tensor]:
-    """Task -> the tensor that its head reads: one pass of encoder, decoder, neck and grouper, as far as needed.
+def passes(bench: Bench, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """``names`` by the passes that they need: one for all, and one more for each task that looks at a picture of its
+    own, parts of it hidden."""
+    own = [name for name in names if isinstance(bench.tasks[name], Reconstruct)]
+    rest = tuple(name for name in names if name not in own)
+    return [*([rest] if rest else []), *((name,) for name in own)]
+
+
+def shared(bench: Bench, batch: TrainBatch, names: Sequence[str]) -> Shared:
+    """One pass of encoder, decoder, neck and grouper, as far as ``names`` (one of `passes`) need them.
 
     Tasks whose heads read the same share one tensor. What is random in the model (dropout) is drawn from the batch's
     own seed, so it does not matter which rank does the batch, or when.
@@ -57,6 +74,10 @@ def shared(bench: Bench, batch: TrainBatch, names: Sequence[str]) -> dict[str, T
     model = bench.model
     kinds = {name: model.kinds[name] for name in names}
     x = None if batch.pixels is None else _as_weights(model, bench.look(model, batch))
+    targets = {name: batch.targets[name] for name in names}
+    first = bench.tasks[names[0]]
+    if x is not None and isinstance(first, Reconstruct):
+        x, targets[names[0]] = hidden(model, first, x, batch.seed)
     with _autocast(bench):
         found: dict[str, Tensor] = {}
         if x is not None:
@@ -65,7 +86,14 @@ def shared(bench: Bench, batch: TrainBatch, names: Sequence[str]) -> dict[str, T
             found = {"vector": _as_weights(model, batch.vectors)}
         if "bag" in kinds.values() and model.grouper is not None and batch.bag is not None:
             found["bag"] = model.grouper(found["vector"], batch.bag, len(batch))[0]
-    return {name: found[kind] for name, kind in kinds.items()}
+    return Shared({name: found[kind] for name, kind in kinds.items()}, targets)
+
+
+def hidden(model: MultiTaskModel, task: Reconstruct, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Normalised pictures float[n, 3, h, w] -> the same with parts hidden, and the target for them."""
+    mean, std = (model.get_buffer(name).to(x.dtype) for name in ("mean", "std"))
+    shown, target = task.hide((x * std + mean) / 255.0, seed)
+    return (shown * 255.0 - mean) / std, target
 
 
 def trunk(model: MultiTaskModel, x: Tensor, kinds: frozenset[str]) -> dict[str, Tensor]:
@@ -80,12 +108,12 @@ def trunk(model: MultiTaskModel, x: Tensor, kinds: frozenset[str]) -> dict[str, 
     return found
 
 
-def loss_of(bench: Bench, batch: TrainBatch, name: str, read: Tensor) -> Tensor:
+def loss_of(bench: Bench, name: str, read: Tensor, target: Tensor) -> Tensor:
     """The loss of one task, from what its head reads."""
     with _autocast(bench):
         logits = bench.model.heads[name](read)
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    target = batch.targets[name].to(logits.device, non_blocking=True)
+    target = target.to(logits.device, non_blocking=True)
     return bench.tasks[name].loss(logits, target.to(logits.dtype) if target.is_floating_point() else target)
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from wsi_mmm.errors import NotFinite, RecipeError
+from wsi_mmm.model.layers import layers
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.train.forward import Bench, loss_of, served, shared
+from wsi_mmm.train.forward import Bench, loss_of, passes, served, shared
 from wsi_mmm.train.ranks import ALONE, Ranks, add, add_gradients, first_word, total
 
 if TYPE_CHECKING:
@@ -105,11 +106,12 @@ def _shares(work: Work, factors: Mapping[str, float] | None = None) -> _Shares:
 
 
 def _micro_batches(work: Work) -> Iterator[tuple[TrainBatch, tuple[str, ...]]]:
-    """Those that serve a task. Ranks take turns in the plan (`policy.of_rank`), which gives each its place in it."""
+    """Those that serve a task, with the tasks of one pass. Ranks take turns in the plan (`policy.of_rank`), which gives
+    each micro-batch its place in it."""
     for number, batch in enumerate(work.batches):
         if work.bench.norms is not None:
             work.bench.norms.place = work.ranks.rank + number * work.ranks.world
-        if names := served(work.bench, batch):
+        for names in passes(work.bench, served(work.bench, batch)):
             yield batch, names
 
 
@@ -117,15 +119,16 @@ def _heads(
     work: Work, batch: TrainBatch, names: Sequence[str], *, shares: _Shares, notes: list[_Note]
 ) -> Iterator[_Pass]:
     """Run the shared part once, then each head on a copy cut off from it, and free that head's graph."""
-    reads = shared(work.bench, batch, names)
+    found = shared(work.bench, batch, names)
     for name in names:
-        leaf = reads[name].detach().requires_grad_(reads[name].requires_grad)
-        loss = loss_of(work.bench, batch, name, leaf)
+        read = found.reads[name]
+        leaf = read.detach().requires_grad_(read.requires_grad)
+        loss = loss_of(work.bench, name, leaf, found.targets[name])
         if loss.requires_grad:
             (loss * shares.of[name]).backward()  # type: ignore[no-untyped-call]
         notes.append(_Note(name, batch.keys, loss.detach()))
         del loss
-        yield _Pass(name, reads[name], leaf.grad)
+        yield _Pass(name, read, leaf.grad)
 
 
 def _task_by_task(work: Work, shares: _Shares, each: Callable[[_Pass], None] | None = None) -> list[_Note]:
@@ -199,9 +202,9 @@ class Joint:
         notes: list[_Note] = []
         terms: list[Tensor] = []
         for batch, names in _micro_batches(work):
-            reads = shared(work.bench, batch, names)
+            found = shared(work.bench, batch, names)
             for name in names:
-                loss = loss_of(work.bench, batch, name, reads[name])
+                loss = loss_of(work.bench, name, found.reads[name], found.targets[name])
                 notes.append(_Note(name, batch.keys, loss.detach()))
                 terms.append(loss * shares.of[name])
         if terms:
@@ -309,17 +312,18 @@ class GradNorm:
         """See `Strategy`."""
         shares = _shares(work, dict(zip(self.tasks, self.own.weight.tolist(), strict=True)))
         layer = last_shared(work.bench.model)
-        sums = {name: torch.zeros_like(layer) for name in shares.counts}
+        sums = {name: [torch.zeros_like(p) for p in layer] for name in shares.counts}
 
         def each(one: _Pass) -> None:
-            (grad,) = torch.autograd.grad(one.read, layer, one.pull, retain_graph=True, allow_unused=True)
-            if grad is not None:
-                sums[one.name] += grad
+            found = torch.autograd.grad(one.read, layer, one.pull, retain_graph=True, allow_unused=True)
+            for kept, grad in zip(sums[one.name], found, strict=True):
+                if grad is not None:
+                    kept += grad
 
         losses = _agreed(work, shares, _task_by_task(work, shares, each))
         add_gradients(work.ranks, _learning(work.bench.model))
-        add(work.ranks, list(sums.values()))
-        norms = {name: float(torch.linalg.vector_norm(g)) / work.scale for name, g in sums.items()}
+        add(work.ranks, [g for grads in sums.values() for g in grads])
+        norms = {name: float(nn.utils.get_total_norm(grads)) / work.scale for name, grads in sums.items()}
         self._learn(losses, norms)
         return losses
 
@@ -340,12 +344,13 @@ class GradNorm:
         self.own.weight[index] = new * weight.sum() / new.sum()
 
 
-def last_shared(model: MultiTaskModel) -> nn.Parameter:
-    """The last matrix or kernel of the encoder that learns: everything that sees pixels passes it."""
-    found = [p for p in model.encoder.parameters() if p.requires_grad and p.ndim > 1]
+def last_shared(model: MultiTaskModel) -> list[nn.Parameter]:
+    """What learns in the encoder's last stage, which everything that sees pixels passes. Not only its last kernel:
+    residual branches often begin as zeros, without gradient."""
+    found = [x for x in layers(model) if x.parameter.requires_grad and x.name.startswith("encoder.")]
     if not found:
         raise RecipeError("gradnorm balances tasks at the encoder, which is frozen; let it learn or take 'accumulate'")
-    return found[-1]
+    return [x.parameter for x in found if x.depth == found[-1].depth]
 
 
 # ------------------------------------------------------------------------------------------- uncertainty
