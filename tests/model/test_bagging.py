@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.bagging import answer_bag
+from wsi_mmm.model.bagging import answer_bag, bag_part
 from wsi_mmm.model.card import ModelCard
 from wsi_mmm.model.checkpoint import build_model
 from wsi_mmm.model.runner import Runner
@@ -44,7 +44,11 @@ def test_a_bag_gives_the_same_bits_for_any_threads(kind: str) -> None:
     assert attention["grade"].sum() == pytest.approx(1.0, abs=1e-5)
     with torch.inference_mode():
         logits, _ = runner.model.bag_logits(torch.from_numpy(vectors), torch.zeros(501, dtype=torch.int64), ["grade"])
+        part = bag_part(runner.model)
+        alone, _ = part.bag_logits(torch.from_numpy(vectors), torch.zeros(501, dtype=torch.int64), ["grade"])
     assert answers["grade"] == pytest.approx(torch.softmax(logits["grade"], 1)[0].numpy(), abs=1e-6)
+    assert torch.equal(alone["grade"], logits["grade"])
+    assert sum(p.numel() for p in part.encoder.parameters()) == 0 < sum(p.numel() for p in part.parameters())
 
 
 def test_a_bag_that_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

