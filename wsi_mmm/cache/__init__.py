@@ -1,8 +1,8 @@
 """Zarr: features, maps and tiles between steps, runs and workers. Its reading side *is a Reader* (pixels.py)."""
 
-from wsi_mmm.cache.choice import Choice, choose
+from wsi_mmm.cache.choice import Choice, choose, through_cache
 from wsi_mmm.cache.entry import ArraySpec, Entry
 from wsi_mmm.cache.pixels import CachedReader
 from wsi_mmm.cache.quota import Quota, bytes_of
 
-__all__ = ["ArraySpec", "CachedReader", "Choice", "Entry", "Quota", "bytes_of", "choose"]
+__all__ = ["ArraySpec", "CachedReader", "Choice", "Entry", "Quota", "bytes_of", "choose", "through_cache"]

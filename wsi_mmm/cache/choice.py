@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wsi_mmm.cache.pixels import CachedReader, read_inner
+from wsi_mmm.slides.base import Reader
 from wsi_mmm.slides.store import is_local
 from wsi_mmm.types import U8, Tiles
 
@@ -59,6 +60,12 @@ def choose(cached: CachedReader, tiles: Tiles) -> Choice:
     if not choice.use:
         cached.drop(cached.stored_under(sample) - before)
     return choice
+
+
+def through_cache(reader: Reader, uri: str, tiles: Tiles) -> Reader:
+    """The tile cache at ``uri`` in front of ``reader`` where it holds ``tiles`` or pays on them; else ``reader``."""
+    cached = CachedReader(reader, uri, tiles.scale_x, tiles.scale_y)
+    return cached if cached.holds(tiles) or choose(cached, tiles).use else reader
 
 
 def pays(read_ms: float, cached_ms: float, tile: U8) -> bool:

@@ -135,6 +135,10 @@ class CachedReader:
         """The shards under ``tiles`` that are in."""
         return {key for key in self._under(tiles) if storage.exists(self._place(key))}
 
+    def holds(self, tiles: Tiles) -> bool:
+        """Whether every shard under ``tiles`` is in."""
+        return self._under(tiles) == self.stored_under(tiles)
+
     def drop(self, keys: Iterable[Key]) -> None:
         """Remove shards."""
         for key in keys:

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from wsi_mmm.errors import InputError
-from wsi_mmm.slides import Slide, open_slide
-from wsi_mmm.tiles.grid import make_grid, tile_xy
+from wsi_mmm.cache import through_cache
+from wsi_mmm.errors import InputError, SlideDamaged
+from wsi_mmm.slides import Slide, open_slide, store
+from wsi_mmm.slides.base import Reader
+from wsi_mmm.tiles.grid import make_grid
+from wsi_mmm.tiles.stream import stream
 from wsi_mmm.tiles.tissue import select_tiles, tissue_mask
-from wsi_mmm.types import I32, U8
+from wsi_mmm.types import I32, I64, U8, Grid, Tiles
 
 PINK, PALE, PURPLE = "pink", "pale", "purple"
 
@@ -96,28 +99,41 @@ def split(
 
 
 def load_tiles(
-    sources: Sequence[SlideSource], stains: Sequence[str], *, mpp: float, size: int, seed: int
+    sources: Sequence[SlideSource], stains: Sequence[str], *, mpp: float, size: int, seed: int, cache: str | None = None
 ) -> list[StainedTile]:
-    """Tissue tiles of ``size`` px at ``mpp``, drawn by ``seed``; held out are whole regions (every fourth square)."""
+    """Tissue tiles of ``size`` px at ``mpp``, drawn by ``seed``; held out are whole regions (every fourth square).
+
+    Tiles are those of the grid that a run reads, by way of the tile cache under ``cache`` where that pays, as in a run.
+    """
     found: list[StainedTile] = []
     for number, source in enumerate(sources):
         with open_slide(source.path, source.mpp) as slide:
-            found += _tiles_of(
-                slide, source, stains.index(source.stain), mpp, size, np.random.default_rng([seed, number])
-            )
+            grid = make_grid(slide.info, mpp, tile=size, overlap=0)
+            found += _tiles_of(slide, source, stains.index(source.stain), grid, [seed, number], cache)
     return found
 
 
 def _tiles_of(
-    slide: Slide, source: SlideSource, stain: int, mpp: float, size: int, rng: np.random.Generator
+    slide: Slide, source: SlideSource, stain: int, grid: Grid, seed: Sequence[int], cache: str | None
 ) -> list[StainedTile]:
-    grid = make_grid(slide.info, mpp, tile=size, overlap=0)
+    rng = np.random.default_rng(seed)
     index = select_tiles(grid, tissue_mask(slide), 0.3)
     index = index[np.sort(rng.permutation(len(index))[: source.tiles])]
     squares = index // 6
     held = (squares[:, 0] * 3 + squares[:, 1] * 5 + int(rng.integers(4))) % 4 == 0
-    corners = tile_xy(grid, index)
-    return [
-        StainedTile(Path(source.path).name, slide.read_region(int(x), int(y), size, size, mpp), stain, bool(h))
-        for (x, y), h in zip(corners, held, strict=True)
-    ]
+    pixels: dict[tuple[int, ...], U8] = {}
+    for batch in stream(_reader_of(slide, grid, index, cache), grid, index):
+        if batch.failed.any():
+            x, y = batch.xy[batch.failed][0].tolist()
+            raise SlideDamaged(f"{slide.info.uri}: the tile at level-0 px ({x}, {y}) cannot be decoded; copy it again")
+        pixels |= zip(map(tuple, batch.index.tolist()), batch.pixels, strict=True)
+    name = Path(source.path).name
+    return [StainedTile(name, pixels[tuple(at)], stain, bool(h)) for at, h in zip(index.tolist(), held, strict=True)]
+
+
+def _reader_of(slide: Slide, grid: Grid, index: I64, cache: str | None) -> Reader:
+    if cache is None or not len(index):
+        return slide.reader
+    tiles = Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y)
+    name = f"{grid.scale_x:.9f}-{grid.scale_y:.9f}"  # as a run names it
+    return through_cache(slide.reader, store.join(cache, slide.info.fingerprint, "pixels", name), tiles)
