@@ -195,15 +195,19 @@ def slide_tiles(
 
 
 def _check(name: str, items: Sequence[SlideItem], places: Places, lessons: Sequence[Lesson]) -> None:
-    ids = [item.id for item in items]
-    if len(set(ids)) < len(ids):
-        (double, _), *_ = Counter(ids).most_common(1)
-        raise InputError(f"data '{name}': two slides are called {double!r}: give them different ids")
+    check_ids(name, [item.id for item in items])
     taught = [lesson.task for lesson in lessons]
     if len(set(taught)) < len(taught):
         raise InputError(f"data '{name}': a task is listed twice among {', '.join(taught)}: keep one")
     if places.by == "objects" and not lessons:
         raise RecipeError(f"data '{name}': places by objects need annotations: name a task, or choose by 'grid'")
+
+
+def check_ids(name: str, ids: Sequence[str]) -> None:
+    """Raise InputError when two slides have one id."""
+    if len(set(ids)) < len(ids):
+        (double, _), *_ = Counter(ids).most_common(1)
+        raise InputError(f"data '{name}': two slides are called {double!r}: give them different ids")
 
 
 def _nothing(lessons: Sequence[Lesson], broken: Mapping[str, str]) -> str:
