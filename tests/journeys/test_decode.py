@@ -26,6 +26,7 @@ def test_the_slides_own_pixels_give_the_same_bytes(tiny_slide: Path, quiet_bytes
     got, extra = published(tiny_slide, tmp_path)
     assert got == quiet_bytes
     assert extra["decode"] == "decoded on the model's device (cpu), as asked for"
+    assert extra["stages"]["decode"] > 0
     assert json.loads((tmp_path / "tiny" / "slide.json").read_text())["decode"] == "device"
 
 

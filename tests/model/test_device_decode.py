@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.device_decode import Codec, DeviceDecoder, averaged, torchvision_codec
+from wsi_mmm.model.device_decode import Codec, DeviceDecoder, ability, averaged, torchvision_codec
 from wsi_mmm.slides.base import EncodedReader
 from wsi_mmm.slides.encoded import COARSEST
 from wsi_mmm.slides.fake import synthetic_slide
@@ -253,6 +253,17 @@ def test_a_device_that_decodes_nothing_is_an_error(tiny_slide: Path) -> None:
     encoded = reader.read_encoded(Tiles(np.array([[0, 0], [256, 0]]), 256, 1.0, 1.0))
     with pytest.raises(ModelError, match="decodes none of 2 JPEG tiles; run with --decode cpu"):
         DeviceDecoder(CPU, refusing(lambda _: True)).decode(encoded)
+
+
+def test_the_doctor_is_told_what_a_device_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In words, whatever is missing."""
+    assert ability(CPU) == "decodes JPEG"
+    monkeypatch.setattr("wsi_mmm.model.device_decode.torchvision_codec", lambda device: refusing(lambda _: True))
+    assert ability(CPU) == "decodes no JPEG (refused)"
+    monkeypatch.setattr(
+        "wsi_mmm.model.device_decode.torchvision_codec", lambda device: lambda _: [torch.zeros(3, 64, 64)]
+    )
+    assert "wrongly" in ability(CPU)
 
 
 # ---------------------------------------------------------------- arithmetic

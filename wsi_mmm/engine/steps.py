@@ -167,6 +167,7 @@ class Computed:
     busy: tuple[float, float] | None
     device: str = ""
     encoder: str = ""
+    decoding: float = 0.0
 
 
 def read(work: Work) -> Loaded:
@@ -195,12 +196,13 @@ def compute(loaded: Loaded) -> Computed:
         return Computed(loaded, None, None)
     recipe = loaded.work.slide.recipe
     runner = process.runner_of(recipe)
+    begun = time.time()
     batch, pixels = decoding.decoded(loaded.batch, _grid(loaded.work), runner.device)
     loaded = replace(loaded, batch=batch)
     started = time.time()
     output = runner.run(pixels, list(recipe.tasks))
     facts = json.dumps(runner.facts())
-    return Computed(loaded, output, (started, time.time()), str(runner.device), facts)
+    return Computed(loaded, output, (started, time.time()), str(runner.device), facts, decoding=started - begun)
 
 
 def write(computed: Computed) -> Receipt:
@@ -216,6 +218,7 @@ def write(computed: Computed) -> Receipt:
         entry.put_receipt(_block_name(work), {"tiles": work.tiles.hex(), "failed": failed})
         busy = computed.busy or (0.0, 0.0)
         stages = {"read": loaded.seconds, "model": busy[1] - busy[0], "write": time.perf_counter() - started}
+        stages |= {"decode": computed.decoding} if work.decode == "device" else {}
         status = "partial" if failed else "ok"
         facts = {
             "tiles": len(work.index()),

@@ -141,6 +141,18 @@ def torchvision_codec(device: torch.device) -> Codec:
     return lambda inputs: [one(stream, _RGB, False) for stream in inputs]
 
 
+def ability(device: torch.device) -> str:
+    """Whether a device decodes a small JPEG, in words for people; never raises."""
+    try:
+        codec = torchvision_codec(device)
+        stream = torch.ops.image.encode_jpeg(torch.full((3, 64, 64), 200, dtype=torch.uint8), 90)
+        found = codec([stream])[0]
+    except (ModelError, RuntimeError) as error:
+        return f"decodes no JPEG ({str(error).splitlines()[0]})"
+    right = found.shape == (3, 64, 64) and bool((found.to(torch.int32) - 200).abs().max() <= 2)
+    return "decodes JPEG" if right else "decodes JPEG wrongly: use --decode cpu"
+
+
 def averaged(canvas: Tensor, rows: Averages, columns: Averages) -> Tensor:
     """Average uint8[H, W, 3] to uint8[rows, columns, 3]: down, across, rounded once; exact integers below 2^24."""
     device = canvas.device

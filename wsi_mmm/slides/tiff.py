@@ -209,8 +209,8 @@ class TiffReader:
     ) -> Iterator[tuple[int, bytes | U8 | str | None]]:
         """Level-0 tiles as whole streams, or what `_tile` has to say of them.
 
-        Other decoders pass over damage that ours reports, so each tile is decoded here too, to an eighth of its size: a
-        third of the work.
+        Other decoders pass over damage that ours reports, so each tile is decoded here too, to an eighth of its size:
+        half of the work.
         """
         stream, full = streams(self._planes[0]), self._sources[0]
         small = [source for source in self._sources if source.level == 0][-1]
