@@ -130,23 +130,37 @@ def _target(labels: I32) -> npt.NDArray[np.float32]:
         out[:] = np.nan
         return out
     labels = _without_cut(labels)
-    ids, flat = np.unique(np.maximum(labels, 0), return_inverse=True)
-    index: I64 = flat.reshape(labels.shape)
-    centre_y, centre_x, radius = _shapes(index, len(ids))
-    quarters = index.reshape(height, 2, width, 2).transpose(0, 2, 1, 3).reshape(height, width, 4)
-    out[0] = (ids[quarters] > 0).mean(axis=2)
-    own = quarters.max(axis=2)
-    inside = ids[own] > 0
-    y, x = np.mgrid[1 : 2 * height : 2, 1 : 2 * width : 2]
-    to_x, to_y = centre_x[own] - x, centre_y[own] - y
+    ids, index = _numbered(np.maximum(labels, 0))
+    centre_y, centre_x, radius = _shapes(index, len(ids), hidden=int(ids[0] == 0))
+    quarters = [index[y::2, x::2] for y in (0, 1) for x in (0, 1)]
+    drawn = ids > 0
+    out[0] = sum(drawn[quarter].astype(np.float32) for quarter in quarters) / 4
+    own = np.maximum(np.maximum(quarters[0], quarters[1]), np.maximum(quarters[2], quarters[3]))
+    inside = drawn[own]
+    out[1] = _depth(own, inside, len(ids))
+    row, column = np.nonzero(inside)
+    mine = own[inside]
+    to_x, to_y = centre_x[mine] - (2 * column + 1), centre_y[mine] - (2 * row + 1)
     distance = np.hypot(to_x, to_y)
     short = STRIDE_MAX * (1.0 - np.exp(-distance / STRIDE_MAX)) / np.maximum(distance, 1e-6)
-    out[1] = _depth(own, inside, len(ids))
-    out[2], out[3] = np.where(inside, to_x * short, 0.0), np.where(inside, to_y * short, 0.0)
-    out[4] = inside * 8.0 / np.maximum(radius[own], 4.0)
-    unknown = (labels < 0).reshape(height, 2, width, 2).any(axis=(1, 3))
-    out[0, unknown], out[4, unknown] = np.nan, 0.0
+    out[2, inside], out[3, inside] = to_x * short, to_y * short
+    out[4, inside] = 8.0 / np.maximum(radius[mine], 4.0)
+    if int(labels.min()) < 0:
+        unknown = (labels < 0).reshape(height, 2, width, 2).any(axis=(1, 3))
+        out[0, unknown], out[4, unknown] = np.nan, 0.0
     return out
+
+
+def _numbered(labels: I32) -> tuple[I64, I64]:
+    """Labels (0 or more) that occur, ascending, and for each px which of them it has; by a table, which is ten times
+    faster than sorting, as long as labels are small."""
+    most = int(labels.max(initial=0))
+    if most > 1 << 22:
+        ids, flat = np.unique(labels, return_inverse=True)
+        return ids.astype(np.int64), flat.reshape(labels.shape)
+    seen = np.zeros(most + 1, bool)
+    seen[labels.ravel()] = True
+    return np.flatnonzero(seen), (np.cumsum(seen) - 1)[labels]
 
 
 def _without_cut(labels: I32) -> I32:
@@ -177,16 +191,19 @@ def _depth(own: I64, inside: Mask, count: int) -> F64:
     rim = np.logical_or.reduce([other != own for other in beside])
     depth = (ndimage.distance_transform_edt(np.pad(~rim, 1, mode="edge"))[1:-1, 1:-1] + 0.5) * inside
     deepest = np.zeros(count)
-    np.maximum.at(deepest, own.ravel(), depth.ravel())
+    np.maximum.at(deepest, own[inside], depth[inside])
     share: F64 = depth / np.maximum(deepest[own], 0.5)
     return share
 
 
-def _shapes(index: I64, count: int) -> tuple[F64, F64, F64]:
-    """Centroid (y, x; px edges are integers) and radius of the disc of equal area, per label."""
+def _shapes(index: I64, count: int, hidden: int) -> tuple[F64, F64, F64]:
+    """Centroid (y, x; px edges are integers) and radius of the disc of equal area, per label; those below ``hidden``
+    (the background) are not looked at."""
     flat = index.ravel()
-    y, x = np.mgrid[: index.shape[0], : index.shape[1]]
-    area = np.bincount(flat, minlength=count)
-    mean_y = np.bincount(flat, weights=y.ravel(), minlength=count) / area + 0.5
-    mean_x = np.bincount(flat, weights=x.ravel(), minlength=count) / area + 0.5
+    where = np.flatnonzero(flat >= hidden)
+    number, (y, x) = flat[where], np.divmod(where, index.shape[1])
+    area = np.bincount(number, minlength=count)
+    some = np.maximum(area, 1)
+    mean_y = np.bincount(number, weights=y, minlength=count) / some + 0.5
+    mean_x = np.bincount(number, weights=x, minlength=count) / some + 0.5
     return mean_y, mean_x, np.sqrt(area / np.pi)
