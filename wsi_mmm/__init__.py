@@ -46,6 +46,7 @@ _HOMES = {
     "run": "wsi_mmm.api",
     "stream_tiles": "wsi_mmm.api",
     "submit": "wsi_mmm.api",
+    "train": "wsi_mmm.api",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604  (a literal plus names that are strings)

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from wsi_mmm import __version__, cli_cache, cli_doctor, cli_fewshot, cli_models, cli_run, cli_slide
+from wsi_mmm import __version__, cli_cache, cli_doctor, cli_fewshot, cli_models, cli_run, cli_slide, cli_train
 from wsi_mmm.cli_console import EXIT_CODES, guarded
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ for _name, _panel, _command in (
     ("embed", _WORK, cli_run.embed),
     ("export", _WORK, cli_models.export),
     ("demo", _WORK, cli_run.demo),
+    ("train", _LEARN, cli_train.train),
     ("info", _LOOK, cli_slide.info),
     ("thumbnail", _LOOK, cli_slide.thumbnail),
     ("tissue", _LOOK, cli_slide.tissue),

@@ -57,14 +57,19 @@ def mpp_of(mpp: float | None, mag: float | None) -> float | None:
     return 10.0 / mag
 
 
-def read_settings(path: str | Path, known: Iterable[str]) -> dict[str, object]:
-    """A flat TOML file of options; RecipeError names an unknown option or what is wrong with the file."""
+def read_toml(path: str | Path) -> dict[str, object]:
+    """What a TOML file says; RecipeError when there is none, or what is wrong with it."""
     try:
-        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"no settings file at {path}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path} is not a readable TOML file ({error})") from error
+
+
+def read_settings(path: str | Path, known: Iterable[str]) -> dict[str, object]:
+    """A flat TOML file of options; RecipeError names an unknown option or what is wrong with the file."""
+    settings = read_toml(path)
     names = sorted(known)
     unknown = sorted(set(settings) - set(names))
     if unknown:
