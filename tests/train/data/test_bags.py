@@ -13,6 +13,7 @@ import wsi_mmm
 from wsi_mmm.cache import ArraySpec, Entry
 from wsi_mmm.errors import InputError, StorageError
 from wsi_mmm.outputs.exports import export, write_features
+from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.tasks.truth import Survival
@@ -64,6 +65,21 @@ def test_bags_hold_the_vectors_of_their_slide_and_its_truth(tmp_path: Path) -> N
     assert (first == again).all() and set(first.tolist()) != set(second.tolist())
     assert bags[0].xy is not None and (bags[0].xy[:, 0] == 2 * first).all()
     assert drawn.read([0], 7)[0].vectors.shape == (20, 6)  # type: ignore[union-attr]
+
+
+def test_tiles_that_a_run_could_not_read_are_in_no_bag(tmp_path: Path) -> None:
+    """They are listed in the tiles.parquet beside the features: what was computed on white is not learnt from."""
+    uri = features(tmp_path, "a", 6)
+    table = tiles_table(
+        index=np.zeros((6, 2), np.int64), xy=np.arange(12).reshape(6, 2), size=(1, 1), failed=np.arange(6) == 2,
+        tissue=np.ones(6, np.float32), columns={}, classes={},
+    )  # fmt: skip
+    (tmp_path / "a" / "tiles.parquet").write_bytes(table)
+    sample = feature_bags("d", [BagItem("a", uri)]).read([0], 0)[0]
+    assert sample.vectors is not None and sample.vectors[:, 0].tolist() == [0, 1, 3, 4, 5]
+    (tmp_path / "a" / "tiles.parquet").write_bytes(b"no")
+    with pytest.raises(StorageError, match=r"tiles\.parquet cannot be read"):
+        feature_bags("d", [BagItem("a", uri)])
 
 
 def test_exported_h5_gives_the_same_vectors(tmp_path: Path) -> None:

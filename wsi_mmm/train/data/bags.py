@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from wsi_mmm.cache import Entry
 from wsi_mmm.errors import InputError, StorageError, WsiError
@@ -136,7 +138,25 @@ def read_item(item: BagItem) -> Features:
     """All vectors of a slide. Raises StorageError, SlideNotFound."""
     if item.grid is not None:
         return entry_features(item.uri, item.grid)
-    return read_h5(item.uri) if item.uri.lower().endswith((".h5", ".hdf5")) else read_features(item.uri)
+    if item.uri.lower().endswith((".h5", ".hdf5")):
+        return read_h5(item.uri)
+    return _without_failed(
+        read_features(item.uri), store.join(item.uri.rstrip("/").rpartition("/")[0], "tiles.parquet")
+    )
+
+
+def _without_failed(features: Features, tiles: str) -> Features:
+    """``features`` less those of tiles that the run's table lists as failed: these were computed on white px."""
+    if not store.exists(tiles):
+        return features
+    try:
+        table = pq.read_table(io.BytesIO(store.read_bytes(tiles)), columns=["x", "y", "failed"])
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StorageError(f"{store.redact(tiles)} cannot be read ({error}): run wsi-mmm embed again") from error
+    rows = zip(*(table[name].to_pylist() for name in ("x", "y", "failed")), strict=True)
+    failed = {(x, y) for x, y, bad in rows if bad}
+    good = np.array([tuple(place) not in failed for place in features.coords.tolist()], bool)
+    return Features(features.vectors[good], features.coords[good], features.attributes)
 
 
 def read_h5(uri: str) -> Features:
