@@ -31,12 +31,12 @@ TISSUE = TaskInfo("tissue", "segment", ("tumour", "stroma"), ((200, 0, 0), (0, 1
 
 
 def test_the_tiles_table_has_a_row_per_tile() -> None:
-    """Positions, sizes, flags, and what tasks say: class indices become names, null where there is none."""
+    """Positions, sizes, flags, and what tasks say: indices become names; null for no class and for NaN."""
     index = np.array([[0, 1], [2, 3]])
     data = tiles_table(
         index=index, xy=index[:, ::-1] * 448, size=(512, 511), failed=np.array([False, True]),
         tissue=np.array([0.5, 1], np.float32), classes={"stain": ("H&E", "IHC")},
-        columns={"stain": np.array([1, -1], np.int32), "stain:IHC": np.array([0.8, 0], np.float32)},
+        columns={"stain": np.array([1, -1], np.int32), "stain:IHC": np.array([0.8, np.nan], np.float32)},
     )  # fmt: skip
     table = pq.read_table(io.BytesIO(data)).to_pydict()
     assert (table["row"], table["column"]) == ([0, 2], [1, 3])
@@ -44,7 +44,7 @@ def test_the_tiles_table_has_a_row_per_tile() -> None:
     assert table["failed"] == [False, True]
     assert table["tissue"] == [0.5, 1.0]
     assert table["stain"] == ["IHC", None]
-    assert table["stain:IHC"] == pytest.approx([0.8, 0])
+    assert table["stain:IHC"] == [pytest.approx(0.8), None]
 
 
 def test_a_table_without_tiles_has_its_columns() -> None:

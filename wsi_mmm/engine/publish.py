@@ -241,8 +241,7 @@ def _tiles(plan: SlidePlan, tables: dict[str, Values], failed: Any, answers: bag
 def _features(plan: SlidePlan, work: Work) -> str:
     """``features`` float32[n, D] and ``coords`` int64[n, 2], with the attributes that TRIDENT and CLAM know."""
     entry, recipe, info = _entry(plan, work), plan.slide.recipe, plan.info
-    array = entry.existing("features")
-    vectors = np.asarray(array[:])[plan.index[:, 0], plan.index[:, 1]]
+    vectors = bags.gathered(entry, plan.index, recipe.block_tiles)
     width, _ = tile_size_level0(plan.grid)
     native = info.objective or (10.0 / info.mpp_x if info.mpp_x else 0.0)
     attributes = {

@@ -29,7 +29,7 @@ def tiles_table(
     ``index`` int64[n, 2] (row, column); ``xy`` int64[n, 2] level-0 px; ``size`` (width, height) of a tile, level-0 px;
     ``failed`` bool[n]; ``tissue`` float32[n] share; ``columns``: what tasks say, as of ``Task.table``. Columns: row,
     column, x, y, width0, height0, failed, tissue, then ``columns``: those of integers are indices into
-    ``classes[column]`` and become names (null where negative).
+    ``classes[column]`` and become names (null where negative), those of floats are null where NaN.
     """
     n = len(index)
     table: dict[str, object] = {
@@ -43,10 +43,14 @@ def tiles_table(
         "tissue": np.asarray(tissue, np.float32),
     }
     for name, values in columns.items():
-        table[name] = _named(values, classes[name]) if np.issubdtype(values.dtype, np.integer) else values
+        table[name] = _named(values, classes[name]) if np.issubdtype(values.dtype, np.integer) else _known(values)
     buffer = io.BytesIO()
     parquet.write_table(pa.table(table), buffer, compression="zstd")
     return buffer.getvalue()
+
+
+def _known(values: npt.NDArray[Any]) -> Any:
+    return pa.array(values, mask=np.isnan(values))
 
 
 def _named(index: npt.NDArray[Any], names: Sequence[str]) -> pa.DictionaryArray:
