@@ -168,3 +168,27 @@ def test_quantise_rounds_probabilities_and_offsets() -> None:
 
     logits = torch.tensor([0.0, 100.0, 0.5, -100.0]).view(1, 4, 1, 1)
     assert TASK.quantise(logits).flatten().tolist() == [128, 255, 128 + grouping.STEPS, 0]
+
+
+def test_partly_unknown_pictures_teach_what_is_known() -> None:
+    """Logits in unknown px, and in objects that touch them, change no loss; elsewhere the target is that of the whole
+    picture, and so is what perfect maps score."""
+    import torch
+
+    truth = np.zeros((128, 128), np.int32)
+    y, x = np.mgrid[:128, :128]
+    for i, (cy, cx) in enumerate([(20, 20), (20, 62), (90, 40), (100, 100)], 1):
+        truth[(y - cy) ** 2 + (x - cx) ** 2 <= 81] = i
+    part = truth.copy()
+    part[:40, 64:] = -1  # cuts the second disc
+    target, whole = TASK.target(part), TASK.target(truth)
+    unknown = torch.isnan(target[0])
+    assert bool(unknown[:20, 32:].all())
+    assert bool(unknown[10, 30]) and not bool(unknown[10, 10])
+    assert torch.equal(target[:, ~unknown], whole[:, ~unknown])
+    assert not bool(target[4][unknown].any())
+    logits = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    other = torch.where(unknown, logits + 3.0, logits)
+    assert float(TASK.loss(logits, target[None])) == float(TASK.loss(other, target[None]))
+    figures = TASK.metrics([(part, maps_of(truth, np.random.default_rng(0)))])
+    assert figures["precision"] == figures["recall"] == 1.0

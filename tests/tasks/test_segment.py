@@ -73,3 +73,28 @@ def test_unknown_px_are_left_out_of_loss_and_metrics() -> None:
     assert TASK.metrics([(truth, maps)]) == {"mean_iou": 1.0, "pixel_accuracy": 1.0}
     logits = torch.zeros(1, 3, 4, 4)
     assert abs(float(TASK.loss(logits, TASK.target(truth)[None])) - 1.0) < 1e-5
+
+
+def test_a_rare_class_can_count_more_and_one_class_costs_nothing() -> None:
+    """weight:<class> weighs px by their true class; with all logits 0 the loss is 1 all the same; a task of a single
+    class cannot be wrong; where all is unknown gradients are zeros."""
+    import torch
+
+    heavy = make_task(CARD.model_copy(update={"params": {"weight:tumor": 9, "smoothing": 0}}))
+    plain = make_task(CARD.model_copy(update={"params": {"smoothing": 0}}))
+    target = torch.zeros(1, 4, 4, dtype=torch.int64)
+    target[0, 0, 0], target[0, 3] = 2, -1
+    logits = torch.zeros(1, 3, 4, 4)
+    assert abs(float(heavy.loss(logits, target)) - 1.0) < 1e-6
+    logits[:, 0] = 2.0
+    chance = torch.log_softmax(torch.tensor([2.0, 0.0, 0.0]), 0)
+    expected = -(11 * chance[0] + 9 * chance[2]) / (20 * np.log(3))
+    assert abs(float(heavy.loss(logits, target)) - float(expected)) < 1e-6
+    assert float(plain.loss(logits, target)) < float(heavy.loss(logits, target))
+    one = {"outputs": 1, "classes": ("a",), "colors": ((0, 0, 0),), "params": {"background": -1}}
+    single = make_task(CARD.model_copy(update=one))
+    alone = torch.randn(1, 1, 4, 4, requires_grad=True)
+    for task, truth, x in ((single, target.clamp(max=0), alone), (plain, target * 0 - 1, logits.requires_grad_())):
+        loss = task.loss(x, truth)
+        loss.backward()
+        assert loss.item() == 0.0 and x.grad is not None and not bool(x.grad.any())
