@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from wsi_mmm.types import F64, I64, Mask
 
@@ -64,7 +63,7 @@ def auroc(truth: Mask, score: Scores) -> float:
     negative = len(truth) - positive
     if not positive or not negative:
         return float("nan")
-    ranks = rankdata(score)
+    ranks = _ranks(score)
     return float((ranks[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
@@ -98,7 +97,7 @@ def spearman(truth: F64, found: F64) -> float:
     """Correlation of ranks, equal values sharing the mean of theirs; NaN when either does not vary."""
     if len(truth) < 2:
         return float("nan")
-    a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (truth, found))
+    a, b = (_ranks(values) - (len(values) + 1) / 2 for values in (truth, found))
     scale = np.sqrt((a**2).sum() * (b**2).sum())
     return float((a * b).sum() / scale) if scale > 0 else float("nan")
 
@@ -158,6 +157,14 @@ def _count_behind(rank: I64, start: I64, value: I64) -> tuple[I64, I64]:
         at[asked] += width
         width *= 2
     return below, equal
+
+
+def _ranks(values: Scores) -> F64:
+    """float64[n]: place of each in their order, from 1; equals share the mean of theirs."""
+    from scipy.stats import rankdata  # a second to import, which a run that judges nothing need not wait for
+
+    ranks: F64 = rankdata(values)
+    return ranks
 
 
 def _ratio(a: Any, b: Any) -> float:
