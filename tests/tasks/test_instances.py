@@ -192,3 +192,16 @@ def test_partly_unknown_pictures_teach_what_is_known() -> None:
     assert float(TASK.loss(logits, target[None])) == float(TASK.loss(other, target[None]))
     figures = TASK.metrics([(part, maps_of(truth, np.random.default_rng(0)))])
     assert figures["precision"] == figures["recall"] == 1.0
+
+
+def test_aggregated_jaccard_counts_what_was_missed() -> None:
+    """Nothing found is 0, not perfect; a missed object adds its own area only; a false one its own."""
+    truth = np.zeros((8, 8), np.int32)
+    truth[:2, :2], truth[4:, 4:] = 1, 2
+    assert metrics.match(truth, np.zeros_like(truth)).figures()["aji"] == 0.0
+    assert metrics.match(np.zeros_like(truth), truth).figures()["aji"] == 0.0
+    assert metrics.match(truth, np.where(truth == 1, 5, 0)).figures()["aji"] == 4 / (4 + 16)
+    stray = np.where(truth == 1, 5, 0)
+    stray[0, 4:] = 6
+    assert metrics.match(truth, stray).figures()["aji"] == 4 / (4 + 16 + 4)
+    assert metrics.match(truth, truth).figures()["aji"] == 1.0

@@ -50,7 +50,7 @@ def match(truth: I32, found: I32, iou: float = 0.5) -> Matches:
     ratio: F64 = table / np.maximum(union, 1)
     hits = ratio > iou
     matched = int(hits.sum())
-    inter, joint = _aji(table, union, found_area)
+    inter, joint = _aji(table, union, true_area, found_area)
     return Matches(matched, len(found_area) - matched, len(true_area) - matched, float(ratio[hits].sum()), inter, joint)
 
 
@@ -69,14 +69,19 @@ def _overlaps(truth: I32, found: I32) -> tuple[I64, I64, I64]:
     return table[true_ids > 0][:, found_ids > 0], true_area[true_ids > 0], found_area[found_ids > 0]
 
 
-def _aji(table: I64, union: I64, found_area: I64) -> tuple[int, int]:
-    """Aggregated Jaccard index: intersections and unions of each true object with its best found one."""
+def _aji(table: I64, union: I64, true_area: I64, found_area: I64) -> tuple[int, int]:
+    """Aggregated Jaccard index (Kumar 2017): intersections and unions of each true object with its best found one.
+
+    A true object that nothing overlaps adds its own area to the unions, as does every found one that is nobody's best.
+    """
     if not table.size:
-        return 0, int(union.sum()) + int(found_area.sum())
+        return 0, int(true_area.sum()) + int(found_area.sum())
     best = np.argmax(table / np.maximum(union, 1), axis=1)
     row = np.arange(len(best))
-    unused = np.setdiff1d(np.arange(len(found_area)), best[table[row, best] > 0])
-    return int(table[row, best].sum()), int(union[row, best].sum() + found_area[unused].sum())
+    shared = table[row, best]
+    unused = np.setdiff1d(np.arange(len(found_area)), best[shared > 0])
+    unions = np.where(shared > 0, union[row, best], true_area)
+    return int(shared.sum()), int(unions.sum() + found_area[unused].sum())
 
 
 def _ratio(a: float, b: float) -> float:
