@@ -222,12 +222,15 @@ def test_a_bag_is_answered_from_the_cache(
 def test_a_choice_of_tasks_is_answered_alone(
     quiet: tuple[Path, RunReport], slides: list[Path], model: str, tmp_path: Path
 ) -> None:
-    """One bag task and one tile task: their columns and no others, with the same values."""
+    """One bag task and one tile task: their columns and no others, with the same values; a bag task alone, too."""
     _, report = quiet
     some = run(slides[:1], model, tmp_path, tasks=["risk", "marks"])
     assert answers(some) == {"high": {"risk": answers(report)["high"]["risk"]}}
     names = pq.read_table(tmp_path / "high" / "tiles.parquet").column_names
     assert names[8:] == ["marks", "marks:a", "marks:b", "risk:attention"]
+    alone = run(slides[:1], model, tmp_path / "alone", tasks="age")
+    assert answers(alone) == {"high": {"age": answers(report)["high"]["age"]}}
+    assert check_qupath(tmp_path / "alone" / "high" / "result.geojson.gz").features == 0
 
 
 @pytest.mark.slow
