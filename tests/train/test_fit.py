@@ -27,6 +27,7 @@ from wsi_mmm.train.fit import EMPTY, QUIET, Callbacks, Feed, FitPlan, Progress, 
 from wsi_mmm.train.loader import TrainBatch
 from wsi_mmm.train.optim import OptimPlan
 from wsi_mmm.train.strategies import StrategyPlan
+from wsi_mmm.train.validate import figures
 
 KINDS = ["classify", "segment"]
 PLAN = FitPlan(6, optim=OptimPlan(rate=1e-2, average=0.9, warmup=2), checkpoint_every=2, keep=0)
@@ -233,6 +234,24 @@ def test_validation_names_its_figures_and_keeps_the_best(tmp_path: Path) -> None
     assert sorted(seen) == [2, 4, 6]
     assert all({"t0", "t1"} == set(figures) and 0 <= figures["t0"]["accuracy"] <= 1 for figures in seen.values())
     assert (tmp_path / "best.json").exists()
+
+
+def test_every_kind_of_answer_is_validated() -> None:
+    """Pictures, bags of tiles and of features, and hidden parts of pictures each give their task's figures."""
+    model, tasks = tiny(["segment", "reconstruct", "bag-classify"])
+    rng = np.random.default_rng(0)
+    tiles = rng.integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+    vectors = rng.normal(size=(5, model.vector_width)).astype(np.float32)
+    known = [
+        *samples()[:1],
+        Sample("tiles", tiles, truths={"t2": 1}),
+        Sample("features", vectors=vectors, truths={"t2": 2}),
+    ]
+    known[0] = replace(known[0], truths={"t0": known[0].truths["t1"]})
+    beats: list[int] = []
+    found = figures(model.eval(), tasks, known, beat=lambda: beats.append(1))
+    assert found.keys() == {"t0", "t1", "t2"} and len(beats) == 3
+    assert found["t1"]["psnr"] > 0 and 0 <= found["t2"]["accuracy"] <= 1
 
 
 def test_validation_changes_nothing() -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
+from wsi_mmm.tasks.reconstruct import Reconstruct
 from wsi_mmm.train.data.base import Sample
+from wsi_mmm.train.forward import hidden
 from wsi_mmm.types import U8
 
 Figures = dict[str, dict[str, float]]
@@ -26,7 +28,8 @@ def _silent() -> None:
 def figures(
     model: MultiTaskModel, tasks: Mapping[str, Task], samples: Iterable[Sample], *, beat: Callable[[], object] = _silent
 ) -> Figures:
-    """Task -> its metrics over all ``samples`` that know something of it; samples that failed are left out.
+    """Task -> its metrics over all ``samples`` that know something of it; samples that failed are left out. Pictures
+    are rebuilt from what training hides of them, too (the same parts each time).
 
     ``model`` is in evaluation mode. The quantised answers of all samples are in memory at the end. ``beat`` is called
     after every pass, for those who wait.
@@ -36,7 +39,8 @@ def figures(
         for group in _groups(sample for sample in samples if not sample.failed):
             for sample, answers in zip(group, _answers(model, tasks, group), strict=True):
                 for name, answer in answers.items():
-                    pairs[name].append((sample.truths[name], answer))
+                    truth = sample.pixels if isinstance(tasks[name], Reconstruct) else sample.truths[name]
+                    pairs[name].append((truth, answer))
             beat()
     return {name: tasks[name].metrics(found) for name, found in pairs.items() if found}
 
@@ -63,18 +67,22 @@ def _look(sample: Sample) -> tuple[Any, ...]:
 
 def _answers(model: MultiTaskModel, tasks: Mapping[str, Task], group: list[Sample]) -> list[dict[str, Any]]:
     """Per sample: task -> its quantised answer."""
-    names = [name for name in tasks if name in group[0].truths]
-    if not names:
-        return [{} for _ in group]
-    if _is_bag(group[0]):
+    bags = _is_bag(group[0])
+    own = {} if bags else {name: task for name, task in tasks.items() if isinstance(task, Reconstruct)}
+    names = [name for name in tasks if name in group[0].truths and name not in own]
+    if bags and names:
         vectors = _vectors(model, group[0])
         bag = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
         logits = model.bag_logits(vectors, bag, names, bags=1)[0]
-    else:
+    elif names or own:
         pixels = np.stack([_padded(s.pixels, max(model.encoder.strides)) for s in group if s.pixels is not None])
-        logits = model.forward_all(_typed(model, model.prepare(torch.from_numpy(pixels))), names)[1]
-    found = {name: tasks[name].quantise(logits[name]).cpu().numpy() for name in names}
-    return [{name: _cropped(found[name][i], tasks[name], sample) for name in names} for i, sample in enumerate(group)]
+        x = _typed(model, model.prepare(torch.from_numpy(pixels)))
+        logits = model.forward_all(x, names)[1] if names else {}
+        logits |= {name: model(hidden(model, task, x, 0)[0], [name])[name] for name, task in own.items()}
+    else:
+        logits = {}
+    found = {name: tasks[name].quantise(value).cpu().numpy() for name, value in logits.items()}
+    return [{name: _cropped(found[name][i], tasks[name], sample) for name in found} for i, sample in enumerate(group)]
 
 
 def _vectors(model: MultiTaskModel, sample: Sample) -> Tensor:
