@@ -15,7 +15,7 @@ from conftest import RealData
 from wsi_mmm.annotations import Dot, Shape, Shapes, load_shapes
 from wsi_mmm.train.data import raster
 from wsi_mmm.train.data.raster import Squares, paint, pairs_of
-from wsi_mmm.train.data.shapes_index import ShapeIndex, index_shapes
+from wsi_mmm.train.data.shapes_index import ShapeIndex, index_shapes, packed_index
 from wsi_mmm.types import I32
 
 
@@ -146,6 +146,23 @@ def test_points_become_discs_where_a_radius_is_given() -> None:
     assert abs(found.sum() - np.pi * 18) < 4
     assert abs(index.areas[1] - np.pi * 18) < 1
     assert len(index_shapes(shapes)) == 1
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**31), st.integers(1, 300))
+def test_the_index_finds_what_touches_and_nothing_else(seed: int, count: int) -> None:
+    """Boxes of very different size: the same pairs as comparing all with all, by asked one."""
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(0, 1000, (count, 2))
+    boxes = np.concatenate([low, low + 10 ** rng.uniform(-1, 3, (count, 2))], axis=1)
+    low = rng.uniform(-100, 1000, (20, 2))
+    asked = np.concatenate([low, low + rng.uniform(1, 200, (20, 2))], axis=1)
+    number, found = packed_index(boxes)(asked)
+    hit = (asked[:, None, :2] <= boxes[None, :, 2:]) & (asked[:, None, 2:] >= boxes[None, :, :2])
+    assert sorted(zip(number.tolist(), found.tolist(), strict=True)) == [
+        tuple(p) for p in np.argwhere(hit.all(2)).tolist()
+    ]
+    assert (np.diff(number) >= 0).all()
 
 
 def test_nothing_is_indexed_of_an_empty_file() -> None:

