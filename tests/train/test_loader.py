@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from helpers.memory_source import COLOURS, MemorySource, bag_source, picture_source
+from helpers.training import tiny
 from wsi_mmm.errors import RecipeError, StorageError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks import Task, make_task
+from wsi_mmm.train import fit as fitting
 from wsi_mmm.train.colour import Augment
 from wsi_mmm.train.data.base import Sample
+from wsi_mmm.train.fit import Callbacks, FitPlan, Progress, fit
 from wsi_mmm.train.loader import READ_AHEAD, Feed, LoadPlan, Tally, TrainBatch, batches, look_of, pictures
+from wsi_mmm.train.optim import OptimPlan
 from wsi_mmm.train.policy import key_of
 from wsi_mmm.train.warp import NO_CHANGE, Change
 
@@ -265,3 +270,40 @@ def test_moving_a_batch_moves_all_of_it() -> None:
     feed = Feed(picture_source("a", 4, truths=KNOWN), 4)
     (sent,) = next(batches([feed], TASKS, plan=PLAN, steps=range(1), device="meta"))
     assert sent.pixels is not None and sent.pixels.device.type == "meta"
+
+
+def trained(folder: str, stop_at: int | None = None) -> tuple[torch.Tensor, list[float]]:
+    """Weights of a tiny model after 24 steps of warped and augmented discs, and the losses on the way; with a
+    ``folder`` they are kept there, and ``stop_at`` ends the first try."""
+    model, tasks = tiny(("segment", "classify"), encoder="resnet18")
+    own = {
+        "t0": lambda s: (s.truths["discs"] > 0).astype(np.int32),
+        "t1": lambda s: int((s.truths["discs"] == 1).sum() > 900),
+    }
+    source = picture_source("a", 24, size=96, truths=KNOWN)
+    samples = tuple(replace(s, truths={name: find(s) for name, find in own.items()}) for s in source.samples)
+    feed = Feed(replace(source, samples=samples, tasks=("t0", "t1")), 4)
+    losses: list[float] = []
+
+    def watch(progress: Progress) -> None:
+        losses.append(progress.losses["t0"])
+        if progress.step == stop_at:
+            raise KeyboardInterrupt
+
+    plan = replace(PLAN, size=64)
+    made = fitting.Feed(
+        lambda first: batches([feed], tasks, plan=plan, steps=range(first, 24)), look_of(Augment(noise=0.0))
+    )
+    how = FitPlan(24, seed=1, checkpoint_every=3, folder=folder, optim=OptimPlan(rate=5e-3))
+    done = fit(model, tasks, made, plan=how, callbacks=Callbacks(on_step=watch))
+    return torch.cat([p.detach().flatten() for p in done.parameters()]), losses
+
+
+def test_a_training_that_is_fed_so_learns_and_resumes(tmp_path: Path) -> None:
+    """The loss of a segmentation falls; stopped after step 7 and begun again, weights are equal to the bit."""
+    whole, losses = trained(str(tmp_path / "a"))
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+    with pytest.raises(KeyboardInterrupt):
+        trained(str(tmp_path / "b"), stop_at=7)
+    again, rest = trained(str(tmp_path / "b"))
+    assert len(rest) == 24 - 6 and torch.equal(again, whole)

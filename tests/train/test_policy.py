@@ -77,6 +77,8 @@ def test_small_plans_by_hand() -> None:
     feeds = [FeedSize("a", 5, 2), FeedSize("b", 9, 1, weight=2.0), FeedSize("c", 9, 1, weight=0.0)]
     assert [d.feed for d in plan_step(feeds, policy="balanced", seed=0, step=7)] == ["a", "b", "b"]
     assert [d.feed for d in plans(feeds, "cyclic", 6)] == ["a", "b", "b", "a", "b", "b"]
+    halves = [FeedSize("a", 5, 2), FeedSize("b", 9, 1, weight=0.5)]
+    assert [d.feed for d in plans(halves, "cyclic", 6)] == ["a", "b", "a", "a", "b", "a"]
     five = FeedSize("a", 5, 5)
     assert sorted(plan_step([five], policy="cyclic", seed=0, step=4)[0].numbers) == [0, 1, 2, 3, 4]
     three = FeedSize("a", 3, 6)
@@ -155,6 +157,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
         ([feed, feed], "cyclic"),
         ([FeedSize("a", 3, 1, weight=0.0)], "concat"),
         ([], "balanced"),
+        ([feed, FeedSize("b", 3, 1, weight=0.001)], "balanced"),
     ):
         with pytest.raises(RecipeError):
             plan_step(feeds, policy=policy, seed=0, step=0)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from wsi_mmm.errors import RecipeError
 from wsi_mmm.tasks.truth import Boxes, Survival
 from wsi_mmm.train import warp
 from wsi_mmm.train.warp import NO_CHANGE, Change, cut, draw_thetas, padded, reach, warp_pixels, warp_truth, widened
@@ -232,3 +233,26 @@ def test_what_is_cut_is_all_that_is_needed() -> None:
         whole_255 = (whole * 255).permute(0, 2, 3, 1).numpy()
         assert np.abs(shown([picture] * 5, thetas, 32) - whole_255).max() < (0.05 if change.angle else 1e-9)
         assert max(cut(picture, theta, 32)[0].shape[0] for theta in thetas) < 90
+
+
+@pytest.mark.parametrize("bad", [{"angle": -1.0}, {"scale": 8.0}, {"shift": 1.5}, {"angle": float("nan")}])
+def test_changes_that_make_no_sense_are_refused(bad: dict[str, float]) -> None:
+    """Negative or absurd amounts."""
+    with pytest.raises(RecipeError, match="change: angle"):
+        Change(**bad)  # type: ignore[arg-type]
+
+
+def test_a_batch_may_hold_all_sorts_of_warps() -> None:
+    """Copies, free turns and shrunk pictures in one batch come out as each does alone."""
+    rng = np.random.default_rng(2)
+    pixels = torch.from_numpy(rng.integers(0, 256, (4, 90, 90, 3), np.uint8))
+    thetas = np.zeros((4, 2, 3), np.float32)
+    thetas[0] = [[0, -1, 80], [1, 0, 3]]
+    thetas[1] = [[0.9, 0.3, 1.5], [-0.3, 0.9, 20]]
+    thetas[2] = [[4, 0, -20], [0, 4, -30]]
+    thetas[3] = [[-1, 0, 70], [0, 1, 0]]
+    together = warp_pixels(pixels, torch.from_numpy(thetas), 32)
+    for i in range(4):
+        assert torch.equal(together[i : i + 1], warp_pixels(pixels[i : i + 1], torch.from_numpy(thetas[i : i + 1]), 32))
+    with pytest.raises(ValueError, match="one warp for each"):
+        warp_pixels(pixels, torch.from_numpy(thetas[:2]), 32)

@@ -38,7 +38,7 @@ CHANGE = Change()
 _TOLD = 20  # reasons for failures that are kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainBatch:
     """One micro-batch of one feed; n = ``len(keys)`` items (pictures, or bags), 0 when every one of them failed.
 
@@ -84,7 +84,7 @@ class TrainBatch:
         return replace(self, pixels=pixels, vectors=vectors, bag=bag, targets=targets)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Feed:
     """A data set as training draws from it. ``numbers``: the items that may be drawn (None: all), ``batch`` of them
     make a micro-batch; ``tasks``: those that learn from it (None: all that its source knows something about)."""

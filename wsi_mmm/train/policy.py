@@ -26,14 +26,17 @@ Policy = Literal["balanced", "cyclic", "concat", "proportional", "temperature"]
 BLOCK = 1024
 """Slots of a block of `proportional` and `temperature`: shares are kept to one in so many, each feed at least once."""
 
+UNEVEN = 64
+"""How far weights may lie apart where a step or a round holds every feed as often as its weight says."""
+
 _SMALL = 4096  # items: permutations up to this length are kept in hundreds, longer ones only while in use
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FeedSize:
     """What planning needs to know of a feed: its unique ``name``, how many ``items`` it has, how many make a
-    micro-batch, the class of each item (``labels`` int32[items], -1: none; for class balancing) and its ``weight``: how
-    many times as often as without one it comes (0: never)."""
+    micro-batch, the class of each item (``labels`` int32[items], -1: none; for class balancing) and its ``weight``:
+    against that of the others, how many times as often as with equal weights it comes (0: never)."""
 
     name: str
     items: int
@@ -63,8 +66,9 @@ def plan_step(
 ) -> tuple[Draw, ...]:
     """All micro-batches of one optimiser step, the same on every rank.
 
-    ``balanced``: each step has every feed once (``weight`` times), ``rounds`` times over. The others take the next
-    ``rounds`` slots: ``cyclic`` of feeds in turn, ``concat`` of epochs as long as all feeds together, ``proportional``
+    ``balanced``: each step has every feed once (those of larger weight than the least so many times, rounded),
+    ``rounds`` times over. The others take the next ``rounds`` slots: ``cyclic`` of feeds in turn, ``concat`` of epochs
+    in which every item comes once (the last micro-batch of a feed is filled up with its next ones), ``proportional``
     with feeds drawn by their size, ``temperature`` by size ** (1 / temperature) (Devlin et al. 2019; 1: proportional).
     ``class_balance``: within a feed its classes take turns, whatever their sizes. Raises RecipeError.
     """
@@ -141,14 +145,18 @@ def _checked(feeds: Sequence[FeedSize], policy: Policy, temperature: float, roun
             )
     if len({feed.name for feed in feeds}) < len(feeds) or not any(feed.weight > 0 for feed in feeds):
         raise RecipeError("feeds need names of their own, and one of them a weight above 0")
-    return _counts(tuple((f.items, f.batch, f.weight) for f in feeds), policy, temperature)
+    counts = _counts(tuple((f.items, f.batch, f.weight) for f in feeds), policy, temperature)
+    if policy in ("balanced", "cyclic") and max(counts) > UNEVEN:
+        raise RecipeError(f"weights of feeds differ {max(counts)}-fold: policy '{policy}' takes up to {UNEVEN}-fold")
+    return counts
 
 
 @lru_cache(maxsize=16)
 def _counts(feeds: tuple[tuple[int, int, float], ...], policy: Policy, temperature: float) -> tuple[int, ...]:
     """Of (items, batch, weight) of each feed: its slots in a block; at least one where the weight is above 0."""
     if policy in ("balanced", "cyclic"):
-        wanted = [weight for _, _, weight in feeds]
+        least = min(weight for _, _, weight in feeds if weight > 0)
+        wanted = [weight / least for _, _, weight in feeds]
     elif policy == "concat":
         wanted = [float(np.ceil(weight * items / batch)) for items, batch, weight in feeds]
     else:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from wsi_mmm.errors import RecipeError
 from wsi_mmm.tasks.truth import Boxes, Survival, Truth
 from wsi_mmm.types import F32, F64, I64, U8, Mask
 
@@ -42,13 +43,20 @@ class Change:
     shift: float = 0.0
     place: bool = True
 
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.angle <= 180.0 and 0.0 <= self.scale <= 7.0 and 0.0 <= self.shift <= 1.0):
+            raise RecipeError(
+                f"change: angle {self.angle}, scale {self.scale}, shift {self.shift}: "
+                "give an angle up to 180 degrees, a scale up to 7 and a shift up to 1"
+            )
+
 
 NO_CHANGE = Change(flips=False, quarters=False, place=False)
 
 
 def reach(change: Change, size: int, margin: int = 0) -> int:
     """Side in px that a sample needs so that no crop of ``size`` px, and ``margin`` px round it, reaches beyond it."""
-    turned = math.radians(min(abs(change.angle), 45.0))
+    turned = math.radians(min(change.angle, 45.0))
     side = (size + 2 * margin) * (1.0 + change.scale) * (math.cos(turned) + math.sin(turned))
     side += 2.0 * change.shift * size
     return size + 2 * math.ceil(max(0.0, side - size - 1e-6) / 2)
