@@ -182,6 +182,12 @@ def test_the_loss_is_one_for_who_knows_nothing_and_falls_for_who_knows() -> None
     assert loss.item() == 0.0 and flat.grad is not None and not bool(flat.grad.any())
 
 
+def test_a_class_that_the_task_lacks_is_refused() -> None:
+    """A label beyond the classes is a mistake of the data, not background."""
+    with pytest.raises(ValueError, match="class 2, the task has 2"):
+        TASK.target(Boxes(np.array([[0, 0, 9, 9]], np.float32), np.array([2], np.int32), 64, 64))
+
+
 def test_every_object_has_the_same_say_about_sides() -> None:
     """Weights are 1 in sum per object, large or small; where objects lie on each other the smaller one is learnt."""
     truth = Boxes(

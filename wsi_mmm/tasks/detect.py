@@ -113,7 +113,12 @@ def _inside(found: peaks.Found, view: View) -> Mask:
 
 
 def _target(truth: Boxes, classes: int, unit: float) -> F32:
-    """See `Detect.target`. Small boxes are drawn last: where objects lie on each other the smaller one is learnt."""
+    """See `Detect.target`. Small boxes are drawn last: where objects lie on each other the smaller one is learnt.
+
+    ValueError for a class that the task does not have.
+    """
+    if len(truth.labels) and int(truth.labels.max()) >= classes:
+        raise ValueError(f"a box has class {int(truth.labels.max())}, the task has {classes} classes")
     height, width = truth.height // peaks.STRIDE, truth.width // peaks.STRIDE
     out = np.zeros((classes + 5, height, width), np.float32)
     owner = np.full((height, width), -1)
@@ -121,8 +126,7 @@ def _target(truth: Boxes, classes: int, unit: float) -> F32:
     for x0, y0, x1, y1 in xyxy[truth.labels < 0] / peaks.STRIDE - 0.5:
         out[:classes, _from(y0) : _from(y1), _from(x0) : _from(x1)] = np.nan
     order = np.argsort(-peaks.area(xyxy), kind="stable")
-    order = order[(truth.labels[order] >= 0) & (truth.labels[order] < classes)]
-    for number in order.tolist():
+    for number in order[truth.labels[order] >= 0].tolist():
         _draw(out[truth.labels[number]], owner, xyxy[number], number)
     _sides(out[classes:], owner, xyxy, unit)
     return out
