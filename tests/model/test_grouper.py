@@ -113,3 +113,16 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     """The message names the option."""
     with pytest.raises(ModelError, match=r"bag\.heads is 3"):
         Grouper(BagCard(width=8, heads=3), 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_does_not_blur_attention(kind: str) -> None:
+    """Under autocast to bfloat16 attention still sums to 1 within float32's rounding, and vectors stay close."""
+    vectors, bag = ragged()
+    model = grouper(kind).float()
+    exact, _ = model(vectors.float(), bag)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, attention = model(vectors.float(), bag)
+    assert attention.dtype == torch.float32
+    torch.testing.assert_close(torch.zeros(4).index_add(0, bag, attention), torch.ones(4))
+    torch.testing.assert_close(out.float(), exact, atol=0.05, rtol=0.05)
