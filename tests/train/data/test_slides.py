@@ -15,8 +15,10 @@ import tifffile
 from shapely.geometry import Point, Polygon, box, mapping
 
 from conftest import RealData
+from helpers.faulty import Faulty
+from helpers.moto import moto_server
 from wsi_mmm.errors import AnnotationError, InputError, ManifestError, RecipeError, SlideNotFound
-from wsi_mmm.slides import open_slide
+from wsi_mmm.slides import open_slide, store
 from wsi_mmm.slides.fake import SyntheticTruth
 from wsi_mmm.tasks.truth import Boxes
 from wsi_mmm.train.data.base import Source
@@ -297,3 +299,50 @@ def test_nuclei_that_a_run_wrote_are_learnt_from(real_data: RealData, tmp_path: 
     )
     samples = source.read(range(len(source.index)), 256)
     assert all(not sample.failed and np.asarray(sample.truths["n"]).max() > 0 for sample in samples)
+
+
+def test_slides_and_annotations_far_away_give_the_same_samples(
+    tiny_slide: Path, nuclei: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over HTTP: the pixels and truth of the local files; when the server breaks off, samples that say so, no crash."""
+    monkeypatch.setenv("WSI_MMM_STORAGE_TIMEOUT", "2")
+    lesson = Lesson("n", "instances", NUCLEI, complete=True)
+    places = Places(0.5, tile=128)
+    near = the_tiles(tiny_slide, nuclei, places, lesson)
+    with Faulty(files={"/s.tiff": tiny_slide, "/s.geojson": Path(nuclei)}) as web:
+        note = f"{web.url}/s.geojson"
+        assert beside(f"{web.url}/s.tiff", "{folder}/{stem}.geojson") == note
+        far = slide_tiles("d", [SlideItem("s", f"{web.url}/s.tiff", annotations=note)], places, [lesson])
+        assert list(far.index.keys) == list(near.index.keys)
+        for one, other in zip(far.read([3, 9, 1], 128), near.read([3, 9, 1], 128), strict=True):
+            assert np.array_equal(one.pixels, other.pixels)  # type: ignore[arg-type]
+            assert np.array_equal(one.truths["n"], other.truths["n"])  # type: ignore[arg-type]
+    far.pool.close()
+    assert far.read([3], 128)[0].failed
+
+
+def test_slides_in_a_bucket_give_the_same_samples(
+    tiny_slide: Path, nuclei: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Slide, annotations, table and tile cache on S3."""
+    import boto3
+
+    with moto_server() as endpoint:
+        for name, value in {"ENDPOINT_URL": endpoint, "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket="train")
+        store.write_bytes("s3://train/s.tiff", tiny_slide.read_bytes())
+        store.write_bytes("s3://train/s.geojson", Path(nuclei).read_bytes())
+        store.write_bytes("s3://train/t.csv", b"slide,file,notes\ns,s.tiff,s.geojson\n")
+        table = slide_table(read_table("s3://train/t.csv"), [])
+        items = slides_of_table(table, uri="file", annotations="notes", root="s3://train")
+        lesson = Lesson("n", "instances", NUCLEI, complete=True)
+        pool = SlidePool(cache="s3://train/cache", tiles="on")
+        far = slide_tiles("d", items, Places(0.5, tile=128), [lesson], pool=pool)
+        near = the_tiles(tiny_slide, nuclei, Places(0.5, tile=128), lesson)
+        for one, other in zip(far.read([3, 9, 1], 128), near.read([3, 9, 1], 128), strict=True):
+            assert not one.failed and one.key == other.key
+            assert np.array_equal(one.pixels, other.pixels)  # type: ignore[arg-type]
+        assert store.list_uris("s3://train/cache")
+        pool.close()

@@ -88,8 +88,7 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class SlideTiles:
-    """A Source of tiles of slides; see `slide_tiles`. ``facts``: per slide how many tiles, shapes left out and repaired
-    shapes. ``broken``: slides that could not be prepared, and why."""
+    """A Source of tiles of slides; see `slide_tiles`. ``broken``: slides that could not be prepared, and why."""
 
     name: str
     tasks: tuple[str, ...]
@@ -107,7 +106,11 @@ class SlideTiles:
         return {one.item.id: len(one.xy) for one in self.slides}
 
     def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
-        """Squares of ``size`` px round the middles of these items, slide by slide, in the order of ``numbers``."""
+        """Squares of ``size`` px round the middles of these items, slide by slide, in the order of ``numbers``.
+
+        Truth per px and boxes are those of the square; labels and numbers those of the item's own tile, whatever
+        ``size`` is.
+        """
         asked = np.asarray(numbers, np.int64)
         owner = np.searchsorted(self.starts, asked, "right") - 1
         found: list[Sample | None] = [None] * len(asked)
