@@ -9,7 +9,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_mmm.config import SlideSpec, read_toml, user_cache
+from wsi_mmm.api_train import fit_head, prepare_training, read_annotations, train, train_fractions
+from wsi_mmm.config import SlideSpec, user_cache
 from wsi_mmm.engine import reporting
 from wsi_mmm.engine.base import Executor, SlideTask
 from wsi_mmm.engine.claims import TAKEN, claimed
@@ -30,12 +31,10 @@ if TYPE_CHECKING:
 
     from wsi_mmm.model.multitask import MultiTaskModel
     from wsi_mmm.model.onnx import Exported
-    from wsi_mmm.train.config import TrainConfig
-    from wsi_mmm.train.job import Prepared, Trained
 
 __all__ = [
-    "Event", "Job", "RunReport", "demo", "embed", "export_model", "load_model", "prepare_training", "run",
-    "stream_tiles", "submit", "train",
+    "Event", "Job", "RunReport", "demo", "embed", "export_model", "fit_head", "load_model", "prepare_training",
+    "read_annotations", "run", "stream_tiles", "submit", "train", "train_fractions",
 ]  # fmt: skip
 
 Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
@@ -216,48 +215,6 @@ def export_model(
     loaded = load_model(model) if is_model(str(model)) else load_encoder(str(model), weights)
     names = [tasks] if isinstance(tasks, str) else tasks
     return export_onnx(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
-
-
-def train(
-    config: str | Path | Mapping[str, Any], *, settings: Sequence[str] = (), listener: Any | None = None
-) -> Trained:
-    """Train one encoder for many tasks; the same again goes on from the last checkpoint.
-
-    Args:
-        config: a TOML file, or its content as a dict; ``wsi-mmm train --example`` prints one.
-        settings: ``"key=value"`` on top of it.
-        listener: a `train.job.Listener`, whose functions are called after every step, validation and checkpoint.
-
-    Returns:
-        A Trained: ``.model`` (the folder that ``run`` takes), ``.val`` and ``.test`` (task -> metric -> figure).
-
-    Raises:
-        RecipeError, InputError: before anything is learnt. NotFinite: a loss became NaN. OutputError: the disk is full.
-        Cancelled: on Ctrl-C, after a checkpoint.
-    """
-    from wsi_mmm.train import job
-
-    return job.train(_training(config, settings), listener or job.QUIET, _slides_named)
-
-
-def prepare_training(config: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> Prepared:
-    """What ``train`` would learn from: data sets opened and divided (``.summary()``), the model as it begins."""
-    from wsi_mmm.train import job
-
-    return job.prepare(_training(config, settings), _slides_named)
-
-
-def _slides_named(words: Sequence[str]) -> list[tuple[str, str, float | None]]:
-    """(id, URI, mpp override) of every slide that ``words`` stand for."""
-    return [(spec.id, spec.uri, spec.mpp) for spec in expand_inputs(list(words))]
-
-
-def _training(config: str | Path | Mapping[str, Any], settings: Sequence[str]) -> TrainConfig:
-    from wsi_mmm.train.config import parse
-
-    if isinstance(config, Mapping):
-        return parse(config, settings)
-    return parse(read_toml(config), settings, str(config))
 
 
 def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | None = None, **options: Any) -> RunReport:

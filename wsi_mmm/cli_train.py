@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from json import loads
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,9 @@ from wsi_mmm.cli_progress import duration
 from wsi_mmm.errors import RecipeError
 
 if TYPE_CHECKING:
+    from wsi_mmm.train.data.buckets import DryRun
     from wsi_mmm.train.fit import Progress
+    from wsi_mmm.train.fractions import Curve
     from wsi_mmm.train.job import Listener, Prepared
 
 EVERY = 5.0  # seconds between lines of progress
@@ -34,6 +37,24 @@ def train(
     ] = False,
     example: Annotated[bool, typer.Option("--example", help="Print a configuration to begin with.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of configurations.")] = False,
+    fractions: Annotated[
+        str | None,
+        typer.Option(
+            help="Train on shares of the training items, in percent, such as 1,10,50,100: a table and a plot of a "
+            "figure against the share. Those that are done are skipped.",
+            rich_help_panel="How much data is enough",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Trainings per share.", rich_help_panel="How much data is enough", min=1)
+    ] = 3,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="task.metric of the table and the plot. (default: validation.best, or the first)",
+            rich_help_panel="How much data is enough",
+        ),
+    ] = "",
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -47,6 +68,7 @@ def train(
       wsi-mmm train --example > joint.toml
       wsi-mmm train joint.toml --dry-run
       wsi-mmm train joint.toml --set steps=200 --set out=runs/try
+      wsi-mmm train joint.toml --fractions 1,10,50,100 --seeds 3
       wsi-mmm run slides/ -m runs/joint/model -o results/
     """
     from wsi_mmm.train import config as words
@@ -62,7 +84,16 @@ def train(
     from wsi_mmm import api
 
     if dry_run:
+        _show_annotations(api.read_annotations(config, settings or ()))
         _show(api.prepare_training(config, settings or ()))
+        return
+    if fractions is not None:
+        percents = _percents(fractions)
+        with _listening() as listener:
+            curve = api.train_fractions(
+                config, percents=percents, seeds=seeds, metric=metric, settings=settings or (), listener=listener
+            )
+        _show_curve(curve)
         return
     with _listening() as listener:
         done = api.train(config, settings=settings or (), listener=listener)
@@ -75,6 +106,37 @@ def train(
         if found:
             table([(t, m, f"{v:.4f}") for t, ms in found.items() for m, v in ms.items()], ("task", part, "figure"))
     say(f"done in {duration(done.seconds)}; wsi-mmm run SLIDES -m {done.model} -o results/")
+
+
+def _percents(text: str) -> list[float]:
+    try:
+        return [float(part.strip().removesuffix("%")) for part in text.split(",")]
+    except ValueError as error:
+        raise RecipeError(f"--fractions {text}: give percents with commas, such as 1,10,50,100") from error
+
+
+def _show_curve(curve: Curve) -> None:
+    if flags.json:
+        say_json({"metric": curve.metric, "part": curve.part, "rows": curve.rows(), "files": curve.files})
+        return
+    rows = [
+        (f"{row.percent:g} %", row.items, f"{row.mean:.4f}", f"{row.deviation:.4f}", len(row.values))
+        for row in curve.rows()
+    ]
+    table(rows, ("share", "items", f"{curve.metric} ({curve.part})", "deviation", "seeds"))
+    for line in (*curve.files, *curve.notes):
+        say(line)
+
+
+def _show_annotations(found: Mapping[str, Mapping[str, DryRun]]) -> None:
+    for data, tables in found.items():
+        for task, one in tables.items():
+            if flags.json:
+                say_json({"data": data, "task": task, "annotations": loads(one.as_json())})
+            else:
+                say(f"data '{data}', task '{task}': what becomes of the annotations")
+                say(one.table())
+                say()
 
 
 def _show(prepared: Prepared) -> None:

@@ -31,6 +31,9 @@ from wsi_mmm.train.strategies import StrategyPlan
 from wsi_mmm.train.warp import Change
 from wsi_mmm.types import TaskInfo
 
+BAGS = ("bags", "tile-bags")
+"""Kinds of data whose items are bags."""
+
 
 class EncoderPart(EncoderCard):
     """A timm encoder. ``weights``: "random", "pretrained" (timm's own, or of an ``hf-hub:`` id), or a .safetensors."""
@@ -60,6 +63,14 @@ class ModelPart(Part):
     licence: str = ""
     limits: str = ""
 
+    @model_validator(mode="after")
+    def _inside(self) -> ModelPart:
+        if self.overlap >= self.tile_size:
+            raise ValueError(
+                f"overlap is {self.overlap} px of tiles of {self.tile_size}: give less than the tile's side"
+            )
+        return self
+
 
 class TaskPart(Part):
     """A task. ``scope`` "bag" lets a tile kind answer for a whole slide. ``weight`` of its loss. ``colors``: chosen
@@ -86,7 +97,8 @@ class SplitPart(Part):
     """How items are shared out: by group (patient or slide), stratified, drawn by ``seed``.
 
     ``val``, ``test``: shares; the test items are never read in training. ``folds`` > 0: k-fold instead of shares, of
-    which ``fold`` is held out (beside ``test``).
+    which ``fold`` is held out (beside ``test``). ``pictures``: before learning, read every picture once and refuse
+    equal ones on two sides.
     """
 
     val: float = Field(default=0.2, ge=0, lt=1)
@@ -94,22 +106,25 @@ class SplitPart(Part):
     folds: int = Field(default=0, ge=0)
     fold: int = Field(default=0, ge=0)
     seed: int = 0
+    pictures: bool = False
 
 
 class SamplingPart(Part):
-    """Which data a step looks at; see `train.policy`. ``fraction`` of the training items, for runs on less data."""
+    """Which data a step looks at; see `train.policy`. ``fraction`` of the training items, for runs on less data;
+    ``fraction_of``: the data sets that it holds for (none named: all)."""
 
     policy: Policy = "balanced"
     temperature: float = Field(default=2.0, gt=0)
     rounds: int = Field(default=1, ge=1)
     class_balance: bool = False
     fraction: float = Field(default=1.0, gt=0, le=1)
+    fraction_of: tuple[str, ...] = ()
 
 
 class ValidationPart(Part):
-    """``every``: steps (0: only at the end). ``best``: "task.metric" by which the best checkpoint is chosen ("": none);
-    ``lower``: the lower the better. ``patience``: validations without a better one until training stops (0: never).
-    ``items``: at most so many per data set (0: all), the same ones each time."""
+    """``every``: steps (0: only at the end). ``best``: "task.metric" by which the model is chosen: that of the best
+    validation ("": that of the last step); ``lower``: the lower the better. ``patience``: validations without a better
+    one until training stops (0: never). ``items``: at most so many per data set (0: all), the same ones each time."""
 
     every: int = Field(default=0, ge=0)
     best: str = ""
@@ -119,16 +134,19 @@ class ValidationPart(Part):
 
 
 class CheckpointPart(Part):
-    """``every``: steps; ``keep``: how many besides the best one."""
+    """``every``: steps (0: only at the end); ``keep``: how many besides the best one. ``folder``: a folder or an
+    ``s3://`` prefix ("": below ``out``)."""
 
     every: int = Field(default=500, ge=0)
     keep: int = Field(default=2, ge=1)
+    folder: str = ""
 
 
 class TrackingPart(Part):
     """Where figures go. ``wandb`` and ``mlflow``: project or experiment names, which need their packages.
 
-    ``images`` True also writes a few training pictures: to TensorBoard only, which stays on this machine.
+    ``images`` True also writes a few augmented training pictures of the first step: to TensorBoard only, which stays on
+    this machine.
     """
 
     tensorboard: bool = True
@@ -165,20 +183,36 @@ class TrainConfig(Part):
         _unique("data", [entry.name for entry in self.data])
         known = [task.name for task in self.task]
         for entry in self.data:
-            unknown = [name for name in entry.tasks if name not in known]
-            if unknown:
-                raise ValueError(f"data '{entry.name}' is of task '{unknown[0]}'; tasks are: {', '.join(known)}")
+            _check_tasks(entry, self.task)
         idle = sorted(set(known) - {name for entry in self.data for name in entry.tasks})
         if idle:
             raise ValueError(f"no data is of task '{idle[0]}': add some, or take the task out")
         best = self.validation.best
-        if best and best.partition(".")[0] not in known:
-            raise ValueError(f"validation.best is '{best}'; it begins with the name of a task: {', '.join(known)}")
+        if best and (best.partition(".")[0] not in known or not best.partition(".")[2]):
+            raise ValueError(f"validation.best is '{best}': give task.metric; tasks are: {', '.join(known)}")
+        if self.validation.patience and not best:
+            raise ValueError("validation.patience wants a figure to go by: give validation.best")
+        sets = [entry.name for entry in self.data]
+        for name in self.sampling.fraction_of:
+            if name not in sets:
+                raise ValueError(f"sampling.fraction_of names '{name}'; data sets are: {', '.join(sets)}")
         return self
 
     def task_cards(self) -> tuple[TaskCard, ...]:
         """The tasks as a model card lists them. RecipeError when one has classes or parameters that do not fit."""
         return tuple(task_card(part) for part in self.task)
+
+
+def _check_tasks(entry: DataEntry, tasks: Sequence[TaskPart]) -> None:
+    """Every task of a data set exists, and answers for what its items are: tiles, or bags of them."""
+    scopes = {task.name: task.scope for task in tasks}
+    wanted = "bag" if entry.kind in BAGS else "tile"
+    for name in entry.tasks:
+        if name not in scopes:
+            raise ValueError(f"data '{entry.name}' is of task '{name}'; tasks are: {', '.join(scopes)}")
+        if scopes[name] != wanted:
+            fix = 'set its scope to "bag"' if wanted == "bag" else f"give it data of kind {' or '.join(BAGS)}"
+            raise ValueError(f"data '{entry.name}' holds {wanted}s, task '{name}' is of scope {scopes[name]!r}: {fix}")
 
 
 def _unique(what: str, names: Sequence[str]) -> None:

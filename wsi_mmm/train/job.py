@@ -2,51 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from wsi_mmm import __version__
-from wsi_mmm.errors import ModelError, OutputError, RecipeError
+from wsi_mmm.errors import ModelError, OutputError
 from wsi_mmm.model.checkpoint import build_model, declared_normalisation, load_model, save_model
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.slides import store
 from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.train import fit as fitting
 from wsi_mmm.train.config import TrainConfig, model_card
-from wsi_mmm.train.data.base import Index, Sample
+from wsi_mmm.train.data.base import Sample
+from wsi_mmm.train.data.buckets import DryRun
 from wsi_mmm.train.data.entry import Expand, Place, each_by_itself
-from wsi_mmm.train.data.split import Split, check_leaks, folds, split_items
+from wsi_mmm.train.data.slide_entries import Slides
+from wsi_mmm.train.divide import DataSet, divided
 from wsi_mmm.train.fit import Callbacks, FitPlan, Progress
-from wsi_mmm.train.loader import Feed, LoadPlan, batches, look_of
-from wsi_mmm.train.policy import fraction_of
+from wsi_mmm.train.loader import Feed, LoadPlan, TrainBatch, batches, look_of, pictures
 from wsi_mmm.train.ranks import Ranks, joined
-from wsi_mmm.train.trackers import Tracker, open_trackers
+from wsi_mmm.train.state import best_weights
+from wsi_mmm.train.trackers import TensorBoard, Tracker, open_trackers
 from wsi_mmm.train.validate import Figures, figures
-from wsi_mmm.types import I64
 
 MODEL, CHECKPOINTS = "model", "checkpoints"
 _TOGETHER = 16  # validation items that are read at once
-
-
-@dataclass(frozen=True, slots=True)
-class DataSet:
-    """A data set that was opened and divided."""
-
-    feed: Feed
-    split: Split
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.feed.source.name
+_SHOWN = 8  # pictures of a data set that TensorBoard shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +65,15 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a training leaves: the model folder, and figures of the held-out parts, by task."""
+    """What a training leaves: the model folder, figures of the held-out parts by task, the step that its weights are
+    of, how many items were learnt from."""
 
-    model: str
-    val: Figures
-    test: Figures
-    seconds: float
+    model: str = ""
+    val: Figures = field(default_factory=dict)
+    test: Figures = field(default_factory=dict)
+    seconds: float = 0.0
+    step: int = 0
+    items: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,65 +98,19 @@ def place_of(config: TrainConfig, expand: Expand = each_by_itself) -> Place:
     return Place(cards, config.model.mpp, config.model.tile_size, expand)
 
 
+def read_annotations(config: TrainConfig, expand: Expand = each_by_itself) -> dict[str, dict[str, DryRun]]:
+    """Data set -> task -> what its bucket table makes of the annotations; of the data sets that have any."""
+    place = place_of(config, expand)
+    found = {entry.name: entry.dry_run(place) for entry in config.data if isinstance(entry, Slides)}
+    return {name: tables for name, tables in found.items() if tables}
+
+
 def prepare(config: TrainConfig, expand: Expand = each_by_itself) -> Prepared:
     """Open every data set, divide them together, build the model. Raises what is wrong before anything is learnt."""
     place = place_of(config, expand)
     tasks = {name: make_task(card) for name, card in place.tasks.items()}
     feeds = [Feed(entry.open(place), entry.batch, weight=entry.weight) for entry in config.data]
-    splits = divide([(feed.source.name, feed.source.index) for feed in feeds], config)
-    data = tuple(
-        DataSet(Feed(feed.source, feed.batch, _learnt(feed, split, config), feed.weight), split)
-        for feed, split in zip(feeds, splits, strict=True)
-    )
-    for one in data:
-        if not len(one.feed.items):
-            raise RecipeError(
-                f"data '{one.name}' has no item to learn from: give it more groups, or a smaller split.val"
-            )
-    return Prepared(config, begin_model(config), tasks, data)
-
-
-def divide(indexes: Sequence[tuple[str, Index]], config: TrainConfig) -> list[Split]:
-    """A split per data set, drawn over all of them together: a patient of two data sets is on one side in both.
-
-    InputError when a picture or a group is on two sides all the same.
-    """
-    part = config.split
-    keys = [f"{name}/{key}" for name, index in indexes for key in index.keys]
-    groups = [str(group) for _, index in indexes for group in index.groups]
-    labels = [index.labels + np.int32(1000 * n) for n, (_, index) in enumerate(indexes)]
-    whole = Index(keys, groups, np.concatenate(labels).astype(np.int32))
-    if part.folds:
-        if part.fold >= part.folds:
-            raise RecipeError(f"split.fold is {part.fold} of {part.folds}: folds count from 0")
-        split = folds(whole, part.folds, test=part.test, seed=part.seed)[part.fold]
-    else:
-        split = split_items(whole, shares=(1.0 - part.val - part.test, part.val, part.test), seed=part.seed)
-    ends = np.cumsum([0, *(len(index) for _, index in indexes)]).tolist()
-    found = [
-        Split(*(_between(split.part(name), a, b) for name in ("train", "val", "test")))
-        for a, b in itertools.pairwise(ends)
-    ]
-    parts = {
-        name: [(index, one.part(name)) for (_, index), one in zip(indexes, found, strict=True)]
-        for name in ("train", "val", "test")
-    }
-    check_leaks(parts)
-    return found
-
-
-def _between(numbers: I64, low: int, high: int) -> I64:
-    part: I64 = numbers[(numbers >= low) & (numbers < high)] - low
-    return part
-
-
-def _learnt(feed: Feed, split: Split, config: TrainConfig) -> I64:
-    """The training items, or a fraction of them."""
-    if config.sampling.fraction >= 1 or not len(split.train):
-        return split.train
-    chosen = fraction_of(feed.source.index.labels[split.train], config.sampling.fraction, seed=config.seed)
-    learnt: I64 = split.train[chosen]
-    return learnt
+    return Prepared(config, begin_model(config), tasks, divided(feeds, config))
 
 
 def begin_model(config: TrainConfig) -> MultiTaskModel:
@@ -193,7 +141,8 @@ def take_over(model: MultiTaskModel, other: MultiTaskModel) -> int:
     if missing:
         raise ModelError(
             f"model.start: the encoder '{other.card.encoder.name}' of '{other.card.name}' is not that of this model "
-            f"('{model.card.encoder.name}'): {len(missing)} of {len(encoder)} weights do not fit; give the same encoder"
+            f"('{model.card.encoder.name}'): {len(missing)} of {len(encoder)} weights do not fit; give its encoder: "
+            f"name {other.card.encoder.name}, args {json.dumps(other.card.encoder.args)}"
         )
     model.load_state_dict({**mine, **same})
     return len(same)
@@ -208,21 +157,39 @@ def train(config: TrainConfig, listener: Listener = QUIET, expand: Expand = each
     Under torchrun every rank calls this; rank 0 writes and speaks. Raises what `prepare` and `fit` raise.
     """
     started = time.monotonic()
+    folder = model_folder(config)
     with joined(config.device) as ranks:
         prepared = prepare(config, expand)
-        listener.say(describe(prepared))
+        if ranks.first:
+            listener.say(describe(prepared))
         trackers = open_trackers(config.tracking, config.out, facts_of(config)) if ranks.first else ()
+        seen: dict[int, Figures] = {}
         try:
             model = fitting.fit(
-                prepared.model, prepared.tasks, _feed(prepared, ranks),
-                plan=fit_plan(config), callbacks=_callbacks(listener, trackers), ranks=ranks,
+                prepared.model, prepared.tasks, _feed(prepared, ranks, _boards(config, trackers)),
+                plan=fit_plan(config), callbacks=_callbacks(listener, trackers, seen), ranks=ranks,
             )  # fmt: skip
-            if not ranks.first:
-                return Trained("", {}, {}, time.monotonic() - started)
-            return _finish(prepared, model, listener, time.monotonic() - started)
+            done = _finish(prepared, model, seen, folder) if ranks.first else Trained()
         finally:
             for tracker in trackers:
                 tracker.close()
+    if done.model:
+        listener.say(f"model {done.model}, the weights of step {done.step}")
+    return replace(done, seconds=time.monotonic() - started)
+
+
+def model_folder(config: TrainConfig) -> Path:
+    """Where the model will lie. OutputError unless ``out`` is a local folder."""
+    if not store.is_local(config.out):
+        raise OutputError(
+            f"out is {store.redact(config.out)}: the model is written to a local folder; checkpoint.folder may be s3://"
+        )
+    return store.local_path(store.join(config.out, MODEL))
+
+
+def checkpoint_folder(config: TrainConfig) -> str:
+    """Where checkpoints lie."""
+    return config.checkpoint.folder or store.join(config.out, CHECKPOINTS)
 
 
 def describe(prepared: Prepared) -> str:
@@ -236,18 +203,19 @@ def describe(prepared: Prepared) -> str:
 
 def fit_plan(config: TrainConfig) -> FitPlan:
     """The loop's plan. What a checkpoint must agree with to be resumed: the data, how it is drawn and changed."""
-    drawn = config.model_dump(mode="json", include={"data", "split", "sampling", "change", "augment"})
-    drawn |= {"size": config.model.tile_size}
+    facts = facts_of(config)  # without credentials: they are written into checkpoints
+    drawn = {name: facts[name] for name in ("data", "split", "sampling", "change", "augment")}
+    drawn |= {"size": config.model.tile_size, "start": facts["model"]["start"]}
     return FitPlan(
         config.steps, config.seed, config.optim, config.strategy,
         weights={task.name: task.weight for task in config.task},
         validate_every=config.validation.every, checkpoint_every=config.checkpoint.every, keep=config.checkpoint.keep,
         best=config.validation.best, lower=config.validation.lower, patience=config.validation.patience,
-        not_finite=config.not_finite, folder=store.join(config.out, CHECKPOINTS), config=drawn,
+        not_finite=config.not_finite, folder=checkpoint_folder(config), config=drawn,
     )  # fmt: skip
 
 
-def _feed(prepared: Prepared, ranks: Ranks) -> fitting.Feed:
+def _feed(prepared: Prepared, ranks: Ranks, boards: Sequence[TensorBoard]) -> fitting.Feed:
     config = prepared.config
     part = config.sampling
     plan = LoadPlan(
@@ -258,10 +226,30 @@ def _feed(prepared: Prepared, ranks: Ranks) -> fitting.Feed:
     feeds = [one.feed for one in prepared.data]
 
     def drawn(first: int) -> Iterator[Any]:
-        return batches(feeds, prepared.tasks, plan=plan, steps=range(first, config.steps), device="cpu")
+        steps = range(first, config.steps)
+        return _shown(batches(feeds, prepared.tasks, plan=plan, steps=steps, device="cpu"), first, boards, config)
 
     held = any(len(one.split.val) for one in prepared.data)
     return fitting.Feed(drawn, look_of(config.augment), partial(held_out, prepared, "val") if held else None)
+
+
+def _boards(config: TrainConfig, trackers: Sequence[Tracker]) -> list[TensorBoard]:
+    """Those that pictures may go to."""
+    return [one for one in trackers if isinstance(one, TensorBoard)] if config.tracking.images else []
+
+
+def _shown(
+    steps: Iterator[tuple[TrainBatch, ...]], first: int, boards: Sequence[TensorBoard], config: TrainConfig
+) -> Iterator[tuple[TrainBatch, ...]]:
+    """``steps``; pictures of the first of them go to ``boards``, augmented as the model sees them."""
+    with closing(steps):  # type: ignore[type-var]  # a generator, whose threads end with it
+        for number, found in enumerate(steps):
+            for board in boards if number == 0 else ():
+                for batch in found:
+                    if len(batch) and batch.pixels is not None:
+                        seen = pictures(batch, config.augment)[:_SHOWN].clamp(0, 1) * 255.0
+                        board.pictures(first, batch.feed, seen.round().byte().permute(0, 2, 3, 1).numpy())
+            yield found
 
 
 def held_out(prepared: Prepared, part: str) -> Iterator[Sample]:
@@ -275,7 +263,7 @@ def held_out(prepared: Prepared, part: str) -> Iterator[Sample]:
             yield from one.feed.source.read(numbers[first : first + _TOGETHER].tolist(), size)
 
 
-def _callbacks(listener: Listener, trackers: Sequence[Tracker]) -> Callbacks:
+def _callbacks(listener: Listener, trackers: Sequence[Tracker], seen: dict[int, Figures]) -> Callbacks:
     def on_step(progress: Progress) -> None:
         values = {f"loss/{name}": value for name, value in progress.losses.items()}
         values |= {"rate": progress.rate, "steps_per_second": progress.pace, "gradient_norm": progress.norm}
@@ -285,6 +273,7 @@ def _callbacks(listener: Listener, trackers: Sequence[Tracker]) -> Callbacks:
         listener.on_step(progress)
 
     def on_validation(step: int, found: Figures) -> None:
+        seen[step] = found
         for tracker in trackers:
             tracker.figures(step, {f"val/{t}/{m}": v for t, metrics in found.items() for m, v in metrics.items()})
         listener.on_validation(step, found)
@@ -292,25 +281,31 @@ def _callbacks(listener: Listener, trackers: Sequence[Tracker]) -> Callbacks:
     return Callbacks(on_step, on_validation, listener.on_checkpoint)
 
 
-def _finish(prepared: Prepared, model: MultiTaskModel, listener: Listener, seconds: float) -> Trained:
-    """Judge the model as it is and write its folder."""
-    found = {part: figures(model, prepared.tasks, held_out(prepared, part)) for part in ("val", "test")}
+def _finish(prepared: Prepared, model: MultiTaskModel, seen: Mapping[int, Figures], folder: Path) -> Trained:
+    """Choose the weights, judge the model, write its folder. ``seen``: figures of this run's validations, by step."""
     config = prepared.config
-    told: dict[str, Any] = {name: _rounded(value) for name, value in found.items() if value}
+    step = _choose(config, model)
+    val = seen[step] if step in seen else figures(model, prepared.tasks, held_out(prepared, "val"))
+    test = figures(model, prepared.tasks, held_out(prepared, "test"))
     facts = {
         "trained_with": f"wsi-mmm {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "command": "wsi-mmm train config.toml, with the configuration below",
+        "weights": f"of step {step}" + (f", the best by {config.validation.best}" if config.validation.best else ""),
         "configuration": facts_of(config),
         "items": prepared.summary(),
-        "seconds": round(seconds),
     }
-    card = model.card.model_copy(update={"metrics": told, "data": facts})
-    if not store.is_local(config.out):
-        raise OutputError(f"the model folder is written to a local folder, not {store.redact(config.out)}")
-    folder = store.local_path(store.join(config.out, MODEL))
-    save_model(model, folder, card=card)
-    listener.say(f"model {folder}")
-    return Trained(str(folder), found["val"], found["test"], seconds)
+    told: dict[str, Any] = {name: _rounded(found) for name, found in (("val", val), ("test", test)) if found}
+    save_model(model, folder, card=model.card.model_copy(update={"metrics": told, "data": facts}))
+    return Trained(str(folder), val, test, step=step, items=sum(len(one.feed.items) for one in prepared.data))
+
+
+def _choose(config: TrainConfig, model: MultiTaskModel) -> int:
+    """Put the best weights into ``model`` when a figure to choose by is named; the step that its weights are of."""
+    found = best_weights(checkpoint_folder(config)) if config.validation.best else None
+    if found is None:
+        return config.steps
+    model.load_state_dict(found[1])
+    return found[0]
 
 
 def _rounded(found: Figures) -> Figures:

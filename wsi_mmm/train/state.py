@@ -191,6 +191,13 @@ def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return under(tensors, "average.") or under(tensors, "model.")
 
 
+def best_weights(folder: str) -> tuple[int, dict[str, Tensor]] | None:
+    """Step and weights (averaged, if averages are kept) of the best checkpoint in ``folder``; None: none is marked."""
+    shelf = Shelf(folder, {})
+    step = pointed(shelf, BEST)
+    return None if step is None else (step, weights_of(read(_file(shelf, step))[0]))
+
+
 def differences(old: Facts, new: Facts) -> list[str]:
     """What differs between two configurations, one phrase each."""
     return [

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from wsi_mmm.errors import MissingPackage, OutputError
+from wsi_mmm.errors import MissingPackage, OutputError, WsiError
 from wsi_mmm.slides import store
 from wsi_mmm.train.config import TrackingPart
 from wsi_mmm.types import U8
@@ -41,7 +42,6 @@ class Lines:
             name: value if value == value and abs(value) != float("inf") else None for name, value in values.items()
         }
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **found}) + "\n")
         except OSError as error:
@@ -52,12 +52,15 @@ class Lines:
 
 
 class TensorBoard:
-    """Event files for ``tensorboard --logdir``; on this machine only."""
+    """Event files for ``tensorboard --logdir``; on this machine only. OutputError when they cannot be written."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        try:
+            self.writer: Any = SummaryWriter(str(folder))
+        except OSError as error:
+            raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
@@ -78,33 +81,52 @@ class Wandb:
     """A run of Weights & Biases. Figures and the configuration leave this machine; pictures never do."""
 
     def __init__(self, project: str, folder: Path, facts: Mapping[str, Any]) -> None:
-        self.run = _package("wandb").init(project=project, dir=str(folder), config=dict(facts))
+        wandb = _package("wandb")
+        self.error = wandb.Error
+        with _speaking("wandb", self.error):
+            self.run = wandb.init(project=project, dir=str(folder), config=dict(facts))
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
-        self.run.log(dict(values), step=step)
+        with _speaking("wandb", self.error):
+            self.run.log(dict(values), step=step)
 
     def close(self) -> None:
         """See `Tracker`."""
-        self.run.finish()
+        with _speaking("wandb", self.error):
+            self.run.finish()
 
 
 class MLflow:
-    """A run of an MLflow experiment, at the server that ``MLFLOW_TRACKING_URI`` names."""
+    """A run of an MLflow experiment, at the server that ``MLFLOW_TRACKING_URI`` names. Figures and the configuration
+    leave this machine; pictures never do."""
 
     def __init__(self, experiment: str, facts: Mapping[str, Any]) -> None:
         self.mlflow = _package("mlflow")
-        self.mlflow.set_experiment(experiment)
-        self.mlflow.start_run()
-        self.mlflow.log_params({name: str(value)[:250] for name, value in facts.items()})
+        self.error = _package("mlflow.exceptions").MlflowException
+        with _speaking("mlflow", self.error):
+            self.mlflow.set_experiment(experiment)
+            self.mlflow.start_run()
+            self.mlflow.log_params({name: str(value)[:250] for name, value in facts.items()})
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Tracker`; MLflow takes no slashes but as folders, which is what they are here."""
-        self.mlflow.log_metrics(dict(values), step=step)
+        """See `Tracker`; slashes in names are folders there."""
+        with _speaking("mlflow", self.error):
+            self.mlflow.log_metrics(dict(values), step=step)
 
     def close(self) -> None:
         """See `Tracker`."""
-        self.mlflow.end_run()
+        with _speaking("mlflow", self.error):
+            self.mlflow.end_run()
+
+
+@contextmanager
+def _speaking(name: str, error: type[Exception]) -> Iterator[None]:
+    """What the package says is wrong, as ours."""
+    try:
+        yield
+    except error as said:
+        raise WsiError(f"tracking with {name} failed ({said}); check its account and server, or leave it out") from said
 
 
 def open_trackers(part: TrackingPart, out: str, facts: Mapping[str, Any]) -> Sequence[Tracker]:
@@ -115,6 +137,7 @@ def open_trackers(part: TrackingPart, out: str, facts: Mapping[str, Any]) -> Seq
     found: list[Tracker] = []
     folder = store.local_path(out) if store.is_local(out) else None
     if folder is not None:
+        _made(folder)
         found.append(Lines(folder / LINES))
     if part.tensorboard and folder is not None:
         found.append(TensorBoard(folder / BOARD))
@@ -123,6 +146,13 @@ def open_trackers(part: TrackingPart, out: str, facts: Mapping[str, Any]) -> Seq
     if part.mlflow:
         found.append(MLflow(part.mlflow, facts))
     return found
+
+
+def _made(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {folder}: {error.strerror or error}") from error
 
 
 def _package(name: str) -> Any:

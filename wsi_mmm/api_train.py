@@ -1,0 +1,122 @@
+"""The half of the api that learns; `wsi_mmm.api` has its names too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsi_mmm.config import read_toml
+from wsi_mmm.inputs import expand_inputs
+
+if TYPE_CHECKING:
+    from wsi_mmm.train.config import TrainConfig
+    from wsi_mmm.train.data.buckets import DryRun
+    from wsi_mmm.train.fewshot_run import Fitted
+    from wsi_mmm.train.fractions import Curve
+    from wsi_mmm.train.job import Prepared, Trained
+
+
+def train(
+    config: str | Path | Mapping[str, Any], *, settings: Sequence[str] = (), listener: Any | None = None
+) -> Trained:
+    """Train one encoder for many tasks; the same again goes on from the last checkpoint.
+
+    Args:
+        config: a TOML file, or its content as a dict; ``wsi-mmm train --example`` prints one.
+        settings: ``"key=value"`` on top of it.
+        listener: a `train.job.Listener`, whose functions are called after every step, validation and checkpoint.
+
+    Returns:
+        A Trained: ``.model`` (the folder that ``run`` takes), ``.val`` and ``.test`` (task -> metric -> figure).
+
+    Raises:
+        RecipeError, InputError: before anything is learnt. NotFinite: a loss became NaN. OutputError: the disk is full.
+        Cancelled: on Ctrl-C, after a checkpoint.
+    """
+    from wsi_mmm.train import job
+
+    return job.train(_training(config, settings), listener or job.QUIET, _slides_named)
+
+
+def prepare_training(config: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> Prepared:
+    """What ``train`` would learn from: data sets opened and divided (``.summary()``), the model as it begins."""
+    from wsi_mmm.train import job
+
+    return job.prepare(_training(config, settings), _slides_named)
+
+
+def read_annotations(
+    config: str | Path | Mapping[str, Any], settings: Sequence[str] = ()
+) -> dict[str, dict[str, DryRun]]:
+    """Data set -> task -> what its bucket table makes of the annotations (``.table()``, ``.as_json()``); learns nothing
+    and opens no data set, so that a table can be mended that leaves nothing to learn from."""
+    from wsi_mmm.train import job
+
+    return job.read_annotations(_training(config, settings), _slides_named)
+
+
+def train_fractions(
+    config: str | Path | Mapping[str, Any],
+    *,
+    percents: Sequence[float] = (1, 10, 50, 100),
+    seeds: int = 3,
+    metric: str = "",
+    settings: Sequence[str] = (),
+    listener: Any | None = None,
+) -> Curve:
+    """Train on several shares of the training items, each with seeds 0 to ``seeds - 1`` added to the configuration's.
+
+    The held-out parts are the same in all. Each training has a folder ``<out>/fraction-XX-seed-Y``; those that are done
+    are skipped. ``metric``: "task.metric" of the table and the plot ("": validation.best, or the first there is).
+
+    Returns:
+        A Curve: ``.rows()`` (percent, items, mean, deviation, values), ``.files``, ``.notes``.
+
+    Raises:
+        as `train`; RecipeError when a folder holds a training of another configuration.
+    """
+    from wsi_mmm.train import fractions, job
+
+    return fractions.train_fractions(
+        _training(config, settings), percents,
+        seeds=seeds, metric=metric, listener=listener or job.QUIET, expand=_slides_named,
+    )  # fmt: skip
+
+
+def fit_head(
+    features: str | Path,
+    labels: str | Path,
+    *,
+    output: str | Path,
+    head: str = "linear",
+    classes: Sequence[str] | None = None,
+    column: str = "label",
+    task: str = "fewshot",
+    weights: str | None = None,
+    seed: int = 0,
+) -> list[Fitted]:
+    """Fit a few-shot head to what ``embed`` wrote: ``.kind``, ``.figures`` of held-out groups, ``.kept``.
+
+    ``labels``: a folder with ``<slide>.geojson`` (tiles) or a CSV (slides). A linear head of tiles is also written as a
+    model, ``<output>/model``, which ``run`` takes. ``weights``: those given to ``embed`` for a bare encoder.
+    """
+    from wsi_mmm.train.fewshot_run import learn
+
+    return learn(
+        str(features), str(labels), output,
+        head=head, classes=classes, column=column, task=task, weights=weights, seed=seed,
+    )  # fmt: skip
+
+
+def _slides_named(words: Sequence[str]) -> list[tuple[str, str, float | None]]:
+    """(id, URI, mpp override) of every slide that ``words`` stand for."""
+    return [(spec.id, spec.uri, spec.mpp) for spec in expand_inputs(list(words))]
+
+
+def _training(config: str | Path | Mapping[str, Any], settings: Sequence[str]) -> TrainConfig:
+    from wsi_mmm.train.config import parse
+
+    if isinstance(config, Mapping):
+        return parse(config, settings)
+    return parse(read_toml(config), settings, str(config))

@@ -1,0 +1,100 @@
+"""The data sets of a training, divided together: what is learnt from, what chooses the model, what judges it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from wsi_mmm.errors import RecipeError
+from wsi_mmm.train.config import TrainConfig
+from wsi_mmm.train.data.base import Index
+from wsi_mmm.train.data.split import PARTS, Split, check_leaks, folds, forbid_test, picture_hashes, split_items
+from wsi_mmm.train.loader import Feed
+from wsi_mmm.train.policy import fraction_of
+from wsi_mmm.types import I64
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """A data set that was opened and divided."""
+
+    feed: Feed
+    split: Split
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.feed.source.name
+
+
+def divided(feeds: Sequence[Feed], config: TrainConfig) -> tuple[DataSet, ...]:
+    """``feeds`` with the items that each may learn from. RecipeError, InputError: what cannot be divided."""
+    splits = divide([(feed.source.name, feed.source.index) for feed in feeds], config)
+    data = tuple(
+        DataSet(replace(feed, numbers=_learnt(feed, split, config)), split)
+        for feed, split in zip(feeds, splits, strict=True)
+    )
+    _check_parts(data, config)
+    return data
+
+
+def _check_parts(data: Sequence[DataSet], config: TrainConfig) -> None:
+    for one in data:
+        if not len(one.feed.items):
+            raise RecipeError(
+                f"data '{one.name}' has no item to learn from: give it more groups, or a smaller split.val"
+            )
+        forbid_test(one.split, one.feed.items)
+    part = config.validation
+    if (part.best or part.patience) and not any(len(one.split.val) for one in data):
+        raise RecipeError("validation.best and patience want held-out items: give split.val above 0, or more groups")
+    if config.split.pictures:
+        size = config.model.tile_size
+        sources = [(one.feed.source, np.concatenate([one.split.part(name) for name in PARTS])) for one in data]
+        hashes = {k: v for source, numbers in sources for k, v in picture_hashes(source, numbers, size).items()}
+        check_leaks(_parts([one.feed.source.index for one in data], [one.split for one in data]), hashes)
+
+
+def divide(indexes: Sequence[tuple[str, Index]], config: TrainConfig) -> list[Split]:
+    """A split per data set, drawn over all of them together: a patient of two data sets is on one side in both.
+
+    InputError when a picture or a group is on two sides all the same.
+    """
+    part = config.split
+    keys = [f"{name}/{key}" for name, index in indexes for key in index.keys]
+    groups = [str(group) for _, index in indexes for group in index.groups]
+    labels = [index.labels + np.int32(1000 * n) for n, (_, index) in enumerate(indexes)]
+    whole = Index(keys, groups, np.concatenate(labels).astype(np.int32))
+    if part.folds:
+        if part.fold >= part.folds:
+            raise RecipeError(f"split.fold is {part.fold} of {part.folds}: folds count from 0")
+        split = folds(whole, part.folds, test=part.test, seed=part.seed)[part.fold]
+    else:
+        split = split_items(whole, shares=(1.0 - part.val - part.test, part.val, part.test), seed=part.seed)
+    ends = np.cumsum([0, *(len(index) for _, index in indexes)]).tolist()
+    found = [Split(*(_between(split.part(name), a, b) for name in PARTS)) for a, b in itertools.pairwise(ends)]
+    check_leaks(_parts([index for _, index in indexes], found))
+    return found
+
+
+def _parts(indexes: Sequence[Index], splits: Sequence[Split]) -> dict[str, list[tuple[Index, I64]]]:
+    return {name: [(index, one.part(name)) for index, one in zip(indexes, splits, strict=True)] for name in PARTS}
+
+
+def _between(numbers: I64, low: int, high: int) -> I64:
+    part: I64 = numbers[(numbers >= low) & (numbers < high)] - low
+    return part
+
+
+def _learnt(feed: Feed, split: Split, config: TrainConfig) -> I64:
+    """The training items, or a fraction of them."""
+    part = config.sampling
+    spared = bool(part.fraction_of) and feed.source.name not in part.fraction_of
+    if part.fraction >= 1 or spared or not len(split.train):
+        return split.train
+    chosen = fraction_of(feed.source.index.labels[split.train], part.fraction, seed=config.seed)
+    learnt: I64 = split.train[chosen]
+    return learnt
