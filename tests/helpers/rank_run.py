@@ -1,6 +1,7 @@
 """One rank of a small training, as a script: ``rank_run.py FOLDER MODE [HOST PORT RANK WORLD]``.
 
-Modes: "plain" (20 steps), "kill" and "hang" (rank 1 is killed, or stopped, in step 3), "nan" (rank 1 meets one).
+Modes: "plain" (20 steps), "kill" and "hang" (rank 1 is killed, or stopped, in step 3), "nan" (in step 5
+rank 1 meets one).
 Without HOST and the rest the ranks are those of torchrun, or it is alone.
 """
 
@@ -30,6 +31,11 @@ STEPS = 20
 KINDS = ["classify", "segment", "bag-regress"]
 
 
+def infinite(task: str, target: torch.Tensor) -> torch.Tensor:
+    """Values of the bags' task that no loss can take."""
+    return torch.full_like(target, torch.inf) if task == "t2" else target
+
+
 def work(folder: str, mode: str, ranks: Ranks, strategy: str = "accumulate") -> None:
     """Train in float64; what came out is the checkpoint of the last step."""
     torch.set_num_threads(1)
@@ -54,9 +60,8 @@ def work(folder: str, mode: str, ranks: Ranks, strategy: str = "accumulate") -> 
             if step == 3 and ranks.rank == 1 and mode in ("kill", "hang"):
                 os.kill(os.getpid(), signal.SIGKILL if mode == "kill" else signal.SIGSTOP)
             found = whole(step)[ranks.rank :: ranks.world]
-            if step == 3 and mode == "nan":
-                found = [replace(b, targets={k: torch.full_like(t, torch.inf) if k == "t0" else t
-                                             for k, t in b.targets.items()}) for b in found]  # fmt: skip
+            if step == 5 and mode == "nan":
+                found = [replace(b, targets={k: infinite(k, t) for k, t in b.targets.items()}) for b in found]
             yield tuple(found)
 
     plan = FitPlan(

@@ -109,7 +109,7 @@ def test_nan_on_one_rank_stops_all_with_its_name(tmp_path: Path) -> None:
     found = finish(start(tmp_path, "nan"))
     for code, said in found:
         assert code == 3
-        assert "NotFinite: step 3: the loss of task 't0' is" in said and "'feed/301/0'" in said
+        assert "NotFinite: step 5: the loss of task 't2' is" in said and "'feed/509/0'" in said
 
 
 @pytest.mark.slow

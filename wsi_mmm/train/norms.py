@@ -113,8 +113,9 @@ def _emptied(layer: nn.Module, _: object) -> None:
     """From zero, a pass leaves m times what it found."""
     if layer.training and isinstance(layer, _BatchNorm):
         mean, var, _tracked = _statistics(layer)
-        mean.zero_()
-        var.zero_()
+        # By ``data``: the graphs of earlier batches hold these buffers, though their backward does not read them.
+        mean.data.zero_()
+        var.data.zero_()
 
 
 def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
