@@ -40,6 +40,12 @@ def planted(seed: int, height: int, width: int) -> tuple[U8, I32]:
     return COLOURS[labels], labels
 
 
+def uniform(labels: I32) -> npt.NDArray[np.bool_]:
+    """Whether all px within two px are of one label."""
+    same: npt.NDArray[np.bool_] = ndimage.minimum_filter(labels, 5) == ndimage.maximum_filter(labels, 5)
+    return same
+
+
 def shown(pictures: list[U8], thetas: F32, size: int = SIZE) -> npt.NDArray[np.float32]:
     """What the device makes of pictures: cut, padded, warped; float32[n, size, size, 3] of 0 to 255."""
     cuts = [cut(picture, theta, size) for picture, theta in zip(pictures, thetas, strict=True)]
@@ -49,7 +55,6 @@ def shown(pictures: list[U8], thetas: F32, size: int = SIZE) -> npt.NDArray[np.f
     return out
 
 
-@settings(max_examples=60)
 @given(CHANGES, SEEDS, st.integers(20, 150), st.integers(20, 150))
 def test_pixels_that_are_their_labels_stay_so(change: Change, seed: int, height: int, width: int) -> None:
     """Whatever the warp, each px that lies in the middle of something has the colour of its label, white outside."""
@@ -59,7 +64,9 @@ def test_pixels_that_are_their_labels_stay_so(change: Change, seed: int, height:
         wanted = warp_truth("segment", label, theta, SIZE)
         assert isinstance(wanted, np.ndarray) and wanted.dtype == np.int32 and wanted.shape == (SIZE, SIZE)
         palette = np.vstack([COLOURS, [(255, 255, 255)]])  # label -1: beyond
-        same = (ndimage.minimum_filter(wanted, 5) == wanted) & (ndimage.maximum_filter(wanted, 5) == wanted)
+        # The nearest px misses a lone one between two discs, the picture shows a trace of it: so both must be uniform.
+        around = np.asarray(warp_truth("segment", uniform(label).astype(np.int32), theta, SIZE))
+        same = uniform(wanted) & (around != 0)
         same[[0, 1, -2, -1]] = same[:, [0, 1, -2, -1]] = False  # what lies beside the crop is not seen here
         assert np.abs(found - palette[wanted])[same].max(initial=0) < 1.0
         whole = np.abs(found - palette[wanted]).max(-1) < 60
@@ -138,8 +145,8 @@ def test_unknown_boxes_cover_what_lies_beyond(change: Change, seed: int) -> None
     assert not (covered & ~beyond).any()
     if change.angle == 0:
         assert (covered == beyond).all()
-    elif beyond.sum() > 600:
-        assert covered.sum() > 0.4 * beyond.sum()
+    elif beyond.sum() > 1000:
+        assert covered.sum() > 0.5 * beyond.sum()
 
 
 def test_a_box_that_hardly_shows_is_unknown_and_one_outside_is_gone() -> None:

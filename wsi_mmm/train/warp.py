@@ -23,7 +23,7 @@ from wsi_mmm.types import F32, F64, I64, U8, Mask
 VISIBLE = 0.35
 """Least share of a box that must lie in the crop; what shows less of itself is marked unknown."""
 
-_BAND = 8  # px rows that an unknown area beyond a turned sample is cut into
+_BAND = 4  # px rows that an unknown area beyond a turned sample is cut into
 
 
 @dataclass(frozen=True, slots=True)
