@@ -301,7 +301,7 @@ def test_memory_does_not_grow_with_the_number_of_tasks(together: bool) -> None:
 
 
 PROCESS = """
-import resource, sys
+import re, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
@@ -312,9 +312,16 @@ count, name = int(sys.argv[2]), sys.argv[3]
 model, tasks = tiny(["segment"] * count)
 one = batch(tasks, dict.fromkeys(tasks, "segment"), seed=0, items=48)
 work = Work(Bench(model, tasks), (one,))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak():  # not getrusage's, which a process inherits from the one that began it
+    with open("/proc/self/status") as file:
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", file.read())[1])
+
+
+before = peak()
 make_strategy(StrategyPlan(name), list(tasks))(work)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
@@ -328,8 +335,9 @@ def process_peak(count: int, name: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
 def test_the_process_does_not_grow_with_the_number_of_tasks() -> None:
     """Peak memory of a process: 16 tasks on one batch cost as much as 1, while the joint graph costs more."""
     one, four, many = (process_peak(n, "accumulate") for n in (1, 4, 16))
-    assert max(four, many) < 1.15 * one, (one, four, many)
+    assert one > 50_000 and max(four, many) < 1.1 * one, (one, four, many)
     assert process_peak(16, "joint") > 1.1 * many
