@@ -27,6 +27,7 @@ from wsi_mmm.train.data.base import Sample
 from wsi_mmm.train.data.buckets import DryRun
 from wsi_mmm.train.data.entry import Expand, Place, each_by_itself
 from wsi_mmm.train.data.slide_entries import Slides
+from wsi_mmm.train.data.split import missing_labels
 from wsi_mmm.train.divide import DataSet, divided
 from wsi_mmm.train.fit import Callbacks, FitPlan, Progress
 from wsi_mmm.train.loader import Feed, LoadPlan, TrainBatch, batches, look_of, pictures
@@ -61,6 +62,18 @@ class Prepared:
             parts = {"train": len(one.feed.items), "val": len(one.split.val), "test": len(one.split.test)}
             rows.append({"data": one.name, "tasks": list(one.feed.source.tasks), **parts, "classes": classes})
         return rows
+
+    def warnings(self) -> list[str]:
+        """A line for every class that a part has no item of: it is not learnt, or not judged."""
+        lines = []
+        for one in self.data:
+            task = next(t for t in self.config.task if t.name == one.feed.source.tasks[0])
+            for part, numbers in missing_labels(one.feed.source.index, one.split).items():
+                names = [task.classes[n] if n < len(task.classes) else str(n) for n in numbers]
+                verb = "learnt" if part == "train" else "judged"
+                what = ", ".join(names)
+                lines.append(f"warning: data '{one.name}' has no {what} in its {part} part: that is not {verb}")
+        return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +175,8 @@ def train(config: TrainConfig, listener: Listener = QUIET, expand: Expand = each
         prepared = prepare(config, expand)
         if ranks.first:
             listener.say(describe(prepared))
+            for line in prepared.warnings():
+                listener.say(line)
         trackers = open_trackers(config.tracking, config.out, facts_of(config)) if ranks.first else ()
         seen: dict[int, Figures] = {}
         try:
@@ -227,7 +242,8 @@ def _feed(prepared: Prepared, ranks: Ranks, boards: Sequence[TensorBoard]) -> fi
 
     def drawn(first: int) -> Iterator[Any]:
         steps = range(first, config.steps)
-        return _shown(batches(feeds, prepared.tasks, plan=plan, steps=steps, device="cpu"), first, boards, config)
+        made = batches(feeds, prepared.tasks, plan=plan, steps=steps, device=ranks.device)
+        return _shown(made, first, boards, config)
 
     held = any(len(one.split.val) for one in prepared.data)
     return fitting.Feed(drawn, look_of(config.augment), partial(held_out, prepared, "val") if held else None)
