@@ -90,7 +90,7 @@ def train_fractions(
         for number in range(seeds):
             one = share_of(config, percent, config.seed + number)
             points.append(_done(one, percent) or _train(one, percent, listener, expand))
-    curve = _named(tuple(points), metric or config.validation.best)
+            curve = _named(tuple(points), metric or config.validation.best)  # a wrong metric is said after the first
     return _write(curve, folder)
 
 

@@ -85,7 +85,7 @@ class Slides(Tiled):
 
     ``slides``: files, folders, patterns, prefixes, manifests, as `wsi-mmm run` takes them. ``task``: one or several, of
     which the first chooses the tiles; ``shapes``: per task, what its annotations mean. ``annotations``: pattern with
-    {folder}, {name} and {stem}; None, for a task that needs no truth (reconstruct): tiles with tissue. ``group``: a
+    {folder}, {name} and {stem}; "none", for a task that needs no truth (reconstruct): tiles with tissue. ``group``: a
     regular expression with one group that finds the patient in a slide's id (None: every slide by itself).
     """
 
@@ -100,6 +100,12 @@ class Slides(Tiled):
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("annotations")
+    @classmethod
+    def _or_none(cls, value: str | None) -> str | None:
+        """TOML has no null."""
+        return None if value in ("", "none") else value
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -125,7 +131,7 @@ class Slides(Tiled):
         for name, kind in kinds.items():
             learns = kind in PATCH_KINDS + MAP_KINDS
             if learns != (self.annotations is not None):
-                fix = "give annotations" if learns else "set annotations to none, or take it from a slide-table"
+                fix = "give annotations" if learns else 'set annotations = "none", or take it from a slide-table'
                 raise RecipeError(f"data '{self.name}': task '{name}' of kind '{kind}': {fix}")
         if self.annotations is None:
             return []
@@ -133,12 +139,14 @@ class Slides(Tiled):
 
     def open(self, place: Place) -> Source:
         """The source."""
-        return slide_tiles(self.name, self.items(place), self.places(place), self.lessons(place), pool=self.pool())
+        lessons = self.lessons(place)  # what is wrong with the table is said before files are looked for
+        return slide_tiles(self.name, self.items(place), self.places(place), lessons, pool=self.pool())
 
     def dry_run(self, place: Place) -> dict[str, DryRun]:
         """Per task what its bucket table makes of the annotations."""
-        items, pool = self.items(place), self.pool()
-        return {one.task: dry_run_slides(items, one.buckets, pool) for one in self.lessons(place)}
+        lessons, pool = self.lessons(place), self.pool()
+        items = self.items(place) if lessons else []
+        return {one.task: dry_run_slides(items, one.buckets, pool) for one in lessons}
 
     def _group(self, name: str) -> str:
         if self.group is None:
