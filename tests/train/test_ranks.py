@@ -154,9 +154,9 @@ class Fake:
         self.asked: list[list[str]] = []
         self.cancelled = 0
 
-    def scheduler_info(self, **_: object) -> dict[str, dict[str, object]]:
-        """Two workers, or as many as there are errors."""
-        return {"workers": {f"tcp://127.0.0.1:{4000 + i}": {} for i in range(len(self.errors))}}
+    def nthreads(self) -> dict[str, int]:
+        """As many workers as there are errors."""
+        return {f"tcp://127.0.0.1:{4000 + i}": 1 for i in range(len(self.errors))}
 
     def submit(self, function: object, *args: object, workers: list[str], **_: object) -> Done:
         """Note where it was to run."""

@@ -215,11 +215,11 @@ def owners(sizes: Sequence[int], world: int) -> list[int]:
 def launch_on_dask(client: Any, work: Callable[[Ranks], T], *, device: str = "auto", wait: float = 120.0) -> list[T]:
     """Run ``work(ranks)`` once on every worker of a Dask ``client``, as ranks that know each other; results by rank.
 
-    ``client`` is what distributed calls one (it is only asked to submit, gather facts and cancel), ``work`` something
+    ``client`` is what distributed calls one (it is asked for its workers, to submit and to cancel), ``work`` something
     that it can send. Workers must be processes of their own and able to reach the first one's host. When a rank fails,
     the others are told to stop and its error is raised; a worker that dies fails the others within ``wait`` seconds.
     """
-    workers = list(client.scheduler_info(n_workers=-1)["workers"])
+    workers = list(client.nthreads())
     if not workers:
         raise ClusterError("the Dask cluster has no workers; start some, one for each rank")
     host = urlsplit(workers[0]).hostname or "127.0.0.1"
