@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from wsi_mmm import __version__
-from wsi_mmm.errors import ModelError, OutputError
+from wsi_mmm.errors import ModelError, OutputError, RecipeError
 from wsi_mmm.model.checkpoint import build_model, declared_normalisation, load_model, save_model
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.slides import store
 from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.train import fit as fitting
 from wsi_mmm.train.config import TrainConfig, model_card
+from wsi_mmm.train.data.bags import FeatureBags
 from wsi_mmm.train.data.base import Sample
 from wsi_mmm.train.data.buckets import DryRun
 from wsi_mmm.train.data.entry import Expand, Place, each_by_itself
@@ -123,7 +124,20 @@ def prepare(config: TrainConfig, expand: Expand = each_by_itself) -> Prepared:
     place = place_of(config, expand)
     tasks = {name: make_task(card) for name, card in place.tasks.items()}
     feeds = [Feed(entry.open(place), entry.batch, weight=entry.weight) for entry in config.data]
-    return Prepared(config, begin_model(config), tasks, divided(feeds, config))
+    data = divided(feeds, config)
+    model = begin_model(config)
+    _check_features(feeds, model)
+    return Prepared(config, model, tasks, data)
+
+
+def _check_features(feeds: Sequence[Feed], model: MultiTaskModel) -> None:
+    """Vectors of bags are as long as those of the model that will be given the heads."""
+    for feed in feeds:
+        if isinstance(feed.source, FeatureBags) and feed.source.width != model.vector_width:
+            raise RecipeError(
+                f"data '{feed.source.name}' holds vectors of {feed.source.width} numbers, the model makes "
+                f"{model.vector_width}: give the encoder that embedded them, and its weights or model.start"
+            )
 
 
 def begin_model(config: TrainConfig) -> MultiTaskModel:
@@ -264,7 +278,7 @@ def _shown(
                 for batch in found:
                     if len(batch) and batch.pixels is not None:
                         seen = pictures(batch, config.augment)[:_SHOWN].clamp(0, 1) * 255.0
-                        board.pictures(first, batch.feed, seen.round().byte().permute(0, 2, 3, 1).numpy())
+                        board.pictures(first, batch.feed, seen.round().byte().permute(0, 2, 3, 1).cpu().numpy())
             yield found
 
 

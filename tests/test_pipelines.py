@@ -1,0 +1,166 @@
+"""The recipes of pipelines/: each is a configuration that opens its data, each script goes its whole way."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import runpy
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from shapely.geometry import box
+
+from helpers.lessons import MODEL, geojson, save
+from wsi_mmm import api
+from wsi_mmm.errors import RecipeError
+from wsi_mmm.slides.fake import synthetic_slide
+from wsi_mmm.train.config import parse
+
+PIPELINES = Path(__file__).parents[1] / "pipelines"
+OLD = "train_default"
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """A recipe as it is written."""
+    return tomllib.loads((PIPELINES / name).read_text())
+
+
+def go(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> int:
+    """The exit code of a script."""
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(PIPELINES / script), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def tiny(raw: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The same training of a tiny model, for one step."""
+    model = {**raw["model"], **{key: MODEL[key] for key in ("tile_size", "overlap", "encoder", "decoder")}}
+    return {**raw, "steps": 1, "threads": 0, "model": model, "tracking": {"tensorboard": False}, **more}
+
+
+@pytest.mark.parametrize("path", sorted(p for p in PIPELINES.glob("*.py") if p.stem != OLD), ids=lambda p: p.name)
+def test_scripts_use_the_public_api_only(path: Path) -> None:
+    """What a recipe imports of this package is `wsi_mmm` and `wsi_mmm.api`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    assert {name for name in found if name.startswith("wsi_mmm")} <= {"wsi_mmm", "wsi_mmm.api"}
+
+
+def test_joint(in_tmp: Path) -> None:
+    """joint.toml learns from folders as its comments describe them."""
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        for folder in ("TUM", "STR", "NORM", "BACK"):
+            save(in_tmp / f"data/patches/{folder}/p{number}_1.png", rng.integers(0, 256, (32, 32, 3)))
+        save(in_tmp / f"data/glands/images/p{number}_1.png", rng.integers(0, 256, (32, 32, 3)))
+        save(in_tmp / f"data/glands/masks/p{number}_1.png", rng.integers(0, 2, (32, 32)))
+    raw = recipe("joint.toml")
+    rows = api.prepare_training(tiny(raw)).summary()
+    assert sum(rows[0][part] for part in ("train", "val", "test")) == 24 and set(rows[0]["classes"]) == {
+        "tumour", "stroma", "normal",
+    }  # fmt: skip
+    done = api.train(tiny(raw, data=[{**data, "batch": 2} for data in raw["data"]]))
+    assert Path(done.model) == Path("runs/joint/model") and set(done.test) == {"tissue", "gland"}
+
+
+def test_nuclei_and_stain(in_tmp: Path, tiny_slide: Path) -> None:
+    """nuclei_stain.toml opens nuclei as the zip holds them and slides by its table; each stain gets its tiles."""
+    for number in range(10):
+        save(in_tmp / f"data/nuclei/images/{number}.png", np.full((40, 40, 3), 200))
+        labels = np.zeros((40, 40))
+        labels[8:20, 8:20] = 1
+        save(in_tmp / f"data/nuclei/labels/{number}.png", labels)
+    (in_tmp / "data/slides").mkdir()
+    (in_tmp / "pipelines").symlink_to(PIPELINES)
+    with (PIPELINES / "nuclei_stain.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        (in_tmp / "data/slides" / row["file"]).symlink_to(tiny_slide)
+    raw = tiny(recipe("nuclei_stain.toml"))
+    raw["data"] = [raw["data"][0], {**raw["data"][1], "per_slide": 2}]
+    raw["model"]["tile_size"] = 64
+    prepared = api.prepare_training(raw)
+    rows = prepared.summary()
+    assert rows[0]["train"] + rows[0]["val"] == 10
+    assert rows[1]["train"] + rows[1]["val"] == 12
+    assert {"IHC", "Giemsa"} <= set(rows[1]["classes"])  # of one slide each: learnt from
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten small slides, half of them with many nuclei, and what is to be learnt of them in a table and as regions."""
+    folder = tmp_path_factory.mktemp("study")
+    with (folder / "slides.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("slide", "patient", "label"))
+        for number in range(10):
+            synthetic_slide(folder / f"s{number}.tiff", seed=number, width=512, height=512, nuclei=150 * (number % 2))
+            geojson(folder / f"s{number}.geojson", [("left", box(0, 0, 256, 512)), ("right", box(256, 0, 512, 512))])
+            table.writerow((f"s{number}", f"p{number}", ("negative", "positive")[number % 2]))
+    return folder
+
+
+@pytest.mark.slow
+def test_slide_bags(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """slide_bags.py embeds, trains and runs: an answer per slide, by the encoder that made the vectors."""
+    out = tmp_path / "run"
+    arguments = [str(slides), "--table", f"{slides}/slides.csv", "--out", str(out)]
+    settings = ["--set", "steps=4", "--set", "validation.every=4", "--set", "threads=0"]
+    assert go(monkeypatch, "slide_bags.py", *arguments, *settings, "--set", "tracking.tensorboard=false") == 0
+    with (out / "results" / "slides.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["id"] if "id" in row else row["slide"] for row in rows} == {f"s{n}" for n in range(10)}
+    before, after = api.load_model("default").state_dict(), api.load_model(out / "model").state_dict()
+    assert all((before[key] == after[key]).all() for key in before if key.startswith("encoder."))
+
+
+def test_features_of_another_encoder_are_refused(slides: Path, tmp_path: Path) -> None:
+    """Vectors of another length than the model's are named before anything is learnt."""
+    from wsi_mmm.outputs.exports import write_features
+
+    facts = {"encoder": "e", "model_hash": "h", "mpp": 0.5, "patch_size": 256, "patch_size_level0": 256}
+    for number in range(10):
+        write_features(f"{tmp_path}/s{number}/features.zarr", np.zeros((3, 7), np.float32), np.zeros((3, 2), np.int64),
+                       facts)  # fmt: skip
+    raw = recipe("slide_bags.toml")
+    settings = [f"data.bags.features={tmp_path}/{{slide}}/features.zarr", f"data.bags.slides.table={slides}/slides.csv"]
+    with pytest.raises(RecipeError, match=r"holds vectors of 7 numbers, the model makes 224: give the encoder"):
+        api.prepare_training(raw, settings)
+
+
+@pytest.mark.slow
+def test_fewshot(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fewshot.py embeds, fits and runs: it says how good the head is, and tiles of every slide get an answer."""
+    arguments = [str(slides), "--labels", str(slides), "--out", str(tmp_path), "--encoder", "resnet18"]
+    assert go(monkeypatch, "fewshot.py", *arguments, "--weights", "random") == 0
+    assert "linear: balanced accuracy" in capsys.readouterr().out
+    assert all((tmp_path / "results" / f"s{n}" / "tiles.parquet").exists() for n in range(10))
+
+
+def test_mistakes_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A slide that is not there ends a script with exit code 1 and a line."""
+    assert go(monkeypatch, "fewshot.py", f"{tmp_path}/no.svs", "--labels", "x", "--out", str(tmp_path)) == 1
+    assert go(monkeypatch, "slide_bags.py", f"{tmp_path}/no.svs", "--table", "x", "--out", str(tmp_path)) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(line.startswith("error: ") for line in errors)
+
+
+@pytest.mark.parametrize("path", sorted(p for p in PIPELINES.glob("*.toml") if p.stem != OLD), ids=lambda p: p.name)
+def test_recipes_begin_with_how_to_run_them(path: Path) -> None:
+    """A recipe names its command or its script, and is a configuration."""
+    text = path.read_text()
+    assert f"wsi-mmm train pipelines/{path.name}" in text or f"python pipelines/{path.stem}.py" in text
+    assert parse(tomllib.loads(text)).task_cards()
