@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +13,25 @@ if TYPE_CHECKING:
     from wsi_mmm.train.config import TrainConfig
     from wsi_mmm.train.data.buckets import DryRun
     from wsi_mmm.train.fewshot_run import Fitted
+    from wsi_mmm.train.fit import Progress
     from wsi_mmm.train.fractions import Curve
-    from wsi_mmm.train.job import Prepared, Trained
+    from wsi_mmm.train.job import Listener, Prepared, Trained
 
 
 def train(
-    config: str | Path | Mapping[str, Any], *, settings: Sequence[str] = (), listener: Any | None = None
+    config: str | Path | Mapping[str, Any],
+    *,
+    settings: Sequence[str] = (),
+    progress: Callable[[Progress], None] | None = None,
+    listener: Listener | None = None,
 ) -> Trained:
     """Train one encoder for many tasks; the same again goes on from the last checkpoint.
 
     Args:
         config: a TOML file, or its content as a dict; ``wsi-mmm train --example`` prints one.
         settings: ``"key=value"`` on top of it.
-        listener: a `train.job.Listener`, whose functions are called after every step, validation and checkpoint.
+        progress: called with a Progress after every step: ``.step``, ``.steps``, ``.losses`` by task, ``.pace``.
+        listener: a Listener of the job, to hear of validations and checkpoints too; instead of ``progress``.
 
     Returns:
         A Trained: ``.model`` (the folder that ``run`` takes), ``.val`` and ``.test`` (task -> metric -> figure).
@@ -36,7 +42,8 @@ def train(
     """
     from wsi_mmm.train import job
 
-    return job.train(_training(config, settings), listener or job.QUIET, _slides_named)
+    heard = job.Listener(on_step=progress) if progress is not None else job.QUIET
+    return job.train(_training(config, settings), listener or heard, _slides_named)
 
 
 def prepare_training(config: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> Prepared:
@@ -63,7 +70,7 @@ def train_fractions(
     seeds: int = 3,
     metric: str = "",
     settings: Sequence[str] = (),
-    listener: Any | None = None,
+    listener: Listener | None = None,
 ) -> Curve:
     """Train on several shares of the training items, each with seeds 0 to ``seeds - 1`` added to the configuration's.
 
