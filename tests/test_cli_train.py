@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,22 @@ def test_other_ranks_say_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(api, "train", lambda *_, **__: Trained())
     assert invoke(config).stdout == ""
+
+
+@pytest.mark.slow
+def test_two_ranks_do_one_training(config: Path, tmp_path: Path) -> None:
+    """Under torchrun one of two ranks speaks and writes; the model is that of one process, up to its half precision."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "wsi_mmm", "train"]
+    shares = ["--fractions", "50,100", "--seeds", "1", "--set", "steps=2"]
+    for more, out in (([], "two"), (shares, "shares")):
+        done = subprocess.run([*command, str(config), "--set", f"out={tmp_path}/{out}", *more],
+                              capture_output=True, text=True, timeout=90, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("2 data sets (") == (2 if more else 1)
+    assert done.stdout.count("share\titems") == 1 and (tmp_path / "shares" / "fractions.csv").exists()
+    invoke(config, "--set", f"out={tmp_path}/one")
+    one, two = (api.load_model(tmp_path / name / "model").state_dict() for name in ("one", "two"))
+    assert all((one[key] - two[key]).abs().max() < 2e-3 for key in one if one[key].is_floating_point())
 
 
 def test_a_bar_on_a_terminal_counts_steps() -> None:

@@ -93,7 +93,8 @@ def train(
             curve = api.train_fractions(
                 config, percents=percents, seeds=seeds, metric=metric, settings=settings or (), listener=listener
             )
-        _show_curve(curve)
+        if curve.metric:  # the first rank
+            _show_curve(curve)
         return
     with _listening() as listener:
         done = api.train(config, settings=settings or (), listener=listener)

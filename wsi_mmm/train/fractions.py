@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,8 +17,9 @@ from wsi_mmm.errors import MissingPackage, OutputError, RecipeError
 from wsi_mmm.slides import store
 from wsi_mmm.train.config import TrainConfig
 from wsi_mmm.train.data.entry import Expand, each_by_itself
-from wsi_mmm.train.job import QUIET, Listener, facts_of, model_folder, train
+from wsi_mmm.train.job import QUIET, Listener, facts_of, model_folder, train_as
 from wsi_mmm.train.plot import draw_curve
+from wsi_mmm.train.ranks import Ranks, joined
 
 DONE, TABLE, SUMMARY = "result.json", "fractions.csv", "fractions.json"
 _FREE = ("out", "threads", "device", "tracking", "checkpoint")
@@ -81,17 +83,20 @@ def train_fractions(
     """Train each share with each seed, in ``<out>/fraction-XX-seed-Y``, skipping what is done; write table and plot.
 
     Splits stay those of the configuration; the seed decides the weights, the order and which items a share has. Larger
-    shares hold the smaller ones of the same seed. RecipeError, and what `train` raises.
+    shares hold the smaller ones of the same seed. All ranks but the first know nothing of what was found. RecipeError,
+    and what `train` raises.
     """
     _check(percents, seeds)
     folder = model_folder(config).parent
     points = []
-    for percent in sorted(set(percents)):
-        for number in range(seeds):
+    with joined(config.device) as ranks:
+        for percent, number in itertools.product(sorted(set(percents)), range(seeds)):
             one = share_of(config, percent, config.seed + number)
-            points.append(_done(one, percent) or _train(one, percent, listener, expand))
-            curve = _named(tuple(points), metric or config.validation.best)  # a wrong metric is said after the first
-    return _write(curve, folder)
+            point = _done(one, percent) or _train(ranks, one, percent, listener=listener, expand=expand)
+            if point is not None:
+                points.append(point)
+                curve = _named(tuple(points), metric or config.validation.best)  # a wrong metric is said at once
+    return _write(curve, folder) if len(points) == seeds * len(set(percents)) else Curve("", "", tuple(points))
 
 
 def share_of(config: TrainConfig, percent: float, seed: int) -> TrainConfig:
@@ -112,13 +117,15 @@ def _check(percents: Sequence[float], seeds: int) -> None:
         raise RecipeError(f"{seeds} seeds: give 1 or more")
 
 
-def _train(config: TrainConfig, percent: float, listener: Listener, expand: Expand) -> Point:
-    listener.say(f"{percent:g} % of the items, seed {config.seed} -> {store.redact(config.out)}")
-    done = train(config, listener, expand)
+def _train(ranks: Ranks, config: TrainConfig, percent: float, *, listener: Listener, expand: Expand) -> Point | None:
+    """What was found; None on all ranks but the first."""
+    named = f"{percent:g} % of the items, seed {config.seed} -> {store.redact(config.out)}: "
+    done = train_as(ranks, config, replace(listener, say=lambda line: listener.say(named + line)), expand)
+    if not done.model:
+        return None
     point = Point(percent, config.seed, done.items, done.val, done.test)
-    if done.model:  # the first rank
-        text = json.dumps({"configuration": _what_counts(config), **asdict(point)}, indent=1)
-        store.write_bytes(store.join(config.out, DONE), text.encode())
+    text = json.dumps({"configuration": _what_counts(config), **asdict(point)}, indent=1)
+    store.write_bytes(store.join(config.out, DONE), text.encode())
     return point
 
 

@@ -32,7 +32,7 @@ from wsi_mmm.train.data.split import missing_labels
 from wsi_mmm.train.divide import DataSet, divided
 from wsi_mmm.train.fit import Callbacks, FitPlan, Progress
 from wsi_mmm.train.loader import Feed, LoadPlan, TrainBatch, batches, look_of, pictures
-from wsi_mmm.train.ranks import Ranks, joined
+from wsi_mmm.train.ranks import Ranks, joined, total
 from wsi_mmm.train.state import best_weights
 from wsi_mmm.train.trackers import TensorBoard, Tracker, open_trackers
 from wsi_mmm.train.validate import Figures, figures
@@ -183,27 +183,36 @@ def train(config: TrainConfig, listener: Listener = QUIET, expand: Expand = each
 
     Under torchrun every rank calls this; rank 0 writes and speaks. Raises what `prepare` and `fit` raise.
     """
-    started = time.monotonic()
-    folder = model_folder(config)
+    model_folder(config)  # a folder that cannot be is said before ranks meet
     with joined(config.device) as ranks:
-        prepared = prepare(config, expand)
-        if ranks.first:
-            listener.say(describe(prepared))
-            for line in prepared.warnings():
-                listener.say(line)
-        trackers = open_trackers(config.tracking, config.out, facts_of(config)) if ranks.first else ()
-        seen: dict[int, Figures] = {}
-        try:
-            model = fitting.fit(
-                prepared.model, prepared.tasks, _feed(prepared, ranks, _boards(config, trackers)),
-                plan=fit_plan(config), callbacks=_callbacks(listener, trackers, seen), ranks=ranks,
-            )  # fmt: skip
-            done = _finish(prepared, model, seen, folder) if ranks.first else Trained()
-        finally:
-            for tracker in trackers:
-                tracker.close()
-    if done.model:
-        listener.say(f"model {done.model}, the weights of step {done.step}")
+        return train_as(ranks, config, listener, expand)
+
+
+def train_as(ranks: Ranks, config: TrainConfig, listener: Listener, expand: Expand) -> Trained:
+    """`train` among ranks that have met: torchrun lets them meet once."""
+    started = time.monotonic()
+    prepared = prepare(config, expand)
+    if ranks.first:
+        listener.say(describe(prepared))
+        for line in prepared.warnings():
+            listener.say(line)
+    trackers = open_trackers(config.tracking, config.out, facts_of(config)) if ranks.first else ()
+    seen: dict[int, Figures] = {}
+    try:
+        model = fitting.fit(
+            prepared.model, prepared.tasks, _feed(prepared, ranks, _boards(config, trackers)),
+            plan=fit_plan(config), callbacks=_callbacks(listener, trackers, seen), ranks=ranks,
+        )  # fmt: skip
+    finally:
+        for tracker in trackers:
+            tracker.close()
+    if not ranks.first:
+        while total(ranks, [0.0])[0]:  # rank 0 judges the model, and tells after each pass that it lives
+            pass
+        return Trained()
+    done = _finish(prepared, model, seen, beat=partial(total, ranks, [1.0]))
+    total(ranks, [0.0])
+    listener.say(f"model {done.model}, the weights of step {done.step}")
     return replace(done, seconds=time.monotonic() - started)
 
 
@@ -311,12 +320,15 @@ def _callbacks(listener: Listener, trackers: Sequence[Tracker], seen: dict[int, 
     return Callbacks(on_step, on_validation, listener.on_checkpoint)
 
 
-def _finish(prepared: Prepared, model: MultiTaskModel, seen: Mapping[int, Figures], folder: Path) -> Trained:
+def _finish(
+    prepared: Prepared, model: MultiTaskModel, seen: Mapping[int, Figures], *, beat: Callable[[], object]
+) -> Trained:
     """Choose the weights, judge the model, write its folder. ``seen``: figures of this run's validations, by step."""
     config = prepared.config
     step = _choose(config, model)
-    val = seen[step] if step in seen else figures(model, prepared.tasks, held_out(prepared, "val"))
-    test = figures(model, prepared.tasks, held_out(prepared, "test"))
+    val = seen[step] if step in seen else figures(model, prepared.tasks, held_out(prepared, "val"), beat=beat)
+    test = figures(model, prepared.tasks, held_out(prepared, "test"), beat=beat)
+    folder = model_folder(config)
     facts = {
         "trained_with": f"wsi-mmm {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "command": "wsi-mmm train config.toml, with the configuration below",

@@ -157,6 +157,44 @@ def test_nifti(tmp_path: Path) -> None:
     assert samples[1].pixels is not None and samples[1].pixels.max() == 255
 
 
+def test_dicom(tmp_path: Path) -> None:
+    """Slices with what a table says of their patient; a patient that it does not list is unknown."""
+    pytest.importorskip("pydicom")
+    for name in ("one", "two"):
+        dicom(tmp_path / "ct" / f"{name}.dcm", name)
+    (tmp_path / "patients.csv").write_text("patient,grade\none,bad\n")
+    text = f"""kind = "dicom"
+    task = "classify"
+    images = "{tmp_path}/ct"
+    window = [0.0, 100.0]
+    [data.patients]
+    table = "{tmp_path}/patients.csv"
+    columns = ["grade"]
+    values = {{ bad = "dark", good = "pale" }}"""
+    source = opened(text, "classify")
+    assert [sample.truths["classify"] for sample in whole(source)] == [0, None]
+    assert list(source.index.groups) == ["one", "two"]
+    assert source.read([0], 8)[0].pixels[..., 0].tolist() == [[0, 128], [255, 255]]  # type: ignore[union-attr]
+
+
+def dicom(path: Path, patient: str) -> None:
+    """A CT slice of 2 x 2 px."""
+    import pydicom
+    from pydicom.dataset import FileDataset, FileMetaDataset
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3"
+    data = FileDataset("s", {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID, data.PatientID = pydicom.uid.CTImageStorage, "1.2.3", patient
+    data.Rows, data.Columns, data.SamplesPerPixel, data.BitsAllocated = 2, 2, 1, 16
+    data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 15, 0
+    data.PhotometricInterpretation = "MONOCHROME2"
+    data.PixelData = np.array([[0, 50], [100, 900]], np.uint16).tobytes()
+    path.parent.mkdir(exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+
+
 # ---------------------------------------------------------------- slides
 
 

@@ -9,12 +9,14 @@ from pydantic import Field
 
 from wsi_mmm.errors import RecipeError
 from wsi_mmm.model.card import TaskCard
+from wsi_mmm.tasks.truth import Truth
 from wsi_mmm.train.data import folders, volumes
 from wsi_mmm.train.data.base import Source
 from wsi_mmm.train.data.coco import coco
-from wsi_mmm.train.data.entry import Entry, Place
+from wsi_mmm.train.data.entry import Entry, Part, Place
 from wsi_mmm.train.data.images import Origin
 from wsi_mmm.train.data.slide_entries import FeatureBags, SlideLabels, Slides, TileBags
+from wsi_mmm.train.data.tables import TableTask, read_table, slide_table
 
 
 class Pictured(Entry):
@@ -136,6 +138,45 @@ class Nifti(Entry):
         )  # fmt: skip
 
 
+class PatientTable(Part):
+    """What is known of patients: a row each, whose name is in column ``patient``. Otherwise as a table of slides."""
+
+    table: str
+    patient: str = "patient"
+    columns: tuple[str, ...]
+    values: dict[str, str] = Field(default_factory=dict)
+    separator: str = ";"
+
+    def truths(self, card: TaskCard) -> dict[str, Truth]:
+        """Patient -> the truth of the task. ManifestError names a wrong row."""
+        task = TableTask(card.name, card.kind, self.columns, card.classes, self.values, self.separator)
+        found = slide_table(read_table(self.table), [task], slide=self.patient)
+        return dict(zip(found.slides, found.truths[card.name], strict=True))
+
+
+class Dicom(Entry):
+    """DICOM files below ``images``, a slice each, grouped by the patient that they name. ``patients``: what is known of
+    these (none: a task without truth). ``window``: values shown black and white (none: as the file says)."""
+
+    kind: Literal["dicom"]
+    task: str
+    images: str
+    patients: PatientTable | None = None
+    window: tuple[float, float] | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks it is of."""
+        return (self.task,)
+
+    def open(self, place: Place) -> Source:
+        """The source."""
+        known = None if self.patients is None else self.patients.truths(place.tasks[self.task])
+        window = volumes.AUTO if self.window is None else volumes.Window(*self.window)
+        label = None if known is None else known.get
+        return volumes.dicom_slices(self.name, self.images, task=self.task, label=label, window=window)
+
+
 def _numbers(name: str, values: Mapping[int, str], card: TaskCard) -> dict[int, int]:
     """Class names -> class indices, "" -> -1."""
     for label in values.values():
@@ -145,6 +186,6 @@ def _numbers(name: str, values: Mapping[int, str], card: TaskCard) -> dict[int, 
 
 
 DataEntry = Annotated[
-    ClassFolders | ImageMasks | ImageInstances | Coco | Nifti | Slides | SlideLabels | TileBags | FeatureBags,
+    ClassFolders | ImageMasks | ImageInstances | Coco | Nifti | Dicom | Slides | SlideLabels | TileBags | FeatureBags,
     Field(discriminator="kind"),
 ]
