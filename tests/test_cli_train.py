@@ -75,6 +75,12 @@ def test_the_example_is_valid_by_the_printed_schema() -> None:
     assert "tracking" in schema["properties"]
 
 
+def test_help_teaches_by_example() -> None:
+    """Help has examples of its commands and says what exit codes mean."""
+    text = invoke("--help").stdout
+    assert "wsi-mmm train joint.toml --dry-run" in text and "--fractions" in text and "Exit codes:" in text
+
+
 def test_no_configuration_and_wrong_ones_are_one_line(config: Path, tmp_path: Path) -> None:
     """Exit code 1 and a line that names the fix."""
     for arguments, words in (
@@ -194,11 +200,21 @@ def test_other_ranks_say_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 def test_two_ranks_do_one_training(config: Path, tmp_path: Path) -> None:
     """Under torchrun one of two ranks speaks and writes; the model is that of one process, up to its half precision."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "wsi_mmm", "train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "wsi_mmm",
+        "train",
+    ]
     shares = ["--fractions", "50,100", "--seeds", "1", "--set", "steps=2"]
     for more, out in (([], "two"), (shares, "shares")):
         done = subprocess.run([*command, str(config), "--set", f"out={tmp_path}/{out}", *more],
-                              capture_output=True, text=True, timeout=90, check=False)  # fmt: skip
+                              capture_output=True, text=True, timeout=130, check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("2 data sets (") == (2 if more else 1)
     assert done.stdout.count("share\titems") == 1 and (tmp_path / "shares" / "fractions.csv").exists()

@@ -61,7 +61,7 @@ def train(
     """Train one encoder for many tasks, from slides, annotations, tables and folders of patches.
 
     Stopped (Ctrl-C, a crash, a full disk), the same command goes on from the last checkpoint. Under torchrun the tasks
-    are spread over the ranks: torchrun --nproc-per-node 4 -m wsi_mmm train config.toml
+    are spread over the ranks: torchrun --standalone --nproc-per-node 4 -m wsi_mmm train config.toml
 
     \b
     Examples:
