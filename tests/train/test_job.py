@@ -19,6 +19,7 @@ from wsi_mmm.train import job
 from wsi_mmm.train.config import parse
 from wsi_mmm.train.data.base import Sample
 from wsi_mmm.train.data.images import Pictures
+from wsi_mmm.train.divide import divide, fixed_parts
 from wsi_mmm.train.fit import Progress
 from wsi_mmm.train.job import Listener, facts_of, prepare, take_over, train
 from wsi_mmm.train.state import read, weights_of
@@ -46,6 +47,29 @@ def test_a_patient_of_two_data_sets_is_on_one_side_in_both(tmp_path: Path) -> No
     assert rows[0]["classes"] == {"dark": 4, "pale": 4}
     assert (rows[0]["train"], rows[0]["val"], rows[0]["test"]) == (8, 4, 4)
     assert job.describe(prepared).startswith("2 data sets (12 train, 6 val, 6 test items)")
+
+
+def test_a_table_says_who_is_on_which_side(tmp_path: Path) -> None:
+    """A split column holds for its patients in every data set; who has no word is not used, others are drawn."""
+    table = tmp_path / "slides.csv"
+    table.write_text("slide,patient,part,x\ns1,p0,train,a\ns2,p1,testing,a\ns3,p2,,a\n")
+    task = {"name": "x", "kind": "classify", "classes": ["a", "b"]}
+    slides = {"table": str(table), "patient": "patient", "split": "part", "truth": {"x": {"columns": ["x"]}}}
+    raw = joint(tmp_path, task=[tissue_task(), disc_task(), task])
+    raw["data"] += [{"name": "t", "kind": "slide-table", "slides": slides}]
+    config = parse(raw)
+    assert fixed_parts(config) == {"p0": "train", "p1": "test", "p2": ""}
+    feeds = [entry.open(job.place_of(config)) for entry in config.data[:2]]
+    for source, split in zip(feeds, divide([(s.name, s.index) for s in feeds], config), strict=True):
+        sides = {part: {str(source.index.groups[n]) for n in split.part(part)} for part in ("train", "val", "test")}
+        assert "p0" in sides["train"] and "p1" in sides["test"] and not any("p2" in some for some in sides.values())
+        assert sum("p3" in some for some in sides.values()) == 1
+    table.write_text("slide,patient,part,x\ns1,p0,train,a\ns2,p0,test,a\n")
+    with pytest.raises(RecipeError, match="the split column divides"):
+        fixed_parts(config)
+    table.write_text("slide,patient,part,x\ns1,p0,maybe,a\n")
+    with pytest.raises(RecipeError, match="give train, val, test or nothing"):
+        fixed_parts(config)
 
 
 def test_a_picture_on_two_sides_is_named(tmp_path: Path) -> None:

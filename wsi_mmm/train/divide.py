@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from wsi_mmm.errors import RecipeError
-from wsi_mmm.train.config import TrainConfig
+from wsi_mmm.train.config import SplitPart, TrainConfig
 from wsi_mmm.train.data.base import Index
+from wsi_mmm.train.data.slide_entries import FeatureBags, SlideLabels, TileBags
 from wsi_mmm.train.data.split import PARTS, Split, check_leaks, folds, forbid_test, picture_hashes, split_items
 from wsi_mmm.train.loader import Feed
 from wsi_mmm.train.policy import fraction_of
@@ -63,21 +64,45 @@ def divide(indexes: Sequence[tuple[str, Index]], config: TrainConfig) -> list[Sp
 
     InputError when a picture or a group is on two sides all the same.
     """
-    part = config.split
     keys = [f"{name}/{key}" for name, index in indexes for key in index.keys]
     groups = [str(group) for _, index in indexes for group in index.groups]
     labels = [index.labels + np.int32(1000 * n) for n, (_, index) in enumerate(indexes)]
     whole = Index(keys, groups, np.concatenate(labels).astype(np.int32))
-    if part.folds:
-        if part.fold >= part.folds:
-            raise RecipeError(f"split.fold is {part.fold} of {part.folds}: folds count from 0")
-        split = folds(whole, part.folds, test=part.test, seed=part.seed)[part.fold]
-    else:
-        split = split_items(whole, shares=(1.0 - part.val - part.test, part.val, part.test), seed=part.seed)
+    split = _drawn(whole, fixed_parts(config), config.split)
     ends = np.cumsum([0, *(len(index) for _, index in indexes)]).tolist()
     found = [Split(*(_between(split.part(name), a, b) for name in PARTS)) for a, b in itertools.pairwise(ends)]
     check_leaks(_parts([index for _, index in indexes], found))
     return found
+
+
+def fixed_parts(config: TrainConfig) -> dict[str, str]:
+    """Group -> train, val, test or "" (not used), as the tables with a split column say. RecipeError: two disagree."""
+    found: dict[str, str] = {}
+    for entry in config.data:
+        said = entry.slides.parts() if isinstance(entry, SlideLabels | TileBags | FeatureBags) else {}
+        for group, part in said.items():
+            if found.setdefault(group, part) != part:
+                raise RecipeError(f"data '{entry.name}' puts '{group}' into '{part}', another table elsewhere")
+    return found
+
+
+def _drawn(whole: Index, fixed: Mapping[str, str], part: SplitPart) -> Split:
+    """What tables say, and the groups that none names drawn as ``part`` says."""
+    said = np.array([fixed.get(group) for group in whole.groups], object)
+    free = np.flatnonzero([word is None for word in said])
+    found = _split(Index([whole.keys[n] for n in free], [whole.groups[n] for n in free], whole.labels[free]), part)
+    return Split(*(np.sort(np.concatenate([free[found.part(n)], np.flatnonzero(said == n)])) for n in PARTS))
+
+
+def _split(index: Index, part: SplitPart) -> Split:
+    if not len(index):
+        none = np.zeros(0, np.int64)
+        return Split(none, none, none)
+    if not part.folds:
+        return split_items(index, shares=(1.0 - part.val - part.test, part.val, part.test), seed=part.seed)
+    if part.fold >= part.folds:
+        raise RecipeError(f"split.fold is {part.fold} of {part.folds}: folds count from 0")
+    return folds(index, part.folds, test=part.test, seed=part.seed)[part.fold]
 
 
 def _parts(indexes: Sequence[Index], splits: Sequence[Split]) -> dict[str, list[tuple[Index, I64]]]:

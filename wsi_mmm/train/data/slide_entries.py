@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 from pydantic import Field, field_validator
 
 from wsi_mmm.errors import InputError, RecipeError
@@ -13,12 +14,13 @@ from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks.truth import Truth
 from wsi_mmm.tiles.tissue import MIN_TISSUE
 from wsi_mmm.train.data import bags, tables
-from wsi_mmm.train.data.base import Source
+from wsi_mmm.train.data.base import Index, Source
 from wsi_mmm.train.data.buckets import Buckets, DryRun, How, Rule, same_names
 from wsi_mmm.train.data.entry import Entry, Part, Place
 from wsi_mmm.train.data.lessons import MAP_KINDS, PATCH_KINDS, Lesson
 from wsi_mmm.train.data.pool import SlidePool
 from wsi_mmm.train.data.slides import Places, SlideItem, beside, dry_run_slides, slide_tiles, slides_of_table
+from wsi_mmm.train.data.split import PARTS, split_by_column
 from wsi_mmm.train.data.tables import SlideTable, TableTask, balance_labels
 from wsi_mmm.types import I32
 
@@ -167,13 +169,15 @@ class Columns(Part):
 
 class Tabled(Part):
     """A table with a row per slide. ``truth``: task -> its columns. ``id``, ``patient``, ``uri``, ``mpp``: the columns
-    of its name, its patient, its file and what its px measure; ``root`` is put before relative places."""
+    of its name, its patient, its file and what its px measure; ``root`` is put before relative places. ``split``: the
+    column that says train, val, test or nothing (not used); without it patients are drawn (`SplitPart`)."""
 
     table: str
     id: str = "slide"
     patient: str | None = None
     uri: str = "slide"
     mpp: str | None = None
+    split: str | None = None
     root: str = ""
     truth: dict[str, Columns] = Field(min_length=1)
 
@@ -190,6 +194,19 @@ class Tabled(Part):
         ]
         table = tables.slide_table(tables.read_table(self.table), tasks, slide=self.id, group=self.patient)
         return table, balance_labels(tasks[0].kind, table.truths[tasks[0].task])
+
+    def parts(self) -> dict[str, str]:
+        """Patient -> train, val, test or "", as the split column says; none without one. RecipeError: wrong words, or
+        a patient in two parts."""
+        if self.split is None:
+            return {}
+        table = tables.slide_table(
+            tables.read_table(self.table), [], slide=self.id, group=self.patient, split=self.split
+        )
+        index = Index(table.slides, table.groups, np.zeros(len(table.slides), np.int32))
+        found = split_by_column(index, table.splits)
+        said = dict.fromkeys(table.groups, "")
+        return said | {table.groups[n]: name for name in PARTS for n in found.part(name).tolist()}
 
     def items(self, place: Place) -> list[SlideItem]:
         """The slides with their truth."""
