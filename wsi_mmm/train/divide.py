@@ -90,7 +90,9 @@ def _drawn(whole: Index, fixed: Mapping[str, str], part: SplitPart) -> Split:
     """What tables say, and the groups that none names drawn as ``part`` says."""
     said = np.array([fixed.get(group) for group in whole.groups], object)
     free = np.flatnonzero([word is None for word in said])
-    found = _split(Index([whole.keys[n] for n in free], [whole.groups[n] for n in free], whole.labels[free]), part)
+    some = free.tolist()
+    inner = Index([whole.keys[n] for n in some], [whole.groups[n] for n in some], whole.labels[free])
+    found = _split(inner, part)
     return Split(*(np.sort(np.concatenate([free[found.part(n)], np.flatnonzero(said == n)])) for n in PARTS))
 
 
