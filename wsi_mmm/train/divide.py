@@ -55,8 +55,12 @@ def _check_parts(data: Sequence[DataSet], config: TrainConfig) -> None:
     if config.split.pictures:
         size = config.model.tile_size
         sources = [(one.feed.source, np.concatenate([one.split.part(name) for name in PARTS])) for one in data]
-        hashes = {k: v for source, numbers in sources for k, v in picture_hashes(source, numbers, size).items()}
-        check_leaks(_parts([one.feed.source.index for one in data], [one.split for one in data]), hashes)
+        hashes = {
+            f"{source.name}/{key}": value
+            for source, numbers in sources
+            for key, value in picture_hashes(source, numbers, size).items()
+        }
+        check_leaks(_parts([_named(one.name, one.feed.source.index) for one in data], [o.split for o in data]), hashes)
 
 
 def divide(indexes: Sequence[tuple[str, Index]], config: TrainConfig) -> list[Split]:
@@ -64,15 +68,20 @@ def divide(indexes: Sequence[tuple[str, Index]], config: TrainConfig) -> list[Sp
 
     InputError when a picture or a group is on two sides all the same.
     """
-    keys = [f"{name}/{key}" for name, index in indexes for key in index.keys]
+    keys = [key for name, index in indexes for key in _named(name, index).keys]
     groups = [str(group) for _, index in indexes for group in index.groups]
     labels = [index.labels + np.int32(1000 * n) for n, (_, index) in enumerate(indexes)]
     whole = Index(keys, groups, np.concatenate(labels).astype(np.int32))
     split = _drawn(whole, fixed_parts(config), config.split)
     ends = np.cumsum([0, *(len(index) for _, index in indexes)]).tolist()
     found = [Split(*(_between(split.part(name), a, b) for name in PARTS)) for a, b in itertools.pairwise(ends)]
-    check_leaks(_parts([index for _, index in indexes], found))
+    check_leaks(_parts([_named(name, index) for name, index in indexes], found))
     return found
+
+
+def _named(name: str, index: Index) -> Index:
+    """``index`` with keys that tell data sets apart: two folders may both have a 1.png."""
+    return replace(index, keys=[f"{name}/{key}" for key in index.keys])
 
 
 def fixed_parts(config: TrainConfig) -> dict[str, str]:
