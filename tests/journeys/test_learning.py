@@ -52,7 +52,8 @@ def test_tiles_are_classified(begun: tuple[Ground, Score]) -> None:
 def test_a_kind_learns(name: str, ground: Ground, tmp_path: Path) -> None:
     """Its score on held-out slides is what the lesson states, and so is the gain over the model before its first step.
 
-    The scores lie below the worst of three seeds (docs/training.md) by a third of what was missing from 1, or more.
+    The scores lie well below what was measured (docs/training.md): seeds, threads and versions move it. Gains are small
+    where chance alone may rank a dozen slides well before anything is learnt (survival).
     """
     check(name, learn(ground, [LESSONS[name]], tmp_path))
 
