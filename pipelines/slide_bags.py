@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import wsi_mmm
-from wsi_mmm import api
 
 
 def main() -> int:
@@ -31,7 +30,7 @@ def main() -> int:
         if embedded.exit_code:
             print(f"error: some slides were not embedded; see {embedded.path}", file=sys.stderr)
             return 1
-        done = api.train(args.config, settings=[*settings, f"data.bags.slides.table={args.table}", *args.set])
+        done = wsi_mmm.train(args.config, settings=[*settings, f"data.bags.slides.table={args.table}", *args.set])
         report = wsi_mmm.run(args.slides, done.model, output=f"{args.out}/results")
     except wsi_mmm.WsiError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from wsi_mmm.errors import WsiError
-from wsi_mmm.train.recipe import read_recipe, train_default
+from wsi_mmm.training.recipe import read_recipe, train_default
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from wsi_mmm.cli import app
 from wsi_mmm.cli_train import EVERY, EXAMPLE, _Lines
 from wsi_mmm.errors import Cancelled, NotFinite
 from wsi_mmm.slides.fake import SyntheticTruth
-from wsi_mmm.train.fit import Progress
+from wsi_mmm.training.fit import Progress
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -191,7 +191,7 @@ def test_how_a_training_ends_early(
 
 def test_other_ranks_say_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that writes no model prints no table."""
-    from wsi_mmm.train.job import Trained
+    from wsi_mmm.training.job import Trained
 
     monkeypatch.setattr(api, "train", lambda *_, **__: Trained())
     assert invoke(config).stdout == ""

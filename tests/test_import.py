@@ -59,3 +59,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     """A misspelt public name fails like that of any module."""
     with pytest.raises(AttributeError, match="no attribute 'runn'"):
         _ = wsi_mmm.runn
+
+
+def test_train_is_a_function_also_after_its_rooms_were_imported() -> None:
+    """No subpackage may shadow the public verb."""
+    import wsi_mmm.training
+
+    assert callable(wsi_mmm.train) and wsi_mmm.training is not None

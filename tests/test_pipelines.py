@@ -18,7 +18,7 @@ from helpers.lessons import MODEL, geojson, save
 from wsi_mmm import api
 from wsi_mmm.errors import RecipeError
 from wsi_mmm.slides.fake import synthetic_slide
-from wsi_mmm.train.config import parse
+from wsi_mmm.training.config import parse
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 OLD = "train_default"

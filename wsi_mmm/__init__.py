@@ -16,10 +16,15 @@ if TYPE_CHECKING:
     from wsi_mmm.api import demo as demo
     from wsi_mmm.api import embed as embed
     from wsi_mmm.api import export_model as export_model
+    from wsi_mmm.api import fit_head as fit_head
     from wsi_mmm.api import load_model as load_model
+    from wsi_mmm.api import prepare_training as prepare_training
+    from wsi_mmm.api import read_annotations as read_annotations
     from wsi_mmm.api import run as run
     from wsi_mmm.api import stream_tiles as stream_tiles
     from wsi_mmm.api import submit as submit
+    from wsi_mmm.api import train as train
+    from wsi_mmm.api import train_fractions as train_fractions
     from wsi_mmm.config import SlideSpec as SlideSpec
     from wsi_mmm.errors import WsiError as WsiError
     from wsi_mmm.inputs import expand_inputs as expand_inputs
@@ -43,6 +48,10 @@ _HOMES = {
     "expand_inputs": "wsi_mmm.inputs",
     "load_model": "wsi_mmm.api",
     "open_slide": "wsi_mmm.slides",
+    "fit_head": "wsi_mmm.api",
+    "prepare_training": "wsi_mmm.api",
+    "read_annotations": "wsi_mmm.api",
+    "train_fractions": "wsi_mmm.api",
     "run": "wsi_mmm.api",
     "stream_tiles": "wsi_mmm.api",
     "submit": "wsi_mmm.api",

@@ -10,12 +10,12 @@ from wsi_mmm.config import read_toml
 from wsi_mmm.inputs import expand_inputs
 
 if TYPE_CHECKING:
-    from wsi_mmm.train.config import TrainConfig
-    from wsi_mmm.train.data.buckets import DryRun
-    from wsi_mmm.train.fewshot_run import Fitted
-    from wsi_mmm.train.fit import Progress
-    from wsi_mmm.train.fractions import Curve
-    from wsi_mmm.train.job import Listener, Prepared, Trained
+    from wsi_mmm.training.config import TrainConfig
+    from wsi_mmm.training.data.buckets import DryRun
+    from wsi_mmm.training.fewshot_run import Fitted
+    from wsi_mmm.training.fit import Progress
+    from wsi_mmm.training.fractions import Curve
+    from wsi_mmm.training.job import Listener, Prepared, Trained
 
 
 def train(
@@ -40,7 +40,7 @@ def train(
         RecipeError, InputError: before anything is learnt. NotFinite: a loss became NaN. OutputError: the disk is full.
         Cancelled: on Ctrl-C, after a checkpoint.
     """
-    from wsi_mmm.train import job
+    from wsi_mmm.training import job
 
     heard = job.Listener(on_step=progress) if progress is not None else job.QUIET
     return job.train(_training(config, settings), listener or heard, _slides_named)
@@ -48,7 +48,7 @@ def train(
 
 def prepare_training(config: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> Prepared:
     """What ``train`` would learn from: data sets opened and divided (``.summary()``), the model as it begins."""
-    from wsi_mmm.train import job
+    from wsi_mmm.training import job
 
     return job.prepare(_training(config, settings), _slides_named)
 
@@ -58,7 +58,7 @@ def read_annotations(
 ) -> dict[str, dict[str, DryRun]]:
     """Data set -> task -> what its bucket table makes of the annotations (``.table()``, ``.as_json()``); learns nothing
     and opens no data set, so that a table can be mended that leaves nothing to learn from."""
-    from wsi_mmm.train import job
+    from wsi_mmm.training import job
 
     return job.read_annotations(_training(config, settings), _slides_named)
 
@@ -83,7 +83,7 @@ def train_fractions(
     Raises:
         as `train`; RecipeError when a folder holds a training of another configuration.
     """
-    from wsi_mmm.train import fractions, job
+    from wsi_mmm.training import fractions, job
 
     return fractions.train_fractions(
         _training(config, settings), percents,
@@ -108,7 +108,7 @@ def fit_head(
     ``labels``: a folder with ``<slide>.geojson`` (tiles) or a CSV (slides). A linear head of tiles is also written as a
     model, ``<output>/model``, which ``run`` takes. ``weights``: those given to ``embed`` for a bare encoder.
     """
-    from wsi_mmm.train.fewshot_run import learn
+    from wsi_mmm.training.fewshot_run import learn
 
     return learn(
         str(features), str(labels), output,
@@ -122,7 +122,7 @@ def _slides_named(words: Sequence[str]) -> list[tuple[str, str, float | None]]:
 
 
 def _training(config: str | Path | Mapping[str, Any], settings: Sequence[str]) -> TrainConfig:
-    from wsi_mmm.train.config import parse
+    from wsi_mmm.training.config import parse
 
     if isinstance(config, Mapping):
         return parse(config, settings)

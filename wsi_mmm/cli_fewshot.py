@@ -63,7 +63,7 @@ def fit(
       wsi-mmm fewshot fit features/ --labels annotations/ -o head/
       wsi-mmm fewshot fit features/ --labels slides.csv --column grade --head all
     """
-    from wsi_mmm.train.fewshot_run import learn
+    from wsi_mmm.training.fewshot_run import learn
 
     chosen = [name.strip() for name in classes.split(",")] if classes else None
     found = learn(
@@ -102,7 +102,7 @@ def predict(
     Examples:
       wsi-mmm fewshot predict features/ --head head/ -o answers/
     """
-    from wsi_mmm.train.fewshot_run import predict as speak
+    from wsi_mmm.training.fewshot_run import predict as speak
 
     said = speak(features, head, output)
     if flags.json:

@@ -16,10 +16,10 @@ from wsi_mmm.cli_progress import duration
 from wsi_mmm.errors import RecipeError
 
 if TYPE_CHECKING:
-    from wsi_mmm.train.data.buckets import DryRun
-    from wsi_mmm.train.fit import Progress
-    from wsi_mmm.train.fractions import Curve
-    from wsi_mmm.train.job import Listener, Prepared
+    from wsi_mmm.training.data.buckets import DryRun
+    from wsi_mmm.training.fit import Progress
+    from wsi_mmm.training.fractions import Curve
+    from wsi_mmm.training.job import Listener, Prepared
 
 EVERY = 5.0  # seconds between lines of progress
 
@@ -71,7 +71,7 @@ def train(
       wsi-mmm train joint.toml --fractions 1,10,50,100 --seeds 3
       wsi-mmm run slides/ -m runs/joint/model -o results/
     """
-    from wsi_mmm.train import config as words
+    from wsi_mmm.training import config as words
 
     if schema:
         say_json(words.json_schema())
@@ -141,7 +141,7 @@ def _show_annotations(found: Mapping[str, Mapping[str, DryRun]]) -> None:
 
 
 def _show(prepared: Prepared) -> None:
-    from wsi_mmm.train.job import describe
+    from wsi_mmm.training.job import describe
 
     rows = prepared.summary()
     if flags.json:
@@ -159,7 +159,7 @@ def _counts(classes: Mapping[str, int]) -> str:
 
 @contextmanager
 def _listening() -> Iterator[Listener]:
-    from wsi_mmm.train.job import Listener
+    from wsi_mmm.training.job import Listener
 
     if flags.json:
         yield Listener(

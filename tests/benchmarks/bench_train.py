@@ -5,8 +5,8 @@
 Without slides: two synthetic ones with their nuclei as annotations. Tasks: `instances` where there are annotations,
 and `classify` (which slide it is), both of tiles at --mpp, drawn at random all over the slides; flips, turns by right
 angles (--angle, --scale: free ones) and augmentation of colour on the device, which both ways pay alike. Everything
-else is `train.fit` as users run it. The ways take turns within one process, ``--rounds`` times ``--steps`` steps each
-after two that are not counted; medians of the rounds are compared. ``alone``: what making one micro-batch costs when
+else is `training.fit` as users run it. The ways take turns within one process, ``--rounds`` times ``--steps`` steps
+each after two that are not counted; medians of the rounds are compared. ``alone``: what making one micro-batch costs when
 nothing else runs, on one thread. On a CPU that the model fills, the ratio is at best that of the CPU seconds, which
 other programs on the machine disturb less than the wall's.
 """
@@ -28,17 +28,17 @@ from wsi_mmm.model.card import DecoderCard, EncoderCard, ModelCard, TaskCard
 from wsi_mmm.model.checkpoint import build_model
 from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.tasks import Task, make_task
-from wsi_mmm.train import fit as fitting
-from wsi_mmm.train.colour import Augment
-from wsi_mmm.train.data.buckets import same_names
-from wsi_mmm.train.data.lessons import Lesson
-from wsi_mmm.train.data.slides import Places, SlideItem, slide_tiles
-from wsi_mmm.train.fit import Callbacks, FitPlan
-from wsi_mmm.train.loader import Feed, LoadPlan, TrainBatch, batches, look_of, make_batch
-from wsi_mmm.train.optim import OptimPlan
-from wsi_mmm.train.policy import plan_step
-from wsi_mmm.train.ranks import Ranks
-from wsi_mmm.train.warp import Change
+from wsi_mmm.training import fit as fitting
+from wsi_mmm.training.colour import Augment
+from wsi_mmm.training.data.buckets import same_names
+from wsi_mmm.training.data.lessons import Lesson
+from wsi_mmm.training.data.slides import Places, SlideItem, slide_tiles
+from wsi_mmm.training.fit import Callbacks, FitPlan
+from wsi_mmm.training.loader import Feed, LoadPlan, TrainBatch, batches, look_of, make_batch
+from wsi_mmm.training.optim import OptimPlan
+from wsi_mmm.training.policy import plan_step
+from wsi_mmm.training.ranks import Ranks
+from wsi_mmm.training.warp import Change
 
 UNCOUNTED = 2
 Steps = Iterable[tuple[TrainBatch, ...]]

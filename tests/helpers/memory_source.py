@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from wsi_mmm.tasks.truth import Truth
-from wsi_mmm.train.data.base import Index, Sample
+from wsi_mmm.training.data.base import Index, Sample
 from wsi_mmm.types import F32, I32, I64, U8
 
 COLOURS = np.array([(230, 225, 232), (200, 40, 90), (60, 60, 190), (30, 160, 90)], np.uint8)

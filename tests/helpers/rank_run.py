@@ -21,11 +21,11 @@ import torch
 
 from helpers.training import batch, tiny
 from wsi_mmm.errors import WsiError
-from wsi_mmm.train.fit import Feed, FitPlan, fit
-from wsi_mmm.train.loader import TrainBatch
-from wsi_mmm.train.optim import OptimPlan
-from wsi_mmm.train.ranks import ALONE, Meeting, Ranks, joined
-from wsi_mmm.train.strategies import StrategyPlan
+from wsi_mmm.training.fit import Feed, FitPlan, fit
+from wsi_mmm.training.loader import TrainBatch
+from wsi_mmm.training.optim import OptimPlan
+from wsi_mmm.training.ranks import ALONE, Meeting, Ranks, joined
+from wsi_mmm.training.strategies import StrategyPlan
 
 STEPS = 20
 KINDS = ["classify", "segment", "bag-regress"]

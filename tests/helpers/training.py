@@ -14,7 +14,7 @@ from wsi_mmm.model.checkpoint import build_model
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.tasks.truth import Boxes, Survival
-from wsi_mmm.train.loader import TrainBatch
+from wsi_mmm.training.loader import TrainBatch
 
 SIZE = 64
 Rng = np.random.Generator

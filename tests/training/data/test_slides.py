@@ -1,0 +1,348 @@
+"""Slides as a Source: truth lies where the pixels are, failures are named, slides are shared and few stay open."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from shapely.geometry import Point, Polygon, box, mapping
+
+from conftest import RealData
+from helpers.faulty import Faulty
+from helpers.moto import moto_server
+from wsi_mmm.errors import AnnotationError, InputError, ManifestError, RecipeError, SlideNotFound
+from wsi_mmm.slides import open_slide, store
+from wsi_mmm.slides.fake import SyntheticTruth
+from wsi_mmm.tasks.truth import Boxes
+from wsi_mmm.training.data.base import Source
+from wsi_mmm.training.data.buckets import USE, Buckets, Rule, same_names
+from wsi_mmm.training.data.lessons import Lesson
+from wsi_mmm.training.data.pool import SlidePool
+from wsi_mmm.training.data.slides import (
+    Places,
+    SlideItem,
+    SlideTiles,
+    beside,
+    dry_run_slides,
+    slide_tiles,
+    slides_of_table,
+)
+from wsi_mmm.training.data.tables import TableTask, read_table, slide_table
+from wsi_mmm.types import Tiles
+
+NUCLEI = same_names(["nucleus"])
+REGIONS = Buckets(("rest", "left", "right"), (Rule("left", "L"), Rule("right", "R"), Rule(USE, "ROI")))
+
+
+def geojson(path: Path, shapes: Sequence[tuple[str, Any]]) -> str:
+    features = [
+        {"type": "Feature", "geometry": mapping(shape), "properties": {"classification": {"name": name}, "score": n}}
+        for n, (name, shape) in enumerate(shapes)
+    ]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return str(path)
+
+
+@pytest.fixture
+def nuclei(tiny_truth: SyntheticTruth, tmp_path: Path) -> str:
+    return geojson(tmp_path / "nuclei.geojson", [("nucleus", Polygon(xy)) for xy in tiny_truth.polygons])
+
+
+def the_tiles(slide: Path, notes: str | None, places: Places, *lessons: Lesson, **more: Any) -> SlideTiles:
+    return slide_tiles("d", [SlideItem("s", str(slide), annotations=notes, **more)], places, lessons)
+
+
+@pytest.mark.parametrize("mpp", [0.5, 0.8])
+@pytest.mark.parametrize("size", [96, 160])
+def test_truth_lies_where_the_pixels_are(tiny_slide: Path, nuclei: str, mpp: float, size: int) -> None:
+    """Nuclei are darker in red than what is round them, at the slide's scale and at another, whatever is asked for."""
+    lessons = [Lesson(kind, kind, NUCLEI, complete=True, min_share=0.1) for kind in ("instances", "segment", "detect")]
+    source: Source = the_tiles(tiny_slide, nuclei, Places(mpp, tile=96), *lessons)
+    samples = source.read(range(len(source.index)), size)
+    inside, outside = [], []
+    for sample in samples:
+        assert sample.pixels is not None and sample.pixels.shape == (size, size, 3)
+        labels, classes, boxes = (sample.truths[name] for name in ("instances", "segment", "detect"))
+        assert isinstance(labels, np.ndarray) and isinstance(classes, np.ndarray) and isinstance(boxes, Boxes)
+        assert labels.shape == classes.shape == (size, size)
+        assert ((labels > 0) == (classes == 0)).all()
+        red = sample.pixels[..., 0].astype(float)
+        inside.append(red[labels > 0])
+        outside.append(red[labels == 0])
+        for (x0, y0, x1, y1), label in zip(boxes.xyxy, boxes.labels, strict=True):
+            mine = labels[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))]
+            assert label == -1 or (mine > 0).any()
+    assert np.concatenate(inside).mean() < np.concatenate(outside).mean() - 40
+    assert set(source.index.labels.tolist()) == {-1, 0}
+    assert len(set(source.index.keys)) == len(source.index)
+
+
+def test_pixels_are_those_of_the_slide_in_the_order_asked_for(tiny_slide: Path, nuclei: str) -> None:
+    """Several slides, numbers in any order and twice, tiles larger than the item and beyond the edge."""
+    items = [SlideItem(name, str(tiny_slide), annotations=nuclei) for name in "ab"]
+    source = slide_tiles("d", items, Places(0.5, tile=128), [Lesson("n", "instances", NUCLEI, complete=True)])
+    numbers = [len(source.index) - 1, 0, 5, 0]
+    samples = source.read(numbers, 200)
+    assert [sample.key for sample in samples] == [source.index.keys[n] for n in numbers]
+    with open_slide(str(tiny_slide)) as slide:
+        for sample in samples:
+            x, y = (int(v) for v in sample.key.partition("@")[2].split(","))
+            assert sample.pixels is not None
+            assert (sample.pixels == slide.read_region(x - 36, y - 36, 200, 200)).all()
+    assert list(source.index.groups[:1]) == ["a"] and source.facts["a"] == source.facts["b"] == len(source.index) / 2
+    labels = source.read([0], 4000)[0].truths["n"]
+    assert isinstance(labels, np.ndarray) and labels[0, 0] == -1  # beyond the slide
+
+
+def test_regions_give_labels_of_tiles_and_px(tiny_slide: Path, tmp_path: Path) -> None:
+    """Only tiles of the use-region, its rest is background; numbers of regions; balanced by the first task."""
+    notes = geojson(
+        tmp_path / "r.geojson",
+        [("ROI", box(0, 0, 1024, 512)), ("L", box(0, 0, 256, 512)), ("R", box(512, 0, 1400, 512))],
+    )
+    source = the_tiles(
+        tiny_slide, notes, Places(0.5, tile=256),
+        Lesson("side", "classify", REGIONS, background="rest"), Lesson("area", "segment", REGIONS, background="rest"),
+        Lesson("both", "multilabel", REGIONS), Lesson("score", "regress", REGIONS, values=("score",)),
+        Lesson("layers", "multisegment", REGIONS),
+    )  # fmt: skip
+    assert source.tasks == ("side", "area", "both", "score", "layers")
+    assert source.index.labels.tolist() == [1, 0, 2, 2] * 2
+    samples = source.read(range(8), 256)
+    assert [sample.truths["side"] for sample in samples[:4]] == [1, 0, 2, 2]
+    assert [np.unique(sample.truths["area"]).tolist() for sample in samples[:4]] == [[1], [0], [2], [2]]  # type: ignore[arg-type]
+    assert [np.asarray(sample.truths["both"]).tolist() for sample in samples[:3]] == [[0, 1, 0], [0, 0, 0], [0, 0, 1]]
+    scores = np.array([sample.truths["score"] for sample in samples[:4]])[:, 0]
+    assert np.array_equal(scores, [1, np.nan, 2, 2], equal_nan=True)
+    layers = samples[0].truths["layers"]
+    assert isinstance(layers, np.ndarray) and layers.shape == (3, 256, 256) and (layers[1] == 1).all()
+
+
+def test_places_round_objects_are_drawn_by_their_seed(tiny_slide: Path, nuclei: str) -> None:
+    """The same seed gives the same items; points count as discs where a radius is given."""
+    lesson = Lesson("n", "detect", NUCLEI, complete=True)
+    one, two, other = (
+        the_tiles(tiny_slide, nuclei, Places(0.5, tile=64, by="objects", per_slide=30, seed=seed), lesson)
+        for seed in (1, 1, 2)
+    )
+    assert list(one.index.keys) == list(two.index.keys) != list(other.index.keys)
+    assert (one.index.labels == 0).all() and 20 < len(one.index) <= 30
+    dots = Path(nuclei).with_name("dots.geojson")
+    notes = geojson(dots, [("nucleus", Point(400, 300)), ("nucleus", Point(900, 700))])
+    found = the_tiles(tiny_slide, notes, Places(0.5, tile=64, dot_um=4.0, by="objects", per_slide=9), lesson)
+    boxes = found.read([0], 64)[0].truths["n"]
+    assert isinstance(boxes, Boxes)
+    assert np.allclose(boxes.xyxy[0, 2:] - boxes.xyxy[0, :2], 16)
+
+
+def test_without_annotations_tiles_of_tissue_carry_what_the_table_says(tiny_slide: Path, tmp_path: Path) -> None:
+    """One class per slide, patients as groups, relative places, at most so many tiles."""
+    shutil.copy(tiny_slide, tmp_path / "x.tiff")
+    (tmp_path / "t.csv").write_text(f"slide,file,p,stain,mpp\na,x.tiff,P1,HE,0.5\nb,{tiny_slide},P1,IHC,\n")
+    rows = slide_table(
+        read_table(str(tmp_path / "t.csv")), [TableTask("stain", "classify", ("stain",), ("HE", "IHC"))], group="p"
+    )
+    labels = np.array(rows.truths["stain"], np.int32)
+    items = slides_of_table(rows, uri="file", mpp="mpp", root=str(tmp_path), labels=labels)
+    source = slide_tiles("d", items, Places(0.5, tile=128, per_slide=10))
+    assert source.facts == {"a": 10, "b": 10}
+    assert source.index.labels.tolist() == [0] * 10 + [1] * 10
+    assert set(source.index.groups) == {"P1"}
+    assert [sample.truths for sample in source.read([0, 19], 64)] == [{"stain": 0}, {"stain": 1}]
+    assert all(sample.pixels.min() < 200 for sample in source.read([0, 19], 64) if sample.pixels is not None)
+    (tmp_path / "t.csv").write_text("slide,mpp\na,fine\n")
+    with pytest.raises(ManifestError, match="row 2: mpp is 'fine'"):
+        slides_of_table(slide_table(read_table(str(tmp_path / "t.csv")), []), mpp="mpp")
+
+
+def test_a_damaged_tile_fails_with_its_place_and_its_neighbours_do_not(tiny_slide: Path, tmp_path: Path) -> None:
+    """Also when the file is gone: a sample that says why, never a white one."""
+    path = tmp_path / "damaged.tiff"
+    data = bytearray(tiny_slide.read_bytes())
+    with open_slide(str(tiny_slide)) as slide:
+        whole = slide.read_region(0, 0, 1536, 1152)
+    with tifffile.TiffFile(tiny_slide) as file:
+        offset, length = file.pages[0].dataoffsets[7], file.pages[0].databytecounts[7]  # type: ignore[union-attr]
+    data[offset : offset + length] = bytes(length)
+    path.write_bytes(data)
+    source = slide_tiles("d", [SlideItem("s", str(path))], Places(0.5, tile=128, min_tissue=0.0))
+    samples = source.read(range(len(source.index)), 128)
+    failed = [sample for sample in samples if sample.failed]
+    assert len(failed) == 4
+    assert all(sample.pixels is None and "s: px of the tile at level-0" in sample.failed for sample in failed)
+    for sample in samples:
+        if not sample.failed:
+            x, y = (int(v) for v in sample.key.partition("@")[2].split(","))
+            assert sample.pixels is not None
+            assert (sample.pixels == np.pad(whole, ((0, 128), (0, 128), (0, 0)))[y : y + 128, x : x + 128]).all()
+    source.pool.close()
+    path.unlink()
+    assert "damaged.tiff" in source.read([0], 128)[0].failed
+
+
+def test_what_cannot_be_used_is_named(tiny_slide: Path, nuclei: str, tmp_path: Path) -> None:
+    """Missing slides and annotations, tasks twice, ids twice, an empty annotation; or going on without the broken."""
+    lesson = Lesson("n", "instances", NUCLEI)
+    places = Places(0.5, tile=128)
+    with pytest.raises(SlideNotFound):
+        slide_tiles("d", [SlideItem("s", str(tmp_path / "none.svs"))], places)
+    with pytest.raises(InputError, match="two slides are called 's'"):
+        slide_tiles("d", [SlideItem("s", "a"), SlideItem("s", "b")], places)
+    with pytest.raises(InputError, match="a task is listed twice"):
+        the_tiles(tiny_slide, nuclei, places, lesson, lesson)
+    with pytest.raises(RecipeError, match="twice as fine"):
+        the_tiles(tiny_slide, nuclei, Places(0.1), lesson)
+    empty = geojson(tmp_path / "e.geojson", [])
+    with pytest.raises(InputError, match=r"no tile tells anything of 'n'.*dry run"):
+        the_tiles(tiny_slide, empty, places, lesson)
+    (tmp_path / "x.geojson").write_text("{")
+    with pytest.raises(AnnotationError, match=r"x\.geojson"):
+        the_tiles(tiny_slide, str(tmp_path / "x.geojson"), places, lesson)
+    items = [SlideItem("s", str(tiny_slide), annotations=nuclei), SlideItem("gone", str(tmp_path / "none.svs"))]
+    source = slide_tiles("d", items, places, [lesson], keep_going=True)
+    assert set(source.broken) == {"gone"} and set(source.index.groups) == {"s"}
+    for wrong in ({"kind": "survive"}, {"background": "x"}, {"values": ("a",)}, {"min_share": 0.0}):
+        with pytest.raises(RecipeError, match="task 'n'"):
+            Lesson(**({"task": "n", "kind": "segment", "buckets": NUCLEI} | wrong))  # type: ignore[arg-type]
+    for places_wrong in ({"stride": 300}, {"tile": 0}, {"by": "objects"}):
+        with pytest.raises(RecipeError):
+            Places(0.5, **places_wrong)  # type: ignore[arg-type]
+
+
+def test_annotations_are_found_beside_slides(tiny_slide: Path, nuclei: str) -> None:
+    """By a pattern; a missing file is an error unless it may be missing."""
+    folder = Path(nuclei).parent
+    shutil.copy(nuclei, folder / "tiny.geojson")
+    uri = f"{folder}/tiny.tiff"
+    assert beside(uri, "{folder}/{stem}.geojson") == f"{folder}/tiny.geojson"
+    assert beside(uri, "{folder}/{name}.geojson", needed=False) is None
+    with pytest.raises(InputError, match="correct the pattern"):
+        beside(uri, "{folder}/{name}.geojson")
+    with pytest.raises(RecipeError, match="stem"):
+        beside(uri, "{dir}/{stem}.geojson")
+    run = dry_run_slides([SlideItem("s", str(tiny_slide), annotations=nuclei)], NUCLEI, SlidePool())
+    (line,) = run.lines
+    assert line.label == "nucleus" and line.objects > 100 and line.area_mm2 is not None
+
+
+def test_few_slides_stay_open_however_many_threads_read(tiny_slide: Path, tmp_path: Path) -> None:
+    """Never more idle ones than allowed; every thread gets the pixels that one thread gets."""
+    items = []
+    for n in range(5):
+        shutil.copy(tiny_slide, tmp_path / f"{n}.tiff")
+        items.append(SlideItem(str(n), str(tmp_path / f"{n}.tiff")))
+    pool = SlidePool(limit=2)
+    source = slide_tiles("d", items, Places(0.5, tile=128, per_slide=4), pool=pool)
+    wanted = source.read(range(20), 128)
+    assert pool.open_count() <= 2
+    wrong: list[int] = []
+
+    def read(seed: int) -> None:
+        numbers = np.random.default_rng(seed).permutation(20)
+        for number, sample in zip(numbers.tolist(), source.read(numbers, 128), strict=True):
+            if not np.array_equal(sample.pixels, wanted[number].pixels):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=read, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and pool.open_count() <= 2
+    pool.close()
+    assert pool.open_count() == 0
+    assert np.array_equal(source.read([3], 128)[0].pixels, wanted[3].pixels)
+
+
+def test_the_tile_cache_changes_no_pixel(tiny_slide: Path, nuclei: str, tmp_path: Path) -> None:
+    """On, off and measured give the same samples; what was chosen is said."""
+    lesson = Lesson("n", "instances", NUCLEI, complete=True)
+    read = {}
+    for tiles in ("off", "on", "auto"):
+        pool = SlidePool(cache=str(tmp_path / tiles), tiles=tiles)  # type: ignore[arg-type]
+        items = [SlideItem("s", str(tiny_slide), annotations=nuclei)]
+        source = slide_tiles("d", items, Places(0.8, tile=100), [lesson], pool=pool)
+        read[tiles] = [sample.pixels for sample in source.read([1, 4, 2], 120)]
+        assert (len(pool.words()) == 1) == (tiles == "auto")
+        assert any((tmp_path / tiles).rglob("c/*")) == (tiles == "on") or tiles == "auto"
+    for tiles in ("on", "auto"):
+        assert all(np.array_equal(a, b) for a, b in zip(read["off"], read[tiles], strict=True))
+
+
+def test_a_forked_process_opens_its_own_slides(tiny_slide: Path) -> None:
+    """It begins with none open and reads the same pixels."""
+    pool = SlidePool()
+    tiles = Tiles(np.zeros((1, 2), np.int64), 8, 1.0, 1.0)
+    with pool.reader(str(tiny_slide), None, tiles):
+        assert pool.open_count() == 1
+    pool._process = -1  # as a child finds it
+    with pool.slide(str(tiny_slide)) as slide:
+        assert slide.read_region(0, 0, 8, 8).shape == (8, 8, 3)
+    assert pool.open_count() == 1
+
+
+def test_nuclei_that_a_run_wrote_are_learnt_from(real_data: RealData, tmp_path: Path) -> None:
+    """Detections of a real slide, made up on a grid, come back as instances with their pixels."""
+    path = real_data.slide("metaplasia_HE.svs")
+    rng = np.random.default_rng(0)
+    shapes = [("nucleus", Point(*xy).buffer(12)) for xy in rng.uniform(4000, 8000, (400, 2))]
+    notes = geojson(tmp_path / "m.geojson", shapes)
+    source = the_tiles(
+        path, notes, Places(0.5, tile=256, by="objects", per_slide=12), Lesson("n", "instances", NUCLEI, complete=True)
+    )
+    samples = source.read(range(len(source.index)), 256)
+    assert all(not sample.failed and np.asarray(sample.truths["n"]).max() > 0 for sample in samples)
+
+
+def test_slides_and_annotations_far_away_give_the_same_samples(
+    tiny_slide: Path, nuclei: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over HTTP: the pixels and truth of the local files; when the server breaks off, samples that say so, no crash."""
+    monkeypatch.setenv("WSI_MMM_STORAGE_TIMEOUT", "2")
+    lesson = Lesson("n", "instances", NUCLEI, complete=True)
+    places = Places(0.5, tile=128)
+    near = the_tiles(tiny_slide, nuclei, places, lesson)
+    with Faulty(files={"/s.tiff": tiny_slide, "/s.geojson": Path(nuclei)}) as web:
+        note = f"{web.url}/s.geojson"
+        assert beside(f"{web.url}/s.tiff", "{folder}/{stem}.geojson") == note
+        far = slide_tiles("d", [SlideItem("s", f"{web.url}/s.tiff", annotations=note)], places, [lesson])
+        assert list(far.index.keys) == list(near.index.keys)
+        for one, other in zip(far.read([3, 9, 1], 128), near.read([3, 9, 1], 128), strict=True):
+            assert np.array_equal(one.pixels, other.pixels)  # type: ignore[arg-type]
+            assert np.array_equal(one.truths["n"], other.truths["n"])  # type: ignore[arg-type]
+    far.pool.close()
+    assert far.read([3], 128)[0].failed
+
+
+def test_slides_in_a_bucket_give_the_same_samples(
+    tiny_slide: Path, nuclei: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Slide, annotations, table and tile cache on S3."""
+    import boto3
+
+    with moto_server() as endpoint:
+        for name, value in {"ENDPOINT_URL": endpoint, "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket="train")
+        store.write_bytes("s3://train/s.tiff", tiny_slide.read_bytes())
+        store.write_bytes("s3://train/s.geojson", Path(nuclei).read_bytes())
+        store.write_bytes("s3://train/t.csv", b"slide,file,notes\ns,s.tiff,s.geojson\n")
+        table = slide_table(read_table("s3://train/t.csv"), [])
+        items = slides_of_table(table, uri="file", annotations="notes", root="s3://train")
+        lesson = Lesson("n", "instances", NUCLEI, complete=True)
+        pool = SlidePool(cache="s3://train/cache", tiles="on")
+        far = slide_tiles("d", items, Places(0.5, tile=128), [lesson], pool=pool)
+        near = the_tiles(tiny_slide, nuclei, Places(0.5, tile=128), lesson)
+        for one, other in zip(far.read([3, 9, 1], 128), near.read([3, 9, 1], 128), strict=True):
+            assert not one.failed and one.key == other.key
+            assert np.array_equal(one.pixels, other.pixels)  # type: ignore[arg-type]
+        assert store.list_uris("s3://train/cache")
+        pool.close()

@@ -1,0 +1,154 @@
+"""Few-shot heads: learnt from files, judged on groups not seen, the same numbers behind the encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from wsi_mmm.errors import InputError, ManifestError, ModelError, RecipeError
+from wsi_mmm.model.card import DecoderCard, EncoderCard, ModelCard
+from wsi_mmm.model.checkpoint import build_model, load_model
+from wsi_mmm.outputs.exports import write_features
+from wsi_mmm.training import fewshot
+from wsi_mmm.training.fewshot import KINDS, Labelled, Linear
+from wsi_mmm.training.fewshot_data import embedded, slides_by_table, tiles_by_regions
+from wsi_mmm.training.fewshot_run import learn, predict
+
+FACTS = {"encoder": "small", "model_hash": "h", "mpp": 0.5, "patch_size": 64, "patch_size_level0": 128}
+
+
+def planted(n: int, classes: int = 3, seed: int = 0) -> Labelled:
+    """Vectors of 16 values scattered round a centre per class, ten groups that hold every class."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n, dtype=np.int32) % classes
+    centres = np.random.default_rng(99).normal(size=(classes, 16)) * 2
+    vectors = (centres[labels] + rng.normal(size=(n, 16))).astype(np.float32)
+    return Labelled(vectors, labels, [f"g{i // classes % 10}" for i in range(n)], tuple("abc"[:classes]))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_head_learns_and_survives_its_files(kind: str, classes: int, tmp_path: Path) -> None:
+    """It tells planted classes apart on vectors it has not seen, and says the same after saving and loading."""
+    head, figures = fewshot.fit(kind, planted(120, classes))
+    fresh = planted(60, classes, seed=1)
+    chance = head.probabilities(fresh.vectors)
+    assert chance.shape == (60, classes) and np.allclose(chance.sum(axis=1), 1)
+    assert (chance.argmax(axis=1) == fresh.labels).mean() > 0.9
+    assert figures["folds"] == 5 and figures["balanced_accuracy"] > 0.85 and figures["auroc"] > 0.9
+    fewshot.save(tmp_path, head, {"classes": list(fresh.classes)})
+    again, facts = fewshot.load(tmp_path)
+    assert facts["kind"] == kind and np.allclose(again.probabilities(fresh.vectors), chance, atol=1e-6)
+
+
+def test_noise_is_said_to_be_noise() -> None:
+    """Labels that have nothing to do with the vectors get a balanced accuracy near chance: folds do not leak."""
+    data = planted(300, 2)
+    noise = Labelled(data.vectors, np.random.default_rng(5).integers(0, 2, 300, np.int32), data.groups, data.classes)
+    assert abs(fewshot.fit("linear", noise)[1]["balanced_accuracy"] - 0.5) < 0.12
+
+
+def test_what_cannot_be_learnt_is_one_line() -> None:
+    """A class without examples, and a head that does not exist, are named."""
+    data = planted(30, 2)
+    with pytest.raises(InputError, match="without any: c"):
+        fewshot.fit("linear", Labelled(data.vectors, data.labels, data.groups, ("a", "b", "c")))
+    with pytest.raises(RecipeError, match="linear, knn, gbm"):
+        fewshot.fit("svm", data)
+    assert fewshot.fit("linear", Labelled(data.vectors, data.labels, ["g"] * 30, ("a", "b")))[1]["folds"] == 0
+
+
+def test_a_linear_head_says_the_same_behind_its_encoder(tmp_path: Path) -> None:
+    """Put into a model, saved and loaded, its probabilities are those of the head on the encoder's vectors."""
+    card = ModelCard(
+        name="small", encoder=EncoderCard(name="resnet18", args={"channels": [8, 8, 16, 16]}),
+        decoder=DecoderCard(bottleneck=0, widths=()), mpp=0.5, tile_size=64, overlap=0,
+        mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model(card).eval()
+    pixels = torch.randint(0, 256, (6, 64, 64, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        vectors = model.features(model.prepare(pixels)).numpy()
+    rng = np.random.default_rng(0)
+    head = Linear(rng.normal(size=(2, 16)).astype(np.float32), np.array([0.1, -0.1], np.float32))
+    fewshot.save_with_head(model, head, tmp_path, name="grade", classes=("low", "high"))
+    loaded = load_model(tmp_path)
+    with torch.inference_mode():
+        logits = loaded(loaded.prepare(pixels), ["grade"])["grade"]
+    assert np.allclose(torch.softmax(logits, 1).numpy(), head.probabilities(vectors), atol=1e-4)
+    with pytest.raises(ModelError, match="has a task 'grade' already"):
+        fewshot.with_head(loaded, head, "grade", ("low", "high"))
+    with pytest.raises(ModelError, match="the encoder gives 16"):
+        fewshot.with_head(loaded, Linear(np.zeros((2, 8), np.float32), head.bias), "other", ("low", "high"))
+
+
+def _slides(folder: Path, count: int) -> None:
+    """Slides of 40 tiles, left half of class a, right half of class b, with a GeoJSON that says so."""
+    (folder / "ann").mkdir()
+    for n in range(count):
+        data = planted(40, 2, seed=n)
+        x = np.where(data.labels == 0, 0, 6400) + np.arange(40) // 2 % 10 * 128
+        coords = np.stack([x, np.arange(40) // 20 * 128], axis=1)
+        write_features(str(folder / "emb" / f"s{n}" / "features.zarr"), data.vectors, coords, FACTS)
+        square = [[[x0, 0], [x0 + 6400, 0], [x0 + 6400, 9000], [x0, 9000], [x0, 0]] for x0 in (0, 6400)]
+        features = [
+            {
+                "type": "Feature",
+                "geometry": {"type": "Polygon", "coordinates": [ring]},
+                "properties": {"classification": {"name": name}},
+            }
+            for ring, name in zip(square, ("a", "b"), strict=True)
+        ]
+        text = json.dumps({"type": "FeatureCollection", "features": features})
+        (folder / "ann" / f"s{n}.geojson").write_text(text)
+
+
+def test_tiles_learn_from_regions_and_speak_of_slides(tmp_path: Path) -> None:
+    """From a folder of features and one of annotations to a head, and from the head to a table per slide."""
+    _slides(tmp_path, 3)
+    found = learn(str(tmp_path / "emb"), str(tmp_path / "ann"), tmp_path / "head", head="knn")
+    assert found[0].figures["balanced_accuracy"] > 0.85
+    assert found[0].figures["judged_on"] == "slides not learnt from" and found[0].figures["examples"] == 120
+    said = predict(str(tmp_path / "emb"), tmp_path / "head", str(tmp_path / "out"))
+    assert [s.slide for s in said] == ["s0", "s1", "s2"] and Path(said[0].table).is_file()
+    one = tiles_by_regions(str(tmp_path / "emb"), str(tmp_path / "ann"), classes=["b"])[0]
+    assert len(one.labels) == 60
+
+
+def test_features_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    """A head speaks only of features made as those it was fitted on; so do slides that are learnt from together."""
+    _slides(tmp_path, 2)
+    learn(str(tmp_path / "emb"), str(tmp_path / "ann"), tmp_path / "head", head="knn")
+    other = {**FACTS, "model_hash": "another"}
+    write_features(str(tmp_path / "emb" / "s2" / "features.zarr"), planted(4).vectors, np.zeros((4, 2), int), other)
+    with pytest.raises(InputError, match="s2 was embedded with model_hash another"):
+        predict(str(tmp_path / "emb"), tmp_path / "head", str(tmp_path / "out"))
+    (tmp_path / "ann" / "s2.geojson").write_text((tmp_path / "ann" / "s1.geojson").read_text())
+    with pytest.raises(InputError, match="embed them alike"):
+        tiles_by_regions(str(tmp_path / "emb"), str(tmp_path / "ann"))
+
+
+def test_slides_learn_from_a_table(tmp_path: Path) -> None:
+    """Mean vectors by slide, patients as groups, rows without a label left out; what is wrong is named with its row."""
+    for n in range(8):
+        vectors = planted(10, seed=n).vectors + (3 if n % 2 else 0)
+        write_features(str(tmp_path / f"s{n}" / "features.zarr"), vectors, np.zeros((10, 2), int), FACTS)
+    rows = [f"s{n},{'high' if n % 2 else 'low'},p{n}" for n in range(7)] + ["s7,,p7"]
+    table = tmp_path / "labels.csv"
+    table.write_text("slide,label,patient\n" + "\n".join(rows) + "\n")
+    data, facts = slides_by_table(str(tmp_path), str(table))
+    assert data.classes == ("high", "low") and data.labels.tolist() == [1, 0, 1, 0, 1, 0, 1]
+    assert data.groups[3] == "p3" and facts["mpp"] == 0.5
+    table.write_text("slide,label\ns0,low\nnone,high\n")
+    with pytest.raises(ManifestError, match="row 3: no slide 'none'"):
+        slides_by_table(str(tmp_path), str(table))
+    with pytest.raises(ManifestError, match="no column 'grade'"):
+        slides_by_table(str(tmp_path), str(table), column="grade")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="wsi-mmm embed makes them"):
+        embedded(str(tmp_path / "empty"))

@@ -1,0 +1,317 @@
+"""What a training is asked to do: typed, checked before anything is read, with a JSON schema for editors."""
+
+from __future__ import annotations
+
+import colorsys
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from wsi_mmm.errors import RecipeError
+from wsi_mmm.model.card import (
+    BagCard,
+    Color,
+    DecoderCard,
+    EncoderCard,
+    ModelCard,
+    NeckCard,
+    SqueezerCard,
+    TaskCard,
+)
+from wsi_mmm.tasks.pixel_kinds import PIXEL_KINDS
+from wsi_mmm.tasks.tile_kinds import TILE_KINDS
+from wsi_mmm.training.colour import Augment
+from wsi_mmm.training.data.entries import DataEntry
+from wsi_mmm.training.data.entry import Part
+from wsi_mmm.training.optim import OptimPlan
+from wsi_mmm.training.policy import Policy
+from wsi_mmm.training.strategies import StrategyPlan
+from wsi_mmm.training.warp import Change
+from wsi_mmm.types import TaskInfo
+
+BAGS = ("bags", "tile-bags")
+"""Kinds of data whose items are bags."""
+
+
+class EncoderPart(EncoderCard):
+    """A timm encoder. ``weights``: "random", "pretrained" (timm's own, or of an ``hf-hub:`` id), or a .safetensors."""
+
+    weights: str = "random"
+
+
+class ModelPart(Part):
+    """The model to train; as in a model card.
+
+    ``start``: a model folder (or "default") whose weights, as far as names and shapes agree, are begun with: encoder,
+    decoder and heads of the same name. ``mean``, ``std``: None takes those of the encoder's weights.
+    """
+
+    name: str = "model"
+    mpp: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    tile_size: int = Field(default=256, gt=0, multiple_of=32)
+    overlap: int = Field(default=32, ge=0)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    encoder: EncoderPart = EncoderPart(name="resnet18d")
+    squeezer: SqueezerCard = SqueezerCard()
+    decoder: DecoderCard = DecoderCard()
+    neck: NeckCard = NeckCard()
+    bag: BagCard = BagCard()
+    start: str | None = None
+    licence: str = ""
+    limits: str = ""
+
+    @model_validator(mode="after")
+    def _inside(self) -> ModelPart:
+        if self.overlap >= self.tile_size:
+            raise ValueError(
+                f"overlap is {self.overlap} px of tiles of {self.tile_size}: give less than the tile's side"
+            )
+        return self
+
+
+class TaskPart(Part):
+    """A task. ``scope`` "bag" lets a tile kind answer for a whole slide. ``weight`` of its loss. ``colors``: chosen
+    when not given."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
+    kind: str
+    classes: tuple[str, ...] = Field(min_length=1)
+    colors: tuple[Color, ...] | None = None
+    params: dict[str, int | float] = Field(default_factory=dict)
+    scope: Literal["tile", "bag"] = "tile"
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        known = sorted({*PIXEL_KINDS, *TILE_KINDS})
+        if kind not in known:
+            raise ValueError(f"there is no kind '{kind}'; known: {', '.join(known)}")
+        return kind
+
+
+class SplitPart(Part):
+    """How items are shared out: by group (patient or slide), stratified, drawn by ``seed``.
+
+    ``val``, ``test``: shares; the test items are never read in training. ``folds`` > 0: k-fold instead of shares, of
+    which ``fold`` is held out (beside ``test``). ``pictures``: before learning, read every picture once and refuse
+    equal ones on two sides.
+    """
+
+    val: float = Field(default=0.2, ge=0, lt=1)
+    test: float = Field(default=0.0, ge=0, lt=1)
+    folds: int = Field(default=0, ge=0)
+    fold: int = Field(default=0, ge=0)
+    seed: int = 0
+    pictures: bool = False
+
+
+class SamplingPart(Part):
+    """Which data a step looks at; see `training.policy`. ``fraction`` of the training items, for runs on less data;
+    ``fraction_of``: the data sets that it holds for (none named: all)."""
+
+    policy: Policy = "balanced"
+    temperature: float = Field(default=2.0, gt=0)
+    rounds: int = Field(default=1, ge=1)
+    class_balance: bool = False
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    fraction_of: tuple[str, ...] = ()
+
+
+class ValidationPart(Part):
+    """``every``: steps (0: only at the end). ``best``: "task.metric" by which the model is chosen: that of the best
+    validation ("": that of the last step); ``lower``: the lower the better. ``patience``: validations without a better
+    one until training stops (0: never). ``items``: at most so many per data set (0: all), the same ones each time."""
+
+    every: int = Field(default=0, ge=0)
+    best: str = ""
+    lower: bool = False
+    patience: int = Field(default=0, ge=0)
+    items: int = Field(default=512, ge=0)
+
+
+class CheckpointPart(Part):
+    """``every``: steps (0: only at the end); ``keep``: how many besides the best one. ``folder``: a folder or an
+    ``s3://`` prefix ("": below ``out``)."""
+
+    every: int = Field(default=500, ge=0)
+    keep: int = Field(default=2, ge=1)
+    folder: str = ""
+
+
+class TrackingPart(Part):
+    """Where figures go. ``wandb`` and ``mlflow``: project or experiment names, which need their packages.
+
+    ``images`` True also writes a few augmented training pictures of the first step: to TensorBoard only, which stays on
+    this machine.
+    """
+
+    tensorboard: bool = True
+    wandb: str = ""
+    mlflow: str = ""
+    images: bool = False
+
+
+class TrainConfig(Part):
+    """A training. ``out``: folder of the model, of checkpoints and of logs; ``threads``: readers."""
+
+    out: str = Field(default="runs/model", min_length=1)
+    seed: int = 0
+    steps: int = Field(default=1000, ge=1)
+    device: str = "auto"
+    threads: int = Field(default=2, ge=0)
+    model: ModelPart = ModelPart()
+    task: tuple[TaskPart, ...] = Field(min_length=1)
+    data: tuple[DataEntry, ...] = Field(min_length=1)
+    split: SplitPart = SplitPart()
+    sampling: SamplingPart = SamplingPart()
+    optim: OptimPlan = OptimPlan()
+    strategy: StrategyPlan = StrategyPlan()
+    change: Change = Change()
+    augment: Augment = Augment()
+    not_finite: Literal["error", "skip"] = "error"
+    validation: ValidationPart = ValidationPart()
+    checkpoint: CheckpointPart = CheckpointPart()
+    tracking: TrackingPart = TrackingPart()
+
+    @model_validator(mode="after")
+    def _agree(self) -> TrainConfig:
+        _unique("task", [task.name for task in self.task])
+        _unique("data", [entry.name for entry in self.data])
+        known = [task.name for task in self.task]
+        for entry in self.data:
+            _check_tasks(entry, self.task)
+        idle = sorted(set(known) - {name for entry in self.data for name in entry.tasks})
+        if idle:
+            raise ValueError(f"no data is of task '{idle[0]}': add some, or take the task out")
+        best = self.validation.best
+        if best and (best.partition(".")[0] not in known or not best.partition(".")[2]):
+            raise ValueError(f"validation.best is '{best}': give task.metric; tasks are: {', '.join(known)}")
+        if self.validation.patience and not best:
+            raise ValueError("validation.patience wants a figure to go by: give validation.best")
+        sets = [entry.name for entry in self.data]
+        for name in self.sampling.fraction_of:
+            if name not in sets:
+                raise ValueError(f"sampling.fraction_of names '{name}'; data sets are: {', '.join(sets)}")
+        return self
+
+    def task_cards(self) -> tuple[TaskCard, ...]:
+        """The tasks as a model card lists them. RecipeError when one has classes or parameters that do not fit."""
+        return tuple(task_card(part) for part in self.task)
+
+
+def _check_tasks(entry: DataEntry, tasks: Sequence[TaskPart]) -> None:
+    """Every task of a data set exists, and answers for what its items are: tiles, or bags of them."""
+    scopes = {task.name: task.scope for task in tasks}
+    wanted = "bag" if entry.kind in BAGS else "tile"
+    for name in entry.tasks:
+        if name not in scopes:
+            raise ValueError(f"data '{entry.name}' is of task '{name}'; tasks are: {', '.join(scopes)}")
+        if scopes[name] != wanted:
+            fix = 'set its scope to "bag"' if wanted == "bag" else f"give it data of kind {' or '.join(BAGS)}"
+            raise ValueError(f"data '{entry.name}' holds {wanted}s, task '{name}' is of scope {scopes[name]!r}: {fix}")
+
+
+def _unique(what: str, names: Sequence[str]) -> None:
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"two [[{what}]] are called '{twice[0]}'")
+
+
+def task_card(part: TaskPart) -> TaskCard:
+    """``part`` with its head, outputs and colours."""
+    colors = part.colors or tuple(_colour(i, len(part.classes)) for i in range(len(part.classes)))
+    info = TaskInfo(part.name, part.kind, part.classes, colors)
+    if part.kind in TILE_KINDS:
+        head: str = "bag" if part.scope == "bag" else "vector"
+        outputs = TILE_KINDS[part.kind](info, part.params, part.scope).channels
+    elif part.scope == "bag":
+        raise RecipeError(f"task '{part.name}': '{part.kind}' answers for pixels, not for bags")
+    else:
+        head, build = PIXEL_KINDS[part.kind]
+        outputs = build(info, part.params).channels
+    facts = {"name": part.name, "kind": part.kind, "head": head, "outputs": outputs, "classes": part.classes}
+    return TaskCard.model_validate({**facts, "colors": colors, "params": dict(part.params)})
+
+
+def _colour(number: int, count: int) -> Color:
+    """Hues spread over the circle."""
+    red, green, blue = colorsys.hsv_to_rgb(number / max(count, 1), 0.75, 0.85)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def model_card(config: TrainConfig, mean: tuple[float, float, float], std: tuple[float, float, float]) -> ModelCard:
+    """The card of the model to be trained; ``mean`` and ``std`` where the configuration leaves them to the encoder."""
+    part = config.model
+    encoder = EncoderCard.model_validate(part.encoder.model_dump(exclude={"weights"}))
+    return ModelCard(
+        name=part.name, encoder=encoder, squeezer=part.squeezer, decoder=part.decoder, neck=part.neck, bag=part.bag,
+        mpp=part.mpp, tile_size=part.tile_size, overlap=part.overlap, mean=part.mean or mean, std=part.std or std,
+        tasks=config.task_cards(), licence=part.licence, limits=part.limits,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- from words
+
+
+def parse(raw: Mapping[str, Any], settings: Sequence[str] = (), source: str = "configuration") -> TrainConfig:
+    """A configuration from a parsed file and ``key=value`` settings on top. RecipeError names the first thing wrong."""
+    whole = json.loads(json.dumps(raw, default=str))
+    for setting in settings:
+        _put(whole, setting)
+    try:
+        return TrainConfig.model_validate(whole)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in [".".join(str(part) for part in first["loc"])] if part)
+        text = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{source}: {where}{text[0].lower() + text[1:]}") from error
+
+
+_WORDS = dict.fromkeys(
+    ("extra_forbidden", "unexpected_keyword_argument"), "there is no such option; wsi-mmm train --schema lists them"
+)
+
+
+def _put(whole: dict[str, Any], setting: str) -> None:
+    """``a.b=value`` -> whole["a"]["b"] = value; items of lists by their number or their name: ``data.crc.batch=4``."""
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {setting}: give key=value, such as optim.rate=1e-3")
+    place: Any = whole
+    *path, last = key.strip().split(".")
+    for name in path:
+        place = _inside(place, name, setting)
+    if isinstance(place, list):
+        raise RecipeError(f"--set {setting}: name a field after the item, such as {key}.batch=4")
+    if not isinstance(place, dict):
+        raise RecipeError(f"--set {setting}: there is nothing below '{'.'.join(path)}'")
+    place[last] = _value(text.strip())
+
+
+def _inside(place: Any, name: str, setting: str) -> Any:
+    if isinstance(place, dict):
+        return place.setdefault(name, {})
+    if isinstance(place, list):
+        for number, item in enumerate(place):
+            if name == str(number) or (isinstance(item, dict) and item.get("name") == name):
+                return item
+    raise RecipeError(f"--set {setting}: there is no '{name}'")
+
+
+def _value(text: str) -> Any:
+    """A TOML value, or the text as it is."""
+    import tomllib
+
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a training file, for editors."""
+    return TrainConfig.model_json_schema()

@@ -1,0 +1,270 @@
+"""Bags: slides as sets of feature vectors that `embed` wrote, or as sets of tissue tiles for learning end to end."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wsi_mmm.cache import Entry
+from wsi_mmm.errors import InputError, StorageError, WsiError
+from wsi_mmm.outputs.exports import Features, read_features
+from wsi_mmm.slides import store
+from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tiles.grid import tile_xy
+from wsi_mmm.tiles.places import read_places
+from wsi_mmm.training.data.base import Index, Sample
+from wsi_mmm.training.data.pool import SlidePool
+from wsi_mmm.training.data.slides import Places, SlideItem, check_ids, tissue_places
+from wsi_mmm.training.data.tables import SlideTable
+from wsi_mmm.types import I32, I64, Grid, Tiles
+
+UNKNOWN = -1
+_OPENING = 4  # slides looked at together
+
+
+@dataclass(frozen=True, slots=True)
+class BagItem:
+    """The features of a slide and what is known of it. ``uri``: a features.zarr, an .h5 as `wsi-mmm export`, TRIDENT
+    and CLAM write it, or, where ``grid`` is given, an entry of the feature cache of that grid. ``label``: what
+    balancing goes by; ``group``: its patient ("": the slide by itself)."""
+
+    id: str
+    uri: str
+    group: str = ""
+    truths: Mapping[str, Truth] = field(default_factory=dict)
+    label: int = UNKNOWN
+    grid: Grid | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How instances of a bag are drawn: at most ``most`` (0: all), without replacement, by ``seed``. Every slide is
+    ``times`` items, each drawn anew: the same item always holds the same instances."""
+
+    most: int = 0
+    times: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.most < 0 or self.times < 1:
+            raise InputError(f"bags of at most {self.most}, {self.times} times a slide: give 0 or more, and 1 or more")
+
+    def chosen(self, count: int, slide: int, time: int) -> I64:
+        """Which of ``count`` instances, ascending."""
+        if not self.most or count <= self.most:
+            return np.arange(count)
+        rng = np.random.default_rng([self.seed, slide, time])
+        return np.sort(rng.permutation(count)[: self.most])
+
+
+@dataclass(frozen=True)
+class FeatureBags:
+    """A Source of bags of vectors float32[k, D] with level-0 ``xy``; all bags have ``width`` D."""
+
+    name: str
+    tasks: tuple[str, ...]
+    index: Index
+    items: Sequence[BagItem]
+    draws: Draws
+    width: int
+
+    def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
+        """These bags; ``size`` is not looked at. InputError when vectors are of another length than those of the first
+        bag: then they come from another encoder."""
+        return [self._read(number) for number in numbers]
+
+    def _read(self, number: int) -> Sample:
+        slide, time = divmod(number, self.draws.times)
+        item, key = self.items[slide], self.index.keys[number]
+        try:
+            found = read_item(item)
+        except WsiError as error:
+            return Sample(key, failed=str(error))
+        if found.vectors.shape[1] != self.width:
+            text = f"holds vectors of {found.vectors.shape[1]}, {self.items[0].id} of {self.width}"
+            raise InputError(f"data '{self.name}': {item.id} {text}: embed all slides with one encoder")
+        if not len(found.vectors):
+            return Sample(key, failed=f"{item.id}: no tile has features")
+        some = self.draws.chosen(len(found.vectors), slide, time)
+        vectors = np.ascontiguousarray(found.vectors[some], np.float32)
+        return Sample(key, vectors=vectors, xy=found.coords[some], truths=item.truths)
+
+
+def feature_bags(name: str, items: Sequence[BagItem], draws: Draws = Draws()) -> FeatureBags:
+    """Bags of these slides. The first is read for the length of its vectors. Raises InputError, StorageError."""
+    check_ids(name, [item.id for item in items])
+    if not items:
+        raise InputError(f"data '{name}': no slide with features: run wsi-mmm embed first")
+    width = read_item(items[0]).vectors.shape[1]
+    return FeatureBags(name, _tasks(items), _index(items, draws.times), tuple(items), draws, width)
+
+
+def bags_of_table(table: SlideTable, pattern: str, *, labels: I32 | None = None, needed: bool = True) -> list[BagItem]:
+    """A bag per row; ``pattern`` names its features with {slide}, such as "out/{slide}/features.zarr". A slide without
+    them is an InputError, or left out unless ``needed``."""
+    found = []
+    for row, slide in enumerate(table.slides):
+        uri = pattern.replace("{slide}", slide)
+        if store.exists(uri):
+            label = int(labels[row]) if labels is not None else UNKNOWN
+            found.append(BagItem(slide, uri, table.groups[row], table.of(row), label))
+        elif needed:
+            raise InputError(f"slide {slide!r} has no features at {store.redact(uri)}: run wsi-mmm embed on it")
+    return found
+
+
+def _tasks(items: Sequence[BagItem] | Sequence[SlideItem]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(task for item in items for task in item.truths))
+
+
+def _index(items: Sequence[BagItem] | Sequence[SlideItem], times: int) -> Index:
+    keys = [item.id if times == 1 else f"{item.id}#{time}" for item in items for time in range(times)]
+    groups = [item.group or item.id for item in items for _ in range(times)]
+    return Index(keys, groups, np.repeat(np.array([item.label for item in items], np.int32), times))
+
+
+# ---------------------------------------------------------------- files of features
+
+
+def read_item(item: BagItem) -> Features:
+    """All vectors of a slide. Raises StorageError, SlideNotFound."""
+    if item.grid is not None:
+        return entry_features(item.uri, item.grid)
+    if item.uri.lower().endswith((".h5", ".hdf5")):
+        return read_h5(item.uri)
+    return _without_failed(
+        read_features(item.uri), store.join(item.uri.rstrip("/").rpartition("/")[0], "tiles.parquet")
+    )
+
+
+def _without_failed(features: Features, tiles: str) -> Features:
+    """``features`` less those of tiles that the run's table lists as failed: these were computed on white px."""
+    if not store.exists(tiles):
+        return features
+    try:
+        table = pq.read_table(io.BytesIO(store.read_bytes(tiles)), columns=["x", "y", "failed"])
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StorageError(f"{store.redact(tiles)} cannot be read ({error}): run wsi-mmm embed again") from error
+    rows = zip(*(table[name].to_pylist() for name in ("x", "y", "failed")), strict=True)
+    failed = {(x, y) for x, y, bad in rows if bad}
+    good = np.array([tuple(place) not in failed for place in features.coords.tolist()], bool)
+    return Features(features.vectors[good], features.coords[good], features.attributes)
+
+
+def read_h5(uri: str) -> Features:
+    """``features`` [n, D] (or [1, n, D], as some tools write) and ``coords`` [n, 2] of an HDF5 file."""
+    name = store.redact(uri)
+    try:
+        with h5py.File(io.BytesIO(store.read_bytes(uri)), "r") as file:
+            vectors = np.asarray(file["features"], np.float32)
+            coords = np.asarray(file["coords"], np.int64)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise StorageError(f"{name} is no HDF5 file of features and coords ({error}): export it again") from error
+    vectors, coords = vectors.reshape(-1, vectors.shape[-1]), coords.reshape(-1, coords.shape[-1])[:, :2]
+    if len(vectors) != len(coords):
+        raise StorageError(f"{name} holds {len(vectors)} features and {len(coords)} coords: export it again")
+    return Features(vectors, coords, {})
+
+
+def entry_features(uri: str, grid: Grid) -> Features:
+    """The vectors of an entry of the feature cache whose tiles are those of ``grid``: of the blocks that have a
+    receipt, without tiles that could not be read."""
+    entry = Entry(uri, grid.rows, grid.columns, 1)
+    array = entry.existing("features")
+    if array.shape[:2] != (grid.rows, grid.columns):
+        text = f"{array.shape[0]} x {array.shape[1]} tiles, the grid has {grid.rows} x {grid.columns}"
+        raise StorageError(
+            f"the cache entry at {store.redact(uri)} has {text}: give the mpp, tile and overlap of its run"
+        )
+    index, failed = _receipts(uri)
+    xy = tile_xy(grid, index)
+    good = np.array([tuple(place) not in failed for place in xy.tolist()], bool)
+    dense = np.asarray(array[:])
+    vectors = dense[index[good, 0], index[good, 1]].astype(np.float32)
+    return Features(vectors, xy[good], {})
+
+
+def _receipts(uri: str) -> tuple[I64, set[tuple[int, int]]]:
+    """Tiles int64[n, 2] (row, column), row-major, and level-0 (x, y) of those that could not be read."""
+    packed, failed = [], set()
+    for place in store.list_uris(store.join(uri, "receipts")):
+        try:
+            receipt = json.loads(store.read_bytes(place))
+            packed.append(np.frombuffer(bytes.fromhex(receipt["tiles"]), np.int32).reshape(-1, 2))
+            failed |= {(int(x), int(y)) for x, y, *_ in receipt.get("failed") or ()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{store.redact(place)} is damaged ({error}): run wsi-mmm embed again") from error
+    every = np.concatenate(packed).astype(np.int64) if packed else np.zeros((0, 2), np.int64)
+    return every[np.lexsort((every[:, 1], every[:, 0]))], failed
+
+
+# ---------------------------------------------------------------- tiles
+
+
+@dataclass(frozen=True)
+class TileBags:
+    """A Source of bags of tissue tiles: pixels uint8[k, size, size, 3] with level-0 ``xy``. ``corners`` by slide:
+    int64[n, 2] target px of the tiles of ``tile`` px to draw from; ``scales``: level-0 px per target px."""
+
+    name: str
+    tasks: tuple[str, ...]
+    index: Index
+    items: Sequence[SlideItem]
+    draws: Draws
+    tile: int
+    corners: Sequence[I64]
+    scales: Sequence[tuple[float, float]]
+    pool: SlidePool
+
+    def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
+        """Squares of ``size`` px round the middles of the drawn tiles. Tiles that cannot be read are left out; a bag of
+        which none can be is failed."""
+        return [self._read(number, size) for number in numbers]
+
+    def _read(self, number: int, size: int) -> Sample:
+        slide, time = divmod(number, self.draws.times)
+        item, key = self.items[slide], self.index.keys[number]
+        some = self.draws.chosen(len(self.corners[slide]), slide, time)
+        xy = self.corners[slide][some] + (self.tile - size) // 2
+        tiles = Tiles(xy, size, *self.scales[slide])
+        try:
+            with self.pool.reader(item.uri, item.mpp, tiles) as reader:
+                pixels, failed = read_places(reader, tiles)
+        except WsiError as error:
+            return Sample(key, failed=str(error))
+        if failed.all():
+            return Sample(key, failed=f"{item.id}: none of its {len(xy)} tiles can be decoded")
+        places = np.floor(xy[~failed] * self.scales[slide] + 0.5).astype(np.int64)
+        return Sample(key, pixels=pixels[~failed], xy=places, truths=item.truths)
+
+
+def tile_bags(
+    name: str, items: Sequence[SlideItem], places: Places, draws: Draws, *, pool: SlidePool | None = None
+) -> TileBags:
+    """Bags of ``draws.most`` tissue tiles of each slide. Raises InputError for a slide without tissue, and what opening
+    slides raises."""
+    check_ids(name, [item.id for item in items])
+    if not draws.most:
+        raise InputError(f"data '{name}': say how many tiles a bag holds (most), a whole slide fits no memory")
+    pool = pool or SlidePool()
+
+    def look(item: SlideItem) -> tuple[I64, tuple[float, float]]:
+        with pool.slide(item.uri, item.mpp) as slide:
+            corners = tissue_places(slide, places)
+            if not len(corners):
+                raise InputError(f"data '{name}': {item.id} has no tile with tissue: lower min_tissue, or leave it out")
+            return corners, slide.scale(places.mpp)
+
+    with ThreadPoolExecutor(_OPENING, thread_name_prefix="wsi-mmm-prepare") as threads:
+        found = list(threads.map(look, items))
+    corners, scales = [one for one, _ in found], [scale for _, scale in found]
+    index = _index(items, draws.times)
+    return TileBags(name, _tasks(items), index, tuple(items), draws, places.tile, corners, scales, pool)

@@ -1,0 +1,139 @@
+"""COCO files: pictures with boxes or instance outlines, as many annotation tools write them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from wsi_mmm.errors import InputError, MissingPackage
+from wsi_mmm.slides import store
+from wsi_mmm.tasks.truth import Boxes, Truth
+from wsi_mmm.training.data.base import Index
+from wsi_mmm.training.data.images import MAX_PX, Origin, Pictures, read_image
+from wsi_mmm.types import I32
+
+
+def coco(
+    origin: Origin,
+    images: str,
+    annotations: str,
+    *,
+    task: str,
+    kind: str,
+    classes: Sequence[str],
+    categories: Mapping[str, str] | None = None,
+) -> Pictures:
+    """Pictures listed in a COCO JSON, for `detect` (boxes) or `instances` (outlines; all classes as one).
+
+    ``categories``: COCO category -> class ("": left out); None: those of equal name. Crowd regions are unknown areas.
+    InputError names a category that is no class, or what is wrong with the file.
+    """
+    root = _parsed(annotations)
+    numbers = _categories(origin.name, root, classes, categories or {})
+    pictures = [p for p in root["images"] if isinstance(p, dict)]
+    by_picture: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for one in root["annotations"]:
+        if numbers.get(one.get("category_id"), -2) != -2:
+            by_picture[one.get("image_id")].append(one)
+    keys = [_inside(str(p.get("file_name")), annotations) for p in pictures]
+    found = [by_picture[p.get("id")] for p in pictures]
+    labels = [_commonest(numbers, some) for some in found]
+
+    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+        return {task: boxes(found[n], numbers, shape) if kind == "detect" else outlines(found[n], shape)}
+
+    index = Index(keys, origin.groups(keys), np.array(labels, np.int32))
+    return Pictures(
+        origin.name, (task,), index, lambda n: read_image(store.join(images, keys[n])), truths, origin.factor
+    )
+
+
+def boxes(found: Sequence[Mapping[str, Any]], numbers: Mapping[Any, int], shape: tuple[int, int]) -> Boxes:
+    """``bbox`` (x, y, width, height) of each annotation as Boxes; crowds get -1."""
+    try:
+        corners = np.array([[float(v) for v in one["bbox"]] for one in found], np.float32).reshape(-1, 4)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"an annotation has no bbox of four numbers ({error})") from error
+    corners[:, 2:] += corners[:, :2]
+    labels = [-1 if one.get("iscrowd") else numbers[one["category_id"]] for one in found]
+    return Boxes(corners, np.array(labels, np.int32), *shape)
+
+
+def outlines(found: Sequence[Mapping[str, Any]], shape: tuple[int, int]) -> I32:
+    """``segmentation`` (polygons or RLE) of each annotation as int32[h, w], numbered from 1; crowds are -1."""
+    tools = _tools()
+    out = np.zeros(shape, np.int32)
+    for number, one in enumerate(found, start=1):
+        try:
+            drawn = one["segmentation"]
+            if isinstance(drawn, dict) and isinstance(drawn.get("counts"), str | bytes):
+                codes: Any = drawn  # compressed already
+            else:
+                codes = tools.frPyObjects(drawn, *shape)
+            mask = tools.decode(tools.merge(codes) if isinstance(codes, list) else codes)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise InputError(f"annotation {one.get('id')} has an outline that cannot be drawn ({error})") from error
+        if mask.shape != shape:
+            raise InputError(f"annotation {one.get('id')} is an outline of another size than its picture")
+        out[mask.astype(bool)] = -1 if one.get("iscrowd") else number
+    return out
+
+
+def _tools() -> Any:
+    try:
+        return importlib.import_module("pycocotools.mask")
+    except ImportError as error:
+        raise MissingPackage("COCO outlines need pycocotools: pip install 'wsi-mmm[coco]'") from error
+
+
+def _parsed(uri: str) -> dict[str, Any]:
+    try:
+        root = json.loads(store.read_bytes(uri))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{store.redact(uri)} is no JSON ({error})") from error
+    lists = isinstance(root, dict) and all(
+        isinstance(root.get(k), list) for k in ("images", "annotations", "categories")
+    )
+    if not lists:
+        raise InputError(f"{store.redact(uri)} is no COCO file: it needs images, annotations and categories")
+    for picture in root["images"]:
+        if picture.get("width", 0) * picture.get("height", 0) > MAX_PX:
+            raise InputError(f"{store.redact(uri)}: {picture.get('file_name')} is too large for a patch")
+    return dict(root)
+
+
+def _inside(file_name: str, annotations: str) -> str:
+    """The name, unless it would lead out of the folder of pictures."""
+    if file_name.startswith("/") or "://" in file_name or ".." in PurePosixPath(file_name).parts:
+        raise InputError(f"{store.redact(annotations)} names {file_name!r}, which lies outside the folder of pictures")
+    return file_name
+
+
+def _categories(name: str, root: Mapping[str, Any], classes: Sequence[str], given: Mapping[str, str]) -> dict[Any, int]:
+    """Category id -> class index; those left out are absent."""
+    numbers = {}
+    for category in root["categories"]:
+        called = str(category.get("name"))
+        chosen = given.get(called, called)
+        if chosen == "" and called in given:
+            continue
+        if chosen not in classes:
+            raise InputError(
+                f"data '{name}': the COCO category '{called}' is no class; classes are {', '.join(classes)}; "
+                'map it with categories = {...}, to "" to leave it out'
+            )
+        numbers[category.get("id")] = list(classes).index(chosen)
+    return numbers
+
+
+def _commonest(numbers: Mapping[Any, int], found: Sequence[Mapping[str, Any]]) -> int:
+    """The class of most annotations of a picture, by which it is balanced; -1 without any."""
+    if not found:
+        return -1
+    return int(np.bincount([numbers[one["category_id"]] for one in found]).argmax())

@@ -1,0 +1,191 @@
+"""Data sets as a configuration lists them: one typed table per kind, each of which opens its Source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from wsi_mmm.errors import RecipeError
+from wsi_mmm.model.card import TaskCard
+from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.training.data import folders, volumes
+from wsi_mmm.training.data.base import Source
+from wsi_mmm.training.data.coco import coco
+from wsi_mmm.training.data.entry import Entry, Part, Place
+from wsi_mmm.training.data.images import Origin
+from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, Slides, TileBags
+from wsi_mmm.training.data.tables import TableTask, read_table, slide_table
+
+
+class Pictured(Entry):
+    """Folders of pictures. ``mpp`` of the files: they are scaled to the model's (None: taken as they are).
+
+    ``group``: a regular expression with one group that finds the patient or slide in a path.
+    """
+
+    task: str
+    mpp: float | None = Field(default=None, gt=0)
+    group: str | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks it is of."""
+        return (self.task,)
+
+    def origin(self, place: Place) -> Origin:
+        """See `Origin`."""
+        return Origin(self.name, self.group, 1.0 if self.mpp is None else self.mpp / place.mpp)
+
+    def card(self, place: Place, *kinds: str) -> TaskCard:
+        """The card of the task. RecipeError when it is of no kind that this data set is for."""
+        card = place.tasks[self.task]
+        if card.kind not in kinds:
+            raise RecipeError(f"data '{self.name}' is for tasks of kind {' or '.join(kinds)}, not '{card.kind}'")
+        return card
+
+
+class ClassFolders(Pictured):
+    """A folder per class. ``folders`` maps folder names to classes, or to "" to leave them out."""
+
+    kind: Literal["class-folders"]
+    path: str
+    folders: dict[str, str] = Field(default_factory=dict)
+
+    def open(self, place: Place) -> Source:
+        """The source."""
+        classes = self.card(place, "classify").classes
+        return folders.class_folders(
+            self.origin(place), self.path, task=self.task, classes=classes, folders=self.folders
+        )
+
+
+class ImageMasks(Pictured):
+    """Pictures and label images of the same names. ``values``: px value -> class name ("": unknown)."""
+
+    kind: Literal["image-masks"]
+    images: str
+    masks: str
+    values: dict[int, str] | None = None
+
+    def open(self, place: Place) -> Source:
+        """The source."""
+        card = self.card(place, "segment", "multisegment")
+        if card.kind == "multisegment":
+            return folders.image_class_masks(
+                self.origin(place), self.images, self.masks, task=self.task, classes=card.classes
+            )
+        table = None if self.values is None else _numbers(self.name, self.values, card)
+        return folders.image_masks(
+            self.origin(place), self.images, self.masks, task=self.task, values=table, classes=len(card.classes)
+        )
+
+
+class ImageInstances(Pictured):
+    """Pictures and instance images of the same names."""
+
+    kind: Literal["image-instances"]
+    images: str
+    labels: str
+
+    def open(self, place: Place) -> Source:
+        """The source."""
+        self.card(place, "instances")
+        return folders.image_instances(self.origin(place), self.images, self.labels, task=self.task)
+
+
+class Coco(Pictured):
+    """A COCO file. ``categories`` maps its categories to classes, or to "" to leave them out."""
+
+    kind: Literal["coco"]
+    images: str
+    annotations: str
+    categories: dict[str, str] = Field(default_factory=dict)
+
+    def open(self, place: Place) -> Source:
+        """The source."""
+        card = self.card(place, "detect", "instances")
+        return coco(
+            self.origin(place), self.images, self.annotations,
+            task=self.task, kind=card.kind, classes=card.classes, categories=self.categories,
+        )  # fmt: skip
+
+
+class Nifti(Entry):
+    """Slices of NIfTI volumes, and label volumes of the same names. ``window``: values shown black and white."""
+
+    kind: Literal["nifti"]
+    task: str
+    images: str
+    labels: str | None = None
+    axis: int = Field(default=2, ge=0, le=2)
+    values: dict[int, str] | None = None
+    window: tuple[float, float] | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks it is of."""
+        return (self.task,)
+
+    def open(self, place: Place) -> Source:
+        """The source."""
+        card = place.tasks[self.task]
+        return volumes.nifti_slices(
+            self.name, self.images, self.labels, task=self.task, axis=self.axis,
+            values=None if self.values is None else _numbers(self.name, self.values, card),
+            window=volumes.AUTO if self.window is None else volumes.Window(*self.window),
+        )  # fmt: skip
+
+
+class PatientTable(Part):
+    """What is known of patients: a row each, whose name is in column ``patient``. Otherwise as a table of slides."""
+
+    table: str
+    patient: str = "patient"
+    columns: tuple[str, ...]
+    values: dict[str, str] = Field(default_factory=dict)
+    separator: str = ";"
+
+    def truths(self, card: TaskCard) -> dict[str, Truth]:
+        """Patient -> the truth of the task. ManifestError names a wrong row."""
+        task = TableTask(card.name, card.kind, self.columns, card.classes, self.values, self.separator)
+        found = slide_table(read_table(self.table), [task], slide=self.patient)
+        return dict(zip(found.slides, found.truths[card.name], strict=True))
+
+
+class Dicom(Entry):
+    """DICOM files below ``images``, a slice each, grouped by the patient that they name. ``patients``: what is known of
+    these (none: a task without truth). ``window``: values shown black and white (none: as the file says)."""
+
+    kind: Literal["dicom"]
+    task: str
+    images: str
+    patients: PatientTable | None = None
+    window: tuple[float, float] | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks it is of."""
+        return (self.task,)
+
+    def open(self, place: Place) -> Source:
+        """The source."""
+        known = None if self.patients is None else self.patients.truths(place.tasks[self.task])
+        window = volumes.AUTO if self.window is None else volumes.Window(*self.window)
+        label = None if known is None else known.get
+        return volumes.dicom_slices(self.name, self.images, task=self.task, label=label, window=window)
+
+
+def _numbers(name: str, values: Mapping[int, str], card: TaskCard) -> dict[int, int]:
+    """Class names -> class indices, "" -> -1."""
+    for label in values.values():
+        if label and label not in card.classes:
+            raise RecipeError(f"data '{name}': values name '{label}'; classes are {', '.join(card.classes)}")
+    return {value: card.classes.index(label) if label else -1 for value, label in values.items()}
+
+
+DataEntry = Annotated[
+    ClassFolders | ImageMasks | ImageInstances | Coco | Nifti | Dicom | Slides | SlideLabels | TileBags | FeatureBags,
+    Field(discriminator="kind"),
+]

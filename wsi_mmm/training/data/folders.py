@@ -1,0 +1,175 @@
+"""Folders of patches: a folder per class, picture + mask, picture + instances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from wsi_mmm.errors import InputError
+from wsi_mmm.slides import store
+from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.training.data.base import Index
+from wsi_mmm.training.data.images import Origin, Pictures, below, pictures_below, read_image, read_labels
+from wsi_mmm.types import I32
+
+LABEL_ENDINGS = (".png", ".tif", ".tiff", ".npy", ".bmp")
+IGNORE = 255
+"""Px value of a mask that means "unknown" unless ``values`` says otherwise."""
+
+
+def class_folders(
+    origin: Origin,
+    root: str,
+    *,
+    task: str,
+    classes: Sequence[str],
+    folders: Mapping[str, str] | None = None,
+) -> Pictures:
+    """``<root>/<folder>/**/picture``: the folder is the class, or is mapped to one by ``folders`` ("": left out).
+
+    InputError names a folder that is no class, and a class without pictures.
+    """
+    uris, keys, labels = [], [], []
+    for uri in pictures_below(root):
+        key = below(root, uri)
+        folder = key.partition("/")[0]
+        chosen = (folders or {}).get(folder, folder)
+        if chosen == "" and folder in (folders or {}):
+            continue
+        if "/" not in key or chosen not in classes:
+            raise InputError(
+                f"data '{origin.name}': {key} lies in no folder of a class; classes are {', '.join(classes)}; "
+                'map other folders to them with folders = {...}, or to "" to leave them out'
+            )
+        uris.append(uri)
+        keys.append(key)
+        labels.append(list(classes).index(chosen))
+    numbers = np.array(labels, np.int32)
+    bare = [c for i, c in enumerate(classes) if not (numbers == i).any()]
+    if bare:
+        raise InputError(f"data '{origin.name}': no picture of class {bare[0]!r} below {store.redact(root)}")
+    index = Index(keys, origin.groups(keys), numbers)
+    return Pictures(
+        origin.name, (task,), index, lambda n: read_image(uris[n]), lambda n, _: {task: int(numbers[n])}, origin.factor,
+    )  # fmt: skip
+
+
+def image_masks(
+    origin: Origin,
+    images: str,
+    masks: str,
+    *,
+    task: str,
+    values: Mapping[int, int] | None = None,
+    classes: int,
+) -> Pictures:
+    """Pictures below ``images`` with a label image of the same relative path and stem below ``masks``, for `segment`.
+
+    ``values``: px value -> class index (-1: unknown); None: the value is the class, 255 unknown. Values that mean
+    nothing are an error of the picture, not background.
+    """
+    pairs = _pairs(origin, images, masks)
+    table = dict(values) if values is not None else {**{i: i for i in range(classes)}, IGNORE: -1}
+
+    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+        return {task: mapped(_fitting(pairs[n][1], shape), table, pairs[n][1])}
+
+    return _paired(origin, images, pairs, task=task, truths=truths)
+
+
+def image_class_masks(
+    origin: Origin,
+    images: str,
+    masks: str,
+    *,
+    task: str,
+    classes: Sequence[str],
+) -> Pictures:
+    """Pictures below ``images`` and, per class, masks below ``<masks>/<class>``, for `multisegment`: above 0 is 1, 255
+    in a mask that also holds 1 is unknown. A class without a mask of a picture is unknown there."""
+    uris = pictures_below(images)
+    by_class = [_by_stem(store.join(masks, c)) for c in classes]
+    if not any(by_class):
+        raise InputError(
+            f"data '{origin.name}': no masks below {store.redact(masks)}/<class>; classes: {', '.join(classes)}"
+        )
+
+    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+        out = np.full((len(classes), *shape), -1, np.int8)
+        for k, found in enumerate(by_class):
+            uri = found.get(_stem(below(images, uris[n])))
+            if uri is not None:
+                values = _fitting(uri, shape)
+                out[k] = values > 0
+                if ((values > 0) & (values < IGNORE)).any():
+                    out[k][values == IGNORE] = -1
+        return {task: out}
+
+    pairs = [(uri, "") for uri in uris]
+    return _paired(origin, images, pairs, task=task, truths=truths)
+
+
+def image_instances(origin: Origin, images: str, labels: str, *, task: str) -> Pictures:
+    """Pictures below ``images`` with an instance image (0 background, a number per object) below ``labels``."""
+    pairs = _pairs(origin, images, labels)
+
+    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+        return {task: _fitting(pairs[n][1], shape)}
+
+    return _paired(origin, images, pairs, task=task, truths=truths)
+
+
+def mapped(values: I32, table: Mapping[int, int], uri: str) -> I32:
+    """Px values -> class indices. InputError naming a value that ``table`` does not know."""
+    found, where = np.unique(values, return_inverse=True)
+    unknown = sorted(set(found.tolist()) - set(table))
+    if unknown:
+        known = ", ".join(map(str, sorted(table)))
+        raise InputError(f"{store.redact(uri)} holds the value {unknown[0]}, which means nothing; known: {known}")
+    return np.array([table[v] for v in found.tolist()], np.int32)[where].reshape(values.shape)
+
+
+def _paired(
+    origin: Origin,
+    root: str,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    task: str,
+    truths: Callable[[int, tuple[int, int]], Mapping[str, Truth]],
+) -> Pictures:
+    keys = [below(root, image) for image, _ in pairs]
+    index = Index(keys, origin.groups(keys), np.full(len(keys), -1, np.int32))
+    return Pictures(origin.name, (task,), index, lambda n: read_image(pairs[n][0]), truths, origin.factor)
+
+
+def _pairs(origin: Origin, images: str, labels: str) -> list[tuple[str, str]]:
+    """(picture, label image) by path and stem. InputError names a picture without one."""
+    found = _by_stem(labels)
+    pairs = []
+    for uri in pictures_below(images):
+        stem = _stem(below(images, uri))
+        if stem not in found:
+            raise InputError(
+                f"data '{origin.name}': no label image {stem}.png (or .tif, .npy) below {store.redact(labels)}"
+            )
+        pairs.append((uri, found[stem]))
+    return pairs
+
+
+def _by_stem(root: str) -> dict[str, str]:
+    uris = [uri for uri in store.list_uris(root) if uri.lower().endswith(LABEL_ENDINGS)]
+    return {_stem(below(root, uri)): uri for uri in uris}
+
+
+def _stem(key: str) -> str:
+    return str(PurePosixPath(key).with_suffix(""))
+
+
+def _fitting(uri: str, shape: tuple[int, int]) -> I32:
+    values = read_labels(uri)
+    if values.shape != shape:
+        found, wanted = (" x ".join(map(str, side)) for side in (values.shape, shape))
+        raise InputError(f"{store.redact(uri)} is {found} px, its picture {wanted}: save both at one size")
+    return values

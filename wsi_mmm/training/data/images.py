@@ -1,0 +1,180 @@
+"""Picture files -> arrays: pixels and label images, of bounded size, at the model's resolution."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from wsi_mmm.errors import InputError, StorageError, WsiError
+from wsi_mmm.slides import store
+from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.training.data.base import Index, Sample
+from wsi_mmm.types import I32, U8
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+MAX_PX = 1 << 26
+"""Px of a picture above which it is refused: what is larger is a slide, and read as one."""
+
+MAX_SIDE = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What every folder of pictures has: the data set's ``name``; ``group``, a regular expression whose first group,
+    found in the path of a picture, names its patient or slide (None: every picture is by itself); ``factor``: px of
+    the model's resolution per px of the files (their mpp / the model's mpp)."""
+
+    name: str
+    group: str | None = None
+    factor: float = 1.0
+
+    def groups(self, keys: Sequence[str]) -> list[str]:
+        """The group of each key. InputError when the pattern is none, or does not fit a key."""
+        if self.group is None:
+            return list(keys)
+        try:
+            found = [(key, re.search(self.group, key)) for key in keys]
+            misfits = [key for key, match in found if match is None]
+            if misfits:
+                raise InputError(f"data '{self.name}': the group pattern does not fit {misfits[0]}")
+            return [match.group(1) for _, match in found if match]
+        except (re.error, IndexError) as error:
+            text = f"group {self.group!r} is no pattern with one group in brackets ({error})"
+            raise InputError(f"data '{self.name}': {text}") from error
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A Source of whole pictures. ``image``: item -> uint8[h, w, 3]; ``truths``: item, (h, w) -> truth by task.
+
+    Both may raise InputError or StorageError: then the item is a failed sample. ``factor``: px of the model's
+    resolution per px of the file; pixels and truth are resampled by it.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    index: Index
+    image: Callable[[int], U8]
+    truths: Callable[[int, tuple[int, int]], Mapping[str, Truth]]
+    factor: float = 1.0
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+    def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
+        """The pictures, whole; ``size`` is not looked at."""
+        return [self._read(number) for number in numbers]
+
+    def _read(self, number: int) -> Sample:
+        key = self.index.keys[number]
+        try:
+            pixels = self.image(number)
+            truths = self.truths(number, (pixels.shape[0], pixels.shape[1]))
+        except WsiError as error:
+            return Sample(key, failed=str(error))
+        if self.factor != 1.0:
+            pixels = resampled(pixels, self.factor)
+            truths = {task: resampled_truth(truth, self.factor) for task, truth in truths.items()}
+        return Sample(key, pixels, truths=truths)
+
+
+def resampled(pixels: U8, factor: float) -> U8:
+    """Pixels uint8[h, w, 3] scaled by ``factor``: area average down, bilinear up."""
+    size = (max(1, round(pixels.shape[1] * factor)), max(1, round(pixels.shape[0] * factor)))
+    method = Image.Resampling.BOX if factor < 1 else Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(pixels).resize(size, method))
+
+
+def resampled_truth(truth: Truth, factor: float) -> Truth:
+    """Label images int[..., h, w] by nearest neighbour, boxes by arithmetic; what has no place stays as it is."""
+    from wsi_mmm.tasks.truth import Boxes
+
+    if isinstance(truth, Boxes):
+        height, width = (max(1, round(side * factor)) for side in (truth.height, truth.width))
+        by = np.array([width / truth.width, height / truth.height] * 2, np.float32)
+        return Boxes(truth.xyxy * by, truth.labels, height, width)
+    if not isinstance(truth, np.ndarray) or truth.ndim < 2:
+        return truth
+    rows, columns = (_nearest(side, max(1, round(side * factor))) for side in truth.shape[-2:])
+    return np.ascontiguousarray(truth[..., rows[:, None], columns])
+
+
+def _nearest(side: int, wanted: int) -> npt.NDArray[np.int64]:
+    return ((np.arange(wanted) + 0.5) * side / wanted).astype(np.int64)
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_image(uri: str) -> U8:
+    """uint8[h, w, 3]; transparent px are white, 16-bit grey is scaled. InputError: no picture, or too large."""
+    with _opened(uri) as image:
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            whole = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
+        if image.mode.startswith(("I", "F")):
+            values = np.asarray(image, np.float64)
+            return np.repeat(np.clip(values / 257.0, 0, 255).round().astype(np.uint8)[..., None], 3, axis=2)
+        return np.asarray(image.convert("RGB"))
+
+
+def read_labels(uri: str) -> I32:
+    """int32[h, w] from a palette, grey (8, 16, 32 bit) or one-channel picture, or a .npy of integers."""
+    if uri.lower().endswith(".npy"):
+        return _npy(uri)
+    with _opened(uri) as image:
+        if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+            raise InputError(
+                f"{store.redact(uri)} is a label image in {image.mode} colours; save class numbers as grey or palette"
+            )
+        return np.asarray(image).astype(np.int32)
+
+
+def _npy(uri: str) -> I32:
+    try:
+        values = np.load(io.BytesIO(store.read_bytes(uri)), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{store.redact(uri)} is no array file: {error}") from error
+    if values.ndim != 2 or values.dtype.kind not in "iub" or values.size > MAX_PX:
+        raise InputError(f"{store.redact(uri)} holds {values.dtype}{list(values.shape)}, not integers [h, w]")
+    labels: I32 = values.astype(np.int32)
+    return labels
+
+
+def _opened(uri: str) -> Image.Image:
+    """The picture with its pixels loaded; its size is looked at before they are."""
+    data = store.read_bytes(uri)
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PX or max(image.size) > MAX_SIDE:
+            raise InputError(
+                f"{store.redact(uri)} is {image.width} x {image.height} px: too large for a patch; list it as a slide"
+            )
+        image.load()
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{store.redact(uri)} is no readable picture ({error})") from error
+    return image
+
+
+def pictures_below(root: str) -> list[str]:
+    """URIs of the pictures below a folder or prefix, sorted. InputError when there is none."""
+    try:
+        found = [uri for uri in store.list_uris(root) if uri.lower().endswith(ENDINGS)]
+    except StorageError as error:
+        raise InputError(f"{store.redact(root)} cannot be listed: {error}") from error
+    hidden = [uri for uri in found if uri.rpartition("/")[2].startswith(".")]
+    found = sorted(set(found) - set(hidden))
+    if not found:
+        raise InputError(f"no picture ({', '.join(ENDINGS)}) below {store.redact(root)}")
+    return found
+
+
+def below(root: str, uri: str) -> str:
+    """``uri`` relative to ``root``."""
+    base = root if "://" in root else store.local_path(root).absolute().as_posix()
+    plain = uri if "://" in uri else store.local_path(uri).absolute().as_posix()
+    return plain.removeprefix(base.rstrip("/") + "/")

@@ -1,0 +1,172 @@
+"""Shapes -> px of many squares at once. All arithmetic is on arrays; no loop over objects, tiles or px.
+
+The px (row, column) of a square belongs to a shape when its centre, (column + 0.5, row + 0.5) from the square's corner,
+lies in it (even-odd, so holes are left out; of two shapes that share an edge exactly one has a centre on that edge).
+Crossings are found in px of the whole slide and only then counted from a square's corner: squares put side by side are
+bit for bit the raster of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi_mmm.training.data.shapes_index import ShapeIndex
+from wsi_mmm.types import F64, I64, Mask
+
+_EDGES = 1 << 19  # edges looked at together: bounds memory, not the result
+_SPECK = 4.0  # px²: larger shapes always hold the centre of a px, unless they are thinner than anything that is drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Squares:
+    """n squares of ``side`` x ``side`` px whose corners lie at target px ``xy`` int64[n, 2] (x, y). A px is ``step``
+    target px wide (1 for pictures, more for measuring areas); ``scale``: level-0 px per target px."""
+
+    xy: I64
+    side: int
+    scale_x: float
+    scale_y: float
+    step: float = 1.0
+
+    def boxes(self) -> F64:
+        """Their extents float64[n, 4] (x0, y0, x1, y1), level-0 px."""
+        low = self.xy.astype(np.float64)
+        scale = (self.scale_x, self.scale_y)
+        return np.concatenate([low * scale, (low + self.side * self.step) * scale], axis=1)
+
+    def part(self, some: slice) -> Squares:
+        """Some of them."""
+        return Squares(self.xy[some], self.side, self.scale_x, self.scale_y, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """p times "this shape touches the extent of this square", by square, and in a square in the order of painting."""
+
+    square: I64
+    shape: I64
+
+    def part(self, some: slice | Mask) -> Pairs:
+        """Some of them."""
+        return Pairs(self.square[some], self.shape[some])
+
+
+def pairs_of(index: ShapeIndex, squares: Squares, wanted: Mask, order: I64) -> Pairs:
+    """Which of the shapes ``wanted`` bool[n] touch which square; what has a higher ``order`` int64[n] comes later."""
+    square, shape = index.touching(squares.boxes())
+    keep = wanted[shape]
+    square, shape = square[keep], shape[keep]
+    turn = np.lexsort((order[shape], square))
+    return Pairs(square[turn], shape[turn])
+
+
+def paint(
+    canvas: npt.NDArray[Any], index: ShapeIndex, squares: Squares, pairs: Pairs, values: npt.NDArray[Any]
+) -> None:
+    """Write ``values`` [p] into ``canvas`` [n, side, side] where a pair's shape is, later pairs over earlier ones.
+
+    Where ``step`` is 1 a shape so small that it holds no px centre gets the px that its middle lies in.
+    """
+    flat = canvas.reshape(-1)
+    for some in _chunks(index, pairs):
+        part = pairs.part(some)
+        pair, row, first, stop = _spans(index, squares, part)
+        begin = (part.square[pair] * squares.side + row) * squares.side + first
+        flat[_runs(begin, stop - first)] = np.repeat(values[some][pair], stop - first)
+
+
+def _chunks(index: ShapeIndex, pairs: Pairs) -> Iterator[slice]:
+    """Pairs of about _EDGES edges."""
+    before = np.concatenate([[0], np.cumsum(index.start[pairs.shape + 1] - index.start[pairs.shape])])
+    begin = 0
+    while begin < len(pairs.shape):
+        end = max(begin + 1, int(np.searchsorted(before, before[begin] + _EDGES, "right")) - 1)
+        yield slice(begin, end)
+        begin = end
+
+
+def _spans(index: ShapeIndex, squares: Squares, pairs: Pairs) -> tuple[I64, I64, I64, I64]:
+    """(pair, row, first column, column after the last) of every run of px, by pair."""
+    crossings = _crossings(index, squares, pairs)
+    side = squares.side
+    crossings.sort()  # pair, then row, then column: every second one is a way out
+    line, column = np.divmod(crossings.reshape(-1, 2), side + 1)
+    keep = column[:, 0] < column[:, 1]
+    line, column = line[keep, 0], column[keep]
+    pair, row, first, stop = line // side, line % side, column[:, 0], column[:, 1]
+    if squares.step != 1.0:
+        return pair, row, first, stop
+    specks = _specks(index, squares, pairs)
+    if not len(specks[0]):
+        return pair, row, first, stop
+    pair, row, first = (np.concatenate(both) for both in zip((pair, row, first), specks, strict=True))
+    stop = np.concatenate([stop, specks[2] + 1])
+    turn = np.argsort(pair, kind="stable")
+    return pair[turn], row[turn], first[turn], stop[turn]
+
+
+def _crossings(index: ShapeIndex, squares: Squares, pairs: Pairs) -> I64:
+    """Where outlines cross lines through px centres: (pair * side + row) * (side + 1) + column of the first px whose
+    centre is not left of it, columns cut to 0..side."""
+    side, step = squares.side, squares.step
+    counts = index.start[pairs.shape + 1] - index.start[pairs.shape]
+    vertex = _runs(index.start[pairs.shape], counts)
+    pair = np.repeat(np.arange(len(counts)), counts)
+    keep = ~index.closing[vertex]
+    vertex, pair = vertex[keep], pair[keep]
+    per_px = 1.0 / np.array([squares.scale_x * step, squares.scale_y * step])
+    a, b = index.xy[vertex] * per_px, index.xy[vertex + 1] * per_px
+    down = (a[:, 1] <= b[:, 1])[:, None]
+    a, b = np.where(down, a, b), np.where(down, b, a)  # the same edge of two shapes gives the same crossings
+    corner = squares.xy / step
+    whole = np.floor(corner)
+    rest = corner - whole  # 0 where step is 1
+    at = pairs.square[pair]
+    top = np.clip(np.ceil(a[:, 1] - 0.5 - rest[at, 1]) - whole[at, 1], 0, side).astype(np.int64)
+    end = np.clip(np.ceil(b[:, 1] - 0.5 - rest[at, 1]) - whole[at, 1], 0, side).astype(np.int64)
+    edge = np.repeat(np.arange(len(top)), end - top)
+    row = _runs(top, end - top)
+    at, a, b = at[edge], a[edge], b[edge]
+    y = row + whole[at, 1] + (0.5 + rest[at, 1])
+    x = a[:, 0] + (y - a[:, 1]) * ((b[:, 0] - a[:, 0]) / (b[:, 1] - a[:, 1]))
+    column = np.clip(np.ceil(x - 0.5 - rest[at, 0]) - whole[at, 0], 0, side).astype(np.int64)
+    return np.asarray((pair[edge] * side + row) * (side + 1) + column, np.int64)
+
+
+def _specks(index: ShapeIndex, squares: Squares, pairs: Pairs) -> tuple[I64, I64, I64]:
+    """(pair, row, column) of the px that stand for shapes without a px centre, where they lie in their square."""
+    per_px = 1.0 / np.array([squares.scale_x, squares.scale_y])
+    small = np.flatnonzero(index.areas[pairs.shape] * per_px.prod() < _SPECK)
+    box = index.boxes[pairs.shape[small]]
+    at = np.floor((box[:, :2] + box[:, 2:]) / 2 * per_px).astype(np.int64) - squares.xy[pairs.square[small]]
+    inside = ((at >= 0) & (at < squares.side)).all(axis=1)
+    small, at = small[inside], at[inside]
+    empty = ~_holds_centre(index, squares, pairs.shape[small])
+    return small[empty], at[empty, 1], at[empty, 0]
+
+
+def _holds_centre(index: ShapeIndex, squares: Squares, shapes: I64) -> Mask:
+    """Which of these small shapes hold the centre of a px, wherever that is."""
+    if not len(shapes):
+        return np.zeros(0, bool)
+    per_px = 1.0 / np.array([squares.scale_x, squares.scale_y])
+    low = np.floor(index.boxes[shapes, :2] * per_px).astype(np.int64)
+    side = int((np.ceil(index.boxes[shapes, 2:] * per_px).astype(np.int64) - low).max())
+    around = Squares(low, side, squares.scale_x, squares.scale_y)
+    crossings = _crossings(index, around, Pairs(np.arange(len(shapes)), shapes))
+    crossings.sort()
+    line, column = np.divmod(crossings.reshape(-1, 2), side + 1)
+    full = np.zeros(len(shapes), bool)
+    full[line[column[:, 0] < column[:, 1], 0] // side] = True
+    return full
+
+
+def _runs(starts: I64, lengths: I64) -> I64:
+    """start, start + 1, ... for ``length`` numbers, for every start."""
+    before = np.cumsum(lengths) - lengths
+    return np.asarray(np.repeat(starts - before, lengths) + np.arange(int(lengths.sum())), np.int64)

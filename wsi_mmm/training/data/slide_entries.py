@@ -1,0 +1,276 @@
+"""Data sets of slides as a configuration lists them: tiles by annotations, by tables, of tissue; and bags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from wsi_mmm.errors import InputError, RecipeError
+from wsi_mmm.model.card import TaskCard
+from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tiles.tissue import MIN_TISSUE
+from wsi_mmm.training.data import bags, tables
+from wsi_mmm.training.data.base import Index, Source
+from wsi_mmm.training.data.buckets import Buckets, DryRun, How, Rule, same_names
+from wsi_mmm.training.data.entry import Entry, Part, Place
+from wsi_mmm.training.data.lessons import MAP_KINDS, PATCH_KINDS, Lesson
+from wsi_mmm.training.data.pool import SlidePool
+from wsi_mmm.training.data.slides import Places, SlideItem, beside, dry_run_slides, slide_tiles, slides_of_table
+from wsi_mmm.training.data.split import PARTS, split_by_column
+from wsi_mmm.training.data.tables import SlideTable, TableTask, balance_labels
+from wsi_mmm.types import I32
+
+
+class Bucket(Part):
+    """A rule: class names that fit ``pattern`` get ``label``: a class of the task, or "ignore", "drop" or "use"."""
+
+    label: str
+    pattern: str = ""
+    how: How = "exact"
+    any_case: bool = False
+
+
+class TaskOfShapes(Part):
+    """What a task learns from annotations; see `Lesson`. ``buckets`` in order, the first that fits decides (none: class
+    names are those of the task); ``unmatched``, ``unnamed``: where the rest goes."""
+
+    buckets: tuple[Bucket, ...] = ()
+    unmatched: str = "ignore"
+    unnamed: str = "ignore"
+    background: str | None = None
+    complete: bool = False
+    min_share: float = Field(default=0.5, gt=0, le=1)
+    min_visible: float = Field(default=0.3, ge=0, le=1)
+    values: tuple[str, ...] = ()
+
+    def lesson(self, card: TaskCard) -> Lesson:
+        """The lesson of the task ``card``. RecipeError for a kind that learns nothing from shapes."""
+        rules = tuple(Rule(b.label, b.pattern, b.how, b.any_case) for b in self.buckets)
+        named = same_names(card.classes)
+        buckets = Buckets(card.classes, rules or named.rules, self.unmatched, self.unnamed)
+        return Lesson(
+            card.name, card.kind, buckets, background=self.background, complete=self.complete,
+            min_share=self.min_share, min_visible=self.min_visible, values=self.values,
+        )  # fmt: skip
+
+
+class Tiled(Entry):
+    """Tiles of slides. ``by`` "grid" or "objects"; ``per_slide``: at most so many; see `Places`. ``cache``: a folder or
+    URI for decoded tiles, shared with runs; ``mpp_override``: what the slides' own px measure."""
+
+    by: Literal["grid", "objects"] = "grid"
+    stride: int = Field(default=0, ge=0)
+    per_slide: int = Field(default=0, ge=0)
+    min_tissue: float = Field(default=MIN_TISSUE, ge=0, le=1)
+    dot_um: float = Field(default=0.0, ge=0)
+    seed: int = 0
+    mpp_override: float | None = Field(default=None, gt=0)
+    cache: str | None = None
+
+    def places(self, place: Place) -> Places:
+        """See `Places`."""
+        return Places(
+            place.mpp, place.size, self.stride, self.by, self.per_slide, self.min_tissue, self.seed, self.dot_um
+        )
+
+    def pool(self) -> SlidePool:
+        """The slides that are open, and the tile cache."""
+        return SlidePool(cache=self.cache)
+
+
+class Slides(Tiled):
+    """Slides with annotations, or their tissue.
+
+    ``slides``: files, folders, patterns, prefixes, manifests, as `wsi-mmm run` takes them. ``task``: one or several, of
+    which the first chooses the tiles; ``shapes``: per task, what its annotations mean. ``annotations``: pattern with
+    {folder}, {name} and {stem}; "none", for a task that needs no truth (reconstruct): tiles with tissue. ``group``: a
+    regular expression with one group that finds the patient in a slide's id (None: every slide by itself).
+    """
+
+    kind: Literal["slides"]
+    task: tuple[str, ...]
+    slides: tuple[str, ...]
+    annotations: str | None = "{folder}/{stem}.geojson"
+    shapes: dict[str, TaskOfShapes] = Field(default_factory=dict)
+    group: str | None = None
+
+    @field_validator("task", "slides", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("annotations")
+    @classmethod
+    def _or_none(cls, value: str | None) -> str | None:
+        """TOML has no null."""
+        return None if value in ("", "none") else value
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks it is of."""
+        return self.task
+
+    def items(self, place: Place) -> list[SlideItem]:
+        """The slides with their annotation files."""
+        specs = place.expand(self.slides)
+        found = []
+        for name, uri, mpp in specs:
+            notes = None if self.annotations is None else beside(uri, self.annotations)
+            known: Mapping[str, Truth] = dict.fromkeys(self.task) if self.annotations is None else {}
+            found.append(SlideItem(name, uri, mpp or self.mpp_override, notes, self._group(name), known))
+        return found
+
+    def lessons(self, place: Place) -> list[Lesson]:
+        """What each task learns; none without annotations."""
+        for name in self.shapes:
+            if name not in self.task:
+                raise RecipeError(f"data '{self.name}': shapes name the task '{name}', which is not one of its tasks")
+        kinds = {name: place.tasks[name].kind for name in self.task}
+        for name, kind in kinds.items():
+            learns = kind in PATCH_KINDS + MAP_KINDS
+            if learns != (self.annotations is not None):
+                fix = "give annotations" if learns else 'set annotations = "none", or take it from a slide-table'
+                raise RecipeError(f"data '{self.name}': task '{name}' of kind '{kind}': {fix}")
+        if self.annotations is None:
+            return []
+        return [self.shapes.get(name, TaskOfShapes()).lesson(place.tasks[name]) for name in self.task]
+
+    def open(self, place: Place) -> Source:
+        """The source."""
+        lessons = self.lessons(place)  # what is wrong with the table is said before files are looked for
+        return slide_tiles(self.name, self.items(place), self.places(place), lessons, pool=self.pool())
+
+    def dry_run(self, place: Place) -> dict[str, DryRun]:
+        """Per task what its bucket table makes of the annotations."""
+        lessons, pool = self.lessons(place), self.pool()
+        items = self.items(place) if lessons else []
+        return {one.task: dry_run_slides(items, one.buckets, pool) for one in lessons}
+
+    def _group(self, name: str) -> str:
+        if self.group is None:
+            return name
+        found = re.search(self.group, name)
+        if found is None or not found.groups():
+            raise InputError(f"data '{self.name}': the group pattern finds no patient in {name!r}")
+        return found.group(1)
+
+
+class Columns(Part):
+    """Which columns of a table a task learns from; see `TableTask`."""
+
+    columns: tuple[str, ...]
+    values: dict[str, str] = Field(default_factory=dict)
+    separator: str = ";"
+
+
+class Tabled(Part):
+    """A table with a row per slide. ``truth``: task -> its columns. ``id``, ``patient``, ``uri``, ``mpp``: the columns
+    of its name, its patient, its file and what its px measure; ``root`` is put before relative places. ``split``: the
+    column that says train, val, test or nothing (not used); without it patients are drawn (`SplitPart`)."""
+
+    table: str
+    id: str = "slide"
+    patient: str | None = None
+    uri: str = "slide"
+    mpp: str | None = None
+    split: str | None = None
+    root: str = ""
+    truth: dict[str, Columns] = Field(min_length=1)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that it knows something about."""
+        return tuple(self.truth)
+
+    def read(self, place: Place) -> tuple[SlideTable, I32]:
+        """The rows, and the class int32[rows] that balancing goes by: of the first task."""
+        tasks = [
+            TableTask(name, place.tasks[name].kind, one.columns, place.tasks[name].classes, one.values, one.separator)
+            for name, one in self.truth.items()
+        ]
+        table = tables.slide_table(tables.read_table(self.table), tasks, slide=self.id, group=self.patient)
+        return table, balance_labels(tasks[0].kind, table.truths[tasks[0].task])
+
+    def parts(self) -> dict[str, str]:
+        """Patient -> train, val, test or "", as the split column says; none without one. RecipeError: wrong words, or
+        a patient in two parts."""
+        if self.split is None:
+            return {}
+        table = tables.slide_table(
+            tables.read_table(self.table), [], slide=self.id, group=self.patient, split=self.split
+        )
+        index = Index(table.slides, table.groups, np.zeros(len(table.slides), np.int32))
+        found = split_by_column(index, table.splits)
+        said = dict.fromkeys(table.groups, "")
+        return said | {table.groups[n]: name for name in PARTS for n in found.part(name).tolist()}
+
+    def items(self, place: Place) -> list[SlideItem]:
+        """The slides with their truth."""
+        table, labels = self.read(place)
+        return slides_of_table(table, uri=self.uri, mpp=self.mpp, root=self.root, labels=labels)
+
+
+class SlideLabels(Tiled):
+    """Tissue tiles of slides, each with what a table says of its slide."""
+
+    kind: Literal["slide-table"]
+    slides: Tabled
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks it is of."""
+        return self.slides.tasks
+
+    def open(self, place: Place) -> Source:
+        """The source."""
+        return slide_tiles(self.name, self.slides.items(place), self.places(place), pool=self.pool())
+
+
+class TileBags(Tiled):
+    """Bags of ``most`` tissue tiles of each slide, for learning end to end; ``times``: draws per slide."""
+
+    kind: Literal["tile-bags"]
+    slides: Tabled
+    most: int = Field(default=32, ge=1)
+    times: int = Field(default=1, ge=1)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks it is of."""
+        return self.slides.tasks
+
+    def open(self, place: Place) -> Source:
+        """The source."""
+        draws = bags.Draws(self.most, self.times, self.seed)
+        return bags.tile_bags(self.name, self.slides.items(place), self.places(place), draws, pool=self.pool())
+
+
+class FeatureBags(Entry):
+    """Bags of the vectors that ``wsi-mmm embed`` wrote, with what a table says of each slide.
+
+    ``features``: pattern with {slide}, such as "features/{slide}/features.zarr" (or .h5). ``most``: instances drawn of
+    each bag (0: all), ``times``: draws per slide. ``needed`` False: slides without features are left out.
+    """
+
+    kind: Literal["bags"]
+    slides: Tabled
+    features: str
+    most: int = Field(default=0, ge=0)
+    times: int = Field(default=1, ge=1)
+    seed: int = 0
+    needed: bool = True
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks it is of."""
+        return self.slides.tasks
+
+    def open(self, place: Place) -> Source:
+        """The source."""
+        table, labels = self.slides.read(place)
+        items = bags.bags_of_table(table, self.features, labels=labels, needed=self.needed)
+        return bags.feature_bags(self.name, items, bags.Draws(self.most, self.times, self.seed))

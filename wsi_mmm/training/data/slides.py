@@ -1,0 +1,383 @@
+"""Slides as a Source: items are places, read many at a time by the road of `run`, with truth from annotations, from
+tables, or both."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Literal
+
+import numpy as np
+
+from wsi_mmm.annotations import Shapes, parse_shapes
+from wsi_mmm.errors import InputError, ManifestError, RecipeError, WsiError
+from wsi_mmm.slides import Slide, store
+from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tiles.grid import make_grid
+from wsi_mmm.tiles.places import boxes_of, read_places
+from wsi_mmm.tiles.tissue import MIN_TISSUE, select_tiles, tissue_mask
+from wsi_mmm.training.data.base import Index, Sample
+from wsi_mmm.training.data.buckets import Buckets, DryRun, dry_run
+from wsi_mmm.training.data.lessons import PATCH_KINDS, Lesson, choose, map_truths, patch_truths, sheet_of
+from wsi_mmm.training.data.objects import drawn_places
+from wsi_mmm.training.data.pool import SlidePool
+from wsi_mmm.training.data.regions import UNKNOWN, Sheet, grid_places
+from wsi_mmm.training.data.shapes_index import index_shapes
+from wsi_mmm.training.data.tables import SlideTable
+from wsi_mmm.types import I32, I64, Mask, Tiles
+
+_OPENING = 4  # slides prepared at a time
+
+
+@dataclass(frozen=True, slots=True)
+class SlideItem:
+    """A slide to learn from. ``mpp`` overrides what it says; ``annotations``: path or URI of its GeoJSON or ASAP XML;
+    ``group``: its patient ("": the slide by itself); ``truths``: what is known of the whole slide, by task, and
+    ``label`` the class of it that balancing goes by where tiles have none."""
+
+    id: str
+    uri: str
+    mpp: float | None = None
+    annotations: str | None = None
+    group: str = ""
+    truths: Mapping[str, Truth] = field(default_factory=dict)
+    label: int = UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Which tiles of ``tile`` px at ``mpp`` are items.
+
+    ``by`` "grid": of a grid from the slide's corner with ``stride`` (0: the tile's side), those that the first lesson
+    can learn from; without lessons, those with at least ``min_tissue`` tissue. ``by`` "objects": ``per_slide`` tiles
+    drawn round the objects of the first lesson, every class alike. ``per_slide``: at most so many (0: all), drawn by
+    ``seed``. ``dot_um``: radius of the disc that a point stands for (0: points are left out).
+    """
+
+    mpp: float
+    tile: int = 256
+    stride: int = 0
+    by: Literal["grid", "objects"] = "grid"
+    per_slide: int = 0
+    min_tissue: float = MIN_TISSUE
+    seed: int = 0
+    dot_um: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.tile < 1 or not 0 <= self.stride <= self.tile:
+            raise RecipeError(f"tile {self.tile}, stride {self.stride}: give 1 or more, the stride up to the tile")
+        if self.by not in ("grid", "objects") or (self.by == "objects" and self.per_slide < 1):
+            raise RecipeError("places are chosen by 'grid', or by 'objects' with per_slide of 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A slide with its places ``xy`` int64[n, 2] (target px), classes for balancing, truths of patch tasks by item,
+    and sheets of the tasks whose truth is drawn when it is read."""
+
+    item: SlideItem
+    scale: tuple[float, float]
+    xy: I64
+    labels: I32
+    patches: Mapping[str, Sequence[Truth]]
+    sheets: Mapping[str, Sheet]
+
+
+@dataclass(frozen=True)
+class SlideTiles:
+    """A Source of tiles of slides; see `slide_tiles`. ``broken``: slides that could not be prepared, and why."""
+
+    name: str
+    tasks: tuple[str, ...]
+    index: Index
+    tile: int
+    pool: SlidePool
+    slides: Sequence[_Prepared]
+    lessons: Sequence[Lesson]
+    starts: I64  # int64[slides + 1]: numbers of each slide's first item
+    broken: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """Tiles by slide."""
+        return {one.item.id: len(one.xy) for one in self.slides}
+
+    def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
+        """Squares of ``size`` px round the middles of these items, slide by slide, in the order of ``numbers``.
+
+        Truth per px and boxes are those of the square; labels and numbers those of the item's own tile, whatever
+        ``size`` is.
+        """
+        asked = np.asarray(numbers, np.int64)
+        owner = np.searchsorted(self.starts, asked, "right") - 1
+        found: list[Sample | None] = [None] * len(asked)
+        for slide in np.unique(owner).tolist():
+            at = np.flatnonzero(owner == slide)
+            samples = self._read(self.slides[slide], asked[at] - self.starts[slide], asked[at], size)
+            for position, sample in zip(at.tolist(), samples, strict=True):
+                found[position] = sample
+        return [sample for sample in found if sample is not None]
+
+    def _read(self, slide: _Prepared, local: I64, numbers: I64, size: int) -> list[Sample]:
+        keys = [self.index.keys[number] for number in numbers.tolist()]
+        corners = slide.xy[local] + (self.tile - size) // 2
+        tiles = Tiles(corners, size, *slide.scale)
+        try:
+            with self.pool.reader(slide.item.uri, slide.item.mpp, tiles) as reader:
+                pixels, failed = read_places(reader, tiles)
+        except WsiError as error:
+            return [Sample(key, failed=str(error)) for key in keys]
+        truths = self._truths(slide, local, corners, size)
+        reasons = _reasons(slide.item, tiles, failed)
+        return [
+            Sample(key, failed=reason) if reason else Sample(key, pixels=pixels[n], truths=truths[n])
+            for n, (key, reason) in enumerate(zip(keys, reasons, strict=True))
+        ]
+
+    def _truths(self, slide: _Prepared, local: I64, corners: I64, size: int) -> list[dict[str, Truth]]:
+        found: list[dict[str, Truth]] = [dict(slide.item.truths) for _ in local]
+        for lesson in self.lessons:
+            if lesson.task in slide.patches:
+                values: Sequence[Truth] = [slide.patches[lesson.task][n] for n in local.tolist()]
+            elif lesson.task in slide.sheets:
+                values = map_truths(lesson, slide.sheets[lesson.task], corners, size)
+            else:
+                continue
+            for truths, value in zip(found, values, strict=True):
+                truths[lesson.task] = value
+        return found
+
+
+def _reasons(item: SlideItem, tiles: Tiles, failed: Mask) -> list[str]:
+    """Why each tile is not given, "" for those that are."""
+    boxes = boxes_of(tiles).round().astype(np.int64).tolist()
+    said = "{}: px of the tile at level-0 ({}, {}) to ({}, {}) cannot be decoded"
+    return [said.format(item.id, *box) if bad else "" for box, bad in zip(boxes, failed.tolist(), strict=True)]
+
+
+# ---------------------------------------------------------------- making one
+
+
+def slide_tiles(
+    name: str,
+    items: Sequence[SlideItem],
+    places: Places,
+    lessons: Sequence[Lesson] = (),
+    *,
+    pool: SlidePool | None = None,
+    keep_going: bool = False,
+) -> SlideTiles:
+    """Tiles of ``items`` at ``places`` with the truth of ``lessons`` and of the slides themselves.
+
+    Every slide is opened and its annotations are read once. A slide that cannot be is an error, or with ``keep_going``
+    one of ``broken``. Raises InputError when no tile is left, two slides have one id, or one task is taught twice.
+    """
+    _check(name, items, places, lessons)
+    pool = pool or SlidePool()
+    prepared: list[_Prepared] = []
+    broken: dict[str, str] = {}
+    with ThreadPoolExecutor(_OPENING, thread_name_prefix="wsi-mmm-prepare") as threads:
+        jobs = [threads.submit(_prepare, pool, item, places, lessons, number) for number, item in enumerate(items)]
+        for item, job in zip(items, jobs, strict=True):
+            try:
+                prepared.append(job.result())
+            except WsiError as error:
+                if not keep_going:
+                    threads.shutdown(cancel_futures=True)
+                    raise
+                broken[item.id] = str(error)
+    counts = [len(one.xy) for one in prepared]
+    if not sum(counts):
+        raise InputError(f"data '{name}': {_nothing(lessons, broken)}")
+    tasks = dict.fromkeys([lesson.task for lesson in lessons] + [task for item in items for task in item.truths])
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return SlideTiles(name, tuple(tasks), _index(prepared), places.tile, pool, prepared, tuple(lessons), starts, broken)
+
+
+def _check(name: str, items: Sequence[SlideItem], places: Places, lessons: Sequence[Lesson]) -> None:
+    check_ids(name, [item.id for item in items])
+    taught = [lesson.task for lesson in lessons]
+    if len(set(taught)) < len(taught):
+        raise InputError(f"data '{name}': a task is listed twice among {', '.join(taught)}: keep one")
+    if places.by == "objects" and not lessons:
+        raise RecipeError(f"data '{name}': places by objects need annotations: name a task, or choose by 'grid'")
+
+
+def check_ids(name: str, ids: Sequence[str]) -> None:
+    """Raise InputError when two slides have one id."""
+    if len(set(ids)) < len(ids):
+        (double, _), *_ = Counter(ids).most_common(1)
+        raise InputError(f"data '{name}': two slides are called {double!r}: give them different ids")
+
+
+def _nothing(lessons: Sequence[Lesson], broken: Mapping[str, str]) -> str:
+    if broken:
+        return f"no slide could be prepared; of {next(iter(broken))}: {next(iter(broken.values()))}"
+    if not lessons:
+        return "no tile holds tissue: lower min_tissue"
+    advice = "draw regions of a class in the bucket 'use', set complete, or lower min_share"
+    return f"no tile tells anything of '{lessons[0].task}': look at the dry run of its buckets; {advice}"
+
+
+def _prepare(pool: SlidePool, item: SlideItem, places: Places, lessons: Sequence[Lesson], number: int) -> _Prepared:
+    with pool.slide(item.uri, item.mpp) as slide:
+        scale = slide.scale(places.mpp)
+        make_grid(slide.info, places.mpp, tile=places.tile, overlap=0)  # refuses what is much finer than the slide
+        sheets = _sheets(slide, item, places, lessons)
+        xy, labels = _places(slide, places, lessons, sheets, number)
+    patches = {
+        lesson.task: patch_truths(lesson, sheets[lesson.task], xy, places.tile)
+        for lesson in lessons
+        if lesson.kind in PATCH_KINDS and lesson.task in sheets
+    }
+    drawn = {task: sheet for task, sheet in sheets.items() if task not in patches}
+    labels = np.where(labels < 0, np.int32(item.label), labels) if not lessons else labels
+    return _Prepared(item, scale, xy, labels, patches, drawn)
+
+
+def _sheets(slide: Slide, item: SlideItem, places: Places, lessons: Sequence[Lesson]) -> dict[str, Sheet]:
+    """Every lesson's view of the annotations, which are parsed and indexed once."""
+    if not lessons or item.annotations is None:
+        return {}
+    values = list(dict.fromkeys(value for lesson in lessons for value in lesson.values))
+    radius = tuple(places.dot_um / mpp for mpp in (slide.info.mpp_x or 1.0, slide.info.mpp_y or 1.0))
+    index = index_shapes(read_shapes(item.annotations, values), values, dot_radius=(radius[0], radius[1]))
+    size, scale = (slide.info.width, slide.info.height), slide.scale(places.mpp)
+    return {lesson.task: sheet_of(lesson, index, scale=scale, size=size) for lesson in lessons}
+
+
+def read_shapes(uri: str, values: Sequence[str] = ()) -> Shapes:
+    """The shapes of an annotation file at a path or URI. Raises AnnotationError, StorageError, SlideNotFound."""
+    return parse_shapes(store.read_bytes(uri), store.redact(uri), values)
+
+
+def _places(
+    slide: Slide, places: Places, lessons: Sequence[Lesson], sheets: Mapping[str, Sheet], number: int
+) -> tuple[I64, I32]:
+    """Corners int64[n, 2] and balancing classes int32[n] of a slide's items, row-major."""
+    leading = lessons[0] if lessons else None
+    sheet = sheets.get(leading.task) if leading else None
+    seed = [places.seed, number]
+    if leading is None:
+        xy = tissue_places(slide, places)
+        labels = np.full(len(xy), UNKNOWN, np.int32)
+    elif sheet is None:  # a slide without annotations teaches this task nothing
+        return np.zeros((0, 2), np.int64), np.zeros(0, np.int32)
+    else:
+        if places.by == "objects":
+            xy = np.unique(drawn_places(sheet, places.per_slide, places.tile, seed), axis=0)
+        else:
+            xy = _candidates(slide, places, sheet)
+        keep, labels = choose(leading, sheet, xy, places.tile)
+        xy, labels = xy[keep], labels[keep]
+    if places.per_slide and len(xy) > places.per_slide:
+        some = np.sort(np.random.default_rng(seed).permutation(len(xy))[: places.per_slide])
+        xy, labels = xy[some], labels[some]
+    turn = np.lexsort((xy[:, 0], xy[:, 1]))
+    return xy[turn], labels[turn]
+
+
+def _candidates(slide: Slide, places: Places, sheet: Sheet) -> I64:
+    """Tiles of the grid that shapes touch; of a slide that is complete also those with tissue."""
+    stride = places.stride or places.tile
+    if not sheet.complete or sheet.coding.has_use:
+        return grid_places(sheet, places.tile, stride)
+    touched = grid_places(sheet, places.tile, stride, touched=True)
+    return np.unique(np.concatenate([touched, tissue_places(slide, places)]), axis=0)
+
+
+def tissue_places(slide: Slide, places: Places) -> I64:
+    """Corners int64[n, 2] (x, y), target px, of the tiles of a slide's grid that hold tissue. Raises RecipeError."""
+    stride = places.stride or places.tile
+    grid = make_grid(slide.info, places.mpp, tile=places.tile, overlap=places.tile - stride)
+    return select_tiles(grid, tissue_mask(slide), places.min_tissue)[:, ::-1] * stride
+
+
+def _index(prepared: Sequence[_Prepared]) -> Index:
+    keys: list[str] = []
+    groups: list[str] = []
+    for one in prepared:
+        # Level-0 px: whole ones tell tiles apart unless the slide is finer than what is learnt from it.
+        digits = 0 if min(one.scale) >= 1 else 1
+        keys += [f"{one.item.id}@{x:.{digits}f},{y:.{digits}f}" for x, y in (one.xy * one.scale).tolist()]
+        groups += [one.item.group or one.item.id] * len(one.xy)
+    labels = np.concatenate([one.labels for one in prepared])
+    return Index(keys, groups, labels.astype(np.int32))
+
+
+# ---------------------------------------------------------------- naming slides
+
+
+def beside(uri: str, pattern: str, *, needed: bool = True) -> str | None:
+    """The annotation file of a slide by a pattern with {folder}, {name} (with its ending) and {stem} (without), such as
+    "{folder}/{stem}.geojson". None when it is not there and not ``needed``, else InputError."""
+    folder, _, name = uri.rpartition("/")
+    try:
+        found = pattern.format(folder=folder or ".", name=name, stem=PurePosixPath(name).stem)
+    except (KeyError, IndexError, ValueError) as error:
+        raise RecipeError(f"annotation pattern {pattern!r}: use {{folder}}, {{name}} and {{stem}} only") from error
+    if store.exists(found):
+        return found
+    if needed:
+        raise InputError(f"{store.redact(uri)} has no annotations at {store.redact(found)}: correct the pattern")
+    return None
+
+
+def slides_of_table(
+    table: SlideTable,
+    *,
+    uri: str = "slide",
+    mpp: str | None = None,
+    annotations: str | None = None,
+    root: str = "",
+    labels: I32 | None = None,
+) -> list[SlideItem]:
+    """A slide per row: ``uri``, ``mpp`` and ``annotations`` name columns; ``root`` is put before relative places.
+    ``labels`` int32[rows]: what balancing goes by. Raises ManifestError with the row."""
+    uris, columns = table.table.column(uri), table.table
+    mpps = columns.column(mpp) if mpp else ("",) * len(uris)
+    notes = columns.column(annotations) if annotations else ("",) * len(uris)
+    found = []
+    for row, place in enumerate(uris):
+        if not place:
+            raise columns.wrong(row, f"column {uri!r} is empty: name the slide's file")
+        item = SlideItem(
+            table.slides[row], _under(root, place), _mpp(table, row, mpps[row]),
+            _under(root, notes[row]) if notes[row] else None, table.groups[row], table.of(row),
+            int(labels[row]) if labels is not None else UNKNOWN,
+        )  # fmt: skip
+        found.append(item)
+    return found
+
+
+def _under(root: str, place: str) -> str:
+    return place if not root or "://" in place or place.startswith("/") else store.join(root, place)
+
+
+def _mpp(table: SlideTable, row: int, cell: str) -> float | None:
+    if not cell:
+        return None
+    try:
+        value = float(cell)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise ManifestError(str(table.table.wrong(row, f"mpp is {cell!r}: give micrometres per px, such as 0.25")))
+    return value
+
+
+def dry_run_slides(items: Sequence[SlideItem], buckets: Buckets, pool: SlidePool | None = None) -> DryRun:
+    """What a bucket table makes of the annotations of slides; areas in mm² where ``pool`` may open the slides."""
+
+    def resolution(item: SlideItem) -> float | None:
+        if pool is None:
+            return item.mpp
+        with pool.slide(item.uri, item.mpp) as slide:
+            info = slide.info
+            return None if info.mpp_x is None or info.mpp_y is None else float(np.sqrt(info.mpp_x * info.mpp_y))
+
+    noted = [(item, item.annotations) for item in items if item.annotations is not None]
+    return dry_run(buckets, ((item.id, read_shapes(uri), resolution(item)) for item, uri in noted))

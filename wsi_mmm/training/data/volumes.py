@@ -1,0 +1,195 @@
+"""Slices of volumes: NIfTI through nibabel, DICOM series through pydicom. A slice is a picture, a volume a group."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi_mmm.errors import InputError, MissingPackage
+from wsi_mmm.slides import store
+from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.training.data.base import Index
+from wsi_mmm.training.data.folders import mapped
+from wsi_mmm.training.data.images import Pictures, below
+from wsi_mmm.types import F32, U8
+
+MAX_VOXELS = 1 << 30
+NIFTI = (".nii", ".nii.gz")
+PERCENTILES = (0.5, 99.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Values shown as black and white. Both None: the percentiles 0.5 and 99.5 of the volume."""
+
+    low: float | None = None
+    high: float | None = None
+
+
+AUTO = Window()
+
+
+def nifti_slices(
+    name: str,
+    images: str,
+    labels: str | None = None,
+    *,
+    task: str,
+    axis: int = 2,
+    values: Mapping[int, int] | None = None,
+    window: Window = AUTO,
+) -> Pictures:
+    """Slices along ``axis`` of every NIfTI volume below ``images``; ``labels`` holds label volumes of the same names.
+
+    ``values``: voxel value -> class index (-1: unknown); None: the value is the class. Grey becomes three equal
+    channels. Truth is for `segment`; without ``labels`` there is none.
+    """
+    uris = sorted(uri for uri in store.list_uris(images) if uri.lower().endswith(NIFTI))
+    if not uris:
+        raise InputError(f"data '{name}': no .nii or .nii.gz below {store.redact(images)}")
+    volumes = lru_cache(maxsize=4)(_nifti)
+    places = [(uri, n) for uri in uris for n in range(volumes(uri).shape[axis])]
+    keys = [f"{below(images, uri)}#{n}" for uri, n in places]
+
+    def image(number: int) -> U8:
+        uri, n = places[number]
+        return grey(np.take(volumes(uri), n, axis=axis), window, volumes(uri))
+
+    def truths(number: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+        if labels is None:
+            return {}
+        uri, n = places[number]
+        other = store.join(labels, below(images, uri))
+        found = volumes(other)
+        if found.shape != volumes(uri).shape:
+            raise InputError(f"{store.redact(other)} has another shape than its volume")
+        whole = np.take(found, n, axis=axis).round().astype(np.int32)
+        table = values if values is not None else {int(v): int(v) for v in np.unique(whole)}
+        return {task: mapped(whole, table, other)}
+
+    index = Index(keys, [below(images, uri) for uri, _ in places], np.full(len(keys), -1, np.int32))
+    return Pictures(name, (task,), index, image, truths)
+
+
+def dicom_slices(
+    name: str,
+    images: str,
+    *,
+    task: str,
+    label: Callable[[str], Truth] | None = None,
+    window: Window = AUTO,
+) -> Pictures:
+    """DICOM files (one slice each) below ``images``; the group is the patient (or series) that the file names.
+
+    ``label``: patient -> truth of its slices (a class, say); None: without truth. Files of other kinds are left out.
+    """
+    uris = [uri for uri in sorted(store.list_uris(images)) if _is_dicom(uri)]
+    if not uris:
+        raise InputError(f"data '{name}': no DICOM file below {store.redact(images)}")
+    groups = [_patient(uri) for uri in uris]
+
+    def image(number: int) -> U8:
+        values, own = _dicom(uris[number])
+        return values if values.dtype == np.uint8 and values.ndim == 3 else grey(values, _or(window, own), values)
+
+    def truths(number: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+        return {} if label is None else {task: label(groups[number])}
+
+    index = Index([below(images, uri) for uri in uris], groups, np.full(len(uris), -1, np.int32))
+    return Pictures(name, (task,), index, image, truths)
+
+
+def grey(values: npt.NDArray[Any], window: Window, whole: npt.NDArray[Any]) -> U8:
+    """float[h, w] -> uint8[h, w, 3] between the window's values, or percentiles of ``whole``."""
+    finite = whole[np.isfinite(whole)] if whole.dtype.kind == "f" else whole
+    low, high = window.low, window.high
+    if low is None or high is None:
+        found = np.percentile(finite, PERCENTILES) if finite.size else np.zeros(2)
+        low, high = (float(found[0]) if low is None else low), (float(found[1]) if high is None else high)
+    share = np.clip((np.nan_to_num(values.astype(np.float64)) - low) / max(high - low, 1e-9), 0.0, 1.0)
+    return np.repeat((share * 255.0).round().astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _or(window: Window, other: Window) -> Window:
+    return other if window == AUTO else window
+
+
+def _nifti(uri: str) -> F32:
+    nibabel = _library("nibabel")
+    with tempfile.TemporaryDirectory() as folder:  # nibabel reads files
+        local = Path(folder) / uri.rpartition("/")[2]
+        path = store.local_path(uri) if store.is_local(uri) else local
+        if path == local:
+            local.write_bytes(store.read_bytes(uri))
+        try:
+            image = nibabel.load(path)
+            if len(image.shape) != 3 or int(np.prod(image.shape, dtype=np.int64)) > MAX_VOXELS:
+                raise InputError(f"{store.redact(uri)} has the shape {image.shape}; volumes have three axes")
+            found: F32 = np.asarray(image.dataobj, np.float32)
+        except (OSError, ValueError, EOFError, nibabel.filebasedimages.ImageFileError) as error:
+            raise InputError(f"{store.redact(uri)} is no readable NIfTI file ({error})") from error
+    return found
+
+
+def _is_dicom(uri: str) -> bool:
+    return uri.lower().endswith((".dcm", ".dicom")) or ("." not in uri.rpartition("/")[2] and _magic(uri))
+
+
+def _magic(uri: str) -> bool:
+    return store.read_bytes(uri)[128:132] == b"DICM"
+
+
+def _patient(uri: str) -> str:
+    header = _header(uri, stop=True)
+    return str(header.get("PatientID") or header.get("SeriesInstanceUID") or uri)
+
+
+def _header(uri: str, *, stop: bool) -> Any:
+    pydicom = _library("pydicom")
+    try:
+        return pydicom.dcmread(io.BytesIO(store.read_bytes(uri)), stop_before_pixels=stop)
+    except (pydicom.errors.InvalidDicomError, ValueError, AttributeError, EOFError) as error:
+        raise InputError(f"{store.redact(uri)} is no readable DICOM file ({error})") from error
+
+
+def _dicom(uri: str) -> tuple[npt.NDArray[Any], Window]:
+    """Values (rescaled, of one frame) and the window that the file names."""
+    data = _header(uri, stop=False)
+    try:
+        size = int(data.Rows) * int(data.Columns) * int(data.get("NumberOfFrames", 1) or 1)
+        if size > MAX_VOXELS or int(data.get("NumberOfFrames", 1) or 1) != 1:
+            raise InputError(f"{store.redact(uri)} holds several frames; whole-slide DICOM is read as a slide")
+        values = data.pixel_array
+        if values.ndim == 3:
+            return np.asarray(values, np.uint8), AUTO
+        values = values * float(data.get("RescaleSlope", 1)) + float(data.get("RescaleIntercept", 0))
+        if data.get("PhotometricInterpretation") == "MONOCHROME1":
+            values = -values
+        return values, _named_window(data)
+    except (AttributeError, ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+        raise InputError(f"{store.redact(uri)} has pixels that cannot be read ({error})") from error
+
+
+def _named_window(data: Any) -> Window:
+    centre, width = data.get("WindowCenter"), data.get("WindowWidth")
+    if centre is None or width is None or data.get("PhotometricInterpretation") == "MONOCHROME1":
+        return AUTO
+    first = [float(v[0] if isinstance(v, Sequence) or hasattr(v, "__len__") else v) for v in (centre, width)]
+    return Window(first[0] - first[1] / 2, first[0] + first[1] / 2)
+
+
+def _library(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingPackage(f"these files need {name}: pip install 'wsi-mmm[volumes]'") from error

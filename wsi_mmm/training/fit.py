@@ -1,0 +1,353 @@
+"""The training loop: flat, the same on one process or many ranks, stopped and resumed at any step.
+
+A step is: its micro-batches, the strategy (forward, losses, gradients of all ranks), one move of the weights. What can
+go wrong has a name: items that cannot be read are counted and told (`Progress.failed`), NaN is NotFinite or a skipped
+step, a full disk OutputError with the earlier checkpoint whole, another rank's end ClusterError, Ctrl-C Cancelled after
+a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from wsi_mmm.errors import Cancelled, InputError, NotFinite, RecipeError
+from wsi_mmm.memory import keep_memory
+from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.tasks import Task
+from wsi_mmm.training import optim, state
+from wsi_mmm.training.forward import Bench, Look, plain
+from wsi_mmm.training.norms import Norms
+from wsi_mmm.training.optim import OptimPlan
+from wsi_mmm.training.ranks import ALONE, Ranks, first_word, spread, total
+from wsi_mmm.training.state import Shelf, Training
+from wsi_mmm.training.strategies import Strategy, StrategyPlan, Work, make_strategy
+from wsi_mmm.training.validate import Figures, figures
+
+if TYPE_CHECKING:
+    from wsi_mmm.training.data.base import Sample
+    from wsi_mmm.training.loader import TrainBatch
+
+EMPTY = 20  # steps in a row in which no item can be read before training gives up
+_OPTIM, _STRATEGY = OptimPlan(), StrategyPlan()
+
+
+@dataclass(frozen=True, slots=True)
+class FitPlan:
+    """How a training goes.
+
+    ``weights`` of the tasks' losses (1 where absent). ``validate_every``, ``checkpoint_every``: steps (0: only at the
+    end, and with a ``folder``). ``best``: "task.metric" that is to rise (``lower``: fall); ``patience``: validations
+    without a better one after which training stops (0: never). ``not_finite``: "error", or "skip" up to ``skips`` steps
+    in all. ``folder``: where checkpoints go ("": nowhere); ``keep``: how many besides the best. ``config``: further
+    facts that a checkpoint must agree with to be resumed (data, model).
+    """
+
+    steps: int
+    seed: int = 0
+    optim: OptimPlan = _OPTIM
+    strategy: StrategyPlan = _STRATEGY
+    weights: Mapping[str, float] = field(default_factory=dict)
+    validate_every: int = 0
+    checkpoint_every: int = 500
+    keep: int = 2
+    best: str = ""
+    lower: bool = False
+    patience: int = 0
+    not_finite: Literal["error", "skip"] = "error"
+    skips: int = 10
+    folder: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """``batches(first)``: from step ``first`` on, this rank's micro-batches of each step. ``look``: from a batch's
+    pixels to what the encoder takes. ``validation()``: the held-out samples, anew each time."""
+
+    batches: Callable[[int], Iterable[tuple[TrainBatch, ...]]]
+    look: Look = plain
+    validation: Callable[[], Iterable[Sample]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Facts of a step that was done. ``losses`` by task, of this step; ``rate`` of the heads; ``pace``: steps/s since
+    the start or resumption; ``norm`` of the gradients before clipping (NaN: the step moved nothing); ``failed``:
+    "key: why" of this rank's items that could not be read; ``lost`` and ``skipped``: items and steps so far."""
+
+    step: int
+    steps: int
+    losses: Mapping[str, float]
+    rate: float
+    pace: float
+    norm: float
+    failed: tuple[str, ...]
+    lost: int
+    skipped: int
+
+
+def _ignore(*_: object) -> None:
+    return
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """Called on rank 0: after a step; after a validation (step, figures by task); after a checkpoint (step, URI)."""
+
+    on_step: Callable[[Progress], None] = _ignore
+    on_validation: Callable[[int, Figures], None] = _ignore
+    on_checkpoint: Callable[[int, str], None] = _ignore
+
+
+QUIET = Callbacks()
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the functions of the loop share."""
+
+    bench: Bench
+    norms: Norms
+    feed: Feed
+    plan: FitPlan
+    callbacks: Callbacks
+    ranks: Ranks
+    strategy: Strategy
+    training: Training
+    shelf: Shelf | None
+    stop: threading.Event = field(default_factory=threading.Event)
+    since: tuple[int, float] = (0, 0.0)
+    empty: int = 0
+
+
+def fit(
+    model: MultiTaskModel,
+    tasks: Mapping[str, Task],
+    feed: Feed,
+    *,
+    plan: FitPlan,
+    callbacks: Callbacks = QUIET,
+    ranks: Ranks = ALONE,
+) -> MultiTaskModel:
+    """Train ``model`` (which is changed) and return it in evaluation mode, with its averaged weights if they are kept.
+
+    A checkpoint in ``plan.folder`` is resumed; the result is that of a run without the stop, to the bit on a CPU.
+    """
+    run = _begin(model, tasks, feed, plan=plan, callbacks=callbacks, ranks=ranks)
+    training = run.training
+    with contextlib.closing(run.norms), _interruptible(run.stop), contextlib.closing(_rounds(run)) as rounds:
+        if run.shelf is not None:
+            state.resume(run.shelf, training)
+        run.since = (training.step, time.monotonic())
+        for batches in rounds:
+            progress = _step(run, batches)
+            training.step += 1
+            if ranks.first:
+                callbacks.on_step(progress)
+            last = training.step == plan.steps
+            better = _validate(run) if _due(plan.validate_every, training.step, last) else False
+            finished = last or (plan.patience > 0 and training.stale >= plan.patience)
+            if better or _due(plan.checkpoint_every, training.step, finished):
+                _checkpoint(run, better)
+            if finished:
+                break
+    if training.average is not None:
+        model.load_state_dict(training.average)
+    return model.eval()
+
+
+def identity(plan: FitPlan, tasks: Mapping[str, Task], model: MultiTaskModel) -> dict[str, Any]:
+    """What must agree for a checkpoint to be resumed: all that changes the weights, flat, as JSON values."""
+    facts = {f"optim.{k}": v for k, v in dataclasses.asdict(plan.optim).items()}
+    facts |= {f"strategy.{k}": v for k, v in dataclasses.asdict(plan.strategy).items()}
+    facts |= {f"weights.{name}": plan.weights.get(name, 1.0) for name in tasks}
+    facts |= {f"config.{k}": v for k, v in plan.config.items()}
+    card = model.card.model_dump(mode="json", include={"encoder", "squeezer", "decoder", "neck", "bag", "mean", "std"})
+    facts |= {f"model.{k}": v for k, v in card.items()}
+    facts |= {f"task.{card.name}": card.model_dump(mode="json") for card in model.card.tasks if card.name in tasks}
+    return facts | {"steps": plan.steps, "seed": plan.seed, "not_finite": plan.not_finite, "tasks": list(tasks)}
+
+
+# ------------------------------------------------------------------------------------------- the parts of the loop
+def _begin(
+    model: MultiTaskModel,
+    tasks: Mapping[str, Task],
+    feed: Feed,
+    *,
+    plan: FitPlan,
+    callbacks: Callbacks,
+    ranks: Ranks,
+) -> _Run:
+    if ranks.device.type == "cpu":
+        keep_memory()
+    model.to(device=ranks.device)
+    model.to(memory_format=torch.channels_last)
+    optim.begin(model, plan.optim)
+    strategy = make_strategy(plan.strategy, tuple(tasks))
+    everything = [*model.parameters(), *model.buffers()]
+    spread(ranks, [t.data for t in everything], [0] * len(everything))  # all begin with rank 0's weights
+    learning = optim.learners(model, strategy.own, plan.optim)
+    average = optim.first_average(model) if plan.optim.average else None
+    scale = optim.first_scale(plan.optim.precision)
+    training = Training(model, optim.Optimiser(learning, plan.optim, ranks), strategy.own, average, scale)
+    norms = Norms(model, ranks)
+    bench = Bench(model, tasks, feed.look, optim.autocast_type(plan.optim.precision), norms)
+    shelf = Shelf(plan.folder, identity(plan, tasks, model), plan.keep) if plan.folder else None
+    return _Run(bench, norms, feed, plan, callbacks, ranks, strategy, training, shelf)
+
+
+def _rounds(run: _Run) -> Generator[tuple[TrainBatch, ...], None, None]:
+    """Each step's micro-batches, until the last. Cancelled, after a checkpoint, when some rank was told to stop."""
+    if run.training.step >= run.plan.steps:
+        return
+    found = run.feed.batches(run.training.step)
+    with contextlib.ExitStack() as stack:
+        if isinstance(found, Generator):
+            stack.enter_context(contextlib.closing(found))  # its threads end with the loop
+        for batches in found:
+            if total(run.ranks, [float(run.stop.is_set())])[0]:
+                kept = f"; checkpoint {_checkpoint(run, False)}: start again to go on" if run.shelf is not None else ""
+                raise Cancelled(f"training was stopped after step {run.training.step}{kept}")
+            yield batches
+
+
+def _step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
+    """One optimiser step, or none where NaN is skipped or nothing could be read."""
+    plan, training = run.plan, run.training
+    failed = tuple(line for batch in batches for line in batch.failed)
+    lost, places = total(run.ranks, [float(len(failed)), float(len(batches))])
+    training.lost += int(lost)
+    factor = optim.factor(plan.optim, training.step, plan.steps)
+    moving = tuple(batch.to(run.ranks.device) for batch in batches)
+    work = Work(run.bench, moving, plan.weights, training.step, run.ranks, training.scale.value)
+    losses: dict[str, float] = {}
+    norm: float | None = None
+    run.norms.begin()
+    try:
+        losses = run.strategy(work)
+        norm = optim.ready(training.optimiser.learning, plan.optim, training.scale) if losses else None
+        run.norms.settle(int(places))
+    except NotFinite as error:
+        _skip(run, error)
+    else:
+        _move(run, norm, factor, bool(losses))
+        _nothing_read(run, failed, bool(losses))
+    first, start = run.since
+    pace = (training.step + 1 - first) / max(1e-9, time.monotonic() - start)
+    rate = plan.optim.rate * factor
+    shown = float("nan") if norm is None else norm
+    return Progress(training.step + 1, plan.steps, losses, rate, pace, shown, failed, training.lost, training.skipped)
+
+
+def _move(run: _Run, norm: float | None, factor: float, found: bool) -> None:
+    """Step, average, next scale; ``norm`` None: the gradients are not used."""
+    training = run.training
+    if norm is None:
+        training.optimiser.clear()
+    else:
+        training.optimiser.step(factor)
+        if training.average is not None:
+            optim.follow(training.average, run.bench.model, step=training.step, decay=run.plan.optim.average)
+    if found:
+        training.scale = training.scale.after(overflow=norm is None)
+
+
+def _skip(run: _Run, error: NotFinite) -> None:
+    """As if the step had not been; NotFinite when that is not wanted, or too often."""
+    run.norms.drop()
+    run.training.optimiser.clear()
+    run.training.skipped += 1
+    if run.plan.not_finite == "error":
+        raise error
+    if run.training.skipped > run.plan.skips:
+        raise NotFinite(f"{error}; {run.training.skipped} steps were skipped, {run.plan.skips} may be") from error
+
+
+def _nothing_read(run: _Run, failed: tuple[str, ...], found: bool) -> None:
+    run.empty = 0 if found else run.empty + 1
+    if run.empty >= EMPTY:
+        why = first_word(run.ranks, failed[0] if failed else "") or "the batches serve none of the tasks"
+        raise InputError(f"in {run.empty} steps in a row there was nothing to learn from: {why}")
+
+
+def _due(every: int, step: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)
+
+
+def _validate(run: _Run) -> bool:
+    """Figures of the averaged model, on rank 0; whether the named one is better than ever before."""
+    if run.feed.validation is None:
+        return False
+    ranks, training = run.ranks, run.training
+    value = 0.0
+    if ranks.first:
+        # The others wait in `total`: a beat after every pass tells them that rank 0 lives.
+        with optim.Swapped(run.bench.model, training.average):
+            beat = partial(_beat, ranks, waiting=True)
+            found = figures(run.bench.model, run.bench.tasks, run.feed.validation(), beat=beat)
+        run.callbacks.on_validation(training.step, found)
+        value = _named(run.plan.best, found) if run.plan.best else 0.0
+        _beat(ranks, waiting=False)
+    else:
+        while _beat(ranks, waiting=False):
+            pass
+    return bool(run.plan.best) and _improves(run, total(ranks, [value])[0])
+
+
+def _beat(ranks: Ranks, *, waiting: bool) -> bool:
+    return total(ranks, [float(waiting)])[0] > 0
+
+
+def _named(best: str, found: Figures) -> float:
+    task, _, metric = best.partition(".")
+    if metric not in found.get(task, {}):
+        known = ", ".join(f"{t}.{m}" for t, metrics in found.items() for m in metrics)
+        raise RecipeError(f"best is '{best}', which validation does not give; it gives: {known or 'nothing'}")
+    return found[task][metric]
+
+
+def _improves(run: _Run, value: float) -> bool:
+    training, lower = run.training, run.plan.lower
+    better = training.best is None or (value < training.best if lower else value > training.best)
+    training.best, training.stale = (value, 0) if better else (training.best, training.stale + 1)
+    return better
+
+
+def _checkpoint(run: _Run, better: bool) -> str:
+    if run.shelf is None:
+        return ""
+    uri = state.write(run.shelf, run.training, ranks=run.ranks, best=better)
+    if run.ranks.first:
+        run.callbacks.on_checkpoint(run.training.step, uri)
+    return uri
+
+
+@contextlib.contextmanager
+def _interruptible(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set ``stop``, to end after the step; a second one ends at once. Nothing in other threads."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -1,0 +1,218 @@
+"""How much data is enough: the same training on several shares of its items, and a table and a plot of the outcome."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsi_mmm.errors import MissingPackage, OutputError, RecipeError
+from wsi_mmm.slides import store
+from wsi_mmm.training.config import TrainConfig
+from wsi_mmm.training.data.entry import Expand, each_by_itself
+from wsi_mmm.training.job import QUIET, Listener, facts_of, model_folder, train_as
+from wsi_mmm.training.plot import draw_curve
+from wsi_mmm.training.ranks import Ranks, joined
+
+DONE, TABLE, SUMMARY = "result.json", "fractions.csv", "fractions.json"
+_FREE = ("out", "threads", "device", "tracking", "checkpoint")
+"""What may differ between a training that is done and the one that is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A training that is done: the share of the training items in percent, the seed, how many items that were, and the
+    figures of the held-out parts by task."""
+
+    percent: float
+    seed: int
+    items: int
+    val: Mapping[str, Mapping[str, float]]
+    test: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A share of the data: the figure of each seed, their mean and standard deviation (0 of one seed)."""
+
+    percent: float
+    items: int
+    mean: float
+    deviation: float
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """All trainings. ``metric``: "task.metric", of ``part`` ("test" where there is one, else "val"). ``files``: the
+    table and the plot; ``notes``: what could not be drawn, and why."""
+
+    metric: str
+    part: str
+    points: tuple[Point, ...]
+    files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def rows(self) -> tuple[Row, ...]:
+        """One row per share, from the smallest."""
+        found = []
+        for percent in sorted({point.percent for point in self.points}):
+            mine = [point for point in self.points if point.percent == percent]
+            values = tuple(_value(point, self.part, self.metric) for point in mine)
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            found.append(Row(percent, mine[0].items, float(np.mean(values)), spread, values))
+        return tuple(found)
+
+
+def train_fractions(
+    config: TrainConfig,
+    percents: Sequence[float],
+    *,
+    seeds: int = 3,
+    metric: str = "",
+    listener: Listener = QUIET,
+    expand: Expand = each_by_itself,
+) -> Curve:
+    """Train each share with each seed, in ``<out>/fraction-XX-seed-Y``, skipping what is done; write table and plot.
+
+    Splits stay those of the configuration; the seed decides the weights, the order and which items a share has. Larger
+    shares hold the smaller ones of the same seed. All ranks but the first know nothing of what was found. RecipeError,
+    and what `train` raises.
+    """
+    _check(percents, seeds)
+    folder = model_folder(config).parent
+    points = []
+    with joined(config.device) as ranks:
+        for percent, number in itertools.product(sorted(set(percents)), range(seeds)):
+            one = share_of(config, percent, config.seed + number)
+            point = _done(one, percent) or _train(ranks, one, percent, listener=listener, expand=expand)
+            if point is not None:
+                points.append(point)
+                curve = _named(tuple(points), metric or config.validation.best)  # a wrong metric is said at once
+    return _write(curve, folder) if len(points) == seeds * len(set(percents)) else Curve("", "", tuple(points))
+
+
+def share_of(config: TrainConfig, percent: float, seed: int) -> TrainConfig:
+    """The configuration of one training."""
+    out = store.join(config.out, f"fraction-{percent:g}-seed-{seed}")
+    part = config.sampling.model_copy(update={"fraction": percent / 100.0})
+    held = config.checkpoint
+    if held.folder:
+        held = held.model_copy(update={"folder": store.join(held.folder, f"fraction-{percent:g}-seed-{seed}")})
+    return config.model_copy(update={"out": out, "seed": seed, "sampling": part, "checkpoint": held})
+
+
+def _check(percents: Sequence[float], seeds: int) -> None:
+    wrong = [percent for percent in percents if not 0 < percent <= 100]
+    if wrong or not percents:
+        raise RecipeError("fractions are percents above 0 and up to 100, such as 1,10,50,100")
+    if seeds < 1:
+        raise RecipeError(f"{seeds} seeds: give 1 or more")
+
+
+def _train(ranks: Ranks, config: TrainConfig, percent: float, *, listener: Listener, expand: Expand) -> Point | None:
+    """What was found; None on all ranks but the first."""
+    named = f"{percent:g} % of the items, seed {config.seed} -> {store.redact(config.out)}: "
+    done = train_as(ranks, config, replace(listener, say=lambda line: listener.say(named + line)), expand)
+    if not done.model:
+        return None
+    point = Point(percent, config.seed, done.items, done.val, done.test)
+    text = json.dumps({"configuration": _what_counts(config), **asdict(point)}, indent=1)
+    store.write_bytes(store.join(config.out, DONE), text.encode())
+    return point
+
+
+def _done(config: TrainConfig, percent: float) -> Point | None:
+    """What an earlier run found. RecipeError when that was another training."""
+    uri = store.join(config.out, DONE)
+    if not store.exists(uri):
+        return None
+    try:
+        found: dict[str, Any] = json.loads(store.read_bytes(uri))
+        there = found.pop("configuration")
+        point = Point(**found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{uri} is damaged; remove it, and that training is done again") from error
+    if there != _what_counts(config):
+        other = sorted(key for key, value in _what_counts(config).items() if there.get(key) != value)
+        raise RecipeError(f"{uri} is of another configuration ({', '.join(other)} differ): choose another out")
+    return replace(point, percent=percent)
+
+
+def _what_counts(config: TrainConfig) -> dict[str, Any]:
+    return {key: value for key, value in facts_of(config).items() if key not in _FREE}
+
+
+# ---------------------------------------------------------------- table and plot
+
+
+def _figures(point: Point, part: str) -> Mapping[str, Mapping[str, float]]:
+    return point.test if part == "test" else point.val
+
+
+def _value(point: Point, part: str, metric: str) -> float:
+    task, _, name = metric.partition(".")
+    return _figures(point, part)[task][name]
+
+
+def _named(points: tuple[Point, ...], metric: str) -> Curve:
+    """With the part and the metric to speak of. RecipeError when some training does not give it."""
+    part = "test" if all(point.test for point in points) else "val"
+    known = [f"{task}.{name}" for task, found in _figures(points[0], part).items() for name in found]
+    if not known:
+        raise RecipeError("nothing was held out to judge by: give split.val or split.test above 0")
+    chosen = metric or known[0]
+    for point in points:
+        task, _, name = chosen.partition(".")
+        if name not in _figures(point, part).get(task, {}):
+            raise RecipeError(f"the {part} part gives no figure '{chosen}'; it gives: {', '.join(known)}")
+    return Curve(chosen, part, points)
+
+
+def _write(curve: Curve, folder: Path) -> Curve:
+    rows = curve.rows()
+    facts = {"metric": curve.metric, "part": curve.part, "rows": [_finite(asdict(row)) for row in rows]}
+    texts = {TABLE: _csv(curve.points), SUMMARY: json.dumps(facts, indent=1) + "\n"}
+    for name, text in texts.items():
+        try:
+            (folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write {folder / name}: {error.strerror or error}") from error
+    files, notes = [str(folder / name) for name in texts], []
+    percents, values = [row.percent for row in rows], [row.values for row in rows]
+    title = f"{curve.part} part, mean and deviation of {len(rows[0].values)} seeds"
+    try:
+        drawn = draw_curve(folder, percents, values, name=curve.metric, title=title)
+        files += [str(path) for path in drawn]
+    except MissingPackage as error:
+        notes.append(str(error))
+    return replace(curve, files=tuple(files), notes=tuple(notes))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _csv(points: Sequence[Point]) -> str:
+    """A line per training, part, task and metric."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("percent", "seed", "items", "part", "task", "metric", "value"))
+    for point in points:
+        for part in ("val", "test"):
+            for task, found in _figures(point, part).items():
+                for name, value in found.items():
+                    writer.writerow((f"{point.percent:g}", point.seed, point.items, part, task, name, f"{value:.6g}"))
+    return out.getvalue()

@@ -1,0 +1,367 @@
+"""A training from its configuration to the model folder that `run` loads."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from wsi_mmm import __version__
+from wsi_mmm.errors import ModelError, OutputError, RecipeError
+from wsi_mmm.model.checkpoint import build_model, declared_normalisation, load_model, save_model
+from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.slides import store
+from wsi_mmm.tasks import Task, make_task
+from wsi_mmm.training import fit as fitting
+from wsi_mmm.training.config import TrainConfig, model_card
+from wsi_mmm.training.data.bags import FeatureBags
+from wsi_mmm.training.data.base import Sample
+from wsi_mmm.training.data.buckets import DryRun
+from wsi_mmm.training.data.entry import Expand, Place, each_by_itself
+from wsi_mmm.training.data.slide_entries import Slides
+from wsi_mmm.training.data.split import missing_labels
+from wsi_mmm.training.divide import DataSet, divided
+from wsi_mmm.training.fit import Callbacks, FitPlan, Progress
+from wsi_mmm.training.loader import Feed, LoadPlan, TrainBatch, batches, look_of, pictures
+from wsi_mmm.training.ranks import Ranks, joined, total
+from wsi_mmm.training.state import best_weights
+from wsi_mmm.training.trackers import TensorBoard, Tracker, open_trackers
+from wsi_mmm.training.validate import Figures, figures
+
+MODEL, CHECKPOINTS = "model", "checkpoints"
+_TOGETHER = 16  # validation items that are read at once
+_SHOWN = 8  # pictures of a data set that TensorBoard shows
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that a training needs, with nothing learnt yet."""
+
+    config: TrainConfig
+    model: MultiTaskModel
+    tasks: Mapping[str, Task]
+    data: tuple[DataSet, ...]
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Per data set: its tasks, how many items each part has, and of which classes the training part is."""
+        rows = []
+        for one in self.data:
+            index = one.feed.source.index
+            numbers, counts = np.unique(index.labels[one.feed.items], return_counts=True)
+            task = self.config.task[[t.name for t in self.config.task].index(one.feed.source.tasks[0])]
+            names = {n: task.classes[n] if 0 <= n < len(task.classes) else "-" for n in numbers.tolist()}
+            classes = {names[n]: c for n, c in zip(numbers.tolist(), counts.tolist(), strict=True) if n >= 0}
+            parts = {"train": len(one.feed.items), "val": len(one.split.val), "test": len(one.split.test)}
+            rows.append({"data": one.name, "tasks": list(one.feed.source.tasks), **parts, "classes": classes})
+        return rows
+
+    def warnings(self) -> list[str]:
+        """A line for every class that a part has no item of: it is not learnt, or not judged."""
+        lines = []
+        for one in self.data:
+            task = next(t for t in self.config.task if t.name == one.feed.source.tasks[0])
+            for part, numbers in missing_labels(one.feed.source.index, one.split).items():
+                names = [task.classes[n] if n < len(task.classes) else str(n) for n in numbers]
+                verb = "learnt" if part == "train" else "judged"
+                what = ", ".join(names)
+                lines.append(f"warning: data '{one.name}' has no {what} in its {part} part: that is not {verb}")
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training leaves: the model folder, figures of the held-out parts by task, the step that its weights are
+    of, how many items were learnt from."""
+
+    model: str = ""
+    val: Figures = field(default_factory=dict)
+    test: Figures = field(default_factory=dict)
+    seconds: float = 0.0
+    step: int = 0
+    items: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What a user sees of a training: every step, every validation, every checkpoint, and lines."""
+
+    on_step: Callable[[Progress], None] = lambda _: None
+    on_validation: Callable[[int, Figures], None] = lambda *_: None
+    on_checkpoint: Callable[[int, str], None] = lambda *_: None
+    say: Callable[[str], None] = lambda _: None
+
+
+QUIET = Listener()
+
+
+# ---------------------------------------------------------------- before the first step
+
+
+def place_of(config: TrainConfig, expand: Expand = each_by_itself) -> Place:
+    """What data sets are opened for; ``expand`` says which slides words stand for."""
+    cards = {card.name: card for card in config.task_cards()}
+    return Place(cards, config.model.mpp, config.model.tile_size, expand)
+
+
+def read_annotations(config: TrainConfig, expand: Expand = each_by_itself) -> dict[str, dict[str, DryRun]]:
+    """Data set -> task -> what its bucket table makes of the annotations; of the data sets that have any."""
+    place = place_of(config, expand)
+    found = {entry.name: entry.dry_run(place) for entry in config.data if isinstance(entry, Slides)}
+    return {name: tables for name, tables in found.items() if tables}
+
+
+def prepare(config: TrainConfig, expand: Expand = each_by_itself) -> Prepared:
+    """Open every data set, divide them together, build the model. Raises what is wrong before anything is learnt."""
+    place = place_of(config, expand)
+    tasks = {name: make_task(card) for name, card in place.tasks.items()}
+    feeds = [Feed(entry.open(place), entry.batch, weight=entry.weight) for entry in config.data]
+    data = divided(feeds, config)
+    model = begin_model(config)
+    _check_features(feeds, model)
+    return Prepared(config, model, tasks, data)
+
+
+def _check_features(feeds: Sequence[Feed], model: MultiTaskModel) -> None:
+    """Vectors of bags are as long as those of the model that will be given the heads."""
+    for feed in feeds:
+        if isinstance(feed.source, FeatureBags) and feed.source.width != model.vector_width:
+            raise RecipeError(
+                f"data '{feed.source.name}' holds vectors of {feed.source.width} numbers, the model makes "
+                f"{model.vector_width}: give the encoder that embedded them, and its weights or model.start"
+            )
+
+
+def begin_model(config: TrainConfig) -> MultiTaskModel:
+    """The model before its first step: seeded, with the encoder's weights and those of ``model.start``."""
+    part = config.model
+    weights = None if part.encoder.weights == "pretrained" else part.encoder.weights
+    mean, std = (part.mean, part.std) if part.mean and part.std else _normalisation(config)
+    torch.manual_seed(config.seed)
+    model = build_model(model_card(config, mean, std), weights=weights)
+    if part.start:
+        take_over(model, load_model(part.start))
+    return model
+
+
+def _normalisation(config: TrainConfig) -> tuple[Any, Any]:
+    if config.model.start:
+        card = load_model(config.model.start).card
+        return card.mean, card.std
+    return declared_normalisation(config.model.encoder.name)
+
+
+def take_over(model: MultiTaskModel, other: MultiTaskModel) -> int:
+    """Copy every weight of ``other`` whose name and shape ``model`` has; how many. ModelError: another encoder."""
+    mine, theirs = model.state_dict(), other.state_dict()
+    same = {key: value for key, value in theirs.items() if key in mine and mine[key].shape == value.shape}
+    encoder = [key for key in mine if key.startswith("encoder.")]
+    missing = [key for key in encoder if key not in same]
+    if missing:
+        raise ModelError(
+            f"model.start: the encoder '{other.card.encoder.name}' of '{other.card.name}' is not that of this model "
+            f"('{model.card.encoder.name}'): {len(missing)} of {len(encoder)} weights do not fit; give its encoder: "
+            f"name {other.card.encoder.name}, args {json.dumps(other.card.encoder.args)}"
+        )
+    model.load_state_dict({**mine, **same})
+    return len(same)
+
+
+# ---------------------------------------------------------------- the training
+
+
+def train(config: TrainConfig, listener: Listener = QUIET, expand: Expand = each_by_itself) -> Trained:
+    """Train, judge what was held out, and write ``<out>/model``. The same again goes on from the last checkpoint.
+
+    Under torchrun every rank calls this; rank 0 writes and speaks. Raises what `prepare` and `fit` raise.
+    """
+    model_folder(config)  # a folder that cannot be is said before ranks meet
+    with joined(config.device) as ranks:
+        return train_as(ranks, config, listener, expand)
+
+
+def train_as(ranks: Ranks, config: TrainConfig, listener: Listener, expand: Expand) -> Trained:
+    """`train` among ranks that have met: torchrun lets them meet once."""
+    started = time.monotonic()
+    prepared = prepare(config, expand)
+    if ranks.first:
+        listener.say(describe(prepared))
+        for line in prepared.warnings():
+            listener.say(line)
+    trackers = open_trackers(config.tracking, config.out, facts_of(config)) if ranks.first else ()
+    seen: dict[int, Figures] = {}
+    try:
+        model = fitting.fit(
+            prepared.model, prepared.tasks, _feed(prepared, ranks, _boards(config, trackers)),
+            plan=fit_plan(config), callbacks=_callbacks(listener, trackers, seen), ranks=ranks,
+        )  # fmt: skip
+    finally:
+        for tracker in trackers:
+            tracker.close()
+    if not ranks.first:
+        while total(ranks, [0.0])[0]:  # rank 0 judges the model, and tells after each pass that it lives
+            pass
+        return Trained()
+    done = _finish(prepared, model, seen, beat=partial(total, ranks, [1.0]))
+    total(ranks, [0.0])
+    listener.say(f"model {done.model}, the weights of step {done.step}")
+    return replace(done, seconds=time.monotonic() - started)
+
+
+def model_folder(config: TrainConfig) -> Path:
+    """Where the model will lie. OutputError unless ``out`` is a local folder."""
+    if not store.is_local(config.out):
+        raise OutputError(
+            f"out is {store.redact(config.out)}: the model is written to a local folder; checkpoint.folder may be s3://"
+        )
+    return store.local_path(store.join(config.out, MODEL))
+
+
+def checkpoint_folder(config: TrainConfig) -> str:
+    """Where checkpoints lie."""
+    return config.checkpoint.folder or store.join(config.out, CHECKPOINTS)
+
+
+def describe(prepared: Prepared) -> str:
+    """One line: how much of what."""
+    rows = prepared.summary()
+    total = {name: sum(row[name] for row in rows) for name in ("train", "val", "test")}
+    size = sum(p.numel() for p in prepared.model.parameters()) / 1e6
+    parts = ", ".join(f"{count} {name}" for name, count in total.items() if count)
+    return f"{len(rows)} data sets ({parts} items), {len(prepared.tasks)} tasks, {size:.1f} M weights"
+
+
+def fit_plan(config: TrainConfig) -> FitPlan:
+    """The loop's plan. What a checkpoint must agree with to be resumed: the data, how it is drawn and changed."""
+    facts = facts_of(config)  # without credentials: they are written into checkpoints
+    drawn = {name: facts[name] for name in ("data", "split", "sampling", "change", "augment")}
+    drawn |= {"size": config.model.tile_size, "start": facts["model"]["start"]}
+    return FitPlan(
+        config.steps, config.seed, config.optim, config.strategy,
+        weights={task.name: task.weight for task in config.task},
+        validate_every=config.validation.every, checkpoint_every=config.checkpoint.every, keep=config.checkpoint.keep,
+        best=config.validation.best, lower=config.validation.lower, patience=config.validation.patience,
+        not_finite=config.not_finite, folder=checkpoint_folder(config), config=drawn,
+    )  # fmt: skip
+
+
+def _feed(prepared: Prepared, ranks: Ranks, boards: Sequence[TensorBoard]) -> fitting.Feed:
+    config = prepared.config
+    part = config.sampling
+    plan = LoadPlan(
+        config.model.tile_size, policy=part.policy, seed=config.seed, rounds=part.rounds,
+        temperature=part.temperature, class_balance=part.class_balance, change=config.change,
+        rank=ranks.rank, world=ranks.world, threads=config.threads,
+    )  # fmt: skip
+    feeds = [one.feed for one in prepared.data]
+
+    def drawn(first: int) -> Iterator[Any]:
+        steps = range(first, config.steps)
+        made = batches(feeds, prepared.tasks, plan=plan, steps=steps, device=ranks.device)
+        return _shown(made, first, boards, config)
+
+    held = any(len(one.split.val) for one in prepared.data)
+    return fitting.Feed(drawn, look_of(config.augment), partial(held_out, prepared, "val") if held else None)
+
+
+def _boards(config: TrainConfig, trackers: Sequence[Tracker]) -> list[TensorBoard]:
+    """Those that pictures may go to."""
+    return [one for one in trackers if isinstance(one, TensorBoard)] if config.tracking.images else []
+
+
+def _shown(
+    steps: Iterator[tuple[TrainBatch, ...]], first: int, boards: Sequence[TensorBoard], config: TrainConfig
+) -> Iterator[tuple[TrainBatch, ...]]:
+    """``steps``; pictures of the first of them go to ``boards``, augmented as the model sees them."""
+    with closing(steps):  # type: ignore[type-var]  # a generator, whose threads end with it
+        for number, found in enumerate(steps):
+            for board in boards if number == 0 else ():
+                for batch in found:
+                    if len(batch) and batch.pixels is not None:
+                        seen = pictures(batch, config.augment)[:_SHOWN].clamp(0, 1) * 255.0
+                        board.pictures(first, batch.feed, seen.round().byte().permute(0, 2, 3, 1).cpu().numpy())
+            yield found
+
+
+def held_out(prepared: Prepared, part: str) -> Iterator[Sample]:
+    """The samples of a part, at most ``validation.items`` of each data set, evenly spread, the same each time."""
+    most, size = prepared.config.validation.items, prepared.config.model.tile_size
+    for one in prepared.data:
+        numbers = one.split.part(part)
+        if most and len(numbers) > most:
+            numbers = numbers[np.linspace(0, len(numbers) - 1, most).round().astype(np.int64)]
+        for first in range(0, len(numbers), _TOGETHER):
+            yield from one.feed.source.read(numbers[first : first + _TOGETHER].tolist(), size)
+
+
+def _callbacks(listener: Listener, trackers: Sequence[Tracker], seen: dict[int, Figures]) -> Callbacks:
+    def on_step(progress: Progress) -> None:
+        values = {f"loss/{name}": value for name, value in progress.losses.items()}
+        values |= {"rate": progress.rate, "steps_per_second": progress.pace, "gradient_norm": progress.norm}
+        if progress.step % 10 == 0 or progress.step == 1:
+            for tracker in trackers:
+                tracker.figures(progress.step, values)
+        listener.on_step(progress)
+
+    def on_validation(step: int, found: Figures) -> None:
+        seen[step] = found
+        for tracker in trackers:
+            tracker.figures(step, {f"val/{t}/{m}": v for t, metrics in found.items() for m, v in metrics.items()})
+        listener.on_validation(step, found)
+
+    return Callbacks(on_step, on_validation, listener.on_checkpoint)
+
+
+def _finish(
+    prepared: Prepared, model: MultiTaskModel, seen: Mapping[int, Figures], *, beat: Callable[[], object]
+) -> Trained:
+    """Choose the weights, judge the model, write its folder. ``seen``: figures of this run's validations, by step."""
+    config = prepared.config
+    step = _choose(config, model)
+    val = seen[step] if step in seen else figures(model, prepared.tasks, held_out(prepared, "val"), beat=beat)
+    test = figures(model, prepared.tasks, held_out(prepared, "test"), beat=beat)
+    folder = model_folder(config)
+    facts = {
+        "trained_with": f"wsi-mmm {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "command": "wsi-mmm train config.toml, with the configuration below",
+        "weights": f"of step {step}" + (f", the best by {config.validation.best}" if config.validation.best else ""),
+        "configuration": facts_of(config),
+        "items": prepared.summary(),
+    }
+    told: dict[str, Any] = {name: _rounded(found) for name, found in (("val", val), ("test", test)) if found}
+    save_model(model, folder, card=model.card.model_copy(update={"metrics": told, "data": facts}))
+    return Trained(str(folder), val, test, step=step, items=sum(len(one.feed.items) for one in prepared.data))
+
+
+def _choose(config: TrainConfig, model: MultiTaskModel) -> int:
+    """Put the best weights into ``model`` when a figure to choose by is named; the step that its weights are of."""
+    found = best_weights(checkpoint_folder(config)) if config.validation.best else None
+    if found is None:
+        return config.steps
+    model.load_state_dict(found[1])
+    return found[0]
+
+
+def _rounded(found: Figures) -> Figures:
+    return {task: {name: round(value, 4) for name, value in metrics.items()} for task, metrics in found.items()}
+
+
+def facts_of(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON values, its places without credentials."""
+    return {key: _plain(value) for key, value in config.model_dump(mode="json").items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return store.redact(value) if "://" in value else value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

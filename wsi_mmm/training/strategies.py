@@ -1,0 +1,394 @@
+"""Step rules: from the micro-batches of a step to gradients in ``.grad``, for all tasks together.
+
+The joint loss of a step is the sum over tasks of weight x (mean of the task's loss over the micro-batches that serve
+it, on all ranks): how many micro-batches a step has does not change its size. Every rule leaves this loss's gradient
+(`accumulate`, `joint`: exactly; the others: changed as their papers say), summed over the ranks, and returns the
+losses by task. Parameters that no micro-batch of the step reached keep ``grad`` None.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wsi_mmm.errors import NotFinite, RecipeError
+from wsi_mmm.model.layers import layers
+from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.training.forward import Bench, loss_of, passes, served, shared
+from wsi_mmm.training.ranks import ALONE, Ranks, add, add_gradients, first_word, total
+
+if TYPE_CHECKING:
+    from wsi_mmm.training.loader import TrainBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a rule is given: this rank's micro-batches of a step, the tasks' weights (1 where absent), the number of the
+    step, and the factor that losses are multiplied with against underflow in float16."""
+
+    bench: Bench
+    batches: tuple[TrainBatch, ...]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    step: int = 0
+    ranks: Ranks = ALONE
+    scale: float = 1.0
+
+
+class Strategy(Protocol):
+    """``strategy(work)`` -> losses by task (means over the step, without weights). Raises NotFinite, on all ranks.
+
+    ``own`` holds what the rule itself learns or remembers; it belongs into checkpoints.
+    """
+
+    @property
+    def own(self) -> nn.Module: ...
+
+    def __call__(self, work: Work) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyPlan:
+    """A rule by name. ``alpha`` and ``rate``: GradNorm's asymmetry and the rate of its weights."""
+
+    name: str = "accumulate"
+    alpha: float = 1.5
+    rate: float = 0.025
+
+
+def make_strategy(plan: StrategyPlan, tasks: Sequence[str]) -> Strategy:
+    """The rule that ``plan`` names, for these tasks. RecipeError for an unknown name."""
+    if plan.name not in STRATEGIES:
+        raise RecipeError(f"there is no strategy '{plan.name}'; known: {', '.join(STRATEGIES)}")
+    return STRATEGIES[plan.name](plan, tuple(tasks))
+
+
+# ------------------------------------------------------------------------------------------- parts of all rules
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A head that has been run and pulled back: ``pull`` is the gradient at ``read``, the shared tensor that it read
+    (None when nothing before it learns)."""
+
+    name: str
+    read: Tensor
+    pull: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """A loss that was found, still on the device: it is looked at once per step, not once per head."""
+
+    name: str
+    keys: tuple[str, ...]
+    loss: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """``counts``: micro-batches of each task on all ranks. ``of``: what each of their losses is multiplied with."""
+
+    counts: dict[str, float]
+    of: dict[str, float]
+
+
+def _shares(work: Work, factors: Mapping[str, float] | None = None) -> _Shares:
+    names = list(work.bench.tasks)
+    here = [served(work.bench, batch) for batch in work.batches]
+    found = total(work.ranks, [float(sum(name in some for some in here)) for name in names])
+    counts = {name: count for name, count in zip(names, found, strict=True) if count}
+    weights = {name: work.weights.get(name, 1.0) * (factors or {}).get(name, 1.0) for name in counts}
+    return _Shares(counts, {name: work.scale * weights[name] / counts[name] for name in counts})
+
+
+def _micro_batches(work: Work) -> Iterator[tuple[TrainBatch, tuple[str, ...]]]:
+    """Those that serve a task, with the tasks of one pass. Ranks take turns in the plan (`policy.of_rank`), which gives
+    each micro-batch its place in it."""
+    for number, batch in enumerate(work.batches):
+        if work.bench.norms is not None:
+            work.bench.norms.place = work.ranks.rank + number * work.ranks.world
+        for names in passes(work.bench, served(work.bench, batch)):
+            yield batch, names
+
+
+def _heads(
+    work: Work, batch: TrainBatch, names: Sequence[str], *, shares: _Shares, notes: list[_Note]
+) -> Iterator[_Pass]:
+    """Run the shared part once, then each head on a copy cut off from it, and free that head's graph."""
+    found = shared(work.bench, batch, names)
+    for name in names:
+        read = found.reads[name]
+        leaf = read.detach().requires_grad_(read.requires_grad)
+        loss = loss_of(work.bench, name, leaf, found.targets[name])
+        if loss.requires_grad:
+            (loss * shares.of[name]).backward()  # type: ignore[no-untyped-call]
+        notes.append(_Note(name, batch.keys, loss.detach()))
+        del loss
+        yield _Pass(name, read, leaf.grad)
+
+
+def _task_by_task(work: Work, shares: _Shares, each: Callable[[_Pass], None] | None = None) -> list[_Note]:
+    """Backward of the whole step: head by head down to the shared tensors, then once through the shared part."""
+    notes: list[_Note] = []
+    for batch, names in _micro_batches(work):
+        pulls: dict[int, tuple[Tensor, Tensor]] = {}
+        for one in _heads(work, batch, names, shares=shares, notes=notes):
+            if one.pull is None:
+                continue
+            if each:
+                each(one)
+            before = pulls.get(id(one.read))
+            pulls[id(one.read)] = (one.read, one.pull if before is None else before[1].add_(one.pull))
+        if pulls:
+            reads, found = zip(*pulls.values(), strict=True)
+            torch.autograd.backward(reads, found)
+    return notes
+
+
+def _agreed(work: Work, shares: _Shares, notes: Sequence[_Note]) -> dict[str, float]:
+    """Mean losses over all ranks. NotFinite on every rank when one of them found one: no rank steps alone."""
+    values = torch.stack([note.loss.double() for note in notes]).tolist() if notes else []
+    sums = dict.fromkeys(work.bench.tasks, 0.0)
+    fault = ""
+    for note, value in zip(notes, values, strict=True):
+        sums[note.name] += value
+        if not math.isfinite(value) and not fault:
+            fault = f"step {work.step}: the loss of task '{note.name}' is {value} on {_some(note.keys)}; look at them"
+    found = total(work.ranks, [*sums.values(), float(bool(fault))])
+    if found[-1]:
+        raise NotFinite(first_word(work.ranks, fault))
+    means = dict(zip(sums, found, strict=False))
+    return {name: means[name] / count for name, count in shares.counts.items()}
+
+
+def _some(keys: Sequence[str]) -> str:
+    shown = ", ".join(f"'{key}'" for key in keys[:4])
+    return shown if len(keys) <= 4 else f"{shown} and {len(keys) - 4} more"
+
+
+def _learning(model: MultiTaskModel) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+# ------------------------------------------------------------------------------------------- accumulate, joint
+@dataclass(frozen=True, slots=True)
+class Accumulate:
+    """Batch by batch, task by task: no more than the shared part of one batch and one head is in memory."""
+
+    own: nn.Module = field(default_factory=nn.Module)
+
+    def __call__(self, work: Work) -> dict[str, float]:
+        """See `Strategy`."""
+        shares = _shares(work)
+        notes = _task_by_task(work, shares)
+        losses = _agreed(work, shares, notes)
+        add_gradients(work.ranks, _learning(work.bench.model))
+        return losses
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """One graph of all batches and tasks, one backward pass: as the formula says, and as much memory as it takes."""
+
+    own: nn.Module = field(default_factory=nn.Module)
+
+    def __call__(self, work: Work) -> dict[str, float]:
+        """See `Strategy`."""
+        shares = _shares(work)
+        notes: list[_Note] = []
+        terms: list[Tensor] = []
+        for batch, names in _micro_batches(work):
+            found = shared(work.bench, batch, names)
+            for name in names:
+                loss = loss_of(work.bench, name, found.reads[name], found.targets[name])
+                notes.append(_Note(name, batch.keys, loss.detach()))
+                terms.append(loss * shares.of[name])
+        if terms:
+            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+        losses = _agreed(work, shares, notes)
+        add_gradients(work.ranks, _learning(work.bench.model))
+        return losses
+
+
+# ------------------------------------------------------------------------------------------- PCGrad
+@dataclass(frozen=True, slots=True)
+class PCGrad:
+    """Gradient surgery (Yu et al. 2020, algorithm 1) on the shared parameters; heads keep their own gradients.
+
+    Holds one gradient of the shared part per task of the step.
+    """
+
+    own: nn.Module = field(default_factory=nn.Module)
+
+    def __call__(self, work: Work) -> dict[str, float]:
+        """See `Strategy`."""
+        shares = _shares(work)
+        trunk = [p for n, p in work.bench.model.named_parameters() if p.requires_grad and not n.startswith("heads.")]
+        found: dict[str, list[Tensor | None]] = {name: [None] * len(trunk) for name in shares.counts}
+        notes: list[_Note] = []
+        for batch, names in _micro_batches(work):
+            for one in _heads(work, batch, names, shares=shares, notes=notes):
+                if one.pull is not None:
+                    _collect(found[one.name], one, trunk)
+        losses = _agreed(work, shares, notes)
+        add_gradients(work.ranks, [p for n, p in work.bench.model.named_parameters() if n.startswith("heads.")])
+        self._combine(work, trunk, list(found.values()))
+        return losses
+
+    def _combine(self, work: Work, trunk: Sequence[nn.Parameter], found: Sequence[Sequence[Tensor | None]]) -> None:
+        """Write the projected sum of the tasks' gradients into ``.grad``; None where no task reached."""
+        here = [float(any(task[i] is not None for task in found)) for i in range(len(trunk))]
+        reached = total(work.ranks, here)
+        flats = [torch.cat([_or_zero(g, p).reshape(-1) for g, p in zip(task, trunk, strict=True)]) for task in found]
+        add(work.ranks, flats)
+        if not flats:
+            return
+        parts = torch.split(project(flats, work.step), [p.numel() for p in trunk])
+        for parameter, part, some in zip(trunk, parts, reached, strict=True):
+            parameter.grad = part.view(parameter.shape).clone() if some else None
+
+
+def _collect(sums: list[Tensor | None], one: _Pass, trunk: Sequence[nn.Parameter]) -> None:
+    grads = torch.autograd.grad(one.read, trunk, one.pull, retain_graph=True, allow_unused=True)
+    for index, grad in enumerate(grads):
+        if grad is not None:
+            old = sums[index]
+            sums[index] = grad if old is None else old + grad
+
+
+def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def project(gradients: Sequence[Tensor], seed: int) -> Tensor:
+    """Sum of the gradients, each cleared of what conflicts: for every other gradient h in random order, where
+    g . h < 0, g becomes g - (g . h / h . h) h, with h as it was at first (Yu et al. 2020). Pure in ``seed``."""
+    order = random.Random(seed)
+    out = torch.zeros_like(gradients[0])
+    for number, gradient in enumerate(gradients):
+        g = gradient.clone()
+        others = [i for i in range(len(gradients)) if i != number]
+        order.shuffle(others)
+        for other in others:
+            h = gradients[other]
+            inner = torch.dot(g, h)
+            g = torch.where(inner < 0, g - (inner / torch.dot(h, h).clamp_min(torch.finfo(h.dtype).tiny)) * h, g)
+        out += g
+    return out
+
+
+# ------------------------------------------------------------------------------------------- GradNorm
+class Balance(nn.Module):
+    """What GradNorm remembers, by task in the order of its plan: ``weight`` and the ``first`` loss (NaN: none yet)."""
+
+    weight: Tensor
+    first: Tensor
+
+    def __init__(self, tasks: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(tasks, dtype=torch.float64))
+        self.register_buffer("first", torch.full((tasks,), math.nan, dtype=torch.float64))
+
+
+@dataclass(frozen=True, slots=True)
+class GradNorm:
+    """Tasks that learn slowly get more weight (Chen et al. 2018): with the norms G of the weighted gradients at the
+    last shared layer and the relative losses r = (L / first L) / mean, weights descend on sum |G - mean(G) r^alpha|.
+
+    The derivative of G by a weight is G / weight, so no second backward pass is needed. Weights of the tasks of a step
+    keep their sum. A task without gradient at that layer (bags of stored features) keeps its weight.
+    """
+
+    tasks: tuple[str, ...]
+    alpha: float
+    rate: float
+    own: Balance
+
+    def __call__(self, work: Work) -> dict[str, float]:
+        """See `Strategy`."""
+        shares = _shares(work, dict(zip(self.tasks, self.own.weight.tolist(), strict=True)))
+        layer = last_shared(work.bench.model)
+        sums = {name: [torch.zeros_like(p) for p in layer] for name in shares.counts}
+
+        def each(one: _Pass) -> None:
+            found = torch.autograd.grad(one.read, layer, one.pull, retain_graph=True, allow_unused=True)
+            for kept, grad in zip(sums[one.name], found, strict=True):
+                if grad is not None:
+                    kept += grad
+
+        losses = _agreed(work, shares, _task_by_task(work, shares, each))
+        add_gradients(work.ranks, _learning(work.bench.model))
+        add(work.ranks, [g for grads in sums.values() for g in grads])
+        norms = {name: float(nn.utils.get_total_norm(grads)) / work.scale for name, grads in sums.items()}
+        self._learn(losses, norms)
+        return losses
+
+    def _learn(self, losses: Mapping[str, float], norms: Mapping[str, float]) -> None:
+        """One step of the weights. ``norms`` of the weighted losses' gradients."""
+        index = [self.tasks.index(name) for name in losses]
+        first, found = self.own.first, torch.tensor(list(losses.values()), dtype=torch.float64)
+        first[index] = torch.where(first[index].isnan(), found, first[index])
+        seen = [n for n, name in enumerate(losses) if 0 < norms[name] < math.inf]
+        if len(seen) < 2:
+            return
+        index, found = [index[n] for n in seen], found[seen]
+        weight = self.own.weight[index]
+        g = torch.tensor([norms[self.tasks[i]] for i in index], dtype=torch.float64)
+        pace = found / first[index].clamp_min(1e-8)
+        slope = torch.sign(g - g.mean() * (pace / pace.mean().clamp_min(1e-8)) ** self.alpha) * g / weight
+        new = (weight - self.rate * slope).clamp_min(1e-2)
+        self.own.weight[index] = new * weight.sum() / new.sum()
+
+
+def last_shared(model: MultiTaskModel) -> list[nn.Parameter]:
+    """What learns in the encoder's last stage, which everything that sees pixels passes. Not only its last kernel:
+    residual branches often begin as zeros, without gradient."""
+    found = [x for x in layers(model) if x.parameter.requires_grad and x.name.startswith("encoder.")]
+    if not found:
+        raise RecipeError("gradnorm balances tasks at the encoder, which is frozen; let it learn or take 'accumulate'")
+    return [x.parameter for x in found if x.depth == found[-1].depth]
+
+
+# ------------------------------------------------------------------------------------------- uncertainty
+class LogVariances(nn.Module):
+    """s by task, learnt with the model's own optimiser."""
+
+    def __init__(self, tasks: int) -> None:
+        super().__init__()
+        self.s = nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in range(tasks))
+
+
+@dataclass(frozen=True, slots=True)
+class Uncertainty:
+    """Weights from the tasks' homoscedastic uncertainty (Kendall et al. 2018): sum of exp(-s) L + s, s = log variance.
+
+    Both terms count fully, so s stays 0 at a loss of 1, which is what our losses are for a random predictor.
+    """
+
+    tasks: tuple[str, ...]
+    own: LogVariances
+
+    def __call__(self, work: Work) -> dict[str, float]:
+        """See `Strategy`."""
+        factors = {name: math.exp(-float(s.detach())) for name, s in zip(self.tasks, self.own.s, strict=True)}
+        shares = _shares(work, factors)
+        losses = _agreed(work, shares, _task_by_task(work, shares))
+        add_gradients(work.ranks, _learning(work.bench.model))
+        for name, loss in losses.items():
+            s = self.own.s[self.tasks.index(name)]
+            slope = work.weights.get(name, 1.0) * (1.0 - factors[name] * loss)
+            s.grad = torch.full_like(s, slope * work.scale)
+        return losses
+
+
+STRATEGIES: dict[str, Callable[[StrategyPlan, tuple[str, ...]], Strategy]] = {
+    "accumulate": lambda _plan, _tasks: Accumulate(),
+    "joint": lambda _plan, _tasks: Joint(),
+    "pcgrad": lambda _plan, _tasks: PCGrad(),
+    "gradnorm": lambda plan, tasks: GradNorm(tasks, plan.alpha, plan.rate, Balance(len(tasks))),
+    "uncertainty": lambda _plan, tasks: Uncertainty(tasks, LogVariances(len(tasks))),
+}
