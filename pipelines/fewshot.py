@@ -11,7 +11,6 @@ import argparse
 import sys
 
 import wsi_mmm
-from wsi_mmm import api
 
 
 def main() -> int:
@@ -26,7 +25,7 @@ def main() -> int:
     features, head = f"{args.out}/features", f"{args.out}/head"
     try:
         wsi_mmm.embed(args.slides, args.encoder, output=features, weights=args.weights)
-        for one in api.fit_head(features, args.labels, output=head, weights=args.weights):
+        for one in wsi_mmm.fit_head(features, args.labels, output=head, weights=args.weights):
             print(f"{one.kind}: balanced accuracy {one.figures['balanced_accuracy']:.3f}, {one.figures['judged_on']}")
         report = wsi_mmm.run(args.slides, f"{head}/model", output=f"{args.out}/results")
     except wsi_mmm.WsiError as error:
