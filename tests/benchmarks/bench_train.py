@@ -7,8 +7,8 @@ and `classify` (which slide it is), both of tiles at --mpp, drawn at random all 
 angles (--angle, --scale: free ones) and augmentation of colour on the device, which both ways pay alike. Everything
 else is `training.fit` as users run it. The ways take turns within one process, ``--rounds`` times ``--steps`` steps
 each after two that are not counted; medians of the rounds are compared. ``alone``: what making one micro-batch costs
-when nothing else runs, on one thread. On a CPU that the model fills, the ratio is at best that of the CPU seconds, which
-other programs on the machine disturb less than the wall's.
+when nothing else runs, on one thread. On a CPU that the model fills, the ratio is at best that of the CPU seconds,
+which other programs on the machine disturb less than the wall's.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ class TrainBatch:
     Of pictures: ``pixels`` uint8[n, H, W, 3], padded with white; ``sizes`` int64[n, 2] (height, width) of each without
     padding; ``theta`` float32[n, 2, 3]: px of the crop of ``size`` x ``size`` -> px of the picture (see
     `training.warp`; not applied yet: `pictures` does). Of bags of m tiles: the same for each tile, and ``bag``
-    int64[m]: the item (0 to n - 1) that a tile belongs to, ascending. Of bags of features: ``vectors`` float32[m, D] and ``bag``.
+    int64[m]: the item (0 to n - 1) that a tile belongs to, ascending. Of bags of features: ``vectors`` float32[m, D]
+    and ``bag``.
     ``targets``: task -> `Task.target` of the n items, stacked, unknown where nothing is known of an item.
     ``failed``: "key: why" of items that were left out. ``sizes`` and ``theta`` stay on the CPU.
     """
