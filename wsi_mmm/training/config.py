@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from wsi_mmm.errors import RecipeError
@@ -200,7 +201,8 @@ class TrainConfig(Part):
 
     def task_cards(self) -> tuple[TaskCard, ...]:
         """The tasks as a model card lists them. RecipeError when one has classes or parameters that do not fit."""
-        return tuple(task_card(part) for part in self.task)
+        before = np.cumsum([0, *(len(part.classes) for part in self.task)]).tolist()
+        return tuple(task_card(part, first, before[-1]) for part, first in zip(self.task, before, strict=False))
 
 
 def _check_tasks(entry: DataEntry, tasks: Sequence[TaskPart]) -> None:
@@ -221,9 +223,9 @@ def _unique(what: str, names: Sequence[str]) -> None:
         raise ValueError(f"two [[{what}]] are called '{twice[0]}'")
 
 
-def task_card(part: TaskPart) -> TaskCard:
-    """``part`` with its head, outputs and colours."""
-    colors = part.colors or tuple(_colour(i, len(part.classes)) for i in range(len(part.classes)))
+def task_card(part: TaskPart, first: int, count: int) -> TaskCard:
+    """``part`` with its head, outputs and colours, as classes ``first`` onwards of ``count`` of all tasks."""
+    colors = part.colors or tuple(_colour(first + i, count) for i in range(len(part.classes)))
     info = TaskInfo(part.name, part.kind, part.classes, colors)
     if part.kind in TILE_KINDS:
         head: str = "bag" if part.scope == "bag" else "vector"
