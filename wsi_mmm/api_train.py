@@ -10,6 +10,8 @@ from wsi_mmm.config import read_toml
 from wsi_mmm.inputs import expand_inputs
 
 if TYPE_CHECKING:
+    from distributed import Client
+
     from wsi_mmm.training.config import TrainConfig
     from wsi_mmm.training.data.buckets import DryRun
     from wsi_mmm.training.fewshot_run import Fitted
@@ -24,6 +26,7 @@ def train(
     settings: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
     listener: Listener | None = None,
+    client: Client | None = None,
 ) -> Trained:
     """Train one encoder for many tasks; the same again goes on from the last checkpoint.
 
@@ -32,6 +35,8 @@ def train(
         settings: ``"key=value"`` on top of it.
         progress: called with a Progress after every step: ``.step``, ``.steps``, ``.losses`` by task, ``.pace``.
         listener: a Listener of the job, to hear of validations and checkpoints too; instead of ``progress``.
+        client: of a Dask cluster: a rank trains on every worker, silently. ``out`` and the data must be places that all
+            of them see. Without one: in this process, or under torchrun as one of its ranks.
 
     Returns:
         A Trained: ``.model`` (the folder that ``run`` takes), ``.val`` and ``.test`` (task -> metric -> figure).
@@ -42,6 +47,8 @@ def train(
     """
     from wsi_mmm.training import job
 
+    if client is not None:
+        return job.train_on_dask(client, _training(config, settings), _slides_named)
     heard = job.Listener(on_step=progress) if progress is not None else job.QUIET
     return job.train(_training(config, settings), listener or heard, _slides_named)
 

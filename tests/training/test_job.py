@@ -298,3 +298,30 @@ def test_sizes_of_the_helper_are_what_these_tests_rely_on(tmp_path: Path) -> Non
     assert source.read([0], SIZE)[0].pixels.shape == (SIZE, SIZE, 3)  # type: ignore[union-attr]
     assert entry["kind"] == "image-masks" and ENCODER["name"] and DECODER["widths"]
     assert np.unique(source.read([0], SIZE)[0].truths["disc"]).tolist() == [-1, 0, 1]  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_trains_as_one_process_does(tmp_path: Path) -> None:
+    """A rank on each of two workers gives the weights of one process, as far as half precision shows them."""
+    import json
+    import subprocess
+    import sys
+
+    from safetensors.torch import load_file
+
+    raw = joint(tmp_path)
+    (tmp_path / "raw.json").write_text(json.dumps({**raw, "out": str(tmp_path / "cluster")}))
+    code = (
+        "import json, pathlib, wsi_mmm\n"
+        "from distributed import Client, LocalCluster\n"
+        "if __name__ == '__main__':\n"
+        f"    raw = json.loads(pathlib.Path({str(tmp_path / 'raw.json')!r}).read_text())\n"
+        "    with LocalCluster(2, threads_per_worker=1, dashboard_address=None) as c, Client(c) as client:\n"
+        "        print(wsi_mmm.train(raw, client=client).model)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert str(tmp_path / "cluster" / "model") in done.stdout, done.stderr
+    alone = load_file(Path(job.train(parse(raw)).model) / "model.safetensors")
+    spread = load_file(tmp_path / "cluster" / "model" / "model.safetensors")
+    assert alone.keys() == spread.keys()
+    assert max(float((alone[k].float() - spread[k].float()).abs().max()) for k in alone) < 2e-3

@@ -32,7 +32,7 @@ from wsi_mmm.training.data.split import missing_labels
 from wsi_mmm.training.divide import DataSet, divided
 from wsi_mmm.training.fit import Callbacks, FitPlan, Progress
 from wsi_mmm.training.loader import Feed, LoadPlan, TrainBatch, batches, look_of, pictures
-from wsi_mmm.training.ranks import Ranks, joined, total
+from wsi_mmm.training.ranks import Ranks, joined, launch_on_dask, total
 from wsi_mmm.training.state import best_weights
 from wsi_mmm.training.trackers import TensorBoard, Tracker, open_trackers
 from wsi_mmm.training.validate import Figures, figures
@@ -214,6 +214,19 @@ def train_as(ranks: Ranks, config: TrainConfig, listener: Listener, expand: Expa
     total(ranks, [0.0])
     listener.say(f"model {done.model}, the weights of step {done.step}")
     return replace(done, seconds=time.monotonic() - started)
+
+
+def train_on_dask(client: Any, config: TrainConfig, expand: Expand = each_by_itself) -> Trained:
+    """`train` with a rank on every worker of a Dask ``client``; see `launch_on_dask`. What the first rank found.
+
+    Workers read the data themselves, and the first one writes: ``out`` and the data must be places that they all see.
+    """
+    model_folder(config)
+    return launch_on_dask(client, partial(_as_rank, config=config, expand=expand), device=config.device)[0]
+
+
+def _as_rank(ranks: Ranks, *, config: TrainConfig, expand: Expand) -> Trained:
+    return train_as(ranks, config, QUIET, expand)
 
 
 def model_folder(config: TrainConfig) -> Path:
