@@ -166,4 +166,5 @@ def translated(uri: str, *, writing: bool = False) -> Iterator[None]:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise fail(f"cannot {where}: it is damaged ({reason}); delete it and run again") from error
     except OSError as error:
-        raise fail(f"cannot {where}: {error.strerror or error}; check the disk, or choose another --cache") from error
+        fix = "check the disk, or choose another place (--cache, or --output where none is set)"
+        raise fail(f"cannot {where}: {error.strerror or error}; {fix}") from error
