@@ -337,7 +337,7 @@ def process_peak(count: int, name: str) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
 def test_the_process_does_not_grow_with_the_number_of_tasks() -> None:
-    """Peak memory of a process: 16 tasks on one batch cost as much as 1, while the joint graph costs more."""
+    """Peak memory of a process: 16 tasks on one batch cost as much as 1, while the joint graph of 64 costs more."""
     one, four, many = (process_peak(n, "accumulate") for n in (1, 4, 16))
     assert one > 50_000 and max(four, many) < 1.1 * one, (one, four, many)
-    assert process_peak(16, "joint") > 1.1 * many
+    assert process_peak(64, "joint") > 1.3 * many
