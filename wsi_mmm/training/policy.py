@@ -99,14 +99,6 @@ def micro_batch(feed: FeedSize, *, seed: int, number: int, class_balance: bool =
     return Draw(feed.name, tuple(items.tolist()), key_of(f"{seed}/{feed.name}/draw/{number}"))
 
 
-def epoch_steps(feeds: Sequence[FeedSize], *, policy: Policy, rounds: int = 1, temperature: float = 2.0) -> int:
-    """Steps until every item of every feed that is drawn has come at least once (class balancing aside), about."""
-    counts = _checked(feeds, policy, temperature, rounds)
-    total, per_step = sum(counts), rounds * (sum(counts) if policy == "balanced" else 1)
-    slots = max(f.items / f.batch * total / c for f, c in zip(feeds, counts, strict=True) if c)
-    return max(1, int(np.ceil(slots / per_step)))
-
-
 def fraction_of(labels: I32, fraction: float, *, seed: int) -> I64:
     """Numbers (ascending) of a ``fraction`` of items with ``labels`` int32[n]: for runs on less data.
 

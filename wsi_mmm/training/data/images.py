@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,6 @@ class Pictures:
     image: Callable[[int], U8]
     truths: Callable[[int, tuple[int, int]], Mapping[str, Truth]]
     factor: float = 1.0
-    facts: Mapping[str, object] = field(default_factory=dict)
 
     def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
         """The pictures, whole; ``size`` is not looked at."""
