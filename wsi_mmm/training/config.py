@@ -45,6 +45,7 @@ class EncoderPart(EncoderCard):
 class ModelPart(Part):
     """The model to train; as in a model card.
 
+    ``crop``: px side of the pictures that it learns from (None: ``tile_size``, which is what `run` cuts).
     ``start``: a model folder (or "default") whose weights, as far as names and shapes agree, are begun with: encoder,
     decoder and heads of the same name. ``mean``, ``std``: None takes those of the encoder's weights.
     """
@@ -53,6 +54,7 @@ class ModelPart(Part):
     mpp: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     tile_size: int = Field(default=256, gt=0, multiple_of=32)
     overlap: int = Field(default=32, ge=0)
+    crop: int | None = Field(default=None, gt=0, multiple_of=32)
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     encoder: EncoderPart = EncoderPart(name="resnet18d")
@@ -71,6 +73,11 @@ class ModelPart(Part):
                 f"overlap is {self.overlap} px of tiles of {self.tile_size}: give less than the tile's side"
             )
         return self
+
+    @property
+    def learnt_px(self) -> int:
+        """Side of the pictures in training, px."""
+        return self.crop or self.tile_size
 
 
 class TaskPart(Part):
@@ -112,12 +119,14 @@ class SplitPart(Part):
 
 class SamplingPart(Part):
     """Which data a step looks at; see `training.policy`. ``fraction`` of the training items, for runs on less data;
-    ``fraction_of``: the data sets that it holds for (none named: all)."""
+    ``fraction_of``: the data sets that it holds for (none named: all). ``mixed``: all pictures of a step go through the
+    encoder together, as one micro-batch, so that batch norms see every kind of them; takes more memory."""
 
     policy: Policy = "balanced"
     temperature: float = Field(default=2.0, gt=0)
     rounds: int = Field(default=1, ge=1)
     class_balance: bool = False
+    mixed: bool = False
     fraction: float = Field(default=1.0, gt=0, le=1)
     fraction_of: tuple[str, ...] = ()
 

@@ -11,6 +11,7 @@ import numpy as np
 from wsi_mmm.errors import RecipeError
 from wsi_mmm.training.config import SplitPart, TrainConfig
 from wsi_mmm.training.data.base import Index
+from wsi_mmm.training.data.entries import DataEntry, Pictured
 from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, TileBags
 from wsi_mmm.training.data.split import PARTS, Split, check_leaks, folds, forbid_test, picture_hashes, split_items
 from wsi_mmm.training.loader import Feed
@@ -53,7 +54,7 @@ def _check_parts(data: Sequence[DataSet], config: TrainConfig) -> None:
     if (part.best or part.patience) and not any(len(one.split.val) for one in data):
         raise RecipeError("validation.best and patience want held-out items: give split.val above 0, or more groups")
     if config.split.pictures:
-        size = config.model.tile_size
+        size = config.model.learnt_px
         sources = [(one.feed.source, np.concatenate([one.split.part(name) for name in PARTS])) for one in data]
         hashes = {
             f"{source.name}/{key}": value
@@ -72,7 +73,7 @@ def divide(indexes: Sequence[tuple[str, Index]], config: TrainConfig) -> list[Sp
     groups = [str(group) for _, index in indexes for group in index.groups]
     labels = [index.labels + np.int32(1000 * n) for n, (_, index) in enumerate(indexes)]
     whole = Index(keys, groups, np.concatenate(labels).astype(np.int32))
-    split = _drawn(whole, fixed_parts(config), config.split)
+    split = _drawn(whole, fixed_parts(config, indexes), config.split)
     ends = np.cumsum([0, *(len(index) for _, index in indexes)]).tolist()
     found = [Split(*(_between(split.part(name), a, b) for name in PARTS)) for a, b in itertools.pairwise(ends)]
     check_leaks(_parts([_named(name, index) for name, index in indexes], found))
@@ -84,15 +85,22 @@ def _named(name: str, index: Index) -> Index:
     return replace(index, keys=[f"{name}/{key}" for key in index.keys])
 
 
-def fixed_parts(config: TrainConfig) -> dict[str, str]:
-    """Group -> train, val, test or "" (not used), as the tables with a split column say. RecipeError: two disagree."""
+def fixed_parts(config: TrainConfig, indexes: Sequence[tuple[str, Index]] = ()) -> dict[str, str]:
+    """Group -> train, val, test or "" (not used), as tables with a split column and paths of pictures (of the data sets
+    in ``indexes``) say. RecipeError: two disagree."""
     found: dict[str, str] = {}
+    opened = dict(indexes)
     for entry in config.data:
-        said = entry.slides.parts() if isinstance(entry, SlideLabels | TileBags | FeatureBags) else {}
-        for group, part in said.items():
+        for group, part in _said(entry, opened.get(entry.name)).items():
             if found.setdefault(group, part) != part:
-                raise RecipeError(f"data '{entry.name}' puts '{group}' into '{part}', another table elsewhere")
+                raise RecipeError(f"data '{entry.name}' puts '{group}' into '{part}', other data elsewhere")
     return found
+
+
+def _said(entry: DataEntry, index: Index | None) -> Mapping[str, str]:
+    if isinstance(entry, SlideLabels | TileBags | FeatureBags):
+        return entry.slides.parts()
+    return entry.fixed(index) if isinstance(entry, Pictured) and index is not None else {}
 
 
 def _drawn(whole: Index, fixed: Mapping[str, str], part: SplitPart) -> Split:

@@ -236,7 +236,7 @@ def _step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
     try:
         losses = run.strategy(work)
         norm = optim.ready(training.optimiser.learning, plan.optim, training.scale) if losses else None
-        run.norms.settle(int(places))
+        run.norms.settle(int(places) * run.ranks.world)  # mixed micro-batches leave places that nobody has
     except NotFinite as error:
         _skip(run, error)
     else:

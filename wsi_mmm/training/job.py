@@ -32,6 +32,7 @@ from wsi_mmm.training.data.split import missing_labels
 from wsi_mmm.training.divide import DataSet, divided
 from wsi_mmm.training.fit import Callbacks, FitPlan, Progress
 from wsi_mmm.training.loader import Feed, LoadPlan, TrainBatch, batches, look_of, pictures
+from wsi_mmm.training.mixing import mixed
 from wsi_mmm.training.ranks import Ranks, joined, launch_on_dask, total
 from wsi_mmm.training.state import best_weights
 from wsi_mmm.training.trackers import TensorBoard, Tracker, open_trackers
@@ -109,7 +110,7 @@ QUIET = Listener()
 def place_of(config: TrainConfig, expand: Expand = each_by_itself) -> Place:
     """What data sets are opened for; ``expand`` says which slides words stand for."""
     cards = {card.name: card for card in config.task_cards()}
-    return Place(cards, config.model.mpp, config.model.tile_size, expand)
+    return Place(cards, config.model.mpp, config.model.learnt_px, expand)
 
 
 def read_annotations(config: TrainConfig, expand: Expand = each_by_itself) -> dict[str, dict[str, DryRun]]:
@@ -256,7 +257,7 @@ def fit_plan(config: TrainConfig) -> FitPlan:
     """The loop's plan. What a checkpoint must agree with to be resumed: the data, how it is drawn and changed."""
     facts = facts_of(config)  # without credentials: they are written into checkpoints
     drawn = {name: facts[name] for name in ("data", "split", "sampling", "change", "augment")}
-    drawn |= {"size": config.model.tile_size, "start": facts["model"]["start"]}
+    drawn |= {"size": config.model.learnt_px, "start": facts["model"]["start"]}
     return FitPlan(
         config.steps, config.seed, config.optim, config.strategy,
         weights={task.name: task.weight for task in config.task},
@@ -270,7 +271,7 @@ def _feed(prepared: Prepared, ranks: Ranks, boards: Sequence[TensorBoard]) -> fi
     config = prepared.config
     part = config.sampling
     plan = LoadPlan(
-        config.model.tile_size, policy=part.policy, seed=config.seed, rounds=part.rounds,
+        config.model.learnt_px, policy=part.policy, seed=config.seed, rounds=part.rounds,
         temperature=part.temperature, class_balance=part.class_balance, change=config.change,
         rank=ranks.rank, world=ranks.world, threads=config.threads,
     )  # fmt: skip
@@ -279,6 +280,7 @@ def _feed(prepared: Prepared, ranks: Ranks, boards: Sequence[TensorBoard]) -> fi
     def drawn(first: int) -> Iterator[Any]:
         steps = range(first, config.steps)
         made = batches(feeds, prepared.tasks, plan=plan, steps=steps, device=ranks.device)
+        made = mixed(made, prepared.tasks) if part.mixed else made
         return _shown(made, first, boards, config)
 
     held = any(len(one.split.val) for one in prepared.data)
@@ -306,7 +308,7 @@ def _shown(
 
 def held_out(prepared: Prepared, part: str) -> Iterator[Sample]:
     """The samples of a part, at most ``validation.items`` of each data set, evenly spread, the same each time."""
-    most, size = prepared.config.validation.items, prepared.config.model.tile_size
+    most, size = prepared.config.validation.items, prepared.config.model.learnt_px
     for one in prepared.data:
         numbers = one.split.part(part)
         if most and len(numbers) > most:

@@ -11,23 +11,26 @@ from wsi_mmm.errors import RecipeError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks.truth import Truth
 from wsi_mmm.training.data import folders, volumes
-from wsi_mmm.training.data.base import Source
+from wsi_mmm.training.data.base import Index, Source
 from wsi_mmm.training.data.coco import coco
 from wsi_mmm.training.data.entry import Entry, Part, Place
 from wsi_mmm.training.data.images import Origin
 from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, Slides, TileBags
+from wsi_mmm.training.data.split import parts_by_pattern
 from wsi_mmm.training.data.tables import TableTask, read_table, slide_table
 
 
 class Pictured(Entry):
     """Folders of pictures. ``mpp`` of the files: they are scaled to the model's (None: taken as they are).
 
-    ``group``: a regular expression with one group that finds the patient or slide in a path.
+    ``group``: a regular expression with one group that finds the patient or slide in a path. ``part``: one that finds
+    train, val or test there, such as "^(train|val|test)/"; what it does not fit is divided as `SplitPart` says.
     """
 
     task: str
     mpp: float | None = Field(default=None, gt=0)
     group: str | None = None
+    part: str | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -37,6 +40,10 @@ class Pictured(Entry):
     def origin(self, place: Place) -> Origin:
         """See `Origin`."""
         return Origin(self.name, self.group, 1.0 if self.mpp is None else self.mpp / place.mpp)
+
+    def fixed(self, index: Index) -> dict[str, str]:
+        """Group -> train, val or test, as ``part`` finds it in paths. RecipeError: no such word, a divided group."""
+        return {} if self.part is None else parts_by_pattern(index, self.part, self.name)
 
     def card(self, place: Place, *kinds: str) -> TaskCard:
         """The card of the task. RecipeError when it is of no kind that this data set is for."""

@@ -7,6 +7,7 @@ give the same split, whatever their order in the file.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,26 @@ def split_by_column(index: Index, column: Sequence[str]) -> Split:
     if divided:
         raise RecipeError(f"the split column divides {divided[0]}: give all of its items one part")
     return split
+
+
+def parts_by_pattern(index: Index, pattern: str, name: str) -> dict[str, str]:
+    """Group -> train, val or test: the word that the first group of ``pattern`` finds in keys; groups of keys that it
+    does not fit are left out. RecipeError: no pattern, another word, a group that is divided; ``name`` of the data."""
+    try:
+        found = [(str(g), re.search(pattern, key)) for key, g in zip(index.keys, index.groups, strict=True)]
+        words = [(group, match.group(1).lower()) for group, match in found if match]
+    except (re.error, IndexError) as error:
+        text = f"part {pattern!r} is no pattern with one group in brackets ({error})"
+        raise RecipeError(f"data '{name}': {text}") from error
+    parts: dict[str, str] = {}
+    for group, word in words:
+        if not word or word not in _WORDS:
+            raise RecipeError(f"data '{name}': part {pattern!r} finds '{word}', which is none of train, val and test")
+        if parts.setdefault(group, _WORDS[word]) != _WORDS[word]:
+            raise RecipeError(
+                f"data '{name}': '{group}' is in '{parts[group]}' and in '{word}': move it to one of them"
+            )
+    return parts
 
 
 def folds(index: Index, count: int, *, test: float = 0.0, seed: int = 0) -> tuple[Split, ...]:
