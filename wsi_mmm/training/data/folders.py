@@ -27,18 +27,19 @@ def class_folders(
     classes: Sequence[str],
     folders: Mapping[str, str] | None = None,
 ) -> Pictures:
-    """``<root>/<folder>/**/picture``: the folder is the class, or is mapped to one by ``folders`` ("": left out).
+    """``<root>/**/<folder>/**/picture``: the first folder of a path that is a class or is mapped to one by ``folders``
+    ("": left out), so that ``train/<class>/picture`` is understood, too.
 
     InputError names a folder that is no class, and a class without pictures.
     """
     uris, keys, labels = [], [], []
     for uri in pictures_below(root):
         key = below(root, uri)
-        folder = key.partition("/")[0]
-        chosen = (folders or {}).get(folder, folder)
-        if chosen == "" and folder in (folders or {}):
+        table = {name: name for name in classes} | dict(folders or {})
+        chosen = next((table[folder] for folder in key.split("/")[:-1] if folder in table), None)
+        if chosen == "":
             continue
-        if "/" not in key or chosen not in classes:
+        if chosen is None or chosen not in classes:
             raise InputError(
                 f"data '{origin.name}': {key} lies in no folder of a class; classes are {', '.join(classes)}; "
                 'map other folders to them with folders = {...}, or to "" to leave them out'
