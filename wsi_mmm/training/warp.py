@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -278,8 +279,20 @@ def _labels(labels: np.ndarray[tuple[int, ...], np.dtype[np.generic]], theta: F3
     x, y = places(theta, size)
     height, width = labels.shape[-2:]
     inside = _inside(x, y, (height, width))
-    found = labels[..., np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)]
+    found = _picked(labels, np.clip(x, 0, width - 1), np.clip(y, 0, height - 1))
     return found if inside.all() else np.where(inside, found, -1).astype(labels.dtype)
+
+
+def _picked(labels: np.ndarray[tuple[int, ...], np.dtype[Any]], x: I64, y: I64) -> np.ndarray[Any, np.dtype[Any]]:
+    """``labels[..., y, x]``; rows and columns by themselves where turns are right, which is several times faster."""
+    picked: np.ndarray[Any, np.dtype[Any]]
+    if x.shape[0] == 1 and y.shape[1] == 1:
+        picked = labels.take(y[:, 0], axis=-2).take(x[0], axis=-1)
+    elif x.shape[1] == 1 and y.shape[0] == 1:
+        picked = np.ascontiguousarray(labels.take(y[0], axis=-2).take(x[:, 0], axis=-1).swapaxes(-1, -2))
+    else:
+        picked = labels[..., y, x]
+    return picked
 
 
 def _boxes(boxes: Boxes, theta: F32, *, size: int, visible: float) -> Boxes:
