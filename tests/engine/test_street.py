@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +14,7 @@ from helpers.plans import plan_of
 from wsi_mmm.engine.base import Kind, Receipt, SlideTask, Work
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.plan import SlidePlan
-from wsi_mmm.engine.street import SlideState, busy_share, open_street, outcome
+from wsi_mmm.engine.street import AHEAD, SlideState, busy_share, open_street, outcome
 from wsi_mmm.errors import Cancelled
 
 
@@ -149,12 +150,69 @@ def test_a_slide_counts_the_model_busy_with_its_neighbours_too() -> None:
     """Two slides under way at once: neither was idle while the model worked on the other; time outside is cut off."""
     tasks, plans = slides(2)
     street = open_street(tasks)
+    begun = time.time() - 10
     for name in ("s0", "s1"):
-        street.slides[name].started = 100.0
-        street.active.add(name)
-        street.slides[name].running = 1
-        street.slides[name].plan, street.slides[name].status = plans[name], "running"
-    for name, span in (("s0", (99.0, 104.0)), ("s1", (104.0, 107.0))):
+        state = SlideState(plans[name].slide, status="running", plan=plans[name], started=begun, running=2)
+        street.slides[name] = state
+    states = dict(street.slides)
+    for name, span in (("s0", (begun - 1, begun + 4)), ("s1", (begun + 4, begun + 7))):
         street.receive(Receipt("interpret", name, (0, 0), "ok", pid=1, busy=(span,)))
-    street.slides["s0"].ended = street.slides["s1"].ended = 110.0
-    assert busy_share(street.slides["s0"]) == busy_share(street.slides["s1"]) == pytest.approx(0.7)
+    for name in ("s0", "s1"):
+        street.receive(Receipt("publish", name, (0, 0), "ok", pid=2))
+    assert not street.slides
+    assert busy_share(states["s0"]) == pytest.approx(0.7, abs=0.01) == busy_share(states["s1"])
+
+
+@dataclass
+class Counting:
+    """Finishes works in order and keeps nothing; counts how many slides it sees under way at once."""
+
+    plan: SlidePlan
+    places: int
+    flying: deque[Work] = field(default_factory=deque)
+    works: int = 0
+
+    def room(self, kind: Kind) -> int:
+        return self.places - len(self.flying)
+
+    def start(self, work: Work) -> None:
+        self.flying.append(work)
+        self.works += 1
+
+    def wait(self, timeout: float) -> Receipt | None:
+        work = self.flying.popleft()
+        base = Receipt(
+            work.kind, work.slide.id, work.block, "ok", pid=self.works % 7, busy=((self.works, self.works + 0.5),)
+        )
+        return replace(base, payload=replace(self.plan, slide=work.slide)) if work.kind == "plan" else base
+
+    def close(self, *, cancel: bool = False) -> None:
+        self.flying.clear()
+
+
+def many(count: int, places: int) -> tuple[int, int, float]:
+    """Most slides under way, most things held, and seconds per work of a run over ``count`` slides."""
+    plan = plan_of(300, 300, 2, 8, 1.0, 0)
+    street = open_street([replace(plan.slide, id=f"s{n}") for n in range(count)])
+    executor, open_, held, begun = Counting(plan, places), 0, 0, time.perf_counter()
+    for _ in street.run(executor):
+        open_ = max(open_, len(street.slides) + 1)
+        held = max(held, sum(map(len, street.ready.values())) + len(executor.flying))
+    return open_, held, (time.perf_counter() - begun) / executor.works
+
+
+def test_what_is_held_does_not_grow_with_the_number_of_slides() -> None:
+    """A window of slides is under way, whatever their number; what waits beyond it is a task alone."""
+    few, much = many(60, 8), many(600, 8)
+    assert few[0] == much[0] <= AHEAD + 8
+    assert few[1] == much[1]
+
+
+def test_a_slide_that_has_ended_is_let_go() -> None:
+    """The state that a report is made of holds no works any more, and the street has forgotten it."""
+    tasks, plans = slides(3)
+    street = open_street(tasks)
+    for state in street.run(Pretend(plans)):
+        assert not state.waiting and not state.unlocks and not state.forward_left
+        assert state.task.id not in street.slides
+    assert street.ended == street.total == 3

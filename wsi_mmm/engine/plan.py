@@ -51,8 +51,10 @@ def forward_works(plan: SlidePlan) -> list[Work]:
 
 def interpret_works(plan: SlidePlan) -> list[Work]:
     """One work per block whose core some tile reaches, carrying the tiles that its window needs; row-major."""
-    cores = _reached(plan)
-    return [_work("interpret", plan, (int(r), int(c)), _window_tiles(plan, int(r), int(c))) for r, c in cores]
+    works, band = [], _Band(plan)
+    for row, column in _reached(plan).tolist():
+        works.append(_work("interpret", plan, (row, column), band.tiles(row, column)))
+    return works
 
 
 def core_of(grid: Grid, block_tiles: int, block: tuple[int, int], stride: int = 1) -> Span:
@@ -81,7 +83,7 @@ def window_of(grid: Grid, core: Span, halo: int, stride: int) -> Span:
 def needed_blocks(work: Work) -> set[tuple[int, int]]:
     """The blocks whose forward must be in before this work can be interpreted."""
     block = work.slide.recipe.block_tiles
-    return {(int(r), int(c)) for r, c in np.unique(work.index() // block, axis=0)}
+    return set(map(tuple, (work.index() // block).tolist()))
 
 
 def _reached(plan: SlidePlan) -> I64:
@@ -98,13 +100,39 @@ def _reached(plan: SlidePlan) -> I64:
     return np.unique(np.concatenate(corners), axis=0)
 
 
-def _window_tiles(plan: SlidePlan, row: int, column: int) -> I64:
-    grid = plan.grid
-    core = core_of(grid, plan.slide.recipe.block_tiles, (row, column), plan.stride)
-    window = window_of(grid, core, plan.halo, plan.stride)
-    y, x = plan.index[:, 0] * grid.stride, plan.index[:, 1] * grid.stride
-    keep = (y < window.y1) & (y + grid.tile > window.y0) & (x < window.x1) & (x + grid.tile > window.x0)
-    return plan.index[keep]
+class _Band:
+    """Tiles of a row of blocks, by column: blocks look for theirs among these, and not among all of a slide."""
+
+    def __init__(self, plan: SlidePlan) -> None:
+        self._plan, self._row = plan, -1
+        self._rows = plan.index[:, 0]  # in order: the index is row-major
+        self._index = self._columns = np.zeros((0, 2), np.int64)
+
+    def tiles(self, row: int, column: int) -> I64:
+        """Those that share area with the window of a block, row-major."""
+        grid, block = self._plan.grid, self._plan.slide.recipe.block_tiles
+        window = window_of(
+            grid, core_of(grid, block, (row, column), self._plan.stride), self._plan.halo, self._plan.stride
+        )
+        if row != self._row:
+            self._turn(row, window)
+        first, last = _meeting(grid, window.x0, window.x1)
+        low, high = np.searchsorted(self._columns, [first, last])
+        return self._index[np.sort(self._places[low:high])]
+
+    def _turn(self, row: int, window: Span) -> None:
+        low, high = np.searchsorted(self._rows, _meeting(self._plan.grid, window.y0, window.y1))
+        self._row, self._index = row, self._plan.index[low:high]
+        self._places = np.argsort(self._index[:, 1], kind="stable")
+        self._columns = self._index[self._places, 1]
+
+
+def _meeting(grid: Grid, start: int, stop: int) -> tuple[int, int]:
+    """Rows (or columns) of tiles that share px with [start, stop): the first, and one past the last.
+
+    Row k covers [k * stride, k * stride + tile).
+    """
+    return max(0, (start - grid.tile) // grid.stride + 1), -(-stop // grid.stride)
 
 
 def _work(kind: Kind, plan: SlidePlan, block: tuple[int, int], tiles: I64) -> Work:

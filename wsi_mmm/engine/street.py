@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wsi_mmm.engine.base import Executor, Kind, Receipt, SlideTask, Work
+from wsi_mmm.engine.busy import BusyTimes
 from wsi_mmm.engine.events import Event, Listener, silent
 from wsi_mmm.engine.plan import SlidePlan, forward_works, interpret_works, needed_blocks
 from wsi_mmm.errors import Cancelled
@@ -21,7 +22,8 @@ from wsi_mmm.errors import Cancelled
 # Later stops first: what is nearly done frees memory and disk; new slides are planned while others are on their way.
 ORDER: tuple[Kind, ...] = ("publish", "interpret", "forward", "plan")
 POLL = 0.5  # seconds between looks at whether the user wants to stop
-AHEAD = 2  # slides planned or running at once beyond those that keep the executor full
+AHEAD = 2  # slides planned at once beyond those that keep the executor full
+GUESS = 4.0  # forwards of a slide, until some are known
 
 
 @dataclass(slots=True)
@@ -62,58 +64,75 @@ class SlideState:
 
 @dataclass(slots=True)
 class Street:
-    """All slides of a run and the works that are ready, by kind."""
+    """The works of a run that are ready, by kind, and the slides under way; a slide that has ended is let go.
 
-    slides: dict[str, SlideState]
+    What a receipt costs does not grow with the number of slides, and what is held does not either, but for the tasks
+    that are still to come.
+    """
+
+    upcoming: deque[SlideTask]
     listener: Listener = silent
+    total: int = 0
+    ended: int = 0
+    slides: dict[str, SlideState] = field(default_factory=dict)  # under way, the one that began first at the front
     ready: dict[Kind, deque[Work]] = field(default_factory=lambda: {kind: deque() for kind in ORDER})
-    upcoming: deque[SlideState] = field(default_factory=deque)
-    active: set[str] = field(default_factory=set)
+    busy: BusyTimes = field(default_factory=BusyTimes)
+    planning: int = 0  # slides whose plan is not in yet
+    planned: int = 0  # ever
+    forwards: int = 0  # of all those plans
+    flying: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})  # forward or not
 
     def run(self, executor: Executor, stop: threading.Event | None = None) -> Iterator[SlideState]:
         """Drive the executor until every slide is finished; yields each slide's state as it ends.
 
         Raises Cancelled soon after ``stop`` is set.
         """
-        running = 0
         while True:
-            running += self._start(executor)
-            if not running:
+            self._start(executor)
+            if not any(self.flying.values()):
                 return
             receipt = executor.wait(POLL)
             if stop is not None and stop.is_set():
                 raise Cancelled("cancelled; run the same again to resume")
             if receipt is None:
                 continue
-            running -= 1
+            self.flying[receipt.kind == "forward"] -= 1
             state = self.slides[receipt.slide]
             self.receive(receipt)
             if state.finished:
                 yield state
 
-    def _start(self, executor: Executor) -> int:
-        started = 0
+    def _start(self, executor: Executor) -> None:
         self._open_slides(executor)
         for kind in ORDER:
-            while self.ready[kind] and executor.room(kind) > 0:
-                work = self.ready[kind].popleft()
-                state = self.slides[work.slide.id]
+            queue = self.ready[kind]
+            while queue and executor.room(kind) > 0:
+                work = queue.popleft()
+                state = self.slides.get(work.slide.id)
+                if state is None or state.status != "running":
+                    continue  # of a slide that has failed meanwhile
                 state.running += 1
                 state.started = state.started or time.time()
                 if kind == "forward":
                     state.forward_span = (state.forward_span[0] or time.time(), 0.0)
-                self.active.add(state.task.id)
+                self.flying[kind == "forward"] += 1
                 executor.start(work)
-                started += 1
-        return started
 
     def _open_slides(self, executor: Executor) -> None:
-        active = sum(1 for state in self.slides.values() if state.status == "running")
-        while self.upcoming and active < AHEAD + executor.room("plan"):
-            state = self.upcoming.popleft()
-            state.status = "running"
-            self.ready["plan"].append(Work("plan", state.task))
-            active += 1
+        """Plan as many slides as keep the executor full, by what the plans so far came to, and no more."""
+        full = self.flying[True] + executor.room("forward")
+        most = AHEAD + self.flying[False] + executor.room("plan")
+        each = max(1.0, self.forwards / self.planned) if self.planned else GUESS
+        while self.upcoming and len(self.slides) < most:
+            waiting = len(self.ready["forward"])
+            if waiting >= AHEAD * full or (self.planning >= AHEAD and waiting + self.planning * each >= full):
+                return
+            self._open(self.upcoming.popleft())
+
+    def _open(self, task: SlideTask) -> None:
+        self.slides[task.id] = SlideState(task, status="running")
+        self.planning += 1
+        self.ready["plan"].append(Work("plan", task))
 
     # ------------------------------------------------------------ receipts
 
@@ -122,18 +141,26 @@ class Street:
         state = self.slides[receipt.slide]
         state.running -= 1
         _count(state, receipt)
-        for other in self.active:
-            self.slides[other].busy += [(receipt.pid, start, end) for start, end in receipt.busy]
+        self.busy.add(receipt.pid, receipt.busy)
+        if receipt.kind == "plan":
+            self.planning, self.planned = self.planning - 1, self.planned + 1
         if receipt.status == "failed":
-            self._fail(state, receipt)
+            _fail(state, receipt)
         elif state.status == "running":
             next_of = {"plan": self._planned, "forward": self._forwarded, "interpret": self._interpreted}
             next_of.get(receipt.kind, self._published)(state, receipt)
-        if state.status != "running" and not state.running and not state.finished:
-            state.ended = time.time()
-            self.active.discard(state.task.id)
-            done = sum(1 for s in self.slides.values() if s.finished)
-            self.listener(Event("slide", state.task.id, done, len(self.slides), outcome(state)))
+        if state.status != "running" and not state.running:
+            self._end(state)
+
+    def _end(self, state: SlideState) -> None:
+        """The slide is told of, and let go: its works and its plan with it, but for what a report says of them."""
+        state.ended = time.time()
+        state.busy = self.busy.within(state.started, state.ended)
+        del self.slides[state.task.id]
+        state.forward_left, state.waiting, state.unlocks = set(), {}, {}
+        self.busy.forget(next((other.started for other in self.slides.values() if other.started), state.ended))
+        self.ended += 1
+        self.listener(Event("slide", state.task.id, self.ended, self.total, outcome(state)))
 
     def _planned(self, state: SlideState, receipt: Receipt) -> None:
         if receipt.status == "cached":
@@ -142,6 +169,7 @@ class Street:
         plan: SlidePlan = receipt.payload
         state.plan = plan
         works = forward_works(plan)
+        self.forwards += len(works)
         state.forward_left = {work.block for work in works}
         self.ready["forward"].extend(works)
         if plan.maps:
@@ -188,13 +216,11 @@ class Street:
         if state.failed:
             state.error = unreadable(state)
 
-    def _fail(self, state: SlideState, receipt: Receipt) -> None:
-        if state.status == "running":
-            state.status, state.error, state.traceback = "failed", receipt.error, str(receipt.payload or "")
-        for queue in self.ready.values():
-            kept = [work for work in queue if work.slide.id != state.task.id]
-            queue.clear()
-            queue.extend(kept)
+
+def _fail(state: SlideState, receipt: Receipt) -> None:
+    """Its works that wait are passed over when their turn comes."""
+    if state.status == "running":
+        state.status, state.error, state.traceback = "failed", receipt.error, str(receipt.payload or "")
 
 
 def _count(state: SlideState, receipt: Receipt) -> None:
@@ -210,8 +236,8 @@ def _count(state: SlideState, receipt: Receipt) -> None:
 
 def open_street(tasks: Iterable[SlideTask], listener: Listener = silent) -> Street:
     """A street on which every slide is still to come, in the order given."""
-    slides = {task.id: SlideState(task) for task in tasks}
-    return Street(slides, listener, upcoming=deque(slides.values()))
+    upcoming = deque(tasks)
+    return Street(upcoming, listener, len(upcoming))
 
 
 def unreadable(state: SlideState) -> str:
