@@ -101,7 +101,7 @@ def batch(
     tiles = items if bag is None else len(bag)
     pixels = torch.from_numpy(rng.integers(0, 256, (tiles, SIZE, SIZE, 3), np.uint8))
     keys = tuple(f"{feed}/{seed}/{i}" for i in range(items))
-    return TrainBatch(feed, keys, pixels=pixels, bag=bag, targets=targets, seed=seed)
+    return TrainBatch(feed, keys, pixels=pixels, bag=bag, targets=targets, seed=seed, size=SIZE)
 
 
 def rounds(

@@ -36,14 +36,19 @@ def together(found: Sequence[TrainBatch], tasks: Mapping[str, Task]) -> tuple[Tr
         "+".join(batch.feed for batch in some),
         tuple(key for batch in some for key in batch.keys),
         pixels=_one_size([batch.pixels for batch in some if batch.pixels is not None]),
-        theta=torch.cat([batch.theta for batch in some if batch.theta is not None]),
-        sizes=torch.cat([batch.sizes for batch in some if batch.sizes is not None]),
+        theta=_joined([batch.theta for batch in some]),
+        sizes=_joined([batch.sizes for batch in some]),
         targets={name: torch.cat([_known(batch, tasks[name]) for batch in some]) for name in names},
         seed=key_of("/".join(str(batch.seed) for batch in some)),
         size=some[0].size,
         failed=tuple(line for batch in some for line in batch.failed),
     )
     return (mixed, *(batch for batch in found if all(batch is not one for one in some)))
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if known else None
 
 
 def _one_size(pictures: Sequence[Tensor]) -> Tensor:

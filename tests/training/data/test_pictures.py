@@ -49,7 +49,11 @@ def test_class_folders_give_pictures_classes_and_patients(tmp_path: Path) -> Non
     assert np.array_equal(sample.pixels, pixels) and sample.truths == {"tissue": 0}
     with pytest.raises(InputError, match=r"odd/p3-b\.png lies in no folder of a class"):
         class_folders(Origin("crc"), str(tmp_path), task="tissue", classes=["TUM", "normal"])
-    with pytest.raises(InputError, match="group pattern does not fit TUM/p1"):
+    picture(tmp_path / "divided" / "train" / "normal" / "p4-b.png")
+    picture(tmp_path / "divided" / "val" / "TUM" / "p5-b.png")
+    below = class_folders(Origin("crc"), str(tmp_path / "divided"), task="t", classes=["TUM", "normal"])
+    assert below.index.keys == ["train/normal/p4-b.png", "val/TUM/p5-b.png"] and below.index.labels.tolist() == [1, 0]
+    with pytest.raises(InputError, match="group pattern does not fit"):
         class_folders(Origin("crc", r"(p2)"), str(tmp_path), task="t", classes=["normal", "TUM", "odd"])
     with pytest.raises(InputError, match="no pattern with one group"):
         class_folders(Origin("crc", "p"), str(tmp_path), task="t", classes=["normal", "TUM", "odd"])

@@ -18,12 +18,15 @@ from wsi_mmm.training.data.split import (
     folds,
     forbid_test,
     missing_labels,
+    parts_by_pattern,
     picture_hashes,
     split_by_column,
     split_items,
 )  # fmt: skip
 from wsi_mmm.training.loader import Feed
 from wsi_mmm.training.policy import plan_step
+
+LABELS = np.zeros(4, np.int32)
 
 
 def index_of(groups: list[int], labels: list[int]) -> Index:
@@ -160,3 +163,21 @@ def test_what_makes_no_split_is_refused() -> None:
         folds(index, 1)
     with pytest.raises(RecipeError, match="fewer"):
         folds(index, 4)
+
+
+def test_paths_say_who_is_on_which_side() -> None:
+    """Words in a path decide for the group; what does not fit is left to be drawn; faults have names."""
+    index = Index(
+        ["Train/p0/1.png", "train/p0/2.png", "holdout/p1/3.png", "p2/4.png"], ["p0", "p0", "p1", "p2"], LABELS
+    )
+    assert parts_by_pattern(index, "^([A-Za-z]+)/", "d") == {"p0": "train", "p1": "test"}
+    for pattern, text in (
+        ("^(tr)", r"finds 'tr', which is none of train, val and test"),
+        ("^train", "no pattern with one group"),
+        ("(", "no pattern with one group"),
+    ):
+        with pytest.raises(RecipeError, match=text):
+            parts_by_pattern(index, pattern, "d")
+    divided = Index(["train/1.png", "val/2.png"], ["p0", "p0"], LABELS[:2])
+    with pytest.raises(RecipeError, match="'p0' is in 'train' and in 'val': move it"):
+        parts_by_pattern(divided, "^(train|val)/", "d")
