@@ -14,7 +14,7 @@ from wsi_mmm.config import SlideSpec, user_cache
 from wsi_mmm.engine import reporting
 from wsi_mmm.engine.base import Executor, SlideTask
 from wsi_mmm.engine.claims import TAKEN, claimed
-from wsi_mmm.engine.events import Event, Listener, silent
+from wsi_mmm.engine.events import Event, Listener, Watched, silent
 from wsi_mmm.engine.job import Job, drive
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.reporting import RunReport
@@ -378,7 +378,8 @@ def _carry_out(
         street = open_street(tasks, listener)
         report = reporting.begin(order.output, order.recipe, tasks)
         try:
-            for state in drive(street, made, stop or threading.Event()):
+            watched = Watched(made, report.ledger.watch)
+            for state in drive(street, watched, stop or threading.Event()):
                 report.add(state)
         finally:
             report.save()

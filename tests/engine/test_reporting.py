@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from wsi_mmm.clock import Lap
 from wsi_mmm.engine import reporting
-from wsi_mmm.engine.base import SlideTask
+from wsi_mmm.engine.base import Receipt, SlideTask, Work
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.street import SlideState
 from wsi_mmm.errors import OutputError
@@ -49,3 +50,21 @@ def test_an_output_that_cannot_be_written_is_named_as_the_user_gave_it(tmp_path:
     with pytest.raises(OutputError) as caught:
         reporting.check_writable(str(tmp_path / "taken"))
     assert str(caught.value) == f"cannot write to {tmp_path}/taken: file exists; choose another folder"
+
+
+def test_a_report_says_where_the_time_went(tmp_path: Path) -> None:
+    """Per slide and per worker in report.json, the workers as a table in report.html, names of hosts as text."""
+    task = SlideTask("s", "s.svs", str(tmp_path / "s"), RECIPE)
+    report = reporting.begin(str(tmp_path), RECIPE, [task])
+    report.ledger.watch(Work("forward", task))
+    laps = (Lap(1, 10.0, 14.0, {"decode": 3.0, "fetch": 1.0}),)
+    report.ledger.watch(Receipt("forward", "s", (0, 0), "ok", tiles=4, laps=laps, worker="<node>:7"))
+    report.add(SlideState(task, status="done", tiles=4, started=1.0, ended=3.0))
+    report.save()
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["slides"][0]["time"]["decode"] == 3.0
+    [worker] = found["workers"]
+    assert (worker["worker"], worker["threads"], worker["seconds"], worker["tiles"]) == ("<node>:7", 1, 4.0, 4)
+    assert worker["time"]["fetch"] == 1.0
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>&lt;node&gt;:7</td>" in page and "<td>75 %</td>" in page

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from wsi_mmm.clock import Lap
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.types import I64, Grid
 
@@ -85,7 +86,7 @@ class Receipt:
     """What came of a work. ``failed``: level-0 (x, y, width, height) of tiles with unreadable pixels.
 
     ``busy``: (start, end) epoch seconds in which the model ran; ``bytes_read`` is cumulative for (pid, slide).
-    ``encoder``: JSON of what the Runner chose.
+    ``encoder``: JSON of what the Runner chose. ``laps``: where the time of the threads of ``worker`` (host:pid) went.
     """
 
     kind: Kind
@@ -105,6 +106,13 @@ class Receipt:
     device: str = ""
     encoder: str = ""
     payload: Any = None
+    laps: tuple[Lap, ...] = ()
+    worker: str = ""
+
+    @property
+    def name(self) -> str:
+        """That of the work."""
+        return f"{self.slide}/{self.kind}/{self.block[0]}-{self.block[1]}"
 
 
 class Executor(Protocol):

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from wsi_mmm.engine.base import Executor, Kind, Receipt, Work
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -20,6 +22,42 @@ class Event:
 
 Listener = Callable[[Event], None]
 
+Watch = Callable[[Work | Receipt], None]
+"""Called with every unit that is started and with every receipt, in the thread that keeps the books."""
+
 
 def silent(event: Event) -> None:
     """The listener that listens to nothing."""
+
+
+def unwatched(thing: Work | Receipt) -> None:
+    """The watch that sees nothing."""
+
+
+class Watched:
+    """An Executor that shows ``watches`` what goes in and out of another one."""
+
+    def __init__(self, inner: Executor, *watches: Watch) -> None:
+        self.inner, self.watches = inner, watches
+
+    def room(self, kind: Kind) -> int:
+        """How many more works of this kind may be started now."""
+        return self.inner.room(kind)
+
+    def start(self, work: Work) -> None:
+        """Begin a work."""
+        for watch in self.watches:
+            watch(work)
+        self.inner.start(work)
+
+    def wait(self, timeout: float) -> Receipt | None:
+        """The next receipt, or None after ``timeout`` seconds."""
+        receipt = self.inner.wait(timeout)
+        if receipt is not None:
+            for watch in self.watches:
+                watch(receipt)
+        return receipt
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Let go of threads, processes and open slides."""
+        self.inner.close(cancel=cancel)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wsi_mmm import clock
 from wsi_mmm.cache import CachedReader, Choice, Entry, Quota, choose
 from wsi_mmm.engine.base import SlideTask
 from wsi_mmm.engine.recipe import Recipe
@@ -41,7 +42,7 @@ def slide_of(task: SlideTask) -> Iterator[Slide]:
     """The slide of a task, opened once per process; at most a handful of idle ones stay open."""
     key = (task.uri, task.mpp, task.recipe.reader)
     with _lock:
-        slide, users = _slides.pop(key) if key in _slides else (open_slide(*key), 0)
+        slide, users = _slides.pop(key) if key in _slides else (_opened(*key), 0)
         _slides[key] = (slide, users + 1)
         _trim()
     try:
@@ -50,6 +51,11 @@ def slide_of(task: SlideTask) -> Iterator[Slide]:
         with _lock:
             if key in _slides:
                 _slides[key] = (slide, _slides[key][1] - 1)
+
+
+def _opened(uri: str, mpp: float | None, reader: str | None) -> Slide:
+    with clock.spent("prepare"):
+        return open_slide(uri, mpp, reader)
 
 
 def _trim() -> None:
@@ -93,7 +99,7 @@ def tile_cache_words(task: SlideTask) -> str:
 def runner_of(recipe: Recipe) -> Runner:
     """The model of a recipe on its device, loaded once per process."""
     key = (f"{recipe.model}/{recipe.model_hash}/{recipe.tasks}", recipe.device, recipe.threads, recipe.runtime)
-    with _loading:
+    with clock.spent("prepare"), _loading:
         if key not in _runners:
             _runners[key] = _load(recipe)
         return _runners[key]

@@ -14,6 +14,7 @@ from typing import Any
 
 import wsi_mmm
 from wsi_mmm.engine.base import SlideTask
+from wsi_mmm.engine.ledger import Ledger, Seconds, rounded
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.street import SlideState, busy_share
 from wsi_mmm.errors import OutputError, RecipeError, StorageError
@@ -31,6 +32,7 @@ class RunReport:
 
     ``exit_code``: 0 every slide succeeded, 3 some failed or have tiles that could not be read, 4 none succeeded.
     ``unsaved``: why report.json and report.html could not be written; then a code of 0 is 3, too.
+    ``ledger``: where the time went, from the works and receipts that it is shown.
     """
 
     output: str
@@ -41,6 +43,7 @@ class RunReport:
     seconds: float = 0.0
     device: str = ""
     unsaved: str = ""
+    ledger: Ledger = field(default_factory=Ledger)
 
     @property
     def slides(self) -> list[SlideRow]:
@@ -62,7 +65,7 @@ class RunReport:
 
     def add(self, state: SlideState) -> None:
         """Take in a slide that has ended."""
-        self.rows[state.task.id] = row_of(state)
+        self.rows[state.task.id] = row_of(state, self.ledger.slide(state.task.id))
 
     def save(self) -> None:
         """Write report.json and report.html, whole; the slides' results stand even when that fails (``unsaved``)."""
@@ -79,7 +82,7 @@ class RunReport:
             "argv": [store.redact(word) for word in sys.argv],
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(self.seconds, 3),
-            "device": self._device(), "slides_asked": len(self.order),
+            "device": self._device(), "slides_asked": len(self.order), "workers": self.ledger.rows(),
         }  # fmt: skip
         store.write_bytes(store.join(self.output, "report.json"), report_json(facts, self.slides))
         if any("answers" in row.extra for row in self.slides):
@@ -107,8 +110,11 @@ def begin(output: str, recipe: Recipe, tasks: Iterable[SlideTask]) -> RunReport:
     return RunReport(output, recipe, tuple(task.id for task in tasks))
 
 
-def row_of(state: SlideState) -> SlideRow:
-    """A slide's row from what its receipts added up to; one that was published before keeps what slide.json says."""
+def row_of(state: SlideState, time_of: Seconds | None = None) -> SlideRow:
+    """A slide's row from what its receipts added up to; one that was published before keeps what slide.json says.
+
+    ``time_of``: seconds per stage, of the ledger.
+    """
     recipe, facts = state.task.recipe, state.payload if isinstance(state.payload, dict) else {}
     seconds = max(0.0, state.ended - state.started)
     skipped = state.status == "skipped"
@@ -129,7 +135,7 @@ def row_of(state: SlideState) -> SlideRow:
         bytes_read=sum(state.bytes_read.values()),
         cache_hits=tiles if skipped else state.cache_hits,
         peak_rss_mb=round(sum(state.peak_rss_mb.values()), 1),
-        extra=_extra(state, facts, resumed=skipped),
+        extra=_extra(state, facts, resumed=skipped) | ({"time": rounded(time_of)} if time_of else {}),
     )
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wsi_mmm import clock
 from wsi_mmm.cache import ArraySpec, Entry
 from wsi_mmm.engine import ahead, decoding, parts, process
-from wsi_mmm.engine.base import Receipt, SlideTask, Work
+from wsi_mmm.engine.base import Kind, Receipt, SlideTask, Work
 from wsi_mmm.engine.plan import SlidePlan, Span, core_of, window_of
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.errors import ManifestError, OutputError
@@ -156,6 +157,7 @@ class Loaded:
     batch: Batch | EncodedBatch | None
     receipt: dict[str, Any] | None
     seconds: float
+    laps: tuple[clock.Lap, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,12 @@ class Computed:
 
 def read(work: Work) -> Loaded:
     """Fetch and decode the tiles of a block, unless the cache already holds their values."""
+    with clock.lap("decode", work.name) as lap:
+        loaded = _read(work)
+    return replace(loaded, laps=(lap.taken,))
+
+
+def _read(work: Work) -> Loaded:
     started = time.perf_counter()
     grid = _grid(work)
     entry = process.entry_of(work.entry, grid, work.slide.recipe.block_tiles)
@@ -192,12 +200,19 @@ def _batch(work: Work, slide: Slide, grid: Grid) -> Batch | EncodedBatch:
 
 def compute(loaded: Loaded) -> Computed:
     """The network over the tiles of a block."""
+    with clock.lap("model", loaded.work.name) as lap:
+        computed = _compute(loaded)
+    return replace(computed, loaded=replace(computed.loaded, laps=(*loaded.laps, lap.taken)))
+
+
+def _compute(loaded: Loaded) -> Computed:
     if loaded.batch is None:
         return Computed(loaded, None, None)
     recipe = loaded.work.slide.recipe
     runner = process.runner_of(recipe)
     begun = time.time()
-    batch, pixels = decoding.decoded(loaded.batch, _grid(loaded.work), runner.device)
+    with clock.spent("decode"):
+        batch, pixels = decoding.decoded(loaded.batch, _grid(loaded.work), runner.device)
     loaded = replace(loaded, batch=batch)
     started = time.time()
     output = runner.run(pixels, list(recipe.tasks))
@@ -207,6 +222,12 @@ def compute(loaded: Loaded) -> Computed:
 
 def write(computed: Computed) -> Receipt:
     """Put the block's shards, then its receipt."""
+    with clock.lap("write", computed.loaded.work.name) as lap:
+        receipt = _write(computed)
+    return replace(receipt, laps=(*computed.loaded.laps, lap.taken))
+
+
+def _write(computed: Computed) -> Receipt:
     loaded, work = computed.loaded, computed.loaded.work
     started = time.perf_counter()
     with process.slide_of(work.slide) as slide:
@@ -328,7 +349,8 @@ def _tiles_in(task: Task, work: Work, entry: Entry, window: Span) -> tuple[U8, I
         return np.zeros((0, task.channels, side, side), np.uint8), np.zeros((0, 2), np.int64)
     low, high = index.min(axis=0), index.max(axis=0) + 1
     spec = ArraySpec(f"maps/{task.info.name}", (task.channels, side, side), "uint8")
-    dense = entry.read(spec, slice(low[0], high[0]), slice(low[1], high[1]))
+    with clock.spent("fetch"):
+        dense = entry.read(spec, slice(low[0], high[0]), slice(low[1], high[1]))
     corners = (index * grid.stride - np.array([window.y0, window.x0])) // task.stride
     return dense[index[:, 0] - low[0], index[:, 1] - low[1]], corners
 
@@ -340,7 +362,12 @@ def perform(work: Work) -> Receipt:
     """Do a work of any kind."""
     from wsi_mmm.engine.publish import publish
 
-    return {"plan": plan, "forward": forward, "interpret": interpret, "publish": publish}[work.kind](work)
+    if work.kind == "forward":
+        return forward(work)
+    base: dict[Kind, clock.Stage] = {"plan": "prepare", "interpret": "interpret", "publish": "write"}
+    with clock.lap(base[work.kind], work.name) as lap:
+        receipt = {"plan": plan, "interpret": interpret, "publish": publish}[work.kind](work)
+    return replace(receipt, laps=(lap.taken,), worker=clock.worker())
 
 
 def _grid(work: Work) -> Grid:
@@ -353,5 +380,6 @@ def _block_name(work: Work) -> str:
 
 
 def _receipt(work: Work, slide: Slide, **facts: Any) -> Receipt:
-    base = partial(Receipt, work.kind, work.slide.id, work.block, pid=os.getpid(), peak_rss_mb=process.peak_rss_mb())
+    peak, worker = process.peak_rss_mb(), clock.worker()
+    base = partial(Receipt, work.kind, work.slide.id, work.block, pid=os.getpid(), peak_rss_mb=peak, worker=worker)
     return base(**{"status": "ok", "bytes_read": slide.reader.stats().bytes_read, **facts})

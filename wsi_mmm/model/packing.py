@@ -7,6 +7,7 @@ costs a tenth of the model's time. A tile's answer depends neither on its compan
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from wsi_mmm.clock import waited
 from wsi_mmm.types import U8
 
 Answers = dict[str, npt.NDArray[Any]]
@@ -30,6 +32,8 @@ class Call:
     taken: int = 0
     left: int = 0
     error: BaseException | None = None
+    added: float = field(default_factory=time.perf_counter)
+    begun: float = 0.0  # perf_counter: its first tiles are taken
     done: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -38,6 +42,7 @@ class Call:
     def wait(self) -> Answers:
         """All answers, in the order of the tiles; raises what the model raised."""
         self.done.wait()
+        waited(self.begun - self.added)
         if self.error is not None:
             raise self.error
         return self.answers
@@ -89,6 +94,7 @@ class Waiting:
             size = room = pick() if self._calls else 0
             while room and self._calls:
                 call = self._calls[0]
+                call.begun = call.begun or time.perf_counter()
                 stop = min(len(call.pixels), call.taken + room)
                 found.append(Piece(call, call.taken, stop))
                 room -= stop - call.taken

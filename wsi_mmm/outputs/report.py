@@ -31,10 +31,10 @@ class SlideRow:
     """What became of one slide.
 
     ``status``: done | empty | partial | failed | cancelled. ``extra`` may hold ``failures`` (level-0 rectangles
-    [x0, y0, x1, y1] that could not be read), ``stages`` (name -> seconds), ``files`` (name -> URI), ``classes``
-    (task -> class -> count), ``answers`` (column -> what bag tasks say of the slide), ``resumed``, ``reader``,
-    ``device``, ``encoder`` (what the model's runner chose, per process), ``features_s`` (from the first tile asked for
-    to the last value stored), ``model_began_s`` (after that).
+    [x0, y0, x1, y1] that could not be read), ``stages``, ``time`` (name -> seconds), ``files`` (name -> URI),
+    ``classes`` (task -> class -> count), ``answers`` (column -> what bag tasks say of the slide), ``resumed``,
+    ``reader``, ``device``, ``encoder`` (what the model's runner chose, per process), ``features_s`` (from the first
+    tile asked for to the last value stored), ``model_began_s`` (after that).
     """
 
     id: str
@@ -83,6 +83,7 @@ def report_html(
         f"<style>{STYLE}</style></head><body><main>",
         _header(facts, slides),
         _table(slides),
+        _workers(facts.get("workers") or []),
         f'<section class="cards">{cards}</section>',
         _about(facts),
         "</main></body></html>\n",
@@ -142,6 +143,23 @@ def _table_row(number: int, row: SlideRow) -> str:
     return f"<tr>{first}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
+def _workers(workers: Sequence[Mapping[str, Any]]) -> str:
+    """A row per worker process: wall time, threads, and in what their time was spent, in shares."""
+    if not workers:
+        return ""
+    stages = list(workers[0]["time"])
+    head = "".join(f"<th>{_text(name)}</th>" for name in ("worker", "threads", "wall", "units", "tiles", *stages))
+    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _worker_cells(one))}</tr>" for one in workers[:200])
+    return f'<h2>Workers</h2><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _worker_cells(one: Mapping[str, Any]) -> list[str]:
+    total = one["threads"] * one["seconds"]
+    shares = [f"{100 * seconds / total:.0f} %" if total else "–" for seconds in one["time"].values()]
+    counts = [f"{one['threads']}", _seconds(one["seconds"]), f"{one['units']:,}", f"{one['tiles']:,}"]
+    return [_text(one["worker"]), *counts, *shares]
+
+
 def _card(number: int, row: SlideRow, overlay: bytes | None) -> str:
     files = row.extra.get("files") or {}
     picture = f'<img alt="overlay of {_text(row.id)}" src="{_picture(overlay)}">' if overlay else ""
@@ -150,7 +168,7 @@ def _card(number: int, row: SlideRow, overlay: bytes | None) -> str:
     error = f'<p class="error">{_text(row.error)}</p>' if row.error else ""
     return (
         f'<article id="slide-{number}"><h2>{_text(row.id)} {_chip(row.status)}</h2><p class="uri">{_text(row.uri)}</p>'
-        f"{error}{picture}{_stages(row.extra.get('stages') or {})}{_classes(row.extra.get('classes') or {})}"
+        f"{error}{picture}{_stages(_spent(row))}{_classes(row.extra.get('classes') or {})}"
         f"{_answers(row.extra.get('answers') or {})}"
         f"{_failures(row.extra.get('failures') or [])}{_files(row.id, files)}</article>"
     )
@@ -160,6 +178,10 @@ def _link(slide: str, uri: str, html: str) -> str:
     """``html`` as a link to a file of a slide's folder, which lies beside the report; unchanged for other files."""
     _, found, name = uri.rpartition(f"/{slide}/")
     return f'<a href="{_text(quote(f"./{slide}/{name}"))}">{html}</a>' if found else html
+
+
+def _spent(row: SlideRow) -> Mapping[str, float]:
+    return row.extra.get("time") or row.extra.get("stages") or {}
 
 
 def _stages(stages: Mapping[str, float]) -> str:

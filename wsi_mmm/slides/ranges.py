@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wsi_mmm.clock import spent
 from wsi_mmm.types import I64
 
 Range = tuple[int, int]  # start, length
@@ -119,7 +120,8 @@ def fetch_merged(
     found = plan(ranges, size, rule)
     if not found.spans:
         return [b""] * len(found.first)
-    views = [memoryview(part) for part in get(found.spans)]
+    with spent("fetch"):
+        views = [memoryview(part) for part in get(found.spans)]
     stops = found.offset + found.length
     out: list[Buffer] = []
     for n, a, b in zip(found.first.tolist(), found.offset.tolist(), stops.tolist(), strict=True):

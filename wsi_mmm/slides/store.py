@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from wsi_mmm.clock import spent
 from wsi_mmm.slides import store_fsspec, store_local, store_objects
 from wsi_mmm.slides.ranges import Buffer, Counter, Ranges
 from wsi_mmm.slides.store_errors import final
@@ -56,17 +57,17 @@ def open_store(uri: str) -> ByteStore:
 
 def read_bytes(uri: str) -> bytes:
     """Return the whole object. Raises SlideNotFound, StorageError."""
-    if is_local(uri):
-        return store_local.read_bytes(uri)
-    return _remote(uri).read(uri)
+    with spent("fetch"):
+        return store_local.read_bytes(uri) if is_local(uri) else _remote(uri).read(uri)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write the whole object at once: rename on a file system, one PUT on S3. Raises OutputError."""
-    if is_local(uri):
-        store_local.write_bytes(uri, data)
-    else:
-        _remote(uri).write(uri, data)
+    with spent("write"):
+        if is_local(uri):
+            store_local.write_bytes(uri, data)
+        else:
+            _remote(uri).write(uri, data)
 
 
 def exists(uri: str) -> bool:
