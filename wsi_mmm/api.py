@@ -19,6 +19,7 @@ from wsi_mmm.engine.job import Job, drive
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.reporting import RunReport
 from wsi_mmm.engine.street import open_street
+from wsi_mmm.engine.tls import Tls, tls_of
 from wsi_mmm.engine.weights import check_file, check_weights
 from wsi_mmm.errors import OutputError, RecipeError
 from wsi_mmm.inputs import expand_inputs
@@ -49,6 +50,7 @@ class Order:
     output: str
     workers: int
     scheduler: str | None
+    tls: Tls | None = None
 
 
 def run(
@@ -70,7 +72,8 @@ def run(
         output: folder or ``s3://`` prefix for results and the run report.
         tasks: name or names of the model's tasks to run; None: all.
         workers: 0: in this process with reader threads; n: n local processes.
-        scheduler: address of a Dask cluster, ``tcp://host:port``.
+        scheduler: address of a Dask cluster, ``tcp://host:port``; ``tls://host:port`` with ``tls``, a folder of
+            certificates (``ca.crt``, ``tls.crt``, ``tls.key``).
         progress: called with an Event whenever something happened.
         **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
             ``tissue``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``cache_quota``, ``reader``,
@@ -242,7 +245,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("features", "save_maps", "bounds_offset", "gzip", "force"), (bool, "true or false")),
     **dict.fromkeys(("device", "reader", "runtime", "cache_tiles", "decode"), (str, "a word")),
     "cache_quota": (Integral, "a size such as 50GB"),
-    **dict.fromkeys(("tissue", "cache"), (str, "a path or a word")),
+    **dict.fromkeys(("tissue", "cache", "tls"), (str, "a path or a word")),
 }
 
 
@@ -278,7 +281,8 @@ def _encoder_recipe(encoder: str, weights: str | None, options: dict[str, Any]) 
 
 def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     given = {name: _checked(name, value) for name, value in options.items() if value is not None}
-    given.pop("mpp_override", None)
+    for name in ("mpp_override", "tls"):  # not of the recipe
+        given.pop(name, None)
     if "tile_size" in given:
         given["tile"] = given.pop("tile_size")
         given.setdefault("overlap", min(recipe.overlap, given["tile"] // 8 // 2 * 2))
@@ -329,7 +333,7 @@ def _order(
         SlideTask(s.id, _absolute(s.uri), store.join(out, s.id), recipe, s.mpp, s.mask and _absolute(s.mask), s.error)
         for s in specs
     )
-    return Order(tasks, recipe, out, workers, scheduler)
+    return Order(tasks, recipe, out, workers, scheduler, tls_of(options.get("tls"), scheduler))
 
 
 def _here(order: Order) -> Order:
@@ -350,7 +354,7 @@ def _executor(order: Order) -> Callable[[], Executor]:
         if order.scheduler:
             from wsi_mmm.engine.dask import connect
 
-            return connect(order.scheduler)
+            return connect(order.scheduler, tls=order.tls)
         if order.workers:
             from wsi_mmm.engine.dask import local_cluster
 

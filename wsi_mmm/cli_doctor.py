@@ -39,6 +39,9 @@ def doctor(
     scheduler: Annotated[
         str | None, typer.Option(help="Also ask this Dask scheduler and its workers.", metavar="ADDRESS")
     ] = None,
+    tls: Annotated[
+        str | None, typer.Option(help="Folder of ca.crt, tls.crt, tls.key for it.", metavar="FOLDER")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -50,7 +53,7 @@ def doctor(
       wsi-mmm doctor -o /data/results --scheduler tcp://scheduler:8786
     """
     failed = 0
-    for finding in examine(output, scheduler):
+    for finding in examine(output, scheduler, tls):
         failed += finding.status == "fail"
         if flags.json:
             say_json(finding)
@@ -61,7 +64,7 @@ def doctor(
     return 1 if failed else 0
 
 
-def examine(output: str, scheduler: str | None) -> Iterator[Finding]:
+def examine(output: str, scheduler: str | None, tls: str | None = None) -> Iterator[Finding]:
     """Every finding, in the order a person would look; none raises."""
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("python", python),
@@ -75,7 +78,7 @@ def examine(output: str, scheduler: str | None) -> Iterator[Finding]:
         ("model", smoke),
     ]
     if scheduler:
-        checks.append(("scheduler", lambda: cluster(scheduler)))
+        checks.append(("scheduler", lambda: cluster(scheduler, tls)))
     for what, check in checks:
         try:
             yield check()
@@ -217,11 +220,13 @@ def smoke() -> Finding:
     return Finding("ok", "model", f"{row.objects} objects in a synthetic slide, {seconds:.1f} s with loading")
 
 
-def cluster(address: str) -> Finding:
-    """Whether the scheduler answers and how many workers it has."""
+def cluster(address: str, folder: str | None) -> Finding:
+    """Whether the scheduler answers, on an encrypted connection if so asked, and its workers can do the work."""
     from wsi_mmm.engine import dask
+    from wsi_mmm.engine.tls import tls_of
 
-    executor = dask.connect(address, timeout=5.0)
+    found = folder or (config.default_tls() if address.startswith("tls://") else None)
+    executor = dask.connect(address, timeout=5.0, tls=tls_of(found, address))
     try:
         if executor.warnings:
             return Finding("warn", "scheduler", executor.warnings[0], "install the same wsi-mmm on every worker")

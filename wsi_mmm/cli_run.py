@@ -118,6 +118,12 @@ Scheduler = Annotated[
         help="Dask scheduler to send the work to, such as tcp://host:8786.", rich_help_panel=HOW, metavar="ADDRESS"
     ),
 ]
+Tls = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of ca.crt, tls.crt, tls.key for a tls:// scheduler.", rich_help_panel=HOW, metavar="FOLDER"
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Redo what is already done.", rich_help_panel=HOW)]
 DryRun = Annotated[
     bool,
@@ -177,6 +183,7 @@ def run(
     runtime: Runtime = None,
     decode: Decode = None,
     scheduler: Scheduler = None,
+    tls: Tls = None,
     force: Force = False,
     dry_run: DryRun = False,
     settings: Settings = None,
@@ -204,7 +211,7 @@ def run(
         "cache": cache, "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "save_maps": maps or None, "gzip": False if plain_geojson else None,
         "bounds_offset": bounds_offset or None, "batch_size": batch_size, "workers": workers, "threads": threads,
-        "device": device, "runtime": runtime, "decode": decode, "scheduler": scheduler, "force": force or None,
+        "device": device, "runtime": runtime, "decode": decode, "scheduler": scheduler, "tls": tls, "force": force or None,
     }  # fmt: skip
     if dry_run:
         return _rehearse(api.order_run, inputs, output, _options(given, settings))
@@ -245,6 +252,7 @@ def embed(
     runtime: Runtime = None,
     decode: Decode = None,
     scheduler: Scheduler = None,
+    tls: Tls = None,
     force: Force = False,
     dry_run: DryRun = False,
     settings: Settings = None,
@@ -269,7 +277,7 @@ def embed(
         "overlap": overlap, "tissue": tissue, "mpp_override": mpp_override, "reader": reader, "cache": cache,
         "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "batch_size": batch_size, "workers": workers, "threads": threads, "device": device,
-        "runtime": runtime, "decode": decode, "scheduler": scheduler, "force": force or None,
+        "runtime": runtime, "decode": decode, "scheduler": scheduler, "tls": tls, "force": force or None,
     }  # fmt: skip
     if dry_run:
         return _rehearse(api.order_embed, inputs, output, _options(given, settings))
@@ -301,7 +309,10 @@ def _options(given: Mapping[str, object], settings: Path | None) -> dict[str, An
     options = dict(config.read_settings(settings, [*given, *ONLY_IN_SETTINGS])) if settings else {}
     if cache := config.default_cache():
         options.setdefault("cache", cache)
-    return options | {name: value for name, value in given.items() if value is not None}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if (tls := config.default_tls()) and str(options.get("scheduler", "")).startswith("tls://"):
+        options.setdefault("tls", tls)
+    return options
 
 
 def _work(call: Callable[..., RunReport], inputs: list[str], output: str, options: Mapping[str, Any]) -> int:

@@ -110,6 +110,11 @@ def user_cache(environ: Mapping[str, str] | None = None) -> str:
     return f"{base.rstrip('/')}/wsi-mmm"
 
 
+def default_tls(environ: Mapping[str, str] | None = None) -> str | None:
+    """The folder of certificates of ``WSI_MMM_TLS``, for clusters whose scheduler speaks TLS; or None."""
+    return (os.environ if environ is None else environ).get("WSI_MMM_TLS") or None
+
+
 def default_cache(environ: Mapping[str, str] | None = None) -> str | None:
     """The cache URI of ``WSI_MMM_CACHE``, or None: then a run keeps its cache beside its output."""
     return (os.environ if environ is None else environ).get("WSI_MMM_CACHE") or None

@@ -17,13 +17,14 @@ import time
 from typing import Any
 
 import dask
-from distributed import Client, Future, LocalCluster
+from distributed import Client, Future, LocalCluster, Security
 from distributed.scheduler import KilledWorker
 
 import wsi_mmm
 from wsi_mmm.engine import steps
 from wsi_mmm.engine.base import Kind, Receipt, Work
 from wsi_mmm.engine.local import cpu_count, failure
+from wsi_mmm.engine.tls import Tls
 from wsi_mmm.errors import ClusterError
 
 AHEAD = 2  # works waiting at each worker thread, so that none waits for the client
@@ -156,19 +157,39 @@ def local_cluster(workers: int) -> DaskExecutor:
     return _over(Client(cluster, set_as_default=False), cluster)
 
 
-def connect(address: str, timeout: float = 10.0) -> DaskExecutor:
-    """The cluster at ``address`` (tcp://host:port); ClusterError when nobody answers within ``timeout`` seconds.
+def connect(address: str, timeout: float = 10.0, *, tls: Tls | None = None) -> DaskExecutor:
+    """The cluster at ``address``: tcp://host:port; with ``tls``, tls://host:port.
 
-    As long again is waited for its first worker.
+    ClusterError when nobody answers within ``timeout`` seconds; as long again is waited for its first worker.
     """
     try:
         with dask.config.set({"distributed.comm.timeouts.connect": timeout}):
-            client = Client(address, timeout=timeout, set_as_default=False)
+            client = Client(address, timeout=timeout, set_as_default=False, security=_security(address, tls))
     except (OSError, TimeoutError, ValueError) as error:
-        raise ClusterError(f"no Dask scheduler answers at {address}: is it running, is the port open?") from error
+        raise ClusterError(f"no Dask scheduler answers at {address}: {_look_at(address)}") from error
     with contextlib.suppress(TimeoutError):
         client.wait_for_workers(1, timeout=timeout)
     return _over(client)
+
+
+def _security(address: str, tls: Tls | None) -> Security | None:
+    """None leaves it to Dask's own configuration, such as DASK_DISTRIBUTED__COMM__TLS__CA_FILE."""
+    if tls is None:
+        if address.startswith("tls://") and Security().get_connection_args("client")["ssl_context"] is None:
+            raise ClusterError(
+                f"no Dask scheduler answers at {address} without certificates: give their folder with --tls"
+            )
+        return None
+    return Security(
+        tls_ca_file=tls.ca, tls_client_cert=tls.certificate, tls_client_key=tls.key, require_encryption=True
+    )
+
+
+def _look_at(address: str) -> str:
+    """What to look at when a scheduler does not answer."""
+    if not address.startswith("tls://"):
+        return "is it running, is the port open? One that speaks TLS has an address of tls://, and wants --tls"
+    return "is it running, is the port open, did one authority sign its certificate and that of --tls?"
 
 
 def _over(client: Client, cluster: LocalCluster | None = None) -> DaskExecutor:
