@@ -64,7 +64,9 @@ class RecipeError(InputError):
 
 
 class StorageError(WsiError):
-    """Fetching or writing bytes failed."""
+    """Fetching or writing bytes failed. ``passing``: the same may succeed in a minute (the network, a busy server)."""
+
+    passing = False
 
 
 class SlideChanged(StorageError):

@@ -16,19 +16,35 @@ from wsi_mmm.errors import ClusterError
 
 
 @dataclass
-class FakeClient:
-    """Workers by address: (threads, version of wsi-mmm or None, has torch)."""
+class FakeScheduler:
+    workers: dict[str, Any]
 
-    workers: dict[str, tuple[int, str | None, bool]] = field(default_factory=dict)
+    def identity(self) -> dict[str, Any]:
+        facts = {
+            worker: {"nthreads": f[0], "resources": f[3] if len(f) > 3 else {}} for worker, f in self.workers.items()
+        }
+        return {"workers": facts}
+
+
+@dataclass
+class FakeClient:
+    """Workers by address: (threads, version of wsi-mmm or None, has torch, resources)."""
+
+    workers: dict[str, Any] = field(default_factory=dict)
     status: str = "running"
 
-    def nthreads(self) -> dict[str, int]:
-        return {worker: facts[0] for worker, facts in self.workers.items()}
+    @property
+    def scheduler(self) -> FakeScheduler:
+        return FakeScheduler(self.workers)
 
-    def run(self, what: Callable[..., Any], *_: str, on_error: str) -> dict[str, Any]:
+    def sync(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+    def run(self, what: Callable[..., Any], *_: str, workers: list[str], on_error: str) -> dict[str, Any]:
+        asked = {worker: self.workers[worker] for worker in workers}
         if what is importlib.metadata.version:
-            return {w: version or ModuleNotFoundError("wsi-mmm") for w, (_, version, _) in self.workers.items()}
-        return {worker: object() if facts[2] else None for worker, facts in self.workers.items()}
+            return {worker: facts[1] or ModuleNotFoundError("wsi-mmm") for worker, facts in asked.items()}
+        return {worker: object() if facts[2] else None for worker, facts in asked.items()}
 
 
 GOOD = (2, wsi_mmm.__version__, True)
@@ -91,3 +107,20 @@ def test_a_lost_scheduler_ends_the_run() -> None:
     client.status = "closed"
     with pytest.raises(ClusterError, match="run again to resume"):
         executor.wait(0)
+
+
+def test_where_some_workers_are_for_models_only_those_count_for_them() -> None:
+    """Models have places at the workers with the resource GPU; the rest is done by all."""
+    executor = DaskExecutor(FakeClient({"a": GOOD, "b": (4, wsi_mmm.__version__, True, {"GPU": 1.0})}))
+    assert executor.room("forward") == AHEAD * 4
+    assert executor.room("publish") == AHEAD * 6
+
+
+def test_jobs_share_the_places_evenly() -> None:
+    """Each of three jobs keeps a third of the workers' threads fed; alone, it has them all."""
+    jobs = [3]
+    executor = DaskExecutor(FakeClient({"a": (6, wsi_mmm.__version__, True)}), jobs=lambda: jobs[0])
+    assert executor.room("forward") == AHEAD * 2
+    jobs[0] = 1
+    executor.wait(0)
+    assert executor.room("forward") == AHEAD * 6

@@ -1,62 +1,125 @@
 """The Dask executor: the same works on worker processes, here or on a cluster.
 
-Only works and receipts travel (a few hundred bytes each); workers open slides and models themselves, with the
-credentials of their own environment. What runs on a worker is ``steps.perform``, the very function of the serial
-executor, so both give the same files.
+Only works and receipts travel (see ``wire``); workers open slides and models themselves, with the credentials of their
+own environment. What runs on a worker is ``steps.perform``, the very function of the serial executor, so both give the
+same files.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import multiprocessing
 import queue
-import threading
 import time
-from typing import Any
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import dask
-from distributed import Client, Future, LocalCluster, Security
+from distributed import Client, Future, LocalCluster, Security, get_worker
 from distributed.scheduler import KilledWorker
+from distributed.utils import sync
 
 import wsi_mmm
-from wsi_mmm.engine import steps
+from wsi_mmm.engine import alone, steps, wire
+from wsi_mmm.engine.alone import named
 from wsi_mmm.engine.base import Kind, Receipt, Work
 from wsi_mmm.engine.local import cpu_count, failure
+from wsi_mmm.engine.patience import patiently
+from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.tls import Tls
-from wsi_mmm.errors import ClusterError
+from wsi_mmm.errors import ClusterError, WsiError
 
 AHEAD = 2  # works waiting at each worker thread, so that none waits for the client
-LOOK = 10.0  # seconds between looks at which workers there are: they come, go and are restarted
+LOOK = 2.0  # seconds between looks at which workers and which other jobs there are: they come and go
 PATIENCE = 300.0  # seconds that a cluster may be without any worker in the middle of a run
+GATHER = 5.0  # seconds to wait for receipts that are ready
+BATCH = 512  # receipts fetched at once
+
+RECIPES = "wsi-mmm-recipes"  # where the scheduler keeps them, by key
+MODELS = "GPU"
+"""The Dask resource of workers that run models. Where some have it, the others do everything else."""
+SPECK = 1e-6  # of a resource that says what a worker is for, and not how much it can do at once
+
+Pool = Literal["model", "rest"]
+POOLS: tuple[Pool, ...] = ("model", "rest")
+FIRST: dict[Kind, int] = {"publish": 3, "interpret": 2, "plan": 1, "forward": 0}  # what ends a slide goes before
+
+
+def perform(data: bytes) -> Receipt:
+    """What a worker does. Errors of ours come back as a receipt; others are raised, and Dask tries once more."""
+    work = wire.unpacked(data, _recipe_there)
+    try:
+        return wire.light(patiently(steps.perform, work))
+    except WsiError as error:
+        return failure(work, error)
+
+
+def perform_alone(data: bytes) -> Receipt:
+    """The same in a process of its own: what kills that one leaves the worker alive. ClusterError when it does."""
+    work = wire.unpacked(data, _recipe_there)
+    try:
+        return wire.light(alone.perform(work))
+    except WsiError as error:
+        return failure(work, error)
+
+
+def _recipe_there(key: str) -> str | None:
+    worker = get_worker()
+    found = sync(worker.loop, worker.scheduler.get_metadata, keys=[RECIPES, key], default=None)
+    return None if found is None else str(found)
+
+
+def pool_of(kind: Kind) -> Pool:
+    """Where works of a kind wait for a place."""
+    return "model" if kind == "forward" else "rest"
 
 
 class DaskExecutor:
-    """Works run on the workers of ``client``; the client only keeps the books."""
+    """Works run on the workers of ``client``; here the books are kept. Several such jobs share a cluster evenly.
 
-    def __init__(self, client: Client, *, cluster: LocalCluster | None = None, owned: bool = False) -> None:
-        self._client, self._cluster, self._owned = client, cluster, owned
-        self._results: queue.SimpleQueue[tuple[Work, Future[Any]]] = queue.SimpleQueue()
-        self._flying: dict[Future[Any], Kind] = {}
-        self._lock = threading.Lock()
+    ``jobs``: how many there are now, this one included.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        cluster: LocalCluster | None = None,
+        owned: bool = False,
+        jobs: Callable[[], int] = lambda: 1,
+    ) -> None:
+        self._client, self._cluster, self._owned, self._jobs = client, cluster, owned, jobs
+        self._token, self._number = uuid.uuid4().hex[:8], itertools.count()
+        self._results: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self._outbox: dict[Kind, list[Work]] = {}
+        self._inbox: deque[Receipt] = deque()
+        self._flying: dict[Future[Any], Work] = {}
+        self._suspects: set[str] = set()
+        self._taken = dict.fromkeys(POOLS, 0)
+        self._keys: dict[int, tuple[Recipe, str]] = {}
         self._looked = self._alive = time.monotonic()
-        threads: dict[str, int] = client.nthreads()
-        self._seen = set(threads)
-        reasons = self._unable()
-        self.warnings = [f"worker {worker} cannot be used: {reason}" for worker, reason in sorted(reasons.items())]
-        self._workers = sorted(self._seen - set(reasons))
-        self._places = AHEAD * sum(threads[worker] for worker in self._workers)
-        if not threads:
-            raise ClusterError("the scheduler has no workers: start some with 'dask worker ADDRESS'")
+        self._workers = workers_of(client)
+        self._unfit = self._unable(self._workers)
+        self.warnings = [f"worker {worker} cannot be used: {reason}" for worker, reason in sorted(self._unfit.items())]
+        self._places = self._count()
         if not self._workers:
+            raise ClusterError("the scheduler has no workers: start some with 'dask worker ADDRESS'")
+        if not self._places["rest"]:
             wanted = f"install wsi-mmm {wsi_mmm.__version__} and its dependencies on the workers"
             raise ClusterError(f"no worker can run models: {self.warnings[0]}; {wanted}")
 
-    def _unable(self) -> dict[str, str]:
-        """Which workers cannot do the work, and why."""
-        found = self._client.run(importlib.metadata.version, "wsi-mmm", on_error="return")
-        torches = self._client.run(importlib.util.find_spec, "torch", on_error="return")
+    def _unable(self, workers: Iterable[str]) -> dict[str, str]:
+        """Which of these workers cannot do the work, and why."""
+        chosen = sorted(workers)
+        found = self._client.run(importlib.metadata.version, "wsi-mmm", workers=chosen, on_error="return")
+        torches = self._client.run(importlib.util.find_spec, "torch", workers=chosen, on_error="return")
         reasons = {}
         for worker, version in found.items():
             if isinstance(version, BaseException):
@@ -67,71 +130,164 @@ class DaskExecutor:
                 reasons[worker] = "torch is not installed there"
         return reasons
 
+    def _count(self) -> dict[Pool, int]:
+        """Places of each pool: enough to keep this job's share of the worker threads fed, and no more."""
+        fit = {name: facts for name, facts in self._workers.items() if name not in self._unfit}
+        self._labelled = any(MODELS in facts.resources for facts in fit.values())
+        models = [facts for facts in fit.values() if MODELS in facts.resources or not self._labelled]
+        threads = {"model": sum(w.threads for w in models), "rest": sum(w.threads for w in fit.values())}
+        jobs = max(1, self._jobs())
+        return {pool: -(-AHEAD * threads[pool] // jobs) for pool in POOLS}
+
     def _look(self) -> None:
-        """Every now and then: count the workers anew. ClusterError when there has been none for long."""
+        """Every now and then: count workers and jobs anew. ClusterError when there has been no worker for long."""
         now = time.monotonic()
         if now - self._looked < LOOK:
             return
-        self._looked = now
-        threads: dict[str, int] = self._client.nthreads()
-        if set(threads) != self._seen:
-            self._seen, unable = set(threads), self._unable() if threads else {}
-            self._workers = sorted(self._seen - set(unable))
-            self._places = AHEAD * sum(threads[worker] for worker in self._workers)
-        if self._workers:
+        self._looked, before, self._workers = now, self._workers, workers_of(self._client)
+        self._unfit = {name: why for name, why in self._unfit.items() if name in self._workers}
+        if new := self._workers.keys() - before.keys():
+            self._unfit |= self._unable(new)
+        self._places = self._count()
+        if self._places["model"]:
             self._alive = now
         elif now - self._alive > PATIENCE:
             raise ClusterError(f"no worker has been there for {PATIENCE:.0f} s; start some, then run again to resume")
 
     def room(self, kind: Kind) -> int:
-        """Free places: enough work in flight to keep every worker thread fed, and no more."""
-        with self._lock:
-            same = sum(1 for other in self._flying.values() if (other == "forward") == (kind == "forward"))
-        return max(1, self._places) - same
+        """Free places: what is at a worker or waits for one is bounded, however much there is to do."""
+        pool = pool_of(kind)
+        return max(1, self._places[pool]) - self._taken[pool]
 
     def start(self, work: Work) -> None:
-        """Send a work to the scheduler; a worker that dies is replaced and its works are done again."""
-        restrict = (self._workers or None) if self.warnings else None
-        key = f"{work.name}-{id(work)}"
-        future = self._client.submit(steps.perform, work, pure=False, retries=1, workers=restrict, key=key)
-        with self._lock:
-            self._flying[future] = work.kind
-        future.add_done_callback(lambda done: self._results.put((work, done)))
+        """Put a work where the next ``wait`` sends it from."""
+        self._outbox.setdefault(work.kind, []).append(work)
+        self._taken[pool_of(work.kind)] += 1
 
     def wait(self, timeout: float) -> Receipt | None:
         """The next receipt, or None after ``timeout`` seconds; ClusterError when the scheduler is gone."""
-        try:
-            work, future = self._results.get(timeout=timeout)
-        except queue.Empty:
-            if self._client.status not in ("running", "connecting"):
-                raise ClusterError("the connection to the scheduler was lost; run again to resume") from None
-            if self._client.status == "running":
-                self._look()
+        if not self._inbox:
+            for kind in list(self._outbox):
+                self._send(perform, self._outbox.pop(kind))
+            self._collect(timeout)
+        if not self._inbox:
             return None
-        with self._lock:
-            self._flying.pop(future, None)
-        return self._receipt(work, future)
-
-    def _receipt(self, work: Work, future: Future[Any]) -> Receipt:
-        try:
-            receipt: Receipt = future.result(timeout=30)
-        except KilledWorker as error:
-            text = f"block {work.block}: every worker that tried it died ({error.last_worker.address}); out of memory?"
-            return failure(work, ClusterError(text))
-        except Exception as error:  # noqa: BLE001  (whatever the worker raised is told in this work's receipt)
-            return failure(work, error)
-        finally:
-            future.release()
+        receipt = self._inbox.popleft()
+        self._taken[pool_of(receipt.kind)] -= 1
         return receipt
+
+    # ------------------------------------------------------------ to the scheduler
+
+    def _send(self, function: Callable[[bytes], Receipt], works: list[Work]) -> None:
+        """Works of one kind, in one message; a worker that dies is replaced, and what it had is done again."""
+        kind = works[0].kind
+        futures = self._client.map(
+            function,
+            [wire.packed(work, self._recipe_key(work.slide.recipe)) for work in works],
+            # Of a few names, whatever the number of slides: the scheduler never forgets one.
+            key=[(kind, f"{work.slide.id} {work.block[0]}-{work.block[1]}", self._unique()) for work in works],
+            pure=False,
+            retries=1,
+            workers=self._fit_workers(),
+            resources={MODELS: SPECK} if self._labelled and pool_of(kind) == "model" else None,
+            priority=FIRST[kind],
+        )
+        for future, work in zip(futures, works, strict=True):
+            self._flying[future] = work
+            future.add_done_callback(self._results.put)
+
+    def _unique(self) -> str:
+        return f"{self._token}-{next(self._number)}"
+
+    def _fit_workers(self) -> list[str] | None:
+        """None: all of them."""
+        return sorted(self._workers.keys() - self._unfit.keys()) if self._unfit else None
+
+    def _recipe_key(self, recipe: Recipe) -> str:
+        """The key of a recipe, which the scheduler knows from now on."""
+        if id(recipe) not in self._keys:
+            text = wire.recipe_json(recipe)
+            self._keys[id(recipe)] = recipe, wire.recipe_key(text)
+            self._client.set_metadata([RECIPES, wire.recipe_key(text)], text)
+        return self._keys[id(recipe)][1]
+
+    # ------------------------------------------------------------ and back
+
+    def _collect(self, timeout: float) -> None:
+        """Fetch the receipts that are ready, all at once."""
+        done = self._ready(timeout)
+        if self._client.status not in ("running", "connecting") or any(one.status in LOST for one in done):
+            raise ClusterError("the connection to the scheduler was lost; run again to resume")
+        if self._client.status == "running":
+            self._look()
+        good = [future for future in done if future.status == "finished"]
+        for future, receipt in zip(good, self._fetched(good), strict=False):
+            self._inbox.append(wire.whole(receipt, self._flying.pop(future).slide))
+        for future in done:
+            if future.status == "error":
+                self._erred(future)
+            elif future in self._flying:  # the worker that had the receipt died: the work is done again
+                future.add_done_callback(self._results.put)
+                continue
+            future.release()
+
+    def _ready(self, timeout: float) -> list[Future[Any]]:
+        found: list[Future[Any]] = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._results.get(timeout=timeout))
+            while len(found) < BATCH:
+                found.append(self._results.get_nowait())
+        return found
+
+    def _fetched(self, futures: list[Future[Any]]) -> list[Receipt]:
+        """Their receipts; none when some worker that had one is gone."""
+        if not futures:
+            return []
+        loop: Any = self._client.loop
+        asking = asyncio.run_coroutine_threadsafe(self._client.gather(futures, asynchronous=True), loop.asyncio_loop)
+        try:
+            return list(asking.result(GATHER))
+        except Exception:  # noqa: BLE001  (whatever is wrong with one of them is told when it is done anew)
+            asking.cancel()
+            return []
+
+    def _erred(self, future: Future[Any]) -> None:
+        """A work that raised has failed; one whose workers died is tried once more, in a process of its own."""
+        work, error = self._flying.pop(future), future.exception(timeout=10 * GATHER)
+        if isinstance(error, KilledWorker):
+            if work.name not in self._suspects:
+                self._suspects.add(work.name)
+                self._send(perform_alone, [work])
+                return
+            error = ClusterError(f"{named(work)}: every worker that tried it died; out of memory?")
+        self._inbox.append(failure(work, error))
 
     def close(self, *, cancel: bool = False) -> None:
         """Drop what has not begun when cancelling; end the processes this executor started."""
-        if cancel and self._flying:
+        if cancel and self._flying and self._client.status == "running":
             self._client.cancel(list(self._flying), force=True)
         if self._owned:
             self._client.close()
         if self._cluster is not None:
             self._cluster.close(timeout=20)
+
+
+LOST = ("cancelled", "lost")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What the scheduler says of a worker."""
+
+    threads: int
+    resources: dict[str, float]
+
+
+def workers_of(client: Client) -> dict[str, WorkerFacts]:
+    """The workers that are there now, by address."""
+    scheduler: Any = client.scheduler
+    found = client.sync(scheduler.identity)["workers"]
+    return {name: WorkerFacts(facts["nthreads"], dict(facts.get("resources") or {})) for name, facts in found.items()}
 
 
 MAIN_GUARD = "in a script, call it below: if __name__ == '__main__':"
@@ -203,6 +359,6 @@ def _over(client: Client, cluster: LocalCluster | None = None) -> DaskExecutor:
         raise
 
 
-def attached(client: Any) -> DaskExecutor:
-    """An executor over a client that the caller keeps."""
-    return DaskExecutor(client)
+def attached(client: Any, jobs: Callable[[], int] = lambda: 1) -> DaskExecutor:
+    """An executor over a client that the caller keeps; ``jobs``: how many share the cluster now."""
+    return DaskExecutor(client, jobs=jobs)

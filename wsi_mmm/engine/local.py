@@ -16,6 +16,7 @@ from typing import Any
 
 from wsi_mmm.engine import ahead, process, steps
 from wsi_mmm.engine.base import Kind, Receipt, Work
+from wsi_mmm.engine.patience import patiently
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.errors import WsiError
 
@@ -72,7 +73,7 @@ class LocalExecutor:
             if self._stopped.is_set():
                 return
             try:
-                result = step(value)
+                result = patiently(step, value, stopped=self._stopped)
             except BaseException as error:  # noqa: BLE001  (a failed work is a receipt: no thread ends unseen)
                 self._results.put(failure(work, error))
                 return

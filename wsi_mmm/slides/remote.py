@@ -24,7 +24,7 @@ from typing import Any, Generic, TypeVar
 
 from wsi_mmm.errors import SlideChanged, StorageError
 from wsi_mmm.slides.ranges import Buffer, Counter, Merging, Range, Ranges, fetch_merged
-from wsi_mmm.slides.store_errors import NO_RANGES, SHORT, SILENT, UNREACHABLE, PassingError
+from wsi_mmm.slides.store_errors import NO_RANGES, SHORT, SILENT, UNREACHABLE, PassingError, passing
 from wsi_mmm.slides.uris import redact
 
 MERGING = Merging(gap=512 << 10, waste=0.12)  # measured on RGW with 0 and 20 ms delay, see docs/storage.md
@@ -167,10 +167,10 @@ async def request(endpoint: Endpoint, name: str, size: int, send: Send[T]) -> T:
         except PassingError as error:
             pause = random.uniform(0, min(_PAUSE * 2.0 ** min(n, 20), _LONGEST_PAUSE))
             if now() + pause >= began + _patience(endpoint, error) or (SHORT in str(error) and n + 1 >= _SHORT_TRIES):
-                raise StorageError(f"{error}") from None
+                raise passing(StorageError(f"{error}")) from None
             await asyncio.sleep(pause)
         except TimeoutError:
-            raise StorageError(f"{name}: {SILENT}") from None
+            raise passing(StorageError(f"{name}: {SILENT}")) from None
     raise AssertionError("unreachable")
 
 

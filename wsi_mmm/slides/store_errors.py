@@ -80,7 +80,13 @@ def final(uri: str, *, writing: bool = False) -> Iterator[None]:
         with translated(uri, writing=writing):
             yield
     except PassingError as error:
-        raise StorageError(str(error)) from None
+        raise passing(StorageError(str(error))) from None
+
+
+def passing(error: StorageError) -> StorageError:
+    """The same, marked as one that may be gone in a minute."""
+    error.passing = True
+    return error
 
 
 def _known(error: Exception, uri: str, *, writing: bool) -> WsiError:
@@ -94,7 +100,9 @@ def _known(error: Exception, uri: str, *, writing: bool) -> WsiError:
     if kind == "PreconditionError" or status == 412:
         return SlideChanged(f"{name} was replaced while it was read; run again")
     say, again = reason(error)
-    return PassingError(f"{name}: {say}") if again and not writing else fail(f"{name}: {say}")
+    if again:
+        return passing(OutputError(f"{name}: {say}")) if writing else PassingError(f"{name}: {say}")
+    return fail(f"{name}: {say}")
 
 
 def reason(error: Exception) -> tuple[str, bool]:
