@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import runpy
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from shapely.geometry import box
 
 from helpers.lessons import MODEL, geojson, save
@@ -39,7 +42,11 @@ def go(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> int:
 
 def tiny(raw: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The same training of a tiny model, for one step."""
-    model = {**raw["model"], **{key: MODEL[key] for key in ("tile_size", "overlap", "encoder", "decoder")}}
+    model = {
+        **raw["model"],
+        **{key: MODEL[key] for key in ("tile_size", "overlap", "encoder", "decoder")},
+        "crop": None,
+    }
     return {**raw, "steps": 1, "threads": 0, "model": model, "tracking": {"tensorboard": False}, **more}
 
 
@@ -72,27 +79,41 @@ def test_joint(in_tmp: Path) -> None:
     assert Path(done.model) == Path("runs/joint/model") and set(done.test) == {"tissue", "gland"}
 
 
-def test_nuclei_and_stain(in_tmp: Path, tiny_slide: Path) -> None:
-    """nuclei_stain.toml opens nuclei as the zip holds them and slides by its table; each stain gets its tiles."""
-    for number in range(10):
-        save(in_tmp / f"data/nuclei/images/{number}.png", np.full((40, 40, 3), 200))
-        labels = np.zeros((40, 40))
-        labels[8:20, 8:20] = 1
-        save(in_tmp / f"data/nuclei/labels/{number}.png", labels)
-    (in_tmp / "data/slides").mkdir()
-    (in_tmp / "pipelines").symlink_to(PIPELINES)
-    with (PIPELINES / "nuclei_stain.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        (in_tmp / "data/slides" / row["file"]).symlink_to(tiny_slide)
-    raw = tiny(recipe("nuclei_stain.toml"))
-    raw["data"] = [raw["data"][0], {**raw["data"][1], "per_slide": 2}]
-    raw["model"]["tile_size"] = 64
-    prepared = api.prepare_training(raw)
-    rows = prepared.summary()
-    assert rows[0]["train"] + rows[0]["val"] == 10
-    assert rows[1]["train"] + rows[1]["val"] == 12
-    assert {"IHC", "Giemsa"} <= set(rows[1]["classes"])  # of one slide each: learnt from
+@pytest.mark.slow
+def test_the_default_model(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """prepare.py makes the folders that train.toml opens: everything divided, nothing on two sides, the same each time.
+
+    The data are a zip of ten pictures and one synthetic slide under the names of all."""
+    with zipfile.ZipFile(in_tmp / "dsb2018_stained_nuclei.zip", "w") as archive:
+        for number in range(10):
+            labels = np.zeros((60, 48), np.uint16)
+            labels[8:20, 8:20], labels[30:40, 20:35] = 1, 2
+            for folder, values in (
+                ("images", np.where(labels[..., None] > 0, (90, 60, 150), (225, 190, 215))),
+                ("labels", labels),
+            ):
+                file = io.BytesIO()
+                Image.fromarray(values.astype(np.uint8 if folder == "images" else np.uint16)).save(file, "PNG")
+                archive.writestr(f"{folder}/{number}.png", file.getvalue())
+    (in_tmp / "nuclei").mkdir()
+    (in_tmp / "dsb2018_stained_nuclei.zip").rename(in_tmp / "nuclei/dsb2018_stained_nuclei.zip")
+    (in_tmp / "slides").mkdir()
+    synthetic_slide(in_tmp / "one.tiff", seed=1, width=5120, height=5120, nuclei=4000)
+    with (PIPELINES / "default/slides.csv").open() as file:
+        for row in csv.DictReader(file):
+            (in_tmp / "slides" / row["file"]).symlink_to(in_tmp / "one.tiff")
+    for out in ("data/default", "again"):
+        assert go(monkeypatch, "default/prepare.py", "--data", str(in_tmp), "--out", out) == 0
+    made = sorted(path.relative_to("data/default") for path in Path("data/default").rglob("*.*"))
+    assert made == sorted(path.relative_to("again") for path in Path("again").rglob("*.*"))
+    assert all((Path("again") / path).read_bytes() == (Path("data/default") / path).read_bytes() for path in made)
+    raw = tiny(recipe("default/train.toml"))
+    raw["split"] = {"pictures": True}
+    rows = {row["data"]: row for row in api.prepare_training(raw).summary()}
+    assert (rows["nuclei"]["train"], rows["nuclei"]["val"]) == (16, 2)  # eight images, as they are and scaled
+    assert rows["recoloured"]["train"] == 8 * 2 * 4 and rows["recoloured"]["val"] == 0
+    assert set(rows["stain"]["classes"]) == {"H&E", "IHC", "Giemsa", "other"} and rows["stain"]["val"] > 60
+    assert Path(api.train(raw).model) == Path("runs/default/model")
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def _toml(encoder: dict[str, Any]) -> str:
     return f'{{name = "{encoder["name"]}", args = {{channels = {encoder["args"]["channels"]}}}}}'
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("pipelines/*.toml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("pipelines/**/*.toml")), ids=lambda p: p.name)
 def test_the_recipes_are_configurations(path: Path) -> None:
     """Every recipe of pipelines/ is a training by the schema and by its tasks."""
     raw = tomllib.loads(path.read_text())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 
 from wsi_mmm.errors import InputError, RecipeError
 from wsi_mmm.model.card import TaskCard
@@ -82,6 +82,15 @@ class Tiled(Entry):
         return SlidePool(cache=self.cache)
 
 
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+_WORDS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_listed), WithJsonSchema(_WORDS)]
+"""A word, or several."""
+
+
 class Slides(Tiled):
     """Slides with annotations, or their tissue.
 
@@ -92,16 +101,11 @@ class Slides(Tiled):
     """
 
     kind: Literal["slides"]
-    task: tuple[str, ...]
-    slides: tuple[str, ...]
+    task: OneOrMany
+    slides: OneOrMany
     annotations: str | None = "{folder}/{stem}.geojson"
     shapes: dict[str, TaskOfShapes] = Field(default_factory=dict)
     group: str | None = None
-
-    @field_validator("task", "slides", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
 
     @field_validator("annotations")
     @classmethod
