@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-services lint format types imports ci clean
+.PHONY: help setup demo test test-fast test-services lint format types imports transfer ci clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -51,6 +51,10 @@ types: setup  ## mypy, strict
 
 imports: setup  ## import-linter: the floors
 	@$(BIN)/lint-imports --no-logo
+
+# make transfer DATA=../shared/data OUT=runs/transfer
+transfer: setup  ## the experiment of docs/transfer.md (an hour or more; goes on where it stopped)
+	@nice -n 5 $(BIN)/python pipelines/transfer/run.py --data $(or $(DATA),../shared/data) --out $(or $(OUT),runs/transfer)
 
 # make bench-geojson ARGS="--objects 1000000" runs tests/benchmarks/bench_geojson.py
 bench-%: setup
