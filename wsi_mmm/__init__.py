@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from wsi_mmm.api import Event as Event
     from wsi_mmm.api import Job as Job
+    from wsi_mmm.api import Observe as Observe
     from wsi_mmm.api import RunReport as RunReport
     from wsi_mmm.api import demo as demo
     from wsi_mmm.api import embed as embed
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Event": "wsi_mmm.api",
     "Job": "wsi_mmm.api",
+    "Observe": "wsi_mmm.api",
     "RunReport": "wsi_mmm.api",
     "Slide": "wsi_mmm.slides",
     "SlideInfo": "wsi_mmm.types",

@@ -14,11 +14,12 @@ from wsi_mmm.config import SlideSpec, user_cache
 from wsi_mmm.engine import reporting
 from wsi_mmm.engine.base import Executor, SlideTask
 from wsi_mmm.engine.claims import TAKEN, claimed
-from wsi_mmm.engine.events import Event, Listener, Watched, silent
+from wsi_mmm.engine.events import Event, Listener, Watched, greet, silent
 from wsi_mmm.engine.job import Job, drive
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.reporting import RunReport
 from wsi_mmm.engine.street import open_street
+from wsi_mmm.engine.telemetry import NOTHING, Hooks, Observe, all_of, observing
 from wsi_mmm.engine.tls import Tls, tls_of
 from wsi_mmm.engine.weights import check_file, check_weights
 from wsi_mmm.errors import OutputError, RecipeError
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from wsi_mmm.model.onnx import Exported
 
 __all__ = [
-    "Event", "Job", "RunReport", "demo", "embed", "export_model", "fit_head", "load_model", "prepare_training",
-    "read_annotations", "run", "stream_tiles", "submit", "train", "train_fractions",
+    "Event", "Job", "Observe", "RunReport", "demo", "embed", "export_model", "fit_head", "load_model",
+    "prepare_training", "read_annotations", "run", "stream_tiles", "submit", "train", "train_fractions",
 ]  # fmt: skip
 
 Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
@@ -62,6 +63,7 @@ def run(
     workers: int = 0,
     scheduler: str | None = None,
     progress: Listener | None = None,
+    observe: Observe = NOTHING,
     **options: Any,
 ) -> RunReport:
     """Run a model over slides and write one folder per slide; re-running resumes.
@@ -75,6 +77,7 @@ def run(
         scheduler: address of a Dask cluster, ``tcp://host:port``; ``tls://host:port`` with ``tls``, a folder of
             certificates (``ca.crt``, ``tls.crt``, ``tls.key``).
         progress: called with an Event whenever something happened.
+        observe: what to show of the run: logs, metrics, traces.
         **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
             ``tissue``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``cache_quota``, ``reader``,
             ``features``, ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``runtime``,
@@ -89,7 +92,7 @@ def run(
         Cancelled: on Ctrl-C; running the same again resumes.
     """
     order = order_run(slides, model, output=output, tasks=tasks, workers=workers, scheduler=scheduler, **options)
-    return _carry_out(order, _executor(order), progress or silent)
+    return _carry_out(order, _executor(order), progress or silent, observe=observe)
 
 
 def order_run(
@@ -115,9 +118,9 @@ def submit(
     """
     from wsi_mmm.engine.dask import attached
 
-    tasks = options.pop("tasks", None)
+    tasks, observe = options.pop("tasks", None), options.pop("observe", NOTHING)
     order = _order(slides, _model_recipe(str(model), tasks, options), output, 0, None, options)
-    return Job(lambda listener, stop: _carry_out(order, attached(client), listener, stop))
+    return Job(lambda listener, stop: _carry_out(order, attached(client), listener, stop, observe=observe))
 
 
 def embed(
@@ -129,6 +132,7 @@ def embed(
     workers: int = 0,
     scheduler: str | None = None,
     progress: Listener | None = None,
+    observe: Observe = NOTHING,
     export: str | Sequence[str] = (),
     **options: Any,
 ) -> RunReport:
@@ -140,7 +144,7 @@ def embed(
     """
     formats = reporting.known_exports(export)
     order = _here(_order(slides, _encoder_recipe(encoder, weights, options), output, workers, scheduler, options))
-    report = _carry_out(order, _executor(order), progress or silent)
+    report = _carry_out(order, _executor(order), progress or silent, observe=observe)
     reporting.export_features(report, formats)
     return report
 
@@ -371,18 +375,20 @@ def _carry_out(
     executor: Executor | Callable[[], Executor],
     listener: Listener,
     stop: threading.Event | None = None,
+    *,
+    observe: Observe = NOTHING,
 ) -> RunReport:
-    with claimed(order.output, [task.id for task in order.tasks]) as taken:
+    with claimed(order.output, [task.id for task in order.tasks]) as taken, observing(observe) as seen:
         if len(taken) == len(order.tasks):
             raise OutputError(f"{order.output}: {TAKEN}")
         tasks = [replace(task, error=task.error or TAKEN) if task.id in taken else task for task in order.tasks]
         made = executor() if callable(executor) else executor
-        for line in getattr(made, "warnings", ()):
-            listener(Event("warning", "", message=line))
-        street = open_street(tasks, listener)
+        heard = all_of([Hooks(listener), seen]).listener
+        greet(made, heard)
+        street = open_street(tasks, heard)
         report = reporting.begin(order.output, order.recipe, tasks)
         try:
-            watched = Watched(made, report.ledger.watch)
+            watched = Watched(made, report.ledger.watch, seen.watch)
             for state in drive(street, watched, stop or threading.Event()):
                 report.add(state)
         finally:

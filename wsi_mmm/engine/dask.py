@@ -35,6 +35,7 @@ from wsi_mmm.engine.patience import patiently
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.tls import Tls
 from wsi_mmm.errors import ClusterError, WsiError
+from wsi_mmm.slides import store
 
 AHEAD = 2  # works waiting at each worker thread, so that none waits for the client
 LOOK = 2.0  # seconds between looks at which workers and which other jobs there are: they come and go
@@ -108,6 +109,7 @@ class DaskExecutor:
         self._workers = workers_of(client)
         self._unfit = self._unable(self._workers)
         self.warnings = [f"worker {worker} cannot be used: {reason}" for worker, reason in sorted(self._unfit.items())]
+        self.dashboard = dashboard_of(client)
         self._places = self._count()
         if not self._workers:
             raise ClusterError("the scheduler has no workers: start some with 'dask worker ADDRESS'")
@@ -281,6 +283,13 @@ class WorkerFacts:
 
     threads: int
     resources: dict[str, float]
+
+
+def dashboard_of(client: Client) -> str:
+    """Where the scheduler shows what goes on; empty where it does not."""
+    with contextlib.suppress(KeyError):
+        return store.redact(client.dashboard_link or "")
+    return ""
 
 
 def workers_of(client: Client) -> dict[str, WorkerFacts]:

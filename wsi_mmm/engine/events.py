@@ -34,6 +34,14 @@ def unwatched(thing: Work | Receipt) -> None:
     """The watch that sees nothing."""
 
 
+def greet(executor: object, listener: Listener) -> None:
+    """Say what an executor has to say before it begins: workers that are of no use, where its dashboard is."""
+    for line in getattr(executor, "warnings", ()):
+        listener(Event("warning", "", message=line))
+    if dashboard := getattr(executor, "dashboard", ""):
+        listener(Event("stage", "", message=f"dashboard: {dashboard}"))
+
+
 class Watched:
     """An Executor that shows ``watches`` what goes in and out of another one."""
 
@@ -45,10 +53,10 @@ class Watched:
         return self.inner.room(kind)
 
     def start(self, work: Work) -> None:
-        """Begin a work."""
+        """Begin a work, then show it."""
+        self.inner.start(work)
         for watch in self.watches:
             watch(work)
-        self.inner.start(work)
 
     def wait(self, timeout: float) -> Receipt | None:
         """The next receipt, or None after ``timeout`` seconds."""

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from wsi_mmm.engine import ahead, decoding, parts, process
 from wsi_mmm.engine.base import Kind, Receipt, SlideTask, Work
 from wsi_mmm.engine.plan import SlidePlan, Span, core_of, window_of
 from wsi_mmm.engine.recipe import Recipe
+from wsi_mmm.engine.telemetry.workers import count_here
 from wsi_mmm.errors import ManifestError, OutputError
 from wsi_mmm.model.identity import device_kind
 from wsi_mmm.outputs import polygons
@@ -360,13 +362,18 @@ def _tiles_in(task: Task, work: Work, entry: Entry, window: Span) -> tuple[U8, I
 
 def perform(work: Work) -> Receipt:
     """Do a work of any kind."""
+    receipt = forward(work) if work.kind == "forward" else _timed(work)
+    count_here(receipt)
+    return receipt
+
+
+def _timed(work: Work) -> Receipt:
     from wsi_mmm.engine.publish import publish
 
-    if work.kind == "forward":
-        return forward(work)
+    steps: dict[Kind, Callable[[Work], Receipt]] = {"plan": plan, "interpret": interpret, "publish": publish}
     base: dict[Kind, clock.Stage] = {"plan": "prepare", "interpret": "interpret", "publish": "write"}
     with clock.lap(base[work.kind], work.name) as lap:
-        receipt = {"plan": plan, "interpret": interpret, "publish": publish}[work.kind](work)
+        receipt = steps[work.kind](work)
     return replace(receipt, laps=(lap.taken,), worker=clock.worker())
 
 
