@@ -7,12 +7,7 @@ and ASAP XML, plain, gzipped or zipped. What a file is, is decided by its bytes,
 from __future__ import annotations
 
 import gc
-import gzip
-import io
-import json
 import math
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +21,14 @@ import shapely
 from shapely.geometry import MultiPolygon, Polygon, shape
 from skimage.draw import polygon as fill_polygon
 
+from wsi_mmm.bounds import MAX_OBJECTS, parsed_json, unpacked
 from wsi_mmm.errors import AnnotationError
 from wsi_mmm.types import F64, I64, Mask
 
-MAX_BYTES = 4 << 30
-"""Unpacked size above which a compressed file is refused rather than filling the memory."""
+MAX_COORDINATE = 1 << 31
+"""Level-0 px beyond which no object lies: slides have at most 2^24 on a side."""
+
+_ENDINGS = (".geojson", ".json", ".xml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +97,12 @@ def parse_shapes(data: bytes, name: str, values: Sequence[str] = ()) -> Shapes:
     Invalid polygons are repaired (``shapely.make_valid``, polygon parts only); points, lines and polygons without
     area are skipped and counted. Raises AnnotationError.
     """
-    data = _unpack(data, name).removeprefix(b"\xef\xbb\xbf").lstrip()
+    data = unpacked(data, name, _ENDINGS, AnnotationError).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not data:
         raise AnnotationError(f"{name}: the file is empty: export the annotations again")
     with _no_collection():
-        return _shapes(_xml_objects(data, name) if data.startswith(b"<") else _geojson_objects(data, name, values))
+        found = _xml_objects(data, name) if data.startswith(b"<") else _geojson_objects(data, name, values)
+        return _shapes(found, name)
 
 
 @contextmanager
@@ -118,9 +117,10 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _shapes(found: Sequence[_Found]) -> Shapes:
+def _shapes(found: Sequence[_Found], name: str) -> Shapes:
     """Valid polygons, points, and what had to be left out."""
     polygons = np.array([one.polygon for one in found], object)
+    _check_places(polygons, found, name)
     fine = shapely.is_valid(polygons) & (shapely.area(polygons) > 0)
     items, dots, skipped, repaired = [], [], 0, 0
     for one, good in zip(found, fine.tolist(), strict=True):
@@ -132,6 +132,15 @@ def _shapes(found: Sequence[_Found]) -> Shapes:
         repaired += valid is not one.polygon
         items.append(Shape(valid, one.class_name, one.values))
     return Shapes(tuple(items), skipped, repaired, tuple(dots))
+
+
+def _check_places(polygons: Any, found: Sequence[_Found], name: str) -> None:
+    """AnnotationError for what lies where no slide is: drawing it would take memory without bound."""
+    reach = np.abs(shapely.bounds(polygons)).max(axis=1, initial=0.0)  # NaN for what is no polygon
+    far = np.flatnonzero(reach > MAX_COORDINATE).tolist()
+    far += [n for n, one in enumerate(found) if one.dots and np.abs(one.dots).max() > MAX_COORDINATE]
+    if far:
+        raise AnnotationError(f"{name}: object {min(far)} lies beyond {MAX_COORDINATE} px: correct or remove it")
 
 
 def shape_at(shapes: Shapes, points: F64) -> I64:
@@ -168,7 +177,8 @@ def _fill(mask: Mask, polygon: Polygon) -> None:
     for hole in polygon.interiors:
         inside[_interior(hole, x0, y0, window.shape)] = False
     window |= inside
-    edge = shapely.get_coordinates(shapely.segmentize(polygon.boundary, 0.5)) - (x0, y0)
+    near = shapely.clip_by_rect(polygon.boundary, x0, y0, x1, y1)  # what lies outside takes no memory
+    edge = shapely.get_coordinates(shapely.segmentize(near, 0.5)) - (x0, y0)
     x, y = np.floor(edge).astype(np.int64).T
     keep = (x >= 0) & (y >= 0) & (x < window.shape[1]) & (y < window.shape[0])
     window[y[keep], x[keep]] = True
@@ -193,41 +203,11 @@ def _polygons(geometry: Any) -> Polygon | MultiPolygon | None:
     return kept[0] if len(kept) == 1 else MultiPolygon(kept)
 
 
-def _unpack(data: bytes, name: str) -> bytes:
-    try:
-        if data.startswith(b"\x1f\x8b"):
-            with gzip.open(io.BytesIO(data)) as stream:
-                return _bounded(stream.read(MAX_BYTES + 1), name)
-        if data.startswith(b"PK\x03\x04"):
-            return _unzip(data, name)
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise AnnotationError(f"{name}: the compressed file is damaged ({error}): export or copy it again") from error
-    return data
-
-
-def _unzip(data: bytes, name: str) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = [m for m in archive.namelist() if m.lower().endswith((".geojson", ".json", ".xml"))]
-        members = [m for m in members if not m.startswith("__MACOSX")]
-        if len(members) != 1:
-            raise AnnotationError(f"{name}: the zip holds {len(members)} .geojson, .json or .xml files: pack one")
-        with archive.open(members[0]) as stream:
-            return _bounded(stream.read(MAX_BYTES + 1), name)
-
-
-def _bounded(data: bytes, name: str) -> bytes:
-    if len(data) > MAX_BYTES:
-        raise AnnotationError(f"{name}: unpacks to more than {MAX_BYTES >> 30} GiB: split it")
-    return data
-
-
 def _geojson_objects(data: bytes, name: str, values: Sequence[str]) -> list[_Found]:
     """Every feature of a GeoJSON."""
-    try:
-        root = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise AnnotationError(f"{name}: neither GeoJSON nor XML ({error}): export it as GeoJSON") from error
-    features = _features(root, name)
+    features = _features(parsed_json(data, name, AnnotationError, "neither GeoJSON nor XML"), name)
+    if len(features) > MAX_OBJECTS:
+        raise AnnotationError(f"{name}: more than {MAX_OBJECTS:,} objects: split it")
     for number, feature in enumerate(features):
         if not isinstance(feature, dict):
             raise AnnotationError(f"{name}: feature {number} is no object: export the annotations as GeoJSON")
@@ -252,7 +232,7 @@ def _plain_polygons(geometries: Sequence[Any]) -> dict[int, Polygon]:
             return {}
         owner = np.repeat(np.arange(len(plain)), [len(ring) for ring in plain.values()])
         made = shapely.polygons(shapely.linearrings(xy.astype(np.float64), indices=owner))
-    except (ValueError, TypeError, shapely.errors.ShapelyError):
+    except (OverflowError, ValueError, TypeError, shapely.errors.ShapelyError):
         return {}
     return dict(zip(plain, made.tolist(), strict=True))
 
@@ -291,7 +271,12 @@ def _number(properties: Any, key: str) -> float:
 
 
 def _float(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
 
 
 def _features(root: Any, name: str) -> list[Any]:
@@ -319,7 +304,7 @@ def _geometry(geometry: Any, where: str) -> Any:
         with np.errstate(invalid="ignore"):  # not finite: said below
             made = shape(geometry)
         finite = bool(np.isfinite(shapely.get_coordinates(made)).all())
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, shapely.errors.ShapelyError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, shapely.errors.ShapelyError) as error:
         raise AnnotationError(f"{where} has coordinates of no polygon ({error}): correct or remove it") from error
     if not finite:
         raise AnnotationError(f"{where} has a coordinate that is not a finite number: correct or remove it")
@@ -368,7 +353,7 @@ def _asap_points(annotation: ET.Element, where: str) -> list[tuple[float, float]
     try:
         nodes = sorted(annotation.iter("Coordinate"), key=lambda node: int(float(node.attrib["Order"])))
         points = [(float(node.attrib["X"]), float(node.attrib["Y"])) for node in nodes]
-    except (KeyError, ValueError) as error:
+    except (KeyError, OverflowError, ValueError) as error:
         raise AnnotationError(f"{where} has a coordinate without Order, X or Y: correct or remove it") from error
     if not all(math.isfinite(value) for point in points for value in point):
         raise AnnotationError(f"{where} has a coordinate that is not a finite number: correct or remove it")

@@ -24,6 +24,8 @@ from wsi_mmm.slides import store
 from wsi_mmm.types import F32, I64
 
 _ROWS = 4096  # tiles per chunk
+MAX_VALUES = 1 << 31
+"""Numbers of a slide's features above which a store is refused: two million tiles of a thousand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +58,18 @@ def read_features(uri: str) -> Features:
     """What `write_features` wrote. StorageError when it is not there or not that."""
     try:
         group = zarr.open_group(zarr_store(uri), mode="r")
-        vectors, coords = np.asarray(group["features"][:]), np.asarray(group["coords"][:])  # type: ignore[index]
+        vectors, coords = (_values(group, name) for name in ("features", "coords"))
         return Features(vectors, coords, dict(group.attrs))
     except (GroupNotFoundError, KeyError, FileNotFoundError, ValueError) as error:
         raise StorageError(f"{store.redact(uri)} is no features.zarr; wsi-mmm embed makes them") from error
+
+
+def _values(group: zarr.Group, name: str) -> Any:
+    """A whole array [n, D]; ValueError for one that claims more than a slide has: chunks left out take no file."""
+    array = group[name]
+    if not isinstance(array, zarr.Array) or array.ndim != 2 or array.size > MAX_VALUES:
+        raise ValueError(f"{name} is no array of tiles")
+    return np.asarray(array[:])
 
 
 def export(source: str, target: str) -> None:

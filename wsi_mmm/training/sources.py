@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from wsi_mmm.tiles.tissue import select_tiles, tissue_mask
 from wsi_mmm.types import I32, I64, U8, Grid, Tiles
 
 PINK, PALE, PURPLE = "pink", "pale", "purple"
+MAX_FILE, MAX_PX = 64 << 20, 1 << 24  # of one picture in a zip: bytes unpacked, px
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def load_nuclei(path: str | Path) -> list[LabelledImage]:
         with zipfile.ZipFile(path) as archive:
             names = sorted(n for n in archive.namelist() if "images/" in n and n.endswith(".png"))
             found = [_image(archive, name) for name in names]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is no zip of images/<id>.png and labels/<id>.png: {error}") from error
     if not found:
         raise InputError(f"{path} holds no images/<id>.png")
@@ -68,11 +70,21 @@ def load_nuclei(path: str | Path) -> list[LabelledImage]:
 
 
 def _image(archive: zipfile.ZipFile, name: str) -> LabelledImage:
-    pixels = np.array(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
-    labels = np.array(Image.open(io.BytesIO(archive.read(name.replace("images/", "labels/"))))).astype(np.int32)
+    pixels = np.array(_picture(archive, name).convert("RGB"))
+    labels = np.array(_picture(archive, name.replace("images/", "labels/"))).astype(np.int32)
     areas = np.bincount(labels.ravel())[1:]
     radius = float(np.median(np.sqrt(areas[areas > 0] / np.pi))) if areas.any() else 8.0
     return LabelledImage(Path(name).name, pixels, labels, radius, _look(pixels))
+
+
+def _picture(archive: zipfile.ZipFile, name: str) -> Image.Image:
+    """A picture that neither unpacks to nor claims more than one of its kind has; ValueError otherwise."""
+    if archive.getinfo(name).file_size > MAX_FILE:
+        raise ValueError(f"{name} unpacks to more than {MAX_FILE >> 20} MiB")
+    picture = Image.open(io.BytesIO(archive.read(name)))
+    if picture.width * picture.height > MAX_PX:
+        raise ValueError(f"{name} has {picture.width} x {picture.height} px")
+    return picture
 
 
 def _look(pixels: U8) -> str:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 
 from wsi_mmm.cache import Entry
 from wsi_mmm.errors import InputError, StorageError, WsiError
-from wsi_mmm.outputs.exports import Features, read_features
+from wsi_mmm.outputs.exports import MAX_VALUES, Features, read_features
 from wsi_mmm.slides import store
 from wsi_mmm.tasks.truth import Truth
 from wsi_mmm.tiles.grid import tile_xy
@@ -164,14 +165,27 @@ def read_h5(uri: str) -> Features:
     name = store.redact(uri)
     try:
         with h5py.File(io.BytesIO(store.read_bytes(uri)), "r") as file:
-            vectors = np.asarray(file["features"], np.float32)
-            coords = np.asarray(file["coords"], np.int64)
+            vectors = np.asarray(_values_of(file, "features"), np.float32)
+            coords = np.asarray(_values_of(file, "coords"), np.int64)
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise StorageError(f"{name} is no HDF5 file of features and coords ({error}): export it again") from error
     vectors, coords = vectors.reshape(-1, vectors.shape[-1]), coords.reshape(-1, coords.shape[-1])[:, :2]
     if len(vectors) != len(coords):
         raise StorageError(f"{name} holds {len(vectors)} features and {len(coords)} coords: export it again")
     return Features(vectors, coords, {})
+
+
+def _values_of(file: Any, name: str) -> Any:
+    """A data set of an HDF5 file that holds its own numbers; ValueError for one that claims more than can be, or that
+    lies in other files: those could be any on this machine."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+        raise ValueError(f"{name} is no data set of this file")
+    found = file[name]
+    if found.external or found.is_virtual:
+        raise ValueError(f"{name} lies in other files")
+    if found.ndim not in (2, 3) or found.size > MAX_VALUES or found.dtype.kind not in "iuf":
+        raise ValueError(f"{name} claims {found.dtype}{list(found.shape)}")
+    return found
 
 
 def entry_features(uri: str, grid: Grid) -> Features:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -11,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from wsi_mmm.bounds import parsed_json
 from wsi_mmm.errors import InputError, MissingPackage
 from wsi_mmm.slides import store
 from wsi_mmm.tasks.truth import Boxes, Truth
 from wsi_mmm.training.data.base import Index
-from wsi_mmm.training.data.images import MAX_PX, Origin, Pictures, read_image
+from wsi_mmm.training.data.images import MAX_PX, MAX_SIDE, Origin, Pictures, read_image
 from wsi_mmm.types import I32
 
 
@@ -71,7 +71,7 @@ def outlines(found: Sequence[Mapping[str, Any]], shape: tuple[int, int]) -> I32:
     out = np.zeros(shape, np.int32)
     for number, one in enumerate(found, start=1):
         try:
-            drawn = one["segmentation"]
+            drawn = _drawable(one["segmentation"], shape)
             if isinstance(drawn, dict) and isinstance(drawn.get("counts"), str | bytes):
                 codes: Any = drawn  # compressed already
             else:
@@ -85,6 +85,21 @@ def outlines(found: Sequence[Mapping[str, Any]], shape: tuple[int, int]) -> I32:
     return out
 
 
+def _drawable(drawn: Any, shape: tuple[int, int]) -> Any:
+    """An outline that pycocotools may draw: it trusts sizes and coordinates, and takes memory for them.
+
+    ValueError for a mask of another size than the picture, or a polygon that leads far away from it.
+    """
+    if isinstance(drawn, dict):
+        if list(drawn.get("size", ())) != list(shape):
+            raise ValueError(f"a mask of {drawn.get('size')} px, the picture has {list(shape)}")
+        return drawn
+    corners = np.concatenate([np.asarray(part, np.float64).reshape(-1) for part in drawn])
+    if not (np.abs(corners) <= MAX_SIDE).all():
+        raise ValueError(f"a corner beyond {MAX_SIDE} px")
+    return drawn
+
+
 def _tools() -> Any:
     try:
         return importlib.import_module("pycocotools.mask")
@@ -93,17 +108,15 @@ def _tools() -> Any:
 
 
 def _parsed(uri: str) -> dict[str, Any]:
-    try:
-        root = json.loads(store.read_bytes(uri))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{store.redact(uri)} is no JSON ({error})") from error
+    root = parsed_json(store.read_bytes(uri), store.redact(uri))
     lists = isinstance(root, dict) and all(
         isinstance(root.get(k), list) for k in ("images", "annotations", "categories")
     )
     if not lists:
         raise InputError(f"{store.redact(uri)} is no COCO file: it needs images, annotations and categories")
     for picture in root["images"]:
-        if picture.get("width", 0) * picture.get("height", 0) > MAX_PX:
+        sides = [picture.get(side, 0) for side in ("width", "height")] if isinstance(picture, dict) else [0, 0]
+        if not all(isinstance(side, int | float) for side in sides) or sides[0] * sides[1] > MAX_PX:
             raise InputError(f"{store.redact(uri)}: {picture.get('file_name')} is too large for a patch")
     return dict(root)
 

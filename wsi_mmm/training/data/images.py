@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,14 +136,28 @@ def read_labels(uri: str) -> I32:
 
 
 def _npy(uri: str) -> I32:
+    file = io.BytesIO(store.read_bytes(uri))
     try:
-        values = np.load(io.BytesIO(store.read_bytes(uri)), allow_pickle=False)
+        shape, dtype = _npy_header(file)
+        if len(shape) != 2 or dtype.kind not in "iub" or math.prod(shape) > MAX_PX:
+            raise InputError(f"{store.redact(uri)} holds {dtype}{list(shape)}, not integers [h, w]")
+        file.seek(0)
+        labels: I32 = np.lib.format.read_array(file, allow_pickle=False).astype(np.int32)
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f"{store.redact(uri)} is no array file: {error}") from error
-    if values.ndim != 2 or values.dtype.kind not in "iub" or values.size > MAX_PX:
-        raise InputError(f"{store.redact(uri)} holds {values.dtype}{list(values.shape)}, not integers [h, w]")
-    labels: I32 = values.astype(np.int32)
     return labels
+
+
+def _npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of a .npy file: what it claims is looked at before memory is taken for it."""
+    versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in versions:
+        raise ValueError(f"version {version}")
+    shape, _, dtype = versions[version](file)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects, which can run code")
+    return shape, dtype
 
 
 def _opened(uri: str) -> Image.Image:

@@ -19,6 +19,7 @@ from wsi_mmm.training.data.shapes_index import ShapeIndex
 from wsi_mmm.types import F64, I64, Mask
 
 _EDGES = 1 << 19  # edges looked at together: bounds memory, not the result
+_SLIVER = 1 << 14  # px: longer than a square; a line across a slide without width is no speck
 _SPECK = 4.0  # px²: larger shapes always hold the centre of a px, unless they are thinner than anything that is drawn
 
 
@@ -143,6 +144,8 @@ def _specks(index: ShapeIndex, squares: Squares, pairs: Pairs) -> tuple[I64, I64
     per_px = 1.0 / np.array([squares.scale_x, squares.scale_y])
     small = np.flatnonzero(index.areas[pairs.shape] * per_px.prod() < _SPECK)
     box = index.boxes[pairs.shape[small]]
+    short = ((box[:, 2:] - box[:, :2]) * per_px <= _SLIVER).all(axis=1)
+    small, box = small[short], box[short]
     at = np.floor((box[:, :2] + box[:, 2:]) / 2 * per_px).astype(np.int64) - squares.xy[pairs.square[small]]
     inside = ((at >= 0) & (at < squares.side)).all(axis=1)
     small, at = small[inside], at[inside]

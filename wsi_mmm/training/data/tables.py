@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from wsi_mmm.errors import ManifestError, RecipeError
@@ -25,6 +26,9 @@ UNKNOWN = frozenset(("", "na", "n/a", "nan", "null", "none", "unknown", "?"))
 """Cells, in any case, that say that nothing is known."""
 
 YES, NO = frozenset(("1", "true", "yes", "y", "event")), frozenset(("0", "false", "no", "n", "censored"))
+MAX_CELLS, MAX_TEXT = 20_000_000, 1 << 30
+"""Cells and bytes of a Parquet table of slides above which it is refused."""
+
 KINDS = ("classify", "multilabel", "regress", "survive")
 
 
@@ -82,10 +86,35 @@ def _text(data: bytes, name: str, separator: str) -> dict[str, tuple[str, ...]]:
 
 def _parquet(data: bytes, name: str) -> dict[str, tuple[str, ...]]:
     try:
-        table = pq.read_table(io.BytesIO(data))
+        schema = pq.ParquetFile(io.BytesIO(data)).schema_arrow
+        file = pq.ParquetFile(
+            io.BytesIO(data), read_dictionary=[one.name for one in schema if pa.types.is_string(one.type)]
+        )
+        cells = file.metadata.num_rows * max(1, file.metadata.num_columns)
+        if cells > MAX_CELLS:
+            raise ManifestError(f"{name} has {cells:,} cells, more than {MAX_CELLS:,}: leave out columns or rows")
+        table = pa.Table.from_batches(_batches(file, name), file.schema_arrow)
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{name} is no Parquet file that can be read ({error}): write it again") from error
     return {key: tuple(_cell(value) for value in table[key].to_pylist()) for key in table.column_names}
+
+
+def _batches(file: pq.ParquetFile, name: str) -> Iterator[pa.RecordBatch]:
+    """The rows a few at a time: a value that repeats takes no room in the file, but each time in memory."""
+    size = 0
+    for batch in file.iter_batches(batch_size=1024):
+        size += sum(_size(column) for column in batch.columns)
+        if size > MAX_TEXT:
+            raise ManifestError(f"{name} holds more than {MAX_TEXT >> 20} MiB: leave out columns or rows")
+        yield batch
+
+
+def _size(column: pa.Array) -> int:
+    """Bytes of all values, each counted as often as it stands there."""
+    if isinstance(column, pa.DictionaryArray) and pa.types.is_string(column.dictionary.type):
+        lengths = pc.binary_length(column.dictionary).take(column.indices)
+        return int(pc.sum(lengths).as_py() or 0)
+    return int(column.nbytes)
 
 
 def _cell(value: object) -> str:

@@ -23,6 +23,7 @@ from wsi_mmm.types import F32, U8
 
 MAX_VOXELS = 1 << 30
 NIFTI = (".nii", ".nii.gz")
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # PS3.5 A.5: its library unpacks such a file whole, however large that is
 PERCENTILES = (0.5, 99.5)
 
 
@@ -154,8 +155,13 @@ def _patient(uri: str) -> str:
 
 def _header(uri: str, *, stop: bool) -> Any:
     pydicom = _library("pydicom")
+    data = store.read_bytes(uri)
+    if DEFLATED in data:
+        raise InputError(
+            f"{store.redact(uri)} is a deflated DICOM file, which may unpack to anything: save it otherwise"
+        )
     try:
-        return pydicom.dcmread(io.BytesIO(store.read_bytes(uri)), stop_before_pixels=stop)
+        return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=stop)
     except (pydicom.errors.InvalidDicomError, ValueError, AttributeError, EOFError) as error:
         raise InputError(f"{store.redact(uri)} is no readable DICOM file ({error})") from error
 
