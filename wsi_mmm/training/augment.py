@@ -1,4 +1,4 @@
-"""Augmentation on batches of tensors: what a scanner, a stain and a laboratory may do to a picture.
+"""Stains as optical densities, textures, and new colours for nuclei: what augmentation and made pictures build on.
 
 Images are float[n, 3, h, w] in [0, 1]; every function draws from the generator it is given and from nothing else.
 Optical density (OD) is -ln(intensity), the space in which stains add up (Beer-Lambert; Ruifrok & Johnston 2001).
@@ -126,51 +126,6 @@ def _texture(g: Generator, size: int, *, eosin: tuple[Tensor, Tensor], haze: tup
     return ground * (1.0 - gaps) + 0.03 * gaps
 
 
-def stain_jitter(x: Tensor, g: Generator, strength: float) -> Tensor:
-    """Mix and scale the three optical densities a little: other dyes, thickness, white balance."""
-    n = len(x)
-    od = to_od(x)
-    mix = torch.eye(3).repeat(n, 1, 1) + normal(g, (n, 3, 3), 0.10 * strength)
-    mix = mix * torch.exp(normal(g, (n, 1, 1), 0.25 * strength))
-    od = torch.einsum("nij,njhw->nihw", mix, od) + normal(g, (n, 3, 1, 1), 0.04 * strength)
-    return from_od(od)
-
-
-def light_jitter(x: Tensor, g: Generator, strength: float) -> Tensor:
-    """Contrast, brightness and gamma."""
-    n = len(x)
-    mean = x.mean((1, 2, 3), keepdim=True)
-    contrast = torch.exp(normal(g, (n, 1, 1, 1), 0.18 * strength))
-    shift = normal(g, (n, 1, 1, 1), 0.06 * strength)
-    gamma = torch.exp(normal(g, (n, 1, 1, 1), 0.18 * strength))
-    return ((x - mean) * contrast + mean + shift).clamp(0.0, 1.0).clamp_min(1e-4).pow(gamma)
-
-
-def blur(x: Tensor, g: Generator, share: float, sigma: tuple[float, float] = (0.4, 1.6)) -> Tensor:
-    """Gaussian blur of one drawn width on a drawn share of the images."""
-    s = float(uniform(g, (1,), *sigma))
-    t = torch.arange(-4, 5, dtype=torch.float32)
-    k = torch.exp(-0.5 * (t / s) ** 2)
-    k = k / k.sum()
-    padded = functional.pad(x, (4, 4, 4, 4), mode="reflect")
-    rows = functional.conv2d(padded, k.view(1, 1, 1, 9).repeat(3, 1, 1, 1), groups=3)
-    done = functional.conv2d(rows, k.view(1, 1, 9, 1).repeat(3, 1, 1, 1), groups=3)
-    return torch.where(coin(g, len(x), share), done, x)
-
-
-def sharpen(x: Tensor, g: Generator, share: float) -> Tensor:
-    """Unsharp mask, as many scanners apply it."""
-    soft = functional.avg_pool2d(functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    amount = uniform(g, (len(x), 1, 1, 1), 0.3, 1.5)
-    return torch.where(coin(g, len(x), share), (x + amount * (x - soft)).clamp(0.0, 1.0), x)
-
-
-def grain(x: Tensor, g: Generator, share: float) -> Tensor:
-    """Sensor noise."""
-    noise = torch.randn(x.shape, generator=g) * uniform(g, (len(x), 1, 1, 1), 0.0, 0.04)
-    return torch.where(coin(g, len(x), share), (x + noise).clamp(0.0, 1.0), x)
-
-
 def jpeg(x: Tensor, g: Generator, share: float) -> Tensor:
     """JPEG at a drawn quality of 35 to 90, as slides come."""
     picked = torch.rand(len(x), generator=g) < share
@@ -179,12 +134,6 @@ def jpeg(x: Tensor, g: Generator, share: float) -> Tensor:
     for i in torch.nonzero(picked).flatten().tolist():
         out[i] = _through_jpeg(x[i], int(quality[i]))
     return out
-
-
-def camera(x: Tensor, g: Generator) -> Tensor:
-    """What happens between slide and file: light, focus, sharpening, noise, compression."""
-    x = blur(light_jitter(x, g, 0.8), g, 0.3)
-    return jpeg(grain(sharpen(x, g, 0.2), g, 0.3).clamp(0.0, 1.0), g, 0.4)
 
 
 def _through_jpeg(x: Tensor, quality: int) -> Tensor:
