@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from wsi_mmm import cli_console, cli_doctor, cli_models, cli_slide
 from wsi_mmm.cli import app
 from wsi_mmm.engine.events import Event
+from wsi_mmm.engine.telemetry import Observe
 from wsi_mmm.errors import Cancelled, InputError, ModelError, OutputError
 
 COMMANDS = ["run", "embed", "info", "thumbnail", "tissue", "models", "export", "doctor", "demo", "cache"]
@@ -153,7 +154,8 @@ def test_every_flag_of_run_reaches_the_api(api: FakeApi) -> None:
     line = (
         "run a.svs -o out -m m --task t --task u --mag 20 --tile-size 256 --overlap 32 --tissue none "
         "--mpp-override 0.3 --reader tiff --skip-errors --cache c --maps --no-gzip --bounds-offset "
-        "--batch-size 8 --workers 2 --threads 1 --device cpu --runtime bf16 --scheduler tcp://h:1 --force"
+        "--batch-size 8 --workers 2 --threads 1 --device cpu --runtime bf16 --scheduler tcp://h:1 --force "
+        "--log-file run.jsonl --log-level debug --metrics-port 9464 --traces"
     )
     assert invoke(*line.split()).exit_code == 0
     options = api.calls[0][2]
@@ -164,6 +166,7 @@ def test_every_flag_of_run_reaches_the_api(api: FakeApi) -> None:
         "bounds_offset": True,
         "batch_size": 8, "workers": 2, "threads": 1, "device": "cpu", "runtime": "bf16",
         "scheduler": "tcp://h:1", "force": True,
+        "observe": Observe("run.jsonl", "debug", 9464, "otlp"),
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -22,19 +23,70 @@ class Clock:
 def test_plain_lines_show_tiles_sparingly(capsys: pytest.CaptureFixture[str]) -> None:
     """Slides and warnings always; tiles at most every few seconds, with their pace and the time left."""
     clock = Clock()
-    lines = cli_progress.PlainLines(every=5, clock=clock)
-    lines(Event("slide", "r", 1, 2, "done, 7 objects in 9 tiles, 3.0 s"))
+    lines = cli_progress.PlainLines(1, every=5, clock=clock)
     lines(Event("plan", "s", 0, 100, "100 tiles"))
     lines(Event("tile", "s", 5, 100))
     lines(Event("warning", "s", message="one tile is damaged"))
     clock.now = 10.0
     lines(Event("tile", "s", 20, 100))
+    lines(Event("slide", "s", 1, 1, "done, 7 objects in 100 tiles, 50.0 s"))
     assert capsys.readouterr().out.splitlines() == [
-        "[1/2] r: done, 7 objects in 9 tiles, 3.0 s",
         "s: 100 tiles",
         "warning: s: one tile is damaged",
         "s: 20/100 tiles, 2.0 tiles/s, 40 s left",
+        "[1/1] s: done, 7 objects in 100 tiles, 50.0 s",
     ]
+
+
+def test_with_several_slides_the_whole_run_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """How many have ended, their tiles and those to be expected, the pace of all and the time left."""
+    clock = Clock()
+    lines = cli_progress.PlainLines(4, every=5, clock=clock)
+    for slide in "ab":
+        lines(Event("plan", slide, 0, 100, "100 tiles"))
+    clock.now = 10.0
+    lines(Event("tile", "a", 20, 100))
+    lines(Event("tile", "b", 5, 100))
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "a: 20/100 tiles, 2.0 tiles/s, 40 s left",
+        "all 4 slides: 0 done, 20 of about 400 tiles, 2.0 tiles/s, 3 min left",
+    ]
+
+
+def test_what_is_to_be_expected_becomes_what_is_known() -> None:
+    """Slides that were done before, or failed before they were planned, have no tiles; those that failed later lose
+    what was left; once all are planned nothing is guessed.
+    """
+    overall = cli_progress.Overall(4)
+    overall.hear(Event("slide", "before", 1, 4, "done before"), 0)
+    overall.hear(Event("plan", "a", 0, 100), 0)
+    assert (overall.expected, overall.tiles, overall.left) == (300, 0, None)
+    overall.hear(Event("plan", "b", 0, 300), 0)
+    overall.hear(Event("tile", "a", 100, 100), 10)
+    assert (overall.expected, overall.left, overall.words()) == (
+        600, 50.0, "100 of about 600 tiles, 10.0 tiles/s, 50 s left",
+    )  # fmt: skip
+    overall.hear(Event("slide", "a", 2, 4, "done"), 10)
+    overall.hear(Event("slide", "c", 3, 4, "failed: no mpp"), 10)
+    assert overall.words() == "100 of 400 tiles, 10.0 tiles/s, 30 s left"
+    overall.hear(Event("tile", "b", 60, 300), 16)
+    overall.hear(Event("slide", "b", 4, 4, "failed: no answer"), 16)
+    assert (overall.expected, overall.tiles, overall.ended) == (160, 160, 4)
+
+
+def test_machines_are_told_how_far_the_run_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every event as it is, and the progress of the whole run every few seconds."""
+    clock = Clock()
+    lines = cli_progress.JsonLines(2, every=5, clock=clock)
+    lines(Event("plan", "s", 0, 100, "100 tiles"))
+    clock.now = 10.0
+    lines(Event("tile", "s", 20, 100))
+    lines(Event("tile", "s", 21, 100))
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [next(iter(one)) for one in found] == ["event", "event", "progress", "event"]
+    assert found[2]["progress"] == {
+        "slides_done": 0, "slides": 2, "tiles_done": 20, "tiles_expected": 200, "tiles_per_s": 2.0, "seconds_left": 90,
+    }  # fmt: skip
 
 
 def test_the_pace_is_that_of_the_last_minute() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,8 @@ import typer
 
 from wsi_mmm import config
 from wsi_mmm.cli_console import ALL_FAILED, SOME_FAILED, Debug, Json, error_line, flags, say, say_json
-from wsi_mmm.cli_progress import duration, progress
+from wsi_mmm.cli_observe import LogFile, LogLevel, MetricsPort, Traces, observed
+from wsi_mmm.cli_progress import progress, verdict
 from wsi_mmm.errors import ManifestError, WsiError
 
 if TYPE_CHECKING:
@@ -187,6 +187,10 @@ def run(
     force: Force = False,
     dry_run: DryRun = False,
     settings: Settings = None,
+    log_file: LogFile = None,
+    log_level: LogLevel = None,
+    metrics_port: MetricsPort = None,
+    traces: Traces = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -211,7 +215,9 @@ def run(
         "cache": cache, "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "save_maps": maps or None, "gzip": False if plain_geojson else None,
         "bounds_offset": bounds_offset or None, "batch_size": batch_size, "workers": workers, "threads": threads,
-        "device": device, "runtime": runtime, "decode": decode, "scheduler": scheduler, "tls": tls, "force": force or None,
+        "device": device, "runtime": runtime, "decode": decode, "scheduler": scheduler, "tls": tls,
+        "force": force or None, "log_file": log_file, "log_level": log_level, "metrics_port": metrics_port,
+        "traces": traces or None,
     }  # fmt: skip
     if dry_run:
         return _rehearse(api.order_run, inputs, output, _options(given, settings))
@@ -256,6 +262,10 @@ def embed(
     force: Force = False,
     dry_run: DryRun = False,
     settings: Settings = None,
+    log_file: LogFile = None,
+    log_level: LogLevel = None,
+    metrics_port: MetricsPort = None,
+    traces: Traces = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -277,7 +287,9 @@ def embed(
         "overlap": overlap, "tissue": tissue, "mpp_override": mpp_override, "reader": reader, "cache": cache,
         "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "batch_size": batch_size, "workers": workers, "threads": threads, "device": device,
-        "runtime": runtime, "decode": decode, "scheduler": scheduler, "tls": tls, "force": force or None,
+        "runtime": runtime, "decode": decode, "scheduler": scheduler, "tls": tls,
+        "force": force or None, "log_file": log_file, "log_level": log_level, "metrics_port": metrics_port,
+        "traces": traces or None,
     }  # fmt: skip
     if dry_run:
         return _rehearse(api.order_embed, inputs, output, _options(given, settings))
@@ -301,7 +313,7 @@ def demo(
 
     with progress(1) as listener:
         report = api.demo(output, seed=seed, progress=listener)
-    return _verdict(report)
+    return verdict(report)
 
 
 def _options(given: Mapping[str, object], settings: Path | None) -> dict[str, Any]:
@@ -320,14 +332,16 @@ def _work(call: Callable[..., RunReport], inputs: list[str], output: str, option
 
     slides = expand_inputs(inputs)
     say(f"{len(slides)} slide{'s' * (len(slides) != 1)} -> {output}")
+    observe, rest = observed(options)
+    shown = {"observe": observe} if observe else {}
     with progress(len(slides)) as listener:
-        report = call(slides, output=output, progress=listener, **options)
-    return _verdict(report)
+        report = call(slides, output=output, progress=listener, **shown, **rest)
+    return verdict(report)
 
 
 def _rehearse(call: Callable[..., Order], inputs: list[str], output: str, options: Mapping[str, Any]) -> int:
     """Open every slide and say what it is, or what would make it fail; the exit code is that of the run to come."""
-    order = call(inputs, output=output, **options)
+    order = call(inputs, output=output, **observed(options)[1])
     failed = 0
     for task in order.tasks:
         try:
@@ -358,41 +372,3 @@ def _look(task: SlideTask) -> dict[str, Any]:
         grid = make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     size = {"width": info.width, "height": info.height, "mpp_x": info.mpp_x, "tiles_at_most": grid.rows * grid.columns}
     return {"id": task.id, "uri": store.redact(task.uri), **size}
-
-
-def _verdict(report: RunReport) -> int:
-    """Print what became of the slides and where it lies; the exit code: 0, SOME_FAILED or ALL_FAILED."""
-    if flags.json:
-        say_json({"report": {"path": report.path, "seconds": report.seconds, "slides": list(report.slides)}})
-    bad = [row for row in report.slides if row.status in ("failed", "partial")]
-    for row in bad:
-        error_line(f"{row.id} {row.status}: {row.error or 'some tiles could not be read'}")
-    counts = Counter(row.status for row in report.slides)
-    total = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
-    say(f"{total} in {duration(report.seconds)}")
-    for name, path in results(report):
-        say(f"{name:<8} {path}")
-    if report.unsaved:
-        error_line(f"the report could not be written: {report.unsaved}")
-    if counts and counts["failed"] == len(report.slides):
-        return ALL_FAILED
-    return SOME_FAILED if bad or report.unsaved else 0
-
-
-SHOWN = 5  # slides whose files are named one by one at the end of a run
-
-
-def results(report: RunReport) -> Iterator[tuple[str, str]]:
-    """What to open, as (name, path): the files of a few slides, or the folder of many, then the report."""
-    good = [row for row in report.slides if row.status != "failed"]
-    if len(good) > SHOWN:
-        yield "results", f"{report.output}  (a folder per slide)"
-    for row in good[:SHOWN] if len(good) <= SHOWN else ():
-        files = row.extra.get("files", {})
-        if "geojson" in files:
-            yield "GeoJSON", f"{files['geojson']}  (open the slide in QuPath, drag this file onto it)"
-            yield "picture", files.get("overlay", "none")
-        elif "features" in files:
-            yield "features", files["features"]
-    if not report.unsaved:
-        yield "report", report.path

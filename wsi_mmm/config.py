@@ -110,6 +110,12 @@ def user_cache(environ: Mapping[str, str] | None = None) -> str:
     return f"{base.rstrip('/')}/wsi-mmm"
 
 
+def trace_exporter(environ: Mapping[str, str] | None = None) -> str | None:
+    """The exporter that OTEL_TRACES_EXPORTER names, or "otlp"; None for "none"."""
+    name = (os.environ if environ is None else environ).get("OTEL_TRACES_EXPORTER") or "otlp"
+    return None if name == "none" else name
+
+
 def default_tls(environ: Mapping[str, str] | None = None) -> str | None:
     """The folder of certificates of ``WSI_MMM_TLS``, for clusters whose scheduler speaks TLS; or None."""
     return (os.environ if environ is None else environ).get("WSI_MMM_TLS") or None
