@@ -177,5 +177,6 @@ def test_mistakes_are_one_line(
 def test_recipes_begin_with_how_to_run_them(path: Path) -> None:
     """A recipe names its command or its script, and is a configuration."""
     text = path.read_text()
-    assert f"wsi-mmm train pipelines/{path.name}" in text or f"python pipelines/{path.stem}.py" in text
+    name = path.relative_to(PIPELINES.parent).as_posix()
+    assert f"wsi-mmm train {name}" in text or f"python {name.removesuffix('.toml')}.py" in text
     assert parse(tomllib.loads(text)).task_cards()
