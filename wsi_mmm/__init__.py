@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from wsi_mmm.api import Job as Job
     from wsi_mmm.api import Observe as Observe
     from wsi_mmm.api import RunReport as RunReport
+    from wsi_mmm.api import attach as attach
     from wsi_mmm.api import demo as demo
     from wsi_mmm.api import embed as embed
     from wsi_mmm.api import export_model as export_model
     from wsi_mmm.api import fit_head as fit_head
+    from wsi_mmm.api import list_jobs as list_jobs
     from wsi_mmm.api import load_model as load_model
     from wsi_mmm.api import prepare_training as prepare_training
     from wsi_mmm.api import read_annotations as read_annotations
@@ -44,10 +46,12 @@ _HOMES = {
     "SlideInfo": "wsi_mmm.types",
     "SlideSpec": "wsi_mmm.config",
     "WsiError": "wsi_mmm.errors",
+    "attach": "wsi_mmm.api",
     "demo": "wsi_mmm.api",
     "embed": "wsi_mmm.api",
     "export_model": "wsi_mmm.api",
     "expand_inputs": "wsi_mmm.inputs",
+    "list_jobs": "wsi_mmm.api",
     "load_model": "wsi_mmm.api",
     "open_slide": "wsi_mmm.slides",
     "fit_head": "wsi_mmm.api",

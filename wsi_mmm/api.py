@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wsi_mmm import clock
 from wsi_mmm.api_train import fit_head, prepare_training, read_annotations, train, train_fractions
 from wsi_mmm.config import SlideSpec, user_cache
 from wsi_mmm.engine import reporting
 from wsi_mmm.engine.base import Executor, SlideTask
+from wsi_mmm.engine.board import Alive, Board, Note, new_id, posted
 from wsi_mmm.engine.claims import TAKEN, claimed
 from wsi_mmm.engine.events import Event, Listener, Watched, greet, silent
-from wsi_mmm.engine.job import Job, drive
+from wsi_mmm.engine.job import Job, Progress, drive
+from wsi_mmm.engine.recall import recall
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.reporting import RunReport
+from wsi_mmm.engine.sizes import in_order
 from wsi_mmm.engine.street import open_street
 from wsi_mmm.engine.telemetry import NOTHING, Hooks, Observe, all_of, observing
 from wsi_mmm.engine.tls import Tls, tls_of
@@ -31,12 +37,13 @@ from wsi_mmm.types import Batch
 if TYPE_CHECKING:
     from distributed import Client
 
+    from wsi_mmm.engine.dask_job import ClusterJob
     from wsi_mmm.model.multitask import MultiTaskModel
     from wsi_mmm.model.onnx import Exported
 
 __all__ = [
-    "Event", "Job", "Observe", "RunReport", "demo", "embed", "export_model", "fit_head", "load_model",
-    "prepare_training", "read_annotations", "run", "stream_tiles", "submit", "train", "train_fractions",
+    "Event", "Job", "Note", "Observe", "RunReport", "attach", "demo", "embed", "export_model", "fit_head", "list_jobs",
+    "load_model", "prepare_training", "read_annotations", "run", "stream_tiles", "submit", "train", "train_fractions",
 ]  # fmt: skip
 
 Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
@@ -110,17 +117,52 @@ def order_run(
 
 
 def submit(
-    client: Client, slides: Slides, model: str | Path = "default", *, output: str | Path, **options: Any
-) -> Job[RunReport]:
-    """Run on the cluster behind a Dask ``client``; returns at once. This process needs no torch.
+    client: Client | str,
+    slides: Slides,
+    model: str | Path = "default",
+    *,
+    output: str | Path,
+    detach: bool = True,
+    **options: Any,
+) -> Job[RunReport] | ClusterJob[RunReport]:
+    """Run on the cluster of a Dask ``client``, or at an address; returns at once. This process needs no torch.
 
-    ``options`` are those of ``run``. The Job has ``.progress``, ``.result(timeout)``, ``.cancel()``, ``.done``.
+    The job lives on the cluster: it goes on when this process ends, and `attach` finds it by its ``.id``. With
+    ``detach=False`` this process keeps its books, and it ends with it. ``options`` are those of ``run``. Both kinds of
+    job have ``.progress``, ``.result(timeout)``, ``.cancel()``, ``.done``.
     """
-    from wsi_mmm.engine.dask import attached
+    from wsi_mmm.engine.dask import attached, client_of
 
     tasks, observe = options.pop("tasks", None), options.pop("observe", NOTHING)
-    order = _order(slides, _model_recipe(str(model), tasks, options), output, 0, None, options)
-    return Job(lambda listener, stop: _carry_out(order, attached(client), listener, stop, observe=observe))
+    address = client if isinstance(client, str) else None
+    order = _order(slides, _model_recipe(str(model), tasks, options), output, 0, address, options)
+    held = client_of(client, tls=order.tls)
+    if not detach:
+        return Job(lambda listener, stop: _carry_out(order, attached(held), listener, stop, observe=observe))
+    from wsi_mmm.engine.dask_job import Errand, launch
+
+    bare = replace(order, tls=None)  # paths of this machine
+    errand = Errand(partial(_carry_out, bare, observe=observe), partial(_recalled, bare))
+    return launch(held, order.output, len(order.tasks), errand)
+
+
+def attach(client: Client | str, job: str, *, tls: str | Path | None = None) -> ClusterJob[RunReport]:
+    """The job of that id on the cluster of a Dask ``client``, or at an address, whoever submitted it.
+
+    It has ``.note`` (how it stands), ``.progress``, ``.watch()``, ``.result(timeout)``, ``.cancel()``, ``.forget()``.
+    ClusterError when the cluster knows no such job.
+    """
+    from wsi_mmm.engine.dask_job import job_of
+
+    return job_of(client, job, tls=tls_of(tls, _address(client)))
+
+
+def list_jobs(client: Client | str, *, tls: str | Path | None = None) -> list[tuple[Note, bool]]:
+    """Every job that a cluster knows, the oldest first, and whether it is in good hands: False when it should run, and
+    whoever ran it is gone. Jobs that have ended are remembered until they are forgotten, or fifty came after them."""
+    from wsi_mmm.engine.dask_job import notes_of
+
+    return notes_of(client, tls=tls_of(tls, _address(client)))
 
 
 def embed(
@@ -378,19 +420,44 @@ def _carry_out(
     *,
     observe: Observe = NOTHING,
 ) -> RunReport:
+    stop = stop or threading.Event()
     with claimed(order.output, [task.id for task in order.tasks]) as taken, observing(observe) as seen:
         if len(taken) == len(order.tasks):
             raise OutputError(f"{order.output}: {TAKEN}")
         tasks = [replace(task, error=task.error or TAKEN) if task.id in taken else task for task in order.tasks]
         made = executor() if callable(executor) else executor
-        heard = all_of([Hooks(listener), seen]).listener
-        greet(made, heard)
-        street = open_street(tasks, heard)
-        report = reporting.begin(order.output, order.recipe, tasks)
-        try:
-            watched = Watched(made, report.ledger.watch, seen.watch)
-            for state in drive(street, watched, stop or threading.Event()):
-                report.add(state)
-        finally:
-            report.save()
+        with _on_board(order, made, stop) as noted:
+            heard = all_of([Hooks(listener), Hooks(noted), seen]).listener
+            greet(made, heard)
+            street = open_street(in_order(tasks, made), heard)
+            report = reporting.begin(order.output, order.recipe, tasks)
+            try:
+                watched = Watched(made, report.ledger.watch, seen.watch)
+                for state in drive(street, watched, stop):
+                    report.add(state)
+            finally:
+                report.save()
     return report
+
+
+@contextmanager
+def _on_board(order: Order, executor: Executor, stop: threading.Event) -> Iterator[Listener]:
+    """A run on a cluster whose books are kept here stands on its board, too: others see it, share with it, stop it."""
+    client: Any = getattr(executor, "client", None)
+    if client is None or getattr(executor, "posted", True):
+        yield silent
+        return
+    board, progress = Board(client), Progress()
+    note = Note(new_id(), order.output, slides_total=len(order.tasks), where=clock.worker())
+    executor.jobs = Alive(board, note.id)  # type: ignore[attr-defined]
+    with posted(board, note, progress, stop):
+        yield progress.hear
+
+
+def _recalled(order: Order) -> RunReport:
+    """The report of a run that has ended, from what it wrote."""
+    return recall(order.output, order.recipe, order.tasks)
+
+
+def _address(client: Client | str) -> str | None:
+    return client if isinstance(client, str) else None

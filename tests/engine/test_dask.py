@@ -32,6 +32,7 @@ class FakeClient:
 
     workers: dict[str, Any] = field(default_factory=dict)
     status: str = "running"
+    dashboard_link: str = ""
 
     @property
     def scheduler(self) -> FakeScheduler:

@@ -1,55 +1,125 @@
-"""Jobs on a Dask cluster that the caller holds."""
+"""Jobs on a cluster of plain Dask processes: submitted here, watched, awaited and cancelled from anywhere."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import wsi_mmm
-from wsi_mmm.errors import Cancelled
+from helpers.cluster import PlainCluster, wait_until
+from wsi_mmm.errors import Cancelled, ClusterError
+
+distributed = pytest.importorskip("distributed")
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def client():
-    """A client of a cluster of two worker processes."""
-    distributed = pytest.importorskip("distributed")
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None, silence_logs=50
-        ) as cluster,
-        distributed.Client(cluster) as held,
-    ):
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlainCluster]:
+    """A scheduler and two workers of two threads."""
+    with PlainCluster(tmp_path_factory.mktemp("cluster")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(cluster: PlainCluster) -> Iterator[distributed.Client]:
+    """A client of that cluster."""
+    with cluster.client() as held:
         yield held
 
 
-def test_a_submitted_job_gives_the_same_bytes(client, tiny_slide: Path, quiet_bytes: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_submitted_job_gives_the_same_bytes(
+    client: distributed.Client, tiny_slide: Path, quiet_bytes: bytes, tmp_path: Path, detach: bool
+) -> None:
     """submit returns at once; the job shows progress and ends with the report and the very same GeoJSON."""
-    job = wsi_mmm.submit(client, tiny_slide, output=tmp_path, block_tiles=2)
+    job = wsi_mmm.submit(client, tiny_slide, output=tmp_path, block_tiles=2, detach=detach)
     report = job.result(timeout=200)
     [row] = report.slides
     assert row.status == "done", row.error
-    assert job.done
+    wait_until(lambda: job.done, "the end of the job", 10)
     assert job.progress.fraction == 1.0
     assert job.progress.slides_done == 1
     assert (tmp_path / row.id / "result.geojson.gz").read_bytes() == quiet_bytes
 
 
-def test_a_cancelled_job_stops_and_the_cluster_lives(client, tiny_slide: Path, tmp_path: Path) -> None:
-    """cancel ends the job with Cancelled; the same cluster then runs the job to its end."""
-    job = wsi_mmm.submit(client, tiny_slide, output=tmp_path, block_tiles=1)
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_cancelled_job_stops_and_the_cluster_lives(
+    client: distributed.Client, tiny_slide: Path, tmp_path: Path, detach: bool
+) -> None:
+    """cancel ends the job with Cancelled in under five seconds; the same cluster then runs the job to its end."""
+    job = wsi_mmm.submit(client, tiny_slide, output=tmp_path, block_tiles=1, detach=detach)
+    wait_until(lambda: job.progress.tiles_total > 0, "the plan")
+    asked = time.monotonic()
     job.cancel()
     with pytest.raises(Cancelled):
         job.result(timeout=60)
-    assert wsi_mmm.submit(client, tiny_slide, output=tmp_path, block_tiles=1).result(timeout=200).exit_code == 0
+    assert time.monotonic() - asked < 5
+    again = wsi_mmm.submit(client, tiny_slide, output=tmp_path, block_tiles=1, detach=detach)
+    assert again.result(timeout=200).exit_code == 0
 
 
-def test_a_slide_that_fails_on_a_worker_is_one_line(client, tiny_slide: Path, tmp_path: Path) -> None:
+def test_a_slide_that_fails_on_a_worker_is_one_line(
+    client: distributed.Client, tiny_slide: Path, tmp_path: Path
+) -> None:
     """An error raised on a worker reaches the report as the line it is, and the other slide is done."""
     report = wsi_mmm.submit(client, [tmp_path / "no.svs", tiny_slide], output=tmp_path, tasks=["stain"]).result(200)
     bad, good = report.slides
     assert bad.status == "failed"
     assert "no.svs" in (bad.error or "")
     assert good.status == "done"
+
+
+def test_a_job_outlives_the_process_that_submitted_it(cluster: PlainCluster, tiny_slide: Path, tmp_path: Path) -> None:
+    """Another process finds it by its id, sees the same progress and has its report; then it can be forgotten."""
+    script = (
+        "import sys, wsi_mmm\n"
+        "job = wsi_mmm.submit(sys.argv[1], sys.argv[2], output=sys.argv[3], block_tiles=1)\n"
+        "print(job.id)\n"
+    )
+    words = [sys.executable, "-c", script, cluster.address, str(tiny_slide), str(tmp_path)]
+    name = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True).stdout.strip()
+    with cluster.client() as one, cluster.client() as other:
+        jobs = [wsi_mmm.attach(held, name) for held in (one, other)]
+        notes = list(jobs[0].watch(0.2))
+        assert notes[-1].state == "done" and notes[-1].slides_done == 1
+        assert [note.tiles_done for note in notes] == sorted(note.tiles_done for note in notes)
+        assert jobs[1].note == notes[-1]
+        assert [job.result(60).exit_code for job in jobs] == [0, 0]
+        assert name in {note.id for note, fine in wsi_mmm.list_jobs(other) if fine}
+        jobs[0].forget()
+        with pytest.raises(ClusterError, match="no job"):
+            wsi_mmm.attach(other, name)
+
+
+def test_a_job_is_cancelled_from_elsewhere(cluster: PlainCluster, tiny_slide: Path, tmp_path: Path) -> None:
+    """By whoever has its id; a run whose books are kept in its own process can be, too."""
+    with cluster.client() as one, cluster.client() as other:
+        first = wsi_mmm.submit(one, tiny_slide, output=tmp_path / "a", block_tiles=1)
+        wsi_mmm.attach(other, first.id).cancel()
+        with pytest.raises(Cancelled):
+            first.result(30)
+        second = wsi_mmm.submit(one, tiny_slide, output=tmp_path / "b", block_tiles=1, detach=False)
+        wait_until(lambda: any(note.state == "running" for note, _ in wsi_mmm.list_jobs(other)), "the note of a run")
+        [name] = [note.id for note, _ in wsi_mmm.list_jobs(other) if note.state == "running"]
+        wsi_mmm.attach(other, name).cancel()
+        with pytest.raises(Cancelled):
+            second.result(30)
+
+
+def test_a_job_whose_books_were_on_a_worker_that_died_goes_on(
+    client: distributed.Client, cluster: PlainCluster, tiny_slide: Path, quiet_bytes: bytes, tmp_path: Path
+) -> None:
+    """Another worker keeps them, what is done stays done, and the bytes are the same."""
+    job = wsi_mmm.submit(client, tiny_slide, output=tmp_path, block_tiles=1)
+    wait_until(lambda: job.note.tiles_done > 0, "the first tiles")
+    subprocess.run(["kill", "-9", job.note.where.rpartition(":")[2]], check=True)
+    report = job.result(200)
+    assert job.note.tries == 2
+    assert [row.status for row in report.slides] == ["done"]
+    assert (tmp_path / "tiny" / "result.geojson.gz").read_bytes() == quiet_bytes

@@ -85,7 +85,8 @@ def pool_of(kind: Kind) -> Pool:
 class DaskExecutor:
     """Works run on the workers of ``client``; here the books are kept. Several such jobs share a cluster evenly.
 
-    ``jobs``: how many there are now, this one included.
+    ``jobs``: how many there are now, this one included; None: whoever runs this one says so later, as ``jobs``, and
+    until then it is not ``posted``.
     """
 
     def __init__(
@@ -94,9 +95,11 @@ class DaskExecutor:
         *,
         cluster: LocalCluster | None = None,
         owned: bool = False,
-        jobs: Callable[[], int] = lambda: 1,
+        jobs: Callable[[], int] | None = None,
     ) -> None:
-        self._client, self._cluster, self._owned, self._jobs = client, cluster, owned, jobs
+        self.client = self._client = client
+        self.jobs, self.posted = jobs or (lambda: 1), jobs is not None or cluster is not None
+        self._cluster, self._owned = cluster, owned
         self._token, self._number = uuid.uuid4().hex[:8], itertools.count()
         self._results: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         self._outbox: dict[Kind, list[Work]] = {}
@@ -138,7 +141,7 @@ class DaskExecutor:
         self._labelled = any(MODELS in facts.resources for facts in fit.values())
         models = [facts for facts in fit.values() if MODELS in facts.resources or not self._labelled]
         threads = {"model": sum(w.threads for w in models), "rest": sum(w.threads for w in fit.values())}
-        jobs = max(1, self._jobs())
+        jobs = max(1, self.jobs())
         return {pool: -(-AHEAD * threads[pool] // jobs) for pool in POOLS}
 
     def _look(self) -> None:
@@ -327,14 +330,21 @@ def connect(address: str, timeout: float = 10.0, *, tls: Tls | None = None) -> D
 
     ClusterError when nobody answers within ``timeout`` seconds; as long again is waited for its first worker.
     """
-    try:
-        with dask.config.set({"distributed.comm.timeouts.connect": timeout}):
-            client = Client(address, timeout=timeout, set_as_default=False, security=_security(address, tls))
-    except (OSError, TimeoutError, ValueError) as error:
-        raise ClusterError(f"no Dask scheduler answers at {address}: {_look_at(address)}") from error
+    client = client_of(address, timeout, tls=tls)
     with contextlib.suppress(TimeoutError):
         client.wait_for_workers(1, timeout=timeout)
     return _over(client)
+
+
+def client_of(cluster: Client | str, timeout: float = 10.0, *, tls: Tls | None = None) -> Client:
+    """A client of the scheduler at an address; a client is given back. ClusterError when nobody answers."""
+    if not isinstance(cluster, str):
+        return cluster
+    try:
+        with dask.config.set({"distributed.comm.timeouts.connect": timeout}):
+            return Client(cluster, timeout=timeout, set_as_default=False, security=_security(cluster, tls))
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ClusterError(f"no Dask scheduler answers at {cluster}: {_look_at(cluster)}") from error
 
 
 def _security(address: str, tls: Tls | None) -> Security | None:
@@ -368,6 +378,6 @@ def _over(client: Client, cluster: LocalCluster | None = None) -> DaskExecutor:
         raise
 
 
-def attached(client: Any, jobs: Callable[[], int] = lambda: 1) -> DaskExecutor:
-    """An executor over a client that the caller keeps; ``jobs``: how many share the cluster now."""
-    return DaskExecutor(client, jobs=jobs)
+def attached(client: Any) -> DaskExecutor:
+    """An executor over a client that the caller keeps."""
+    return DaskExecutor(client)

@@ -23,15 +23,17 @@ class Progress:
     slides_done: int = 0
     slides_total: int = 0
     warnings: list[str] = field(default_factory=list)
-    _seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _seen: dict[str, tuple[int, int]] = field(default_factory=dict)  # of slides under way
 
     def hear(self, event: Event) -> None:
         """Take in an event of the run."""
         if event.kind in ("plan", "tile"):
+            done, total = self._seen.get(event.slide, (0, 0))
             self._seen[event.slide] = (event.done, event.total)
-            self.tiles_done = sum(done for done, _ in self._seen.values())
-            self.tiles_total = sum(total for _, total in self._seen.values())
+            self.tiles_done += event.done - done
+            self.tiles_total += event.total - total
         elif event.kind == "slide":
+            self._seen.pop(event.slide, None)
             self.slides_done, self.slides_total = event.done, event.total
         elif event.kind == "warning":
             self.warnings.append(event.message)

@@ -84,6 +84,11 @@ def list_uris(prefix: str) -> list[str]:
     return _remote(prefix).list_uris(prefix)
 
 
+def sizes(prefix: str) -> dict[str, int]:
+    """Return the bytes of every object that lies in an ``s3://`` prefix itself, by URI. Raises StorageError."""
+    return store_objects.sizes(prefix)
+
+
 def delete(uri: str) -> None:
     """Delete the object; nothing happens when there is none. Raises OutputError."""
     if is_local(uri):

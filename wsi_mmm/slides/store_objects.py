@@ -127,6 +127,15 @@ def list_uris(prefix: str) -> list[str]:
         return sorted(root + str(item["path"]) for page in pages for item in page)
 
 
+def sizes(prefix: str) -> dict[str, int]:
+    """Return the bytes of every object that lies in a folder-like prefix itself, by URI."""
+    store, path = _writable(prefix)
+    root = prefix[: len(prefix) - len(path)] if path else prefix.rstrip("/") + "/"
+    with final(prefix):
+        found = obstore().list_with_delimiter(store, prefix=path.rstrip("/") or None)
+    return {root + str(item["path"]): int(item["size"]) for item in found["objects"]}
+
+
 def object_store(uri: str) -> Any:
     """An obstore store whose root is the prefix ``uri`` of an ``s3://`` bucket: what Zarr writes through."""
     if not uri.startswith(("s3://", "s3a://")):
