@@ -16,9 +16,12 @@ BIN = Path(sys.executable).parent
 
 @contextmanager
 def running(
-    command: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    command: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None, bare: bool = False
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A program of this Python's environment; ended when the block is left, with kill when it does not listen."""
+    """A program of this Python's environment; ended when the block is left, with kill when it does not listen.
+
+    ``env`` is added to ours; with ``bare`` it is all there is.
+    """
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     with log.open("ab") as out:
         process = subprocess.Popen(
@@ -26,8 +29,7 @@ def running(
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            cwd=cwd,
-            env={**os.environ, "PATH": path, **(env or {})},
+            env={**({} if bare else {**os.environ, "PATH": path}), **(env or {})},
         )
     try:
         yield process
