@@ -42,7 +42,7 @@ def test_at_info_there_are_a_few_lines_per_slide(tmp_path: Path, story: Story) -
 def test_at_debug_there_is_a_line_per_unit(tmp_path: Path, story: Story) -> None:
     """With slide, unit, worker, tiles and the seconds of every stage."""
     found = lines(tmp_path / "run.jsonl", story, "debug")
-    assert sum(line["event"] == "start" for line in found) == 5
+    assert sum(line["event"] == "unit" for line in found) == 5
     [unit] = [line for line in found if line.get("unit") == "good/forward/0-0" and line["event"] == "unit"]
     assert (unit["kind"], unit["status"], unit["tiles"], unit["failed_tiles"]) == ("forward", "partial", 4, 1)
     assert unit["seconds"] == {"fetch": 0.2, "decode": 0.3, "model": 0.5} and unit["worker"] == "node:1"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 
 from wsi_mmm.engine.base import SlideTask, Work
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.telemetry import Hooks
+from wsi_mmm.engine.telemetry import Hooks, traces
 from wsi_mmm.engine.telemetry.traces import exporter_named, tracing
 from wsi_mmm.errors import Cancelled, MissingPackage, RecipeError
 
 pytest.importorskip("opentelemetry.sdk")
 from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 Story = Callable[[Hooks], None]
@@ -87,6 +90,39 @@ def test_a_run_that_is_cut_short_ends_its_spans() -> None:
         ("slide", "Cancelled"),
         ("run", "Cancelled"),
     ]
+
+
+class Deaf:
+    """A collector that answers nothing of use, and takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.asked = seconds, 0
+
+    def export(self, spans: object) -> SpanExportResult:
+        self.asked += 1
+        time.sleep(self.seconds)
+        return SpanExportResult.FAILURE
+
+    def shutdown(self) -> None:
+        """Nothing to let go of."""
+
+    def force_flush(self, timeout_millis: int = 0) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("seconds", [0.0, 30.0])
+def test_a_collector_that_does_not_answer_is_told_in_one_line(
+    story: Story, seconds: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is asked once, and the end of the run waits for it no longer than the patience there is."""
+    monkeypatch.setattr(traces, "PATIENCE", 0.5)
+    deaf, begun = Deaf(seconds), time.perf_counter()
+    with tracing(cast("InMemorySpanExporter", deaf)) as hooks:
+        for _ in range(300):  # more than one batch
+            story(hooks)
+    assert time.perf_counter() - begun < 10
+    assert deaf.asked == 1
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["traces could not be sent"]
 
 
 def test_an_exporter_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

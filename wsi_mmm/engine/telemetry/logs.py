@@ -102,13 +102,11 @@ class _Lines:
             self._say(level, event.message, facts)
 
     def watch(self, thing: Work | Receipt) -> None:
-        """A unit that is started, or what came of it; those that failed or lack tiles are told at their level."""
-        level = logging.DEBUG if isinstance(thing, Work) else _BAD.get(thing.status, logging.DEBUG)
-        if not self.logger.isEnabledFor(level):
-            return
-        facts = {"event": "start", "slide": thing.slide.id} if isinstance(thing, Work) else _facts(thing)
-        message = "" if isinstance(thing, Work) else thing.error
-        self._say(level, message, {**facts, "unit": thing.name, "kind": thing.kind})
+        """What came of a unit; those that failed or lack tiles are told at their level."""
+        if isinstance(thing, Receipt):
+            level = _BAD.get(thing.status, logging.DEBUG)
+            if self.logger.isEnabledFor(level):
+                self._say(level, thing.error, _facts(thing))
 
     def _say(self, level: int, message: str, facts: dict[str, Any]) -> None:
         self.logger.log(level, "%s", message, extra={"facts": facts})
@@ -117,6 +115,7 @@ class _Lines:
 def _facts(receipt: Receipt) -> dict[str, Any]:
     seconds = {stage: round(spent, 4) for stage, spent in clock.together(receipt.laps).items()}
     counts = {"tiles": receipt.tiles, "failed_tiles": len(receipt.failed), "objects": receipt.objects}
-    facts: dict[str, Any] = {"event": "unit", "slide": receipt.slide, "status": receipt.status}
+    facts: dict[str, Any] = {"event": "unit", "slide": receipt.slide, "unit": receipt.name}
+    facts |= {"kind": receipt.kind, "status": receipt.status}
     facts |= {name: count for name, count in counts.items() if count}
     return facts | {"seconds": seconds, "worker": receipt.worker or f"pid {receipt.pid}"}
