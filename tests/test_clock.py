@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from wsi_mmm import clock
 from wsi_mmm.clock import lap, spent, together, waited
+from wsi_mmm.slides import store
+from wsi_mmm.slides.ranges import Merging, fetch_merged
 
 
 def nap(seconds: float) -> None:
@@ -80,3 +84,21 @@ def test_threads_run_laps_of_their_own() -> None:
     total = together([one, two])
     assert set(total) == {"decode", "fetch", "write"}
     assert sum(total.values()) == pytest.approx(sum(x.end - x.start for x in (one, two)), abs=1e-6)
+
+
+def test_bytes_of_a_slide_are_fetched_and_files_written(tmp_path: Path) -> None:
+    """Whoever reads ranges or whole objects, or writes one, need not say so: the storage does."""
+
+    def slow(spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        nap(0.05)
+        return [bytes(length) for _, length in spans]
+
+    with lap("decode") as whole:
+        assert [len(part) for part in fetch_merged([(0, 4), (90, 20)], 100, rule=Merging(gap=0), get=slow)] == [4, 10]
+    assert whole.taken.seconds["fetch"] >= 0.05
+    with lap("decode") as whole:
+        store.write_bytes(str(tmp_path / "x"), b"x")
+    assert whole.taken.seconds["write"] > 0 and "fetch" not in whole.taken.seconds
+    with lap("decode") as whole:
+        store.read_bytes(str(tmp_path / "x"))
+    assert whole.taken.seconds["fetch"] > 0 and "write" not in whole.taken.seconds
