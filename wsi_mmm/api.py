@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from wsi_mmm import clock
 from wsi_mmm.api_train import fit_head, prepare_training, read_annotations, train, train_fractions
 from wsi_mmm.config import SlideSpec, user_cache
 from wsi_mmm.engine import reporting
-from wsi_mmm.engine.base import Executor, SlideTask
-from wsi_mmm.engine.board import Alive, Board, Note, new_id, posted
-from wsi_mmm.engine.claims import TAKEN, claimed
-from wsi_mmm.engine.events import Event, Listener, Watched, greet, silent
-from wsi_mmm.engine.job import Job, Progress, drive
+from wsi_mmm.engine.base import Executor, Placement, SlideTask
+from wsi_mmm.engine.board import Note
+from wsi_mmm.engine.carry import Order, carry_out
+from wsi_mmm.engine.events import Event, Listener, silent
+from wsi_mmm.engine.job import Job
 from wsi_mmm.engine.recall import recall
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.reporting import RunReport
-from wsi_mmm.engine.sizes import in_order
-from wsi_mmm.engine.street import open_street
-from wsi_mmm.engine.telemetry import NOTHING, Hooks, Observe, all_of, observing
-from wsi_mmm.engine.tls import Tls, tls_of
+from wsi_mmm.engine.telemetry import NOTHING, Observe
+from wsi_mmm.engine.tls import tls_of
 from wsi_mmm.engine.weights import check_file, check_weights
 from wsi_mmm.errors import OutputError, RecipeError
 from wsi_mmm.inputs import expand_inputs
@@ -38,8 +33,8 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from wsi_mmm.engine.dask_job import ClusterJob
+    from wsi_mmm.model.exporting import Exported
     from wsi_mmm.model.multitask import MultiTaskModel
-    from wsi_mmm.model.onnx import Exported
 
 __all__ = [
     "Event", "Job", "Note", "Observe", "RunReport", "attach", "demo", "embed", "export_model", "fit_head", "list_jobs",
@@ -47,18 +42,6 @@ __all__ = [
 ]  # fmt: skip
 
 Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """A run that has been checked: what to do, with what, where to."""
-
-    tasks: tuple[SlideTask, ...]
-    recipe: Recipe
-    output: str
-    workers: int
-    scheduler: str | None
-    tls: Tls | None = None
 
 
 def run(
@@ -88,7 +71,7 @@ def run(
         **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
             ``tissue``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``cache_quota``, ``reader``,
             ``features``, ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``runtime``,
-            ``decode``.
+            ``decode``, ``placement``.
 
     Returns:
         A RunReport: one row per slide, ``exit_code`` 0 only if every slide succeeded. A slide that fails does not stop
@@ -99,7 +82,7 @@ def run(
         Cancelled: on Ctrl-C; running the same again resumes.
     """
     order = order_run(slides, model, output=output, tasks=tasks, workers=workers, scheduler=scheduler, **options)
-    return _carry_out(order, _executor(order), progress or silent, observe=observe)
+    return carry_out(order, _executor(order), progress or silent, observe=observe)
 
 
 def order_run(
@@ -138,11 +121,11 @@ def submit(
     order = _order(slides, _model_recipe(str(model), tasks, options), output, 0, address, options)
     held = client_of(client, tls=order.tls)
     if not detach:
-        return Job(lambda listener, stop: _carry_out(order, attached(held), listener, stop, observe=observe))
+        return Job(lambda listener, stop: carry_out(order, attached(held), listener, stop, observe=observe))
     from wsi_mmm.engine.dask_job import Errand, launch
 
     bare = replace(order, tls=None)  # paths of this machine
-    errand = Errand(partial(_carry_out, bare, observe=observe), partial(_recalled, bare))
+    errand = Errand(partial(carry_out, bare, observe=observe), partial(_recalled, bare))
     return launch(held, order.output, len(order.tasks), errand)
 
 
@@ -186,7 +169,7 @@ def embed(
     """
     formats = reporting.known_exports(export)
     order = _here(_order(slides, _encoder_recipe(encoder, weights, options), output, workers, scheduler, options))
-    report = _carry_out(order, _executor(order), progress or silent, observe=observe)
+    report = carry_out(order, _executor(order), progress or silent, observe=observe)
     reporting.export_features(report, formats)
     return report
 
@@ -249,21 +232,26 @@ def export_model(
     tasks: str | Sequence[str] | None = None,
     weights: str | None = None,
     tile_size: int | None = None,
+    to: Literal["onnx", "pt2"] = "onnx",
 ) -> Exported:
-    """Write a model as an ONNX file; gives ``.path``, ``.tasks``, ``.side`` (None: any), ``.difference`` from torch.
+    """Write a model as one file; gives ``.path``, ``.tasks``, ``.side`` (None: any), ``.difference`` from the model.
 
-    ``model``: as for ``embed``, with ``weights``; ``tasks``: None: all; ``tile_size``: fix it at so many px.
-    MissingPackage without the extra ``onnx``; ModelError when it cannot be translated or gives other answers.
+    ``model``: as for ``embed``, with ``weights``; ``tasks``: None: all; ``tile_size``: fix it at so many px; ``to``:
+    "onnx", or "pt2" for a program of torch.export. MissingPackage without the extra ``onnx``; ModelError when it cannot
+    be translated or gives other answers.
     """
     from wsi_mmm.model.checkpoint import load_encoder
     from wsi_mmm.model.fold import folded
     from wsi_mmm.model.identity import check_runtime, is_model
     from wsi_mmm.model.onnx import export_onnx
+    from wsi_mmm.model.pt2 import export_pt2
 
-    check_runtime("onnx")
+    if to == "onnx":
+        check_runtime("onnx")
     loaded = load_model(model) if is_model(str(model)) else load_encoder(str(model), weights)
     names = [tasks] if isinstance(tasks, str) else tasks
-    return export_onnx(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
+    write = export_onnx if to == "onnx" else export_pt2
+    return write(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
 
 
 def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | None = None, **options: Any) -> RunReport:
@@ -289,7 +277,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("tile_size", "overlap", "batch_size", "block_tiles", "threads"), (Integral, "a whole number")),
     **dict.fromkeys(("mpp", "mpp_override", "min_tissue"), (Real, "a number")),
     **dict.fromkeys(("features", "save_maps", "bounds_offset", "gzip", "force"), (bool, "true or false")),
-    **dict.fromkeys(("device", "reader", "runtime", "cache_tiles", "decode"), (str, "a word")),
+    **dict.fromkeys(("device", "reader", "runtime", "cache_tiles", "decode", "placement"), (str, "a word")),
     "cache_quota": (Integral, "a size such as 50GB"),
     **dict.fromkeys(("tissue", "cache", "tls"), (str, "a path or a word")),
 }
@@ -327,7 +315,7 @@ def _encoder_recipe(encoder: str, weights: str | None, options: dict[str, Any]) 
 
 def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     given = {name: _checked(name, value) for name, value in options.items() if value is not None}
-    for name in ("mpp_override", "tls"):  # not of the recipe
+    for name in ("mpp_override", "tls", "placement"):  # not of the recipe
         given.pop(name, None)
     if "tile_size" in given:
         given["tile"] = given.pop("tile_size")
@@ -379,7 +367,23 @@ def _order(
         SlideTask(s.id, _absolute(s.uri), store.join(out, s.id), recipe, s.mpp, s.mask and _absolute(s.mask), s.error)
         for s in specs
     )
-    return Order(tasks, recipe, out, workers, scheduler, tls_of(options.get("tls"), scheduler))
+    placement = _placement(options.get("placement"), recipe)
+    return Order(tasks, recipe, out, workers, scheduler, tls_of(options.get("tls"), scheduler), placement)
+
+
+def _placement(word: str | None, recipe: Recipe) -> Placement:
+    for known in get_args(Placement):
+        if word in (known, None):
+            if known == "pool" and recipe.cache is None:
+                raise RecipeError(
+                    "with placement pool tiles go through a cache that all workers see: name it with --cache"
+                )
+            if known == "pool" and recipe.decode == "device":
+                raise RecipeError(
+                    "tiles that the device decodes are not cached: drop --placement pool or --decode device"
+                )
+            return cast("Placement", known)
+    raise RecipeError(f"placement is beside, pool or auto, not {word!r}")
 
 
 def _here(order: Order) -> Order:
@@ -410,48 +414,6 @@ def _executor(order: Order) -> Callable[[], Executor]:
         return LocalExecutor(order.recipe)
 
     return make
-
-
-def _carry_out(
-    order: Order,
-    executor: Executor | Callable[[], Executor],
-    listener: Listener,
-    stop: threading.Event | None = None,
-    *,
-    observe: Observe = NOTHING,
-) -> RunReport:
-    stop = stop or threading.Event()
-    with claimed(order.output, [task.id for task in order.tasks]) as taken, observing(observe) as seen:
-        if len(taken) == len(order.tasks):
-            raise OutputError(f"{order.output}: {TAKEN}")
-        tasks = [replace(task, error=task.error or TAKEN) if task.id in taken else task for task in order.tasks]
-        made = executor() if callable(executor) else executor
-        with _on_board(order, made, stop) as noted:
-            heard = all_of([Hooks(listener), Hooks(noted), seen]).listener
-            greet(made, heard)
-            street = open_street(in_order(tasks, made), heard)
-            report = reporting.begin(order.output, order.recipe, tasks)
-            try:
-                watched = Watched(made, report.ledger.watch, seen.watch)
-                for state in drive(street, watched, stop):
-                    report.add(state)
-            finally:
-                report.save()
-    return report
-
-
-@contextmanager
-def _on_board(order: Order, executor: Executor, stop: threading.Event) -> Iterator[Listener]:
-    """A run on a cluster whose books are kept here stands on its board, too: others see it, share with it, stop it."""
-    client: Any = getattr(executor, "client", None)
-    if client is None or getattr(executor, "posted", True):
-        yield silent
-        return
-    board, progress = Board(client), Progress()
-    note = Note(new_id(), order.output, slides_total=len(order.tasks), where=clock.worker())
-    executor.jobs = Alive(board, note.id)  # type: ignore[attr-defined]
-    with posted(board, note, progress, stop):
-        yield progress.hear
 
 
 def _recalled(order: Order) -> RunReport:

@@ -97,13 +97,15 @@ class ModelFormat(StrEnum):
     """What models are exported to."""
 
     onnx = "onnx"
+    pt2 = "pt2"
 
 
 def export_model(
     name: Annotated[str, typer.Argument(help="Packaged model, model folder, timm name or hf-hub: id.")] = "default",
-    to: Annotated[ModelFormat, typer.Option("--to", help="onnx: one file for ONNX Runtime.")] = ModelFormat.onnx,
+    to: Annotated[ModelFormat, typer.Option("--to", help="onnx, or pt2 for torch.export.")] = ModelFormat.onnx,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write. (default: NAME.onnx)", metavar="FILE")
+        Path | None,
+        typer.Option("--output", "-o", help="File to write. (default: NAME.onnx or .pt2)", metavar="FILE"),
     ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="Task to include, repeatable. (default: all)", metavar="NAME")
@@ -121,11 +123,12 @@ def export_model(
     Examples:
       wsi-mmm models export default -o default.onnx
       wsi-mmm models export my-model/ --task nuclei -o nuclei.onnx
+      wsi-mmm models export my-model/ --to pt2
     """
     from wsi_mmm.api import export_model as write
 
     target = output or Path(f"{PurePosixPath(name).name}.{to.value}")
-    done = write(name, output=target, tasks=tasks, weights=weights, tile_size=tile_size)
+    done = write(name, output=target, tasks=tasks, weights=weights, tile_size=tile_size, to=to.value)
     if flags.json:
         say_json(done)
     size = f"{done.side} px only" if done.side else "any multiple of 32 px"

@@ -14,12 +14,13 @@ import torch
 
 from wsi_mmm import api
 from wsi_mmm.errors import MissingPackage, ModelError, OutputError
-from wsi_mmm.model import identity, onnx
+from wsi_mmm.model import exporting, identity, onnx
 from wsi_mmm.model.card import CARD, card_json
 from wsi_mmm.model.checkpoint import build_model, load_encoder, load_model
+from wsi_mmm.model.exporting import Exported
 from wsi_mmm.model.fold import folded
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.model.onnx import Exported, export_onnx, open_session
+from wsi_mmm.model.onnx import export_onnx, open_session
 from wsi_mmm.model.runner import Runner
 from wsi_mmm.tasks import make_task
 from wsi_mmm.types import U8
@@ -136,7 +137,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
 )
 def test_the_tile_size_is_free_for_plain_convolutions_only(name: str, free: bool) -> None:
     """What a transformer makes of its positions depends on the size, and so does some padding."""
-    assert onnx._any_size(load_encoder(name, "random")) is free
+    assert exporting.any_size(load_encoder(name, "random")) is free
 
 
 @pytest.mark.slow

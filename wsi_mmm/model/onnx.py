@@ -1,8 +1,7 @@
 """A model as an ONNX file, and an ONNX file run by ONNX Runtime. Home of onnx, onnxscript and onnxruntime.
 
-A file takes ``pixels`` uint8[n, h, w, 3] (RGB; normalising is part of the graph) and gives ``features`` float32[n, D]
-and the logits of each task under its name. n is free; h and w are free for convolutional encoders, else fixed.
-Nothing is published before ONNX Runtime and torch agree about it.
+What goes in and comes out, under which names: see `model.exporting`. Nothing is published before ONNX Runtime and torch
+agree about it.
 """
 
 from __future__ import annotations
@@ -11,59 +10,20 @@ import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError, OutputError
-from wsi_mmm.model.card import card_json
+from wsi_mmm.model.exporting import FEATURES, PIXELS, Exported, Graph, Session, any_size, asked, compared, facts, noise
 from wsi_mmm.model.identity import check_runtime
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.types import U8
 
-TOLERANCE = 1e-3
-"""Largest difference between ONNX Runtime and torch, as a share of the largest answer, that is published."""
-
-PIXELS, FEATURES = "pixels", "features"
 _FORMAT = 1  # raised when the same model would give another graph
 _LIMIT = 2_000_000_000  # bytes: protobuf cannot hold more in one file
-_STEP = 32  # px: the coarsest stride of the encoders
-
-Session = Callable[[U8], list[np.ndarray[Any, Any]]]
-"""uint8[n, h, w, 3] -> features and the asked-for answers, float32, in the file's order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """What was written. ``side``: the one tile size in px that fits, or None: any multiple of 32 px, also oblong.
-
-    ``difference``: the largest between ONNX Runtime and torch on seeded noise, as a share of the largest answer.
-    """
-
-    path: Path
-    tasks: tuple[str, ...]
-    side: int | None
-    difference: float
-
-
-class _Graph(nn.Module):
-    """What is traced: pixels in, a tuple of answers out."""
-
-    def __init__(self, model: MultiTaskModel, tasks: tuple[str, ...]) -> None:
-        super().__init__()
-        self.model, self.tasks = model, tasks
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """uint8[n, h, w, 3] -> (features, logits, ...)."""
-        x = pixels.permute(0, 3, 1, 2).float()
-        x = (x - self.model.get_buffer("mean")) / self.model.get_buffer("std")
-        vector, logits = self.model.forward_all(x, self.tasks)
-        return (vector, *(logits[name] for name in self.tasks))
 
 
 def export_onnx(
@@ -78,51 +38,28 @@ def export_onnx(
     file, or when ONNX Runtime gives other answers; OutputError when the file cannot be written.
     """
     check_runtime("onnx")
-    names = _asked(model, tasks)
-    graph = _Graph(copy.deepcopy(model).cpu(), names).eval()
-    fixed = side or (None if _any_size(model) else model.card.tile_size)
+    names = asked(model, tasks)
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    if size > _LIMIT:
+        raise ModelError(f"the model has {size / 1e9:.1f} GB of weights; an ONNX file holds at most 2 GB")
+    graph = Graph(copy.deepcopy(model).cpu(), names).eval()
+    fixed = side or (None if any_size(model) else model.card.tile_size)
     with torch.inference_mode(False), torch.no_grad():
         program = _traced(graph, fixed)
-    program.model.metadata_props.update(_facts(model, names))
+    program.model.metadata_props.update(facts(model, names))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
             half = Path(folder) / "half.onnx"
             program.save(str(half), external_data=False)
-            difference = _compared(graph, half, fixed)
+            difference = compared(graph, open_session(half, torch.device("cpu")), fixed, "ONNX Runtime")
             half.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     return Exported(path, names, fixed, difference)
 
 
-def _asked(model: MultiTaskModel, tasks: Sequence[str] | None) -> tuple[str, ...]:
-    bags = {task.name for task in model.card.tasks if task.head == "bag"}
-    names = tuple(name for name in model.tasks if name not in bags) if tasks is None else tuple(dict.fromkeys(tasks))
-    for name in names:
-        if name not in model.heads:
-            raise ModelError(f"the model has no task '{name}'; it has: {', '.join(model.tasks) or 'none'}")
-        if name in bags:
-            raise ModelError(
-                f"task '{name}' answers for many tiles at once; a file holds what a tile gives: leave it out"
-            )
-        if name in (PIXELS, FEATURES):
-            raise ModelError(f"a task called '{name}' cannot be exported: the file uses that name itself; rename it")
-    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    if size > _LIMIT:
-        raise ModelError(f"the model has {size / 1e9:.1f} GB of weights; an ONNX file holds at most 2 GB")
-    return names
-
-
-def _any_size(model: MultiTaskModel) -> bool:
-    """Whether the tile size can stay free: what a transformer or TensorFlow's padding makes of it depends on it."""
-    if model.encoder.resampled:
-        return False
-    kinds = {type(module).__name__ for module in model.modules()}
-    return not any("Attention" in kind or kind.endswith(("Same", "MSA2d")) for kind in kinds)
-
-
-def _traced(graph: _Graph, side: int | None) -> Any:
+def _traced(graph: Graph, side: int | None) -> Any:
     """torch's ONNX program of the graph, its batch free, and its height and width too when ``side`` is None."""
     free = {0: torch.export.Dim("n")}
     if side is None:
@@ -130,7 +67,7 @@ def _traced(graph: _Graph, side: int | None) -> Any:
     shown = side or graph.model.card.tile_size
     try:
         program = torch.onnx.export(
-            graph, (_noise(2, shown, shown),), dynamo=True, dynamic_shapes=(free,), verbose=False,
+            graph, (noise(2, shown, shown),), dynamo=True, dynamic_shapes=(free,), verbose=False,
             input_names=[PIXELS], output_names=[FEATURES, *graph.tasks],
         )  # fmt: skip
     except Exception as error:  # its tree is wide and holds bare RuntimeErrors: one meaning for us
@@ -138,49 +75,6 @@ def _traced(graph: _Graph, side: int | None) -> Any:
         raise ModelError(f"torch cannot write '{graph.model.card.name}' at {shown} px as ONNX: {line}") from error
     assert program is not None
     return program
-
-
-def _facts(model: MultiTaskModel, tasks: tuple[str, ...]) -> dict[str, str]:
-    """Metadata of the file: text, JSON where it is not a plain value."""
-    card = model.card
-    told = [
-        {"name": task.name, "kind": task.kind, "head": task.head, "classes": task.classes}
-        for task in (card.task(name) for name in tasks)
-    ]
-    return {
-        "wsi_mmm.model": card.name,
-        "wsi_mmm.card_sha256": hashlib.sha256(card_json(card).encode()).hexdigest(),
-        "wsi_mmm.mpp": f"{card.mpp:g}",
-        "wsi_mmm.tile_size": str(card.tile_size),
-        "wsi_mmm.tasks": json.dumps(told),
-    }
-
-
-def _noise(count: int, height: int, width: int) -> Tensor:
-    """Seeded noise uint8[count, height, width, 3]."""
-    numbers = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, height, width, 3), generator=numbers, dtype=torch.uint8)
-
-
-def _compared(graph: _Graph, path: Path, side: int | None) -> float:
-    """The largest difference between the file and the model, as a share of the largest answer; ModelError beyond it."""
-    session = open_session(path, torch.device("cpu"))
-    card = graph.model.card.tile_size
-    sizes = [(side, side)] if side else [(card, card), (2 * _STEP, 3 * _STEP)]
-    worst = 0.0
-    for height, width in sizes:
-        pixels = _noise(3, height, width)
-        with torch.inference_mode():
-            vector, logits = graph.model.forward_all(graph.model.prepare(pixels), graph.tasks)
-        for wanted, found in zip([vector, *logits.values()], session(pixels.numpy()), strict=True):
-            apart = np.abs(found - wanted.numpy()).max() / max(float(wanted.abs().max()), 1e-30)
-            worst = max(worst, float(apart) if np.isfinite(apart) else float("inf"))
-    if worst > TOLERANCE:
-        raise ModelError(
-            f"ONNX Runtime's answers differ from torch's by {worst:.1e} of the largest, beyond {TOLERANCE:g}; "
-            "nothing was written: use --runtime eager"
-        )
-    return worst
 
 
 # ---------------------------------------------------------------- running

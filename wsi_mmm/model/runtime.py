@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from wsi_mmm.errors import ModelError
+from wsi_mmm.model.exporting import Session
 from wsi_mmm.model.identity import RUNTIMES, check_runtime
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.model.onnx import Session, kept_session
+from wsi_mmm.model.onnx import kept_session
 
 Pass = Callable[[Tensor, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
 
