@@ -243,6 +243,22 @@ def test_slides_with_annotations(study: Path) -> None:
         opened(text.replace('["instances", "detect"]', '["instances"]'), "instances")
 
 
+def test_slides_that_nobody_annotated_may_be_left_out(study: Path, tmp_path: Path) -> None:
+    """By default they are an error that names the file; with ``needed = false`` the others are learnt from."""
+    tmp_path = tmp_path / "some"
+    tmp_path.mkdir()
+    for name in ("p1_a.tiff", "p1_a.geojson", "p2_a.tiff"):
+        (tmp_path / name).symlink_to(study / name)
+    text = f'kind = "slides"\ntask = "instances"\nslides = "{tmp_path}/*.tiff"\nper_slide = 4\n'
+    with pytest.raises(InputError, match=r"p2_a\.geojson"):
+        opened(text + NUCLEI, "instances")
+    source = opened(text + "needed = false\n" + NUCLEI, "instances")
+    assert set(source.index.groups) == {"p1_a"} and len(source.index) == 4
+    (tmp_path / "p1_a.geojson").unlink()
+    with pytest.raises(InputError, match="none of its 2 slides has annotations at"):
+        opened(text + "needed = false\n" + NUCLEI, "instances")
+
+
 def test_the_dry_run_says_what_becomes_of_annotations(study: Path) -> None:
     """Per task a line per class with its label, rule and area, and what no rule fits."""
     text = f'kind = "slides"\ntask = "instances"\nslides = "{study}/p1_a.tiff"\n{NUCLEI}'

@@ -96,14 +96,16 @@ class Slides(Tiled):
 
     ``slides``: files, folders, patterns, prefixes, manifests, as `wsi-mmm run` takes them. ``task``: one or several, of
     which the first chooses the tiles; ``shapes``: per task, what its annotations mean. ``annotations``: pattern with
-    {folder}, {name} and {stem}; "none", for a task that needs no truth (reconstruct): tiles with tissue. ``group``: a
-    regular expression with one group that finds the patient in a slide's id (None: every slide by itself).
+    {folder}, {name} and {stem}; "none", for a task that needs no truth (reconstruct): tiles with tissue. ``needed``
+    False: slides whose annotations are not there are left out. ``group``: a regular expression with one group that
+    finds the patient in a slide's id (None: every slide by itself).
     """
 
     kind: Literal["slides"]
     task: OneOrMany
     slides: OneOrMany
     annotations: str | None = "{folder}/{stem}.geojson"
+    needed: bool = True
     shapes: dict[str, TaskOfShapes] = Field(default_factory=dict)
     group: str | None = None
 
@@ -123,9 +125,15 @@ class Slides(Tiled):
         specs = place.expand(self.slides)
         found = []
         for name, uri, mpp in specs:
-            notes = None if self.annotations is None else beside(uri, self.annotations)
+            notes = None if self.annotations is None else beside(uri, self.annotations, needed=self.needed)
+            if notes is None and self.annotations is not None:
+                continue
             known: Mapping[str, Truth] = dict.fromkeys(self.task) if self.annotations is None else {}
             found.append(SlideItem(name, uri, mpp or self.mpp_override, notes, self._group(name), known))
+        if not found:
+            raise InputError(
+                f"data '{self.name}': none of its {len(specs)} slides has annotations at {self.annotations}"
+            )
         return found
 
     def lessons(self, place: Place) -> list[Lesson]:
