@@ -57,9 +57,9 @@ default-model: setup  ## train the packaged model anew, into runs/default (an ho
 	@env -u OMP_NUM_THREADS $(BIN)/python pipelines/default/prepare.py --data $(or $(DATA),../shared/data) --out data/default
 	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml
 
-# make transfer DATA=../shared/data OUT=runs/transfer
+# make transfer DATA=data ARGS="--times 4 --out runs/longer"
 transfer: setup  ## the experiment of docs/transfer.md (an hour or more; goes on where it stopped)
-	@nice -n 5 $(BIN)/python pipelines/transfer/run.py --data $(or $(DATA),../shared/data) --out $(or $(OUT),runs/transfer)
+	@nice -n 5 $(BIN)/python pipelines/transfer/run.py --data $(or $(DATA),../shared/data) $(ARGS)
 
 # make bench-geojson ARGS="--objects 1000000" runs tests/benchmarks/bench_geojson.py
 bench-%: setup

@@ -67,13 +67,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where the data are, where all goes, and what is on top of the configurations."""
+    """Where the data are, where all goes, and what is on top of the configurations: ``times`` their steps."""
 
     data: Path
     out: Path
     percents: tuple[float, ...]
     seeds: int
     settings: tuple[str, ...] = ()
+    times: int = 1
 
 
 # ---------------------------------------------------------------- the data
@@ -172,7 +173,7 @@ def recipe(plan: Plan, name: str) -> dict[str, Any]:
         return value
 
     found: dict[str, Any] = moved(tomllib.loads((HERE / f"{name}.toml").read_text()))
-    return found
+    return {**found, "steps": found["steps"] * plan.times}
 
 
 def begun(plan: Plan, tasks: Sequence[str], seed: int) -> str:
@@ -283,10 +284,11 @@ def main() -> int:
     parser.add_argument("--percents", default="1,10,50,100", help="shares of the target's training items")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
     parser.add_argument("--synthetic", type=int, default=8, help="how many made-up slides")
+    parser.add_argument("--times", type=int, default=1, help="so many times the steps of all trainings")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="on top of all configurations")
     args = parser.parse_args()
     percents = tuple(float(part) for part in args.percents.split(","))
-    plan = Plan(args.data, args.out, percents, args.seeds, tuple(args.set))
+    plan = Plan(args.data, args.out, percents, args.seeds, tuple(args.set), args.times)
     chosen = [target for target in TARGETS if args.only in (None, target.name)]
     try:
         prepare(plan, args.synthetic)
