@@ -1,0 +1,65 @@
+"""What the units of real slides cost, for `bench_scale`: writes scale_units.json.
+
+    python tests/benchmarks/scale_record.py SLIDE ... [-o tests/benchmarks/scale_units.json]
+
+Per kind of unit: [tiles, seconds] of each one, seconds being those of its laps without waiting. One process, so that
+units hardly wait for each other; still run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import wsi_mmm
+from wsi_mmm import clock
+from wsi_mmm.engine.base import Receipt
+from wsi_mmm.engine.events import Watched
+
+HERE = Path(__file__).parent
+
+
+def recorded(slides: list[Path]) -> dict[str, list[tuple[int, float]]]:
+    """(tiles, seconds) of every unit of a run over ``slides``, by kind."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    inner = Watched.wait
+
+    def wait(self: Watched, timeout: float) -> Receipt | None:
+        receipt = inner(self, timeout)
+        if receipt is not None:
+            spent = clock.together(receipt.laps)
+            busy = sum(seconds for stage, seconds in spent.items() if stage != "waiting")
+            found.setdefault(receipt.kind, []).append((receipt.tiles, round(busy, 4)))
+        return receipt
+
+    Watched.wait = wait  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as output:
+            report = wsi_mmm.run(slides, output=output)
+    finally:
+        Watched.wait = inner  # type: ignore[method-assign]
+    if report.exit_code:
+        raise SystemExit(f"error: {[row.error for row in report.slides]}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slides", type=Path, nargs="+")
+    parser.add_argument("-o", "--output", type=Path, default=HERE / "scale_units.json")
+    given = parser.parse_args()
+    facts = {
+        "slides": [slide.name for slide in given.slides],
+        "measured": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": f"{platform.machine()}, default model, one process",
+        "units": recorded(given.slides),
+    }
+    given.output.write_text(json.dumps(facts, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main()
