@@ -249,7 +249,8 @@ def test_slides_that_nobody_annotated_may_be_left_out(study: Path, tmp_path: Pat
     tmp_path.mkdir()
     for name in ("p1_a.tiff", "p1_a.geojson", "p2_a.tiff"):
         (tmp_path / name).symlink_to(study / name)
-    text = f'kind = "slides"\ntask = "instances"\nslides = "{tmp_path}/*.tiff"\nper_slide = 4\n'
+    slides = [f"{tmp_path}/p1_a.tiff", f"{tmp_path}/p2_a.tiff"]
+    text = f'kind = "slides"\ntask = "instances"\nslides = {slides}\nper_slide = 4\n'
     with pytest.raises(InputError, match=r"p2_a\.geojson"):
         opened(text + NUCLEI, "instances")
     source = opened(text + "needed = false\n" + NUCLEI, "instances")
