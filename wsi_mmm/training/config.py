@@ -47,7 +47,8 @@ class ModelPart(Part):
 
     ``crop``: px side of the pictures that it learns from (None: ``tile_size``, which is what `run` cuts).
     ``start``: a model folder (or "default") whose weights, as far as names and shapes agree, are begun with: encoder,
-    decoder and heads of the same name. ``mean``, ``std``: None takes those of the encoder's weights.
+    decoder and heads of the same name. ``mean``, ``std``: None takes those of the encoder's weights. ``repeat``: the
+    command by which the card says that the model can be made again, where that is more than `wsi-mmm train`.
     """
 
     name: str = "model"
@@ -65,6 +66,7 @@ class ModelPart(Part):
     start: str | None = None
     licence: str = ""
     limits: str = ""
+    repeat: str = ""
 
     @model_validator(mode="after")
     def _inside(self) -> ModelPart:
