@@ -92,7 +92,7 @@ class _Lines:
 
     def hear(self, event: Event) -> None:
         """An event; slides that failed are errors."""
-        level = _EVENT_LEVELS[event.kind]
+        level = _EVENT_LEVELS.get(event.kind, logging.INFO)
         if event.kind == "slide":
             level = _BAD.get(status_of(event), level)
         if self.logger.isEnabledFor(level):
