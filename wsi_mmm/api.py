@@ -24,7 +24,7 @@ from wsi_mmm.engine.telemetry import NOTHING, Observe
 from wsi_mmm.engine.tls import tls_of
 from wsi_mmm.engine.weights import check_file, check_weights
 from wsi_mmm.errors import OutputError, RecipeError
-from wsi_mmm.inputs import expand_inputs
+from wsi_mmm.inputs import expand_inputs, leads_away
 from wsi_mmm.slides import Slide, store
 from wsi_mmm.slides.registry import READERS
 from wsi_mmm.types import Batch
@@ -360,6 +360,7 @@ def _order(
     specs = expand_inputs(items, mpp=options.get("mpp_override"))
     out = str(output).rstrip("/")
     out = out if "://" in out else str(Path(out).absolute())
+    specs = [replace(spec, error=spec.error or leads_away(out, spec.id)) for spec in specs]
     for place in (out, recipe.cache):
         if place is not None:
             reporting.check_writable(place)

@@ -307,3 +307,14 @@ def safe_id(text: str) -> str:
         return name
     start = "slide" if not name or _RESERVED.fullmatch(name) else name[:110].rstrip("._ ")
     return f"{start}-{sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def leads_away(output: str, name: str) -> str:
+    """Why the results of the slide ``name`` would not lie in the folder ``output``; empty when they would."""
+    if not store.is_local(output):
+        return ""
+    root = os.path.realpath(_path(output))
+    place = os.path.realpath(os.path.join(root, name))
+    if place == os.path.join(root, name):
+        return ""
+    return f"{os.path.join(output, name)} is a link that leads to {place}; remove it, or give the slide another id"
