@@ -12,11 +12,12 @@ from wsi_mmm import config
 from wsi_mmm.cli_console import ALL_FAILED, SOME_FAILED, Debug, Json, error_line, flags, say, say_json
 from wsi_mmm.cli_observe import LogFile, LogLevel, MetricsPort, Traces, observed
 from wsi_mmm.cli_progress import progress, verdict
-from wsi_mmm.errors import ManifestError, WsiError
+from wsi_mmm.errors import ManifestError, RecipeError, WsiError
 
 if TYPE_CHECKING:
-    from wsi_mmm.api import Order, RunReport
+    from wsi_mmm.api import RunReport
     from wsi_mmm.engine.base import SlideTask
+    from wsi_mmm.engine.carry import Order
 
 ONLY_IN_SETTINGS = ("block_tiles", "min_tissue", "features")
 """Options of the api that a settings file may set and that have no flag."""
@@ -124,6 +125,20 @@ Tls = Annotated[
         help="Folder of ca.crt, tls.crt, tls.key for a tls:// scheduler.", rich_help_panel=HOW, metavar="FOLDER"
     ),
 ]
+Placement = Annotated[
+    str | None,
+    typer.Option(
+        help="Who reads tiles: workers that run the model (beside), others, into --cache (pool), or auto.",
+        rich_help_panel=HOW,
+        metavar="WHERE",
+    ),
+]
+Detach = Annotated[
+    bool,
+    typer.Option(
+        "--detach", help="Leave the job to the --scheduler and say its id; see 'wsi-mmm jobs'.", rich_help_panel=HOW
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Redo what is already done.", rich_help_panel=HOW)]
 DryRun = Annotated[
     bool,
@@ -184,6 +199,8 @@ def run(
     decode: Decode = None,
     scheduler: Scheduler = None,
     tls: Tls = None,
+    placement: Placement = None,
+    detach: Detach = False,
     force: Force = False,
     dry_run: DryRun = False,
     settings: Settings = None,
@@ -216,11 +233,14 @@ def run(
         "save_maps": maps or None, "gzip": False if plain_geojson else None,
         "bounds_offset": bounds_offset or None, "batch_size": batch_size, "workers": workers, "threads": threads,
         "device": device, "runtime": runtime, "decode": decode, "scheduler": scheduler, "tls": tls,
-        "force": force or None, "log_file": log_file, "log_level": log_level, "metrics_port": metrics_port,
+        "placement": placement, "force": force or None,
+        "log_file": log_file, "log_level": log_level, "metrics_port": metrics_port,
         "traces": traces or None,
     }  # fmt: skip
     if dry_run:
         return _rehearse(api.order_run, inputs, output, _options(given, settings))
+    if detach:
+        return _leave(inputs, output, _options(given, settings))
     return _work(api.run, inputs, output, _options(given, settings))
 
 
@@ -259,6 +279,7 @@ def embed(
     decode: Decode = None,
     scheduler: Scheduler = None,
     tls: Tls = None,
+    placement: Placement = None,
     force: Force = False,
     dry_run: DryRun = False,
     settings: Settings = None,
@@ -288,7 +309,8 @@ def embed(
         "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "batch_size": batch_size, "workers": workers, "threads": threads, "device": device,
         "runtime": runtime, "decode": decode, "scheduler": scheduler, "tls": tls,
-        "force": force or None, "log_file": log_file, "log_level": log_level, "metrics_port": metrics_port,
+        "placement": placement, "force": force or None,
+        "log_file": log_file, "log_level": log_level, "metrics_port": metrics_port,
         "traces": traces or None,
     }  # fmt: skip
     if dry_run:
@@ -337,6 +359,23 @@ def _work(call: Callable[..., RunReport], inputs: list[str], output: str, option
     with progress(len(slides)) as listener:
         report = call(slides, output=output, progress=listener, **shown, **rest)
     return verdict(report)
+
+
+def _leave(inputs: list[str], output: str, options: dict[str, Any]) -> int:
+    """Submit the run to its scheduler and print the id of the job."""
+    from wsi_mmm import api
+
+    scheduler = options.pop("scheduler", None)
+    if scheduler is None:
+        raise RecipeError("a job is left to a cluster: name it with --scheduler")
+    options.pop("workers", None)
+    observe, rest = observed(options)
+    shown: dict[str, Any] = {"observe": observe} if observe else {}
+    job: Any = api.submit(scheduler, inputs, output=output, **shown, **rest)
+    if flags.json:
+        say_json({"job": job.id, "scheduler": scheduler})
+    say(f"job {job.id}  (wsi-mmm jobs watch {job.id} --scheduler {scheduler})")
+    return 0
 
 
 def _rehearse(call: Callable[..., Order], inputs: list[str], output: str, options: Mapping[str, Any]) -> int:

@@ -139,6 +139,15 @@ class CachedReader:
         """Whether every shard under ``tiles`` is in."""
         return self._under(tiles) == self.stored_under(tiles)
 
+    def fill(self, keys: Iterable[Key]) -> None:
+        """Bring shards in that are not; the bytes for all of them are fetched together."""
+        keys = self._absent(sorted(keys))
+        fetched = None
+        if keys and isinstance(self.inner, TileReader):
+            fetched = self.inner.fetch([self._as_tile(key) for key in keys])
+        for key in keys:
+            self._visit(key, (), fetched)
+
     def drop(self, keys: Iterable[Key]) -> None:
         """Remove shards."""
         for key in keys:

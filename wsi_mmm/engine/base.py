@@ -16,7 +16,8 @@ from wsi_mmm.clock import Lap
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.types import I64, Grid
 
-Kind = Literal["plan", "forward", "interpret", "publish"]
+Kind = Literal["plan", "extract", "forward", "interpret", "publish"]
+Placement = Literal["beside", "pool", "auto"]
 Status = Literal["ok", "partial", "failed", "cached"]
 
 

@@ -48,9 +48,18 @@ MODELS = "GPU"
 """The Dask resource of workers that run models. Where some have it, the others do everything else."""
 SPECK = 1e-6  # of a resource that says what a worker is for, and not how much it can do at once
 
-Pool = Literal["model", "rest"]
-POOLS: tuple[Pool, ...] = ("model", "rest")
-FIRST: dict[Kind, int] = {"publish": 3, "interpret": 2, "plan": 1, "forward": 0}  # what ends a slide goes before
+READERS = "CPU"
+"""That of workers which only read, for the placement "pool"; where no worker has it, all others do that."""
+
+Pool = Literal["model", "read", "rest"]
+POOLS: tuple[Pool, ...] = ("model", "read", "rest")
+FIRST: dict[Kind, int] = {
+    "publish": 3,
+    "interpret": 2,
+    "plan": 1,
+    "extract": 0,
+    "forward": 0,
+}  # what ends a slide goes before
 
 
 def perform(data: bytes) -> Receipt:
@@ -79,7 +88,7 @@ def _recipe_there(key: str) -> str | None:
 
 def pool_of(kind: Kind) -> Pool:
     """Where works of a kind wait for a place."""
-    return "model" if kind == "forward" else "rest"
+    return "model" if kind == "forward" else "read" if kind == "extract" else "rest"
 
 
 class DaskExecutor:
@@ -138,9 +147,12 @@ class DaskExecutor:
     def _count(self) -> dict[Pool, int]:
         """Places of each pool: enough to keep this job's share of the worker threads fed, and no more."""
         fit = {name: facts for name, facts in self._workers.items() if name not in self._unfit}
-        self._labelled = any(MODELS in facts.resources for facts in fit.values())
-        models = [facts for facts in fit.values() if MODELS in facts.resources or not self._labelled]
-        threads = {"model": sum(w.threads for w in models), "rest": sum(w.threads for w in fit.values())}
+        models = labelled(fit.values(), MODELS)
+        readers = labelled(fit.values(), READERS)
+        self._needs = {"model": {MODELS: SPECK} if models else None, "read": {READERS: SPECK} if readers else None}
+        chosen = {"model": models or fit.values(), "read": readers or fit.values(), "rest": fit.values()}
+        threads = {pool: sum(worker.threads for worker in chosen[pool]) for pool in POOLS}
+        self.pools = max((worker.threads for worker in chosen["model"]), default=1), bool(models or readers)
         jobs = max(1, self.jobs())
         return {pool: -(-AHEAD * threads[pool] // jobs) for pool in POOLS}
 
@@ -194,7 +206,7 @@ class DaskExecutor:
             pure=False,
             retries=1,
             workers=self._fit_workers(),
-            resources={MODELS: SPECK} if self._labelled and pool_of(kind) == "model" else None,
+            resources=self._needs.get(pool_of(kind)),
             priority=FIRST[kind],
         )
         for future, work in zip(futures, works, strict=True):
@@ -221,7 +233,7 @@ class DaskExecutor:
     def _collect(self, timeout: float) -> None:
         """Fetch the receipts that are ready, all at once."""
         done = self._ready(timeout)
-        if self._client.status not in ("running", "connecting") or any(one.status in LOST for one in done):
+        if self._client.status not in ("running", "connecting") or any(one.cancelled() for one in done):
             raise ClusterError("the connection to the scheduler was lost; run again to resume")
         if self._client.status == "running":
             self._look()
@@ -277,9 +289,6 @@ class DaskExecutor:
             self._cluster.close(timeout=20)
 
 
-LOST = ("cancelled", "lost")
-
-
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
     """What the scheduler says of a worker."""
@@ -293,6 +302,11 @@ def dashboard_of(client: Client) -> str:
     with contextlib.suppress(KeyError):
         return store.redact(client.dashboard_link or "")
     return ""
+
+
+def labelled(workers: Iterable[WorkerFacts], resource: str) -> list[WorkerFacts]:
+    """Those that have a resource."""
+    return [worker for worker in workers if worker.resources.get(resource)]
 
 
 def workers_of(client: Client) -> dict[str, WorkerFacts]:

@@ -112,7 +112,7 @@ class ClusterJob(Generic[T]):
     @property
     def done(self) -> bool:
         """It has ended, well or not."""
-        return self.note.over or self._future().status in ("error", "cancelled", "lost")
+        return self.note.over or self._future().status in ("error", "cancelled")
 
     def watch(self, every: float = EVERY) -> Iterator[Note]:
         """Its note now, whenever it has changed, and when it has ended."""
@@ -175,7 +175,7 @@ class ClusterJob(Generic[T]):
         """Raise what ended it, when it cannot say so itself."""
         with contextlib.suppress(TimeoutError), _said():
             future: Any = self.client.get_dataset(_key(self.id), default=None)
-            if future is not None and future.status in ("error", "cancelled", "lost"):
+            if future is not None and future.status in ("error", "cancelled"):
                 future.result(timeout=10)
 
     def _tell(self, note: Note) -> None:

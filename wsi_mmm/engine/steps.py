@@ -368,12 +368,16 @@ def perform(work: Work) -> Receipt:
 
 
 def _timed(work: Work) -> Receipt:
+    from wsi_mmm.engine.extract import extract
     from wsi_mmm.engine.publish import publish
 
-    steps: dict[Kind, Callable[[Work], Receipt]] = {"plan": plan, "interpret": interpret, "publish": publish}
-    base: dict[Kind, clock.Stage] = {"plan": "prepare", "interpret": "interpret", "publish": "write"}
-    with clock.lap(base[work.kind], work.name) as lap:
-        receipt = steps[work.kind](work)
+    ways: dict[Kind, tuple[clock.Stage, Callable[[Work], Receipt]]] = {
+        "plan": ("prepare", plan), "extract": ("decode", extract), "interpret": ("interpret", interpret),
+        "publish": ("write", publish),
+    }  # fmt: skip
+    stage, step = ways[work.kind]
+    with clock.lap(stage, work.name) as lap:
+        receipt = step(work)
     return replace(receipt, laps=(lap.taken,), worker=clock.worker())
 
 

@@ -13,16 +13,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from wsi_mmm.engine.base import Executor, Kind, Receipt, SlideTask, Work
+from wsi_mmm.engine.base import Executor, Kind, Placement, Receipt, SlideTask, Work
 from wsi_mmm.engine.busy import BusyTimes
 from wsi_mmm.engine.events import Event, Listener, silent
+from wsi_mmm.engine.extract import Rates, extract_works, squares_under, through_pool
 from wsi_mmm.engine.plan import SlidePlan, forward_works, interpret_works, needed_blocks
 from wsi_mmm.errors import Cancelled
 
 # Later stops first: what is nearly done frees memory and disk; new slides are planned while others are on their way.
-ORDER: tuple[Kind, ...] = ("publish", "interpret", "forward", "plan")
+ORDER: tuple[Kind, ...] = ("publish", "interpret", "forward", "extract", "plan")
 POLL = 0.5  # seconds between looks at whether the user wants to stop
 AHEAD = 2  # slides planned at once beyond those that keep the executor full
+MEASURED = 64  # tiles that were read beside the model before it is judged whether that pays
 GUESS = 4.0  # forwards of a slide, until some are known
 
 
@@ -42,6 +44,8 @@ class SlideState:
     forward_left: set[tuple[int, int]] = field(default_factory=set)
     waiting: dict[tuple[int, int], tuple[Work, set[tuple[int, int]]]] = field(default_factory=dict)
     unlocks: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+    behind: dict[tuple[int, int], tuple[Work, set[tuple[int, int]]]] = field(default_factory=dict)  # extracts
+    opens: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
     interpret_left: int = 0
     running: int = 0
     started: float = 0.0
@@ -80,6 +84,9 @@ class Street:
     planning: int = 0  # slides whose plan is not in yet
     planned: int = 0  # ever
     forwards: int = 0  # of all those plans
+    placement: Placement = "beside"
+    pools: tuple[int, bool] = (1, False)  # threads of a worker that runs models; whether there are others that read
+    read: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # tiles, seconds of reading, of the model
     flying: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})  # forward or not
 
     def run(self, executor: Executor, stop: threading.Event | None = None) -> Iterator[SlideState]:
@@ -103,10 +110,11 @@ class Street:
                 yield state
 
     def _start(self, executor: Executor) -> None:
+        self.pools = getattr(executor, "pools", self.pools)
         self._open_slides(executor)
         for kind in ORDER:
             queue = self.ready[kind]
-            while queue and executor.room(kind) > 0:
+            while queue and executor.room(kind) > 0 and not (kind == "extract" and self._ahead(executor)):
                 work = queue.popleft()
                 state = self.slides.get(work.slide.id)
                 if state is None or state.status != "running":
@@ -117,6 +125,10 @@ class Street:
                     state.forward_span = (state.forward_span[0] or time.time(), 0.0)
                 self.flying[kind == "forward"] += 1
                 executor.start(work)
+
+    def _ahead(self, executor: Executor) -> bool:
+        """Whether so much has been extracted that the models have enough to do: what is in a cache may leave it."""
+        return len(self.ready["forward"]) > 2 * AHEAD * (self.flying[True] + executor.room("forward"))
 
     def _open_slides(self, executor: Executor) -> None:
         """Plan as many slides as keep the executor full, by what the plans so far came to, and no more."""
@@ -147,7 +159,10 @@ class Street:
         if receipt.status == "failed":
             _fail(state, receipt)
         elif state.status == "running":
-            next_of = {"plan": self._planned, "forward": self._forwarded, "interpret": self._interpreted}
+            next_of = {
+                "plan": self._planned, "extract": self._extracted, "forward": self._forwarded,
+                "interpret": self._interpreted,
+            }  # fmt: skip
             next_of.get(receipt.kind, self._published)(state, receipt)
         if state.status != "running" and not state.running:
             self._end(state)
@@ -157,7 +172,8 @@ class Street:
         state.ended = time.time()
         state.busy = self.busy.within(state.started, state.ended)
         del self.slides[state.task.id]
-        state.forward_left, state.waiting, state.unlocks = set(), {}, {}
+        for held in (state.forward_left, state.waiting, state.unlocks, state.behind, state.opens):
+            held.clear()
         self.busy.forget(next((other.started for other in self.slides.values() if other.started), state.ended))
         self.ended += 1
         self.listener(Event("slide", state.task.id, self.ended, self.total, outcome(state)))
@@ -166,12 +182,14 @@ class Street:
         if receipt.status == "cached":
             state.status, state.payload = "skipped", receipt.payload
             return
-        plan: SlidePlan = receipt.payload
-        state.plan = plan
+        plan = state.plan = self._placed(receipt.payload)
         works = forward_works(plan)
         self.forwards += len(works)
         state.forward_left = {work.block for work in works}
-        self.ready["forward"].extend(works)
+        if plan is receipt.payload:
+            self.ready["forward"].extend(works)
+        else:
+            self._extract_first(state, plan, works)
         if plan.maps:
             for work in interpret_works(plan):
                 needs = needed_blocks(work)
@@ -182,8 +200,43 @@ class Street:
         self.listener(Event("plan", state.task.id, 0, len(plan.index), f"{len(plan.index)} tiles"))
         self._maybe_publish(state)
 
+    def _placed(self, plan: SlidePlan) -> SlidePlan:
+        """The plan, or another one when the slide's tiles are to go through the cache: asked for, or by measurement."""
+        threads, apart = self.pools
+        if self.placement == "beside" or (self.placement == "auto" and not apart):
+            return plan
+        pooled = through_pool(plan)
+        if pooled is None or self.placement == "pool":
+            return pooled or plan
+        tiles, read, model = self.read
+        if tiles < MEASURED:
+            return plan
+        rates = Rates(read / tiles, model / tiles, threads)
+        self.listener(Event("stage", plan.slide.id, message=rates.words))
+        return pooled if rates.pool else plan
+
+    def _extract_first(self, state: SlideState, plan: SlidePlan, works: list[Work]) -> None:
+        """The forwards wait until the shards under their tiles are in."""
+        self.ready["extract"].extend(extract_works(plan))
+        for work in works:
+            needs = squares_under(work)
+            state.behind[work.block] = (work, needs)
+            for square in needs:
+                state.opens.setdefault(square, []).append(work.block)
+
+    def _extracted(self, state: SlideState, receipt: Receipt) -> None:
+        for block in state.opens.pop(receipt.block, ()):
+            work, needs = state.behind[block]
+            needs.discard(receipt.block)
+            if not needs:
+                del state.behind[block]
+                self.ready["forward"].append(work)
+
     def _forwarded(self, state: SlideState, receipt: Receipt) -> None:
         state.tiles += receipt.tiles
+        if receipt.status != "cached" and state.plan and state.plan.slide.recipe.cache_tiles != "on":
+            spent = receipt.stages.get("read", 0.0), receipt.stages.get("model", 0.0)
+            self.read = [a + b for a, b in zip(self.read, (receipt.tiles, *spent), strict=True)]
         state.cache_hits += receipt.tiles if receipt.status == "cached" else 0
         if receipt.payload and not state.tile_cache:
             state.tile_cache = str(receipt.payload)
@@ -234,10 +287,14 @@ def _count(state: SlideState, receipt: Receipt) -> None:
         state.stages[stage] = state.stages.get(stage, 0.0) + seconds
 
 
-def open_street(tasks: Iterable[SlideTask], listener: Listener = silent) -> Street:
-    """A street on which every slide is still to come, in the order given."""
+def open_street(tasks: Iterable[SlideTask], listener: Listener = silent, placement: Placement = "beside") -> Street:
+    """A street on which every slide is still to come, in the order given.
+
+    ``placement``: tiles are read by the workers that run the model ("beside"), by others into the cache ("pool"), or as
+    measured ("auto"). Without a cache they are read beside the model.
+    """
     upcoming = deque(tasks)
-    return Street(upcoming, listener, len(upcoming))
+    return Street(upcoming, listener, len(upcoming), placement=placement)
 
 
 def unreadable(state: SlideState) -> str:

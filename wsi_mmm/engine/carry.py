@@ -1,0 +1,80 @@
+"""Carrying out an order: from checked slides and a recipe to a report, on any executor."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from wsi_mmm import clock
+from wsi_mmm.engine import reporting
+from wsi_mmm.engine.base import Executor, Placement, SlideTask
+from wsi_mmm.engine.board import Alive, Board, Note, new_id, posted
+from wsi_mmm.engine.claims import TAKEN, claimed
+from wsi_mmm.engine.events import Listener, Watched, greet, silent
+from wsi_mmm.engine.job import Progress, drive
+from wsi_mmm.engine.recipe import Recipe
+from wsi_mmm.engine.reporting import RunReport
+from wsi_mmm.engine.sizes import in_order
+from wsi_mmm.engine.street import open_street
+from wsi_mmm.engine.telemetry import NOTHING, Hooks, Observe, all_of, observing
+from wsi_mmm.engine.tls import Tls
+from wsi_mmm.errors import OutputError
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A run that has been checked: what to do, with what, where to."""
+
+    tasks: tuple[SlideTask, ...]
+    recipe: Recipe
+    output: str
+    workers: int
+    scheduler: str | None
+    tls: Tls | None = None
+    placement: Placement = "beside"
+
+
+def carry_out(
+    order: Order,
+    executor: Executor | Callable[[], Executor],
+    listener: Listener,
+    stop: threading.Event | None = None,
+    *,
+    observe: Observe = NOTHING,
+) -> RunReport:
+    """Do it, and close the executor. Raises OutputError, ClusterError; Cancelled soon after ``stop`` is set."""
+    stop = stop or threading.Event()
+    with claimed(order.output, [task.id for task in order.tasks]) as taken, observing(observe) as seen:
+        if len(taken) == len(order.tasks):
+            raise OutputError(f"{order.output}: {TAKEN}")
+        tasks = [replace(task, error=task.error or TAKEN) if task.id in taken else task for task in order.tasks]
+        made = executor() if callable(executor) else executor
+        with _on_board(order, made, stop) as noted:
+            heard = all_of([Hooks(listener), Hooks(noted), seen]).listener
+            greet(made, heard)
+            street = open_street(in_order(tasks, made), heard, order.placement)
+            report = reporting.begin(order.output, order.recipe, tasks)
+            try:
+                watched = Watched(made, report.ledger.watch, seen.watch)
+                for state in drive(street, watched, stop):
+                    report.add(state)
+            finally:
+                report.save()
+    return report
+
+
+@contextmanager
+def _on_board(order: Order, executor: Executor, stop: threading.Event) -> Iterator[Listener]:
+    """A run on a cluster whose books are kept here stands on its board, too: others see it, share with it, stop it."""
+    client: Any = getattr(executor, "client", None)
+    if client is None or getattr(executor, "posted", True):
+        yield silent
+        return
+    board, progress = Board(client), Progress()
+    note = Note(new_id(), order.output, slides_total=len(order.tasks), where=clock.worker())
+    executor.jobs = Alive(board, note.id)  # type: ignore[attr-defined]
+    with posted(board, note, progress, stop):
+        yield progress.hear
