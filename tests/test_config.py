@@ -96,3 +96,11 @@ def test_the_default_cache_comes_from_one_variable() -> None:
     """WSI_MMM_CACHE names the cache; empty is as good as unset."""
     assert config.default_cache({"WSI_MMM_CACHE": "s3://b/c"}) == "s3://b/c"
     assert config.default_cache({"WSI_MMM_CACHE": ""}) is None
+
+
+def test_settings_nested_without_end_are_refused(tmp_path: Path) -> None:
+    """One line, as for any file that is no TOML."""
+    path = tmp_path / "deep.toml"
+    path.write_text("a = " + "[" * 100_000)
+    with pytest.raises(RecipeError, match="not a readable TOML"):
+        config.read_toml(path)

@@ -186,7 +186,7 @@ def read_card(name_or_path: str | Path) -> ModelCard:
     path = model_path(name_or_path) / CARD
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ModelError(f"the model card {path} cannot be read as JSON: {error}") from error
     return parse_card(raw, str(path))
 
