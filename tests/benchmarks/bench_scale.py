@@ -28,8 +28,8 @@ from pathlib import Path
 
 import psutil
 from distributed import Client
-from scale_units import FILE, KINDS, Durations, durations, recipe, slides
 
+from benchmarks.scale_units import FILE, KINDS, Durations, durations, recipe, slides
 from helpers.processes import running, wait_for
 from wsi_mmm.engine.carry import Order, carry_out
 from wsi_mmm.engine.dask import attached
@@ -139,7 +139,7 @@ def cluster(folder: Path, workers: int, speed: float, processes: int) -> Iterato
         for number in range(min(processes, workers)):
             count = workers // processes + (number < workers % processes)
             program = [sys.executable, HERE / "scale_workers.py", address, str(count), "--speed", str(speed)]
-            pids.append(stack.enter_context(running(program, log, env={"PYTHONPATH": str(HERE)})).pid)
+            pids.append(stack.enter_context(running(program, log, env={"PYTHONPATH": str(HERE.parent)})).pid)
         wait_for(
             lambda: log.read_text(errors="replace").count("fake workers are there") >= len(pids),
             "the workers",

@@ -16,8 +16,8 @@ from contextlib import AsyncExitStack
 
 import dask
 from distributed import Worker
-from scale_units import Fake, durations
 
+from benchmarks.scale_units import Fake, durations
 from wsi_mmm.engine import steps
 
 QUIET = {

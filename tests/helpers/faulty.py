@@ -36,13 +36,18 @@ class _GoneError(Exception):
 
 @dataclass
 class Faulty:
-    """The server; its fields may be changed while it runs. ``delay``, ``stall``: seconds. ``share`` of GETs fails."""
+    """The server; its fields may be changed while it runs. ``delay``, ``stall``: seconds.
+
+    ``share`` of the requests by one of ``methods`` fails. What is "truncated" has been done, but for a GET is only half
+    answered, and else not at all.
+    """
 
     upstream: str | None = None
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
     delay: float = 0.0
     share: float = 0.0
     kinds: tuple[str, ...] = KINDS
+    methods: tuple[str, ...] = ("GET",)
     stall: float = 30.0
     seed: int = 0
     tag: str | None = None  # replaces the ETag of served files
@@ -131,7 +136,7 @@ class Faulty:
             self.requests += 1
             if self.keep_log:
                 self.log.append(f"{head.method} {head.path} {head.headers.get('range', '')}".strip())
-            if head.method != "GET" or self._random.random() >= self.share:
+            if head.method not in self.methods or self._random.random() >= self.share:
                 return None
             self.faults += 1
             return self._random.choice(self.kinds)
@@ -294,15 +299,16 @@ def main() -> None:
     parser.add_argument("--upstream", help="address of the server to pass requests on to")
     parser.add_argument("--file", type=Path, help="file to serve under its name, in place of an upstream")
     parser.add_argument("--delay", type=float, default=0.0, help="milliseconds before each answer")
-    parser.add_argument("--share", type=float, default=0.0, help="share of GETs that fail")
+    parser.add_argument("--share", type=float, default=0.0, help="share of requests that fail")
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--methods", default="GET", help="those that may fail, with commas")
     parser.add_argument("--stall", type=float, default=30.0, help="seconds that a stalled request takes")
     parser.add_argument("--port", type=int, default=0)
     args = parser.parse_args()
     files = {f"/{args.file.name}": args.file} if args.file else {}
-    kinds = tuple(args.kinds.split(","))
+    kinds, methods = tuple(args.kinds.split(",")), tuple(args.methods.split(","))
     with Faulty(
-        args.upstream, files, args.delay / 1000, share=args.share, kinds=kinds, stall=args.stall, port=args.port
+        args.upstream, files, args.delay / 1000, args.share, kinds, methods, stall=args.stall, port=args.port
     ) as server:
         print(server.url, flush=True)
         threading.Event().wait()

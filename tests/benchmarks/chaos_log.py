@@ -1,0 +1,48 @@
+"""What workers did, a JSON line each: preloaded by the workers of `bench_chaos` (``dask worker --preload``).
+
+The file is named by CHAOS_LOG. Lines are written whole, so a worker that is killed leaves no half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+
+from wsi_mmm.engine import alone, steps
+from wsi_mmm.engine.base import Receipt, Work
+
+Step = Callable[[Work], Receipt]
+
+
+def say(what: str, name: str = "") -> None:
+    """Add a line to the log."""
+    line = json.dumps({"t": time.time(), "pid": os.getpid(), "what": what, "name": name}) + "\n"
+    descriptor = os.open(os.environ["CHAOS_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def told(step: Step) -> Step:
+    """The same step, with a line when it begins and one that says how it ended."""
+
+    def perform(work: Work) -> Receipt:
+        say("begin", work.name)
+        try:
+            receipt = step(work)
+        except BaseException:
+            say("raised", work.name)
+            raise
+        say(receipt.status, work.name)
+        return receipt
+
+    return perform
+
+
+def dask_setup(worker: object) -> None:
+    """Called by Dask in a worker that begins."""
+    steps.perform, alone.perform = told(steps.perform), told(alone.perform)
+    say("start")
