@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from wsi_mmm.engine.telemetry import Hooks, Observe, observing
+from wsi_mmm.engine.telemetry import Hooks, Observe, observing, traces
 from wsi_mmm.errors import RecipeError
 
 Story = Callable[[Hooks], None]
@@ -34,17 +34,20 @@ assert not names & {"prometheus_client", "opentelemetry", "wsgiref"}, names
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_all_of_it_at_once(tmp_path: Path, story: Story, capfd: pytest.CaptureFixture[str]) -> None:
+def test_all_of_it_at_once(tmp_path: Path, story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log, metrics and traces of one run; afterwards no thread of theirs is left."""
     pytest.importorskip("prometheus_client")
-    pytest.importorskip("opentelemetry.sdk")
-    before = threading.active_count()
-    with observing(Observe(str(tmp_path / "run.jsonl"), "debug", 0, "console")) as seen:
+    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    kept = memory.InMemorySpanExporter()
+    monkeypatch.setattr(traces, "exporter_named", lambda name: kept)
+    monkeypatch.setattr(traces, "PATIENCE", 60.0)  # a machine may be busy
+    with observing(Observe(str(tmp_path / "run.jsonl"), "debug", 0, "memory")) as seen:
         story(seen)
-        assert threading.active_count() > before
-    assert threading.active_count() == before
+        assert any(thread.name == "wsi-mmm-metrics" for thread in threading.enumerate())
+    ours = ("wsi-mmm", "OtelBatch")
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(ours)]
     assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 9
-    assert '"name": "slide"' in capfd.readouterr().out
+    assert [span.name for span in kept.get_finished_spans()].count("slide") == 2
 
 
 def test_what_is_wrong_leaves_nothing_open(tmp_path: Path) -> None:
