@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers.compose import ROOT
-from helpers.processes import BIN
+from helpers.processes import BIN, wait_for
 
 SCRIPT = ROOT / "deploy" / "slurm" / "cluster.py"
 
@@ -63,4 +63,8 @@ def test_a_run_on_slurm_ends_with_its_jobs(tiny_slide: Path, tmp_path: Path) -> 
     assert (tmp_path / "out" / "tiny" / "result.geojson.gz").exists()
     assert "only-in-the-environment" not in (tmp_path / "script").read_text() + (tmp_path / "log").read_text()
     group = (tmp_path / "pid").read_text().strip()
-    assert subprocess.run(["pgrep", "-g", group], capture_output=True, check=False).returncode == 1
+
+    def ended_too() -> bool:
+        return subprocess.run(["pgrep", "-g", group], capture_output=True, check=False).returncode == 1
+
+    wait_for(ended_too, "the end of the job", tmp_path / "log")
