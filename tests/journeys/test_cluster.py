@@ -123,3 +123,18 @@ def test_a_job_whose_books_were_on_a_worker_that_died_goes_on(
     assert job.note.tries == 2
     assert [row.status for row in report.slides] == ["done"]
     assert (tmp_path / "tiny" / "result.geojson.gz").read_bytes() == quiet_bytes
+
+
+def test_the_command_line_leaves_a_job_to_the_cluster(cluster: PlainCluster, tiny_slide: Path, tmp_path: Path) -> None:
+    """run --detach says its id; jobs watch follows it to its end, list shows it, forget drops it."""
+    where = ["--scheduler", cluster.address]
+
+    def said(*words: str) -> str:
+        command = [sys.executable, "-m", "wsi_mmm", *words, *where]
+        return subprocess.run(command, capture_output=True, text=True, timeout=250, check=True).stdout
+
+    name = said("run", str(tiny_slide), "-o", str(tmp_path), "--detach").split()[1]
+    assert said("jobs", "watch", name).splitlines()[-1].startswith("done  1/1 slides")
+    assert f"{name}\tdone\t1/1" in said("jobs", "list")
+    said("jobs", "forget", name)
+    assert name not in said("jobs", "list")

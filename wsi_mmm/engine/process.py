@@ -97,8 +97,8 @@ def tile_cache_words(task: SlideTask) -> str:
 
 
 def runner_of(recipe: Recipe) -> Runner:
-    """The model of a recipe on its device, loaded once per process."""
-    key = (f"{recipe.model}/{recipe.model_hash}/{recipe.tasks}", recipe.device, recipe.threads, recipe.runtime)
+    """The model of a recipe on its device, loaded once per process by what it is, wherever it lies."""
+    key = (f"{recipe.model_hash}/{recipe.tasks}", recipe.device, recipe.threads, recipe.runtime)
     with clock.spent("prepare"), _loading:
         if key not in _runners:
             _runners[key] = _load(recipe)
