@@ -131,7 +131,7 @@ def test_the_whole_in_small(
 
 
 def test_tables_compare_the_same_seeds(script: dict[str, Any]) -> None:
-    """Means, deviations, and differences of pairs; what was not run is a dash."""
+    """Means, deviations, and differences of pairs; a share that was not run is a dash, a way that was not is left out."""
     target, row = script["TARGETS"][0], script["Row"]
     rows = [
         row("nuclei", way, "frozen", 10.0, seed, 7, value)
@@ -143,3 +143,6 @@ def test_tables_compare_the_same_seeds(script: dict[str, Any]) -> None:
     assert "| scratch | frozen | 0.300 ± 0.141 | - |" in lines
     assert "| joint | frozen | 0.400 ± 0.141 | 0.900 |" in lines
     assert lines.count("| scratch | frozen | +0.100 (1 of 2) | - |") == 1
+    assert not any("cells" in line for line in lines)
+    drawn = script["curves"](target, "frozen", rows)
+    assert drawn == {"scratch": {10.0: [0.2, 0.4]}, "joint": {10.0: [0.5, 0.3], 50.0: [0.9]}}

@@ -235,9 +235,13 @@ def values(rows: Sequence[Row], target: str, way: str, mode: str) -> dict[float,
 
 
 def curves(target: Target, mode: str, rows: Sequence[Row]) -> dict[str, dict[float, list[float]]]:
-    """Way -> percent -> the figure of each seed."""
+    """Way -> percent -> the figure of each seed; of those that were run."""
     found = {way: values(rows, target.name, way, mode) for way in target.ways}
-    return {way: {p: [row.value for row in some.values()] for p, some in held.items()} for way, held in found.items()}
+    return {
+        way: {percent: [row.value for row in some.values()] for percent, some in held.items()}
+        for way, held in found.items()
+        if held
+    }
 
 
 def tables(target: Target, rows: Sequence[Row]) -> Iterator[str]:
