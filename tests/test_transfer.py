@@ -131,7 +131,7 @@ def test_the_whole_in_small(
 
 
 def test_tables_compare_the_same_seeds(script: dict[str, Any]) -> None:
-    """Means, deviations, and differences of pairs; a share that was not run is a dash, a way that was not is left out."""
+    """Means, deviations, and differences of pairs; a share that was not run is a dash, such a way is left out."""
     target, row = script["TARGETS"][0], script["Row"]
     rows = [
         row("nuclei", way, "frozen", 10.0, seed, 7, value)

@@ -54,6 +54,17 @@ def test_each_share_is_trained_once_and_summed_up(tmp_path: Path, monkeypatch: p
         train_fractions(parse(joint(tmp_path), ["steps=1", "seed=3", "optim.rate=0.5"]), [50], seeds=1)
     with pytest.raises(RecipeError, match=r"gives no figure 'disc\.nothing'; it gives: tissue\.accuracy"):
         train_fractions(config, [50], seeds=1, metric="disc.nothing")
+    older = json.loads((tmp_path / "run" / names[0] / "result.json").read_text())
+    del older["configuration"]["model"]["crop"]  # an option that there was not yet
+    (tmp_path / "run" / names[0] / "result.json").write_text(json.dumps(older))
+    lines.clear()
+    assert (
+        train_fractions(config, [50], seeds=1, metric="disc.mean_iou", listener=Listener(say=lines.append))
+        .rows()[0]
+        .values
+        == curve.rows()[0].values[:1]
+    )
+    assert not lines
     (tmp_path / "run" / names[0] / "result.json").write_text("{")
     with pytest.raises(RecipeError, match="is damaged; remove it"):
         train_fractions(config, [50], seeds=1)

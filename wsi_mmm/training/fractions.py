@@ -136,7 +136,7 @@ def _done(config: TrainConfig, percent: float) -> Point | None:
         return None
     try:
         found: dict[str, Any] = json.loads(store.read_bytes(uri))
-        there = found.pop("configuration")
+        there = _what_counts(TrainConfig.model_validate(found.pop("configuration")))  # options that are newer: default
         point = Point(**found)
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{uri} is damaged; remove it, and that training is done again") from error
