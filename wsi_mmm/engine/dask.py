@@ -161,15 +161,21 @@ class DaskExecutor:
         now = time.monotonic()
         if now - self._looked < LOOK:
             return
-        self._looked, before, self._workers = now, self._workers, workers_of(self._client)
-        self._unfit = {name: why for name, why in self._unfit.items() if name in self._workers}
-        if new := self._workers.keys() - before.keys():
-            self._unfit |= self._unable(new)
-        self._places = self._count()
+        self._looked = now
+        with contextlib.suppress(OSError, TimeoutError):  # a scheduler that is busy, a worker that just died: next time
+            self._recount()
         if self._places["model"]:
             self._alive = now
         elif now - self._alive > PATIENCE:
             raise ClusterError(f"no worker has been there for {PATIENCE:.0f} s; start some, then run again to resume")
+
+    def _recount(self) -> None:
+        found = workers_of(self._client)
+        new = found.keys() - self._workers.keys()
+        unfit = {name: why for name, why in self._unfit.items() if name in found}
+        unfit |= self._unable(new) if new else {}
+        self._workers, self._unfit = found, unfit
+        self._places = self._count()
 
     def room(self, kind: Kind) -> int:
         """Free places: what is at a worker or waits for one is bounded, however much there is to do."""
