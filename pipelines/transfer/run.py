@@ -28,6 +28,7 @@ from PIL import Image
 
 import wsi_mmm
 from wsi_mmm.slides.fake import synthetic_slide
+from wsi_mmm.training.config import parse
 from wsi_mmm.training.plot import Panel, draw_panels
 
 HERE = Path(__file__).parent
@@ -184,7 +185,11 @@ def begun(plan: Plan, tasks: Sequence[str], seed: int) -> str:
     for data in raw["data"]:
         data["batch"] = PICTURES // len(tasks)
     raw["out"] = f"{plan.out}/source/{'-'.join(tasks)}-seed-{seed}"
-    return wsi_mmm.train(raw, settings=[*plan.settings, f"seed={seed}"]).model
+    settings = [*plan.settings, f"seed={seed}"]
+    card = Path(raw["out"]) / "model" / "card.json"
+    if card.exists() and parse(json.loads(card.read_text())["data"]["configuration"]) == parse(raw, settings):
+        return str(card.parent)  # also where options have come since then
+    return wsi_mmm.train(raw, settings=settings).model
 
 
 def taught(data: Mapping[str, Any]) -> set[str]:
