@@ -12,6 +12,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
+import logging
 import multiprocessing
 import queue
 import time
@@ -322,6 +323,7 @@ def workers_of(client: Client) -> dict[str, WorkerFacts]:
     return {name: WorkerFacts(facts["nthreads"], dict(facts.get("resources") or {})) for name, facts in found.items()}
 
 
+NOISY = ("distributed", *(f"distributed.{part}" for part in ("batched", "client", "comm", "core", "utils")))
 MAIN_GUARD = "in a script, call it below: if __name__ == '__main__':"
 
 
@@ -360,6 +362,8 @@ def client_of(cluster: Client | str, timeout: float = 10.0, *, tls: Tls | None =
     """A client of the scheduler at an address; a client is given back. ClusterError when nobody answers."""
     if not isinstance(cluster, str):
         return cluster
+    for name in NOISY:  # what they have to say is said in our words
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with dask.config.set({"distributed.comm.timeouts.connect": timeout}):
             return Client(cluster, timeout=timeout, set_as_default=False, security=_security(cluster, tls))
