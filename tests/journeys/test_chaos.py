@@ -65,7 +65,10 @@ def poisoned_cluster(folder: Path, deed: str, *options: str) -> PlainCluster:
     """Two workers that do ``deed`` at one block of the slide called poisoned; one death more than one is too many."""
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(POISON.replace("{deed}", deed))
-    few = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1", "PYTHONPATH": str(folder / "site")}
+    few = {
+        "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1",
+        "PYTHONPATH": os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")]),
+    }
     return PlainCluster(folder, options=options, env=few)
 
 
