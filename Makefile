@@ -53,9 +53,11 @@ imports: setup  ## import-linter: the floors
 	@$(BIN)/lint-imports --no-logo
 
 # make default-model DATA=folder    folder: nuclei/dsb2018_stained_nuclei.zip, and slides/ as pipelines/default/slides.csv says
-default-model: setup  ## train the packaged model anew, into runs/default (an hour on two cores; goes on where it stopped)
+default-model: setup  ## train the packaged model anew, into runs/default (two hours on two cores; goes on where it stopped)
 	@env -u OMP_NUM_THREADS $(BIN)/python pipelines/default/prepare.py --data $(or $(DATA),../shared/data) --out data/default
 	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml
+	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml --set model.start=runs/default/model \
+	  --set out=runs/default/refined --set steps=1200 --set optim.rate=1e-3 --set seed=2
 
 # make transfer DATA=data ARGS="--times 4 --out runs/longer"
 transfer: setup  ## the experiment of docs/transfer.md (an hour or more; goes on where it stopped)
