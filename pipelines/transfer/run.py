@@ -31,7 +31,7 @@ from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.training.config import parse
 from wsi_mmm.training.plot import Panel, draw_panels
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 PICTURES = 12  # of a step of the tasks learnt first, however many these are
 MODES = {"fine-tuned": 0, "frozen": 5}  # depths that do not learn: none, or the encoder's stem and four stages
 HELD = 5  # of so many images one is held out
