@@ -55,6 +55,7 @@ class Plan:
     restart: bool = True
     seed: int = 0
     block_tiles: int = 2
+    size: tuple[int, int] = (1536, 1152)  # of made-up slides, px
 
 
 @dataclass
@@ -136,14 +137,14 @@ def bucket() -> Iterator[tuple[str, str]]:
         yield upstream, f"s3://{name}"
 
 
-def put(slides: Sequence[Path], synthetic: int, folder: Path, place: str) -> int:
-    """Slides into the bucket, made-up ones among them; how many there are."""
+def put(slides: Sequence[Path], synthetic: int, size: tuple[int, int], folder: Path, place: str) -> int:
+    """Slides into the bucket, made-up ones of so many px among them; how many there are."""
     from wsi_mmm.slides import store
     from wsi_mmm.slides.fake import synthetic_slide
 
     for number in range(synthetic):
         path = folder / f"made-up-{number:02d}.tiff"
-        synthetic_slide(path, seed=number, width=1536, height=1152, nuclei=120)
+        synthetic_slide(path, seed=number, width=size[0], height=size[1], nuclei=size[0] * size[1] // 15_000)
         store.write_bytes(f"{place}/{path.name}", path.read_bytes())
     for path in slides:
         store.write_bytes(f"{place}/{path.name}", path.read_bytes())
@@ -262,7 +263,7 @@ def family(pid: int) -> list[psutil.Process]:
 def chaos(slides: Sequence[Path], synthetic: int, plan: Plan, folder: Path) -> Outcome:
     """The whole of it."""
     with bucket() as (_, place):
-        outcome = Outcome(put(slides, synthetic, folder, f"{place}/in"))
+        outcome = Outcome(put(slides, synthetic, plan.size, folder, f"{place}/in"))
         outcome.quiet_s = quiet(f"{place}/in", f"{place}/quiet", plan)
         stormy(f"{place}/in", f"{place}/out", plan, folder, outcome)
         wanted, found = digests(f"{place}/quiet"), digests(f"{place}/out")

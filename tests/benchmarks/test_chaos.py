@@ -50,6 +50,7 @@ def test_a_restart_explains_the_plans_of_slides_under_way() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_small_storm_loses_nothing_and_does_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three slides, two kills, one S3 request in twenty failing: the files are those of the quiet run."""
     for module in ("distributed", "moto.server", "boto3"):
@@ -59,6 +60,7 @@ def test_a_small_storm_loses_nothing_and_does_nothing_twice(tmp_path: Path, monk
     for name in ("ENDPOINT_URL", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "REGION"):
         monkeypatch.setenv(f"AWS_{name}", "")  # so that what the benchmark sets is taken back
         monkeypatch.delenv(f"AWS_{name}")
-    outcome = chaos([], 3, Plan(workers=2, every=6.0, kills=2, restart=False), tmp_path)
+    plan = Plan(workers=2, every=6.0, kills=2, restart=False, block_tiles=1, size=(900, 700))
+    outcome = chaos([], 3, plan, tmp_path)
     assert outcome.failures() == []
     assert outcome.kills == 2 and outcome.faults > 0 and outcome.files >= 3 * 4

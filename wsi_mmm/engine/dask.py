@@ -19,8 +19,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import dask
 from distributed import Client, Future, LocalCluster, Security, get_worker
@@ -31,8 +30,10 @@ import wsi_mmm
 from wsi_mmm.engine import alone, steps, wire
 from wsi_mmm.engine.alone import named
 from wsi_mmm.engine.base import Kind, Receipt, Work
+from wsi_mmm.engine.bundles import Pace, bundled
 from wsi_mmm.engine.local import cpu_count, failure
 from wsi_mmm.engine.patience import patiently
+from wsi_mmm.engine.pools import FIRST, MODELS, POOLS, READERS, SPECK, Pool, WorkerFacts, labelled, pool_of
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.tls import Tls
 from wsi_mmm.errors import ClusterError, WsiError
@@ -45,38 +46,22 @@ GATHER = 5.0  # seconds to wait for receipts that are ready
 BATCH = 512  # receipts fetched at once
 
 RECIPES = "wsi-mmm-recipes"  # where the scheduler keeps them, by key
-MODELS = "GPU"
-"""The Dask resource of workers that run models. Where some have it, the others do everything else."""
-SPECK = 1e-6  # of a resource that says what a worker is for, and not how much it can do at once
-
-READERS = "CPU"
-"""That of workers which only read, for the placement "pool"; where no worker has it, all others do that."""
-
-Pool = Literal["model", "read", "rest"]
-POOLS: tuple[Pool, ...] = ("model", "read", "rest")
-FIRST: dict[Kind, int] = {
-    "publish": 3,
-    "interpret": 2,
-    "plan": 1,
-    "extract": 0,
-    "forward": 0,
-}  # what ends a slide goes before
 
 
-def perform(data: bytes) -> Receipt:
-    """What a worker does. Errors of ours come back as a receipt; others are raised, and Dask tries once more."""
-    work = wire.unpacked(data, _recipe_there)
+def perform(bundle: bytes) -> list[Receipt]:
+    """What a worker does; ``bundle``: a work a line. Errors of ours are receipts; of others, Dask tries once more."""
+    return [_done(lambda work: patiently(steps.perform, work), line) for line in bundle.split(b"\n")]
+
+
+def perform_alone(bundle: bytes) -> list[Receipt]:
+    """The same in processes of their own: what kills such a one leaves the worker alive, and is a receipt."""
+    return [_done(alone.perform, line) for line in bundle.split(b"\n")]
+
+
+def _done(step: Callable[[Work], Receipt], line: bytes) -> Receipt:
+    work = wire.unpacked(line, _recipe_there)
     try:
-        return wire.light(patiently(steps.perform, work))
-    except WsiError as error:
-        return failure(work, error)
-
-
-def perform_alone(data: bytes) -> Receipt:
-    """The same in a process of its own: what kills that one leaves the worker alive. ClusterError when it does."""
-    work = wire.unpacked(data, _recipe_there)
-    try:
-        return wire.light(alone.perform(work))
+        return wire.light(step(work))
     except WsiError as error:
         return failure(work, error)
 
@@ -85,11 +70,6 @@ def _recipe_there(key: str) -> str | None:
     worker = get_worker()
     found = sync(worker.loop, worker.scheduler.get_metadata, keys=[RECIPES, key], default=None)
     return None if found is None else str(found)
-
-
-def pool_of(kind: Kind) -> Pool:
-    """Where works of a kind wait for a place."""
-    return "model" if kind == "forward" else "read" if kind == "extract" else "rest"
 
 
 class DaskExecutor:
@@ -114,7 +94,8 @@ class DaskExecutor:
         self._results: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         self._outbox: dict[Kind, list[Work]] = {}
         self._inbox: deque[Receipt] = deque()
-        self._flying: dict[Future[Any], Work] = {}
+        self._flying: dict[Future[Any], list[Work]] = {}
+        self._pace = Pace()
         self._suspects: set[str] = set()
         self._taken = dict.fromkeys(POOLS, 0)
         self._keys: dict[int, tuple[Recipe, str]] = {}
@@ -179,46 +160,49 @@ class DaskExecutor:
         self._places = self._count()
 
     def room(self, kind: Kind) -> int:
-        """Free places: what is at a worker or waits for one is bounded, however much there is to do."""
-        pool = pool_of(kind)
-        return max(1, self._places[pool]) - self._taken[pool]
+        """Room in the free places: what is at a worker or waits for one is bounded, however much there is to do."""
+        pool, size = pool_of(kind), self._pace.size
+        waiting = sum(len(works) / size(one) for one, works in self._outbox.items() if pool_of(one) == pool)
+        return int((max(1, self._places[pool]) - self._taken[pool] - waiting) * size(kind))
 
     def start(self, work: Work) -> None:
         """Put a work where the next ``wait`` sends it from."""
         self._outbox.setdefault(work.kind, []).append(work)
-        self._taken[pool_of(work.kind)] += 1
 
     def wait(self, timeout: float) -> Receipt | None:
         """The next receipt, or None after ``timeout`` seconds; ClusterError when the scheduler is gone."""
         if not self._inbox:
             for kind in list(self._outbox):
-                self._send(perform, self._outbox.pop(kind))
+                self._send(perform, bundled(self._outbox.pop(kind), self._pace.size(kind)))
             self._collect(timeout)
-        if not self._inbox:
-            return None
-        receipt = self._inbox.popleft()
-        self._taken[pool_of(receipt.kind)] -= 1
-        return receipt
+        return self._inbox.popleft() if self._inbox else None
 
     # ------------------------------------------------------------ to the scheduler
 
-    def _send(self, function: Callable[[bytes], Receipt], works: list[Work]) -> None:
+    def _send(self, function: Callable[[bytes], list[Receipt]], bundles: list[list[Work]]) -> None:
         """Works of one kind, in one message; a worker that dies is replaced, and what it had is done again."""
-        kind = works[0].kind
+        kind = bundles[0][0].kind
         futures = self._client.map(
             function,
-            [wire.packed(work, self._recipe_key(work.slide.recipe)) for work in works],
+            [b"\n".join(wire.packed(work, self._recipe_key(work.slide.recipe)) for work in works) for works in bundles],
             # Of a few names, whatever the number of slides: the scheduler never forgets one.
-            key=[(kind, f"{work.slide.id} {work.block[0]}-{work.block[1]}", self._unique()) for work in works],
+            key=[(kind, f"{work.slide.id} {work.block[0]}-{work.block[1]}", self._unique()) for work, *_ in bundles],
             pure=False,
             retries=1,
             workers=self._fit_workers(),
             resources=self._needs.get(pool_of(kind)),
             priority=FIRST[kind],
         )
-        for future, work in zip(futures, works, strict=True):
-            self._flying[future] = work
+        self._taken[pool_of(kind)] += len(bundles)
+        for future, works in zip(futures, bundles, strict=True):
+            self._flying[future] = works
             future.add_done_callback(self._results.put)
+
+    def _landed(self, future: Future[Any]) -> list[Work]:
+        """The works of a bundle that is on its way no more."""
+        works = self._flying.pop(future)
+        self._taken[pool_of(works[0].kind)] -= 1
+        return works
 
     def _unique(self) -> str:
         return f"{self._token}-{next(self._number)}"
@@ -245,8 +229,10 @@ class DaskExecutor:
         if self._client.status == "running":
             self._look()
         good = [future for future in done if future.status == "finished"]
-        for future, receipt in zip(good, self._fetched(good), strict=False):
-            self._inbox.append(wire.whole(receipt, self._flying.pop(future).slide))
+        for future, receipts in zip(good, self._fetched(good), strict=False):
+            for receipt, work in zip(receipts, self._landed(future), strict=True):
+                self._pace.learn(receipt)
+                self._inbox.append(wire.whole(receipt, work.slide))
         for future in done:
             if future.status == "error":
                 self._erred(future)
@@ -263,8 +249,8 @@ class DaskExecutor:
                 found.append(self._results.get_nowait())
         return found
 
-    def _fetched(self, futures: list[Future[Any]]) -> list[Receipt]:
-        """Their receipts; none when some worker that had one is gone."""
+    def _fetched(self, futures: list[Future[Any]]) -> list[list[Receipt]]:
+        """The receipts of each; none when some worker that had one is gone."""
         if not futures:
             return []
         loop: Any = self._client.loop
@@ -276,15 +262,16 @@ class DaskExecutor:
             return []
 
     def _erred(self, future: Future[Any]) -> None:
-        """A work that raised has failed; one whose workers died is tried once more, in a process of its own."""
-        work, error = self._flying.pop(future), future.exception(timeout=10 * GATHER)
-        if isinstance(error, KilledWorker):
-            if work.name not in self._suspects:
-                self._suspects.add(work.name)
-                self._send(perform_alone, [work])
-                return
-            error = ClusterError(f"{named(work)}: every worker that tried it died; out of memory?")
-        self._inbox.append(failure(work, error))
+        """A work that raised by itself has failed; those whose workers died are done in processes of their own."""
+        works, error = self._landed(future), future.exception(timeout=10 * GATHER)
+        died, names = isinstance(error, KilledWorker), {work.name for work in works}
+        if len(works) > 1 or (died and not names & self._suspects):
+            self._suspects |= names if died else set()
+            self._send(perform_alone if died else perform, bundled(works, 1))
+            return
+        if died:
+            error = ClusterError(f"{named(works[0])}: every worker that tried it died; out of memory?")
+        self._inbox.append(failure(works[0], error))
 
     def close(self, *, cancel: bool = False) -> None:
         """Drop what has not begun when cancelling; end the processes this executor started."""
@@ -296,24 +283,11 @@ class DaskExecutor:
             self._cluster.close(timeout=20)
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerFacts:
-    """What the scheduler says of a worker."""
-
-    threads: int
-    resources: dict[str, float]
-
-
 def dashboard_of(client: Client) -> str:
     """Where the scheduler shows what goes on; empty where it does not."""
     with contextlib.suppress(KeyError):
         return store.redact(client.dashboard_link or "")
     return ""
-
-
-def labelled(workers: Iterable[WorkerFacts], resource: str) -> list[WorkerFacts]:
-    """Those that have a resource."""
-    return [worker for worker in workers if worker.resources.get(resource)]
 
 
 def workers_of(client: Client) -> dict[str, WorkerFacts]:

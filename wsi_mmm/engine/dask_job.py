@@ -19,9 +19,10 @@ from distributed import Client, Future, get_client, secede
 from distributed.scheduler import KilledWorker
 
 from wsi_mmm.engine.board import EVERY, Alive, Board, Note, new_id, posted
-from wsi_mmm.engine.dask import SPECK, DaskExecutor, client_of, workers_of
+from wsi_mmm.engine.dask import DaskExecutor, client_of, workers_of
 from wsi_mmm.engine.events import Listener
 from wsi_mmm.engine.job import Progress
+from wsi_mmm.engine.pools import SPECK
 from wsi_mmm.engine.tls import Tls
 from wsi_mmm.errors import Cancelled, ClusterError, WsiError
 
