@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -124,3 +124,30 @@ def default_tls(environ: Mapping[str, str] | None = None) -> str | None:
 def default_cache(environ: Mapping[str, str] | None = None) -> str | None:
     """The cache URI of ``WSI_MMM_CACHE``, or None: then a run keeps its cache beside its output."""
     return (os.environ if environ is None else environ).get("WSI_MMM_CACHE") or None
+
+
+@dataclass(frozen=True, slots=True)
+class EmpaiaJob:
+    """The job of the EMPAIA platform that this process is: address of its App API, id, and its token."""
+
+    api: str
+    id: str
+    token: str = field(repr=False)
+
+
+def empaia_job(environ: Mapping[str, str] | None = None) -> EmpaiaJob:
+    """The job that the ``EMPAIA_...`` variables name: APP_API, JOB_ID, TOKEN; RecipeError names what is wrong."""
+    source = os.environ if environ is None else environ
+    names = ("EMPAIA_APP_API", "EMPAIA_JOB_ID", "EMPAIA_TOKEN")
+    values = [source.get(name, "").strip() for name in names]
+    missing = [name for name, value in zip(names, values, strict=True) if not value]
+    if missing:
+        raise RecipeError(f"{missing[0]} is not set; the EMPAIA platform sets it when it starts an app")
+    api, job_id, token = values
+    if urlsplit(api).scheme not in ("http", "https") or "@" in urlsplit(api).netloc or not urlsplit(api).netloc:
+        raise RecipeError("EMPAIA_APP_API is no http(s) address without a login")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", job_id):
+        raise RecipeError("EMPAIA_JOB_ID is no id of a job")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise RecipeError("EMPAIA_TOKEN holds characters that no token has")
+    return EmpaiaJob(api.rstrip("/"), job_id, token)

@@ -17,6 +17,7 @@
     ├── ModelError               a model file is missing, broken or does not fit
     ├── MissingPackage           an optional package is needed and not installed
     ├── ClusterError             the scheduler, its workers or another rank cannot do the work
+    ├── PlatformError            the EMPAIA platform refused something, or does not answer
     ├── NotFinite                a loss or a gradient became NaN or infinite in training
     └── Cancelled                the user stopped the run; it can be resumed
 
@@ -87,6 +88,12 @@ class MissingPackage(WsiError):
 
 class ClusterError(WsiError):
     """The scheduler, its workers or another rank cannot do the work."""
+
+
+class PlatformError(WsiError):
+    """The EMPAIA platform refused something, or does not answer. ``status``: of HTTP; 0: there was no answer."""
+
+    status = 0
 
 
 class NotFinite(WsiError):

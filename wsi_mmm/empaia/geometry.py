@@ -1,0 +1,100 @@
+"""Findings as shapes of the platform: whole level-0 px inside the slide, polygons without holes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from wsi_mmm.empaia.bodies import Point, Polygon, Rectangle, Ring, Wsi
+from wsi_mmm.types import F64
+
+_CUTS = 500  # holes opened per outline at most; those beyond are filled
+
+
+def point(x: float, y: float, wsi: Wsi) -> Point | None:
+    """The pixel that holds (x, y), level-0 px; None outside the slide or when not finite."""
+    if not (0 <= x < wsi.width and 0 <= y < wsi.height):  # False for NaN, too
+        return None
+    return Point(int(x), int(y))
+
+
+def rectangle(x0: float, y0: float, x1: float, y1: float, wsi: Wsi) -> Rectangle | None:
+    """The box (level-0 px) rounded and cut to the slide; None when nothing of it is left."""
+    if not np.isfinite((x0, y0, x1, y1)).all():
+        return None
+    left, right = (min(max(round(v), 0), wsi.width) for v in (x0, x1))
+    top, bottom = (min(max(round(v), 0), wsi.height) for v in (y0, y1))
+    if right <= left or bottom <= top:
+        return None
+    return Rectangle(left, top, right - left, bottom - top)
+
+
+def polygons(rings: Sequence[F64], wsi: Wsi, *, keep_holes: bool) -> list[Polygon]:
+    """The polygons that cover an area; the first ring float64[n, 2] is its outside, the others are holes.
+
+    Cut to the slide and rounded so that they stay valid. The platform knows no holes: with ``keep_holes`` the area is
+    cut along them into pieces without any (same area: for regions); without, they are filled and the largest piece
+    is the answer (one object stays one: for nuclei). Empty when nothing is left, or for a ring that is not finite.
+    """
+    if not rings or any(len(ring) < 3 or not np.isfinite(ring).all() for ring in rings):
+        return []
+    outside, *holes = [np.round(ring, 3) for ring in rings]  # GEOS overflows on slopes of 1e180
+    shape = shapely.Polygon(outside, holes if keep_holes else [])
+    inside = shapely.intersection(_valid(shape), shapely.box(0, 0, wsi.width, wsi.height))
+    pieces = _pieces(shapely.set_precision(inside, 1.0))
+    if not keep_holes:
+        pieces = [shapely.Polygon(piece.exterior) for piece in pieces]
+        return [Polygon(_corners(piece)) for piece in sorted(pieces, key=lambda piece: -piece.area)[:1]]
+    return [Polygon(_corners(piece)) for piece in _without_holes(pieces)]
+
+
+def _valid(shape: Any) -> Any:
+    return shape if shape.is_valid else shapely.make_valid(shape)
+
+
+def _pieces(shape: Any) -> list[Any]:
+    """The polygons of whatever geometry this is; lines and points between them have no area and go."""
+    parts = shapely.get_parts(shape)
+    found = [part for part in parts if part.geom_type == "Polygon" and part.area > 0]
+    nested = [part for part in parts if part.geom_type in ("MultiPolygon", "GeometryCollection")]
+    return found + [piece for part in nested for piece in _pieces(part)]
+
+
+def _without_holes(pieces: list[Any]) -> Iterator[Any]:
+    """Every piece with a hole is cut through that hole, until none has any."""
+    waiting, cuts = list(pieces), 0
+    while waiting:
+        piece = waiting.pop()
+        if not piece.interiors:
+            yield piece
+        elif cuts >= _CUTS:
+            yield shapely.Polygon(piece.exterior)
+        else:
+            cuts += 1
+            waiting += _cut(piece, np.asarray(piece.interiors[0].coords, np.float64))
+
+
+def _cut(piece: Any, hole: npt.NDArray[np.float64]) -> list[Any]:
+    """``piece`` in two along the upright through ``hole`` [n, 2]; all corners stay whole numbers."""
+    x = _upright(hole)
+    x0, y0, x1, y1 = piece.bounds
+    halves = (shapely.box(x0, y0, x, y1), shapely.box(x, y0, x1, y1))
+    return [part for half in halves for part in _pieces(shapely.intersection(piece, half, grid_size=1.0))]
+
+
+def _upright(hole: npt.NDArray[np.float64]) -> float:
+    """A whole x inside the hole; of a hole one px wide, the side on which it has an edge."""
+    low, high = hole[:, 0].min(), hole[:, 0].max()
+    if high - low >= 2:
+        return float(np.floor((low + high) / 2))
+    corners = hole[:-1, 0]  # closed: the last corner is the first
+    return float(low if (corners == low).sum() >= 2 else high)
+
+
+def _corners(piece: Any) -> Ring:
+    """The outside of a polygon, not closed."""
+    return tuple((int(x), int(y)) for x, y in shapely.get_coordinates(piece.exterior)[:-1])
