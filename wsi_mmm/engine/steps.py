@@ -54,6 +54,8 @@ def plan(work: Work) -> Receipt:
     with process.slide_of(task) as slide:
         done = None if task.recipe.force else published(task, slide.info.fingerprint, region_hash(task))
         if done is not None:
+            if not store.exists(parts.plan_uri(task)):
+                remove_scratch(task)  # what is left when a run ends while it tidies up
             return Receipt("plan", task.id, (0, 0), "cached", payload=done)
         planned, spent = _plan(task, slide)
         parts.save_plan(planned)
