@@ -7,7 +7,18 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from wsi_mmm import __version__, cli_cache, cli_doctor, cli_fewshot, cli_jobs, cli_models, cli_run, cli_slide, cli_train
+from wsi_mmm import (
+    __version__,
+    cli_cache,
+    cli_doctor,
+    cli_empaia,
+    cli_fewshot,
+    cli_jobs,
+    cli_models,
+    cli_run,
+    cli_slide,
+    cli_train,
+)
 from wsi_mmm.cli_console import EXIT_CODES, guarded
 
 app = typer.Typer(
@@ -58,6 +69,7 @@ for _name, _panel, _command in (
 app.add_typer(cli_fewshot.fewshot_app, name="fewshot", rich_help_panel=_LEARN)
 app.add_typer(cli_jobs.jobs_app, name="jobs", rich_help_panel=_WORK)
 app.add_typer(cli_cache.cache_app, name="cache", rich_help_panel=_REST)
+app.add_typer(cli_empaia.empaia_app, name="empaia", rich_help_panel=_REST)
 app.add_typer(cli_models.models_app, name="models", rich_help_panel=_REST)
 
 

@@ -1,0 +1,206 @@
+"""A client of the App API v3: what one job may read of its slides and post of its findings.
+
+::
+
+    async with AppApi(empaia_job()) as api:
+        slide = await api.input("slide")
+        cells = await api.post_output("nuclei_objects", Collection("polygon", name="nuclei"))
+        async for ids in api.post_items(cells, annotations): ...
+        await api.finalize()
+
+Every refusal is a PlatformError with its HTTP status. A job ends once: by `finalize`, or by `failure`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import AsyncIterator, Iterable
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+from wsi_mmm.config import EmpaiaJob
+from wsi_mmm.empaia.batches import Batch, Limits, batches, id_of, ids_of, matched
+from wsi_mmm.empaia.bodies import Collection, Record, body, encoded
+from wsi_mmm.empaia.pixelmaps import Pixelmap, tile_length
+from wsi_mmm.empaia.transport import Answer, Patience, Transport
+from wsi_mmm.errors import OutputError, PlatformError
+
+_MESSAGE = 255  # characters of a failure's message
+_TOO_LARGE = 413
+
+
+class Mode(StrEnum):
+    """What the platform wants of the job."""
+
+    standalone = "STANDALONE"
+    preprocessing = "PREPROCESSING"
+    postprocessing = "POSTPROCESSING"
+    report = "REPORT"
+
+
+class AppApi:
+    """The App API of one job; open it with ``async with``. One task at a time posts to a collection."""
+
+    def __init__(self, job: EmpaiaJob, limits: Limits | None = None, *, patience: Patience | None = None) -> None:
+        self._job, self._limits = job, limits or Limits()
+        self._transport = Transport(job, patience or Patience())
+        self._counts: dict[str, int] = {}  # collection -> objects that it holds
+        self._ended = ""
+
+    async def __aenter__(self) -> Self:
+        await self._transport.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._transport.__aexit__(kind, error, trace)
+
+    # -------------------------------------------------------------------------------------------- reading
+
+    async def mode(self) -> Mode:
+        """The mode of the job. PlatformError for one that this client does not know."""
+        answer = await self._get("/mode")
+        said = answer.get("mode") if isinstance(answer, dict) else answer
+        if not isinstance(said, str) or said.upper() not in set(Mode):
+            raise PlatformError(f"the EMPAIA platform started the app in the unknown mode {said!r}")
+        return Mode(said.upper())
+
+    async def configuration(self) -> dict[str, Any]:
+        """The values of the EAD's configuration: ``global`` and ``customer``."""
+        answer = await self._get("/configuration")
+        return answer if isinstance(answer, dict) else {}
+
+    async def input(self, key: str, *, shallow: bool = False) -> Any:
+        """The input ``key`` of the EAD; ``shallow``: a collection without its items."""
+        return await self._get(f"/inputs/{_part(key)}", shallow="true" if shallow else "false")
+
+    async def region(self, wsi_id: str, level: int, box: tuple[int, int, int, int], *, kind: str = "jpeg") -> bytes:
+        """The encoded picture of ``box`` (x, y, width, height), px of that level; white beyond the slide."""
+        x, y, width, height = box
+        if min(width, height) < 1 or width * height > self._limits.pixels:
+            raise OutputError(f"a region of {width} x {height} px; ask for 1 to {self._limits.pixels} px")
+        path = f"/regions/{_part(wsi_id)}/level/{level}/start/{x}/{y}/size/{width}/{height}"
+        return (await self._done("GET", path, query={"image_format": kind})).data
+
+    async def tile(self, wsi_id: str, level: int, position: tuple[int, int], *, kind: str = "jpeg") -> bytes:
+        """The encoded picture of the slide's own tile at ``position`` (column, row) of a level."""
+        path = f"/tiles/{_part(wsi_id)}/level/{level}/position/{position[0]}/{position[1]}"
+        return (await self._done("GET", path, query={"image_format": kind})).data
+
+    # -------------------------------------------------------------------------------------------- posting
+
+    async def post_output(self, key: str, record: Record) -> str:
+        """Post ``record`` as the output ``key`` of the EAD: its id. Never posted twice."""
+        data = encoded(body(record, self._job.id))
+        if len(data) > self._limits.body:
+            raise OutputError(f"output '{key}' has {len(data)} bytes; post it empty and its items in batches")
+        posted = id_of((await self._done("POST", f"/outputs/{_part(key)}", data=data)).parsed())
+        if isinstance(record, Collection):
+            self._counts[posted] = len(record.items)
+        return posted
+
+    async def post_items(self, collection_id: str, records: Iterable[Record]) -> AsyncIterator[list[str]]:
+        """Add ``records`` to a collection that this client posted: the ids of each batch, in order.
+
+        No object is posted twice: when an answer is lost, the platform is asked what it holds.
+        """
+        for batch in batches(records, self._job.id, self._limits):
+            yield await self._post_batch(collection_id, batch)
+
+    async def put_tile(self, pixelmap: Pixelmap, pixelmap_id: str, place: tuple[int, int, int], *, data: bytes) -> None:
+        """Write the tile at ``place`` (level, column, row); its bytes are those of `pixelmaps.tile_bytes`."""
+        if len(data) != tile_length(pixelmap):
+            raise OutputError(f"a tile of '{pixelmap.name}' has {tile_length(pixelmap)} bytes, not {len(data)}")
+        level, x, y = place
+        path = f"/pixelmaps/{_part(pixelmap_id)}/level/{level}/position/{x}/{y}/data"
+        await self._done("PUT", path, data=data, kind="application/octet-stream")
+
+    async def query(self, collection_id: str, *, skip: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
+        """(how many objects a collection holds, ``limit`` of them from ``skip`` on)."""
+        path = f"/collections/{_part(collection_id)}/query"
+        asked = {"skip": str(skip), "limit": str(limit)}
+        answer = (await self._done("PUT", path, query=asked, data=b"{}")).parsed()
+        try:
+            return int(answer["item_count"]), list(answer["items"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlatformError("the EMPAIA platform did not say what a collection holds") from error
+
+    # -------------------------------------------------------------------------------------------- the job
+
+    async def progress(self, done: float) -> None:
+        """Say how far the work is, 0 to 1. A platform that does not want to know is no error."""
+        value = min(max(done, 0.0), 1.0) if math.isfinite(done) else 0.0
+        await self._transport.ask("PUT", "/progress", data=json.dumps({"progress": value}).encode())
+
+    async def finalize(self) -> None:
+        """The job is done and its outputs are complete. RuntimeError when it has ended already."""
+        await self._end("finalize", None)
+
+    async def failure(self, message: str) -> None:
+        """The job failed: ``message`` is for a pathologist; one line, cut to 255 characters, never with the token."""
+        text = " ".join(message.replace(self._job.token, "***").split()) or "The app failed."
+        short = text if len(text) <= _MESSAGE else text[: _MESSAGE - 1] + "…"
+        await self._end("failure", encoded({"user_message": short}))
+
+    async def _end(self, how: str, data: bytes | None) -> None:
+        if self._ended:
+            raise RuntimeError(f"the job has ended already: {self._ended}")
+        self._ended = how  # before waiting, so that nobody ends it a second time meanwhile
+        try:
+            await self._done("PUT", f"/{how}", data=data)
+        except BaseException:
+            self._ended = ""  # it has not ended: it may still fail
+            raise
+
+    # -------------------------------------------------------------------------------------------- requests
+
+    async def _post_batch(self, collection_id: str, batch: Batch) -> list[str]:
+        path, count = f"/collections/{_part(collection_id)}/items", len(batch.items)
+        answer = await self._transport.ask("POST", path, data=batch.data)
+        if answer.unclear:
+            found = await self._recovered(collection_id, batch)
+            if found is not None:
+                return found
+            answer = await self._transport.ask("POST", path, data=batch.data)  # none had arrived
+        if answer.status == _TOO_LARGE and count > 1:
+            first, rest = batch.halves()
+            return await self._post_batch(collection_id, first) + await self._post_batch(collection_id, rest)
+        ids = ids_of(self._checked(answer, "posting objects").parsed(), count)
+        self._counts[collection_id] = self._counts.get(collection_id, 0) + count
+        return ids
+
+    async def _recovered(self, collection_id: str, batch: Batch) -> list[str] | None:
+        """The ids of a batch whose answer was lost; None when the platform has none of it."""
+        before, count = self._counts.get(collection_id, 0), len(batch.items)
+        held, items = await self.query(collection_id, skip=before, limit=count)
+        if held == before:
+            return None
+        if held != before + count:
+            raise PlatformError(f"a collection holds {held} objects where {before} or {before + count} were posted")
+        ids = matched(batch.items, items)
+        self._counts[collection_id] = held
+        return ids
+
+    async def _get(self, path: str, **query: str) -> Any:
+        return (await self._done("GET", path, query=query)).parsed()
+
+    async def _done(self, method: Any, path: str, **request: Any) -> Answer:
+        return self._checked(await self._transport.ask(method, path, **request), f"{method} {path}")
+
+    def _checked(self, answer: Answer, what: str) -> Answer:
+        """``answer`` if it is a 2xx; PlatformError in one line otherwise."""
+        if answer.good:
+            return answer
+        said = f"refused {what} ({answer.status}): {answer.problem}" if answer.status else f"{answer.problem}: {what}"
+        error = PlatformError(f"the EMPAIA platform {said}".replace(self._job.token, "***"))
+        error.status = answer.status
+        raise error
+
+
+def _part(text: str) -> str:
+    """``text`` as one part of a path, whatever characters it has."""
+    return quote(text, safe="")
