@@ -96,7 +96,7 @@ def _files_below(folder: str) -> list[str]:
 def _remote(uri: str) -> list[str]:
     """A pattern, or a prefix (ends in ``/``, or no suffix), is listed; anything else, and a web address, is a slide."""
     fixed = re.split(r"[*\[]", uri, maxsplit=1)[0]
-    if uri.lower().startswith(("http://", "https://")):
+    if uri.lower().startswith(("http://", "https://", "wsi://")):
         return [uri]
     if fixed != uri:
         if fixed.count("/") < 3:
@@ -289,7 +289,7 @@ def stem(uri: str) -> str:
 
 def _name(uri: str) -> str:
     """The last part of the path. An object-store key may hold ``?`` and ``#``; in a web address they end the path."""
-    if uri.lower().startswith(("http://", "https://")):
+    if uri.lower().startswith(("http://", "https://", "wsi://")):
         return PurePosixPath(unquote(urlsplit(uri).path)).name
     return PurePosixPath(_path(uri) if store.is_local(uri) else uri.partition("://")[2]).name
 

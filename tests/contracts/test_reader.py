@@ -1,4 +1,4 @@
-"""What every Reader holds: one suite for the array fake, the TIFF reader, OpenSlide and tiffslide."""
+"""What every Reader holds: one suite for the array fake, the TIFF reader, OpenSlide, tiffslide and a slide service."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from helpers.area import area_average
+from helpers.wsi_service import FakeService
 from wsi_mmm.slides.base import Reader, Slide
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.slides.registry import READERS
 from wsi_mmm.types import U8, Block
 
 Open = Callable[[], Reader]
-NAMES = ("array", "tiff", "openslide", "tiffslide")
+NAMES = ("array", "tiff", "openslide", "tiffslide", "wsi-service")
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,18 @@ def top(tiny_slide: Path) -> U8:
     return pixels
 
 
+@pytest.fixture(scope="module")
+def service(tiny_slide: Path) -> Iterator[str]:
+    """The slide behind a service; yields its address there."""
+    with Slide(READERS["openslide"](str(tiny_slide))) as slide, FakeService({"tiny": slide}) as web:
+        yield f"{web.url}/v3/slides/tiny"
+
+
 @pytest.fixture(params=NAMES)
-def reader(request: pytest.FixtureRequest, tiny_slide: Path, top: U8) -> Iterator[Reader]:
+def reader(request: pytest.FixtureRequest, tiny_slide: Path, top: U8, service: str) -> Iterator[Reader]:
     """Each adapter, open on the same picture."""
-    opened = ArrayReader(top) if request.param == "array" else READERS[request.param](str(tiny_slide))
+    where = service if request.param == "wsi-service" else str(tiny_slide)
+    opened = ArrayReader(top) if request.param == "array" else READERS[request.param](where)
     yield opened
     opened.close()
 
@@ -127,8 +136,8 @@ def test_statistics_never_go_back(reader: Reader) -> None:
 
 def test_all_file_readers_give_the_same_fingerprint(tiny_slide: Path) -> None:
     """The name of a slide does not depend on who reads it."""
-    readers = [READERS[name](str(tiny_slide)) for name in NAMES[1:]]
+    readers = [READERS[name](str(tiny_slide)) for name in NAMES[1:4]]
     assert len({r.info.fingerprint for r in readers}) == 1
-    assert [r.info.reader for r in readers] == list(NAMES[1:])
+    assert [r.info.reader for r in readers] == list(NAMES[1:4])
     for opened in readers:
         opened.close()

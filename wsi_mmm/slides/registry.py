@@ -12,6 +12,8 @@ from wsi_mmm.slides.tiff import TiffReader
 from wsi_mmm.slides.tiff_ifd import Directory, is_tiff, read_directories
 from wsi_mmm.slides.tiff_meta import perhaps_openslide, plane_of, unsupported, vendor_of
 from wsi_mmm.slides.tiffslide import open_with_tiffslide
+from wsi_mmm.slides.uris import is_service
+from wsi_mmm.slides.wsi_service import open_wsi_service
 
 _PLAIN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP", b"BM": "BMP", b"%PDF": "PDF",
           b"PK\x03\x04": "ZIP", b"\x1f\x8b": "gzip"}  # fmt: skip
@@ -31,6 +33,8 @@ def open_slide(uri: str, mpp: float | None = None, reader: str | None = None) ->
 
 
 def _by_content(uri: str) -> Reader:
+    if uri.startswith("wsi://") or is_service(uri):
+        return open_wsi_service(uri)
     store = held(open_store(uri))
     try:
         found = _examine(store)
@@ -108,4 +112,5 @@ READERS: dict[str, Callable[[str], Reader]] = {
     "tiff": _open_tiff,
     "openslide": open_with_openslide,
     "tiffslide": open_with_tiffslide,
+    "wsi-service": open_wsi_service,
 }

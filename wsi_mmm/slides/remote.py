@@ -115,9 +115,10 @@ class Usual:
 class Endpoint:
     """A server as met so far: how long it takes, and how many more requests may be doubled. Used in the loop."""
 
-    def __init__(self, timeout: float, concurrent: int = _PER_ENDPOINT) -> None:
-        """``timeout``: seconds until a request is given up."""
+    def __init__(self, timeout: float, concurrent: int = _PER_ENDPOINT, *, doubles: bool = True) -> None:
+        """``timeout``: seconds until a request is given up; ``doubles``: whether a silent one may be sent once more."""
         self.timeout = timeout
+        self._doubles = doubles
         self.reached = False
         self.begin, self.body, self.whole = Usual(), Usual(), Usual()  # the latter two per unit of work
         self._concurrent = concurrent
@@ -145,7 +146,7 @@ class Endpoint:
 
     def may_double(self) -> bool:
         """Take one from the allowance."""
-        if self._spare < 1:
+        if not self._doubles or self._spare < 1:
             return False
         self._spare -= 1
         return True

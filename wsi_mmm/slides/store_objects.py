@@ -28,9 +28,9 @@ _ELSEWHERE = ("sso_session", "sso_start_url", "credential_process", "role_arn", 
 _runtime: list[int] = []  # the process in which obstore's threads run
 
 
-def timeout(env: Mapping[str, str] | None = None) -> float:
+def timeout(env: Mapping[str, str] | None = None, *, otherwise: float = _TIMEOUT) -> float:
     """Return the seconds after which a request is given up: WSI_MMM_STORAGE_TIMEOUT, or 30."""
-    value = (os.environ if env is None else env).get("WSI_MMM_STORAGE_TIMEOUT") or _TIMEOUT
+    value = (os.environ if env is None else env).get("WSI_MMM_STORAGE_TIMEOUT") or otherwise
     try:
         seconds = float(value)
     except ValueError:

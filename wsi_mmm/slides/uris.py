@@ -6,12 +6,25 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+_SERVED = re.compile(r"(/[^?#]*)?/v3/slides/[^/]+/?")
 _SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 def is_local(uri: str) -> bool:
     """Tell whether ``uri`` is a path or a ``file://`` URI (a Windows drive letter is a path)."""
     return not _SCHEME.match(uri) or uri.startswith("file://")
+
+
+def is_service(uri: str) -> bool:
+    """Tell whether ``uri`` is a slide of a WSI service: ``wsi://``, or http(s) whose path ends in ``/v3/slides/ID``.
+
+    Over http(s) an ID with a dot is taken for a file.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme == "wsi":
+        return _SERVED.fullmatch(parts.path) is not None
+    served = parts.scheme in ("http", "https") and _SERVED.fullmatch(parts.path) is not None
+    return served and "." not in parts.path.rstrip("/").rpartition("/")[2]
 
 
 def local_path(uri: str) -> Path:
