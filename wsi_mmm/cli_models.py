@@ -77,6 +77,7 @@ def show(
         say_json(card)
         return
     tasks = card.pop("tasks", [])
+    card["data"] = {key: value for key, value in card["data"].items() if key not in ("configuration", "items")}
     facts({key: _short(value) for key, value in card.items() if value not in (None, "", [], {})}, f"model {name}")
     for task in tasks:
         say(f"  task {task['name']} ({task['kind']}): {', '.join(task['classes'])}")
