@@ -27,12 +27,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
-from distributed import Client
 
 from benchmarks.scale_units import FILE, KINDS, Durations, durations, recipe, slides
 from helpers.processes import running, wait_for
 from wsi_mmm.engine.carry import Order, carry_out
-from wsi_mmm.engine.dask import attached
+from wsi_mmm.engine.dask import attached, client_of
 from wsi_mmm.engine.events import Event
 
 HERE = Path(__file__).parent
@@ -167,7 +166,7 @@ def measure(count: int, workers: int, *, speed: float, processes: int) -> Row:
         order = Order(wanted.tasks, recipe(), output, 0, address)
         found = {"client": psutil.Process(), "scheduler": psutil.Process(sid)}
         found |= {f"workers-{number}": psutil.Process(pid) for number, pid in enumerate(wids)}
-        with Client(address, set_as_default=False) as client:
+        with client_of(address) as client:
             client.wait_for_workers(workers)
             executor = attached(client)
             with Watch(found, max(1, count // 10)) as watch:

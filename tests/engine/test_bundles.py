@@ -98,3 +98,12 @@ def test_a_unit_that_raises_takes_none_of_its_bundle_with_it(client: object, mon
     assert [receipt.block[1] for receipt in found if receipt.status == "failed"] == [17]
     assert units.seen.count(16) > 1 or units.seen.count(18) > 1, "nothing travelled beside it"
     assert executor.wait(0) is None and executor.room("plan") == executor.room("publish") > 0
+
+
+def test_a_client_keeps_few_of_the_messages_it_sent(client: object) -> None:
+    """Dask keeps a thousand, and each may hold hundreds of works: in a long run that would look like a leak."""
+    from wsi_mmm.engine.dask import SAID, client_of
+
+    address: str = client.scheduler_info()["address"]  # type: ignore[attr-defined]
+    with client_of(address) as held:
+        assert held.scheduler_comm.recent_message_log.maxlen == SAID

@@ -44,6 +44,7 @@ LOOK = 2.0  # seconds between looks at which workers and which other jobs there 
 PATIENCE = 300.0  # seconds that a cluster may be without any worker in the middle of a run
 GATHER = 5.0  # seconds to wait for receipts that are ready
 BATCH = 512  # receipts fetched at once
+SAID = 20  # messages that a client keeps for whoever debugs it; Dask's 1,000 are 50 MB of works
 
 RECIPES = "wsi-mmm-recipes"  # where the scheduler keeps them, by key
 
@@ -339,7 +340,8 @@ def client_of(cluster: Client | str, timeout: float = 10.0, *, tls: Tls | None =
     for name in NOISY:  # what they have to say is said in our words
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        with dask.config.set({"distributed.comm.timeouts.connect": timeout}):
+        kept = {"distributed.admin.low-level-log-length": SAID}
+        with dask.config.set({"distributed.comm.timeouts.connect": timeout, **kept}):
             return Client(cluster, timeout=timeout, set_as_default=False, security=_security(cluster, tls))
     except (OSError, TimeoutError, ValueError) as error:
         raise ClusterError(f"no Dask scheduler answers at {cluster}: {_look_at(cluster)}") from error
