@@ -18,13 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from PIL import Image
 
 from wsi_mmm import bounds
 from wsi_mmm.annotations import MAX_COORDINATE, parse_shapes, rasterise
 from wsi_mmm.errors import AnnotationError, InputError, ManifestError, StorageError
 from wsi_mmm.outputs.exports import read_features
-from wsi_mmm.training import sources
 from wsi_mmm.training.data import tables, volumes
 from wsi_mmm.training.data.bags import read_h5
 from wsi_mmm.training.data.coco import coco, outlines
@@ -260,20 +258,3 @@ def test_a_deflated_dicom_file_is_refused(tmp_path: Path) -> None:
     pydicom.dcmwrite(tmp_path / "a.dcm", data, enforce_file_format=True)
     with pytest.raises(InputError, match="deflated"):
         volumes.dicom_slices("d", str(tmp_path), task="t")
-
-
-def test_pictures_in_a_zip_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the bytes they unpack to, and by their px."""
-    file = io.BytesIO()
-    Image.new("L", (64, 64)).save(file, "PNG")
-    path = tmp_path / "nuclei.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("images/a.png", file.getvalue())
-        archive.writestr("labels/a.png", file.getvalue())
-    assert len(sources.load_nuclei(path)) == 1
-    monkeypatch.setattr(sources, "MAX_PX", 1000)
-    with pytest.raises(InputError, match="64 x 64 px"):
-        sources.load_nuclei(path)
-    monkeypatch.setattr(sources, "MAX_FILE", 10)
-    with pytest.raises(InputError, match="unpacks to more than"):
-        sources.load_nuclei(path)

@@ -19,7 +19,7 @@ from shapely.geometry import box
 
 from helpers.lessons import MODEL, geojson, save
 from wsi_mmm import api
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import InputError, RecipeError
 from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.training.config import parse
 
@@ -108,6 +108,27 @@ def test_the_default_model(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert rows["recoloured"]["train"] == 8 * 2 * 4 and rows["recoloured"]["val"] == 0
     assert set(rows["stain"]["classes"]) == {"H&E", "IHC", "Giemsa", "other"} and rows["stain"]["val"] > 60
     assert Path(api.train(raw).model) == Path("runs/default/model")
+
+
+def test_the_zip_of_the_default_model_is_bounded(tmp_path: Path) -> None:
+    """By the bytes that its pictures unpack to, and by their px."""
+    prepare = runpy.run_path(str(PIPELINES / "default/prepare.py"))
+    for size, text in (((64, 64), ""), ((5000, 4000), "5000 x 4000 px")):
+        file = io.BytesIO()
+        Image.new("L", size).save(file, "PNG")
+        path = tmp_path / "nuclei.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("images/a.png", file.getvalue())
+            archive.writestr("labels/a.png", file.getvalue())
+        if not text:
+            assert len(prepare["labelled_images"](path)) == 1
+            continue
+        with pytest.raises(InputError, match=text):
+            prepare["labelled_images"](path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images/a.png", bytes(65 << 20))
+    with pytest.raises(InputError, match="unpacks to more than"):
+        prepare["labelled_images"](path)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import csv
 import io
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,9 @@ RADIUS = 7.0  # px of a median nucleus at MPP
 SMALLEST, LARGEST = 0.17, 1.7  # scales beyond these show nothing that could be learnt
 RECOLOURED = 4  # pictures made of each training image at each scale
 EDGES = 0.25  # share of these that lie at the edge of a slide
-OTHERS = {"train": 220, "val": 60}
+OTHERS = {"val": 60, "train": 900}
 EMPTY = 60  # pictures of glass and ink
-STAINS = ("H&E", "IHC", "Giemsa")
+MAX_FILE, MAX_PX = 64 << 20, 1 << 24  # of one picture in the zip: bytes unpacked, px
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +86,26 @@ def labelled_images(path: Path) -> list[Labelled]:
         with zipfile.ZipFile(path) as archive:
             names = sorted(n for n in archive.namelist() if "images/" in n and n.endswith(".png"))
             found = [_labelled(archive, name) for name in names]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is no zip of images/<id>.png and labels/<id>.png: {error}") from error
     if not found:
         raise InputError(f"{path} holds no images/<id>.png")
     return found
 
 
+def _opened(archive: zipfile.ZipFile, name: str) -> Image.Image:
+    """A picture of the archive, whose size was looked at."""
+    if archive.getinfo(name).file_size > MAX_FILE:
+        raise ValueError(f"{name} unpacks to more than {MAX_FILE >> 20} MiB")
+    picture = Image.open(io.BytesIO(archive.read(name)))
+    if picture.width * picture.height > MAX_PX:
+        raise ValueError(f"{name} has {picture.width} x {picture.height} px")
+    return picture
+
+
 def _labelled(archive: zipfile.ZipFile, name: str) -> Labelled:
-    pixels = np.array(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
-    labels = np.array(Image.open(io.BytesIO(archive.read(name.replace("images/", "labels/"))))).astype(np.int32)
+    pixels = np.array(_opened(archive, name).convert("RGB"))
+    labels = np.array(_opened(archive, name.replace("images/", "labels/"))).astype(np.int32)
     areas = np.bincount(labels.ravel())[1:]
     radius = float(np.median(np.sqrt(areas[areas > 0] / np.pi))) if areas.any() else RADIUS
     return Labelled(Path(name).stem, pixels, labels, radius)
@@ -189,11 +200,11 @@ def write_tiles(tiles: Sequence[Tile], out: Path) -> None:
         for number in range(round(0.67 * sum(tile.stain == stain for tile in learnt))):  # 40 % of the class
             tile = he[int(torch.randint(0, len(he), (1,), generator=g))]
             _save(out / "stain", f"train/{stain}/made-{number}.png", _u8(change(_float(tile.pixels), g)))
-    for part, count in OTHERS.items():
-        some = [tile for tile in tiles if tile.part == part]
+    for place, (part, count) in enumerate(OTHERS.items()):
+        some, own = [tile for tile in tiles if tile.part == part], Generator().manual_seed(SEED + 2 + place)
         for number in range(count):
-            tile = some[int(torch.randint(0, len(some), (1,), generator=g))]
-            made, _ = stains.odd_picture(_float(tile.pixels)[0], g)
+            tile = some[int(torch.randint(0, len(some), (1,), generator=own))]
+            made, _ = stains.odd_picture(_float(tile.pixels)[0], own)
             _save(out / "stain", f"{part}/other/{number}.png", _u8(made[None]))
     _write_empty(learnt, out, g)
 
