@@ -58,6 +58,9 @@ default-model: setup  ## train the packaged model anew, into runs/default (two h
 	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml
 	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml --set model.start=runs/default/model \
 	  --set out=runs/default/refined --set steps=1200 --set optim.rate=1e-3 --set seed=2
+	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml --set model.start=runs/default/refined/model \
+	  --set out=runs/default/heads --set steps=300 --set seed=3 --set optim.frozen=6 --set augment.stain=0.5 \
+	  --set data.stain.batch=20 --set data.nuclei.batch=1 --set data.recoloured.batch=1
 
 # make transfer DATA=data ARGS="--times 4 --out runs/longer"
 transfer: setup  ## the experiment of docs/transfer.md (an hour or more; goes on where it stopped)
