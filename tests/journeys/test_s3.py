@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import wsi_mmm
+from helpers.moto import moto_server
 from wsi_mmm.errors import WsiError
 from wsi_mmm.slides import store
 
@@ -19,17 +20,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # botocor
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An S3 server in this process (moto) with one bucket; the environment points at it."""
-    moto, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret-word")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="slides")
-    yield "s3://slides"
-    server.stop()
+    pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    with moto_server() as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret-word")
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="slides")
+        yield "s3://slides"
 
 
 @pytest.fixture
