@@ -196,7 +196,8 @@ def test_an_output_that_becomes_read_only_is_told(slides: list[Path], quiet_byte
     assert [row.status for row in report.slides] == ["failed", "failed"] and report.exit_code == 4
     assert all("read-only" in (row.error or "").lower() for row in report.slides), report.slides
     again = wsi_mmm.run(slides, output=tmp_path / "out", block_tiles=1)
-    assert again.exit_code == 0 and again.slides[0].cache_hits > 0
+    assert again.exit_code == 0
+    assert sum(row.cache_hits for row in again.slides) > 0  # either slide may have been the first with a tile
     assert result(tmp_path / "out", "poisoned") == quiet_bytes
 
 
