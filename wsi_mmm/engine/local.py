@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 from wsi_mmm.engine import ahead, process, steps
@@ -19,6 +19,7 @@ from wsi_mmm.engine.base import Kind, Receipt, Work
 from wsi_mmm.engine.patience import patiently
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.errors import WsiError
+from wsi_mmm.turns import short_turns
 
 
 def cpu_count() -> int:
@@ -38,10 +39,8 @@ class LocalExecutor:
         self._flying: dict[str, int] = {"forward": 0, "other": 0}
         self._limits = {"forward": self.models + max(1, readers) + 1, "other": max(1, finishers) + 1}
         self._stopped = threading.Event()
-        # A thread that comes back from native code waits this long for one that runs Python: 5 ms each time is too much
-        # where readers return a thousand times a second.
-        self._interval = sys.getswitchinterval()
-        sys.setswitchinterval(0.0005)
+        self._turns = ExitStack()
+        self._turns.enter_context(short_turns())
         self._recipe: Recipe | None = recipe
 
     def room(self, kind: Kind) -> int:
@@ -99,7 +98,7 @@ class LocalExecutor:
         self._stopped.set()
         for pool in (self._reading, self._computing, self._finishing):
             pool.shutdown(wait=True, cancel_futures=cancel)
-        sys.setswitchinterval(self._interval)
+        self._turns.close()
         ahead.end()
         process.release(models=False)
 

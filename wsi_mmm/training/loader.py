@@ -36,6 +36,7 @@ from wsi_mmm.training.warp import (
     warp_truth,
     widened,
 )
+from wsi_mmm.turns import short_turns
 from wsi_mmm.types import F32, I64, U8
 
 MARGINS = {"instances": 32}
@@ -243,6 +244,7 @@ def _made_ahead(
     stack.callback(torch.set_num_threads, torch.get_num_threads())
     pool = ThreadPoolExecutor(threads, "wsi-mmm-batch", initializer=torch.set_num_threads, initargs=(1,))
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+    stack.enter_context(short_turns())
     waiting: deque[Future[TrainBatch]] = deque()
     while True:
         while len(waiting) < threads + READ_AHEAD and (draw := next(draws, None)) is not None:
