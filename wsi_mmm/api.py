@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from wsi_mmm.api_train import fit_head, prepare_training, read_annotations, train, train_fractions
-from wsi_mmm.config import SlideSpec, user_cache
+from wsi_mmm.config import user_cache, visible_gpus
 from wsi_mmm.engine import reporting
-from wsi_mmm.engine.base import Executor, Placement, SlideTask
+from wsi_mmm.engine.base import Executor
 from wsi_mmm.engine.board import Note
 from wsi_mmm.engine.carry import Order, carry_out
 from wsi_mmm.engine.events import Event, Listener, silent
 from wsi_mmm.engine.job import Job
 from wsi_mmm.engine.recall import recall
-from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.reporting import RunReport
 from wsi_mmm.engine.telemetry import NOTHING, Observe
 from wsi_mmm.engine.tls import tls_of
-from wsi_mmm.engine.weights import check_file, check_weights
-from wsi_mmm.errors import OutputError, RecipeError
-from wsi_mmm.inputs import expand_inputs, leads_away
-from wsi_mmm.slides import Slide, store
-from wsi_mmm.slides.registry import READERS
+from wsi_mmm.errors import OutputError
+from wsi_mmm.orders import Slides, checked_here, encoder_recipe, model_recipe, order_of
+from wsi_mmm.slides import Slide
 from wsi_mmm.types import Batch
 
 if TYPE_CHECKING:
@@ -40,8 +36,6 @@ __all__ = [
     "Event", "Job", "Note", "Observe", "RunReport", "attach", "demo", "embed", "export_model", "fit_head", "list_jobs",
     "load_model", "prepare_training", "read_annotations", "run", "stream_tiles", "submit", "train", "train_fractions",
 ]  # fmt: skip
-
-Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
 
 
 def run(
@@ -60,7 +54,7 @@ def run(
 
     Args:
         slides: a slide, folder, glob, ``s3://`` prefix, manifest CSV, or a list of these and of SlideSpec.
-        model: "default", or the folder of a model.
+        model: "default", or the folder of a model, on disk or storage (``s3://bucket/model``).
         output: folder or ``s3://`` prefix for results and the run report.
         tasks: name or names of the model's tasks to run; None: all.
         workers: 0: in this process with reader threads; n: n local processes.
@@ -96,7 +90,7 @@ def order_run(
     **options: Any,
 ) -> Order:
     """What ``run`` would do, checked as ``run`` checks it; no slide is opened."""
-    return _here(_order(slides, _model_recipe(str(model), tasks, options), output, workers, scheduler, options))
+    return checked_here(order_of(slides, model_recipe(str(model), tasks, options), output, workers, scheduler, options))
 
 
 def submit(
@@ -118,7 +112,7 @@ def submit(
 
     tasks, observe = options.pop("tasks", None), options.pop("observe", NOTHING)
     address = client if isinstance(client, str) else None
-    order = _order(slides, _model_recipe(str(model), tasks, options), output, 0, address, options)
+    order = order_of(slides, model_recipe(str(model), tasks, options), output, 0, address, options)
     held = client_of(client, tls=order.tls)
     if not detach:
         return Job(lambda listener, stop: carry_out(order, attached(held), listener, stop, observe=observe))
@@ -168,7 +162,9 @@ def embed(
     ``export``: further formats per slide, of "h5" (TRIDENT, CLAM) and "pt". Otherwise as ``run``.
     """
     formats = reporting.known_exports(export)
-    order = _here(_order(slides, _encoder_recipe(encoder, weights, options), output, workers, scheduler, options))
+    order = checked_here(
+        order_of(slides, encoder_recipe(encoder, weights, options), output, workers, scheduler, options)
+    )
     report = carry_out(order, _executor(order), progress or silent, observe=observe)
     reporting.export_features(report, formats)
     return report
@@ -185,7 +181,9 @@ def order_embed(
     **options: Any,
 ) -> Order:
     """What ``embed`` would do, checked as ``embed`` checks it; no slide is opened."""
-    return _here(_order(slides, _encoder_recipe(encoder, weights, options), output, workers, scheduler, options))
+    return checked_here(
+        order_of(slides, encoder_recipe(encoder, weights, options), output, workers, scheduler, options)
+    )
 
 
 def stream_tiles(
@@ -219,10 +217,11 @@ def stream_tiles(
 
 
 def load_model(name_or_path: str | Path = "default", device: str = "cpu") -> MultiTaskModel:
-    """The model of that name or folder; ``model.encoder(x)``, ``.squeezer(pyramid)``, ``model(x, tasks=[...])``."""
+    """The model of a name, folder or URI; ``model.encoder(x)``, ``.squeezer(pyramid)``, ``model(x, tasks=[...])``."""
     from wsi_mmm.model.checkpoint import load_model as load
+    from wsi_mmm.model.fetched import fetched
 
-    return load(str(name_or_path), device=device)
+    return load(fetched(str(name_or_path), user_cache()), device=device)
 
 
 def export_model(
@@ -241,6 +240,7 @@ def export_model(
     be translated or gives other answers.
     """
     from wsi_mmm.model.checkpoint import load_encoder
+    from wsi_mmm.model.fetched import fetched
     from wsi_mmm.model.fold import folded
     from wsi_mmm.model.identity import check_runtime, is_model
     from wsi_mmm.model.onnx import export_onnx
@@ -248,7 +248,8 @@ def export_model(
 
     if to == "onnx":
         check_runtime("onnx")
-    loaded = load_model(model) if is_model(str(model)) else load_encoder(str(model), weights)
+    here = fetched(str(model), user_cache())
+    loaded = load_model(here) if is_model(here) else load_encoder(here, weights)
     names = [tasks] if isinstance(tasks, str) else tasks
     write = export_onnx if to == "onnx" else export_pt2
     return write(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
@@ -271,135 +272,6 @@ def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | Non
     return run(str(path), output=folder / "results", progress=progress, **options)
 
 
-# ---------------------------------------------------------------- from words to an order
-
-_KINDS: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("tile_size", "overlap", "batch_size", "block_tiles", "threads"), (Integral, "a whole number")),
-    **dict.fromkeys(("mpp", "mpp_override", "min_tissue"), (Real, "a number")),
-    **dict.fromkeys(("features", "save_maps", "bounds_offset", "gzip", "force"), (bool, "true or false")),
-    **dict.fromkeys(("device", "reader", "runtime", "cache_tiles", "decode", "placement"), (str, "a word")),
-    "cache_quota": (Integral, "a size such as 50GB"),
-    **dict.fromkeys(("tissue", "cache", "tls"), (str, "a path or a word")),
-}
-
-
-def _model_recipe(model: str, tasks: str | Sequence[str] | None, options: dict[str, Any]) -> Recipe:
-    from wsi_mmm.model.card import read_card
-    from wsi_mmm.model.identity import model_identity
-
-    card = read_card(model)
-    known = [task.name for task in card.tasks]
-    wanted = list(dict.fromkeys([tasks] if isinstance(tasks, str) else tasks)) if tasks else known
-    for name in wanted:
-        if name not in known:
-            raise RecipeError(f"model {model!r} has no task {name!r}; it has: {', '.join(known) or 'none'}")
-    chosen = tuple(name for name in known if name in wanted)
-    check_weights(model, card.weights_sha256)
-    base = Recipe(model, model_identity(model, card), chosen, card.mpp, card.tile_size, card.overlap)
-    return _with_options(base, options)
-
-
-def _encoder_recipe(encoder: str, weights: str | None, options: dict[str, Any]) -> Recipe:
-    from wsi_mmm.model.card import read_card
-    from wsi_mmm.model.identity import encoder_identity, is_model, model_identity
-
-    plain = not is_model(encoder)
-    if plain and weights not in (None, "random"):
-        check_file(Path(str(weights)).expanduser())
-    elif not plain:
-        check_weights(encoder, read_card(encoder).weights_sha256)
-    identity = encoder_identity(encoder, weights) if plain else model_identity(encoder, read_card(encoder))
-    base = Recipe(encoder, identity, (), 0.5, 256, 0, block_tiles=8, encoder=plain, weights=weights)
-    return _with_options(base, options)
-
-
-def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
-    given = {name: _checked(name, value) for name, value in options.items() if value is not None}
-    for name in ("mpp_override", "tls", "placement"):  # not of the recipe
-        given.pop(name, None)
-    if "tile_size" in given:
-        given["tile"] = given.pop("tile_size")
-        given.setdefault("overlap", min(recipe.overlap, given["tile"] // 8 // 2 * 2))
-    if given.get("reader") not in (None, *READERS):
-        raise RecipeError(f"there is no reader {given['reader']!r}; choose one of {', '.join(READERS)}")
-    for name in {"tissue", "cache"} & set(given):  # a worker may stand in another folder
-        given[name] = given[name] if given[name] in ("auto", "none") else _absolute(given[name])
-    if "cache_quota" in given and not store.is_local(given.get("cache", ".")):
-        raise RecipeError("a quota holds for a cache in a folder; give a bucket a lifecycle rule instead")
-    return replace(recipe, user_cache=user_cache(), **given)
-
-
-def _bytes(value: Any) -> int:
-    from wsi_mmm.cache import bytes_of  # with it comes Zarr
-
-    return bytes_of(value)
-
-
-def _checked(name: str, value: Any) -> Any:
-    """``value`` of an option as a plain int, float, bool or str; RecipeError when the name or the type is wrong."""
-    if name not in _KINDS:
-        raise RecipeError(f"unknown option {name!r}; known: {', '.join(sorted(_KINDS))}")
-    kind, words = _KINDS[name]
-    value = str(value) if isinstance(value, Path) else value
-    if name == "cache_tiles" and isinstance(value, bool):
-        value = "on" if value else "off"
-    if name == "cache_quota":
-        value = _bytes(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise RecipeError(f"option {name} must be {words}, not {value!r}")
-    plain: dict[type, type] = {Integral: int, Real: float}
-    return plain.get(kind, kind)(value)
-
-
-def _order(
-    slides: Slides, recipe: Recipe, output: str | Path, workers: object, scheduler: str | None, options: dict[str, Any]
-) -> Order:
-    if not isinstance(workers, int) or workers < 0:
-        raise RecipeError(f"workers must be a whole number of 0 or more, not {workers!r}")
-    items = [slides] if isinstance(slides, str | Path | SlideSpec) else list(slides)
-    specs = expand_inputs(items, mpp=options.get("mpp_override"))
-    out = str(output).rstrip("/")
-    out = out if "://" in out else str(Path(out).absolute())
-    specs = [replace(spec, error=spec.error or leads_away(out, spec.id)) for spec in specs]
-    for place in (out, recipe.cache):
-        if place is not None:
-            reporting.check_writable(place)
-    tasks = tuple(
-        SlideTask(s.id, _absolute(s.uri), store.join(out, s.id), recipe, s.mpp, s.mask and _absolute(s.mask), s.error)
-        for s in specs
-    )
-    placement = _placement(options.get("placement"), recipe)
-    return Order(tasks, recipe, out, workers, scheduler, tls_of(options.get("tls"), scheduler), placement)
-
-
-def _placement(word: str | None, recipe: Recipe) -> Placement:
-    for known in get_args(Placement):
-        if word in (known, None):
-            if known == "pool" and recipe.cache is None:
-                raise RecipeError(
-                    "with placement pool tiles go through a cache that all workers see: name it with --cache"
-                )
-            if known == "pool" and recipe.decode == "device":
-                raise RecipeError(
-                    "tiles that the device decodes are not cached: drop --placement pool or --decode device"
-                )
-            return cast("Placement", known)
-    raise RecipeError(f"placement is beside, pool or auto, not {word!r}")
-
-
-def _here(order: Order) -> Order:
-    """The order, when this machine has what its runtime needs; a cluster's workers look for themselves."""
-    from wsi_mmm.model.identity import check_runtime
-
-    if not order.scheduler:
-        check_runtime(order.recipe.runtime)
-    return order
-
-
-def _absolute(uri: str) -> str:
-    return uri if "://" in uri else str(Path(uri).absolute())
-
-
 def _executor(order: Order) -> Callable[[], Executor]:
     def make() -> Executor:
         if order.scheduler:
@@ -407,9 +279,9 @@ def _executor(order: Order) -> Callable[[], Executor]:
 
             return connect(order.scheduler, tls=order.tls)
         if order.workers:
-            from wsi_mmm.engine.dask import local_cluster
+            from wsi_mmm.engine.dask_local import local_cluster
 
-            return local_cluster(order.workers)
+            return local_cluster(order.workers, visible_gpus())
         from wsi_mmm.engine.local import LocalExecutor
 
         return LocalExecutor(order.recipe)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wsi_mmm.cli_console import EXIT_CODES, Debug, Json, facts, flags, guarded, say, say_json, table
+from wsi_mmm.config import user_cache
 from wsi_mmm.errors import InputError, SlideNotFound
 
 if TYPE_CHECKING:
@@ -71,8 +72,9 @@ def show(
       wsi-mmm models show my-model/ --json
     """
     from wsi_mmm.model.card import read_card
+    from wsi_mmm.model.fetched import fetched
 
-    card = _dump(read_card(name))
+    card = _dump(read_card(fetched(name, user_cache())))
     if flags.json:
         say_json(card)
         return

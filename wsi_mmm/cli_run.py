@@ -94,7 +94,10 @@ SkipErrors = Annotated[
 ]
 Batch = Annotated[int | None, typer.Option(help="Tiles per batch; changes speed only.", rich_help_panel=HOW)]
 Workers = Annotated[
-    int | None, typer.Option(help="Local worker processes; 0 works in this process. (default: 0)", rich_help_panel=HOW)
+    int | None,
+    typer.Option(
+        help="Local worker processes, each on a GPU of its own; 0: this process. (default: 0)", rich_help_panel=HOW
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Model threads per process.", rich_help_panel=HOW)]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. (default: auto)", rich_help_panel=HOW)]
@@ -157,7 +160,12 @@ def run(
     output: Output = "results",
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Packaged model or model folder. (default: default)", rich_help_panel=WHAT),
+        typer.Option(
+            "--model",
+            "-m",
+            help="Packaged model or model folder, s3:// too. (default: default)",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     tasks: Annotated[
         list[str] | None,
@@ -253,7 +261,7 @@ def embed(
             "--encoder",
             "--model",
             "-m",
-            help="timm name, hf-hub: id, or model folder. (default: the default model's encoder)",
+            help="timm name, hf-hub: id, or model folder, s3:// too. (default: the default model's encoder)",
             rich_help_panel=WHAT,
         ),
     ] = None,

@@ -112,6 +112,14 @@ def user_cache(environ: Mapping[str, str] | None = None) -> str:
     return f"{base.rstrip('/')}/wsi-mmm"
 
 
+def visible_gpus(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The NVIDIA GPUs that programs may use here, as CUDA_VISIBLE_DEVICES names them (all, when it is not set)."""
+    named = (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return tuple(name.strip() for name in named.split(",") if name.strip() not in ("", "-1"))
+    return tuple(str(number) for number in range(sum(1 for _ in Path("/proc/driver/nvidia/gpus").glob("*"))))
+
+
 def trace_exporter(environ: Mapping[str, str] | None = None) -> str | None:
     """The exporter that OTEL_TRACES_EXPORTER names, or "otlp"; None for "none"."""
     name = (os.environ if environ is None else environ).get("OTEL_TRACES_EXPORTER") or "otlp"

@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import logging
-import multiprocessing
 import queue
 import time
 import uuid
@@ -31,7 +30,7 @@ from wsi_mmm.engine import alone, steps, wire
 from wsi_mmm.engine.alone import named
 from wsi_mmm.engine.base import Kind, Receipt, Work
 from wsi_mmm.engine.bundles import Pace, bundled
-from wsi_mmm.engine.local import cpu_count, failure
+from wsi_mmm.engine.local import failure
 from wsi_mmm.engine.patience import patiently
 from wsi_mmm.engine.pools import FIRST, MODELS, POOLS, READERS, SPECK, Pool, WorkerFacts, labelled, pool_of
 from wsi_mmm.engine.recipe import Recipe
@@ -299,27 +298,6 @@ def workers_of(client: Client) -> dict[str, WorkerFacts]:
 
 
 NOISY = ("distributed", *(f"distributed.{part}" for part in ("batched", "client", "comm", "core", "utils")))
-MAIN_GUARD = "in a script, call it below: if __name__ == '__main__':"
-
-
-def local_cluster(workers: int) -> DaskExecutor:
-    """``workers`` processes on this machine, each with threads enough to read beside the model."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise ClusterError(f"a worker process has run the script that starts workers; {MAIN_GUARD}")
-    threads = max(2, cpu_count() // workers)
-    try:
-        # Workers are started by us and talk on loopback; the dashboard would open a port nobody asked for.
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=threads,
-            processes=True,
-            dashboard_address=None,
-            host="127.0.0.1",
-            silence_logs=50,
-        )
-    except (OSError, RuntimeError, TimeoutError) as error:
-        raise ClusterError(f"the {workers} worker processes did not start ({error}); {MAIN_GUARD}") from error
-    return _over(Client(cluster, set_as_default=False), cluster)
 
 
 def connect(address: str, timeout: float = 10.0, *, tls: Tls | None = None) -> DaskExecutor:
@@ -330,7 +308,7 @@ def connect(address: str, timeout: float = 10.0, *, tls: Tls | None = None) -> D
     client = client_of(address, timeout, tls=tls)
     with contextlib.suppress(TimeoutError):
         client.wait_for_workers(1, timeout=timeout)
-    return _over(client)
+    return over(client)
 
 
 def client_of(cluster: Client | str, timeout: float = 10.0, *, tls: Tls | None = None) -> Client:
@@ -367,7 +345,7 @@ def _look_at(address: str) -> str:
     return "is it running, is the port open, did one authority sign its certificate and that of --tls?"
 
 
-def _over(client: Client, cluster: LocalCluster | None = None) -> DaskExecutor:
+def over(client: Client, cluster: LocalCluster | None = None) -> DaskExecutor:
     """An executor that owns ``client``; when it cannot be had, nothing is left open."""
     try:
         return DaskExecutor(client, cluster=cluster, owned=True)

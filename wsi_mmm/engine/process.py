@@ -17,7 +17,7 @@ from wsi_mmm import clock
 from wsi_mmm.cache import CachedReader, Choice, Entry, Quota, choose
 from wsi_mmm.engine.base import SlideTask
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.errors import MissingPackage
+from wsi_mmm.errors import MissingPackage, ModelError
 from wsi_mmm.slides import Slide, open_slide, store
 from wsi_mmm.types import I64, Grid, Tiles
 
@@ -31,6 +31,7 @@ _lock = threading.RLock()
 _loading = threading.Lock()  # of its own: slides are opened and their tissue is found while a model loads
 _slides: OrderedDict[tuple[str, float | None, str | None], tuple[Slide, int]] = OrderedDict()
 _runners: dict[tuple[str, str, int | None, str], Runner] = {}
+_models: dict[tuple[str, str], str] = {}
 _entries: dict[tuple[str, int], Entry] = {}
 _readers: dict[tuple[str, str], CachedReader] = {}
 _choices: dict[tuple[str, str], Choice] = {}
@@ -118,7 +119,7 @@ def _load(recipe: Recipe) -> Runner:
     if recipe.encoder:
         model = load_encoder(recipe.model, weights=recipe.weights)
     else:
-        model = load_model(recipe.model)
+        model = load_model(_model_of(recipe))
     quantise = {task.info.name: task.quantise for task in tasks_of(recipe)}
     runner = Runner(
         model, device=recipe.device, threads=recipe.threads, quantise=quantise, runtime=recipe.runtime, tune=True,
@@ -126,6 +127,26 @@ def _load(recipe: Recipe) -> Runner:
     )  # fmt: skip
     runner.warm_up(recipe.tile, recipe.tasks)
     return runner
+
+
+def _model_of(recipe: Recipe) -> str:
+    """The folder of a recipe's model on this machine. ModelError when it is not the one that the run began with."""
+    from wsi_mmm.model.card import read_card
+    from wsi_mmm.model.fetched import fetched, forget
+    from wsi_mmm.model.identity import model_identity
+
+    key = (recipe.model, recipe.model_hash)
+    if key in _models:
+        return _models[key]
+    for _ in range(2):
+        here = fetched(recipe.model, recipe.user_cache)
+        if model_identity(here, read_card(here)) == recipe.model_hash:
+            return _models.setdefault(key, here)
+        forget(recipe.model)  # a process that lives long may hold an earlier one
+    raise ModelError(
+        f"the model {store.redact(recipe.model)} on {os.uname().nodename} is not the one the run was begun with: "
+        "copy that to every worker, or begin the run again"
+    )
 
 
 def _user_cache(recipe: Recipe) -> Path | None:
@@ -153,7 +174,7 @@ def tasks_of(recipe: Recipe) -> list[Task]:
     from wsi_mmm.model.card import read_card
     from wsi_mmm.tasks import make_task
 
-    cards = {card.name: card for card in read_card(recipe.model).tasks}
+    cards = {card.name: card for card in read_card(_model_of(recipe)).tasks}
     return [make_task(cards[name]) for name in recipe.tasks]
 
 
@@ -184,6 +205,7 @@ def release(*, models: bool = True) -> None:
         _quotas.clear()
         if models:
             _runners.clear()
+            _models.clear()
 
 
 def peak_rss_mb() -> float:
