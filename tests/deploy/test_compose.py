@@ -63,7 +63,7 @@ def test_no_secret_has_a_value(services: dict[str, Any]) -> None:
             if secret and value is not None:
                 assert re.fullmatch(r"\$\{(\w+)-\}", value), f"{name} has a default"
                 assert value[2:-2] in SECRETS
-    assert list(services["scheduler"]["environment"]) == ["HOME"]
+    assert set(services["scheduler"]["environment"]) == {"HOME", "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH"}
 
 
 def test_long_running_services_have_health_checks(services: dict[str, Any]) -> None:

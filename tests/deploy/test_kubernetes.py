@@ -46,7 +46,8 @@ def test_no_pod_has_privileges_or_a_secret(pod: dict[str, Any]) -> None:
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    assert [one["name"] for one in container["env"]] == ["HOME"]
+    of_scheduler = ["DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH"] * (container["name"] == "scheduler")
+    assert [one["name"] for one in container["env"]] == ["HOME", *of_scheduler]
     handed_on = [one["secretRef"]["name"] for one in container.get("envFrom", [])]
     assert handed_on == ([] if container["name"] == "scheduler" else ["wsi-mmm-storage"])
 
