@@ -63,9 +63,9 @@ def run(
         progress: called with an Event whenever something happened.
         observe: what to show of the run: logs, metrics, traces.
         **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
-            ``tissue``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``cache_quota``, ``reader``,
-            ``features``, ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``runtime``,
-            ``decode``, ``placement``.
+            ``tissue``, ``regions``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``cache_quota``,
+            ``reader``, ``features``, ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``overlay``,
+            ``runtime``, ``decode``, ``placement``.
 
     Returns:
         A RunReport: one row per slide, ``exit_code`` 0 only if every slide succeeded. A slide that fails does not stop
@@ -76,7 +76,7 @@ def run(
         Cancelled: on Ctrl-C; running the same again resumes.
     """
     order = order_run(slides, model, output=output, tasks=tasks, workers=workers, scheduler=scheduler, **options)
-    return carry_out(order, _executor(order), progress or silent, observe=observe)
+    return carry_out(order, executor_of(order), progress or silent, observe=observe)
 
 
 def order_run(
@@ -165,7 +165,7 @@ def embed(
     order = checked_here(
         order_of(slides, encoder_recipe(encoder, weights, options), output, workers, scheduler, options)
     )
-    report = carry_out(order, _executor(order), progress or silent, observe=observe)
+    report = carry_out(order, executor_of(order), progress or silent, observe=observe)
     reporting.export_features(report, formats)
     return report
 
@@ -272,7 +272,9 @@ def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | Non
     return run(str(path), output=folder / "results", progress=progress, **options)
 
 
-def _executor(order: Order) -> Callable[[], Executor]:
+def executor_of(order: Order) -> Callable[[], Executor]:
+    """What makes the executor that an order names: a cluster's, local processes, or this process."""
+
     def make() -> Executor:
         if order.scheduler:
             from wsi_mmm.engine.dask import connect

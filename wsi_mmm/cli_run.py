@@ -77,6 +77,10 @@ Tissue = Annotated[
         help="auto, none (the whole slide), or a GeoJSON or mask image.", rich_help_panel=WHAT, metavar="WHERE"
     ),
 ]
+Regions = Annotated[
+    str | None,
+    typer.Option(help="GeoJSON of polygons (level-0 px): work only there.", rich_help_panel=WHAT, metavar="FILE"),
+]
 MppOverride = Annotated[
     float | None,
     typer.Option(help="Take the slides' own pixel to be this many micrometres wide.", rich_help_panel=SLIDES),
@@ -178,6 +182,7 @@ def run(
     tile_size: TileSize = None,
     overlap: Overlap = None,
     tissue: Tissue = None,
+    regions: Regions = None,
     mpp_override: MppOverride = None,
     reader: Reader = None,
     skip_errors: SkipErrors = False,
@@ -236,7 +241,7 @@ def run(
 
     given = {
         "model": model, "tasks": tasks or None, "mpp": config.mpp_of(mpp, mag), "tile_size": tile_size,
-        "overlap": overlap, "tissue": tissue, "mpp_override": mpp_override, "reader": reader,
+        "overlap": overlap, "tissue": tissue, "regions": regions, "mpp_override": mpp_override, "reader": reader,
         "cache": cache, "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "save_maps": maps or None, "gzip": False if plain_geojson else None,
         "bounds_offset": bounds_offset or None, "batch_size": batch_size, "workers": workers, "threads": threads,

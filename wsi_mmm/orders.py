@@ -26,10 +26,10 @@ Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
 _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("tile_size", "overlap", "batch_size", "block_tiles", "threads"), (Integral, "a whole number")),
     **dict.fromkeys(("mpp", "mpp_override", "min_tissue"), (Real, "a number")),
-    **dict.fromkeys(("features", "save_maps", "bounds_offset", "gzip", "force"), (bool, "true or false")),
+    **dict.fromkeys(("features", "save_maps", "bounds_offset", "gzip", "force", "overlay"), (bool, "true or false")),
     **dict.fromkeys(("device", "reader", "runtime", "cache_tiles", "decode", "placement"), (str, "a word")),
     "cache_quota": (Integral, "a size such as 50GB"),
-    **dict.fromkeys(("tissue", "cache", "tls"), (str, "a path or a word")),
+    **dict.fromkeys(("tissue", "regions", "cache", "tls"), (str, "a path or a word")),
 }
 
 
@@ -76,7 +76,7 @@ def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
         given.setdefault("overlap", min(recipe.overlap, given["tile"] // 8 // 2 * 2))
     if given.get("reader") not in (None, *READERS):
         raise RecipeError(f"there is no reader {given['reader']!r}; choose one of {', '.join(READERS)}")
-    for name in {"tissue", "cache"} & set(given):  # a worker may stand in another folder
+    for name in {"tissue", "regions", "cache"} & set(given):  # a worker may stand in another folder
         given[name] = given[name] if given[name] in ("auto", "none") else _absolute(given[name])
     if "cache_quota" in given and not store.is_local(given.get("cache", ".")):
         raise RecipeError("a quota holds for a cache in a folder; give a bucket a lifecycle rule instead")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from wsi_mmm.engine import parts, steps
+from wsi_mmm.engine.asked import region_hash
 from wsi_mmm.engine.base import SlideTask
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.errors import OutputError
@@ -21,12 +22,12 @@ def task(tmp_path: Path) -> SlideTask:
 
 def publish(task: SlideTask, **facts: str) -> None:
     """Leave the slide.json that a finished run of ``task`` leaves."""
-    known = {"fingerprint": "f", "result_hash": task.result_hash(), "region": steps.region_hash(task), "status": "done"}
+    known = {"fingerprint": "f", "result_hash": task.result_hash(), "region": region_hash(task), "status": "done"}
     (Path(task.output) / "slide.json").write_text(json.dumps(known | facts))
 
 
 def answered(task: SlideTask) -> bool:
-    return steps.published(task, "f", steps.region_hash(task)) is not None
+    return steps.published(task, "f", region_hash(task)) is not None
 
 
 def test_the_same_question_is_answered_once(task: SlideTask) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import wsi_mmm
 from wsi_mmm.cache import ArraySpec, Entry
 from wsi_mmm.engine import bags, parts, process, steps
+from wsi_mmm.engine.asked import asked_regions, region_hash
 from wsi_mmm.engine.base import Receipt, SlideTask, Work
 from wsi_mmm.engine.picture import THUMBNAIL, Picture
 from wsi_mmm.engine.plan import SlidePlan, core_of, interpret_works
@@ -24,12 +25,13 @@ from wsi_mmm.outputs import merge, polygons, ragged
 from wsi_mmm.outputs.attention import attention_png
 from wsi_mmm.outputs.exports import write_features
 from wsi_mmm.outputs.geojson import GeoJSONWriter
+from wsi_mmm.outputs.inside import Regions
 from wsi_mmm.outputs.maps import write_map
 from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.slides import store
 from wsi_mmm.tasks.base import Task
 from wsi_mmm.tiles.grid import tile_boxes, tile_size_level0, tile_xy
-from wsi_mmm.types import I64, Objects
+from wsi_mmm.types import I64, Objects, TaskInfo
 
 Values = Mapping[str, np.ndarray[Any, Any]]
 
@@ -59,8 +61,10 @@ def publish(work: Work) -> Receipt:
         done.answers = bags.answers(plan, _entry(plan, work), failed)
         picture = Picture(slide, plan)
         if task.recipe.tasks:
-            _geojson(plan, tables, done, picture)
-            done.files["overlay"] = _write(task, "overlay.png", _overlay(plan, picture, done))
+            regions = asked_regions(task)
+            _geojson(plan, tables, done, picture, regions)
+            if task.recipe.overlay:
+                done.files["overlay"] = _write(task, "overlay.png", _overlay(plan, picture, done, regions))
         done.files["tiles"] = _write(task, "tiles.parquet", _tiles(plan, tables, failed, done.answers))
         if task.recipe.features and len(plan.index):
             done.files["features"] = _features(plan, work)
@@ -86,7 +90,7 @@ def _published(task: SlideTask, fingerprint: str) -> Receipt | None:
     """What a try before this one had published when it was cut short while tidying up: the plan goes first there."""
     if store.exists(parts.plan_uri(task)):
         return None
-    facts = steps.published(task, fingerprint, steps.region_hash(task))
+    facts = steps.published(task, fingerprint, region_hash(task))
     if facts is None:
         return None
     steps.remove_scratch(task)
@@ -97,7 +101,9 @@ def _published(task: SlideTask, fingerprint: str) -> Receipt | None:
 # ---------------------------------------------------------------- GeoJSON
 
 
-def _geojson(plan: SlidePlan, tables: dict[str, Values], done: Published, picture: Picture) -> None:
+def _geojson(
+    plan: SlidePlan, tables: dict[str, Values], done: Published, picture: Picture, asked: Regions | None
+) -> None:
     task = plan.slide
     found = [t for t in process.tasks_of(task.recipe) if t.scope != "bag"]
     name = "result.geojson.gz" if task.recipe.gzip else "result.geojson"
@@ -112,7 +118,7 @@ def _geojson(plan: SlidePlan, tables: dict[str, Values], done: Published, pictur
                 classes = np.zeros(len(t.info.classes), np.int64)
                 for found_objects in _objects(t, plan, tables, regions):
                     # Map px at the far edges reach beyond the slide by up to one of them.
-                    objects = polygons.clip(found_objects, plan.info.width, plan.info.height)
+                    objects = _asked(t, polygons.clip(found_objects, plan.info.width, plan.info.height), asked, done)
                     classes += np.bincount(objects.class_index[objects.class_index >= 0], minlength=len(classes))
                     picture.add(t.info, objects)
                     writer.write(_placed(objects, plan))
@@ -122,15 +128,28 @@ def _geojson(plan: SlidePlan, tables: dict[str, Values], done: Published, pictur
                     classes = _holding(t, tables[t.info.name])
                 if t.info.kind not in ("regress", "survive"):  # numbers have no classes to count
                     done.classes[t.info.name] = dict(zip(t.info.classes, classes.tolist(), strict=True))
-        done.repaired, done.dropped = writer.repaired, writer.dropped
+        done.repaired, done.dropped = done.repaired + writer.repaired, done.dropped + writer.dropped
     done.files["geojson"] = name
 
 
-def _overlay(plan: SlidePlan, picture: Picture, done: Published) -> bytes:
+def _asked(task: Task, objects: Objects, regions: Regions | None, done: Published) -> Objects:
+    """What of ``objects`` lies in the regions that were asked for; tiles are those that touch them already."""
+    if regions is None or task.scope == "tile":
+        return objects
+    if task.info.dissolves:
+        return regions.cut(objects)
+    kept = regions.single(objects)
+    done.repaired, done.dropped = done.repaired + kept.repaired, done.dropped + kept.dropped
+    return kept.objects
+
+
+def _overlay(plan: SlidePlan, picture: Picture, done: Published, regions: Regions | None) -> bytes:
     found = {t.info.name: t for t in process.tasks_of(plan.slide.recipe)}
-    return picture.png(
-        [t.info for t in found.values()], done.classes, lambda info, box: _within(found[info.name], plan, box)
-    )
+
+    def find(info: TaskInfo, box: tuple[float, float, float, float]) -> Objects:
+        return _asked(found[info.name], _within(found[info.name], plan, box), regions, Published())
+
+    return picture.png([t.info for t in found.values()], done.classes, find)
 
 
 def _within(task: Task, plan: SlidePlan, box: tuple[float, float, float, float]) -> Objects:
@@ -289,7 +308,7 @@ def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]
     return {
         "format": "wsi-mmm-slide/1", "wsi_mmm_version": wsi_mmm.__version__, "id": plan.slide.id,
         "uri": store.redact(plan.slide.uri), "status": "partial" if partial else "done" if len(plan.index) else "empty",
-        "result_hash": plan.slide.result_hash(), "region": steps.region_hash(plan.slide), "recipe": shown,
+        "result_hash": plan.slide.result_hash(), "region": region_hash(plan.slide), "recipe": shown,
         "fingerprint": info.fingerprint, "reader": info.reader, "decode": plan.decode.on,
         "vendor": info.vendor, "width": info.width, "height": info.height, "mpp_x": info.mpp_x, "mpp_y": info.mpp_y,
         "mpp_requested": recipe.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),

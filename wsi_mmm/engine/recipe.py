@@ -21,6 +21,8 @@ class Recipe:
 
     ``model``: name or path of a model, or of a bare encoder when ``encoder`` is true; ``model_hash`` identifies its
     weights. ``mpp`` micrometres per target px; ``tile``/``overlap`` target px; ``tissue``: "auto", "none" or a URI.
+    ``regions``: URI of polygons (level-0 px) outside of which nothing is done, or None; see `outputs.inside`.
+    ``overlay``: whether the picture for people is drawn, which reads the slide once more.
     The lower half changes speed and places only: results do not depend on it. ``user_cache``: folder, on the machine
     that works, of what is kept per user (``~`` is that machine's); None keeps nothing.
     """
@@ -41,6 +43,8 @@ class Recipe:
     gzip: bool = True
     runtime: str = "eager"
     decode: str = "auto"
+    regions: str | None = None
+    overlay: bool = True
 
     block_tiles: int = 4
     batch_size: int = 64
@@ -110,7 +114,9 @@ class Recipe:
         names = ("model_hash", "tasks", "mpp", "tile", "overlap", "min_tissue", "features", "runtime")
         tissue = self.tissue if self.tissue in ("auto", "none") else "file"  # its content is compared apart
         files = {"save_maps": self.save_maps, "gzip": self.gzip, "bounds": self.bounds_offset}
-        place = {"decode": self.decode} if self.decode == "device" else {}
+        place: dict[str, Any] = {"decode": self.decode} if self.decode == "device" else {}
+        place |= {"regions": "file"} if self.regions else {}
+        place |= {} if self.overlay else {"overlay": False}
         return self._hash({"tissue": tissue, **files, **place}, names)
 
     def _hash(self, extra: dict[str, Any], names: tuple[str, ...]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ import numpy as np
 from wsi_mmm import clock
 from wsi_mmm.cache import ArraySpec, Entry
 from wsi_mmm.engine import ahead, decoding, parts, process
+from wsi_mmm.engine.asked import region_hash, restricted
 from wsi_mmm.engine.base import Kind, Receipt, SlideTask, Work
 from wsi_mmm.engine.plan import SlidePlan, Span, core_of, window_of
 from wsi_mmm.engine.recipe import Recipe
@@ -69,7 +69,7 @@ def _plan(task: SlideTask, slide: Slide) -> tuple[SlidePlan, dict[str, Any]]:
     slide.scale(recipe.mpp)  # says what to do when the slide does not know its mpp
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     tissue = ahead.tissue_of(slide, task)
-    index = select_tiles(grid, tissue.mask, min_tissue=recipe.min_tissue)
+    index = restricted(task, grid, select_tiles(grid, tissue.mask, min_tissue=recipe.min_tissue))
     choice = _kept_choice(task) or decoding.choose(recipe, slide.reader, tiles_at(grid, index))
     return _assembled(task, slide, index, tissue_share(grid, tissue.mask, index), choice), tissue.spent
 
@@ -99,12 +99,6 @@ def _assembled(task: SlideTask, slide: Slide, index: I64, share: F32, choice: de
         mpp_effective=grid.scale_x * (slide.info.mpp_x or 0.0),
         maps=bool(tasks), decode=choice,
     )  # fmt: skip
-
-
-def region_hash(task: SlideTask) -> str:
-    """Hash of the file that says where to look, empty when there is none: an edited mask is another question."""
-    where = task.mask or task.recipe.tissue
-    return "" if where in ("auto", "none") else hashlib.sha256(store.read_bytes(where)).hexdigest()[:32]
 
 
 def published(task: SlideTask, fingerprint: str, region: str) -> dict[str, Any] | None:

@@ -1,0 +1,64 @@
+"""Regions of interest: which tiles touch them, and which findings lie in them.
+
+The rule for findings: a single object counts as inside when the centroid of its outline, as it is published, lies in a
+region or on its border (as QuPath counts detections inside an annotation); it is kept whole. Areas are cut along the
+regions. Regions that overlap count as one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import shapely
+
+from wsi_mmm.annotations import parse_shapes
+from wsi_mmm.errors import RecipeError
+from wsi_mmm.outputs.polygons import CHUNK, Rounded, from_parts, round_valid, shapes
+from wsi_mmm.outputs.ragged import concat, part, take
+from wsi_mmm.types import F64, Mask, Objects
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """Where work was asked for: a prepared shapely geometry of level-0 px."""
+
+    area: Any
+
+    def touched(self, boxes: F64) -> Mask:
+        """bool[n]: which rectangles float64[n, 4] (x0, y0, x1, y1) share area with a region; an edge is none."""
+        found = np.zeros(len(boxes), np.bool_)
+        for start in range(0, len(boxes), CHUNK):
+            some = shapely.box(*boxes[start : start + CHUNK].T)
+            found[start : start + CHUNK] = shapely.intersects(self.area, some) & ~shapely.touches(self.area, some)
+        return found
+
+    def single(self, objects: Objects) -> Rounded:
+        """The objects whose centroid lies in a region, made safe first: that is the outline which is published."""
+        safe = round_valid(objects)
+        inside = np.zeros(len(safe.objects), np.bool_)
+        for start in range(0, len(inside), CHUNK):
+            stop = min(start + CHUNK, len(inside))
+            centres = shapely.get_coordinates(shapely.centroid(shapes(part(safe.objects, start, stop))))
+            inside[start:stop] = shapely.intersects_xy(self.area, centres[:, 0], centres[:, 1])
+        return Rounded(take(safe.objects, inside), safe.repaired, safe.dropped)
+
+    def cut(self, objects: Objects) -> Objects:
+        """Areas cut along the regions, in their order; one cut in several keeps them all."""
+        pieces = [part(objects, start, min(start + CHUNK, len(objects))) for start in range(0, len(objects), CHUNK)]
+        if not pieces:
+            return objects
+        return concat(
+            [from_parts(some, shapely.intersection(shapely.make_valid(shapes(some)), self.area)) for some in pieces]
+        )
+
+
+def regions_of(data: bytes, name: str) -> Regions:
+    """The regions in the bytes of an annotation file of polygons in level-0 px. Raises AnnotationError, RecipeError."""
+    found = parse_shapes(data, name)
+    if not len(found):
+        raise RecipeError(f"{name}: no polygon is in it: draw the regions to work in, or leave --regions out")
+    area = shapely.union_all([shape.geometry for shape in found])
+    shapely.prepare(area)
+    return Regions(area)
