@@ -161,3 +161,11 @@ def empaia_job(environ: Mapping[str, str] | None = None) -> EmpaiaJob:
     if not re.fullmatch(r"[!-~]+", token):
         raise RecipeError("EMPAIA_TOKEN holds characters that no token has")
     return EmpaiaJob(api.rstrip("/"), job_id, token)
+
+
+def empaia_places(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Where an app works, as far as the environment says: ``scheduler`` (``WSI_MMM_EMPAIA_SCHEDULER``), the address of
+    a Dask cluster, and ``work`` (``WSI_MMM_EMPAIA_WORK``), the folder or URI of what it writes on the way."""
+    source = os.environ if environ is None else environ
+    found = {name: source.get(f"WSI_MMM_EMPAIA_{name.upper()}", "").strip() for name in ("scheduler", "work")}
+    return {name: value for name, value in found.items() if value}

@@ -10,7 +10,8 @@
     │   ├── MppUnknown           the slide does not say its resolution
     │   ├── ManifestError        a row or column of a manifest is wrong
     │   ├── AnnotationError      GeoJSON or XML that cannot be read as shapes
-    │   └── RecipeError          an option or a combination of options is wrong (mpp, tile size, unknown task)
+    │   ├── RecipeError          an option or a combination of options is wrong (mpp, tile size, unknown task)
+    │   └── JobError             a job of the EMPAIA platform cannot be done as asked; worded for a pathologist
     ├── StorageError             fetching or writing bytes failed
     │   ├── SlideChanged         the object changed while it was read
     │   └── OutputError          the output cannot be written (permission, disk full)
@@ -62,6 +63,10 @@ class AnnotationError(InputError):
 
 class RecipeError(InputError):
     """An option, or a combination of options, is wrong."""
+
+
+class JobError(InputError):
+    """A job of the EMPAIA platform cannot be done as it is asked for. The text is for a pathologist: no internals."""
 
 
 class StorageError(WsiError):

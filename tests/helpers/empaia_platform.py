@@ -1,7 +1,8 @@
 """A small App API v3 in memory: it judges every body by the platform's schemas, and fails when it is told to.
 
 Written from published models; it is ours, not the platform's own. ``async with FakePlatform() as platform:`` serves
-``platform.job`` on loopback.
+``platform.job`` on loopback; ``with served(FakePlatform()) as platform:`` does so in a thread of its own. ``slides``
+holds slides by their id: regions and tiles are cut from them as the real service does it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import threading
 import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -17,7 +21,9 @@ import numpy as np
 from aiohttp import web
 
 from helpers.empaia_schemas import item_problems, model_problems
+from helpers.wsi_service import encoded, level_pixels
 from wsi_mmm.config import EmpaiaJob
+from wsi_mmm.slides import Slide
 
 TOKEN = "header.secret-of-the-job.signature"
 JOB = "00000000-0000-4000-8000-00000000000a"
@@ -41,7 +47,10 @@ class Fault:
 
 @dataclass
 class FakePlatform:
-    """``state``: RUNNING, COMPLETED or FAILED. ``log``: "METHOD /path" of each request. ``largest``: bytes."""
+    """``state``: RUNNING, COMPLETED or FAILED. ``log``: "METHOD /path" of each request. ``largest``: bytes.
+
+    ``received``, ``sent``: bytes of bodies that came, and of pictures that were given.
+    """
 
     mode: str = "STANDALONE"
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +62,9 @@ class FakePlatform:
     items: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     tiles: dict[tuple[str, int, int, int], bytes] = field(default_factory=dict)
     progress: list[float] = field(default_factory=list)
+    slides: Mapping[str, Slide] = field(default_factory=dict)
+    received: int = 0
+    sent: int = 0
     log: list[str] = field(default_factory=list)
     job: EmpaiaJob = field(init=False)
     _runner: web.AppRunner = field(init=False)
@@ -70,6 +82,7 @@ class FakePlatform:
                 web.put(f"{base}/collections/{{id}}/query", self._query),
                 web.put(f"{base}/pixelmaps/{{id}}/level/{{level}}/position/{{x}}/{{y}}/data", self._tile),
                 web.get(f"{base}/regions/{{id}}/level/{{l}}/start/{{x}}/{{y}}/size/{{w}}/{{h}}", self._region),
+                web.get(f"{base}/tiles/{{id}}/level/{{l}}/position/{{x}}/{{y}}", self._native),
                 web.put(f"{base}/progress", self._progress),
                 web.put(f"{base}/finalize", self._finalize),
                 web.put(f"{base}/failure", self._failure),
@@ -97,6 +110,7 @@ class FakePlatform:
         if request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return _no(401, "Not authenticated")
         data = await request.read()
+        self.received += len(data)
         fault = next((one for one in self.faults if one.times > 0 and one.where in line), None)
         if fault is None:
             return await self._judged(request, data, handler)
@@ -172,7 +186,29 @@ class FakePlatform:
         pixels = int(request.match_info["w"]) * int(request.match_info["h"])
         if pixels > MOST_PIXELS:
             return _no(422, "may not contain more than 25000000 pixels")
-        return web.Response(body=f"{pixels} px".encode(), content_type="image/jpeg")
+        at = {name: int(value) for name, value in request.match_info.items() if name != "id"}
+        window = at["x"], at["y"], at["w"], at["h"]
+        return await self._picture(request, at["l"], window)
+
+    async def _native(self, request: web.Request) -> web.Response:
+        at = {name: int(value) for name, value in request.match_info.items() if name != "id"}
+        slide = self.slides.get(request.match_info["id"])
+        if slide is None or at["l"] >= len(slide.info.levels):
+            return _no(404, "no such tile")
+        side = slide.info.levels[0].tile_width, slide.info.levels[0].tile_height
+        return await self._picture(request, at["l"], (at["x"] * side[0], at["y"] * side[1], *side))
+
+    async def _picture(self, request: web.Request, level: int, window: tuple[int, int, int, int]) -> web.Response:
+        kind = request.query.get("image_format", "jpeg")
+        if not self.slides:
+            return web.Response(body=f"{window[2] * window[3]} px".encode(), content_type="image/jpeg")
+        slide = self.slides.get(request.match_info["id"])
+        if slide is None or level >= len(slide.info.levels):
+            return _no(404 if slide is None else 422, "no such slide or level")
+        query = {name: [value] for name, value in request.query.items()}
+        data = await asyncio.to_thread(lambda: encoded(level_pixels(slide, level, window), query))
+        self.sent += len(data)
+        return web.Response(body=data, content_type=f"image/{kind}")
 
     async def _progress(self, request: web.Request) -> web.Response:
         said = await request.json()
@@ -191,6 +227,28 @@ class FakePlatform:
             return _no(422, "no message")
         self.state, self.message = "FAILED", said["user_message"]
         return web.Response(status=200)
+
+
+@contextmanager
+def served(platform: FakePlatform) -> Iterator[FakePlatform]:
+    """The platform in a thread of its own, for apps that are no coroutine."""
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+    stop = asyncio.Event()
+
+    async def serve() -> None:
+        async with platform:
+            ready.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield platform
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(30)
+        loop.close()
 
 
 def _problems(item: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import shapely
 
 from wsi_mmm.empaia.bodies import Point, Polygon, Rectangle, Ring, Wsi
-from wsi_mmm.types import F64
+from wsi_mmm.types import F64, I64, Mask
 
 _CUTS = 500  # holes opened per outline at most; those beyond are filled
 
@@ -33,18 +34,79 @@ def rectangle(x0: float, y0: float, x1: float, y1: float, wsi: Wsi) -> Rectangle
     return Rectangle(left, top, right - left, bottom - top)
 
 
-def polygons(rings: Sequence[F64], wsi: Wsi, *, keep_holes: bool) -> list[Polygon]:
+@dataclass(frozen=True, slots=True)
+class Area:
+    """A part of a slide, in level-0 px: a prepared shapely geometry."""
+
+    shape: Any
+
+    @property
+    def size(self) -> float:
+        """Level-0 px^2."""
+        return float(self.shape.area)
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """Level-0 (x0, y0, x1, y1)."""
+        x0, y0, x1, y1 = self.shape.bounds
+        return x0, y0, x1, y1
+
+    def holds(self, points: F64) -> Mask:
+        """bool[n]: which of ``points`` float64[n, 2] (x, y) lie in it or on its border."""
+        return np.asarray(shapely.intersects_xy(self.shape, points[:, 0], points[:, 1]), np.bool_)
+
+    def geojson(self) -> str:
+        """It as a GeoJSON geometry."""
+        return str(shapely.to_geojson(self.shape))
+
+
+def area_of(ring: F64, wsi: Wsi) -> Area | None:
+    """What a ring float64[n, 2] (not closed) encloses of the slide; None when that is nothing."""
+    if len(ring) < 3 or not np.isfinite(ring).all():
+        return None
+    inside = shapely.intersection(_valid(shapely.Polygon(ring)), shapely.box(0, 0, wsi.width, wsi.height))
+    return _area(shapely.union_all(_pieces(inside)))
+
+
+def joined(areas: Sequence[Area]) -> Area | None:
+    """All of them as one; None for none."""
+    return _area(shapely.union_all([area.shape for area in areas])) if areas else None
+
+
+def _area(shape: Any) -> Area | None:
+    if shape.is_empty or shape.area <= 0:
+        return None
+    shapely.prepare(shape)
+    return Area(shape)
+
+
+def centres(outlines: Sequence[Sequence[F64]]) -> F64:
+    """Centroids float64[n, 2] (x, y) of polygons, each given as its rings (not closed), the outside first."""
+    shapes = [shapely.Polygon(outside, holes) for outside, *holes in outlines]
+    return np.asarray(shapely.get_coordinates(shapely.centroid(shapes)), np.float64)
+
+
+def meeting(some: Sequence[Polygon], boxes: F64) -> list[I64]:
+    """Per polygon, which of the rectangles float64[n, 4] (x0, y0, x1, y1) have a pixel of it; in order."""
+    tree = shapely.STRtree(shapely.box(*boxes.T) if len(boxes) else [])
+    return [np.sort(tree.query(shapely.Polygon(one.corners), predicate="intersects")) for one in some]
+
+
+def polygons(rings: Sequence[F64], wsi: Wsi, *, keep_holes: bool, area: Area | None = None) -> list[Polygon]:
     """The polygons that cover an area; the first ring float64[n, 2] is its outside, the others are holes.
 
     Cut to the slide and rounded so that they stay valid. The platform knows no holes: with ``keep_holes`` the area is
     cut along them into pieces without any (same area: for regions); without, they are filled and the largest piece
-    is the answer (one object stays one: for nuclei). Empty when nothing is left, or for a ring that is not finite.
+    is the answer (one object stays one: for nuclei). Only what lies in ``area`` is kept, if one is given. Empty when
+    nothing is left, or for a ring that is not finite.
     """
     if not rings or any(len(ring) < 3 or not np.isfinite(ring).all() for ring in rings):
         return []
     outside, *holes = [np.round(ring, 3) for ring in rings]  # GEOS overflows on slopes of 1e180
     shape = shapely.Polygon(outside, holes if keep_holes else [])
     inside = shapely.intersection(_valid(shape), shapely.box(0, 0, wsi.width, wsi.height))
+    if area is not None:
+        inside = shapely.intersection(inside, area.shape)
     pieces = _pieces(shapely.set_precision(inside, 1.0))
     if not keep_holes:
         pieces = [shapely.Polygon(piece.exterior) for piece in pieces]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from wsi_mmm.errors import NotASlide, RecipeError, SlideDamaged
+from wsi_mmm.slides.app_api import SCHEME, open_app_slide
 from wsi_mmm.slides.base import Reader, Slide, check_mpp
 from wsi_mmm.slides.openslide import detect, open_with_openslide
 from wsi_mmm.slides.store import HeldStore, held, is_local, open_store, redact
@@ -33,6 +34,8 @@ def open_slide(uri: str, mpp: float | None = None, reader: str | None = None) ->
 
 
 def _by_content(uri: str) -> Reader:
+    if uri.startswith(f"{SCHEME}://"):
+        return open_app_slide(uri)
     if uri.startswith("wsi://") or is_service(uri):
         return open_wsi_service(uri)
     store = held(open_store(uri))

@@ -1,0 +1,61 @@
+"""A platform that serves a small slide, and the environment of the job on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.empaia_platform import FakePlatform, served
+from helpers.wsi_service import described
+from wsi_mmm.engine import process
+from wsi_mmm.slides import open_slide
+
+WSI_ID = "b10648a7-340d-43fc-a2d9-4d91cc86f33f"
+ROIS = [f"1111111{i}-1111-4111-8111-111111111111" for i in range(9)]
+
+Start = Callable[..., FakePlatform]
+
+
+def regions(*shapes: dict[str, Any]) -> dict[str, Any]:
+    """A collection of regions of interest as an input."""
+    items = [{"id": ROIS[i], "name": "roi", "reference_id": WSI_ID, **shape} for i, shape in enumerate(shapes)]
+    return {"id": ROIS[-1], "type": "collection", "item_type": "rectangle", "items": items, "item_count": len(items)}
+
+
+def rectangle(x: int, y: int, width: int, height: int) -> dict[str, Any]:
+    """A rectangle as the platform writes it."""
+    return {"type": "rectangle", "upper_left": [x, y], "width": width, "height": height}
+
+
+@pytest.fixture
+def start(tiny_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Serve a job over the tiny slide; its variables are this process's. ``inputs`` and the rest replace fields."""
+    with platforms(tiny_slide, tmp_path, monkeypatch) as begin:
+        yield begin
+
+
+@contextmanager
+def platforms(path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """What `start` gives, over the slide at ``path``."""
+    with ExitStack() as stack:
+        slide = stack.enter_context(open_slide(str(path)))
+
+        def begin(*, inputs: dict[str, Any] | None = None, **told: Any) -> FakePlatform:
+            given = {"slide": described(slide, WSI_ID), "regions": regions(rectangle(500, 300, 300, 200))}
+            made = FakePlatform(inputs=given | (inputs or {}), slides={WSI_ID: slide}, **told)
+            platform = stack.enter_context(served(made))
+            for name, value in (
+                ("APP_API", platform.job.api),
+                ("JOB_ID", platform.job.id),
+                ("TOKEN", platform.job.token),
+            ):
+                monkeypatch.setenv(f"EMPAIA_{name}", value)
+            monkeypatch.setattr("tempfile.tempdir", str(temporary))
+            return platform
+
+        yield begin
+        process.release(models=False)

@@ -1,0 +1,120 @@
+"""What a job asks for: its mode, its slide, its regions of interest. JobError says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from wsi_mmm.empaia.bodies import Wsi
+from wsi_mmm.empaia.client import AppApi, Mode
+from wsi_mmm.empaia.geometry import Area, area_of
+from wsi_mmm.errors import JobError, PlatformError, WsiError
+from wsi_mmm.slides.service_info import info_of
+from wsi_mmm.types import F64
+
+SLIDE, REGIONS = "slide", "regions"
+"""Inputs of the EAD."""
+
+CORNERS = 256  # of the polygon that stands for a circle: its area is 0.01 % smaller
+_MOST_REGIONS = 10_000
+_GONE = (400, 404, 422)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A region of interest: the id of its annotation, and what of it lies on the slide."""
+
+    id: str
+    area: Area
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A job's question. ``regions``: empty in preprocessing, where the whole slide is meant."""
+
+    mode: Mode
+    wsi: Wsi
+    regions: tuple[Region, ...] = ()
+
+
+async def asked(api: AppApi) -> Asked:
+    """Ask the platform. Raises JobError, PlatformError."""
+    mode = await api.mode()
+    if mode not in (Mode.standalone, Mode.preprocessing):
+        raise JobError(f"This app cannot run in {mode.lower()} mode, only in standalone or preprocessing mode.")
+    wsi = wsi_of(await _input(api, SLIDE, "slide"))
+    if mode is Mode.preprocessing:
+        return Asked(mode, wsi)
+    return Asked(mode, wsi, tuple(regions_of(await _input(api, REGIONS, "regions of interest"), wsi)))
+
+
+async def _input(api: AppApi, key: str, what: str) -> Any:
+    try:
+        return await api.input(key)
+    except PlatformError as error:
+        if error.status in _GONE:
+            raise JobError(f"The job has no {what}.") from error
+        raise
+
+
+def wsi_of(said: Any) -> Wsi:
+    """The slide of an input. JobError when it cannot be worked on."""
+    try:
+        info = info_of(said, uri="the slide", mark=str)
+        slide_id = said["id"]
+    except (KeyError, WsiError) as error:
+        raise JobError("The platform's description of the slide cannot be used.") from error
+    if info.mpp_x is None or info.mpp_y is None:
+        raise JobError("The slide does not say its resolution (the size of a pixel), so it cannot be analysed.")
+    return Wsi(str(slide_id), info.width, info.height, info.mpp_x * 1000)
+
+
+def regions_of(said: Any, wsi: Wsi) -> Iterator[Region]:
+    """The regions of an input, in order. JobError for none, for one outside of the slide, for one without area."""
+    items = said.get("items") if isinstance(said, Mapping) else None
+    if not isinstance(items, list) or not items:
+        raise JobError("No region of interest is given; draw one and start the job again.")
+    if len(items) > _MOST_REGIONS:
+        raise JobError(f"The job has more than {_MOST_REGIONS} regions of interest.")
+    for number, item in enumerate(items, 1):
+        yield _region(item, number, wsi)
+
+
+def regions_geojson(regions: tuple[Region, ...]) -> bytes:
+    """The regions as a GeoJSON file of polygons in level-0 px."""
+    features = [
+        {"type": "Feature", "properties": {}, "geometry": json.loads(region.area.geojson())} for region in regions
+    ]
+    return json.dumps({"type": "FeatureCollection", "features": features}).encode()
+
+
+def _region(item: Any, number: int, wsi: Wsi) -> Region:
+    try:
+        ring, region_id = _ring(item), item["id"]
+        if not isinstance(region_id, str):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise JobError(f"Region of interest {number} is no rectangle, polygon or circle that can be used.") from error
+    area = area_of(ring, wsi)
+    if area is None:
+        raise JobError(f"Region of interest {number} lies outside of the slide, or has no area.")
+    return Region(region_id, area)
+
+
+def _ring(item: Any) -> F64:
+    """The outline float64[n, 2] of a shape as the platform writes it, not closed."""
+    kind = item["type"]
+    if kind == "rectangle":
+        (x, y), width, height = item["upper_left"], item["width"], item["height"]
+        return np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height)], np.float64)
+    if kind == "circle":
+        angle = np.arange(CORNERS) * (2 * np.pi / CORNERS)
+        centre = np.array(item["center"], np.float64)
+        return np.asarray(centre + float(item["radius"]) * np.column_stack([np.cos(angle), np.sin(angle)]), np.float64)
+    if kind == "polygon":
+        return np.array(item["coordinates"], np.float64).reshape(-1, 2)
+    raise ValueError(kind)
