@@ -185,14 +185,14 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda one: f"{one.where.split('/')[-1]}-{one.status}")
 def test_every_fault_ends_in_failure(
-    start: Start, monkeypatch: pytest.MonkeyPatch, fault: Fault, request: pytest.FixtureRequest
+    start: Start, half_done: str, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     """Whatever keeps failing: one failure with a short message that names no status, path or token."""
     monkeypatch.setenv("WSI_MMM_STORAGE_TIMEOUT", "2")
     for name in ("PATIENCE", "UNPROVEN"):
         monkeypatch.setattr(patience, name, 0.5)
     platform = start(faults=[Fault(**vars(fault) | {"headers": {"Retry-After": "0"}})])
-    more = {"work": request.getfixturevalue("half_done")} if fault.where in (*LATE, "/data", "/finalize") else {}
+    more = {"work": half_done} if fault.where in (*LATE, "/data", "/finalize") else {}
     ended = run(**more)
     assert ended.how == "failed" and ended.told and ended.error
     assert platform.state == "FAILED" and platform.message == ended.message
@@ -213,11 +213,12 @@ SURVIVED = [
 
 
 @pytest.mark.parametrize("fault", SURVIVED, ids=lambda one: f"{one.where.split('/')[-1]}-{one.status}-{one.done}")
-def test_what_passes_is_survived(start: Start, fault: Fault, request: pytest.FixtureRequest) -> None:
+def test_what_passes_is_survived(start: Start, half_done: str, fault: Fault) -> None:
     """Faults that pass, lost answers, and a platform that wants no progress: finalized, nothing posted twice."""
     platform = start(faults=[Fault(**vars(fault))])
-    more = {} if fault.where == "GET /regions" else {"work": request.getfixturevalue("half_done")}
-    assert run(pause=0.0, **more) == Ended("finalized")
+    more = {} if fault.where == "GET /regions" else {"work": half_done}
+    ended = run(pause=0.0, **more)
+    assert ended == Ended("finalized"), repr(ended)
     whole = corners(platform)
     assert len(whole) == len({json.dumps(one) for one in whole}) == len(posted(platform, "nuclei_classes")) > 3
 

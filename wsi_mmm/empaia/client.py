@@ -13,6 +13,7 @@ Every refusal is a PlatformError with its HTTP status. A job ends once: by `fina
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Iterable
@@ -46,7 +47,8 @@ class AppApi:
 
     def __init__(self, job: EmpaiaJob, limits: Limits | None = None, *, patience: Patience | None = None) -> None:
         self._job, self._limits = job, limits or Limits()
-        self._transport = Transport(job, patience or Patience())
+        self._patience = patience or Patience()
+        self._transport = Transport(job, self._patience)
         self._counts: dict[str, int] = {}  # collection -> objects that it holds
         self._ended = ""
 
@@ -161,10 +163,13 @@ class AppApi:
     async def _post_batch(self, collection_id: str, batch: Batch) -> list[str]:
         path, count = f"/collections/{_part(collection_id)}/items", len(batch.items)
         answer = await self._transport.ask("POST", path, data=batch.data)
-        if answer.unclear:
+        for attempt in range(1, self._patience.attempts):
+            if not answer.unclear:
+                break
             found = await self._recovered(collection_id, batch)
             if found is not None:
                 return found
+            await asyncio.sleep(self._patience.pause * 2 ** (attempt - 1))
             answer = await self._transport.ask("POST", path, data=batch.data)  # none had arrived
         if answer.status == _TOO_LARGE and count > 1:
             first, rest = batch.halves()
