@@ -1,4 +1,5 @@
-"""What every Reader holds: one suite for the array fake, the TIFF reader, OpenSlide, tiffslide and a slide service."""
+"""What every Reader holds: one suite for the array fake, the TIFF reader, OpenSlide, tiffslide, a slide service and
+the App API of the EMPAIA platform."""
 
 from __future__ import annotations
 
@@ -10,14 +11,16 @@ import numpy as np
 import pytest
 
 from helpers.area import area_average
-from helpers.wsi_service import FakeService
+from helpers.empaia_platform import FakePlatform, served
+from helpers.wsi_service import FakeService, described
+from wsi_mmm.slides.app_api import open_app_slide
 from wsi_mmm.slides.base import Reader, Slide
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.slides.registry import READERS
 from wsi_mmm.types import U8, Block
 
 Open = Callable[[], Reader]
-NAMES = ("array", "tiff", "openslide", "tiffslide", "wsi-service")
+NAMES = ("array", "tiff", "openslide", "tiffslide", "wsi-service", "app-api")
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +39,25 @@ def service(tiny_slide: Path) -> Iterator[str]:
         yield f"{web.url}/v3/slides/tiny"
 
 
+@pytest.fixture(scope="module")
+def job(tiny_slide: Path) -> Iterator[str]:
+    """The slide as the input of a job whose variables are set; yields its address there."""
+    with Slide(READERS["openslide"](str(tiny_slide))) as slide, pytest.MonkeyPatch.context() as patch:
+        made = FakePlatform(inputs={"slide": described(slide, "tiny")}, slides={"tiny": slide})
+        with served(made) as platform:
+            for name, value in (("APP_API", made.job.api), ("JOB_ID", made.job.id), ("TOKEN", made.job.token)):
+                patch.setenv(f"EMPAIA_{name}", value)
+            yield f"empaia://{platform.job.id}/slide"
+
+
 @pytest.fixture(params=NAMES)
-def reader(request: pytest.FixtureRequest, tiny_slide: Path, top: U8, service: str) -> Iterator[Reader]:
+def reader(request: pytest.FixtureRequest, tiny_slide: Path, top: U8, service: str, job: str) -> Iterator[Reader]:
     """Each adapter, open on the same picture."""
+    if request.param == "app-api":
+        opened: Reader = open_app_slide(job)
+        yield opened
+        opened.close()
+        return
     where = service if request.param == "wsi-service" else str(tiny_slide)
     opened = ArrayReader(top) if request.param == "array" else READERS[request.param](where)
     yield opened
