@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-services lint format types imports default-model transfer ci clean
+.PHONY: help setup demo test test-fast test-services test-empaia lint format types imports default-model transfer ci clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,13 +30,16 @@ demo: setup  ## a synthetic slide from pixels to GeoJSON, in demo/
 	@$(WSI) demo --output demo
 
 test: setup  ## the whole suite, slow tests included
-	@$(BIN)/python -m pytest -m "not services"
+	@$(BIN)/python -m pytest -m "not services and not empaia"
 
 test-fast: setup  ## the suite without the slow tests
 	@$(BIN)/python -m pytest
 
 test-services: setup  ## tests against a real S3 server and JuiceFS, started when the environment names none
 	@deploy/services/with.sh $(BIN)/python -m pytest -m services || [ $$? -eq 75 ]
+
+test-empaia: setup  ## tests with EMPAIA's own validators and command line, installed apart in build/empaia
+	@tests/empaia/official/setup.sh && $(BIN)/python -m pytest -m empaia || [ $$? -eq 75 ]
 
 lint: setup  ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from helpers.empaia_eads import BROKEN
 from helpers.empaia_schemas import SCHEMAS, ead_problems
 from wsi_mmm.cli import app
 from wsi_mmm.empaia import lint
@@ -108,39 +108,6 @@ def test_the_global_classes_are_those_published() -> None:
     """The one global class that the linter knows is the one there is."""
     published = json.loads((SCHEMAS / "org.empaia.global.v1.json").read_text(encoding="utf-8"))
     assert (published["namespace"], list(published["classes"])) == (lint.GLOBAL, ["roi"])
-
-
-def _set(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
-    def change(made: dict[str, Any]) -> None:
-        for step in path[:-1]:
-            made = made[step]
-        made[path[-1]] = to
-
-    return change
-
-
-POST = {"inputs": ["slide"], "outputs": ["tissue"], "containerized": True}
-NOMINAL = {"type": "nominal_pixelmap", "reference": "io.slide", "element_classes": ["org.empaia.a.b.v3.0.classes.no"]}
-POLYGON = {"type": "polygon", "reference": "io.slide"}
-ROI = [f"{lint.GLOBAL}.classes.roi"]
-BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "element classes": (_set("io", "nuclei_map", to=NOMINAL), "names the class"),
-    "postprocessing": (_set("modes", to={"standalone": POST, "postprocessing": POST}), "needs preprocessing"),
-    "another mode": (_set("modes", "preprocessing", "outputs", to=["nuclei_counts"]), "not in that mode"),
-    "nested constraint": (_set("io", "tissue", "items", to={**POLYGON, "classes": ROI}), "may not restrict"),
-    "constraint": (_set("io", "tissue", to={**POLYGON, "classes": ROI}), "may not restrict"),
-    "no target": (_set("io", "tissue", "reference", to="io.nothing"), "which there is not"),
-    "wrong target": (_set("io", "nuclei_map", "reference", to="io.tissue"), "cannot refer"),
-    "unused": (_set("io", "spare_key", to={"type": "float"}), "in no mode"),
-    "unknown key": (_set("modes", "standalone", "inputs", to=["slide", "regions", "else"]), "names else"),
-    "two wsi": (_set("modes", "preprocessing", "inputs", to=["slide", "regions"]), "one input"),
-    "both ways": (_set("modes", "standalone", "inputs", to=["slide", "regions", "tissue"]), "as input and as output"),
-    "no container": (_set("modes", "standalone", "containerized", to=False), "runs a container"),
-    "unsaid": (_set("modes", "postprocessing", to={"inputs": ["slide"], "outputs": []}), "must say"),
-    "no mode": (_set("modes", to={}), "it needs the mode"),
-    "class of rendering": (_set("classes", to={}), "which there is not"),
-    "input of output": (_set("io", "regions", "items", "reference", to="io.tissue"), "refers to the output"),
-}
 
 
 @pytest.mark.parametrize("what", BROKEN)

@@ -1,0 +1,89 @@
+"""Jobs by the real ``eats``: an app's outputs before EMPAIA's own models and validator, on a platform of ours."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from helpers.eats import EAD, Platform, said
+from helpers.processes import wait_for
+
+pytestmark = [pytest.mark.empaia, pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize("mode", ["standalone", "preprocessing"])
+def test_a_sound_job_is_exported(platform: Platform, inputs: Path, tmp_path: Path, mode: str) -> None:
+    """Register, run, wait and export end with 0; both validations are COMPLETED; every output of the mode is a file."""
+    done = platform.run("stand-in-sound", inputs, tmp_path / "out", mode=mode)
+    assert done.returncode == 0, done.stderr
+    job = platform.job(said(done)["EMPAIA_JOB_ID"])
+    assert (job["status"], job["mode"], job["progress"]) == ("COMPLETED", mode.upper(), 1.0)
+    assert job["input_validation_status"] == job["output_validation_status"] == "COMPLETED"
+    outputs = json.loads(EAD.read_text())["modes"][mode]["outputs"]
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == set(outputs)
+    nuclei = json.loads((tmp_path / "out" / "nuclei_objects.json").read_text())
+    assert nuclei["item_count"] == len(nuclei["items"]) == 3
+    assert platform.seen(job["id"])["tiles"] == {"nuclei_map": 1}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "mode", "why"),
+    [
+        ("reference", "standalone", "nuclei_confidences does not reference any item in nuclei_objects.items"),
+        ("missing", "preprocessing", "Missing output stain_slide_class"),
+        ("class", "preprocessing", "nuclei_classes class value is not known"),
+    ],
+)
+def test_the_official_validator_refuses_wrong_outputs(
+    platform: Platform, inputs: Path, tmp_path: Path, wrong: str, mode: str, why: str
+) -> None:
+    """A job whose outputs do not fit its description fails the official validation, by its own words."""
+    done = platform.run(f"stand-in-{wrong}", inputs, tmp_path / "out", mode=mode)
+    assert done.returncode == 1 and "Output validation failed" in done.stderr
+    job = platform.job(said(done)["EMPAIA_JOB_ID"])
+    assert (job["status"], job["output_validation_status"]) == ("COMPLETED", "ERROR")
+    assert why in job["output_validation_error_message"]
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "message"),
+    [
+        ("failure", "FAILED", "The slide is not of tissue."),
+        ("silence", "ERROR", "the container ended without finalize or failure"),
+    ],
+)
+def test_a_job_that_fails_is_reported(
+    platform: Platform, inputs: Path, tmp_path: Path, how: str, status: str, message: str
+) -> None:
+    """`eats` says that the execution failed, and the job has the app's message."""
+    done = platform.run(f"stand-in-{how}", inputs, tmp_path / "out")
+    assert done.returncode == 1 and "Error while Job execution" in done.stderr
+    job = platform.job(said(done)["EMPAIA_JOB_ID"])
+    assert (job["status"], job["error_message"]) == (status, message)
+
+
+def test_inputs_that_do_not_fit_are_refused(platform: Platform, inputs: Path, tmp_path: Path) -> None:
+    """Regions of interest without their class break the description's constraint: `eats` does not start the app."""
+    (inputs / "standalone" / "roi_classes.json").unlink()
+    regions = inputs / "standalone" / "regions.json"
+    regions.write_text(re.sub(r"-(\d)\d{3}-8", r"-\g<1>999-8", regions.read_text()))  # ids that nobody gave a class
+    done = platform.run("stand-in-sound", inputs, tmp_path / "out", mode="standalone")
+    assert done.returncode == 1 and "Class constraint" in done.stderr
+
+
+def test_an_abort_ends_the_app(platform: Platform, inputs: Path, tmp_path: Path) -> None:
+    """`eats jobs abort` ends a running container; one that says nothing more is an error, and cannot be waited for."""
+    env = tmp_path / "job.env"
+    made = platform.eats(
+        "jobs", "register", platform.app("stand-in-waits"), inputs / "preprocessing", "--job-mode", "preprocessing"
+    )
+    env.write_text(made.stdout)
+    job_id = said(made)["EMPAIA_JOB_ID"]
+    assert platform.eats("jobs", "run", env).returncode == 0
+    wait_for(lambda: any("/regions/" in one for one in platform.seen(job_id)["requests"]), "the app's work", env)
+    assert platform.eats("jobs", "abort", job_id).returncode == 0
+    assert platform.eats("jobs", "wait", job_id).returncode == 1
+    assert platform.job(job_id)["status"] == "ERROR"
