@@ -40,6 +40,7 @@ keep_memory()
 torch.set_num_threads(1)
 model = folded(load_model())
 pixels = torch.randint(0, 256, (8, model.card.tile_size, model.card.tile_size, 3), dtype=torch.uint8)
+pixels = model.prepare(pixels)
 with torch.inference_mode():
     model(pixels)
     print("ready", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,23 @@ def test_a_job_is_cancelled_from_elsewhere(cluster: PlainCluster, many_slides: l
         wsi_mmm.attach(other, name).cancel()
         with pytest.raises(Cancelled):
             second.result(30)
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_run_that_has_ended_is_told_on_the_board(
+    client: distributed.Client, cluster: PlainCluster, tiny_slide: Path, tmp_path: Path, good: bool
+) -> None:
+    """At once, however it ended: as long as it counted as running, other jobs would have a share only."""
+    known = {note.id for note in Board(client).notes()}
+
+    def heard(event: wsi_mmm.Event) -> None:
+        if not good and event.kind == "tile":
+            raise KeyboardInterrupt
+
+    with contextlib.nullcontext() if good else pytest.raises((KeyboardInterrupt, Cancelled)):
+        wsi_mmm.run(tiny_slide, output=tmp_path, block_tiles=1, scheduler=cluster.address, progress=heard)
+    [note] = [note for note in Board(client).notes() if note.id not in known]
+    assert note.state == ("done" if good else "cancelled")
 
 
 def test_a_job_whose_books_were_on_a_worker_that_died_goes_on(

@@ -14,7 +14,7 @@ from wsi_mmm.engine.base import Executor, Placement, SlideTask
 from wsi_mmm.engine.board import Alive, Board, Note, new_id, posted
 from wsi_mmm.engine.claims import TAKEN, claimed
 from wsi_mmm.engine.events import Listener, Watched, greet, silent
-from wsi_mmm.engine.job import Progress, drive
+from wsi_mmm.engine.job import Progress, closed_after
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.reporting import RunReport
 from wsi_mmm.engine.sizes import in_order
@@ -52,14 +52,15 @@ def carry_out(
             raise OutputError(f"{order.output}: {TAKEN}")
         tasks = [replace(task, error=task.error or TAKEN) if task.id in taken else task for task in order.tasks]
         made = executor() if callable(executor) else executor
-        with _on_board(order, made, stop) as noted:
+        # Closed last: how the run ended is told on the board by way of the executor's client.
+        with closed_after(made), _on_board(order, made, stop) as noted:
             heard = all_of([Hooks(listener), Hooks(noted), seen]).listener
             greet(made, heard)
             street = open_street(in_order(tasks, made), heard, order.placement)
             report = reporting.begin(order.output, order.recipe, tasks)
             try:
                 watched = Watched(made, report.ledger.watch, seen.watch)
-                for state in drive(street, watched, stop):
+                for state in street.run(watched, stop):
                     report.add(state)
             finally:
                 report.save()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from wsi_mmm.engine.base import Executor
 from wsi_mmm.engine.events import Event, Listener
-from wsi_mmm.engine.street import SlideState, Street
 
 T = TypeVar("T")
 
@@ -81,11 +81,12 @@ class Job(Generic[T]):
         self._stop.set()
 
 
-def drive(street: Street, executor: Executor, stop: threading.Event) -> Iterator[SlideState]:
-    """Run the street to its end, or until ``stop`` is set (Cancelled); the executor is closed either way."""
+@contextmanager
+def closed_after(executor: Executor) -> Iterator[None]:
+    """The executor is closed at the end; what has not begun is cancelled when an exception ends the context."""
     finished = False
     try:
-        yield from street.run(executor, stop)
+        yield
         finished = True
     finally:
         executor.close(cancel=not finished)
