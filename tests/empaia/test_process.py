@@ -81,7 +81,7 @@ def test_without_a_job_there_is_nothing_to_run(monkeypatch: pytest.MonkeyPatch) 
 def test_on_a_cluster(start: Start, tmp_path: Path) -> None:
     """Workers that have the job's variables read the slide themselves; the token is in nothing that is written."""
     alone = start()
-    assert begun().wait(timeout=200) == 0
+    subprocess.run(COMMAND, check=True, timeout=200)
     platform = start()
     where = {"WSI_MMM_EMPAIA_WORK": str(tmp_path / "work")}
     with PlainCluster(tmp_path, env=dict(os.environ)) as cluster:

@@ -7,6 +7,7 @@ the headers of the request, are dropped.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -122,7 +123,12 @@ class Transport:
         url = f"{self._job.api}/v3/{self._job.id}{path}"
         try:
             async with self._session.request(
-                method, url, params=query, data=data, headers=headers, allow_redirects=False
+                method,
+                url,
+                params=query,
+                data=None if data is None else io.BytesIO(data),
+                headers=headers,
+                allow_redirects=False,
             ) as response:
                 body = await _bounded(response)
                 return Answer(response.status, body, self.words(body), wait=_seconds(response.headers))
