@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import urllib.request
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ EAD = ROOT / "deploy" / "empaia" / "ead.json"
 Judge = Callable[[Sequence[tuple[str, Any]]], list[str | None]]
 """What EMPAIA's own code says of values, each with the name of its model or "ead"; None: accepted."""
 
+SLIDE = "b10648a7-340d-43fc-a2d9-4d91cc86f33f"  # the synthetic one
+ROI = "org.empaia.global.v1.classes.roi"
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 DIRECT = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # the services are on this machine
 
 
@@ -46,18 +50,56 @@ class Platform:
         return self.eats("jobs", "exec", self.app(image), inputs / mode, out, "--job-mode", mode)
 
     def job(self, job_id: str) -> dict[str, Any]:
-        """What ``eats jobs inspect`` says."""
-        found: dict[str, Any] = json.loads(self.eats("jobs", "inspect", job_id).stdout)
-        return found
+        """What the platform says of a job."""
+        return self._get(f"mds-api/v3/jobs/{job_id}")
 
     def seen(self, job_id: str) -> dict[str, Any]:
         """What our platform saw of a job's process."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/seen/{job_id}", timeout=10) as answer:
+        return self._get(f"seen/{job_id}")
+
+    def _get(self, path: str) -> dict[str, Any]:
+        with _OPENER.open(f"http://127.0.0.1:{self.port}/{path}", timeout=60) as answer:
             found: dict[str, Any] = json.load(answer)
         return found
+
+
+def ran(platform: Platform, image: str, inputs: Path, out: Path, mode: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What our platform saw of a job that EMPAIA's validator accepted, and its outputs as `eats` exported them."""
+    done = platform.run(image, inputs, out, mode=mode)
+    job_id = said(done)["EMPAIA_JOB_ID"]
+    seen, job = platform.seen(job_id), platform.job(job_id)
+    assert done.returncode == 0, (done.stderr, seen, job)
+    assert (job["status"], job["input_validation_status"], job["output_validation_status"]) == ("COMPLETED",) * 3
+    assert seen["exit"] == 0 and said(done)["EMPAIA_TOKEN"] not in seen["output"]
+    outputs = {path.stem: json.loads(path.read_text()) for path in out.iterdir()}
+    assert set(outputs) == set(json.loads(EAD.read_text())["modes"][mode]["outputs"])
+    return seen, outputs
 
 
 def said(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     """The variables that a command of ``eats`` printed."""
     assert "=" in done.stdout, done.stderr
     return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+def write_inputs(folder: Path, wsi: str, boxes: Sequence[tuple[int, int, int, int]]) -> Path:
+    """Inputs of jobs in ``folder``/MODE: the slide; for standalone regions (x, y, width, height) with their class."""
+    ids = [str(uuid.uuid4()) for _ in boxes]
+    regions = [
+        {"type": "rectangle", "id": one, "name": "region", "upper_left": [x, y], "width": width, "height": height,
+         "reference_id": wsi, "reference_type": "wsi", "npp_created": 500.0}
+        for one, (x, y, width, height) in zip(ids, boxes, strict=True)
+    ]  # fmt: skip
+    roi = [{"type": "class", "value": ROI, "reference_id": one, "reference_type": "annotation"} for one in ids]
+    slide = {"type": "wsi", "path": f"/data/{wsi}", "id": wsi, "tissue": "SKIN", "stain": "H_AND_E"}
+    files: dict[str, Any] = {
+        "preprocessing/slide": slide,
+        "standalone/slide": slide,
+        "standalone/regions": {"id": str(uuid.uuid4()), "item_type": "rectangle", "items": regions},
+        "standalone/roi_classes": {"item_type": "class", "items": roi},
+    }
+    for name, content in files.items():
+        path = folder / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    return folder

@@ -11,13 +11,10 @@ from typing import Any
 
 import pytest
 
-from helpers.eats import DIRECT, OFFICIAL, ROOT, Judge, Platform
+from helpers.eats import DIRECT, OFFICIAL, ROOT, SLIDE, Judge, Platform, write_inputs
 from helpers.processes import running, wait_for
 from helpers.wsi_service import FakeService
 from wsi_mmm.slides import open_slide
-
-SLIDE = "b10648a7-340d-43fc-a2d9-4d91cc86f33f"
-ROI = "org.empaia.global.v1.classes.roi"
 
 
 @pytest.fixture(scope="session")
@@ -46,21 +43,31 @@ def judge(official: Path) -> Judge:
 
 @pytest.fixture(scope="module")
 def commands() -> Mapping[str, Sequence[str]]:
-    """Image -> command. A module of tests may have its own."""
+    """Image -> command: the app, and a stand-in that does one thing wrong."""
     how = ("sound", "reference", "missing", "class", "failure", "silence", "waits")
-    return {f"stand-in-{one}": [sys.executable, str(OFFICIAL / "stand_in.py"), one] for one in how}
+    made = {f"stand-in-{one}": [sys.executable, str(OFFICIAL / "stand_in.py"), one] for one in how}
+    return {**made, "app": [sys.executable, "-m", "wsi_mmm", "empaia", "run"]}
+
+
+@pytest.fixture(scope="module")
+def slides(tiny_slide: Path) -> Mapping[str, Path]:
+    """Slides of the platform, by id: the synthetic one. A module of tests may have its own."""
+    return {SLIDE: tiny_slide}
 
 
 @pytest.fixture(scope="module")
 def platform(
-    official: Path, commands: Mapping[str, Sequence[str]], tiny_slide: Path, tmp_path_factory: pytest.TempPathFactory
+    official: Path,
+    commands: Mapping[str, Sequence[str]],
+    slides: Mapping[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Platform]:
-    """The platform, with the synthetic slide."""
+    """The platform, running."""
     folder = tmp_path_factory.mktemp("platform")
     port, apps, log = folder / "port", folder / "apps.json", folder / "log"
     apps.write_text(json.dumps(commands))
-    with FakeService({SLIDE: open_slide(str(tiny_slide))}) as slides:
-        command = [official, OFFICIAL / "fake_platform.py", port, apps, slides.url]
+    with FakeService({name: open_slide(str(path)) for name, path in slides.items()}) as service:
+        command = [official, OFFICIAL / "fake_platform.py", port, apps, service.url]
         with running(command, log, env=DIRECT):
             wait_for(port.exists, "the start of the platform", log)
             yield Platform(int(port.read_text()), official, folder)
@@ -68,23 +75,5 @@ def platform(
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """Folders of a job's inputs, by mode: the slide; in standalone two regions of interest and their classes, too."""
-    boxes = {"11111111-1111-4111-8111-111111111111": (100, 100, 700, 600),
-             "22222222-2222-4222-8222-222222222222": (900, 300, 500, 500)}  # fmt: skip
-    regions = [
-        {"type": "rectangle", "id": one, "name": "region", "upper_left": [x, y], "width": width, "height": height,
-         "reference_id": SLIDE, "reference_type": "wsi", "npp_created": 500.0}
-        for one, (x, y, width, height) in boxes.items()
-    ]  # fmt: skip
-    roi = [{"type": "class", "value": ROI, "reference_id": one, "reference_type": "annotation"} for one in boxes]
-    files: dict[str, Any] = {
-        "slide": {"type": "wsi", "path": "/data/tiny.tiff", "id": SLIDE, "tissue": "SKIN", "stain": "H_AND_E"},
-        "regions": {"id": "33333333-3333-4333-8333-333333333333", "item_type": "rectangle", "items": regions},
-        "roi_classes": {"item_type": "class", "items": roi},
-    }
-    for mode, names in {"standalone": list(files), "preprocessing": ["slide"]}.items():
-        folder = tmp_path / "inputs" / mode
-        folder.mkdir(parents=True)
-        for name in names:
-            (folder / f"{name}.json").write_text(json.dumps(files[name]))
-    return tmp_path / "inputs"
+    """Folders of a job's inputs, by mode: the synthetic slide; in standalone two regions of interest, too."""
+    return write_inputs(tmp_path / "inputs", SLIDE, [(100, 100, 700, 600), (900, 300, 500, 500)])

@@ -193,7 +193,7 @@ async def stop(job: str) -> bool:
 @others.get("/seen/{job}")
 async def seen(job: str) -> Json:
     tiles = {key: len(store.tiles.get(thing, {})) for key, thing in store.job(job)["outputs"].items()}
-    return {**store.seen[job], "tiles": {key: count for key, count in tiles.items() if count}}
+    return {**store.seen[job], "job": job, "tiles": {key: count for key, count in tiles.items() if count}}
 
 
 for router in (app_api, jobs, mds, others):
