@@ -223,6 +223,19 @@ def test_what_passes_is_survived(start: Start, half_done: str, fault: Fault) -> 
     assert len(whole) == len({json.dumps(one) for one in whole}) == len(posted(platform, "nuclei_classes")) > 3
 
 
+@pytest.mark.parametrize("where", ["GET /inputs", "GET /regions", "/items", "/finalize"])
+def test_silence_ends_in_failure(start: Start, half_done: str, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A platform or a slide service that does not answer any more is given up after the time-out."""
+    monkeypatch.setenv("WSI_MMM_STORAGE_TIMEOUT", "1")
+    for name in ("PATIENCE", "UNPROVEN"):
+        monkeypatch.setattr(patience, name, 0.5)
+    platform = start(faults=[Fault(where, 200, times=99, wait=60.0)])
+    impatient = Patience(total=1.0, attempts=2, pause=0.01)
+    work = half_done if where == "/items" else None
+    ended = run_app(empaia_job(), App(work=work), patience=impatient)
+    assert ended.how == "failed" and ended.told and platform.state == "FAILED"
+
+
 def test_a_job_that_died_while_posting_is_not_posted_again(start: Start, tmp_path: Path) -> None:
     """Started again in the same work folder, it fails with words that say what to do; no object is there twice."""
     work = str(tmp_path / "work")

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -234,23 +235,24 @@ class FakePlatform:
 @contextmanager
 def served(platform: FakePlatform) -> Iterator[FakePlatform]:
     """The platform in a thread of its own, for apps that are no coroutine."""
-    ready, loop = threading.Event(), asyncio.new_event_loop()
-    stop = asyncio.Event()
+    ready, ends = threading.Event(), []
 
     async def serve() -> None:
+        stop = asyncio.Event()
+        ends.append(partial(asyncio.get_running_loop().call_soon_threadsafe, stop.set))
         async with platform:
             ready.set()
             await stop.wait()
 
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     try:
         assert ready.wait(30)
         yield platform
     finally:
-        loop.call_soon_threadsafe(stop.set)
+        for end in ends:
+            end()
         thread.join(30)
-        loop.close()
 
 
 def _problems(item: Any) -> list[str]:
