@@ -208,6 +208,7 @@ SURVIVED = [
     *(Fault(where, 503, times=2) for where in PASSING),
     *(Fault(where, done=True) for where in ("/items", "/data")),
     Fault("GET /regions"),
+    Fault("GET /regions", 429, times=2),
     *(Fault("/progress", status, times=99) for status in (404, 422)),
 ]
 

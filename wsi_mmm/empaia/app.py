@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -192,9 +193,10 @@ class _Work:
     async def _answered(self, question: Asked) -> Any:
         """What is to be posted: the slide run through the engine."""
         from wsi_mmm.empaia.posting import Answer
+        from wsi_mmm.engine.patience import patiently
 
         order = await _aside(lambda: self._order(question))
-        card, info, tissue = await _aside(lambda: _looked_at(order, question))
+        card, info, tissue = await _aside(lambda: patiently(partial(_looked_at, question=question), order))
         await self._progress(_RUN)
         results = await self._run(order)
         return Answer(question, card, self._app.vendor, results, tissue, info)

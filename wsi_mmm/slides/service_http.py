@@ -1,7 +1,8 @@
 """GET requests to a slide service: verified TLS, a bearer token that is shown nowhere, answers of bounded size.
 
 They run in the event loop of `remote`, which repeats what fails in passing: connections that break, and 502, 503, 504.
-Every other answer but 2xx is an error at once. No redirect is followed: the token goes to the named host only.
+Every other answer but 2xx is an error at once (429 one that may pass). No redirect is followed: the token goes to the
+named host only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from wsi_mmm.clock import spent
 from wsi_mmm.errors import SlideNotFound, StorageError, WsiError
 from wsi_mmm.slides.ranges import Counter
 from wsi_mmm.slides.remote import Begins, Endpoint, request, wait_for
-from wsi_mmm.slides.store_errors import SHORT, PassingError
+from wsi_mmm.slides.store_errors import SHORT, PassingError, passing
 
 if TYPE_CHECKING:
     import aiohttp
@@ -136,7 +137,9 @@ def _refusal(status: int, name: str, advice: str, *, sent: bool) -> WsiError:
     if 300 <= status < 400:
         return StorageError(f"{name}: the service has moved ({status}); give its new address")
     fail = SlideNotFound if status == 404 else StorageError
-    return fail(f"{name}: {_STATUS.get(status, f'the service refuses the request ({status}); check the address')}")
+    error = fail(f"{name}: {_STATUS.get(status, f'the service refuses the request ({status}); check the address')}")
+    # A service that is asked too much is left alone for longer than `remote` waits between tries: runs try again later.
+    return passing(error) if isinstance(error, StorageError) and status == 429 else error
 
 
 @contextmanager
