@@ -16,9 +16,9 @@ from wsi_mmm.engine.base import Receipt, Work
 Step = Callable[[Work], Receipt]
 
 
-def say(what: str, name: str = "") -> None:
+def say(what: str, name: str = "", why: str = "") -> None:
     """Add a line to the log."""
-    line = json.dumps({"t": time.time(), "pid": os.getpid(), "what": what, "name": name}) + "\n"
+    line = json.dumps({"t": time.time(), "pid": os.getpid(), "what": what, "name": name, "why": why}) + "\n"
     descriptor = os.open(os.environ["CHAOS_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         os.write(descriptor, line.encode())
@@ -33,8 +33,8 @@ def told(step: Step) -> Step:
         say("begin", work.name)
         try:
             receipt = step(work)
-        except BaseException:
-            say("raised", work.name)
+        except BaseException as error:
+            say("raised", work.name, f"{type(error).__name__}: {error}"[:200])
             raise
         say(receipt.status, work.name)
         return receipt

@@ -47,15 +47,19 @@ def open_store(uri: str) -> LocalStore | ObjectStore[Any]:
 def ensure_array(uri: str, name: str, **settings: Any) -> zarr.Array[Any]:
     """Open the array ``name`` at ``uri``, made with ``settings`` when absent; never removes what another writer put."""
     store = open_store(uri)
-    with translated(uri, writing=True):
-        try:
-            return zarr.open_array(store, path=name, mode="r+")
-        except FileNotFoundError:
-            pass
-        try:
-            return zarr.create_array(store, name=name, overwrite=False, **settings)
-        except ContainsArrayError:
-            return zarr.open_array(store, path=name, mode="r+")
+
+    def ensured() -> zarr.Array[Any]:
+        with translated(uri, writing=True):
+            try:
+                return zarr.open_array(store, path=name, mode="r+")
+            except FileNotFoundError:
+                pass
+            try:
+                return zarr.create_array(store, name=name, overwrite=False, **settings)
+            except ContainsArrayError:
+                return zarr.open_array(store, path=name, mode="r+")
+
+    return storage.insisted(ensured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +125,12 @@ class Entry:
     def read(self, spec: ArraySpec, rows: slice, columns: slice) -> Array:
         """Values of a rectangle of tiles; tiles never written are zero."""
         array = self.array(spec)
-        with translated(self.uri):
-            return np.asarray(array[rows, columns])
+
+        def values() -> Array:
+            with translated(self.uri):
+                return np.asarray(array[rows, columns])
+
+        return storage.insisted(values)
 
     def receipt(self, block: str) -> dict[str, Any] | None:
         """The receipt of a block, or None when the block is not (wholly) in."""
@@ -142,15 +150,19 @@ class Entry:
 
 def _put(uri: str, array: zarr.Array[Any], place: tuple[slice, slice], values: Array) -> None:
     """Write the whole shard at ``place``. Zarr reads what is there before: what is damaged is removed first."""
-    with translated(uri, writing=True):
-        try:
-            array[place] = values
-        except (RuntimeError, ValueError):
-            sides = array.shards or array.chunks
-            corner = tuple(span.start // side for span, side in zip(place, sides, strict=False))
-            key = array.metadata.encode_chunk_key((*corner, *[0] * (array.ndim - 2)))
-            storage.delete(storage.join(uri, array.path, key))
-            array[place] = values
+
+    def put() -> None:
+        with translated(uri, writing=True):
+            try:
+                array[place] = values
+            except (RuntimeError, ValueError):
+                sides = array.shards or array.chunks
+                corner = tuple(span.start // side for span, side in zip(place, sides, strict=False))
+                key = array.metadata.encode_chunk_key((*corner, *[0] * (array.ndim - 2)))
+                storage.delete(storage.join(uri, array.path, key))
+                array[place] = values
+
+    storage.insisted(put)
 
 
 @contextmanager

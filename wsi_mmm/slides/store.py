@@ -15,6 +15,7 @@ from typing import Protocol
 
 from wsi_mmm.clock import spent
 from wsi_mmm.slides import store_fsspec, store_local, store_objects
+from wsi_mmm.slides.insist import insisted
 from wsi_mmm.slides.ranges import Buffer, Counter, Ranges
 from wsi_mmm.slides.store_errors import final
 from wsi_mmm.slides.store_held import HEAD, HeldStore, held
@@ -22,8 +23,8 @@ from wsi_mmm.slides.store_objects import object_store
 from wsi_mmm.slides.uris import is_local, join, local_path, redact
 
 __all__ = [
-    "ByteStore", "HeldStore", "delete", "exists", "held", "is_local", "join", "list_uris", "local_path", "object_store",
-    "open_store", "read_bytes", "redact", "translated", "write_bytes",
+    "ByteStore", "HeldStore", "delete", "exists", "held", "insisted", "is_local", "join", "list_uris", "local_path",
+    "object_store", "open_store", "read_bytes", "redact", "translated", "write_bytes",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from wsi_mmm.errors import MissingPackage, OutputError, SlideNotFound, StorageError
+from wsi_mmm.slides.insist import insisted
 from wsi_mmm.slides.ranges import Buffer
 from wsi_mmm.slides.remote import Answer, Begins, Endpoint, RemoteStore, check_length, request, wait_for
 from wsi_mmm.slides.store_errors import final, translated
@@ -107,33 +108,48 @@ def exists(uri: str) -> bool:
 def write(uri: str, data: bytes) -> None:
     """Write the whole object in one PUT. Raises OutputError."""
     store, path = _writable(uri)
-    with translated(uri, writing=True):
-        obstore().put(store, path, data, use_multipart=False)
+
+    def put() -> None:
+        with translated(uri, writing=True):
+            obstore().put(store, path, data, use_multipart=False)
+
+    insisted(put)
 
 
 def delete(uri: str) -> None:
     """Delete the object; nothing happens when there is none. Raises OutputError."""
     store, path = _writable(uri)
-    with translated(uri, writing=True), suppress(FileNotFoundError):
-        obstore().delete(store, path)
+
+    def gone() -> None:
+        with translated(uri, writing=True), suppress(FileNotFoundError):
+            obstore().delete(store, path)
+
+    insisted(gone)
 
 
 def list_uris(prefix: str) -> list[str]:
     """Return the URIs of all objects below a folder-like prefix, sorted."""
     store, path = _writable(prefix)
     root = prefix[: len(prefix) - len(path)] if path else prefix.rstrip("/") + "/"
-    with final(prefix):
-        pages = obstore().list(store, prefix=path.rstrip("/") or None)
-        return sorted(root + str(item["path"]) for page in pages for item in page)
+
+    def listed() -> list[str]:
+        with final(prefix):
+            pages = obstore().list(store, prefix=path.rstrip("/") or None)
+            return sorted(root + str(item["path"]) for page in pages for item in page)
+
+    return insisted(listed)
 
 
 def sizes(prefix: str) -> dict[str, int]:
     """Return the bytes of every object that lies in a folder-like prefix itself, by URI."""
     store, path = _writable(prefix)
     root = prefix[: len(prefix) - len(path)] if path else prefix.rstrip("/") + "/"
-    with final(prefix):
-        found = obstore().list_with_delimiter(store, prefix=path.rstrip("/") or None)
-    return {root + str(item["path"]): int(item["size"]) for item in found["objects"]}
+
+    def listed() -> Any:
+        with final(prefix):
+            return obstore().list_with_delimiter(store, prefix=path.rstrip("/") or None)
+
+    return {root + str(item["path"]): int(item["size"]) for item in insisted(listed)["objects"]}
 
 
 def object_store(uri: str) -> Any:
