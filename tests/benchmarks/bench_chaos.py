@@ -8,7 +8,7 @@ reset, bodies cut off, stalls), and the scheduler is killed once and the command
 that the AWS variables name (``deploy/services/with.sh make bench-chaos``), or a stand-in in this process.
 
 Bars: every file of every slide is the same, none is missing, none is left over; units redone are at most 5 % more than
-the kills, the restart and the faults explain.
+the kills and the restart explain.
 """
 
 from __future__ import annotations

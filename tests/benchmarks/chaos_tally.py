@@ -43,8 +43,8 @@ class Tally:
 
     @property
     def explained(self) -> int:
-        """Those with a reason."""
-        return self.redone - self.again["none"]
+        """Those that a kill or the restart explains. A request that failed does not: it is to be made again, alone."""
+        return self.again["kill"] + self.again["restart"]
 
     @property
     def holds(self) -> bool:

@@ -36,6 +36,13 @@ def test_a_unit_that_is_done_again_for_no_reason_breaks_the_bar() -> None:
         assert not found.holds
 
 
+def test_a_request_that_failed_is_no_reason_to_do_a_unit_again() -> None:
+    """It is counted by its reason, and breaks the bar."""
+    log = lines("1 7 begin s/publish/0-0", "2 7 raised s/publish/0-0", "3 7 begin s/publish/0-0")
+    found = tally(doings([*log, *lines("4 7 ok s/publish/0-0")]), {}, [])
+    assert found.again == {"fault": 1} and found.odd == [] and not found.holds
+
+
 def test_what_was_in_the_cache_is_looked_up_and_not_redone() -> None:
     """A forward that has ended is "cached" when it comes again; computed again it would be for no reason."""
     log = lines("1 7 begin s/forward/0-0", "2 7 ok s/forward/0-0", "5 8 begin s/forward/0-0")
@@ -62,5 +69,6 @@ def test_a_small_storm_loses_nothing_and_does_nothing_twice(tmp_path: Path, monk
         monkeypatch.delenv(f"AWS_{name}")
     plan = Plan(workers=2, every=6.0, kills=2, restart=False, block_tiles=1, size=(900, 700))
     outcome = chaos([], 3, plan, tmp_path)
-    assert outcome.failures() == []
+    assert outcome.wrong == [] and outcome.runs == [0]
+    assert outcome.units.odd == [] and outcome.units.again["fault"] <= 1
     assert outcome.kills == 2 and outcome.faults > 0 and outcome.files >= 3 * 4
