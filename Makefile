@@ -56,14 +56,15 @@ imports: setup  ## import-linter: the floors
 	@$(BIN)/lint-imports --no-logo
 
 # make default-model DATA=folder    folder: nuclei/dsb2018_stained_nuclei.zip, and slides/ as pipelines/default/slides.csv says
+# ... ARGS="--set steps=3"          a few steps of each of its trainings, to see that all of it works
 default-model: setup  ## train the packaged model anew, into runs/default (two hours on two cores; goes on where it stopped)
 	@env -u OMP_NUM_THREADS $(BIN)/python pipelines/default/prepare.py --data $(or $(DATA),../shared/data) --out data/default
-	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml
+	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml $(ARGS)
 	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml --set model.start=runs/default/model \
-	  --set out=runs/default/refined --set steps=1200 --set optim.rate=1e-3 --set seed=2
+	  --set out=runs/default/refined --set steps=1200 --set optim.rate=1e-3 --set seed=2 $(ARGS)
 	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml --set model.start=runs/default/refined/model \
 	  --set out=runs/default/heads --set steps=300 --set seed=3 --set optim.frozen=6 --set augment.stain=0.5 \
-	  --set data.stain.batch=20 --set data.nuclei.batch=1 --set data.recoloured.batch=1
+	  --set data.stain.batch=20 --set data.nuclei.batch=1 --set data.recoloured.batch=1 $(ARGS)
 
 # make transfer DATA=data ARGS="--times 4 --out runs/longer"
 transfer: setup  ## the experiment of docs/transfer.md (an hour or more; goes on where it stopped)
