@@ -17,6 +17,7 @@ PROFILES = {
     "storage": {"s3", "redis", "juicefs"},
     "tools": {"wsi-mmm"},
 }
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for part in ("deploy", "tests") for path in (ROOT / part).rglob("*.sh"))
 SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "WSI_MMM_REDIS_PASSWORD"}
 
 
@@ -108,8 +109,14 @@ def test_the_image_copies_only_what_is_there() -> None:
     ("program", "command"),
     [
         ("docker-compose", ["docker-compose", "--profile", "storage", "--profile", "gpu", "config", "--quiet"]),
-        ("hadolint", ["hadolint", "deploy/Dockerfile"]),
-        ("shellcheck", ["shellcheck", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "deploy").rglob("*.sh"))]),
+        ("hadolint", ["hadolint", "deploy/Dockerfile", "deploy/empaia/Dockerfile"]),
+        (
+            "shellcheck",
+            [
+                "shellcheck",
+                *SCRIPTS,
+            ],
+        ),
     ],
 )
 def test_other_programs_find_nothing_wrong(program: str, command: list[str]) -> None:

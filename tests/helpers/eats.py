@@ -44,10 +44,10 @@ class Platform:
         return said(self.eats("apps", "register", ead, image))["APP_ID"]
 
     def run(
-        self, image: str, inputs: Path, out: Path, *, mode: str = "preprocessing"
+        self, image: str, inputs: Path, out: Path, *, mode: str = "preprocessing", ead: Path = EAD
     ) -> subprocess.CompletedProcess[str]:
         """Register the app and run a job of it from beginning to end, its outputs exported to ``out``."""
-        return self.eats("jobs", "exec", self.app(image), inputs / mode, out, "--job-mode", mode)
+        return self.eats("jobs", "exec", self.app(image, ead), inputs / mode, out, "--job-mode", mode)
 
     def job(self, job_id: str) -> dict[str, Any]:
         """What the platform says of a job."""
@@ -63,16 +63,18 @@ class Platform:
         return found
 
 
-def ran(platform: Platform, image: str, inputs: Path, out: Path, mode: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def ran(
+    platform: Platform, image: str, inputs: Path, out: Path, mode: str, *, ead: Path = EAD
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What our platform saw of a job that EMPAIA's validator accepted, and its outputs as `eats` exported them."""
-    done = platform.run(image, inputs, out, mode=mode)
+    done = platform.run(image, inputs, out, mode=mode, ead=ead)
     job_id = said(done)["EMPAIA_JOB_ID"]
     seen, job = platform.seen(job_id), platform.job(job_id)
     assert done.returncode == 0, (done.stderr, seen, job)
     assert (job["status"], job["input_validation_status"], job["output_validation_status"]) == ("COMPLETED",) * 3
     assert seen["exit"] == 0 and said(done)["EMPAIA_TOKEN"] not in seen["output"]
     outputs = {path.stem: json.loads(path.read_text()) for path in out.iterdir()}
-    assert set(outputs) == set(json.loads(EAD.read_text())["modes"][mode]["outputs"])
+    assert set(outputs) == set(json.loads(ead.read_text())["modes"][mode]["outputs"])
     return seen, outputs
 
 
@@ -82,20 +84,36 @@ def said(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     return dict(line.split("=", 1) for line in done.stdout.splitlines())
 
 
-def write_inputs(folder: Path, wsi: str, boxes: Sequence[tuple[int, int, int, int]]) -> Path:
+Box = tuple[int, int, int, int]
+
+
+def as_rectangle(box: Box) -> dict[str, Any]:
+    """A region of interest (x, y, width, height) as one of the platform's rectangles."""
+    x, y, width, height = box
+    return {"type": "rectangle", "upper_left": [x, y], "width": width, "height": height}
+
+
+def as_triangle(box: Box) -> dict[str, Any]:
+    """Its lower left half as a polygon."""
+    x, y, width, height = box
+    return {"type": "polygon", "coordinates": [[x, y], [x + width, y + height], [x, y + height]]}
+
+
+def write_inputs(
+    folder: Path, wsi: str, boxes: Sequence[Box], shape: Callable[[Box], dict[str, Any]] = as_rectangle
+) -> Path:
     """Inputs of jobs in ``folder``/MODE: the slide; for standalone regions (x, y, width, height) with their class."""
     ids = [str(uuid.uuid4()) for _ in boxes]
     regions = [
-        {"type": "rectangle", "id": one, "name": "region", "upper_left": [x, y], "width": width, "height": height,
-         "reference_id": wsi, "reference_type": "wsi", "npp_created": 500.0}
-        for one, (x, y, width, height) in zip(ids, boxes, strict=True)
-    ]  # fmt: skip
+        {**shape(box), "id": one, "name": "region", "reference_id": wsi, "reference_type": "wsi", "npp_created": 500.0}
+        for one, box in zip(ids, boxes, strict=True)
+    ]
     roi = [{"type": "class", "value": ROI, "reference_id": one, "reference_type": "annotation"} for one in ids]
     slide = {"type": "wsi", "path": f"/data/{wsi}", "id": wsi, "tissue": "SKIN", "stain": "H_AND_E"}
     files: dict[str, Any] = {
         "preprocessing/slide": slide,
         "standalone/slide": slide,
-        "standalone/regions": {"id": str(uuid.uuid4()), "item_type": "rectangle", "items": regions},
+        "standalone/regions": {"id": str(uuid.uuid4()), "item_type": shape(boxes[0])["type"], "items": regions},
         "standalone/roi_classes": {"item_type": "class", "items": roi},
     }
     for name, content in files.items():

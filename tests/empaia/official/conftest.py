@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from helpers.eats import DIRECT, OFFICIAL, ROOT, SLIDE, Judge, Platform, write_inputs
+from helpers.empaia_image import started, variables
 from helpers.processes import running, wait_for
 from helpers.wsi_service import FakeService
 from wsi_mmm.slides import open_slide
@@ -42,11 +44,22 @@ def judge(official: Path) -> Judge:
 
 
 @pytest.fixture(scope="module")
-def commands() -> Mapping[str, Sequence[str]]:
-    """Image -> command: the app, and a stand-in that does one thing wrong."""
+def commands(other_model: Path) -> Mapping[str, Sequence[str]]:
+    """Image -> command: the app as its Dockerfile starts it, one with a model of another vendor, and stand-ins."""
     how = ("sound", "reference", "missing", "class", "failure", "silence", "waits")
     made = {f"stand-in-{one}": [sys.executable, str(OFFICIAL / "stand_in.py"), one] for one in how}
-    return {**made, "app": [sys.executable, "-m", "wsi_mmm", "empaia", "run"]}
+    other = variables(MODEL=str(other_model), VENDOR="my_hospital")
+    return {**made, "app": started(variables()), "other-app": started(other)}
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model with a name of its own: the weights of the default one."""
+    folder = tmp_path_factory.mktemp("models") / "mine"
+    shutil.copytree(ROOT / "wsi_mmm" / "model" / "zoo" / "default", folder)
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    (folder / "card.json").write_text(json.dumps({**card, "name": "Nuclei of mine"}), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="module")

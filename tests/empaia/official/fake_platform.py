@@ -10,6 +10,7 @@ Besides the platform's services there is ``/seen/JOB``: what became of a job's p
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -24,7 +25,7 @@ from empaia_app_test_suite.models.v3.annotation.collections import ItemQuery, Po
 from empaia_app_test_suite.models.v3.clinical import PostClinicalSlide
 from empaia_app_test_suite.models.v3.job import Job, PostJob, PutJobStatus
 from fake_app_api import app_api
-from fake_store import Json, judged, of_type, store
+from fake_store import NEXT, Json, judged, of_type, store
 from fastapi import APIRouter, Body, FastAPI, HTTPException
 from pydantic import TypeAdapter
 
@@ -192,6 +193,9 @@ async def stop(job: str) -> bool:
 
 @others.get("/seen/{job}")
 async def seen(job: str) -> Json:
+    """What a job's process did; of a job that has ended, when its process has ended."""
+    while job in store.processes and store.job(job)["status"] not in NEXT and "exit" not in store.seen[job]:
+        await asyncio.sleep(0.05)
     tiles = {key: len(store.tiles.get(thing, {})) for key, thing in store.job(job)["outputs"].items()}
     return {**store.seen[job], "job": job, "tiles": {key: count for key, count in tiles.items() if count}}
 

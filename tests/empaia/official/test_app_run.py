@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from helpers.eats import SLIDE, Platform, ran, said, write_inputs
+from helpers.eats import SLIDE, Platform, as_triangle, ran, said, write_inputs
+from wsi_mmm.cli import app
+from wsi_mmm.slides.fake import SyntheticTruth
 
 pytestmark = [pytest.mark.empaia, pytest.mark.timeout(300)]
 
@@ -47,6 +50,24 @@ def test_regions_of_interest(platform: Platform, inputs: Path, tmp_path: Path) -
     assert sum(counts) == len(outputs["nuclei_objects"]["items"]) and min(counts) > 0
     for one in outputs["nuclei_objects"]["items"]:
         assert any(touches(one["coordinates"], region) for region in regions)
+
+
+def test_another_model(platform: Platform, other_model: Path, tiny_truth: SyntheticTruth, tmp_path: Path) -> None:
+    """A model's folder and `wsi-mmm empaia init` make an app: another vendor, polygons as regions; a validated job."""
+    done = CliRunner().invoke(
+        app,
+        ["empaia", "init", str(other_model), "-o", str(tmp_path), "--vendor", "my_hospital", "--regions", "polygon"],
+    )
+    assert done.exit_code == 0, done.output
+    ead = tmp_path / "ead.json"
+    assert json.loads(ead.read_text())["namespace"] == "org.empaia.my_hospital.Nuclei_of_mine.v3.0"
+    inputs = write_inputs(tmp_path / "inputs", SLIDE, [(200, 100, 1000, 1000)], as_triangle)
+    _, outputs = ran(platform, "other-app", inputs, tmp_path / "out", "standalone", ead=ead)
+    x, y = tiny_truth.centers.T - [[200], [100]]
+    there = int(((x > 0) & (y > x) & (y < 1000)).sum())
+    found = outputs["nuclei_counts"]["items"][0]["value"]
+    assert found == len(outputs["nuclei_objects"]["items"]) and abs(found - there) <= 2 < there
+    assert outputs["nuclei_classes"]["items"][0]["value"].startswith("org.empaia.my_hospital.Nuclei_of_mine.v3.0.")
 
 
 def test_a_region_outside_of_the_slide(platform: Platform, inputs: Path, tmp_path: Path) -> None:
