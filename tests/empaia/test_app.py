@@ -206,7 +206,7 @@ def test_every_fault_ends_in_failure(
 PASSING = ("/mode", "/inputs", "GET /regions", "/items", "/data", "/progress", "/finalize")
 SURVIVED = [
     *(Fault(where, 503, times=2) for where in PASSING),
-    *(Fault(where, done=True) for where in ("/items", "/data")),
+    *(Fault(where, done=True) for where in ("/items", "/data", "/finalize")),
     Fault("GET /regions"),
     Fault("GET /regions", 429, times=2),
     *(Fault("/progress", status, times=99) for status in (404, 422)),

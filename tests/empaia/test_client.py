@@ -175,6 +175,18 @@ def test_a_job_ends_once() -> None:
     _with(refused, Fault("/finalize", 422))
 
 
+@pytest.mark.parametrize("status", [0, 503])
+def test_an_end_whose_answer_is_lost_is_an_end(status: int) -> None:
+    """Said again, the platform refuses it, for the job has ended; where it had not arrived, it arrives now."""
+
+    async def work(platform: FakePlatform, api: AppApi) -> None:
+        await api.finalize()
+        assert platform.state == "COMPLETED" and platform.log == ["PUT /finalize"] * 2
+
+    _with(work, Fault("/finalize", status, done=True))
+    _with(work, Fault("/finalize", status))
+
+
 def test_what_the_platform_would_refuse_is_not_sent() -> None:
     """Regions of too many px and tiles of the wrong length are refused here."""
 

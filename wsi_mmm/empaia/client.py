@@ -31,6 +31,7 @@ from wsi_mmm.errors import OutputError, PlatformError
 
 _MESSAGE = 255  # characters of a failure's message
 _TOO_LARGE = 413
+_OVER = (400, 409, 422, 423)  # what a platform may say to a job that has ended
 
 
 class Mode(StrEnum):
@@ -153,7 +154,14 @@ class AppApi:
             raise RuntimeError(f"the job has ended already: {self._ended}")
         self._ended = how  # before waiting, so that nobody ends it a second time meanwhile
         try:
-            await self._done("PUT", f"/{how}", data=data)
+            answer, lost = await self._transport.ask("PUT", f"/{how}", data=data, again=False), False
+            for attempt in range(1, self._patience.attempts):
+                if not answer.unclear:
+                    break
+                await asyncio.sleep(self._patience.pause * 2 ** (attempt - 1))
+                answer, lost = await self._transport.ask("PUT", f"/{how}", data=data, again=False), True
+            if not (lost and answer.status in _OVER):  # it had arrived, although nobody said so
+                self._checked(answer, f"PUT /{how}")
         except BaseException:
             self._ended = ""  # it has not ended: it may still fail
             raise

@@ -79,6 +79,8 @@ class Transport:
             trust_env=False,  # the App API is beside the app; a proxy of the environment is not for it
             cookie_jar=aiohttp.DummyCookieJar(),
         )
+        # aiohttp sends a PUT again by itself when its answer is lost: nobody could tell that from a refusal.
+        self._session._retry_connection = False
         return self
 
     async def __aexit__(
