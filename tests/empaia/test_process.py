@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from helpers.cluster import PlainCluster
 from helpers.empaia_platform import FakePlatform, Fault
+from wsi_mmm.cli import app
+from wsi_mmm.config import empaia_places
 
 from .conftest import Start
 
@@ -41,13 +44,13 @@ def asked_for(platform: FakePlatform, where: str) -> Callable[[], bool]:
 def test_a_signal_to_stop_is_a_failure(start: Start, tmp_path: Path, where: str) -> None:
     """Wherever the app stands, also while the platform is silent: the platform is told, and the exit code is 130."""
     platform = start(faults=[Fault(where, 200, times=99, wait=60.0)])
-    app = begun("--work", str(tmp_path / "work"))
+    running = begun("--work", str(tmp_path / "work"))
     wait_for(asked_for(platform, where))
-    assert platform.job.token not in Path(f"/proc/{app.pid}/cmdline").read_text()
-    app.send_signal(signal.SIGTERM)
+    assert platform.job.token not in Path(f"/proc/{running.pid}/cmdline").read_text()
+    running.send_signal(signal.SIGTERM)
     wait_for(lambda: platform.state == "FAILED")
-    out, err = app.communicate(timeout=60)
-    assert app.returncode == 130 and "stopped" in platform.message
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and "stopped" in platform.message
     assert platform.job.token not in out + err
     assert sum(line == "PUT /failure" for line in platform.log) == 1 and "PUT /finalize" not in platform.log
 
@@ -55,26 +58,51 @@ def test_a_signal_to_stop_is_a_failure(start: Start, tmp_path: Path, where: str)
 def test_the_app_needs_only_three_variables(start: Start) -> None:
     """The command does the job of the environment and exits with 0; the token is in none of its words."""
     platform = start()
-    app = begun()
-    out, err = app.communicate(timeout=200)
-    assert app.returncode == 0, err
+    running = begun()
+    out, err = running.communicate(timeout=200)
+    assert running.returncode == 0, err
     assert platform.state == "COMPLETED" and "finalized" in out and platform.job.token not in out + err
 
 
 def test_a_failure_has_an_exit_code(start: Start) -> None:
     """1, and one line that says what is wrong."""
     platform = start(mode="POSTPROCESSING")
-    app = begun()
-    _, err = app.communicate(timeout=100)
-    assert app.returncode == 1 and "postprocessing" in err and len(err.splitlines()) == 1 and platform.state == "FAILED"
+    running = begun()
+    _, err = running.communicate(timeout=100)
+    assert (
+        running.returncode == 1
+        and "postprocessing" in err
+        and len(err.splitlines()) == 1
+        and platform.state == "FAILED"
+    )
 
 
 def test_without_a_job_there_is_nothing_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable that is missing is named."""
     monkeypatch.delenv("EMPAIA_APP_API", raising=False)
-    app = begun()
-    _, err = app.communicate(timeout=100)
-    assert app.returncode == 1 and "EMPAIA_APP_API is not set" in err
+    running = begun()
+    _, err = running.communicate(timeout=100)
+    assert running.returncode == 1 and "EMPAIA_APP_API is not set" in err
+
+
+def test_a_signal_before_the_app_listens(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the program still loads, the platform is told, too."""
+    platform = start()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wsi_mmm.empaia.app.run_app", interrupted)
+    result = CliRunner().invoke(app, ["empaia", "run"])
+    assert result.exit_code == 130 and platform.state == "FAILED" and "stopped" in platform.message
+    assert platform.log == ["PUT /failure"]
+
+
+def test_where_an_app_works_may_come_from_the_environment() -> None:
+    """What is not set is not said."""
+    assert empaia_places({}) == {} == empaia_places({"WSI_MMM_EMPAIA_WORK": " "})
+    said = {"WSI_MMM_EMPAIA_WORK": "/w", "WSI_MMM_EMPAIA_SCHEDULER": "tcp://s:8786"}
+    assert empaia_places(said) == {"work": "/w", "scheduler": "tcp://s:8786"}
 
 
 @pytest.mark.slow
