@@ -39,7 +39,7 @@ test-services: setup  ## tests against a real S3 server and JuiceFS, started whe
 	@deploy/services/with.sh $(BIN)/python -m pytest -m services || [ $$? -eq 75 ]
 
 test-empaia: setup  ## tests with EMPAIA's own validators and command line, installed apart in build/empaia
-	@tests/empaia/official/setup.sh && $(BIN)/python -m pytest -m empaia || [ $$? -eq 75 ]
+	@tests/empaia/official/setup.sh && $(BIN)/python -m pytest -m "empaia and not slow" || [ $$? -eq 75 ]
 
 lint: setup  ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -36,7 +36,7 @@ class Platform:
         """Run a command of the real ``eats``."""
         command = map(str, [self.python, OFFICIAL / "eats.py", self.port, *words])
         return subprocess.run(
-            list(command), cwd=self.folder, env={**os.environ, **DIRECT}, capture_output=True, text=True, timeout=250
+            list(command), cwd=self.folder, env={**os.environ, **DIRECT}, capture_output=True, text=True, timeout=850
         )
 
     def app(self, image: str, ead: Path = EAD) -> str:

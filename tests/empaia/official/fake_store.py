@@ -20,7 +20,7 @@ from fastapi import HTTPException
 from pydantic import TypeAdapter, ValidationError
 
 MOST_ITEMS = 10_000
-PATIENCE = 300  # seconds that an app may take
+PATIENCE = 800  # seconds that an app may take
 NEXT = {
     "ASSEMBLY": {"READY", "RUNNING"},
     "READY": {"SCHEDULED", "RUNNING"},

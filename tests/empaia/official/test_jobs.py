@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from helpers.eats import Platform, ran, said
+from helpers.eats import OFFICIAL, Platform, ran, said
 from helpers.processes import wait_for
 
 pytestmark = [pytest.mark.empaia, pytest.mark.timeout(300)]
@@ -63,6 +66,18 @@ def test_inputs_that_do_not_fit_are_refused(platform: Platform, inputs: Path, tm
     (inputs / "standalone" / "roi_classes.json").unlink()
     done = platform.run("stand-in-sound", inputs, tmp_path / "out", mode="standalone")
     assert done.returncode == 1 and "Class constraint" in done.stderr
+
+
+def test_an_app_may_be_started_by_hand(platform: Platform, inputs: Path) -> None:
+    """`eats jobs set-running` lets a process that nobody started do the job, as docs/empaia.md says."""
+    made = platform.eats("jobs", "register", platform.app("stand-in-sound"), inputs / "standalone")
+    job_id = said(made)["EMPAIA_JOB_ID"]
+    assert platform.eats("jobs", "set-running", job_id).returncode == 0
+    by_hand = {**os.environ, **said(made), "EMPAIA_APP_API": f"http://127.0.0.1:{platform.port}/app-api"}
+    stand_in = [sys.executable, OFFICIAL / "stand_in.py", "sound"]
+    assert subprocess.run(stand_in, env=by_hand, check=False).returncode == 0
+    waited = platform.eats("jobs", "wait", job_id)
+    assert waited.returncode == 0, waited.stderr
 
 
 def test_an_abort_ends_the_app(platform: Platform, inputs: Path, tmp_path: Path) -> None:
