@@ -239,6 +239,7 @@ def restart(cluster: PlainCluster, storm: Storm, plan: Plan) -> float:
     """The scheduler dies, with it its workers, as when a node is gone; all of them are started again. When it was."""
     moment = time.time()
     kill(cluster.scheduler.pid)
+    cluster.scheduler.wait(20)  # else its port answers once more, and the next one cannot have it
     for process in cluster.processes[1:]:
         for pid in [child.pid for child in family(process.pid)]:
             if pid in storm.alive():

@@ -108,11 +108,18 @@ class Entry:
 
     def existing(self, name: str) -> zarr.Array[Any]:
         """An array that some writer has made; StorageError when none has."""
-        try:
-            return zarr.open_array(open_store(self.uri), path=name, mode="r")
-        except FileNotFoundError as error:
-            text = f"the cache at {storage.redact(self.uri)} has no {name}; run again with --force"
-            raise StorageError(text) from error
+
+        def opened() -> zarr.Array[Any] | None:
+            with translated(self.uri):
+                try:
+                    return zarr.open_array(open_store(self.uri), path=name, mode="r")
+                except FileNotFoundError:
+                    return None
+
+        found = storage.insisted(opened)
+        if found is None:
+            raise StorageError(f"the cache at {storage.redact(self.uri)} has no {name}; run again with --force")
+        return found
 
     def write_block(self, spec: ArraySpec, index: I64, values: Array) -> None:
         """Write the shard that holds the tiles ``index`` int64[n, 2] (row, column), all of one block, in one put."""

@@ -1,4 +1,5 @@
-"""Folders that appear whole: written beside their place, then renamed; on object stores what was there goes first."""
+"""Folders that appear whole: written beside their place, then renamed. For object stores they are written to a disk and
+put from there, what was there going first and the file that says what the folder is coming last."""
 
 from __future__ import annotations
 
@@ -7,19 +8,21 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from wsi_mmm.slides import store
 from wsi_mmm.slides.store_local import writing
 
+ROOT = Path("zarr.json")  # of a Zarr: without it there is none
+
 
 @contextmanager
 def published_folder(uri: str) -> Iterator[str]:
-    """A URI to write a folder at. Local: a temporary folder that becomes ``uri`` when the block ends well."""
+    """A folder to write in, which becomes ``uri`` when the block ends well. OutputError."""
     if not store.is_local(uri):
-        for old in store.list_uris(uri):
-            store.delete(old)
-        with store.translated(uri, writing=True):
-            yield uri
+        with writing(uri), tempfile.TemporaryDirectory(prefix="wsi-mmm-") as folder:
+            yield folder
+            _put(Path(folder), uri)
         return
     target = store.local_path(uri)
     with writing(uri):
@@ -33,3 +36,11 @@ def published_folder(uri: str) -> Iterator[str]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _put(folder: Path, uri: str) -> None:
+    for old in store.list_uris(uri):
+        store.delete(old)
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    for path in sorted(found, key=lambda path: (path == ROOT, path)):
+        store.write_bytes(store.join(uri, path.as_posix()), (folder / path).read_bytes())
