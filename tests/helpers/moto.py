@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 
 @contextmanager
 def moto_server() -> Iterator[str]:
@@ -23,3 +25,16 @@ def moto_server() -> Iterator[str]:
         pass
     yield f"http://{host}:{port}"
     server.stop()
+
+
+@contextmanager
+def moto_bucket(name: str, environment: pytest.MonkeyPatch) -> Iterator[str]:
+    """That server with an empty bucket; the environment has its address and some keys. Yields the address."""
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("moto.server")
+    with moto_server() as address:
+        keys = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "REGION": "us-east-1"}
+        for word, value in {"ENDPOINT_URL": address, **keys}.items():
+            environment.setenv(f"AWS_{word}", value)
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=name)
+        yield address

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import wsi_mmm
-from helpers.moto import moto_server
+from helpers.moto import moto_bucket
 from wsi_mmm.engine import process
 from wsi_mmm.errors import ModelError, WsiError
 from wsi_mmm.model import fetched as room
@@ -19,22 +19,15 @@ from wsi_mmm.model.fetched import fetched, forget
 from wsi_mmm.orders import encoder_recipe, model_recipe
 from wsi_mmm.slides import store
 
-pytest.importorskip("moto.server")
 URI = "s3://models/small"
 
 
 @pytest.fixture
 def stored(small_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """A model in a bucket, and a user's cache of its own."""
-    import boto3
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(room, "_known", {})
-    with moto_server() as address:
-        names = {"ENDPOINT_URL": address, "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "REGION": "us-east-1"}
-        for name, value in names.items():
-            monkeypatch.setenv(f"AWS_{name}", value)
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="models")
+    with moto_bucket("models", monkeypatch):
         for name in (CARD, WEIGHTS):
             store.write_bytes(f"{URI}/{name}", (small_model / name).read_bytes())
         yield URI

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.faulty import Faulty
-from helpers.moto import moto_server
+from helpers.moto import moto_bucket
 from wsi_mmm.errors import StorageError
 from wsi_mmm.slides import insist, store
 from wsi_mmm.slides.insist import TRIES, insisted
@@ -57,15 +57,12 @@ def test_what_will_not_pass_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("kind", ["truncated", "reset", "503"])
 def test_writing_deleting_and_listing_outlive_faults(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in seven requests fails; what is written, listed and deleted is what was asked for."""
-    boto3 = pytest.importorskip("boto3")
-    pytest.importorskip("moto.server")
-    names = {"ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "REGION": "us-east-1"}
-    for name, value in names.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
     methods = ("GET", "PUT", "HEAD", "DELETE", "POST")
-    with moto_server() as upstream, Faulty(upstream=upstream, share=0.0, kinds=(kind,), methods=methods) as front:
+    with (
+        moto_bucket("bucket", monkeypatch) as upstream,
+        Faulty(upstream=upstream, share=0.0, kinds=(kind,), methods=methods) as front,
+    ):
         monkeypatch.setenv("AWS_ENDPOINT_URL", front.url)
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
         front.share = 0.15
         uris = [f"s3://bucket/folder/{number}" for number in range(12)]
         for uri in uris:
