@@ -57,7 +57,7 @@ imports: setup  ## import-linter: the floors
 
 # make default-model DATA=folder    folder: nuclei/dsb2018_stained_nuclei.zip, and slides/ as pipelines/default/slides.csv says
 # ... ARGS="--set steps=3"          a few steps of each of its trainings, to see that all of it works
-default-model: setup  ## train the packaged model anew, into runs/default (two hours on two cores; goes on where it stopped)
+default-model: setup  ## train a default model anew, into runs/default (two hours on two cores; goes on where it stopped)
 	@env -u OMP_NUM_THREADS $(BIN)/python pipelines/default/prepare.py --data $(or $(DATA),../shared/data) --out data/default
 	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml $(ARGS)
 	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml --set model.start=runs/default/model \
