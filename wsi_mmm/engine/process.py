@@ -8,10 +8,10 @@ import resource
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from wsi_mmm import clock
 from wsi_mmm.cache import CachedReader, Choice, Entry, Quota, choose
@@ -25,17 +25,33 @@ if TYPE_CHECKING:
     from wsi_mmm.model.runner import Runner
     from wsi_mmm.tasks.base import Task
 
+K = TypeVar("K")
+V = TypeVar("V")
+
 OPEN_SLIDES = 8
+KEPT = (
+    32  # of each thing that belongs to a slide, so that a process that has seen thousands of them is as small as before
+)
 
 _lock = threading.RLock()
 _loading = threading.Lock()  # of its own: slides are opened and their tissue is found while a model loads
 _slides: OrderedDict[tuple[str, float | None, str | None], tuple[Slide, int]] = OrderedDict()
 _runners: dict[tuple[str, str, int | None, str], Runner] = {}
 _models: dict[tuple[str, str], str] = {}
-_entries: dict[tuple[str, int], Entry] = {}
-_readers: dict[tuple[str, str], CachedReader] = {}
-_choices: dict[tuple[str, str], Choice] = {}
+_entries: OrderedDict[tuple[str, int], Entry] = OrderedDict()
+_readers: OrderedDict[tuple[str, str], CachedReader] = OrderedDict()
+_choices: OrderedDict[tuple[str, str], Choice] = OrderedDict()
 _quotas: dict[tuple[str, int], Quota] = {}
+
+
+def _recent(kept: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
+    """What is kept under ``key``, made when it is not; those that were asked for longest ago go. Hold the lock."""
+    if key not in kept:
+        kept[key] = make()
+    kept.move_to_end(key)
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
+    return kept[key]
 
 
 @contextmanager
@@ -72,15 +88,18 @@ def reader_of(slide: Slide, task: SlideTask, grid: Grid, index: I64) -> CachedRe
         return None
     name = f"{grid.scale_x:.9f}-{grid.scale_y:.9f}"
     key = (task.uri, store.join(recipe.cache, slide.info.fingerprint, "pixels", name))
+
+    def made() -> CachedReader:
+        return CachedReader(slide.reader, key[1], grid.scale_x, grid.scale_y, quota=_quota(recipe))
+
     with _lock:
-        if key not in _readers or _readers[key].inner is not slide.reader:
-            _readers[key] = CachedReader(slide.reader, key[1], grid.scale_x, grid.scale_y, quota=_quota(recipe))
+        reader = _recent(_readers, key, made)
+        if reader.inner is not slide.reader:
+            reader = _readers[key] = made()
         if recipe.cache_tiles == "on":
-            return _readers[key]
-        if key not in _choices:
-            tiles = Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y)
-            _choices[key] = choose(_readers[key], tiles)
-        return _readers[key] if _choices[key].use else None
+            return reader
+        tiles = Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y)
+        return reader if _recent(_choices, key, lambda: choose(reader, tiles)).use else None
 
 
 def _quota(recipe: Recipe) -> Quota | None:
@@ -181,9 +200,7 @@ def tasks_of(recipe: Recipe) -> list[Task]:
 def entry_of(uri: str, grid: Grid, block: int) -> Entry:
     """The cache entry at ``uri``, its arrays opened once per process."""
     with _lock:
-        if (uri, block) not in _entries:
-            _entries[uri, block] = Entry(uri, grid.rows, grid.columns, block)
-        return _entries[uri, block]
+        return _recent(_entries, (uri, block), lambda: Entry(uri, grid.rows, grid.columns, block))
 
 
 def forget_entries(prefix: str) -> None:
