@@ -30,6 +30,8 @@ from helpers.cluster import PlainCluster
 
 FIGURES = ("MB", "handles", "sockets", "threads")
 OPTIONS = {"block_tiles": 2}
+QUIET = {"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"}
+"""Dask's profiler keeps an hour of samples: for the first hour a worker grows by some 0.2 MB a run for it alone."""
 
 
 @dataclass
@@ -90,7 +92,7 @@ def processes_of(cluster: PlainCluster) -> dict[str, psutil.Process]:
 def soak(slide: Path, runs: int, workers: int, folder: Path, *, shown: bool = False) -> Soak:
     """So many runs, one after another."""
     found, begun = Soak(), time.monotonic()
-    with PlainCluster(folder, workers) as cluster, cluster.client() as client:
+    with PlainCluster(folder, workers, env=QUIET) as cluster, cluster.client() as client:
         processes = processes_of(cluster)
         for number in range(runs):
             output = folder / f"out-{number}"
