@@ -20,7 +20,7 @@ ROOT = Path("zarr.json")  # of a Zarr: without it there is none
 def published_folder(uri: str) -> Iterator[str]:
     """A folder to write in, which becomes ``uri`` when the block ends well. OutputError."""
     if not store.is_local(uri):
-        with writing(uri), tempfile.TemporaryDirectory(prefix="wsi-mmm-") as folder:
+        with writing(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="wsi-mmm-") as folder:
             yield folder
             _put(Path(folder), uri)
         return
