@@ -39,7 +39,7 @@ def test_what_says_what_a_folder_is_comes_last(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_folder_that_ends_badly_is_not_put() -> None:
-    """A full disk is an OutputError that names the disk, not the store; other errors stay what they are; the store keeps what it had."""
+    """A full disk is an OutputError that names it; other errors stay what they are; the store keeps what it had."""
     uri = "memory://folders/x"
     store.write_bytes(f"{uri}/old", b"old")
     with pytest.raises(OutputError, match=f"^{tempfile.gettempdir()}: the disk is full"), published_folder(uri):
