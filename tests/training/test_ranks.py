@@ -222,6 +222,24 @@ def test_alone_nothing_is_sent() -> None:
         assert (one.rank, one.world, one.first) == (0, 1, True)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux")
+def test_a_group_that_is_left_leaves_no_thread() -> None:
+    """Whatever of torch is first imported while ranks are together (an optimiser does so), their threads end with them:
+    one that was still alive as Python ended aborted the process ("terminate called without an active exception")."""
+    code = (
+        "import time\nfrom pathlib import Path\nfrom wsi_mmm.training import ranks\n"
+        "def threads():\n"
+        "    return sum('gloo' in (task / 'comm').read_text() for task in Path('/proc/self/task').iterdir())\n"
+        f"with ranks.joined('cpu', meeting=ranks.Meeting('127.0.0.1', {port()}, 0, 1)) as one:\n"
+        "    import torch.distributed.nn.functional\n"
+        "    print(ranks.total(one, [1]), threads())\n"
+        "print(threads())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    together, after = done.stdout.splitlines()
+    assert int(together.split()[-1]) > 0 and after == "0", done.stderr
+
+
 def test_ranks_that_cannot_meet_say_so() -> None:
     """A host that nobody serves is a ClusterError in one line, after the wait."""
     meeting = ranks.Meeting("127.0.0.1", port(), 1, 2)

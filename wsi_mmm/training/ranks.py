@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # defaults of its functions keep the group of its first import: none yet
 from torch import Tensor
 
 from wsi_mmm.errors import ClusterError
@@ -61,7 +62,8 @@ class Meeting:
 def joined(device: str = "auto", *, wait: float = 120.0, meeting: Meeting | None = None) -> Iterator[Ranks]:
     """The ranks that torchrun started (env://) or that meet at ``meeting``; without either, this process alone.
 
-    Leaving, also by an error, closes the connections: that is how the other ranks learn of it. ClusterError.
+    Leaving, also by an error, closes the connections: that is how the other ranks learn of it. It ends the threads that
+    serve them, too, if nobody else keeps the group: one that works while Python ends aborts the process. ClusterError.
     """
     if meeting is None and not dist.is_torchelastic_launched():
         yield Ranks(device=_device(device, 0), wait=wait)
