@@ -70,6 +70,23 @@ def test_a_job_from_mode_to_finalize() -> None:
     _with(work, inputs={"slide": {"id": WSI.id}})
 
 
+@pytest.mark.parametrize(("unpacks", "refused"), [(True, 0), (False, 1)])
+def test_tiles_go_compressed_where_that_is_understood(unpacks: bool, refused: int) -> None:
+    """The platform holds the tile's own bytes; one that does not unpack is asked once, then sent them as they are."""
+
+    async def work(platform: FakePlatform, api: AppApi) -> None:
+        heat = Pixelmap("heat", "continuous", "float32", WSI.id, (MapLevel(0),), limits=(0, 1))
+        data, posted = tile_bytes(heat, np.eye(200)), await api.post_output("nuclei_heat", heat)
+        before = platform.received
+        for column in range(3):
+            await api.put_tile(heat, posted, (0, column, 0), data=data)
+        assert [platform.tiles[posted, 0, column, 0] for column in range(3)] == [data] * 3
+        assert sum("/data" in line for line in platform.log) == 3 + refused
+        assert (platform.received - before < len(data)) == unpacks
+
+    _with(work, unpacks=unpacks)
+
+
 def test_5000_objects_in_five_requests() -> None:
     """Objects go a thousand at a time."""
 

@@ -50,8 +50,8 @@ class Fault:
 class FakePlatform:
     """``state``: RUNNING, COMPLETED or FAILED. ``log``: "METHOD /path" of each request. ``largest``: bytes.
 
-    ``lenient``: items of collections are not judged (many of them take long). ``received``, ``sent``: bytes of bodies
-    that came, and of pictures that were given.
+    ``lenient``: items of collections are not judged (many of them take long). ``unpacks``: compressed tiles are read.
+    ``received``, ``sent``: bytes of bodies as they came, and of pictures that were given.
     """
 
     mode: str = "STANDALONE"
@@ -66,6 +66,7 @@ class FakePlatform:
     progress: list[float] = field(default_factory=list)
     slides: Mapping[str, Slide] = field(default_factory=dict)
     lenient: bool = False
+    unpacks: bool = True
     received: int = 0
     sent: int = 0
     log: list[str] = field(default_factory=list)
@@ -113,7 +114,7 @@ class FakePlatform:
         if request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return _no(401, "Not authenticated")
         data = await request.read()
-        self.received += len(data)
+        self.received += request.content_length or len(data)
         fault = next((one for one in self.faults if one.times > 0 and one.where in line), None)
         if fault is None:
             return await self._judged(request, data, handler)
@@ -180,6 +181,8 @@ class FakePlatform:
         of = next((one for one in self.outputs.values() if one["id"] == at["id"]), None)
         if of is None:
             return _no(404, "no such pixelmap")
+        if "Content-Encoding" in request.headers and not self.unpacks:
+            return _no(422, "wrong number of bytes")
         if len(data) != of["tilesize"] ** 2 * of["channel_count"] * np.dtype(of["element_type"]).itemsize:
             return _no(422, "wrong number of bytes")
         self.tiles[at["id"], int(at["level"]), int(at["x"]), int(at["y"])] = data

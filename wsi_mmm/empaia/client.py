@@ -14,6 +14,7 @@ Every refusal is a PlatformError with its HTTP status. A job ends once: by `fina
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import math
 from collections.abc import AsyncIterator, Iterable
@@ -31,6 +32,9 @@ from wsi_mmm.errors import OutputError, PlatformError
 
 _MESSAGE = 255  # characters of a failure's message
 _TOO_LARGE = 413
+_UNREADABLE = (400, 415, 422)  # what a platform may say to a tile that it does not unpack
+_LEVEL = 1  # of gzip: maps are flat, and the platform unpacks them
+_BYTES = "application/octet-stream"
 _OVER = (400, 409, 422, 423)  # what a platform may say to a job that has ended
 
 
@@ -52,6 +56,7 @@ class AppApi:
         self._transport = Transport(job, self._patience)
         self._counts: dict[str, int] = {}  # collection -> objects that it holds
         self._ended = ""
+        self._packs = True
 
     async def __aenter__(self) -> Self:
         await self._transport.__aenter__()
@@ -115,12 +120,22 @@ class AppApi:
             yield await self._post_batch(collection_id, batch)
 
     async def put_tile(self, pixelmap: Pixelmap, pixelmap_id: str, place: tuple[int, int, int], *, data: bytes) -> None:
-        """Write the tile at ``place`` (level, column, row); its bytes are those of `pixelmaps.tile_bytes`."""
+        """Write the tile at ``place`` (level, column, row); its bytes are those of `pixelmaps.tile_bytes`.
+
+        They go compressed, unless the platform has refused one that was and taken it as it is.
+        """
         if len(data) != tile_length(pixelmap):
             raise OutputError(f"a tile of '{pixelmap.name}' has {tile_length(pixelmap)} bytes, not {len(data)}")
         level, x, y = place
         path = f"/pixelmaps/{_part(pixelmap_id)}/level/{level}/position/{x}/{y}/data"
-        await self._done("PUT", path, data=data, kind="application/octet-stream")
+        if self._packs:
+            packed = gzip.compress(data, _LEVEL)
+            answer = await self._transport.ask("PUT", path, data=packed, kind=_BYTES, coding="gzip")
+            if answer.good or answer.status not in _UNREADABLE:
+                self._checked(answer, f"PUT {path}")
+                return
+        await self._done("PUT", path, data=data, kind=_BYTES)
+        self._packs = False
 
     async def query(self, collection_id: str, *, skip: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
         """(how many objects a collection holds, ``limit`` of them from ``skip`` on)."""

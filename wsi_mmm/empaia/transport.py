@@ -98,30 +98,37 @@ class Transport:
         query: Mapping[str, str] | None = None,
         data: bytes | None = None,
         kind: str = "application/json",
+        coding: str = "",
         again: bool | None = None,
     ) -> Answer:
         """The last answer to a request for ``path`` below the job, after what retries its method allows.
 
         ``again``: whether it may be repeated when nobody knows whether it was done (None: unless it is a POST).
-        What was surely not done (no connection, 429) is always repeated.
+        What was surely not done (no connection, 429) is always repeated. ``coding``: how ``data`` is compressed.
         """
         repeat = method != "POST" if again is None else again
-        answer = await self._once(method, path, query=query, data=data, kind=kind)
+        headers = {} if data is None else {"Content-Type": kind} | ({"Content-Encoding": coding} if coding else {})
+        answer = await self._once(method, path, query=query, data=data, headers=headers)
         for attempt in range(1, self._patience.attempts):
             undone = answer.status == _TOO_MANY or (answer.status == 0 and not answer.sent)
             if not (undone or (repeat and answer.unclear)):
                 break
             pause = max(answer.wait, self._patience.pause * 2 ** (attempt - 1))
             await asyncio.sleep(min(pause, _LONGEST_WAIT))
-            answer = await self._once(method, path, query=query, data=data, kind=kind)
+            answer = await self._once(method, path, query=query, data=data, headers=headers)
         return answer
 
     async def _once(
-        self, method: Method, path: str, *, query: Mapping[str, str] | None, data: bytes | None, kind: str
+        self,
+        method: Method,
+        path: str,
+        *,
+        query: Mapping[str, str] | None,
+        data: bytes | None,
+        headers: Mapping[str, str],
     ) -> Answer:
         if self._session is None:
             raise RuntimeError("the transport is not open")
-        headers = {"Authorization": f"Bearer {self._job.token}"} | ({} if data is None else {"Content-Type": kind})
         url = f"{self._job.api}/v3/{self._job.id}{path}"
         try:
             async with self._session.request(
@@ -129,7 +136,7 @@ class Transport:
                 url,
                 params=query,
                 data=None if data is None else io.BytesIO(data),
-                headers=headers,
+                headers={"Authorization": f"Bearer {self._job.token}", **headers},
                 allow_redirects=False,
             ) as response:
                 body = await _bounded(response)
