@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,13 +12,27 @@ import pytest
 
 from helpers.empaia_platform import FakePlatform, served
 from helpers.wsi_service import described
+from wsi_mmm.config import empaia_job
+from wsi_mmm.empaia.app import App, Ended, run_app
+from wsi_mmm.empaia.transport import Patience
 from wsi_mmm.engine import process
 from wsi_mmm.slides import open_slide
 
 WSI_ID = "b10648a7-340d-43fc-a2d9-4d91cc86f33f"
 ROIS = [f"1111111{i}-1111-4111-8111-111111111111" for i in range(9)]
+QUICK = Patience(total=30.0, attempts=3, pause=0.01)
 
 Start = Callable[..., FakePlatform]
+
+
+def run(**told: Any) -> Ended:
+    """The app in this process, as `App` with these fields, not as patient as usual."""
+    return run_app(empaia_job(), App(**told), patience=QUICK)
+
+
+def posted(platform: FakePlatform, key: str) -> list[dict[str, Any]]:
+    """The items of a collection that was posted as the output ``key``."""
+    return platform.items[platform.outputs[key]["id"]]
 
 
 def regions(*shapes: dict[str, Any]) -> dict[str, Any]:
@@ -59,3 +74,21 @@ def platforms(path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
         yield begin
         process.release(models=False)
+
+
+@pytest.fixture(scope="session")
+def published(tiny_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of a standalone job that has done the slide and has posted nothing."""
+    work = tmp_path_factory.mktemp("published") / "work"
+    with pytest.MonkeyPatch.context() as patch, platforms(tiny_slide, work.parent, patch) as begin:
+        platform = begin()
+        assert run(work=str(work)) == Ended("finalized") and platform.ends == ["finalize"]
+        assert platform.refused == []
+    (work / "posting.json").unlink()
+    return work
+
+
+@pytest.fixture
+def half_done(published: Path, tmp_path: Path) -> str:
+    """The same for one test: the job has died before it posted anything."""
+    return str(shutil.copytree(published, tmp_path / "half-done"))

@@ -16,7 +16,7 @@ from wsi_mmm.empaia.batches import Limits
 from wsi_mmm.empaia.bodies import Annotation, Collection, Point, Primitive, Wsi
 from wsi_mmm.empaia.client import AppApi, Mode
 from wsi_mmm.empaia.pixelmaps import MapLevel, Pixelmap, tile_bytes
-from wsi_mmm.empaia.transport import Patience
+from wsi_mmm.empaia.transport import Patience, Transport
 from wsi_mmm.errors import OutputError, PlatformError, RecipeError
 
 WSI = Wsi("b10648a7-340d-43fc-a2d9-4d91cc86f33f", 10_000, 10_000, 499.0)
@@ -233,6 +233,13 @@ def test_the_token_is_nowhere(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         assert TOKEN not in _with(work, Fault("/mode", times=99))
     assert TOKEN not in caplog.text
+
+
+@pytest.mark.parametrize("blanks", range(9_900, 10_001, 10))
+def test_a_token_that_an_answer_quotes_is_cut_out(blanks: int) -> None:
+    """Also where the part of a long answer that is read ends within it."""
+    transport = Transport(EmpaiaJob("http://x", "j", "a" * 50 + "b" * 50), Patience())
+    assert "aaa" not in transport.words(b" " * blanks + b"a" * 50 + b"b" * 50 + b" and more" * 100)
 
 
 def test_nobody_there() -> None:

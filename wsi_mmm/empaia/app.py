@@ -37,6 +37,7 @@ T = TypeVar("T")
 LIMITS = Limits(items=5000)
 _MARK = "posting.json"
 _AGAIN = "The job was interrupted while its results were being sent; please start a new job."
+_TWICE = "The job was started twice at the same time; please start a new job."
 _WATCH = 0.1  # seconds between looks at the engine
 _LEAVE = 5.0  # seconds that the engine gets to stop, once the platform knows
 _RUN, _POST = 0.05, 0.9  # progress when the slide is begun, and when posting begins
@@ -226,6 +227,7 @@ class _Work:
         from wsi_mmm.api import executor_of
         from wsi_mmm.empaia.results import results_at
         from wsi_mmm.engine.carry import carry_out
+        from wsi_mmm.engine.claims import TAKEN
         from wsi_mmm.engine.job import Job
 
         engine = self._engine = Job(lambda listener, stop: carry_out(order, executor_of(order), listener, stop))
@@ -236,7 +238,12 @@ class _Work:
         except asyncio.CancelledError:
             engine.cancel()
             raise
-        [row] = engine.result().slides
+        try:
+            [row] = engine.result().slides
+        except OutputError as error:
+            if TAKEN in str(error):
+                raise JobError(_TWICE) from error
+            raise
         if row.status not in ("done", "empty"):
             raise JobError(INCOMPLETE) from StorageError(row.error or row.status)
         return await _aside(lambda: results_at(order.tasks[0].output))
@@ -251,7 +258,19 @@ class _Work:
             await asyncio.wait_for(self._api.progress(share), timeout=10.0)
 
     def _mark(self) -> None:
-        store.write_bytes(store.join(self._folder, _MARK), b"{}")
+        """From now on nobody else may post. JobError when somebody else has begun to."""
+        where = store.join(self._folder, _MARK)
+        if store.exists(where):
+            raise JobError(_AGAIN)
+        if not store.is_local(where):
+            store.write_bytes(where, b"{}")
+            return
+        try:
+            store.local_path(where).open("x").close()
+        except FileExistsError as error:
+            raise JobError(_AGAIN) from error
+        except OSError as error:
+            raise OutputError(f"cannot write to {self._folder}: {error.strerror or error}") from error
 
     async def leave(self) -> None:
         """Wait a little for the engine to put its work down."""

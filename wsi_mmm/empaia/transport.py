@@ -22,6 +22,7 @@ from wsi_mmm.errors import PlatformError
 _BUSY = frozenset({502, 503, 504})
 _TOO_MANY = 429
 _LONGEST_WAIT = 30.0  # seconds, also of what Retry-After asks for
+_SAID = 10_000  # bytes of an answer in which its reason is looked for: longer than tokens are
 _ANSWER = 512 << 20  # bytes of the longest answer that is read
 
 Method = Literal["GET", "POST", "PUT", "DELETE"]
@@ -150,8 +151,11 @@ class Transport:
 
     def words(self, body: bytes) -> str:
         """The reason an answer gives, shortened to one line; never with the token."""
-        text = body[:2000].decode("utf-8", "replace").replace(self._job.token, "***")
-        return " ".join(text.split())[:200]
+        text = body[:_SAID].decode("utf-8", "replace").replace(self._job.token, "***")
+        words = text.split()
+        if len(body) > _SAID:
+            words = words[:-1]  # it may be the beginning of a token
+        return " ".join(words)[:200]
 
 
 async def _bounded(response: aiohttp.ClientResponse) -> bytes:
