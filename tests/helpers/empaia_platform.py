@@ -65,7 +65,8 @@ class FakePlatform:
     ``ends``: each "finalize" and "failure" that was taken. ``refused``: "STATUS METHOD /path" of what broke a rule.
 
     ``lenient``: items of collections are not judged (many of them take long). ``unpacks``: compressed tiles are read.
-    ``received``, ``sent``: bytes of bodies as they came, and of pictures that were given.
+    ``received``, ``sent``: bytes of bodies as they came, and of pictures that were given. ``longest``, ``most``: bytes
+    of the longest body as it is read, items of the largest post.
     """
 
     mode: str = "STANDALONE"
@@ -83,6 +84,8 @@ class FakePlatform:
     unpacks: bool = True
     received: int = 0
     sent: int = 0
+    longest: int = 0
+    most: int = 0
     log: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -135,6 +138,7 @@ class FakePlatform:
             return _no(401, "Not authenticated")
         data = await request.read()
         self.received += request.content_length or len(data)
+        self.longest = max(self.longest, len(data))
         fault = next((one for one in self.faults if one.meets(line)), None)
         if fault is None:
             return await self._judged(request, data, handler)
@@ -189,6 +193,7 @@ class FakePlatform:
         held = self.items.get(request.match_info["id"])
         if held is None:
             return _no(404, "no such collection")
+        self.most = max(self.most, len(items))
         if len(items) > MOST_ITEMS:
             return _no(413, "too many items")
         [of] = [one["item_type"] for one in self.outputs.values() if one["id"] == request.match_info["id"]]
