@@ -6,9 +6,9 @@ The app is a process of its own (``wsi-mmm empaia run``) with the default model 
   pictures  preprocessing, which is the whole slide: pictures given and their bytes, against the least for the tissue.
             All pictures count, those in which tissue is looked for among them. The least: every px under a tile that
             the run worked on, once, at the level that is read. Bytes: those px cut into rectangles without overlap,
-            each encoded as the platform encodes what the app asks for (PNG). Calls: those px over the px of the
-            largest picture that the app asks for there; what the platform's limit of 25 megapixels would allow is
-            said beside it.
+            each encoded as the platform encodes what the app asks for (PNG). Calls: one for each megapixel (1024 x
+            1024) of those, a measure that does not depend on how large the app's pictures are; what the platform's
+            limit of 25 megapixels would allow is said beside it.
   posts     calls and bytes by kind of output, and how many requests 5,000 nuclei as large as these would be
   parity    the objects posted, against those of `wsi_mmm.run` on the same file: the whole slide, and two regions of
             interest (a rectangle and a circle); in whole level-0 px, every corner
@@ -111,7 +111,7 @@ def pictures_row(slide: Slide, pictures: Sequence[Picture], boxes: F64) -> Row:
     windows = covered(on_level(boxes, slide.info.levels[number]))
     query = {"image_format": [kind]}
     sizes = [len(encoded(level_pixels(slide, number, tuple(one)), query)) for one in windows]
-    fewest = least(windows, sizes, max(one.window.pixels for one in there))
+    fewest = least(windows, sizes)
     all_of, of_level = asked(pictures), asked(there)
     return {
         "level": number, "format": kind, "tiles": len(boxes), "all": asdict(all_of), "at_level": asdict(of_level),
@@ -215,7 +215,7 @@ def slide_table(row: Row) -> str:
             f"| {name} | {one['calls']:,} | {one['again']:,} | {one['size']:,} | {one['pixels']:,} |"
             for name, one in (("all", found["all"]), ("of that level", found["at_level"]))
         ),
-        f"| least (of 25 megapixels: {fewest['fewest']:,} calls) | {fewest['calls']:,} | | {fewest['size']:,} "
+        f"| least (calls of 25 megapixels: {fewest['fewest']:,}) | {fewest['calls']:,} | | {fewest['size']:,} "
         f"| {fewest['pixels']:,} |",
         f"| all / least (bar {BAR}) | {found['calls_ratio']:.3f} | | {found['bytes_ratio']:.3f} "
         f"| {found['all']['pixels'] / fewest['pixels']:.3f} |",

@@ -15,6 +15,7 @@ from aiohttp import web
 from helpers.empaia_platform import MOST_PIXELS, FakePlatform
 from wsi_mmm.types import F64, I64, Level
 
+MEGAPIXEL = 1 << 20  # px of a picture of the least: the same however large the app's pictures are
 NEAR = 5.0  # level-0 px between centroids of what is the same object, drawn otherwise
 Corners = Sequence[Sequence[int]]
 
@@ -156,7 +157,10 @@ def _cut(window: Window, most: int) -> list[Window]:
 
 @dataclass(frozen=True, slots=True)
 class Least:
-    """The least for the tissue: every px under a tile of the run once, ``fewest``: in pictures as large as allowed."""
+    """The least for the tissue: every px under a tile of the run once, a megapixel a call.
+
+    ``fewest``: calls, if each were as large as the platform allows.
+    """
 
     calls: int
     size: int
@@ -164,10 +168,10 @@ class Least:
     fewest: int
 
 
-def least(windows: Sequence[Window], sizes: Sequence[int], per_call: int) -> Least:
-    """``sizes``: bytes of the pictures of ``windows``; ``per_call``: px of a picture as the app asks for them."""
+def least(windows: Sequence[Window], sizes: Sequence[int]) -> Least:
+    """``windows`` hold every px once; ``sizes``: bytes of their pictures."""
     pixels = sum(one.pixels for one in windows)
-    return Least(math.ceil(pixels / per_call), sum(sizes), pixels, math.ceil(pixels / MOST_PIXELS))
+    return Least(math.ceil(pixels / MEGAPIXEL), sum(sizes), pixels, math.ceil(pixels / MOST_PIXELS))
 
 
 # ------------------------------------------------------------------------------------------------ posts

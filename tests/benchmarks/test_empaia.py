@@ -70,13 +70,13 @@ def test_boxes_on_a_level_are_whole_px_inside_of_it() -> None:
 
 
 def test_the_least_and_what_was_asked() -> None:
-    """Calls as large as the app's, and again for what had been given before; the level that most px are of is read."""
+    """Calls of a megapixel each, and again for what had been given before; the level that most px are of is read."""
     one = Picture(0, Window(0, 0, 1000, 1000), "png", 500)
     other = Picture(2, Window(0, 0, 300, 300), "png", 90)
     found = asked([one, one, other])
     assert (found.calls, found.size, found.pixels, found.again) == (3, 1090, 2_090_000, 1)
     assert level_read([other, other, other, one]) == 0
-    fewest = least([Window(0, 0, 1000, 2500), Window(0, 0, 500, 100)], [70, 30], 1_000_000)
+    fewest = least([Window(0, 0, 1000, 2500), Window(0, 0, 500, 100)], [70, 30])
     assert (fewest.calls, fewest.size, fewest.pixels, fewest.fewest) == (3, 100, 2_550_000, 1)
 
 

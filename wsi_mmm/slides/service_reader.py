@@ -165,14 +165,19 @@ class ServiceReader:
     def _mark(self) -> str:
         """Return the fingerprint: of id, levels, how pictures are asked for, and one on the coarsest level."""
         level, number = self.info.levels[-1], len(self.info.levels) - 1
-        left, top = max(0, level.width // 2 - _SIDE // 2), max(0, level.height // 2 - _SIDE // 2)
-        window = (left, top, min(left + _SIDE, level.width), min(top + _SIDE, level.height))
+        side = self._mark_side()
+        left, top = max(0, level.width // 2 - side // 2), max(0, level.height // 2 - side // 2)
+        window = (left, top, min(left + side, level.width), min(top + side, level.height))
         width, height = window[2] - left, window[3] - top
         (data,) = self._get([self._routes.region_url(number, window)], most_bytes(width, height))
         pixels = decoded(data, width, height, name=self._name)
         seen = pixels.encode() if isinstance(pixels, str) else pixels.tobytes()
         identity = (self.info.properties.get("id"), self.info.levels, self._routes.query)
         return blake2b(repr(identity).encode() + seen, digest_size=16).hexdigest()
+
+    def _mark_side(self) -> int:
+        """Return the px of the picture that goes into the fingerprint."""
+        return _SIDE
 
 
 def picture_sides(level: Level) -> tuple[int, int]:
