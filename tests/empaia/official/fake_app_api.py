@@ -28,7 +28,7 @@ async def running(job_id: str, request: Request) -> Json:
         raise HTTPException(401, "Not authenticated")
     if store.jobs[job_id]["status"] != "RUNNING":
         raise HTTPException(409, f"the job is {store.jobs[job_id]['status']}")
-    if int(request.headers.get("Content-Length", 0)) > LONGEST:
+    if len(await request.body()) > LONGEST:
         raise HTTPException(413, "Request Entity Too Large")
     return store.jobs[job_id]
 
@@ -62,6 +62,8 @@ async def read_input(job: Running, key: str, shallow: bool = False) -> Json:
 async def post_output(job: Running, key: str, item: Annotated[Any, Body()]) -> Json:
     if key in job["outputs"]:
         raise HTTPException(409, f"the job has the output {key} already")
+    if isinstance(item, dict) and len(item.get("items") or ()) > MOST_ITEMS:
+        raise HTTPException(413, f"more than {MOST_ITEMS} items")
     kept = store.keep(of_type(item, app=True))
     job["outputs"][key] = kept["id"]
     return kept
