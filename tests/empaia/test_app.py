@@ -78,6 +78,35 @@ def test_regions_of_every_shape(start: Start, tiny_slide: Path, tmp_path: Path) 
     assert not list(tmp_path.glob("wsi-mmm-empaia-*"))
 
 
+CIRCLES = [(700, 500, 260), (60, 1100, 300), (900, 560, 150)]  # x, y, radius: inside, across two edges, overlapping
+
+
+def test_circles_hold_what_lies_in_them(start: Start) -> None:
+    """Of a run over the whole slide, the objects whose centre is no farther from a circle's than its radius, and no
+    others; counts and densities are those of the circle's area on the slide."""
+    whole = start(mode="PREPROCESSING")
+    assert run() == Ended("finalized")
+    every = corners(whole)
+    drawn = [{"type": "circle", "center": [x, y], "radius": radius} for x, y, radius in CIRCLES]
+    platform = start(inputs={"regions": regions(*drawn)})
+    assert run() == Ended("finalized") and platform.refused == []
+
+    centres = shapely.get_coordinates(shapely.centroid([shapely.Polygon(one) for one in every]))
+    beyond = np.array([np.hypot(*(centres - (x, y)).T) - radius for x, y, radius in CIRCLES])  # px
+    edge = np.abs(beyond).min(axis=0) < 1.0  # corners are rounded, and a circle has corners here
+    inside = {json.dumps(one) for one, far in zip(every, beyond.min(axis=0), strict=True) if far <= 0}
+    unsure = {json.dumps(one) for one, near in zip(every, edge, strict=True) if near}
+    found = {json.dumps(one) for one in corners(platform)}
+    assert found ^ inside <= unsure and len(inside - unsure) > 30 and len(unsure) < 10
+
+    frame = shapely.box(0, 0, platform.inputs["slide"]["extent"]["x"], platform.inputs["slide"]["extent"]["y"])
+    counts, densities = posted(platform, "nuclei_counts"), posted(platform, "nuclei_densities")
+    for (x, y, radius), far, count, density in zip(CIRCLES, beyond, counts, densities, strict=True):
+        area = shapely.intersection(frame, shapely.Point(x, y).buffer(radius, quad_segs=4096)).area
+        assert (far < -1).sum() <= count["value"] <= (far < 1).sum()
+        assert density["value"] == pytest.approx(count["value"] / (area * 0.25e-6), rel=2e-4)
+
+
 def test_preprocessing_is_the_whole_slide(start: Start, tiny_slide: Path, tmp_path: Path) -> None:
     """Without regions; each object has a class of the EAD and a confidence, in the objects' order."""
     platform = start(mode="PREPROCESSING")
