@@ -24,9 +24,10 @@ from wsi_mmm.empaia.bodies import (
 )
 from wsi_mmm.empaia.client import AppApi, Mode
 from wsi_mmm.empaia.density import Box, Density
-from wsi_mmm.empaia.ead import class_values, slug
+from wsi_mmm.empaia.ead import class_values, ead, slug
 from wsi_mmm.empaia.geometry import centres, polygons
 from wsi_mmm.empaia.pixelmaps import tile_bytes
+from wsi_mmm.empaia.promise import Promised
 from wsi_mmm.empaia.results import Outline, Results
 from wsi_mmm.empaia.verdicts import classes_of, number_of, numbers_of, overall_class
 from wsi_mmm.model.card import ModelCard, TaskCard
@@ -70,7 +71,13 @@ class _Tally:
 
 
 async def post_all(api: AppApi, answer: Answer, hear: Hear) -> None:
-    """Post every output. Raises JobError, PlatformError, OutputError."""
+    """Post every output that the EAD promises, and no other. Raises JobError, PlatformError, OutputError."""
+    promised = Promised(api, ead(answer.card, vendor=answer.vendor), answer.asked)
+    await _post(promised, answer, hear)
+    promised.kept()
+
+
+async def _post(api: Promised, answer: Answer, hear: Hear) -> None:
     about = Reference("wsi", answer.asked.wsi.id)
     tissue = await api.post_output("tissue", Collection("polygon", name="tissue", reference=about))
     drawn = [Annotation("tissue", shape, answer.asked.wsi, answer.npp) for shape in answer.tissue]
@@ -92,14 +99,14 @@ async def post_all(api: AppApi, answer: Answer, hear: Hear) -> None:
             await _fill(api, await api.post_output(f"{name}_slide_values", Collection("float", name=task.name)), each)
 
 
-async def _fill(api: AppApi, collection: str, records: Iterable[Record]) -> list[str]:
+async def _fill(api: Promised, collection: str, records: Iterable[Record]) -> list[str]:
     return [one async for some in api.post_items(collection, records) for one in some]
 
 
 # ------------------------------------------------------------------------------------------------ single objects
 
 
-async def _objects(api: AppApi, answer: Answer, task: TaskCard, hear: Hear) -> None:
+async def _objects(api: Promised, answer: Answer, task: TaskCard, hear: Hear) -> None:
     name, about = slug(task.name), Reference("wsi", answer.asked.wsi.id)
     objects = await api.post_output(f"{name}_objects", Collection("polygon", name=task.name, reference=about))
     classes = await api.post_output(f"{name}_classes", Collection("class"))
@@ -147,7 +154,7 @@ def _count(tally: _Tally, piece: Sequence[Outline], asked: Asked) -> None:
         tally.regions[i] += int(region.area.holds(points).sum())
 
 
-async def _post_tally(api: AppApi, answer: Answer, task: TaskCard, tally: _Tally) -> None:
+async def _post_tally(api: Promised, answer: Answer, task: TaskCard, tally: _Tally) -> None:
     """The map, and counts and densities: of each region, or of the slide."""
     name, asked = slug(task.name), answer.asked
     density = tally.density.pixelmap(f"{task.name} density", asked.wsi.id, _worked(answer))
@@ -187,7 +194,7 @@ def _area(polygon: Polygon) -> float:
 # ------------------------------------------------------------------------------------------------ areas and classes
 
 
-async def _areas(api: AppApi, answer: Answer, task: TaskCard) -> None:
+async def _areas(api: Promised, answer: Answer, task: TaskCard) -> None:
     """Areas, cut along their holes: each piece has the class of its area."""
     name, about = slug(task.name), Reference("wsi", answer.asked.wsi.id)
     objects = await api.post_output(f"{name}_objects", Collection("polygon", name=task.name, reference=about))
@@ -205,7 +212,7 @@ async def _areas(api: AppApi, answer: Answer, task: TaskCard) -> None:
         await _fill(api, classes, (ClassOf(values[c], one) for one, (_, c) in named if c in values))
 
 
-async def _classes(api: AppApi, answer: Answer, task: TaskCard, tissue_ids: Sequence[str]) -> None:
+async def _classes(api: Promised, answer: Answer, task: TaskCard, tissue_ids: Sequence[str]) -> None:
     """The class of each piece of tissue, and of the slide."""
     name, about = slug(task.name), Reference("wsi", answer.asked.wsi.id)
     values = class_values(answer.card, task, vendor=answer.vendor)
