@@ -57,14 +57,26 @@ imports: setup  ## import-linter: the floors
 
 # make default-model DATA=folder    folder: nuclei/dsb2018_stained_nuclei.zip, and slides/ as pipelines/default/slides.csv says
 # ... ARGS="--set steps=3"          a few steps of each of its trainings, to see that all of it works
-default-model: setup  ## train a default model anew, into runs/default (two hours on two cores; goes on where it stopped)
-	@env -u OMP_NUM_THREADS $(BIN)/python pipelines/default/prepare.py --data $(or $(DATA),../shared/data) --out data/default
-	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml $(ARGS)
-	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml --set model.start=runs/default/model \
-	  --set out=runs/default/refined --set steps=1200 --set optim.rate=1e-3 --set seed=2 $(ARGS)
-	@env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml --set model.start=runs/default/refined/model \
-	  --set out=runs/default/heads --set steps=300 --set seed=3 --set optim.frozen=6 --set augment.stain=0.5 \
-	  --set data.stain.batch=20 --set data.nuclei.batch=1 --set data.recoloured.batch=1 $(ARGS)
+default-model: PY := env -u OMP_NUM_THREADS $(BIN)/python pipelines/default
+default-model: TRAIN := env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml
+default-model: HEADS := --set steps=300 --set optim.frozen=6 --set augment.stain=0.5 --set data.stain.batch=20 \
+  --set data.nuclei.batch=1 --set data.recoloured.batch=1
+default-model: setup  ## train the default model anew, into runs/default (two hours on two cores; goes on where it stopped)
+	@$(PY)/prepare.py --data $(or $(DATA),../shared/data) --out data/default
+	@$(TRAIN) $(ARGS)
+	@$(TRAIN) --set model.start=runs/default/model --set out=runs/default/refined --set steps=1200 --set optim.rate=1e-3 \
+	  --set seed=2 $(ARGS)
+	@$(TRAIN) --set model.start=runs/default/refined/model --set out=runs/default/heads --set seed=3 $(HEADS) $(ARGS)
+	@$(PY)/relabel.py --model runs/default/heads/model --eager 0.7 --largest 0 --out data/default/found
+	@$(TRAIN) --set model.start=runs/default/heads/model --set out=runs/default/slides --set steps=500 --set optim.rate=1e-3 \
+	  --set seed=4 --set data.background.labels=data/default/found/labels --set data.background.batch=4 \
+	  --set data.nuclei.batch=3 --set data.recoloured.batch=3 $(ARGS)
+	@$(PY)/relabel.py --model runs/default/slides/model --out data/default/found-again
+	@$(TRAIN) --set model.start=runs/default/slides/model --set out=runs/default/again --set steps=800 --set optim.rate=1e-3 \
+	  --set seed=5 --set data.background.labels=data/default/found-again/labels --set data.background.batch=3 \
+	  --set data.nuclei.batch=4 --set data.recoloured.batch=4 $(ARGS)
+	@$(TRAIN) --set model.start=runs/default/again/model --set out=runs/default/last --set seed=6 $(HEADS) \
+	  --set data.background.labels=data/default/found-again/labels $(ARGS)
 
 # make transfer DATA=data ARGS="--times 4 --out runs/longer"
 transfer: setup  ## the experiment of docs/transfer.md (an hour or more; goes on where it stopped)

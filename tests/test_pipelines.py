@@ -107,7 +107,31 @@ def test_the_default_model(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (rows["nuclei"]["train"], rows["nuclei"]["val"]) == (16, 2)  # eight images, as they are and scaled
     assert rows["recoloured"]["train"] == 8 * 2 * 4 and rows["recoloured"]["val"] == 0
     assert set(rows["stain"]["classes"]) == {"H&E", "IHC", "Giemsa", "other"} and rows["stain"]["val"] > 60
-    assert Path(api.train(raw).model) == Path("runs/default/model")
+    made = api.train(raw).model
+    assert Path(made) == Path("runs/default/model")
+    assert go(monkeypatch, "default/relabel.py", "--model", made, "--out", "data/default/found", "--eager", "0.1") == 0
+    labels = {path.stem: np.load(path) for path in Path("data/default/found/labels/train").glob("*.npy")}
+    pictures = {path.stem for path in Path("data/default/background/images/train").glob("*.png")}
+    assert set(labels) == pictures and any(one.min() < 0 for one in labels.values())
+    assert all((one == 0).all() for name, one in labels.items() if name.startswith("empty-"))
+    again = [
+        {**one, "labels": "data/default/found/labels"} if one["name"] == "background" else one for one in raw["data"]
+    ]
+    assert api.train({**raw, "data": again, "out": "runs/again", "steps": 1}).model
+    assert go(monkeypatch, "default/relabel.py", "--model", made, "--data", "elsewhere") == 1  # no pictures
+
+
+def test_what_a_model_finds_becomes_labels() -> None:
+    """A nucleus keeps its number and gets a rim; what is too large is unknown; the rest is as it was known."""
+    merged = runpy.run_path(str(PIPELINES / "default/relabel.py"))["merged"]
+    known = np.full((40, 40), -1, np.int32)
+    known[:, 30:] = 0
+    found = np.zeros((40, 40), np.int32)
+    found[5:10, 5:10], found[20:35, 5:25] = 1, 2
+    labels = merged(found, known, 100)
+    assert (labels[5:10, 5:10] == 1).all() and labels[7, 3] == labels[7, 11] == labels[3, 7] == 0
+    assert labels[7, 13] == -1 and (labels[20:35, 5:25] == -1).all() and labels[15, 35] == 0
+    assert (merged(found, known, 0)[20:35, 5:25] == 2).all()
 
 
 def test_the_zip_of_the_default_model_is_bounded(tmp_path: Path) -> None:
