@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from wsi_mmm.errors import AnnotationError, RecipeError
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.base import Slide
 from wsi_mmm.slides.fake import ArrayReader
+from wsi_mmm.slides.scaled import NO_FAILURES, Source, Window, read_scaled, sources_of
 from wsi_mmm.tiles.find import find_tissue
 from wsi_mmm.tiles.grid import make_grid, tile_boxes
 from wsi_mmm.tiles.tissue import TissueMask, select_tiles, tissue_mask
+from wsi_mmm.types import Block, Canvas, Level, ReadStats, SlideInfo
 
 SIZE = (240, 320)
 STAINS = {"haematoxylin-eosin": (0.35, 0.8, 0.45), "giemsa": (1.6, 1.5, 0.6), "pale grey": (0.14, 0.15, 0.12)}
@@ -148,6 +151,38 @@ def test_auto_covers_the_slide_whatever_its_resolution(mpp: float | None) -> Non
     found = tissue_mask(slide)
     assert found.mask.shape[1] * found.scale_x >= SIZE[1]
     assert found.mask.shape[0] * found.scale_y >= SIZE[0]
+
+
+class Pyramid:
+    """A Reader of glass, whose levels of sizes rounded up are fetched from; ``fetched``: which of them."""
+
+    def __init__(self) -> None:
+        width, height = 13198, 11685  # a real slide's
+        sizes = [(math.ceil(width / down), math.ceil(height / down)) for down in (1, 4, 16, 32)]
+        levels = tuple(Level(w, h, width / w, height / h, 256, 256) for w, h in sizes)
+        self.info = SlideInfo("memory", width, height, 0.2528, 0.2528, levels, "array", "array", "0" * 32)
+        self.fetched: set[int] = set()
+
+    def read(self, block: Block) -> Canvas:
+        return read_scaled(block, sources_of(self.info.levels), self._fetch)
+
+    def stats(self) -> ReadStats:
+        return ReadStats()
+
+    def close(self) -> None:
+        pass
+
+    def _fetch(self, source: Source, window: Window, out: np.ndarray) -> np.ndarray:
+        self.fetched.add(source.level)
+        out[...] = 245
+        return NO_FAILURES
+
+
+def test_tissue_is_looked_for_on_the_level_that_is_coarse_enough() -> None:
+    """Its px are spaced as the level's are, not by the ratio of rounded sizes: then a finer one would be fetched."""
+    reader = Pyramid()
+    found = tissue_mask(Slide(reader))
+    assert reader.fetched == {3} and (found.scale_x, found.scale_y) == (32.0, 32.0)
 
 
 def test_what_cannot_be_decoded_counts_as_tissue() -> None:

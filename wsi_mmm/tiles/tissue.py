@@ -14,6 +14,7 @@ from PIL import Image
 from wsi_mmm.annotations import parse_shapes, rasterise
 from wsi_mmm.errors import RecipeError, SlideNotFound
 from wsi_mmm.slides.base import Slide
+from wsi_mmm.slides.scaled import sources_of
 from wsi_mmm.slides.store import read_bytes, redact
 from wsi_mmm.tiles.find import find_tissue
 from wsi_mmm.types import F32, F64, I64, Block, Grid, Mask, SlideInfo
@@ -125,8 +126,8 @@ def _auto(slide: Slide) -> TissueMask:
     mpp_x, mpp_y = info.mpp_x or ASSUMED_MPP, info.mpp_y or ASSUMED_MPP
     side = max(info.width * mpp_x, info.height * mpp_y)
     um_per_px = max(min(max(MASK_MPP, side / MAX_SIDE), side / MIN_SIDE), FINEST_MPP, mpp_x, mpp_y)
-    um_per_px *= _to_level(info, um_per_px / mpp_x, um_per_px / mpp_y)
-    scale_x, scale_y = um_per_px / mpp_x, um_per_px / mpp_y
+    scale_x, scale_y = _of_level(info, um_per_px / mpp_x, um_per_px / mpp_y)
+    um_per_px = math.sqrt(scale_x * mpp_x * scale_y * mpp_y)
     width, height = math.ceil(info.width / scale_x), math.ceil(info.height / scale_y)
     canvas = slide.reader.read(Block(0, 0, width, height, scale_x, scale_y))
     mask = find_tissue(canvas.pixels, um_per_px)
@@ -135,14 +136,16 @@ def _auto(slide: Slide) -> TissueMask:
     return TissueMask(mask, scale_x, scale_y)
 
 
-def _to_level(info: SlideInfo, scale_x: float, scale_y: float) -> float:
-    """By how much to change the scale to meet a pyramid level, or a power of two of one: cheap to decode."""
+def _of_level(info: SlideInfo, scale_x: float, scale_y: float) -> tuple[float, float]:
+    """The scales, changed to those of a pyramid level (the spacing of its px), or of a power of two of one, if one is
+    near: little to fetch, and cheap to decode."""
     for shrink in (1, 2, 4, 8):
-        fits = [max(one.downsample_x * shrink / scale_x, one.downsample_y * shrink / scale_y) for one in info.levels]
-        near = [fit for fit in fits if 0.95 <= fit <= 1.5]
+        sources = sources_of(info.levels, (shrink,))
+        fits = [(max(one.downsample_x / scale_x, one.downsample_y / scale_y), one) for one in sources]
+        near = [(fit, one.downsample_x, one.downsample_y) for fit, one in fits if 0.95 <= fit <= 1.5]
         if near:
-            return min(near)
-    return 1.0
+            return min(near)[1:]
+    return scale_x, scale_y
 
 
 def _fetch(tissue: str) -> bytes:
