@@ -16,13 +16,13 @@ from scipy import ndimage
 from conftest import RealData
 from wsi_mmm.errors import AnnotationError, RecipeError
 from wsi_mmm.slides import open_slide
-from wsi_mmm.slides.base import Slide
+from wsi_mmm.slides.base import ReadStats, Slide
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.slides.scaled import NO_FAILURES, Source, Window, read_scaled, sources_of
 from wsi_mmm.tiles.find import find_tissue
 from wsi_mmm.tiles.grid import make_grid, tile_boxes
 from wsi_mmm.tiles.tissue import TissueMask, select_tiles, tissue_mask
-from wsi_mmm.types import Block, Canvas, Level, ReadStats, SlideInfo
+from wsi_mmm.types import Block, Canvas, Level, SlideInfo
 
 SIZE = (240, 320)
 STAINS = {"haematoxylin-eosin": (0.35, 0.8, 0.45), "giemsa": (1.6, 1.5, 0.6), "pale grey": (0.14, 0.15, 0.12)}
