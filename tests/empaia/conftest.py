@@ -1,28 +1,40 @@
-"""A platform that serves a small slide, and the environment of the job on it."""
+"""A platform that serves a small slide, the environment of the job on it, and the command that does the job."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from click.testing import Result
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from helpers.empaia_platform import FakePlatform, served
 from helpers.wsi_service import described
+from wsi_mmm.cli import app
 from wsi_mmm.config import empaia_job
+from wsi_mmm.empaia import app as job
 from wsi_mmm.empaia.app import App, Ended, run_app
 from wsi_mmm.empaia.transport import Patience
-from wsi_mmm.engine import process
-from wsi_mmm.slides import open_slide
+from wsi_mmm.engine import patience, process
+from wsi_mmm.slides import app_api, open_slide
+from wsi_mmm.tiles import tissue
+from wsi_mmm.tiles.find import find_tissue
+from wsi_mmm.types import U8, Mask
 
 WSI_ID = "b10648a7-340d-43fc-a2d9-4d91cc86f33f"
 ROIS = [f"1111111{i}-1111-4111-8111-111111111111" for i in range(9)]
 QUICK = Patience(total=30.0, attempts=3, pause=0.01)
 
 Start = Callable[..., FakePlatform]
+Command = Callable[..., Result]
 
 
 def run(**told: Any) -> Ended:
@@ -92,3 +104,35 @@ def published(tiny_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def half_done(published: Path, tmp_path: Path) -> str:
     """The same for one test: the job has died before it posted anything."""
     return str(shutil.copytree(published, tmp_path / "half-done"))
+
+
+# These take half of the time of a job on a small slide, and give the same each time.
+_made = functools.cache(get_command)
+_decoded = functools.lru_cache(8)(app_api.decoded)
+_found = functools.lru_cache(8)(
+    lambda data, shape, um_per_px: find_tissue(np.frombuffer(data, np.uint8).reshape(shape), um_per_px)
+)
+
+
+def _find_tissue(pixels: U8, um_per_px: float) -> Mask:
+    found: Mask = _found(pixels.tobytes(), pixels.shape, um_per_px)
+    return found.copy()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Command:
+    """`wsi-mmm empaia run` in this process: not as patient as usual, telling its progress all the time, logging all."""
+    caplog.set_level(logging.DEBUG)
+    for name, value in (("since", None), ("proven", False)):  # storage has not failed yet, whatever other tests did
+        monkeypatch.setattr(patience._here, name, value)
+    monkeypatch.setattr(job, "App", functools.partial(App, pause=0.0))
+    monkeypatch.setattr(job, "_WATCH", 0.01)
+    monkeypatch.setattr("typer.testing._get_command", _made)
+    monkeypatch.setattr(app_api, "decoded", _decoded)
+    monkeypatch.setattr(tissue, "find_tissue", _find_tissue)
+
+    def invoke(*words: str, patient: Patience = QUICK) -> Result:
+        monkeypatch.setattr("wsi_mmm.empaia.client.Patience", lambda: patient)
+        return CliRunner().invoke(app, ["empaia", "run", *words])
+
+    return invoke

@@ -39,6 +39,7 @@ _MARK = "posting.json"
 _AGAIN = "The job was interrupted while its results were being sent; please start a new job."
 _TWICE = "The job was started twice at the same time; please start a new job."
 _WATCH = 0.1  # seconds between looks at the engine
+_HEARD = 10.0  # seconds that the platform gets to hear how far the job is
 _LEAVE = 5.0  # seconds that the engine gets to stop, once the platform knows
 _RUN, _POST = 0.05, 0.9  # progress when the slide is begun, and when posting begins
 
@@ -255,7 +256,7 @@ class _Work:
             return
         self._said, self._when = share, now
         with suppress(PlatformError, TimeoutError):
-            await asyncio.wait_for(self._api.progress(share), timeout=10.0)
+            await asyncio.wait_for(self._api.progress(share), timeout=_HEARD)
 
     def _mark(self) -> None:
         """From now on nobody else may post. JobError when somebody else has begun to."""
