@@ -90,7 +90,7 @@ def main() -> int:
         model = api.load_model(args.model).eval()
         for name, labels in relabelled(model, args.data / "background", args.eager, args.largest):
             np.save(place / f"{name}.npy", labels.astype(np.int16))
-            nuclei, pictures = nuclei + int(labels.max()), pictures + 1
+            nuclei, pictures = nuclei + np.unique(labels[labels > 0]).size, pictures + 1
     except WsiError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -291,9 +291,7 @@ def test_a_job_that_died_before_posting_goes_on(start: Start, command: Command, 
     assert len(pictures) <= 2
 
 
-def test_a_job_started_again_elsewhere_meets_its_outputs(
-    start: Start, half_done: str, published: Path, command: Command, tmp_path: Path
-) -> None:
+def test_a_job_started_again_elsewhere_meets_its_outputs(start: Start, half_done: str, command: Command) -> None:
     """Where the work folder is gone, a platform that has the output refuses it, and the job fails; nothing is added."""
     platform = start(faults=[Fault("/nuclei_confidences", times=ALWAYS), replace(FAILURE, times=ALWAYS)])
     assert command("--work", half_done).exit_code == 1

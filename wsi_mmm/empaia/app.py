@@ -261,17 +261,17 @@ class _Work:
     def _mark(self) -> None:
         """From now on nobody else may post. JobError when somebody else has begun to."""
         where = store.join(self._folder, _MARK)
-        if store.exists(where):
+        if store.is_local(where):
+            try:
+                store.local_path(where).open("x").close()
+            except FileExistsError as error:
+                raise JobError(_AGAIN) from error
+            except OSError as error:
+                raise OutputError(f"cannot write to {self._folder}: {error.strerror or error}") from error
+        elif store.exists(where):
             raise JobError(_AGAIN)
-        if not store.is_local(where):
+        else:
             store.write_bytes(where, b"{}")
-            return
-        try:
-            store.local_path(where).open("x").close()
-        except FileExistsError as error:
-            raise JobError(_AGAIN) from error
-        except OSError as error:
-            raise OutputError(f"cannot write to {self._folder}: {error.strerror or error}") from error
 
     async def leave(self) -> None:
         """Wait a little for the engine to put its work down."""
