@@ -61,7 +61,7 @@ default-model: PY := env -u OMP_NUM_THREADS $(BIN)/python pipelines/default
 default-model: TRAIN := env -u OMP_NUM_THREADS $(WSI) train pipelines/default/train.toml
 default-model: HEADS := --set steps=300 --set optim.frozen=6 --set augment.stain=0.5 --set data.stain.batch=20 \
   --set data.nuclei.batch=1 --set data.recoloured.batch=1
-default-model: setup  ## train the default model anew, into runs/default (two hours on two cores; goes on where it stopped)
+default-model: setup  ## train the default model anew, into runs/default (hours on two cores; goes on where it stopped)
 	@$(PY)/prepare.py --data $(or $(DATA),../shared/data) --out data/default
 	@$(TRAIN) $(ARGS)
 	@$(TRAIN) --set model.start=runs/default/model --set out=runs/default/refined --set steps=1200 --set optim.rate=1e-3 \

@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from wsi_mmm.slides import Slide
+from wsi_mmm.slides.scaled import sources_of
 from wsi_mmm.types import U8, Block
 
 MOST_PIXELS = 25_000_000
@@ -83,11 +84,11 @@ class FakeService:
 
 
 def level_pixels(slide: Slide, level: int, window: tuple[int, int, int, int]) -> U8:
-    """A window (x, y, width, height) of a stored level, white beyond it; asked for so that it is read as stored."""
+    """A window (x, y, width, height) of a stored level, white beyond it; asked for so that it is read as stored: at the
+    spacing of its px, which the ratio of rounded sizes is not."""
     x, y, width, height = window
-    found = slide.info.levels[level]
-    scale_x, scale_y = slide.info.width / found.width, slide.info.height / found.height
-    return slide.reader.read(Block(x, y, width, height, scale_x, scale_y)).pixels
+    found = sources_of(slide.info.levels)[level]
+    return slide.reader.read(Block(x, y, width, height, found.downsample_x, found.downsample_y)).pixels
 
 
 def described(slide: Slide, name: str) -> dict[str, object]:
