@@ -91,7 +91,7 @@ def main() -> int:
         for name, labels in relabelled(model, args.data / "background", args.eager, args.largest):
             np.save(place / f"{name}.npy", labels.astype(np.int16))
             nuclei, pictures = nuclei + np.unique(labels[labels > 0]).size, pictures + 1
-    except WsiError as error:
+    except (OSError, WsiError) as error:  # a full disk, a damaged picture
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{nuclei} nuclei on {pictures} pictures in {args.out}")

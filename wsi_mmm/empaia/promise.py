@@ -57,7 +57,7 @@ class Promised:
         """OutputError when an output of the mode has not been posted."""
         missing = [key for key in self._wanted if key not in self._keys.values()]
         if missing:
-            raise OutputError(f"output '{missing[0]}' of the EAD was not posted; write the EAD anew from the model")
+            raise OutputError(f"output '{missing[0]}' of the EAD was not posted; please report it")
 
     def _checked(self, key: str, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
