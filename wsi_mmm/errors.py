@@ -83,6 +83,10 @@ class OutputError(StorageError):
     """The output cannot be written."""
 
 
+class OutputTaken(OutputError):
+    """Another run is working on the same output."""
+
+
 class ModelError(WsiError):
     """A model file is missing, broken, or does not fit its card."""
 

@@ -24,7 +24,7 @@ from wsi_mmm.empaia import app as job
 from wsi_mmm.empaia.app import App, Ended, run_app
 from wsi_mmm.empaia.transport import Patience
 from wsi_mmm.engine import patience, process
-from wsi_mmm.slides import app_api, open_slide
+from wsi_mmm.slides import open_slide, service_reader
 from wsi_mmm.tiles import tissue
 from wsi_mmm.tiles.find import find_tissue
 from wsi_mmm.types import U8, Mask
@@ -108,7 +108,7 @@ def half_done(published: Path, tmp_path: Path) -> str:
 
 # These take half of the time of a job on a small slide, and give the same each time.
 _made = functools.cache(get_command)
-_decoded = functools.lru_cache(8)(app_api.decoded)
+_decoded = functools.lru_cache(8)(service_reader.decoded)
 _found = functools.lru_cache(8)(
     lambda data, shape, um_per_px: find_tissue(np.frombuffer(data, np.uint8).reshape(shape), um_per_px)
 )
@@ -128,7 +128,7 @@ def command(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
     monkeypatch.setattr(job, "App", functools.partial(App, pause=0.0))
     monkeypatch.setattr(job, "_WATCH", 0.01)
     monkeypatch.setattr("typer.testing._get_command", _made)
-    monkeypatch.setattr(app_api, "decoded", _decoded)
+    monkeypatch.setattr(service_reader, "decoded", _decoded)
     monkeypatch.setattr(tissue, "find_tissue", _find_tissue)
 
     def invoke(*words: str, patient: Patience = QUICK) -> Result:

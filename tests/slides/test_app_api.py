@@ -12,12 +12,10 @@ import pytest
 from helpers.empaia_platform import FakePlatform, Fault, served
 from helpers.wsi_service import described
 from wsi_mmm.errors import StorageError
-from wsi_mmm.slides import Slide, app_api, fake, open_slide
-from wsi_mmm.slides.app_api import AppReader, open_app_slide, rectangles
+from wsi_mmm.slides import Slide, fake, open_slide, service_reader
+from wsi_mmm.slides.app_api import open_app_slide
 from wsi_mmm.slides.base import Fetched
-from wsi_mmm.slides.scaled import sources_of
-from wsi_mmm.slides.tiled import Tiling
-from wsi_mmm.types import Block, Level, Tiles
+from wsi_mmm.types import Block, Tiles
 
 WSI_ID = "b10648a7-340d-43fc-a2d9-4d91cc86f33f"
 
@@ -53,41 +51,12 @@ def windows(platform: FakePlatform) -> list[list[int]]:
     return sorted([int(one[6]), int(one[7]), int(one[9]), int(one[10])] for one in found)
 
 
-def cells(width: int, height: int) -> Tiling:
-    return Tiling(sources_of((Level(width, height, 1.0, 1.0, 256, 256),))[0], 256, 256)
-
-
-# ------------------------------------------------------------------------------------------------ rectangles
-
-
-@pytest.mark.parametrize("most", [1, 9 * 256**2, 10**9])
-def test_cells_are_cut_into_rectangles_that_hold_each_once(most: int) -> None:
-    """Whatever their pattern: full rectangles, none larger than allowed, and nothing else in them."""
-    tiling = cells(20 * 256, 17 * 256 - 5)
-    for seed in range(20):
-        numbers = np.flatnonzero(np.random.default_rng(seed).random(20 * 17) < 0.05 * (seed + 1)).tolist()
-        found = rectangles(numbers[::-1], tiling, most)
-        assert sorted(number for one in found for number in one) == numbers
-        for one in found:
-            rows, columns = np.divmod(one, tiling.columns)
-            assert len(one) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1) and one == sorted(one)
-            assert len(one) == 1 or len(one) * 256**2 <= most
-
-
-def test_a_full_block_is_as_few_as_can_be() -> None:
-    """8 x 8 cells of 64 Ki px are two pictures of 2 megapixels; with a gap between rows they are not one."""
-    numbers = [row * 20 + column for row in range(3, 11) for column in range(5, 13)]
-    assert [len(one) for one in rectangles(numbers, cells(5120, 5120), 2 << 20)] == [32, 32]
-    assert rectangles([0, 40], cells(5120, 5120), 2 << 20) == [[0], [40]]
-
-
 # ------------------------------------------------------------------------------------------------ reading
 
 
 def test_pixels_are_those_of_the_slide(stored: Slide, platform: FakePlatform) -> None:
     """In any block, also by several threads and at the edges of the slide."""
     reader = opened(platform)
-    assert isinstance(reader, AppReader)
     rng = np.random.default_rng(1)
     blocks = [
         Block(int(rng.integers(-50, 2300)), int(rng.integers(-50, 1900)), 300, 200, scale, scale)
@@ -124,7 +93,6 @@ def test_the_whole_slide_is_few_pictures(stored: Slide, platform: FakePlatform) 
 def test_jpeg_is_asked_for_on_a_fixed_grid(platform: FakePlatform) -> None:
     """Whatever block is read: where a lossy picture begins changes its pixels."""
     reader = opened(platform, "?image_format=jpeg")
-    assert not isinstance(reader, AppReader)
     reader.read(Block(300, 300, 100, 100, 1.0, 1.0))
     assert windows(platform) == [[0, 0, 1024, 1024]]
 
@@ -144,7 +112,7 @@ def test_what_was_fetched_before_is_used(stored: Slide, platform: FakePlatform) 
 
 def test_a_damaged_picture_is_white_and_named(platform: FakePlatform, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it, and nothing beside it."""
-    monkeypatch.setattr(app_api, "decoded", lambda *_, **__: "damaged")
+    monkeypatch.setattr(service_reader, "decoded", lambda *_, **__: "damaged")
     canvas = opened(platform).read(Block(300, 300, 300, 300, 1.0, 1.0))
     assert (canvas.pixels == 255).all()
     x0, y0 = canvas.failed[:, :2].min(axis=0)

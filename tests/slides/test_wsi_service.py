@@ -17,8 +17,9 @@ from helpers.wsi_service import FakeService, described, encoded, level_pixels
 from wsi_mmm.errors import RecipeError, SlideDamaged, SlideNotFound, StorageError, WsiError
 from wsi_mmm.inputs import expand_inputs
 from wsi_mmm.slides import open_slide
+from wsi_mmm.slides.service_cuts import GridCuts
 from wsi_mmm.slides.service_info import info_of, stored_at
-from wsi_mmm.slides.service_reader import Routes, ServiceReader, decoded, picture_sides
+from wsi_mmm.slides.service_reader import Routes, ServiceReader, decoded
 from wsi_mmm.slides.uris import is_service
 from wsi_mmm.slides.wsi_service import _token, address_of
 from wsi_mmm.tiles.stream import stream
@@ -80,11 +81,11 @@ def test_opening_is_one_request_and_the_fingerprint_another(web: FakeService) ->
 
 def test_small_levels_are_one_picture_and_large_ones_are_cut_in_whole_native_tiles() -> None:
     """No picture is of more than 25 megapixels, whatever the tiles are said to be."""
-    assert picture_sides(Level(2048, 2048, 1, 1, 256, 256)) == (2048, 2048)
-    assert picture_sides(Level(2049, 2048, 1, 1, 256, 256)) == (1024, 1024)
-    assert picture_sides(Level(9999, 9999, 1, 1, 240, 300)) == (960, 900)
-    assert picture_sides(Level(9999, 9999, 1, 1, 2048, 2048)) == (2048, 2048)
-    assert picture_sides(Level(10**6, 10**6, 1, 1, 10**6, 1)) == (1024, 1024)
+    assert GridCuts().sides(Level(2048, 2048, 1, 1, 256, 256)) == (2048, 2048)
+    assert GridCuts().sides(Level(2049, 2048, 1, 1, 256, 256)) == (1024, 1024)
+    assert GridCuts().sides(Level(9999, 9999, 1, 1, 240, 300)) == (960, 900)
+    assert GridCuts().sides(Level(9999, 9999, 1, 1, 2048, 2048)) == (2048, 2048)
+    assert GridCuts().sides(Level(10**6, 10**6, 1, 1, 10**6, 1)) == (1024, 1024)
 
 
 def test_a_run_over_tissue_asks_once_for_what_it_needs(web: FakeService, board: Board) -> None:

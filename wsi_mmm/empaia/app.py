@@ -29,7 +29,7 @@ from wsi_mmm.empaia.batches import Limits
 from wsi_mmm.empaia.client import AppApi
 from wsi_mmm.empaia.messages import INCOMPLETE, STOPPED, message_of
 from wsi_mmm.empaia.transport import Patience
-from wsi_mmm.errors import JobError, OutputError, PlatformError, RecipeError, StorageError, WsiError
+from wsi_mmm.errors import JobError, OutputError, OutputTaken, PlatformError, RecipeError, StorageError, WsiError
 from wsi_mmm.slides import store
 from wsi_mmm.slides.app_api import SCHEME
 
@@ -228,7 +228,6 @@ class _Work:
         from wsi_mmm.api import executor_of
         from wsi_mmm.empaia.results import results_at
         from wsi_mmm.engine.carry import carry_out
-        from wsi_mmm.engine.claims import TAKEN
         from wsi_mmm.engine.job import Job
 
         engine = self._engine = Job(lambda listener, stop: carry_out(order, executor_of(order), listener, stop))
@@ -241,10 +240,8 @@ class _Work:
             raise
         try:
             [row] = engine.result().slides
-        except OutputError as error:
-            if TAKEN in str(error):
-                raise JobError(_TWICE) from error
-            raise
+        except OutputTaken as error:
+            raise JobError(_TWICE) from error
         if row.status not in ("done", "empty"):
             raise JobError(INCOMPLETE) from StorageError(row.error or row.status)
         return await _aside(lambda: results_at(order.tasks[0].output))

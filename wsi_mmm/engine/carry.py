@@ -21,7 +21,7 @@ from wsi_mmm.engine.sizes import in_order
 from wsi_mmm.engine.street import open_street
 from wsi_mmm.engine.telemetry import NOTHING, Hooks, Observe, all_of, observing
 from wsi_mmm.engine.tls import Tls
-from wsi_mmm.errors import OutputError
+from wsi_mmm.errors import OutputTaken
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,11 @@ def carry_out(
     *,
     observe: Observe = NOTHING,
 ) -> RunReport:
-    """Do it, and close the executor. Raises OutputError, ClusterError; Cancelled soon after ``stop`` is set."""
+    """Do it, and close the executor. Raises OutputTaken, ClusterError; Cancelled soon after ``stop`` is set."""
     stop = stop or threading.Event()
     with claimed(order.output, [task.id for task in order.tasks]) as taken, observing(observe) as seen:
         if len(taken) == len(order.tasks):
-            raise OutputError(f"{order.output}: {TAKEN}")
+            raise OutputTaken(f"{order.output}: {TAKEN}")
         tasks = [replace(task, error=task.error or TAKEN) if task.id in taken else task for task in order.tasks]
         made = executor() if callable(executor) else executor
         # Closed last: how the run ended is told on the board by way of the executor's client.

@@ -1,8 +1,6 @@
 """A Reader over a service that cuts regions out of a slide's levels: the EMPAIA WSI service, and the App API.
 
-Pictures are asked for on a fixed grid per level, so that a pixel does not depend on the block it is read in: about
-1024 px square in whole native tiles, of which each is decoded once at the other end; a level of no more than 4
-megapixels is one picture. How addresses look (`Routes`) and who asks (`Client`) are given.
+How addresses look (`Routes`), who asks (`Client`) and which pictures are asked for (`Cuts`) are given.
 """
 
 from __future__ import annotations
@@ -26,18 +24,16 @@ from wsi_mmm.slides.direct import needed_numbers
 from wsi_mmm.slides.ranges import Counter
 from wsi_mmm.slides.regions import over_white
 from wsi_mmm.slides.scaled import Source, Window, pick, read_scaled, sources_of
+from wsi_mmm.slides.service_cuts import Cuts, GridCuts
 from wsi_mmm.slides.service_http import Client
 from wsi_mmm.slides.service_info import info_of
 from wsi_mmm.slides.tile_cache import TileCache
 from wsi_mmm.slides.tiled import EVERYTHING, Key, Tile, Tiling, Want, fill, size_of
-from wsi_mmm.types import I64, U8, Block, Canvas, Level, SlideInfo, Tiles
+from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
 
-_SIDE = 1024  # px of a picture: at the edge of tissue larger ones bring more that nobody asked for
-_WHOLE = 4 << 20  # px of a level that is fetched as one picture
 _MOST_PIXELS = 25_000_000  # of a picture: what services allow
 _EXACT_UNTIL = 4.5  # level-0 px per target px: as OpenSlide is read, see regions.py
 _CACHE_BYTES = 256 << 20  # a row of pictures across a large slide: its neighbours below need it again
-_GROUP = 16  # pictures held compressed at a time
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _STRIP = 4096  # rows fetched side by side
 
@@ -63,9 +59,11 @@ class Routes:
 class ServiceReader:
     """Reader of one slide of a service; thread-safe."""
 
-    def __init__(self, said: object, routes: Routes, client: Client, *, uri: str) -> None:
-        """``said``: the service's description of the slide; ``uri``: how it may be shown. Raises SlideDamaged."""
+    def __init__(self, said: object, routes: Routes, client: Client, *, uri: str, cuts: Cuts | None = None) -> None:
+        """``said``: the service's description of the slide; ``uri``: how it may be shown; ``cuts``: into which pictures
+        its levels are cut (None: `GridCuts`). Raises SlideDamaged."""
         self._routes, self._client, self._name = routes, client, uri
+        self._cuts = cuts or GridCuts()
         self.info: SlideInfo = info_of(said, uri=uri, mark=cache(self._mark))
         # Only small pictures are worth bringing well ahead: a run of lossless ones is hundreds of megabytes.
         self.remote = "image_format=jpeg" in routes.query
@@ -87,7 +85,8 @@ class ServiceReader:
         numbers = np.unique(np.concatenate([needed_numbers(part, tiling) for part in tiles]))
         missing = self._cache.missing([(source.level, source.shrink, n) for n in numbers.tolist()])
         wanted = [key[2] for key in missing]
-        return Fetched(source.level, dict(zip(wanted, self._bytes(tiling, wanted), strict=True)))
+        pictures = self._bytes(tiling, [[number] for number in wanted])
+        return Fetched(source.level, dict(zip(wanted, pictures, strict=True)))
 
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
         """Write n tiles to ``out``; return the level-0 rectangles that failed (white). Raises StorageError."""
@@ -110,7 +109,7 @@ class ServiceReader:
         return pick(self._sources, block, _EXACT_UNTIL)
 
     def _tiling(self, source: Source) -> Tiling:
-        return Tiling(source, *picture_sides(self.info.levels[source.level]))
+        return Tiling(source, *self._cuts.sides(self.info.levels[source.level]))
 
     def _fill(
         self, source: Source, window: Window, out: U8, *, want: Want = EVERYTHING, fetched: Fetched | None = None
@@ -123,39 +122,55 @@ class ServiceReader:
     def _load(
         self, tiling: Tiling, known: Mapping[int, bytes | memoryview], keys: Sequence[Key], *, keep: bool = True
     ) -> Iterator[tuple[Key, Tile, int]]:
-        for start in range(0, len(keys), _GROUP):
-            group = keys[start : start + _GROUP]
-            late = [key[2] for key in group if key[2] not in known]
-            brought = dict(zip(late, self._bytes(tiling, late), strict=True))
-            for key in group:
-                data = brought[key[2]] if key[2] in brought else known[key[2]]
-                tile = self._picture(tiling, key, bytes(data))
+        for key in keys:
+            if key[2] in known:
+                tile = self._picture(tiling, [key[2]], bytes(known[key[2]]))
                 yield key, tile, size_of(tile)
-            with self._lock:
-                self._decoded += len(group)
+        late = self._cuts.pictures([key[2] for key in keys if key[2] not in known], tiling)
+        for start in range(0, len(late), self._cuts.held):
+            some = late[start : start + self._cuts.held]
+            for numbers, data in zip(some, self._bytes(tiling, some), strict=True):
+                yield from self._cells(tiling, numbers, self._picture(tiling, numbers, data))
+        with self._lock:
+            self._decoded += len(keys)
 
-    def _picture(self, tiling: Tiling, key: Key, data: bytes) -> Tile:
-        x0, y0, x1, y1 = tiling.window(key)
-        width, height = (tiling.width, tiling.height) if self._by_tile(tiling) else (x1 - x0, y1 - y0)
-        found = decoded(data, width, height, name=self._name)
+    def _cells(self, tiling: Tiling, numbers: Sequence[int], picture: Tile) -> Iterator[tuple[Key, Tile, int]]:
+        """The cells of a picture, each with memory of its own."""
+        left, top, _, _ = _around(tiling, numbers)
+        for number in numbers:
+            key = tiling.source.level, tiling.source.shrink, number
+            tile = picture
+            if isinstance(picture, np.ndarray) and len(numbers) > 1:
+                x0, y0, x1, y1 = tiling.window(key)
+                tile = picture[y0 - top : y1 - top, x0 - left : x1 - left].copy()
+            yield key, tile, size_of(tile)
+
+    def _picture(self, tiling: Tiling, numbers: Sequence[int], data: bytes) -> Tile:
+        """The picture of cells that fill it."""
+        x0, y0, x1, y1 = _around(tiling, numbers)
+        whole = (tiling.width, tiling.height) if self._by_tile(tiling) else (x1 - x0, y1 - y0)
+        found = decoded(data, *whole, name=self._name)
         # A native tile at the edge comes padded.
         return found if isinstance(found, str) else found[: y1 - y0, : x1 - x0]
 
     def _by_tile(self, tiling: Tiling) -> bool:
         """Whether a picture is one native tile: services have those at hand."""
         level = self.info.levels[tiling.source.level]
-        return (tiling.width, tiling.height) == (level.tile_width, level.tile_height)
+        return self._cuts.by_tile and (tiling.width, tiling.height) == (level.tile_width, level.tile_height)
 
-    def _url(self, tiling: Tiling, number: int) -> str:
+    def _url(self, tiling: Tiling, numbers: Sequence[int]) -> str:
         level = tiling.source.level
         if self._by_tile(tiling):
-            row, column = divmod(number, tiling.columns)
+            row, column = divmod(numbers[0], tiling.columns)
             return self._routes.tile_url(level, column, row)
-        return self._routes.region_url(level, tiling.window((level, tiling.source.shrink, number)))
+        return self._routes.region_url(level, _around(tiling, numbers))
 
-    def _bytes(self, tiling: Tiling, numbers: Sequence[int]) -> list[bytes]:
-        urls = [self._url(tiling, number) for number in numbers]
-        return self._get(urls, most_bytes(tiling.width, tiling.height)) if urls else []
+    def _bytes(self, tiling: Tiling, pictures: Sequence[Sequence[int]]) -> list[bytes]:
+        """The encoded pictures, each of cells that fill it."""
+        if not pictures:
+            return []
+        most = max(most_bytes(tiling.width * len(numbers), tiling.height) for numbers in pictures)
+        return self._get([self._url(tiling, numbers) for numbers in pictures], most)
 
     def _get(self, urls: Sequence[str], most: int) -> list[bytes]:
         if self._closed:
@@ -165,7 +180,7 @@ class ServiceReader:
     def _mark(self) -> str:
         """Return the fingerprint: of id, levels, how pictures are asked for, and one on the coarsest level."""
         level, number = self.info.levels[-1], len(self.info.levels) - 1
-        side = self._mark_side()
+        side = self._cuts.mark_side(level)
         left, top = max(0, level.width // 2 - side // 2), max(0, level.height // 2 - side // 2)
         window = (left, top, min(left + side, level.width), min(top + side, level.height))
         width, height = window[2] - left, window[3] - top
@@ -175,23 +190,11 @@ class ServiceReader:
         identity = (self.info.properties.get("id"), self.info.levels, self._routes.query)
         return blake2b(repr(identity).encode() + seen, digest_size=16).hexdigest()
 
-    def _mark_side(self) -> int:
-        """Return the px of the picture that goes into the fingerprint."""
-        return _SIDE
 
-
-def picture_sides(level: Level) -> tuple[int, int]:
-    """Return width and height of the pictures that a level is fetched in, at most 25 megapixels."""
-    if level.width * level.height <= _WHOLE:
-        return level.width, level.height
-    return _side(level.tile_width), _side(level.tile_height)
-
-
-def _side(native: int) -> int:
-    """Whole native tiles where they are of a common size; strips and odd sizes are left to the service."""
-    if not 16 <= native <= 4 * _SIDE:
-        return _SIDE
-    return native * max(1, _SIDE // native)
+def _around(tiling: Tiling, numbers: Sequence[int]) -> Window:
+    """The rectangle of the cells ``numbers``, which fill it, row-major."""
+    first, last = (tiling.window((tiling.source.level, tiling.source.shrink, numbers[i])) for i in (0, -1))
+    return first[0], first[1], last[2], last[3]
 
 
 def most_bytes(width: int, height: int) -> int:
