@@ -258,7 +258,7 @@ def main() -> int:
             rows = list(csv.DictReader(file))
         tiles = [tile for n, row in enumerate(rows) for tile in tiles_of(row, args.data / "slides", n)]
         write_tiles(tiles, args.out)
-    except WsiError as error:
+    except (WsiError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{len(held)} images and {sum(tile.part == 'val' for tile in tiles)} tiles are held out; data in {args.out}")
