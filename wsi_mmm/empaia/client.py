@@ -74,7 +74,8 @@ class AppApi:
         answer = await self._get("/mode")
         said = answer.get("mode") if isinstance(answer, dict) else answer
         if not isinstance(said, str) or said.upper() not in set(Mode):
-            raise PlatformError(f"the EMPAIA platform started the app in the unknown mode {str(said).replace(self._job.token, '***')[:40]!r}")
+            shown = str(said).replace(self._job.token, "***")[:40]
+            raise PlatformError(f"the EMPAIA platform started the app in the unknown mode {shown!r}")
         return Mode(said.upper())
 
     async def configuration(self) -> dict[str, Any]:
