@@ -40,7 +40,7 @@ def test_importing_loads_no_heavy_library(statement: str) -> None:
 
 def test_importing_loads_no_rich() -> None:
     """The command line draws with rich only when it has something to draw."""
-    assert "rich" not in modules_after("import wsi_mmm.cli_run")
+    assert "rich" not in modules_after("import wsi_mmm.cli.run")
 
 
 def test_planning_needs_no_torch() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from wsi_mmm._version import __version__
+
 if TYPE_CHECKING:
     from wsi_mmm.api import Event as Event
     from wsi_mmm.api import Job as Job
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from wsi_mmm.slides import Slide as Slide
     from wsi_mmm.slides import open_slide as open_slide
     from wsi_mmm.types import SlideInfo as SlideInfo
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Event": "wsi_mmm.api",

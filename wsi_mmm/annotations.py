@@ -21,8 +21,8 @@ import shapely
 from shapely.geometry import MultiPolygon, Polygon, shape
 from skimage.draw import polygon as fill_polygon
 
-from wsi_mmm.bounds import MAX_OBJECTS, parsed_json, unpacked
 from wsi_mmm.errors import AnnotationError
+from wsi_mmm.storage.limits import MAX_OBJECTS, parsed_json, unpacked
 from wsi_mmm.types import F64, I64, Mask
 
 MAX_COORDINATE = 1 << 31

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wsi_mmm.api_train import fit_head, prepare_training, read_annotations, train, train_fractions
 from wsi_mmm.config import user_cache, visible_gpus
-from wsi_mmm.engine import reporting
-from wsi_mmm.engine.base import Executor
-from wsi_mmm.engine.board import Note
-from wsi_mmm.engine.carry import Order, carry_out
 from wsi_mmm.engine.events import Event, Listener, silent
+from wsi_mmm.engine.executors.job_registry import Note
+from wsi_mmm.engine.executors.tls import tls_of
 from wsi_mmm.engine.job import Job
-from wsi_mmm.engine.recall import recall
-from wsi_mmm.engine.reporting import RunReport
-from wsi_mmm.engine.telemetry import NOTHING, Observe
-from wsi_mmm.engine.tls import tls_of
+from wsi_mmm.engine.monitoring import run_report
+from wsi_mmm.engine.monitoring.observe import NOTHING, Observe
+from wsi_mmm.engine.monitoring.recall import recall
+from wsi_mmm.engine.monitoring.run_report import RunReport
+from wsi_mmm.engine.run import Order, carry_out
+from wsi_mmm.engine.units import Executor
 from wsi_mmm.errors import OutputError
-from wsi_mmm.orders import Slides, checked_here, encoder_recipe, model_recipe, order_of
+from wsi_mmm.requests import Slides, checked_here, encoder_recipe, model_recipe, order_of
 from wsi_mmm.slides import Slide
 from wsi_mmm.types import Batch
 
 if TYPE_CHECKING:
     from distributed import Client
 
-    from wsi_mmm.engine.dask_job import ClusterJob
+    from wsi_mmm.engine.executors.dask_jobs import ClusterJob
     from wsi_mmm.model.exporting import Exported
     from wsi_mmm.model.multitask import MultiTaskModel
 
@@ -108,7 +108,7 @@ def submit(
     ``detach=False`` this process keeps its books, and it ends with it. ``options`` are those of ``run``. Both kinds of
     job have ``.progress``, ``.result(timeout)``, ``.cancel()``, ``.done``.
     """
-    from wsi_mmm.engine.dask import attached, client_of
+    from wsi_mmm.engine.executors.dask import attached, client_of
 
     tasks, observe = options.pop("tasks", None), options.pop("observe", NOTHING)
     address = client if isinstance(client, str) else None
@@ -116,7 +116,7 @@ def submit(
     held = client_of(client, tls=order.tls)
     if not detach:
         return Job(lambda listener, stop: carry_out(order, attached(held), listener, stop, observe=observe))
-    from wsi_mmm.engine.dask_job import Errand, launch
+    from wsi_mmm.engine.executors.dask_jobs import Errand, launch
 
     bare = replace(order, tls=None)  # paths of this machine
     errand = Errand(partial(carry_out, bare, observe=observe), partial(_recalled, bare))
@@ -129,7 +129,7 @@ def attach(client: Client | str, job: str, *, tls: str | Path | None = None) -> 
     It has ``.note`` (how it stands), ``.progress``, ``.watch()``, ``.result(timeout)``, ``.cancel()``, ``.forget()``.
     ClusterError when the cluster knows no such job.
     """
-    from wsi_mmm.engine.dask_job import job_of
+    from wsi_mmm.engine.executors.dask_jobs import job_of
 
     return job_of(client, job, tls=tls_of(tls, _address(client)))
 
@@ -137,7 +137,7 @@ def attach(client: Client | str, job: str, *, tls: str | Path | None = None) -> 
 def list_jobs(client: Client | str, *, tls: str | Path | None = None) -> list[tuple[Note, bool]]:
     """Every job that a cluster knows, the oldest first, and whether it is in good hands: False when it should run, and
     whoever ran it is gone. Jobs that have ended are remembered until they are forgotten, or fifty came after them."""
-    from wsi_mmm.engine.dask_job import notes_of
+    from wsi_mmm.engine.executors.dask_jobs import notes_of
 
     return notes_of(client, tls=tls_of(tls, _address(client)))
 
@@ -161,12 +161,12 @@ def embed(
     safetensors file for it, or "random". Tiles are 256 px at 0.5 mpp without overlap unless ``options`` say otherwise.
     ``export``: further formats per slide, of "h5" (TRIDENT, CLAM) and "pt". Otherwise as ``run``.
     """
-    formats = reporting.known_exports(export)
+    formats = run_report.known_exports(export)
     order = checked_here(
         order_of(slides, encoder_recipe(encoder, weights, options), output, workers, scheduler, options)
     )
     report = carry_out(order, executor_of(order), progress or silent, observe=observe)
-    reporting.export_features(report, formats)
+    run_report.export_features(report, formats)
     return report
 
 
@@ -277,14 +277,14 @@ def executor_of(order: Order) -> Callable[[], Executor]:
 
     def make() -> Executor:
         if order.scheduler:
-            from wsi_mmm.engine.dask import connect
+            from wsi_mmm.engine.executors.dask import connect
 
             return connect(order.scheduler, tls=order.tls)
         if order.workers:
-            from wsi_mmm.engine.dask_local import local_cluster
+            from wsi_mmm.engine.executors.dask_local import local_cluster
 
             return local_cluster(order.workers, visible_gpus())
-        from wsi_mmm.engine.local import LocalExecutor
+        from wsi_mmm.engine.executors.threads import LocalExecutor
 
         return LocalExecutor(order.recipe)
 

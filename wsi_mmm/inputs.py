@@ -16,8 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 from wsi_mmm.config import SlideSpec, positive_mpp
 from wsi_mmm.errors import InputError, ManifestError, RecipeError, SlideNotFound, StorageError
-from wsi_mmm.slides import store
 from wsi_mmm.slides.dicom import one_per_series
+from wsi_mmm.storage import store
 
 SUFFIXES = frozenset(
     (".svs", ".tif", ".tiff", ".btf", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide", ".czi", ".dcm")

@@ -139,8 +139,8 @@ def bucket() -> Iterator[tuple[str, str]]:
 
 def put(slides: Sequence[Path], synthetic: int, size: tuple[int, int], folder: Path, place: str) -> int:
     """Slides into the bucket, made-up ones of so many px among them; how many there are."""
-    from wsi_mmm.slides import store
     from wsi_mmm.slides.fake import synthetic_slide
+    from wsi_mmm.storage import store
 
     for number in range(synthetic):
         path = folder / f"made-up-{number:02d}.tiff"
@@ -153,7 +153,7 @@ def put(slides: Sequence[Path], synthetic: int, size: tuple[int, int], folder: P
 
 def digests(place: str) -> dict[str, str]:
     """Hashes of all objects of slides below ``place``, by name. The report of a run is none: it says when it was."""
-    from wsi_mmm.slides import store
+    from wsi_mmm.storage import store
 
     names = [uri.removeprefix(f"{place}/") for uri in store.list_uris(place)]
     return {name: hashlib.sha256(store.read_bytes(f"{place}/{name}")).hexdigest() for name in names if "/" in name}

@@ -72,7 +72,7 @@ def default_slide(folder: str) -> str:
 def synthetic(path: Path) -> str:
     """A drawing of 8,192 px, repeated to 32,768 x 32,768 px."""
     from wsi_mmm.slides.synthetic import synthetic_image
-    from wsi_mmm.slides.tiff_write import TiffForm, write_tiff
+    from wsi_mmm.slides.tiff.writer import TiffForm, write_tiff
 
     part, _ = synthetic_image(1, width=8192, height=8192, mpp=0.25, nuclei=20_000)
     whole = np.memmap(path.with_suffix(".raw"), np.uint8, "w+", shape=(32768, 32768, 3))

@@ -30,9 +30,9 @@ import psutil
 
 from benchmarks.scale_units import FILE, KINDS, Durations, durations, recipe, slides
 from helpers.processes import running, wait_for
-from wsi_mmm.engine.carry import Order, carry_out
-from wsi_mmm.engine.dask import attached, client_of
 from wsi_mmm.engine.events import Event
+from wsi_mmm.engine.executors.dask import attached, client_of
+from wsi_mmm.engine.run import Order, carry_out
 
 HERE = Path(__file__).parent
 EVERY = 0.5  # seconds between samples of memory

@@ -33,7 +33,7 @@ from wsi_mmm.slides.fake import synthetic_slide
 BAR = 1.85
 MODEL_ALONE = """
 import sys, time, torch
-from wsi_mmm.memory import keep_memory
+from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.model.checkpoint import load_model
 from wsi_mmm.model.fold import folded
 keep_memory()

@@ -10,8 +10,9 @@ import os
 import time
 from collections.abc import Callable
 
-from wsi_mmm.engine import alone, steps
-from wsi_mmm.engine.base import Receipt, Work
+from wsi_mmm.engine.executors import isolated
+from wsi_mmm.engine.stages import steps
+from wsi_mmm.engine.units import Receipt, Work
 
 Step = Callable[[Work], Receipt]
 
@@ -44,5 +45,5 @@ def told(step: Step) -> Step:
 
 def dask_setup(worker: object) -> None:
     """Called by Dask in a worker that begins."""
-    steps.perform, alone.perform = told(steps.perform), told(alone.perform)
+    steps.perform, isolated.perform = told(steps.perform), told(isolated.perform)
     say("start")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from wsi_mmm.memory import keep_memory
+from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.model.checkpoint import load_encoder
 from wsi_mmm.model.fold import folded
 from wsi_mmm.model.runtime import forward_pass

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import wsi_mmm
-from wsi_mmm import clock
-from wsi_mmm.engine.base import Receipt
+from wsi_mmm import timing
 from wsi_mmm.engine.events import Watched
+from wsi_mmm.engine.units import Receipt
 
 HERE = Path(__file__).parent
 
@@ -31,7 +31,7 @@ def recorded(slides: list[Path]) -> dict[str, list[tuple[int, float]]]:
     def wait(self: Watched, timeout: float) -> Receipt | None:
         receipt = inner(self, timeout)
         if receipt is not None:
-            spent = clock.together(receipt.laps)
+            spent = timing.together(receipt.laps)
             busy = sum(seconds for stage, seconds in spent.items() if stage != "waiting")
             found.setdefault(receipt.kind, []).append((receipt.tiles, round(busy, 4)))
         return receipt

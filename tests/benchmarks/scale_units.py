@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.clock import Lap, worker
-from wsi_mmm.engine.base import Kind, Receipt, SlideTask, Work
-from wsi_mmm.engine.decoding import Choice
 from wsi_mmm.engine.plan import SlidePlan
 from wsi_mmm.engine.recipe import Recipe
+from wsi_mmm.engine.stages.decoding import Choice
+from wsi_mmm.engine.units import Kind, Receipt, SlideTask, Work
+from wsi_mmm.timing import Lap, worker
 from wsi_mmm.types import Grid, Level, SlideInfo
 
 FILE = Path(__file__).parent / "scale_units.json"

@@ -18,7 +18,7 @@ import dask
 from distributed import Worker
 
 from benchmarks.scale_units import Fake, durations
-from wsi_mmm.engine import steps
+from wsi_mmm.engine.stages import steps
 
 QUIET = {
     "distributed.worker.profile.enabled": False,

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from wsi_mmm.cache import ArraySpec, CachedReader, Entry
 from wsi_mmm.cache.inventory import DAY, clean, inventory
-from wsi_mmm.cli import app
+from wsi_mmm.cli.main import app
 from wsi_mmm.errors import InputError
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.types import Block

@@ -13,10 +13,10 @@ import pytest
 from helpers.area import area_average
 from helpers.empaia_platform import FakePlatform, served
 from helpers.wsi_service import FakeService, described
-from wsi_mmm.slides.app_api import open_app_slide
 from wsi_mmm.slides.base import Reader, Slide
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.slides.registry import READERS
+from wsi_mmm.slides.service.app_api import open_app_slide
 from wsi_mmm.types import U8, Block
 
 Open = Callable[[], Reader]

@@ -19,7 +19,8 @@ import pytest
 from helpers.faulty import KINDS, Faulty
 from helpers.moto import moto_server
 from wsi_mmm.errors import SlideChanged, SlideNotFound, StorageError
-from wsi_mmm.slides import open_slide, store
+from wsi_mmm.slides import open_slide
+from wsi_mmm.storage import store
 
 SECRET = "very/secret+key"
 DATA = np.random.default_rng(5).integers(0, 256, 3_000_000, np.uint8).tobytes()

@@ -18,13 +18,15 @@ from typer.testing import CliRunner
 
 from helpers.empaia_platform import FakePlatform, served
 from helpers.wsi_service import described
-from wsi_mmm.cli import app
+from wsi_mmm.cli.main import app
 from wsi_mmm.config import empaia_job
 from wsi_mmm.empaia import app as job
 from wsi_mmm.empaia.app import App, Ended, run_app
 from wsi_mmm.empaia.transport import Patience
-from wsi_mmm.engine import patience, process
-from wsi_mmm.slides import open_slide, service_reader
+from wsi_mmm.engine.stages import context
+from wsi_mmm.slides import open_slide
+from wsi_mmm.slides.service import reader
+from wsi_mmm.storage import outage
 from wsi_mmm.tiles import tissue
 from wsi_mmm.tiles.find import find_tissue
 from wsi_mmm.types import U8, Mask
@@ -85,7 +87,7 @@ def platforms(path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> I
             return platform
 
         yield begin
-        process.release(models=False)
+        context.release(models=False)
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +110,7 @@ def half_done(published: Path, tmp_path: Path) -> str:
 
 # These take half of the time of a job on a small slide, and give the same each time.
 _made = functools.cache(get_command)
-_decoded = functools.lru_cache(8)(service_reader.decoded)
+_decoded = functools.lru_cache(8)(reader.decoded)
 _found = functools.lru_cache(8)(
     lambda data, shape, um_per_px: find_tissue(np.frombuffer(data, np.uint8).reshape(shape), um_per_px)
 )
@@ -124,11 +126,11 @@ def command(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
     """`wsi-mmm empaia run` in this process: not as patient as usual, telling its progress all the time, logging all."""
     caplog.set_level(logging.DEBUG)
     for name, value in (("since", None), ("proven", False)):  # storage has not failed yet, whatever other tests did
-        monkeypatch.setattr(patience._here, name, value)
+        monkeypatch.setattr(outage._here, name, value)
     monkeypatch.setattr(job, "App", functools.partial(App, pause=0.0))
     monkeypatch.setattr(job, "_WATCH", 0.01)
     monkeypatch.setattr("typer.testing._get_command", _made)
-    monkeypatch.setattr(service_reader, "decoded", _decoded)
+    monkeypatch.setattr(reader, "decoded", _decoded)
     monkeypatch.setattr(tissue, "find_tissue", _find_tissue)
 
     def invoke(*words: str, patient: Patience = QUICK) -> Result:

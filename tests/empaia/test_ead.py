@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from helpers.empaia_eads import BROKEN
 from helpers.empaia_schemas import SCHEMAS, ead_problems
-from wsi_mmm.cli import app
+from wsi_mmm.cli.main import app
 from wsi_mmm.empaia import lint
 from wsi_mmm.empaia.ead import class_values, ead, ead_json
 from wsi_mmm.errors import ModelError

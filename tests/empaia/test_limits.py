@@ -28,7 +28,7 @@ from wsi_mmm.model.card import read_card
 from wsi_mmm.slides import Slide, open_slide
 from wsi_mmm.slides.base import Reader, ReadStats
 from wsi_mmm.slides.fake import ArrayReader
-from wsi_mmm.slides.service_cuts import GridCuts, RectangleCuts
+from wsi_mmm.slides.service.cuts import GridCuts, RectangleCuts
 from wsi_mmm.types import Block, Canvas, Level, SlideInfo
 
 from .conftest import WSI_ID, Start, posted, rectangle, regions, run

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from helpers.cluster import PlainCluster
 from helpers.empaia_platform import FakePlatform, Fault
-from wsi_mmm.cli import app
+from wsi_mmm.cli.main import app
 from wsi_mmm.config import empaia_places
 
 from .conftest import Start, rectangle, regions

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from wsi_mmm.engine.base import Kind, Receipt, SlideTask, Work
 from wsi_mmm.engine.events import Event, Watched, greet
 from wsi_mmm.engine.recipe import Recipe
+from wsi_mmm.engine.units import Kind, Receipt, SlideTask, Work
 
 WORK = Work("plan", SlideTask("s", "s.svs", "out/s", Recipe("default", "hash", (), 0.5, 256, 0)))
 

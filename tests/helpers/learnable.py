@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from wsi_mmm.slides.fake import pyramid
-from wsi_mmm.slides.tiff_write import TiffForm, write_tiff
+from wsi_mmm.slides.tiff.writer import TiffForm, write_tiff
 from wsi_mmm.types import F64, I32
 
 SIDE, STRIP, TILE = 512, 64, 64

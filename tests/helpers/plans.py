@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from wsi_mmm.engine.base import SlideTask
 from wsi_mmm.engine.plan import SlidePlan
 from wsi_mmm.engine.recipe import Recipe
+from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.types import Grid, SlideInfo
 
 

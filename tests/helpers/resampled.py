@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from wsi_mmm.slides.resample import Taps, Weights
+from wsi_mmm.slides.resample.weights import Taps, Weights
 from wsi_mmm.types import U8
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.slides.scaled import Source, Window
+from wsi_mmm.slides.resample.scaled import Source, Window
 from wsi_mmm.types import I64, U8
 
 

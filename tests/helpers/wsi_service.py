@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from wsi_mmm.slides import Slide
-from wsi_mmm.slides.scaled import sources_of
+from wsi_mmm.slides.resample.scaled import sources_of
 from wsi_mmm.types import U8, Block
 
 MOST_PIXELS = 25_000_000

@@ -23,7 +23,7 @@ from wsi_mmm.model.checkpoint import build_model, save_model
 from wsi_mmm.model.grouper import GatedScore
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.slides.fake import pyramid
-from wsi_mmm.slides.tiff_write import TiffForm, write_tiff
+from wsi_mmm.slides.tiff.writer import TiffForm, write_tiff
 from wsi_mmm.types import U8
 
 TILE, ROWS, COLUMNS = 64, 7, 9

@@ -28,7 +28,7 @@ class Poison(importlib.abc.MetaPathFinder):
     """Once the steps are imported, reading one block of one slide ends its process."""
 
     def find_spec(self, name, path, target=None):
-        if name != "wsi_mmm.engine.steps":
+        if name != "wsi_mmm.engine.stages.steps":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -208,7 +208,7 @@ def test_a_bucket_that_is_away_for_a_while_is_waited_for(
     pytest.importorskip("moto.server")
     from helpers.faulty import Faulty
     from helpers.moto import moto_server
-    from wsi_mmm.slides import store
+    from wsi_mmm.storage import store
 
     with moto_server() as upstream:
         front = Faulty(upstream=upstream)

@@ -14,7 +14,7 @@ import pytest
 
 import wsi_mmm
 from helpers.cluster import PlainCluster, wait_until
-from wsi_mmm.engine.board import Board
+from wsi_mmm.engine.executors.job_registry import Board
 from wsi_mmm.errors import Cancelled, ClusterError
 
 distributed = pytest.importorskip("distributed")

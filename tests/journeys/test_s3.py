@@ -12,7 +12,7 @@ import pytest
 import wsi_mmm
 from helpers.moto import moto_server
 from wsi_mmm.errors import WsiError
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # botocore's own
 

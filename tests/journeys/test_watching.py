@@ -19,8 +19,8 @@ import pytest
 
 import wsi_mmm
 from wsi_mmm.api import RunReport
-from wsi_mmm.clock import STAGES
-from wsi_mmm.engine.telemetry import traces
+from wsi_mmm.engine.monitoring import traces
+from wsi_mmm.timing import STAGES
 
 pytest.importorskip("prometheus_client")
 pytest.importorskip("opentelemetry.sdk")

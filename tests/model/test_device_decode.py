@@ -18,12 +18,12 @@ from torch import Tensor
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.device_decode import Codec, DeviceDecoder, ability, averaged, torchvision_codec
 from wsi_mmm.slides.base import EncodedReader
-from wsi_mmm.slides.encoded import COARSEST
 from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.slides.registry import READERS
-from wsi_mmm.slides.resample import Weights, averages, taps
-from wsi_mmm.slides.scaled import sources_of
-from wsi_mmm.slides.tiff import TiffReader
+from wsi_mmm.slides.resample.scaled import sources_of
+from wsi_mmm.slides.resample.weights import Weights, averages, taps
+from wsi_mmm.slides.tiff.encoded import COARSEST
+from wsi_mmm.slides.tiff.reader import TiffReader
 from wsi_mmm.types import I64, U8, Tiles
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def test_small_canvases_and_small_groups_change_no_pixel(
     tiles = everywhere(reader, scale, 224, 192)
     whole = reader.read_encoded(tiles)
     want = DeviceDecoder(CPU).decode(whole).pixels
-    monkeypatch.setattr("wsi_mmm.slides.encoded.CANVAS_PIXELS", 1 << 19)
+    monkeypatch.setattr("wsi_mmm.slides.tiff.encoded.CANVAS_PIXELS", 1 << 19)
     monkeypatch.setattr("wsi_mmm.model.device_decode.TOGETHER", 3)
     monkeypatch.setattr("wsi_mmm.model.device_decode.BAND_PIXELS", 1)
     small = reader.read_encoded(tiles)

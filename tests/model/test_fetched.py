@@ -11,13 +11,13 @@ import pytest
 
 import wsi_mmm
 from helpers.moto import moto_bucket
-from wsi_mmm.engine import process
+from wsi_mmm.engine.stages import context
 from wsi_mmm.errors import ModelError, WsiError
 from wsi_mmm.model import fetched as room
 from wsi_mmm.model.card import CARD, WEIGHTS
 from wsi_mmm.model.fetched import fetched, forget
-from wsi_mmm.orders import encoder_recipe, model_recipe
-from wsi_mmm.slides import store
+from wsi_mmm.requests import encoder_recipe, model_recipe
+from wsi_mmm.storage import store
 
 URI = "s3://models/small"
 
@@ -31,7 +31,7 @@ def stored(small_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         for name in (CARD, WEIGHTS):
             store.write_bytes(f"{URI}/{name}", (small_model / name).read_bytes())
         yield URI
-        process.release()
+        context.release()
 
 
 def test_a_model_is_copied_once(stored: str, small_model: Path, tmp_path: Path) -> None:
@@ -101,5 +101,5 @@ def test_a_worker_refuses_another_model_than_the_run_began_with(stored: str, sma
     recipe = model_recipe(stored, None, {})
     for name in (stored, str(small_model)):
         with pytest.raises(ModelError, match="is not the one the run was begun with"):
-            process.tasks_of(dataclasses.replace(recipe, model=name, model_hash="0" * 64))
-    assert [task.info.name for task in process.tasks_of(recipe)] == list(recipe.tasks)
+            context.tasks_of(dataclasses.replace(recipe, model=name, model_hash="0" * 64))
+    assert [task.info.name for task in context.tasks_of(recipe)] == list(recipe.tasks)

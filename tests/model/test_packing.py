@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from wsi_mmm.clock import lap
 from wsi_mmm.model.packing import Call, Waiting
+from wsi_mmm.timing import lap
 
 
 def test_standing_in_the_queue_is_waiting_and_no_time_of_the_model() -> None:

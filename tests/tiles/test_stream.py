@@ -10,8 +10,8 @@ import pytest
 
 from wsi_mmm.errors import RecipeError, StorageError
 from wsi_mmm.slides.base import Fetched, ReadStats
-from wsi_mmm.slides.cut import cut_tiles
 from wsi_mmm.slides.fake import ArrayReader
+from wsi_mmm.slides.resample.cut import cut_tiles
 from wsi_mmm.tiles.grid import blocks, make_grid, tile_xy
 from wsi_mmm.tiles.stream import READ_AHEAD, RUNS_AHEAD, read_block, stream
 from wsi_mmm.types import I64, U8, Batch, Block, Canvas, Grid, Tiles

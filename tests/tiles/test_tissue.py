@@ -18,7 +18,7 @@ from wsi_mmm.errors import AnnotationError, RecipeError
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.base import ReadStats, Slide
 from wsi_mmm.slides.fake import ArrayReader
-from wsi_mmm.slides.scaled import NO_FAILURES, Source, Window, read_scaled, sources_of
+from wsi_mmm.slides.resample.scaled import NO_FAILURES, Source, Window, read_scaled, sources_of
 from wsi_mmm.tiles.find import find_tissue
 from wsi_mmm.tiles.grid import make_grid, tile_boxes
 from wsi_mmm.tiles.tissue import TissueMask, select_tiles, tissue_mask

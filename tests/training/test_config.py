@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from helpers.lessons import ENCODER
-from wsi_mmm.cli_train import EXAMPLE
+from wsi_mmm.cli.train import EXAMPLE
 from wsi_mmm.errors import ModelError, RecipeError
 from wsi_mmm.training.config import TrainConfig, json_schema, model_card, parse
 

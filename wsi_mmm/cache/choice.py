@@ -10,7 +10,7 @@ import numpy as np
 
 from wsi_mmm.cache.pixels import CachedReader, read_inner
 from wsi_mmm.slides.base import Reader
-from wsi_mmm.slides.store import is_local
+from wsi_mmm.storage.store import is_local
 from wsi_mmm.types import U8, Tiles
 
 SAVES = 15.0

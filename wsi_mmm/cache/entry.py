@@ -31,7 +31,7 @@ from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore, ObjectStore
 
 from wsi_mmm.errors import OutputError, StorageError
-from wsi_mmm.slides import store as storage
+from wsi_mmm.storage import store as storage
 from wsi_mmm.types import I64
 
 Array = npt.NDArray[Any]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from wsi_mmm.cache.quota import drop_empty, stored_shards
 from wsi_mmm.errors import InputError, OutputError
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 
 DAY = 86400.0
 

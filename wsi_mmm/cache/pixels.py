@@ -34,10 +34,10 @@ from wsi_mmm.cache.shard import (
     unpack,
 )
 from wsi_mmm.errors import SlideNotFound, StorageError
-from wsi_mmm.slides import store as storage
 from wsi_mmm.slides.base import Fetched, Reader, ReadStats, TileReader
-from wsi_mmm.slides.cut import cut_tiles
-from wsi_mmm.slides.scaled import merge_failed
+from wsi_mmm.slides.resample.cut import cut_tiles
+from wsi_mmm.slides.resample.scaled import merge_failed
+from wsi_mmm.storage import store as storage
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
 
 Key = tuple[int, int]  # row and column of a shard

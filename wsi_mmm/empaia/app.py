@@ -30,8 +30,8 @@ from wsi_mmm.empaia.client import AppApi
 from wsi_mmm.empaia.messages import INCOMPLETE, STOPPED, message_of
 from wsi_mmm.empaia.transport import Patience
 from wsi_mmm.errors import JobError, OutputError, OutputTaken, PlatformError, RecipeError, StorageError, WsiError
-from wsi_mmm.slides import store
-from wsi_mmm.slides.app_api import SCHEME
+from wsi_mmm.slides.service.app_api import SCHEME
+from wsi_mmm.storage import store
 
 T = TypeVar("T")
 LIMITS = Limits(items=5000)
@@ -195,7 +195,7 @@ class _Work:
     async def _answered(self, question: Asked) -> Any:
         """What is to be posted: the slide run through the engine."""
         from wsi_mmm.empaia.posting import Answer
-        from wsi_mmm.engine.patience import patiently
+        from wsi_mmm.storage.outage import patiently
 
         order = await _aside(lambda: self._order(question))
         card, info, tissue = await _aside(lambda: patiently(partial(_looked_at, question=question), order))
@@ -227,8 +227,8 @@ class _Work:
         """Run the engine, saying how far it is: the results of the slide."""
         from wsi_mmm.api import executor_of
         from wsi_mmm.empaia.results import results_at
-        from wsi_mmm.engine.carry import carry_out
         from wsi_mmm.engine.job import Job
+        from wsi_mmm.engine.run import carry_out
 
         engine = self._engine = Job(lambda listener, stop: carry_out(order, executor_of(order), listener, stop))
         try:
@@ -287,13 +287,13 @@ def _looked_at(order: Any, question: Asked) -> tuple[Any, Any, Any]:
     from wsi_mmm.config import user_cache
     from wsi_mmm.empaia.geometry import joined
     from wsi_mmm.empaia.tissue import tissue_polygons
-    from wsi_mmm.engine import process
+    from wsi_mmm.engine.stages import context
     from wsi_mmm.model.card import read_card
     from wsi_mmm.model.fetched import fetched
     from wsi_mmm.tiles.tissue import tissue_mask
 
     [task] = order.tasks
-    with process.slide_of(task) as slide:
+    with context.slide_of(task) as slide:
         slide.scale(order.recipe.mpp)
         area = joined([region.area for region in question.regions])
         found = tissue_polygons(tissue_mask(slide), question.wsi, area)

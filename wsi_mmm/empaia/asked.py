@@ -13,7 +13,7 @@ from wsi_mmm.empaia.bodies import Wsi
 from wsi_mmm.empaia.client import AppApi, Mode
 from wsi_mmm.empaia.geometry import Area, area_of
 from wsi_mmm.errors import JobError, PlatformError, WsiError
-from wsi_mmm.slides.service_info import info_of
+from wsi_mmm.slides.service.info import info_of
 from wsi_mmm.types import F64
 
 SLIDE, REGIONS = "slide", "regions"

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pyarrow import parquet
 
 from wsi_mmm.errors import OutputError
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 from wsi_mmm.types import F64
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from wsi_mmm.engine.base import Executor, Kind, Receipt, Work
+from wsi_mmm.engine.units import Executor, Kind, Receipt, Work
 
 
 @dataclass(frozen=True, slots=True)

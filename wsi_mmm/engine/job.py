@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from wsi_mmm.engine.base import Executor
 from wsi_mmm.engine.events import Event, Listener
+from wsi_mmm.engine.units import Executor
 
 T = TypeVar("T")
 

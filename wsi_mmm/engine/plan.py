@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from wsi_mmm.engine.base import Kind, SlideTask, Work, pack
-from wsi_mmm.engine.decoding import Choice
+from wsi_mmm.engine.stages.decoding import Choice
+from wsi_mmm.engine.units import Kind, SlideTask, Work, pack
 from wsi_mmm.tiles.grid import blocks
 from wsi_mmm.types import F32, I64, Grid, SlideInfo
 

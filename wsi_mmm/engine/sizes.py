@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from urllib.parse import urlsplit
 
-from wsi_mmm.engine.base import Executor, SlideTask
+from wsi_mmm.engine.units import Executor, SlideTask
 from wsi_mmm.errors import WsiError
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 
 LISTED = 3  # slides of one place in a bucket from which on it is listed
 

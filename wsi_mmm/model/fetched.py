@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wsi_mmm.errors import ModelError, OutputError, WsiError
 from wsi_mmm.model.card import CARD, WEIGHTS, parse_card
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 
 MOST_CARD = 16 << 20
 _CHUNK = 16 << 20

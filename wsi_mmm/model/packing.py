@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from wsi_mmm.clock import waited
+from wsi_mmm.timing import waited
 from wsi_mmm.types import U8
 
 Answers = dict[str, npt.NDArray[Any]]

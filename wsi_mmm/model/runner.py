@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.memory import keep_memory
+from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.model.fold import fold
 from wsi_mmm.model.identity import RUNTIMES
 from wsi_mmm.model.multitask import MultiTaskModel

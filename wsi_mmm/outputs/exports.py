@@ -18,9 +18,9 @@ from zarr.codecs import BloscCodec
 from zarr.errors import GroupNotFoundError
 
 from wsi_mmm.errors import MissingPackage, RecipeError, StorageError
-from wsi_mmm.outputs.folders import published_folder
 from wsi_mmm.outputs.maps import zarr_store
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
+from wsi_mmm.storage.folders import published_folder
 from wsi_mmm.types import F32, I64
 
 _ROWS = 4096  # tiles per chunk

@@ -9,8 +9,8 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore, ObjectStore
 
-from wsi_mmm.outputs.folders import published_folder
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
+from wsi_mmm.storage.folders import published_folder
 from wsi_mmm.types import U8, Grid, TaskInfo
 
 CHUNK = 512

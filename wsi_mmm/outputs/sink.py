@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from wsi_mmm.slides.store_local import writing
+from wsi_mmm.storage.local import writing
 
 BLOCK = 1 << 20  # bytes handed on at a time: fixed, so the compressed bytes do not depend on the caller's batches
 LEVEL = 1  # gzip: 6 takes four times as long for a fifth less; measured in tests/benchmarks/bench_geojson.py

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from wsi_mmm.errors import RecipeError
 from wsi_mmm.slides.base import ReadStats
-from wsi_mmm.slides.scaled import NO_FAILURES, Source, Window, read_scaled, sources_of
+from wsi_mmm.slides.resample.scaled import NO_FAILURES, Source, Window, read_scaled, sources_of
 from wsi_mmm.slides.synthetic import SyntheticTruth, synthetic_image
-from wsi_mmm.slides.tiff_write import TiffForm, write_tiff
+from wsi_mmm.slides.tiff.writer import TiffForm, write_tiff
 from wsi_mmm.types import I64, U8, Block, Canvas, Level, SlideInfo
 
 _APERIO = (

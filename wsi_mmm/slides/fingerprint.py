@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from hashlib import blake2b
 
-from wsi_mmm.slides.store import ByteStore
+from wsi_mmm.storage.store import ByteStore
 
 _ENDS = 64 << 10
 _SAMPLE = 16 << 10

@@ -12,9 +12,9 @@ import numpy as np
 
 from wsi_mmm.errors import MissingPackage, NotASlide, SlideDamaged, SlideNotFound
 from wsi_mmm.slides.fingerprint import fingerprint
-from wsi_mmm.slides.regions import RegionReader, over_white
-from wsi_mmm.slides.scaled import Window
-from wsi_mmm.slides.store import is_local, local_path, open_store, redact
+from wsi_mmm.slides.region_reader import RegionReader, over_white
+from wsi_mmm.slides.resample.scaled import Window
+from wsi_mmm.storage.store import is_local, local_path, open_store, redact
 from wsi_mmm.types import U8, Level, SlideInfo
 
 _MANY_FILES = ("mirax", "dicom", "hamamatsu")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from wsi_mmm.errors import NotASlide, RecipeError, SlideDamaged
-from wsi_mmm.slides.app_api import SCHEME, open_app_slide
 from wsi_mmm.slides.base import Reader, Slide, check_mpp
 from wsi_mmm.slides.openslide import detect, open_with_openslide
-from wsi_mmm.slides.store import HeldStore, held, is_local, open_store, redact
-from wsi_mmm.slides.tiff import TiffReader
-from wsi_mmm.slides.tiff_ifd import Directory, is_tiff, read_directories
-from wsi_mmm.slides.tiff_meta import perhaps_openslide, plane_of, unsupported, vendor_of
+from wsi_mmm.slides.service.app_api import SCHEME, open_app_slide
+from wsi_mmm.slides.service.wsi_service import open_wsi_service
+from wsi_mmm.slides.tiff.directories import Directory, is_tiff, read_directories
+from wsi_mmm.slides.tiff.metadata import perhaps_openslide, plane_of, unsupported, vendor_of
+from wsi_mmm.slides.tiff.reader import TiffReader
 from wsi_mmm.slides.tiffslide import open_with_tiffslide
-from wsi_mmm.slides.uris import is_service
-from wsi_mmm.slides.wsi_service import open_wsi_service
+from wsi_mmm.storage.store import HeldStore, held, is_local, open_store, redact
+from wsi_mmm.storage.uris import is_service
 
 _PLAIN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP", b"BM": "BMP", b"%PDF": "PDF",
           b"PK\x03\x04": "ZIP", b"\x1f\x8b": "gzip"}  # fmt: skip

@@ -8,10 +8,10 @@ import numpy as np
 
 from wsi_mmm.errors import MissingPackage, NotASlide, SlideDamaged
 from wsi_mmm.slides.fingerprint import fingerprint
-from wsi_mmm.slides.regions import RegionReader
-from wsi_mmm.slides.scaled import Window
-from wsi_mmm.slides.store import local_path, open_store, redact
-from wsi_mmm.slides.uris import is_local
+from wsi_mmm.slides.region_reader import RegionReader
+from wsi_mmm.slides.resample.scaled import Window
+from wsi_mmm.storage.store import local_path, open_store, redact
+from wsi_mmm.storage.uris import is_local
 from wsi_mmm.types import U8, Level, SlideInfo
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from wsi_mmm.memory import keep_memory
+from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.slides.base import Reader, TileReader
-from wsi_mmm.slides.cut import cut_tiles
+from wsi_mmm.slides.resample.cut import cut_tiles
 from wsi_mmm.types import F64, I64, U8, Mask, Tiles
 
 

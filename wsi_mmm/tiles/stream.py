@@ -17,9 +17,9 @@ from itertools import islice
 import numpy as np
 
 from wsi_mmm.errors import RecipeError
-from wsi_mmm.memory import keep_memory
+from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.slides.base import EncodedReader, Fetched, Reader, TileReader
-from wsi_mmm.slides.cut import cut_tiles
+from wsi_mmm.slides.resample.cut import cut_tiles
 from wsi_mmm.tiles.grid import BlockTiles, blocks, tile_boxes, tile_xy
 from wsi_mmm.types import I64, U8, Batch, EncodedBatch, Grid, Mask, Tiles
 

@@ -14,8 +14,8 @@ from PIL import Image
 from wsi_mmm.annotations import parse_shapes, rasterise
 from wsi_mmm.errors import RecipeError, SlideNotFound
 from wsi_mmm.slides.base import Slide
-from wsi_mmm.slides.scaled import sources_of
-from wsi_mmm.slides.store import read_bytes, redact
+from wsi_mmm.slides.resample.scaled import sources_of
+from wsi_mmm.storage.store import read_bytes, redact
 from wsi_mmm.tiles.find import find_tissue
 from wsi_mmm.types import F32, F64, I64, Block, Grid, Mask, SlideInfo
 

@@ -12,7 +12,7 @@ import numpy as np
 from wsi_mmm.annotations import parse_shapes, shape_at
 from wsi_mmm.errors import InputError, ManifestError
 from wsi_mmm.outputs.exports import Features, read_features
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 from wsi_mmm.training.fewshot import Labelled
 from wsi_mmm.types import F64
 

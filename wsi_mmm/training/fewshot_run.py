@@ -15,7 +15,7 @@ from wsi_mmm.model.checkpoint import load_encoder, load_model
 from wsi_mmm.model.identity import encoder_identity, is_model, model_identity
 from wsi_mmm.outputs.exports import Features
 from wsi_mmm.outputs.tables import tiles_table
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 from wsi_mmm.training import fewshot
 from wsi_mmm.training.fewshot import KINDS, Labelled, Linear
 from wsi_mmm.training.fewshot_data import embedded, slides_by_table, tiles_by_regions

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from wsi_mmm.errors import Cancelled, InputError, NotFinite, RecipeError
-from wsi_mmm.memory import keep_memory
+from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.training import optim, state

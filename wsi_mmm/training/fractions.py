@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from wsi_mmm.errors import MissingPackage, OutputError, RecipeError
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 from wsi_mmm.training.config import TrainConfig
 from wsi_mmm.training.data.entry import Expand, each_by_itself
 from wsi_mmm.training.job import QUIET, Listener, facts_of, model_folder, train_as

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from wsi_mmm import __version__
+from wsi_mmm._version import __version__
 from wsi_mmm.errors import ModelError, OutputError, RecipeError
 from wsi_mmm.model.checkpoint import build_model, declared_normalisation, load_model, save_model
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.training import fit as fitting
 from wsi_mmm.training.config import TrainConfig, model_card

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from wsi_mmm.errors import RecipeError
-from wsi_mmm.memory import keep_memory
+from wsi_mmm.host_tuning import keep_memory, short_turns
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.tasks.truth import Truth
@@ -36,7 +36,6 @@ from wsi_mmm.training.warp import (
     warp_truth,
     widened,
 )
-from wsi_mmm.turns import short_turns
 from wsi_mmm.types import F32, I64, U8
 
 MARGINS = {"instances": 32}

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError, OutputError, SlideNotFound, WsiError
 from wsi_mmm.model.tensorfile import pack, unpack
-from wsi_mmm.slides import store
-from wsi_mmm.slides.uris import is_local
+from wsi_mmm.storage import store
+from wsi_mmm.storage.uris import is_local
 from wsi_mmm.training.optim import Optimiser, Scale
 from wsi_mmm.training.ranks import ALONE, Ranks, first_word, total
 

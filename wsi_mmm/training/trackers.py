@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from wsi_mmm.errors import MissingPackage, OutputError, WsiError
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 from wsi_mmm.training.config import TrackingPart
 from wsi_mmm.types import U8
 

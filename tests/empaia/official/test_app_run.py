@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from helpers.eats import SLIDE, Platform, as_triangle, ran, said, write_inputs
-from wsi_mmm.cli import app
+from wsi_mmm.cli.main import app
 from wsi_mmm.slides.fake import SyntheticTruth
 
 pytestmark = [pytest.mark.empaia, pytest.mark.timeout(300)]

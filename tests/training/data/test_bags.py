@@ -171,7 +171,7 @@ def test_bags_of_tiles_are_tissue_of_their_slide(tiny_slide: Path) -> None:
 
 def test_a_slide_without_tissue_is_named(tmp_path: Path) -> None:
     """It has no bag."""
-    from wsi_mmm.slides.tiff_write import TiffForm, write_tiff
+    from wsi_mmm.slides.tiff.writer import TiffForm, write_tiff
 
     write_tiff(tmp_path / "w.tiff", [np.full((600, 600, 3), 255, np.uint8)], TiffForm("deflate", mpp=0.5))
     with pytest.raises(InputError, match="w has no tile with tissue"):

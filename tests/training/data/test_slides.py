@@ -18,8 +18,9 @@ from conftest import RealData
 from helpers.faulty import Faulty
 from helpers.moto import moto_server
 from wsi_mmm.errors import AnnotationError, InputError, ManifestError, RecipeError, SlideNotFound
-from wsi_mmm.slides import open_slide, store
+from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.fake import SyntheticTruth
+from wsi_mmm.storage import store
 from wsi_mmm.tasks.truth import Boxes
 from wsi_mmm.training.data.base import Source
 from wsi_mmm.training.data.buckets import USE, Buckets, Rule, same_names

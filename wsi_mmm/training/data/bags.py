@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from wsi_mmm.cache import Entry
 from wsi_mmm.errors import InputError, StorageError, WsiError
 from wsi_mmm.outputs.exports import MAX_VALUES, Features, read_features
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 from wsi_mmm.tasks.truth import Truth
 from wsi_mmm.tiles.grid import tile_xy
 from wsi_mmm.tiles.places import read_places

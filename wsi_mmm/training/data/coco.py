@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.bounds import parsed_json
 from wsi_mmm.errors import InputError, MissingPackage
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
+from wsi_mmm.storage.limits import parsed_json
 from wsi_mmm.tasks.truth import Boxes, Truth
 from wsi_mmm.training.data.base import Index
 from wsi_mmm.training.data.images import MAX_PX, MAX_SIDE, Origin, Pictures, read_image

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from wsi_mmm.errors import InputError
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 from wsi_mmm.tasks.truth import Truth
 from wsi_mmm.training.data.base import Index
 from wsi_mmm.training.data.images import Origin, Pictures, below, pictures_below, read_image, read_labels

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from wsi_mmm.errors import InputError, StorageError, WsiError
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 from wsi_mmm.tasks.truth import Truth
 from wsi_mmm.training.data.base import Index, Sample
 from wsi_mmm.types import I32, U8

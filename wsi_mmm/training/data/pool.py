@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from wsi_mmm.cache import CachedReader, Choice, Quota, choose
-from wsi_mmm.slides import Reader, Slide, open_slide, store
+from wsi_mmm.slides import Reader, Slide, open_slide
+from wsi_mmm.storage import store
 from wsi_mmm.types import Tiles
 
 OPEN_SLIDES = 16

@@ -14,7 +14,8 @@ import numpy as np
 
 from wsi_mmm.annotations import Shapes, parse_shapes
 from wsi_mmm.errors import InputError, ManifestError, RecipeError, WsiError
-from wsi_mmm.slides import Slide, store
+from wsi_mmm.slides import Slide
+from wsi_mmm.storage import store
 from wsi_mmm.tasks.truth import Truth
 from wsi_mmm.tiles.grid import make_grid
 from wsi_mmm.tiles.places import boxes_of, read_places

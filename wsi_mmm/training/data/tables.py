@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from wsi_mmm.errors import ManifestError, RecipeError
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 from wsi_mmm.tasks.truth import Survival, Truth
 from wsi_mmm.types import I32
 

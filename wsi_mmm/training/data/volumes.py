@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_mmm.errors import InputError, MissingPackage
-from wsi_mmm.slides import store
+from wsi_mmm.storage import store
 from wsi_mmm.tasks.truth import Truth
 from wsi_mmm.training.data.base import Index
 from wsi_mmm.training.data.folders import mapped

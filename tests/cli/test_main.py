@@ -1,0 +1,474 @@
+"""The command line: what it forwards, what it prints, how it ends. The api behind it is a fake here."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from wsi_mmm.cli import console, doctor, models, slide
+from wsi_mmm.cli.main import app
+from wsi_mmm.engine.events import Event
+from wsi_mmm.engine.monitoring.observe import Observe
+from wsi_mmm.errors import Cancelled, InputError, ModelError, OutputError
+
+COMMANDS = ["run", "embed", "info", "thumbnail", "tissue", "models", "export", "doctor", "demo", "cache"]
+
+
+@dataclass
+class Row:
+    id: str
+    status: str
+    error: str = ""
+    objects: int = 0
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        files = {name: f"out/{self.id}/{file}" for name, file in FILES.items()}
+        return {"files": files if self.status != "failed" else {}}
+
+
+FILES = {"geojson": "result.geojson.gz", "overlay": "overlay.png"}
+
+
+@dataclass
+class Report:
+    slides: list[Row]
+    path: str = "out/report.html"
+    output: str = "out"
+    seconds: float = 12.3
+    unsaved: str = ""
+
+
+@dataclass
+class FakeApi:
+    """Stands in for wsi_mmm.api: remembers what it was called with."""
+
+    statuses: list[str] = field(default_factory=lambda: ["done"])
+    error: BaseException | None = None
+    unsaved: str = ""
+    calls: list[tuple[str, Any, dict[str, Any]]] = field(default_factory=list)
+
+    def _call(self, name: str, slides: Any, options: dict[str, Any]) -> Report:
+        self.calls.append((name, slides, options))
+        if self.error is not None:
+            raise self.error
+        progress: Callable[[Event], None] = options["progress"]
+        for number, status in enumerate(self.statuses, start=1):
+            progress(Event("slide", f"s{number}", number, len(self.statuses), status))
+        rows = [
+            Row(f"s{number}", status, "broken" * (status == "failed")) for number, status in enumerate(self.statuses, 1)
+        ]
+        return Report(rows, unsaved=self.unsaved)
+
+    def run(self, slides: Any, **options: Any) -> Report:
+        return self._call("run", slides, options)
+
+    def embed(self, slides: Any, **options: Any) -> Report:
+        return self._call("embed", slides, options)
+
+    def demo(self, output: str, **options: Any) -> Report:
+        return self._call("demo", output, options)
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    """The fake in place of the real api."""
+    import wsi_mmm
+
+    fake = FakeApi()
+    module = types.ModuleType("wsi_mmm.api")
+    module.__dict__.update(run=fake.run, embed=fake.embed, demo=fake.demo)
+    monkeypatch.setitem(sys.modules, "wsi_mmm.api", module)
+    monkeypatch.setattr(wsi_mmm, "api", module, raising=False)
+    return fake
+
+
+def invoke(*arguments: str | Path) -> Result:
+    """The result of ``wsi-mmm ARGUMENTS``; an exception that no command may let out fails the test."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def json_lines(result: Result) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in result.stdout.splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ help
+
+
+def test_help_takes_under_half_a_second() -> None:
+    """Processor time, best of three: on an idle machine it is the time a person waits."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-m", "wsi_mmm", "--help"], capture_output=True, check=True, timeout=100)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert b"wsi-mmm run" in done.stdout
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_examples_and_exit_codes(command: str) -> None:
+    """Help teaches by example and says what an exit code means."""
+    text = invoke(command, "--help").stdout
+    assert "Examples:" in text
+    assert f"wsi-mmm {command}" in text
+    assert "Exit codes:" in text
+
+
+def test_no_command_shows_help_and_version_shows_version() -> None:
+    """The bare command teaches; --version is one line."""
+    assert "Begin with" in invoke().output
+    assert re.fullmatch(r"wsi-mmm \d+\.\d+\.\d+\n", invoke("--version").stdout)
+
+
+# ------------------------------------------------------------------------------------------------ forwarding
+
+
+def test_run_forwards_only_what_was_given(api: FakeApi) -> None:
+    """Defaults live in the api alone."""
+    assert invoke("run", "a.svs", "-o", "out").exit_code == 0
+    name, slides, options = api.calls[0]
+    assert name == "run"
+    assert [(spec.uri, spec.id) for spec in slides] == [("a.svs", "a")]
+    assert options.pop("progress")
+    assert options == {"output": "out"}
+
+
+def test_every_flag_of_run_reaches_the_api(api: FakeApi) -> None:
+    """Each flag arrives under its name, with its type."""
+    line = (
+        "run a.svs -o out -m m --task t --task u --mag 20 --tile-size 256 --overlap 32 --tissue none "
+        "--mpp-override 0.3 --reader tiff --skip-errors --cache c --maps --no-gzip --bounds-offset "
+        "--batch-size 8 --workers 2 --threads 1 --device cpu --runtime bf16 --scheduler tcp://h:1 --force "
+        "--log-file run.jsonl --log-level debug --metrics-port 9464 --traces"
+    )
+    assert invoke(*line.split()).exit_code == 0
+    options = api.calls[0][2]
+    del options["progress"]
+    assert options == {
+        "output": "out", "model": "m", "tasks": ["t", "u"], "mpp": 0.5, "tile_size": 256, "overlap": 32,
+        "tissue": "none", "mpp_override": 0.3, "reader": "tiff", "cache": "c", "save_maps": True, "gzip": False,
+        "bounds_offset": True,
+        "batch_size": 8, "workers": 2, "threads": 1, "device": "cpu", "runtime": "bf16",
+        "scheduler": "tcp://h:1", "force": True,
+        "observe": Observe("run.jsonl", "debug", 9464, "otlp"),
+    }  # fmt: skip
+
+
+def test_embed_forwards_encoder_and_weights(api: FakeApi) -> None:
+    """``-m`` names the encoder."""
+    assert invoke("embed", "a.svs", "-o", "out", "-m", "resnet18", "--weights", "random").exit_code == 0
+    assert {"encoder": "resnet18", "weights": "random"}.items() <= api.calls[0][2].items()
+
+
+def test_flags_win_over_settings_and_settings_over_the_environment(
+    api: FakeApi, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flag, then file, then WSI_MMM_CACHE."""
+    monkeypatch.setenv("WSI_MMM_CACHE", "from-environment")
+    (in_tmp / "run.toml").write_text('mpp = 0.25\ntile_size = 512\nblock_tiles = 8\ncache = "from-file"\n')
+    assert invoke("run", "a.svs", "--config", "run.toml", "--mpp", "0.5").exit_code == 0
+    expected = {"mpp": 0.5, "tile_size": 512, "block_tiles": 8, "cache": "from-file"}
+    assert expected.items() <= api.calls[0][2].items()
+    assert invoke("run", "a.svs").exit_code == 0
+    assert api.calls[1][2]["cache"] == "from-environment"
+
+
+# ------------------------------------------------------------------------------------------------ endings
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        (["done"], 0),
+        (["done", "empty"], 0),
+        (["done", "partial"], 3),
+        (["done", "failed"], 3),
+        (["partial"], 3),
+        (["failed", "failed"], 4),
+    ],
+)
+def test_the_exit_code_says_how_the_slides_fared(api: FakeApi, statuses: list[str], code: int) -> None:
+    """0 only when every slide succeeded; empty glass is a success; 3 some, 4 all failed."""
+    api.statuses = statuses
+    assert invoke("run", "a.svs").exit_code == code
+
+
+def test_a_failed_slide_is_named_with_its_reason_on_stderr(api: FakeApi) -> None:
+    """The last lines tell which slide failed and why."""
+    api.statuses = ["done", "failed"]
+    result = invoke("run", "a.svs")
+    assert result.stderr == "error: s2 failed: broken\n"
+    assert "1 done, 1 failed in 12 s\n" in result.stdout
+    assert "report   out/report.html\n" in result.stdout
+
+
+def test_an_error_is_one_line_without_traceback(api: FakeApi) -> None:
+    """A WsiError prints its text and exits 1."""
+    api.error = ModelError("no model 'x';\nmodels lists them")
+    result = invoke("run", "a.svs", "-m", "x")
+    assert (result.exit_code, result.stderr) == (1, "error: no model 'x'; models lists them\n")
+
+
+def test_debug_shows_the_traceback(api: FakeApi) -> None:
+    """The traceback comes before the line."""
+    api.error = OutputError("disk full")
+    result = invoke("run", "a.svs", "--debug")
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("error: disk full\n")
+
+
+def test_a_few_slides_are_named_with_their_files_and_many_with_their_folder(api: FakeApi) -> None:
+    """The last lines say what to open."""
+    text = invoke("run", "a.svs").stdout
+    assert "GeoJSON  out/s1/result.geojson.gz  (open the slide in QuPath" in text
+    api.statuses = ["done"] * 6
+    text = invoke("run", "a.svs").stdout
+    assert "results  out  (a folder per slide)" in text
+    assert "GeoJSON" not in text
+
+
+def test_a_report_that_cannot_be_written_is_said_after_the_slides(api: FakeApi) -> None:
+    """The slides' own outcome is told all the same, and the exit code is not 0."""
+    api.unsaved = "out/report.json: the disk is full; free space"
+    result = invoke("run", "a.svs")
+    assert "1 done" in result.stdout
+    assert (result.exit_code, result.stderr) == (3, f"error: the report could not be written: {api.unsaved}\n")
+
+
+@pytest.mark.parametrize("error", [Cancelled("stopped"), KeyboardInterrupt()])
+def test_stopping_exits_130_and_says_how_to_resume(api: FakeApi, error: BaseException) -> None:
+    """Ctrl-C is no failure: the same command goes on from there."""
+    api.error = error
+    result = invoke("run", "a.svs")
+    assert (result.exit_code, result.stderr) == (130, "error: stopped; run the same command again to resume\n")
+
+
+def test_an_unforeseen_error_is_a_line_too(api: FakeApi) -> None:
+    """Even a bug of ours shows no traceback unless asked, and says how to ask."""
+    api.error = ZeroDivisionError("division by zero")
+    result = invoke("run", "a.svs")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"error: unexpected ZeroDivisionError: division by zero; .*--debug\n", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "a.svs", "--mpp", "0"], "mpp 0.0 is not possible"),
+        (["run", "a.svs", "--mpp", "nan"], "mpp nan is not possible"),
+        (["run", "a.svs", "--mpp", "0.5", "--mag", "20"], "not both"),
+        (["run", "nowhere/*.svs"], "no file matches nowhere/*.svs"),
+        (["run", "none.csv"], "no manifest at none.csv"),
+        (["run", "a.svs", "--config", "none.toml"], "no settings file"),
+        (["info", "none.svs", "--mpp-override", "-1"], "mpp -1.0 is not possible"),
+        (["export", "nowhere"], "no features.zarr at nowhere"),
+    ],
+)
+def test_wrong_input_ends_before_anything_runs(api: FakeApi, in_tmp: Path, arguments: list[str], message: str) -> None:
+    """Exit code 1, one line, and the api was never called."""
+    result = invoke(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert api.calls == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["run", "a.svs", "--nonsense"], ["nonsense"], ["run", "a", "--mpp", "x"]]
+)
+def test_wrong_usage_exits_2(arguments: list[str]) -> None:
+    """Unknown commands, flags and types are typer's own error."""
+    assert invoke(*arguments).exit_code == 2
+
+
+# ------------------------------------------------------------------------------------------------ talking
+
+
+def test_json_is_one_object_per_line_and_nothing_else(api: FakeApi) -> None:
+    """Events, then the report."""
+    api.statuses = ["done", "failed"]
+    lines = json_lines(invoke("run", "a.svs", "--json"))
+    assert [next(iter(value)) for value in lines] == ["event", "event", "report"]
+    assert lines[0]["event"] == {"kind": "slide", "slide": "s1", "done": 1, "total": 2, "message": "done"}
+    assert [row["status"] for row in lines[2]["report"]["slides"]] == ["done", "failed"]
+
+
+def test_json_of_one_command_does_not_last_to_the_next(api: FakeApi) -> None:
+    """Flags belong to the command they were given to."""
+    invoke("run", "a.svs", "--json")
+    assert "1 slide -> results" in invoke("run", "a.svs").stdout
+
+
+def test_values_become_plain_json() -> None:
+    """NaN is null, numpy scalars are numbers, paths are text."""
+    value = {"a": float("nan"), "b": np.float32(0.5), "c": (1, None), "d": Path("x"), "e": Row("i", "done")}
+    assert console.plain(value) == {
+        "a": None, "b": 0.5, "c": [1, None], "d": "x", "e": {"id": "i", "status": "done", "error": "", "objects": 0},
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ rehearsal
+
+
+def test_a_dry_run_opens_every_slide_and_computes_nothing(tiny_slide: Path, in_tmp: Path) -> None:
+    """It lists what can be read and names what cannot, with the exit code of the run to come."""
+    result = invoke("run", tiny_slide, "none.svs", "-o", "out", "--dry-run")
+    assert (result.exit_code, result.stderr) == (3, f"error: none: {in_tmp}/none.svs: no such file; check the path\n")
+    assert "tiny  1536 x 1152 px, 0.5 mpp, at most 12 tiles" in result.stdout
+    assert "1 of 2 slides can be read at 0.5 mpp -> out" in result.stdout
+    assert not list((in_tmp / "out").iterdir())
+    assert invoke("embed", tiny_slide, "-o", "out", "--mpp", "0.1", "--dry-run").exit_code == 4
+    assert invoke("run", tiny_slide, "-o", "out", "--task", "x", "--dry-run").exit_code == 1
+
+
+# ------------------------------------------------------------------------------------------------ one slide
+
+
+def test_demo_prints_where_the_three_files_are(api: FakeApi) -> None:
+    """GeoJSON, picture and report, each on its line."""
+    text = invoke("demo", "-o", "x", "--seed", "3").stdout
+    assert api.calls[0][2]["seed"] == 3
+    for path in ("out/s1/result.geojson.gz", "out/s1/overlay.png", "out/report.html"):
+        assert path in text
+
+
+def test_info_shows_a_slide_and_goes_on_after_a_missing_one(tiny_slide: Path) -> None:
+    """Facts as text or JSON; a missing slide is one error line and exit code 3."""
+    text = invoke("info", tiny_slide).stdout
+    assert "1536 x 1152 px" in text
+    assert "0.5 x 0.5" in text
+    result = invoke("info", "missing.svs", tiny_slide, "--json")
+    assert result.exit_code == 3
+    assert result.stderr.count("\n") == 1
+    assert json_lines(result)[0]["width"] == 1536
+
+
+def test_thumbnail_writes_a_picture(tiny_slide: Path, in_tmp: Path) -> None:
+    """The longer side is as asked; an unknown format is refused in words."""
+    from PIL import Image
+
+    assert invoke("thumbnail", tiny_slide, "-o", "t.jpg", "--max-size", "300").exit_code == 0
+    with Image.open("t.jpg") as picture:
+        assert picture.size == (300, 225)
+    result = invoke("thumbnail", tiny_slide, "-o", "t.xyz")
+    assert (result.exit_code, "end it in .png or .jpg" in result.stderr) == (1, True)
+
+
+def test_tissue_writes_mask_and_overlay_and_says_how_much(tiny_slide: Path, in_tmp: Path) -> None:
+    """Two pictures and a coverage between 0 and 1."""
+    (line,) = json_lines(invoke("tissue", tiny_slide, "-o", "m.png", "--json"))
+    assert 0 < line["coverage"] <= 1
+    assert (in_tmp / "m.png").exists()
+    assert (in_tmp / "m-overlay.png").exists()
+
+
+def test_shading_greys_what_is_outside_and_lines_the_border() -> None:
+    """Inside unchanged, outside pale, a green line between."""
+    picture = np.full((40, 60, 3), 30, np.uint8)
+    mask = np.zeros((4, 6), bool)
+    mask[1:3, 1:4] = True
+    shaded = slide.shade(picture, mask)
+    assert shaded[20, 25].tolist() == [30, 30, 30]
+    assert shaded[2, 2].tolist() == [160, 160, 160]
+    assert shaded[10, 25].tolist() == [0, 150, 60]
+
+
+# ------------------------------------------------------------------------------------------------ models, doctor
+
+
+def test_models_lists_and_shows_the_default() -> None:
+    """The packaged default model is there with its tasks, and an unknown one is one line."""
+    names = [card["name"] for card in json_lines(invoke("models", "--json"))]
+    assert "default" in models.packaged()
+    assert len(names) == len(models.packaged())
+    assert "nuclei" in invoke("models", "show", "default").stdout
+    result = invoke("models", "show", "no-such-model")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+
+
+def test_models_export_says_what_was_written(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
+    """The file, its tasks, the tile sizes that fit, and how far its answers lie from torch's."""
+    from wsi_mmm import api
+    from wsi_mmm.model.exporting import Exported
+
+    def written(name: str, *, output: Path, tasks: list[str] | None, **rest: object) -> Exported:
+        return Exported(output, tuple(tasks or ("nuclei", "stain")), None if tasks is None else 512, 1.04e-06)
+
+    monkeypatch.setattr(api, "export_model", written)
+    plain = invoke("models", "export", "default").stdout
+    assert plain.startswith("wrote default.onnx: features, nuclei, stain; tile size: any multiple of 32 px\n")
+    assert "1.0e-06 of the largest answer" in plain
+    assert "features, stain; tile size: 512 px only" in invoke("models", "export", "--task", "stain").stdout
+    [line] = json_lines(invoke("models", "export", "-o", "a.onnx", "--json"))
+    assert line == {"path": "a.onnx", "tasks": ["nuclei", "stain"], "side": None, "difference": 1.04e-06}
+
+
+def test_doctor_names_the_runtimes_and_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their tolerance; one that lacks its packages says how to install them."""
+    from wsi_mmm.model import identity
+
+    assert "onnx: float32 through ONNX Runtime: within 1e-3" in doctor.runtimes().detail
+    monkeypatch.setattr(identity, "find_spec", lambda name: None)
+    detail = doctor.runtimes().detail
+    assert "pip install 'wsi-mmm[onnx]'" in detail
+    assert "through ONNX Runtime" not in detail
+
+
+def test_features_are_found_and_exported_to_one_file_per_slide(tmp_path: Path) -> None:
+    """A store itself, or every store below a folder; files go beside the features or into one folder."""
+    stores = [f"{tmp_path}/{name}/features.zarr" for name in ("a", "b")]
+    for uri in stores:
+        Path(uri).mkdir(parents=True)
+        (Path(uri) / "zarr.json").touch()
+    assert models.feature_stores(str(tmp_path)) == stores
+    assert models.targets([stores[0]], "h5", None) == [(stores[0], f"{tmp_path}/a/features.h5")]
+    assert [target for _, target in models.targets([str(tmp_path)], "pt", "out")] == ["out/a.pt", "out/b.pt"]
+    with pytest.raises(InputError, match="same id"):
+        models.targets([stores[0], stores[0]], "pt", "out")
+
+
+def test_doctor_gives_a_line_per_check_and_hides_secrets(
+    monkeypatch: pytest.MonkeyPatch, api: FakeApi, in_tmp: Path
+) -> None:
+    """Every finding has a status; a secret never shows."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA123")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    monkeypatch.setattr(doctor, "smoke", lambda: doctor.Finding("ok", "model", "fine"))
+    result = invoke("doctor", "--json")
+    assert result.exit_code == 0
+    assert [line["what"] for line in json_lines(result)] == [
+        "python", "libraries", "device", "encoder", "runtimes", "openslide", "storage", "output", "model",
+    ]  # fmt: skip
+    assert "hunter2" not in result.output
+    assert "AKIA123" not in result.output
+    assert "warn  storage" in invoke("doctor").stdout
+
+
+def test_doctor_fails_with_the_fix_when_something_is_broken(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
+    """A check that breaks is a finding, never a traceback."""
+
+    def broken() -> doctor.Finding:
+        raise ImportError("no torch here")
+
+    for name in ("device", "smoke"):
+        monkeypatch.setattr(doctor, name, broken)
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "fail  device      ImportError: no torch here  ->  pip install" in result.stdout

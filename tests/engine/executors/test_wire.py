@@ -1,0 +1,102 @@
+"""What travels between the books and the workers: small, and the same on both sides."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.plans import plan_of
+from wsi_mmm.engine.executors import wire
+from wsi_mmm.engine.plan import SlidePlan, forward_works, interpret_works
+from wsi_mmm.engine.recipe import Recipe
+from wsi_mmm.engine.units import Receipt, Work, pack
+
+plans = st.builds(
+    plan_of, st.integers(1, 900), st.integers(1, 900), st.integers(1, 8), st.sampled_from([0, 8, 32]),
+    st.sampled_from([0.1, 0.6, 1.0]), st.integers(0, 99),
+)  # fmt: skip
+
+
+def sent(work: Work) -> Work:
+    text = wire.recipe_json(work.slide.recipe)
+    key = wire.recipe_key(text)
+    return wire.unpacked(wire.packed(work, key), {key: text}.get)
+
+
+def real_plan(width: int, height: int) -> SlidePlan:
+    """With names as long as those of a study in a bucket."""
+    plan = plan_of(width, height, 4, 8, 0.9, 0)
+    root = "s3://hospital-archive/study-2024/results/TCGA-XX-0001-01Z-00-DX1"
+    slide = replace(
+        plan.slide, id="TCGA-XX-0001-01Z-00-DX1", output=root, uri="s3://hospital-archive/a/TCGA-XX-0001.svs"
+    )
+    return replace(plan, slide=slide, entry=f"{root}/.work/{'0' * 32}/cache/{'1' * 64}/{'2' * 32}")
+
+
+@given(plans)
+def test_a_work_arrives_as_it_was_sent(plan: SlidePlan) -> None:
+    """Every field, the tiles in their order and the recipe: equal."""
+    slide = replace(plan.slide, mpp=0.25, mask="/m.png", error="é")
+    for work in [*forward_works(plan), *interpret_works(plan), Work("plan", slide), Work("publish", slide, entry="/e")]:
+        assert sent(work) == work
+
+
+def test_tiles_in_any_order_arrive_in_it() -> None:
+    """A list that is not row-major, or names a tile twice, is sent as it is."""
+    plan = plan_of(300, 300, 2, 8, 1.0, 0)
+    for index in ([[3, 1], [0, 2]], [[1, 1], [1, 1]], [[70_000, 2], [70_001, 0]]):
+        work = Work("forward", plan.slide, (0, 0), pack(np.array(index)), plan.grid)
+        assert sent(work).index().tolist() == index
+
+
+def test_a_work_is_a_few_hundred_bytes() -> None:
+    """However many tiles a block has, and with long names."""
+    plan = real_plan(9000, 9000)
+    key = wire.recipe_key(wire.recipe_json(plan.slide.recipe))
+    assert max(len(wire.packed(work, key)) for work in forward_works(plan)) < 520
+    large = replace(plan, slide=replace(plan.slide, recipe=replace(plan.slide.recipe, block_tiles=32)))
+    assert max(len(wire.packed(work, key)) for work in forward_works(large)) < 700
+
+
+def test_the_recipe_is_asked_for_once() -> None:
+    """A process keeps it under its key; one that nobody knows is a LookupError."""
+    recipe = Recipe("m", "h", ("a", "b"), 0.5, 64, 0, device="cpu", min_tissue=0.123)
+    text, asked = wire.recipe_json(recipe), []
+
+    def find(key: str) -> str | None:
+        asked.append(key)
+        return text if key == wire.recipe_key(text) else None
+
+    first, again = (wire.recipe_of(wire.recipe_key(text), find) for _ in range(2))
+    assert first == recipe and again is first and len(asked) == 1
+    with pytest.raises(LookupError):
+        wire.recipe_of("0" * 16, find)
+
+
+def test_what_is_sent_can_be_read_by_a_person() -> None:
+    """A dumped task graph shows JSON: whoever looks for a secret in it finds plain text to look through."""
+    plan = real_plan(900, 900)
+    assert json.loads(wire.packed(forward_works(plan)[0], "k"))[2][1] == plan.slide.uri
+
+
+@given(plans)
+def test_a_plan_arrives_with_what_works_are_made_of(plan: SlidePlan) -> None:
+    """The works of a plan that travelled are those of the plan."""
+    receipt = Receipt("plan", plan.slide.id, (0, 0), "ok", payload=plan)
+    there = pickle.loads(pickle.dumps(wire.light(receipt)))
+    back = wire.whole(there, plan.slide).payload
+    assert forward_works(back) == forward_works(plan) and interpret_works(back) == interpret_works(plan)
+
+
+def test_a_plan_is_small_on_its_way() -> None:
+    """That of a gigapixel slide takes a fiftieth of what it is in memory."""
+    plan = real_plan(28_000, 28_000)
+    assert len(plan.index) > 200_000
+    light = wire.light(Receipt("plan", plan.slide.id, (0, 0), "ok", payload=plan))
+    assert len(pickle.dumps(light)) < len(pickle.dumps(plan)) / 50

@@ -1,0 +1,51 @@
+"""What telemetry hears, and what it may say."""
+
+from __future__ import annotations
+
+import pytest
+
+from wsi_mmm.engine.events import Event
+from wsi_mmm.engine.monitoring.hooks import Hooks, all_of, hidden, status_of
+from wsi_mmm.engine.units import Receipt
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no such file: /data/a@b.svs", "no such file: /data/a@b.svs"),
+        ("s3://key:hush@bucket/a.svs: no such object", "s3://bucket/a.svs: no such object"),
+        ("GET https://me:hush@host/a.svs?sig=hush failed", "GET https://host/a.svs failed"),
+        ("'https://host/a?X-Amz-Signature=hush' and s3://b/c", "'https://host/a' and s3://b/c"),
+    ],
+)
+def test_uris_in_a_text_are_shown_without_credentials(text: str, shown: str) -> None:
+    """Users, passwords and queries go, wherever in the text the URI stands; the rest stays."""
+    assert hidden(text) == shown
+
+
+def test_several_hooks_hear_the_same_in_order() -> None:
+    """All of them, one after another; none is needed."""
+    heard: list[tuple[int, object]] = []
+    hooks = all_of([Hooks(lambda e, n=n: heard.append((n, e)), lambda t, n=n: heard.append((n, t))) for n in (1, 2)])
+    event, receipt = Event("stage", "s"), Receipt("plan", "s", (0, 0), "ok")
+    hooks.listener(event)
+    hooks.watch(receipt)
+    assert heard == [(1, event), (2, event), (1, receipt), (2, receipt)]
+    nothing = all_of([])
+    nothing.listener(event)
+    nothing.watch(receipt)
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        ("done, 7 objects in 9 tiles, 3.0 s", "done"),
+        ("failed: no mpp", "failed"),
+        ("partial (2 tiles cannot be read), 9 tiles, 3.0 s", "partial"),
+        ("done before, 9 tiles; --force redoes", "done"),
+        ("empty (no tissue found), 0 tiles, 1.5 s", "empty"),
+    ],
+)
+def test_the_status_of_a_slide_is_the_first_word_of_its_event(message: str, status: str) -> None:
+    """As `street.outcome` words it."""
+    assert status_of(Event("slide", "s", 1, 1, message)) == status

@@ -1,0 +1,80 @@
+"""The compiled averages: the same integers as a plain sum, whatever the number of weights and the memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from helpers.resampled import resample
+from wsi_mmm.slides.resample import kernels
+from wsi_mmm.slides.resample.weights import Weights, taps
+from wsi_mmm.types import I64, U8
+
+
+def plain(source: U8, axes: tuple[tuple[I64, I64], tuple[I64, I64]]) -> U8:
+    """Two sums of integers, then one rounding."""
+    (first_y, weight_y), (first_x, weight_x) = axes
+    rows = first_y[:, None] + np.arange(weight_y.shape[1])
+    columns = first_x[:, None] + np.arange(weight_x.shape[1])
+    down = (source[rows].astype(np.int64) * weight_y[:, :, None, None]).sum(axis=1)
+    both = (down[:, columns] * weight_x[None, :, :, None]).sum(axis=2)
+    return ((both + (1 << 15)) >> 16).astype(np.uint8)
+
+
+def weights(rng: np.random.Generator, count: int, number: int, size: int) -> tuple[I64, I64]:
+    """Random weights that sum to 256 and random ascending places for them."""
+    first = np.sort(rng.integers(0, size - number + 1, count))
+    cuts = np.sort(rng.integers(0, 257, (count, number - 1)), axis=1)
+    edges = np.concatenate([np.zeros((count, 1), int), cuts, np.full((count, 1), 256)], axis=1)
+    return first.astype(np.int64), np.diff(edges, axis=1)
+
+
+@pytest.mark.parametrize("down", [2, 3, 5, 9])
+@pytest.mark.parametrize("across", [2, 3, 4, 5, 6, 7, 11])
+def test_sums_are_exact_for_any_number_of_weights(down: int, across: int) -> None:
+    """Vectors, and what is done one pixel at a time, agree with plain integers; bytes beside the target are left."""
+    rng = np.random.default_rng(down * 100 + across)
+    source = rng.integers(0, 256, (60, 70, 3), dtype=np.uint8)
+    y, x = weights(rng, 21, down, 60), weights(rng, 19, across, 70)
+    frame = np.full((21, 19 * 3 + 10), 77, np.uint8)
+    target = frame[:, 5:-5]
+    sums = np.zeros((kernels.ROWS, 70 * 3 + kernels.PAD), np.uint16)
+    y32, x32 = y[1].astype(np.uint32), x[1].astype(np.uint32)
+    kernels.average(source.reshape(1, 60, -1), y[0], y32, x[0], x32, target, sums)
+    assert np.array_equal(target.reshape(21, 19, 3), plain(source, (y, x)))
+    assert (frame[:, :5] == 77).all()
+    assert (frame[:, -5:] == 77).all()
+
+
+@pytest.mark.parametrize("value", [0, 1, 127, 254, 255])
+def test_one_colour_stays_that_colour(value: int) -> None:
+    """No weight is lost, and nothing overflows at white."""
+    source = np.full((40, 40, 3), value, np.uint8)
+    for scale in (0.4, 1.3, 1.9, 3.0, 6.7):
+        axis = taps(1, int(30 / scale), scale)
+        got = resample(source[axis.first : axis.stop, axis.first : axis.stop], axis, axis)
+        assert (got == value).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (2, 3)])
+def test_pictures_smaller_than_the_weights_are_many_are_read_within_their_bounds(shape: tuple[int, int]) -> None:
+    """A picture of one row or column has one weight where two are the rule."""
+    rng = np.random.default_rng(0)
+    source = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    y, x = taps(0, shape[0], 1.0), taps(0, shape[1], 1.0)
+    assert np.array_equal(resample(source, y, x), source)
+
+
+def test_rows_may_come_piece_by_piece() -> None:
+    """What is complete is written; the rest when its rows are there: the same picture."""
+    rng = np.random.default_rng(3)
+    source = rng.integers(0, 256, (90, 50, 3), dtype=np.uint8)
+    y, x = taps(0, 47, 1.9), taps(0, 26, 1.9)
+    weights_of, out, done = Weights(y, x), np.zeros((47, 26, 3), np.uint8), 0
+    for bottom in (10, 11, 40, 88, y.stop):
+        stop = weights_of.complete(bottom)
+        assert stop >= done
+        weights_of.average(source[:bottom], 0, done, stop, out)
+        done = stop
+    assert done == 47
+    assert np.array_equal(out, resample(source[: y.stop, : x.stop], y, x))

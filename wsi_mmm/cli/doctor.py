@@ -1,0 +1,235 @@
+"""The command that finds out why things do not work: doctor. Every line says ok, warn or fail, and the fix."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from wsi_mmm import config
+from wsi_mmm.cli.console import Debug, Json, flags, say, say_json
+from wsi_mmm.errors import WsiError
+
+LIBRARIES = (
+    "torch", "torchvision", "timm", "numpy", "zarr", "dask", "distributed", "obstore", "s3fs", "openslide-python",
+    "openslide-bin", "tiffslide", "tifffile", "imagecodecs", "simplejpeg", "shapely", "scikit-image", "pyarrow", "h5py",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor; ``fix`` is empty when all is well."""
+
+    status: Literal["ok", "warn", "fail"]
+    what: str
+    detail: str
+    fix: str = ""
+
+
+def doctor(
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder that results would go to.")] = ".",
+    scheduler: Annotated[
+        str | None, typer.Option(help="Also ask this Dask scheduler and its workers.", metavar="ADDRESS")
+    ] = None,
+    tls: Annotated[
+        str | None, typer.Option(help="Folder of ca.crt, tls.crt, tls.key for it.", metavar="FOLDER")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Check versions, device, storage and disk, and try the model.
+
+    \b
+    Examples:
+      wsi-mmm doctor
+      wsi-mmm doctor -o /data/results --scheduler tcp://scheduler:8786
+    """
+    failed = 0
+    for finding in examine(output, scheduler, tls):
+        failed += finding.status == "fail"
+        if flags.json:
+            say_json(finding)
+        say(
+            f"{finding.status:<4}  {finding.what:<10}  {finding.detail}"
+            + (f"  ->  {finding.fix}" if finding.fix else "")
+        )
+    return 1 if failed else 0
+
+
+def examine(output: str, scheduler: str | None, tls: str | None = None) -> Iterator[Finding]:
+    """Every finding, in the order a person would look; none raises."""
+    checks: list[tuple[str, Callable[[], Finding]]] = [
+        ("python", python),
+        ("libraries", libraries),
+        ("device", device),
+        ("encoder", encoder),
+        ("runtimes", runtimes),
+        ("openslide", openslide),
+        ("storage", storage),
+        ("output", lambda: writable(output)),
+        ("model", smoke),
+    ]
+    if scheduler:
+        checks.append(("scheduler", lambda: cluster(scheduler, tls)))
+    for what, check in checks:
+        try:
+            yield check()
+        except WsiError as error:
+            yield Finding("fail", what, str(error))  # our own words name the fix
+        except Exception as error:  # noqa: BLE001  (finding out what is broken is the very job)
+            yield Finding(
+                "fail", what, f"{type(error).__name__}: {error}", 'pip install -c constraints.txt -e ".[dev]"'
+            )
+
+
+def python() -> Finding:
+    """Version and platform."""
+    detail = f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return Finding("ok", "python", detail)
+
+
+def libraries() -> Finding:
+    """Versions of what does the work; fail when one is missing."""
+    versions = {name: _version(name) for name in LIBRARIES}
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        return Finding("fail", "libraries", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    return Finding("ok", "libraries", ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
+def _version(name: str) -> str | None:
+    from importlib import metadata  # not needed for --help
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def device() -> Finding:
+    """What ``--device auto`` would take, and ``--decode auto``."""
+    import torch
+
+    from wsi_mmm.model.device_decode import ability
+
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
+        able = f"{ability(torch.device('cuda'))}; each slide is measured before it is used for that"
+        return Finding("ok", "device", f"cuda ({torch.cuda.device_count()}): {', '.join(sorted(names))}; {able}")
+    detail = f"cpu, torch {torch.__version__}, JPEG tiles decoded by the readers' threads"
+    if shutil.which("nvidia-smi"):
+        fix = "install a torch build for this driver's CUDA version"
+        return Finding("warn", "device", f"{detail}; nvidia-smi is here but torch sees no GPU", fix)
+    return Finding("ok", "device", detail)
+
+
+def encoder() -> Finding:
+    """How a model would be run here: threads, memory, and the micro-batches that were measured on this machine."""
+    from wsi_mmm.engine.executors.threads import cpu_count
+    from wsi_mmm.model.tune import cpu_name, known_choices, tune_file
+
+    folder = Path(os.path.expanduser(config.user_cache()))  # raises nothing without a home
+    detail = f"{cpu_count()} model threads on {cpu_name()}, float32, channels_last, norms folded, freed memory kept"
+    sizes = [
+        f"{choice.get('encoder')} at {choice.get('tile')} px: {choice['micro_batch']} tiles"
+        for choice in known_choices(folder).values()
+    ]
+    found = f"micro-batches of {tune_file(folder)}: {', '.join(sizes)}" if sizes else "no micro-batch measured yet"
+    return Finding("ok", "encoder", f"{detail}; {found}")
+
+
+def runtimes() -> Finding:
+    """The ways to run a model that are installed here, and how far their numbers may lie from eager's."""
+    from wsi_mmm.model.identity import RUNTIMES, lacking
+
+    here = {name: words for name, words in RUNTIMES.items() if not lacking(name)}
+    detail = "; ".join(f"{name}: {words}" for name, words in here.items())
+    if "onnx" in here:
+        return Finding("ok", "runtimes", f"{detail} ({_version('onnxruntime')}; {', '.join(_providers())})")
+    return Finding("ok", "runtimes", f"{detail}; onnx is not installed (pip install 'wsi-mmm[onnx]')")
+
+
+def _providers() -> list[str]:
+    from wsi_mmm.model.onnx import providers
+
+    return providers()
+
+
+def openslide() -> Finding:
+    """The native library behind every vendor format but TIFF."""
+    version = _version("openslide-bin")
+    return Finding("ok", "openslide", f"library {version}") if version else Finding(
+        "warn", "openslide", "no packaged library; the system's is used if there is one", "pip install openslide-bin"
+    )  # fmt: skip
+
+
+def storage() -> Finding:
+    """Object-store variables; what may be secret is never shown."""
+    found = config.storage_environment()
+    if not found:
+        return Finding("ok", "storage", "no object-store variables set: s3:// uses the shared credentials file or role")
+    detail = ", ".join(f"{name}={value}" for name, value in found.items())
+    if "AWS_SECRET_ACCESS_KEY" in found and "AWS_ACCESS_KEY_ID" not in found:
+        return Finding("fail", "storage", detail, "set AWS_ACCESS_KEY_ID too")
+    if "AWS_ACCESS_KEY_ID" in found and "AWS_SECRET_ACCESS_KEY" not in found:
+        return Finding("fail", "storage", detail, "set AWS_SECRET_ACCESS_KEY too")
+    if not any(name.endswith("REGION") or name.startswith("AWS_ENDPOINT") for name in found):
+        return Finding("warn", "storage", detail, "set AWS_REGION, or AWS_ENDPOINT_URL for another S3 server")
+    return Finding("ok", "storage", detail)
+
+
+def writable(output: str) -> Finding:
+    """Whether results can be written there, and how much room a local disk has."""
+    from wsi_mmm.engine.monitoring.run_report import check_writable
+    from wsi_mmm.storage import store
+
+    check_writable(output)
+    if not store.is_local(output):
+        return Finding("ok", "output", f"{store.redact(output)} can be written")
+    free = shutil.disk_usage(output).free / 1e9
+    if free < 2:
+        return Finding(
+            "warn", "output", f"{output}: {free:.1f} GB free", "a slide's cache can take gigabytes; free some"
+        )
+    return Finding("ok", "output", f"{output} can be written, {free:.0f} GB free")
+
+
+def smoke() -> Finding:
+    """Read a small synthetic slide and run the default model on it once."""
+    from wsi_mmm import api
+    from wsi_mmm.slides.fake import synthetic_slide
+
+    with tempfile.TemporaryDirectory(prefix="wsi-mmm-doctor-") as folder:
+        slide = Path(folder) / "doctor.tiff"
+        synthetic_slide(slide, seed=0, width=1024, height=768, nuclei=60)
+        start = time.monotonic()
+        row = api.run([str(slide)], output=str(Path(folder) / "out")).slides[0]
+        seconds = time.monotonic() - start
+    if row.status != "done":
+        return Finding(
+            "fail", "model", f"the default model on a synthetic slide: {row.status}, {row.error}", "reinstall"
+        )
+    return Finding("ok", "model", f"{row.objects} objects in a synthetic slide, {seconds:.1f} s with loading")
+
+
+def cluster(address: str, folder: str | None) -> Finding:
+    """Whether the scheduler answers, on an encrypted connection if so asked, and its workers can do the work."""
+    from wsi_mmm.engine.executors import dask
+    from wsi_mmm.engine.executors.tls import tls_of
+
+    found = folder or (config.default_tls() if address.startswith("tls://") else None)
+    executor = dask.connect(address, timeout=5.0, tls=tls_of(found, address))
+    try:
+        if executor.warnings:
+            return Finding("warn", "scheduler", executor.warnings[0], "install the same wsi-mmm on every worker")
+        return Finding("ok", "scheduler", f"{address} answers and its workers can do the work")
+    finally:
+        executor.close()

@@ -1,0 +1,146 @@
+"""The commands about the EMPAIA platform: empaia init, empaia run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wsi_mmm.cli.console import (
+    EXIT_CODES,
+    NOTHING_RAN,
+    OK,
+    STOPPED,
+    Debug,
+    Json,
+    error_line,
+    flags,
+    guarded,
+    say,
+    say_json,
+)
+
+if TYPE_CHECKING:
+    from wsi_mmm.config import EmpaiaJob
+    from wsi_mmm.empaia.app import Ended
+
+empaia_app = typer.Typer(
+    help="Make a model an app of the EMPAIA platform, and run it.\n\n\b\n"
+    "Examples:\n  wsi-mmm empaia init default -o app/\n  wsi-mmm empaia run",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    epilog=EXIT_CODES,
+)
+
+
+class RegionShape(StrEnum):
+    """Shapes of regions of interest."""
+
+    rectangle = "rectangle"
+    polygon = "polygon"
+    circle = "circle"
+
+
+@empaia_app.callback()
+def empaia() -> None:
+    """Make a model an app of the EMPAIA platform."""
+
+
+def init(
+    model: Annotated[str, typer.Argument(help="Packaged model, or the folder of one.")] = "default",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of ead.json.", metavar="FOLDER")] = Path(),
+    vendor: Annotated[str, typer.Option(help="Who offers the app: part of its namespace.")] = "wsi_mmm",
+    regions: Annotated[RegionShape, typer.Option(help="The shape of regions of interest.")] = RegionShape.rectangle,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the description (EAD) that registers a model with the platform.
+
+    \b
+    Examples:
+      wsi-mmm empaia init default -o app/
+      wsi-mmm empaia init my-model/ -o app/ --vendor my_hospital --regions polygon
+    """
+    from wsi_mmm.empaia.ead import ead, ead_json, write_ead
+    from wsi_mmm.model.card import read_card
+
+    made = ead(read_card(model), vendor=vendor, regions=regions.value)
+    path = write_ead(ead_json(made), output)
+    if flags.json:
+        say_json({"path": path, "namespace": made["namespace"], "outputs": len(made["io"]) - 2})
+    say(f"wrote {path}: {made['namespace']}")
+
+
+class Pictures(StrEnum):
+    """How the platform sends pixels."""
+
+    png = "png"
+    jpeg = "jpeg"
+
+
+def run(
+    model: Annotated[str, typer.Option("--model", "-m", help="Packaged model, or the folder of one.")] = "default",
+    vendor: Annotated[str, typer.Option(help="Who offers the app, as for 'empaia init'.")] = "wsi_mmm",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    pictures: Annotated[
+        Pictures, typer.Option(help="png: results are those of the slide's file; jpeg: fewer bytes.")
+    ] = Pictures.png,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Dask scheduler whose workers have the job's EMPAIA variables. (environment: "
+            "WSI_MMM_EMPAIA_SCHEDULER)",
+            metavar="ADDRESS",
+        ),
+    ] = None,
+    work: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or s3:// prefix to write to on the way; a job started again goes on from there. "
+            "(environment: WSI_MMM_EMPAIA_WORK; default: a temporary folder)",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Do the job that EMPAIA_APP_API, EMPAIA_JOB_ID and EMPAIA_TOKEN name, and end it. What a container runs.
+
+    \b
+    Examples:
+      wsi-mmm empaia run
+      wsi-mmm empaia run --model my-model/ --vendor my_hospital
+
+    Exits with 0 when the job was finalized, 1 when it failed, 130 when it was stopped; the platform is told.
+    """
+    from wsi_mmm import config
+
+    job, places = config.empaia_job(), config.empaia_places()
+    scheduler, work = scheduler or places.get("scheduler"), work or places.get("work")
+    tls = config.default_tls() if scheduler and scheduler.startswith("tls://") else None
+    ended = _ended(job, (model, vendor, scheduler, tls, work, device, pictures.value))
+    if flags.json:
+        say_json({"job": job.id, "ended": ended.how, "message": ended.message})
+    if ended.how == "finalized":
+        say(f"job {job.id}: finalized")
+        return OK
+    error_line(" | ".join(text for text in (ended.message, ended.error) if text))
+    return STOPPED if ended.how == "stopped" else NOTHING_RAN
+
+
+def _ended(job: EmpaiaJob, options: tuple[Any, ...]) -> Ended:
+    """How the job ended; a signal that comes before the app can listen to it is told, too."""
+    try:
+        from wsi_mmm.empaia.app import App, run_app
+
+        return run_app(job, App(*options))
+    except KeyboardInterrupt:
+        from wsi_mmm.empaia.app import stop_app
+
+        return stop_app(job)
+
+
+empaia_app.command("init", epilog=EXIT_CODES)(guarded(init))
+empaia_app.command("run", epilog=EXIT_CODES)(guarded(run))

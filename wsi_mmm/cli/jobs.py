@@ -1,0 +1,127 @@
+"""The commands about jobs that live on a cluster: jobs list, watch, cancel, forget."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wsi_mmm import config
+from wsi_mmm.cli.console import EXIT_CODES, Debug, Json, flags, guarded, say, say_json, table
+from wsi_mmm.cli.progress import duration
+
+if TYPE_CHECKING:
+    from wsi_mmm.api import Note
+
+jobs_app = typer.Typer(
+    help="Jobs on a cluster: begun by 'run --detach', or by 'run' elsewhere.\n\n\b\nExamples:\n"
+    "  wsi-mmm jobs list --scheduler tcp://host:8786\n  wsi-mmm jobs watch 1a2b3c4d --scheduler tcp://host:8786",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    epilog=EXIT_CODES,
+)
+
+Name = Annotated[str, typer.Argument(metavar="JOB", help="The id that 'run --detach' or 'jobs list' shows.")]
+Scheduler = Annotated[
+    str, typer.Option(help="Dask scheduler that has the job, such as tcp://host:8786.", metavar="ADDRESS")
+]
+Tls = Annotated[
+    str | None, typer.Option(help="Folder of ca.crt, tls.crt, tls.key for a tls:// scheduler.", metavar="FOLDER")
+]
+
+
+def list_(scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debug = False) -> None:
+    """Show every job that a cluster knows.
+
+    \b
+    Examples:
+      wsi-mmm jobs list --scheduler tcp://host:8786
+      wsi-mmm jobs list --scheduler tcp://host:8786 --json
+    """
+    from wsi_mmm import api
+
+    found = api.list_jobs(scheduler, tls=_tls(scheduler, tls))
+    if flags.json:
+        for note, fine in found:
+            say_json({"job": note, "silent": not fine})
+        return
+    rows = [
+        (
+            note.id,
+            note.state if fine else "silent",
+            f"{note.slides_done}/{note.slides_total}",
+            _tiles(note),
+            note.output,
+        )
+        for note, fine in found
+    ]
+    table(rows, ("job", "state", "slides", "tiles", "output"))
+    say(f"{len(found)} jobs at {scheduler}")
+
+
+def watch(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debug = False) -> int:
+    """Follow a job to its end, from any machine; leaving this command leaves the job alone.
+
+    \b
+    Examples:
+      wsi-mmm jobs watch 1a2b3c4d --scheduler tcp://host:8786
+    """
+    note = None
+    for note in _job(name, scheduler, tls).watch():
+        if flags.json:
+            say_json(note)
+        else:
+            say(f"{note.state}  {note.slides_done}/{note.slides_total} slides, {_tiles(note)} tiles{_since(note)}")
+    if note is not None and note.error:
+        say(note.error)
+    return 0 if note is not None and note.state == "done" else 1
+
+
+def cancel(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debug = False) -> None:
+    """Stop a job; what is done stays, and the same run resumes.
+
+    \b
+    Examples:
+      wsi-mmm jobs cancel 1a2b3c4d --scheduler tcp://host:8786
+    """
+    _job(name, scheduler, tls).cancel()
+    if flags.json:
+        say_json({"job": name, "asked": "cancel"})
+    say(f"job {name} is asked to stop")
+
+
+def forget(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debug = False) -> None:
+    """Drop what the cluster knows of a job; one that runs is stopped. Results stay where they are.
+
+    \b
+    Examples:
+      wsi-mmm jobs forget 1a2b3c4d --scheduler tcp://host:8786
+    """
+    _job(name, scheduler, tls).forget()
+    if flags.json:
+        say_json({"job": name, "asked": "forget"})
+    say(f"job {name} is forgotten")
+
+
+def _job(name: str, scheduler: str, tls: str | None) -> Any:
+    from wsi_mmm import api
+
+    return api.attach(scheduler, name, tls=_tls(scheduler, tls))
+
+
+def _tls(scheduler: str, given: str | None) -> str | None:
+    return given or (config.default_tls() if scheduler.startswith("tls://") else None)
+
+
+def _tiles(note: Note) -> str:
+    return f"{note.tiles_done:,}/{note.tiles_total:,}"
+
+
+def _since(note: Note) -> str:
+    """How long it has run, by the clock of whoever runs it."""
+    return f", {duration(max(0.0, (note.ended or time.time()) - note.started))}" if note.started else ""
+
+
+for _command_name, _command in (("list", list_), ("watch", watch), ("cancel", cancel), ("forget", forget)):
+    jobs_app.command(_command_name, epilog=EXIT_CODES)(guarded(_command))

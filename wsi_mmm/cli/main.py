@@ -1,0 +1,74 @@
+"""``wsi-mmm``: every command is a few lines that forward to the api, which is imported when a command runs."""
+
+from __future__ import annotations
+
+import signal
+from typing import Annotated, NoReturn
+
+import typer
+
+from wsi_mmm._version import __version__
+from wsi_mmm.cli import cache, doctor, empaia, fewshot, jobs, models, run, slide, train
+from wsi_mmm.cli.console import EXIT_CODES, guarded
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
+)
+
+_WORK, _LEARN, _LOOK, _REST = "Work through slides", "Learn", "Look at one slide", "Models and machine"
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"wsi-mmm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Whole-slide images in, QuPath-ready GeoJSON out.
+
+    \b
+    Begin with:
+      wsi-mmm demo                          a synthetic slide, start to end
+      wsi-mmm run slide.svs -o results      your own slide
+      wsi-mmm run --help                    every option, with examples
+    """
+
+
+for _name, _panel, _command in (
+    ("run", _WORK, run.run),
+    ("embed", _WORK, run.embed),
+    ("export", _WORK, models.export),
+    ("demo", _WORK, run.demo),
+    ("train", _LEARN, train.train),
+    ("info", _LOOK, slide.info),
+    ("thumbnail", _LOOK, slide.thumbnail),
+    ("tissue", _LOOK, slide.tissue),
+    ("doctor", _REST, doctor.doctor),
+):
+    app.command(_name, rich_help_panel=_panel, epilog=EXIT_CODES)(guarded(_command))
+app.add_typer(fewshot.fewshot_app, name="fewshot", rich_help_panel=_LEARN)
+app.add_typer(jobs.jobs_app, name="jobs", rich_help_panel=_WORK)
+app.add_typer(cache.cache_app, name="cache", rich_help_panel=_REST)
+app.add_typer(empaia.empaia_app, name="empaia", rich_help_panel=_REST)
+app.add_typer(models.models_app, name="models", rich_help_panel=_REST)
+
+
+def main() -> None:
+    """Entry point of the ``wsi-mmm`` command."""
+    signal.signal(signal.SIGTERM, _stop)
+    app()
+
+
+def _stop(*_: object) -> NoReturn:
+    """SIGTERM, which batch systems send before they kill, stops as Ctrl-C does."""
+    raise KeyboardInterrupt

@@ -1,0 +1,273 @@
+"""What a run shows while it goes and at its end: bars on a terminal, plain lines elsewhere, JSON lines for machines."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from wsi_mmm.cli.console import ALL_FAILED, SOME_FAILED, error_line, flags, say, say_json
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from wsi_mmm.engine.events import Event
+    from wsi_mmm.engine.monitoring.run_report import RunReport
+
+Clock = Callable[[], float]
+
+
+@contextlib.contextmanager
+def progress(slides: int = 0) -> Iterator[Callable[[Event], None]]:
+    """The listener that fits where stdout goes, for a run over that many slides (0: not known yet)."""
+    if flags.json:
+        yield JsonLines(slides)
+    elif sys.stdout.isatty():
+        with _bars(slides) as listener:
+            yield listener
+    else:
+        yield PlainLines(slides)
+
+
+@dataclass(slots=True)
+class Pace:
+    """Tiles per second of one slide over the last ``window`` seconds, and the seconds left at that pace."""
+
+    window: float = 60.0
+    marks: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def step(self, now: float, done: int) -> None:
+        """Take note that ``done`` tiles are done at ``now`` (seconds on any clock)."""
+        self.marks.append((now, done))
+        while len(self.marks) > 2 and now - self.marks[1][0] >= self.window:
+            self.marks.popleft()
+
+    @property
+    def rate(self) -> float:
+        """Tiles per second; 0 while nothing can be said."""
+        if len(self.marks) < 2:
+            return 0.0
+        (start, before), (end, after) = self.marks[0], self.marks[-1]
+        return (after - before) / (end - start) if end > start else 0.0
+
+    def words(self, total: int) -> str:
+        """``2.1 tiles/s, 3 min left``; empty while nothing can be said."""
+        if not self.rate:
+            return ""
+        return f"{self.rate:.1f} tiles/s, {duration((total - self.marks[-1][1]) / self.rate)} left"
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min`` or ``3 h 20 min``."""
+    whole = max(0, round(seconds))
+    if whole < 90:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Paces:
+    """The pace of every slide in work."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self.clock = clock
+        self.slides: dict[str, Pace] = {}
+
+    def hear(self, event: Event) -> str:
+        """Take in an event; the words for a "tile" event, else empty."""
+        if event.kind == "slide":
+            self.slides.pop(event.slide, None)
+        if event.kind not in ("plan", "tile"):
+            return ""
+        pace = self.slides.setdefault(event.slide, Pace())
+        pace.step(self.clock(), event.done)
+        return pace.words(event.total) if event.kind == "tile" else ""
+
+
+@dataclass(slots=True)
+class Overall:
+    """All slides of a run: how many there are and have ended, and their tiles; those not yet planned are guessed."""
+
+    slides: int = 0
+    ended: int = 0
+    tiles: int = 0
+    pace: Pace = field(default_factory=Pace)
+    _known: int = 0  # tiles of slides that are planned or have ended
+    _planned: int = 0  # slides
+    _ended_unplanned: int = 0
+    _open: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def hear(self, event: Event, now: float) -> None:
+        """Take in an event that happened at ``now`` (seconds on any clock)."""
+        if event.kind in ("plan", "tile"):
+            done, total = self._open.get(event.slide, (0, 0))
+            self._planned += event.slide not in self._open
+            self._known += event.total - total
+            self.tiles += event.done - done
+            self._open[event.slide] = event.done, event.total
+            self.pace.step(now, self.tiles)
+        elif event.kind == "slide":
+            self.ended, self.slides = event.done, max(self.slides, event.total)
+            self._ended_unplanned += event.slide not in self._open
+            done, total = self._open.pop(event.slide, (0, 0))
+            self._known -= total - done  # of a slide that failed: they will never be
+
+    @property
+    def expected(self) -> int:
+        """Tiles of all slides; of those that are not planned yet as many as the others have on average."""
+        left = max(0, self.slides - self._planned - self._ended_unplanned)
+        return self._known + (round(left * self._known / self._planned) if self._planned else 0)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left at the present pace; None while nothing can be said."""
+        return max(0, self.expected - self.tiles) / self.pace.rate if self.pace.rate else None
+
+    def words(self) -> str:
+        """``1,200 of about 9,000 tiles, 2.1 tiles/s, 3 min left`` with what can be said."""
+        about = "about " * (self._planned + self._ended_unplanned < self.slides)
+        parts = [f"{self.tiles:,} of {about}{self.expected:,} tiles", self.pace.words(self.expected)]
+        return ", ".join(part for part in parts if part)
+
+    def facts(self) -> dict[str, Any]:
+        """The same for machines."""
+        return {
+            "slides_done": self.ended, "slides": self.slides, "tiles_done": self.tiles, "tiles_expected": self.expected,
+            "tiles_per_s": round(self.pace.rate, 2), "seconds_left": None if self.left is None else round(self.left),
+        }  # fmt: skip
+
+
+class JsonLines:
+    """Events as JSON, and how far the run is at most every ``every`` seconds."""
+
+    def __init__(self, slides: int = 0, every: float = 5.0, clock: Clock = time.monotonic) -> None:
+        self.every, self.clock, self.last = every, clock, clock()
+        self.overall = Overall(slides)
+
+    def __call__(self, event: Event) -> None:
+        now = self.clock()
+        say_json({"event": asdict(event)})
+        self.overall.hear(event, now)
+        if event.kind == "tile" and now - self.last >= self.every:
+            self.last = now
+            say_json({"progress": self.overall.facts()})
+
+
+class PlainLines:
+    """Events as lines: every slide, stage and warning, and tiles at most every ``every`` seconds, with the whole run's
+    where there are several slides.
+    """
+
+    def __init__(self, slides: int = 0, every: float = 5.0, clock: Clock = time.monotonic) -> None:
+        self.every, self.clock = every, clock
+        self.paces, self.overall = Paces(clock), Overall(slides)
+        self.last = clock()
+
+    def __call__(self, event: Event) -> None:
+        pace = self.paces.hear(event)
+        now = self.clock()
+        self.overall.hear(event, now)
+        if event.kind == "tile" and now - self.last < self.every:
+            return
+        self.last = now
+        say(line(event, pace))
+        if event.kind == "tile" and self.overall.slides > 1:
+            say(f"all {self.overall.slides:,} slides: {self.overall.ended:,} done, {self.overall.words()}")
+        sys.stdout.flush()
+
+
+def line(event: Event, pace: str = "") -> str:
+    """``[done/total] slide: message`` with the parts that the event has."""
+    count = f"{event.done}/{event.total} tiles" if event.kind == "tile" else ""
+    number = f"[{event.done}/{event.total}] " if event.kind == "slide" and event.total else ""
+    words = "warning: " if event.kind == "warning" else ""
+    detail = ", ".join(part for part in (count, pace, event.message) if part)
+    if event.kind == "slide" and event.total == 1 and detail.startswith("failed: "):
+        detail = "failed"  # the reason is the very next line
+    return f"{words}{number}{event.slide}" + (f": {detail}" if detail and event.slide else detail)
+
+
+@contextlib.contextmanager
+def _bars(slides: int) -> Iterator[Callable[[Event], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    name, pace = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[pace]}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), pace)
+    with Progress(*columns, refresh_per_second=4) as bars:
+        yield Bars(bars, slides)
+
+
+class Bars:
+    """Events as bars: one for the slides, one for the tiles of each slide in work; the rest is printed above them."""
+
+    def __init__(self, bars: Progress, slides: int = 0) -> None:
+        self.bars = bars
+        self.slides = bars.add_task("slides", total=slides or None, pace="")
+        self.paces, self.overall = Paces(), Overall(slides)
+        self.rows: dict[str, Any] = {}
+
+    def __call__(self, event: Event) -> None:
+        pace = self.paces.hear(event)
+        self.overall.hear(event, self.paces.clock())
+        if self.overall.slides > 1:
+            self.bars.update(self.slides, pace=self.overall.words())
+        if event.kind in ("plan", "tile"):
+            row = self.rows.get(event.slide)
+            if row is None:
+                row = self.rows[event.slide] = self.bars.add_task(event.slide[:40], total=event.total, pace="")
+            self.bars.update(row, completed=event.done, total=event.total, pace=pace)
+            return
+        if event.kind == "stage":
+            if event.slide in self.rows:
+                self.bars.update(self.rows[event.slide], pace=event.message)
+            return
+        if event.kind == "slide":
+            self.bars.update(self.slides, completed=event.done, total=event.total or None)
+            if event.slide in self.rows:
+                self.bars.remove_task(self.rows.pop(event.slide))
+        self.bars.console.print(line(event), markup=False, highlight=False, soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------ at the end
+
+
+def verdict(report: RunReport) -> int:
+    """Print what became of the slides and where it lies; the exit code: 0, SOME_FAILED or ALL_FAILED."""
+    if flags.json:
+        say_json({"report": {"path": report.path, "seconds": report.seconds, "slides": list(report.slides)}})
+    bad = [row for row in report.slides if row.status in ("failed", "partial")]
+    for row in bad:
+        error_line(f"{row.id} {row.status}: {row.error or 'some tiles could not be read'}")
+    counts = Counter(row.status for row in report.slides)
+    total = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+    say(f"{total} in {duration(report.seconds)}")
+    for name, path in results(report):
+        say(f"{name:<8} {path}")
+    if report.unsaved:
+        error_line(f"the report could not be written: {report.unsaved}")
+    if counts and counts["failed"] == len(report.slides):
+        return ALL_FAILED
+    return SOME_FAILED if bad or report.unsaved else 0
+
+
+SHOWN = 5  # slides whose files are named one by one at the end of a run
+
+
+def results(report: RunReport) -> Iterator[tuple[str, str]]:
+    """What to open, as (name, path): the files of a few slides, or the folder of many, then the report."""
+    good = [row for row in report.slides if row.status != "failed"]
+    if len(good) > SHOWN:
+        yield "results", f"{report.output}  (a folder per slide)"
+    for row in good[:SHOWN] if len(good) <= SHOWN else ():
+        files = row.extra.get("files", {})
+        if "geojson" in files:
+            yield "GeoJSON", f"{files['geojson']}  (open the slide in QuPath, drag this file onto it)"
+            yield "picture", files.get("overlay", "none")
+        elif "features" in files:
+            yield "features", files["features"]
+    if not report.unsaved:
+        yield "report", report.path

@@ -1,0 +1,181 @@
+"""The commands that look at one slide: info, thumbnail, tissue."""
+
+from __future__ import annotations
+
+import io
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from wsi_mmm.cli.console import ALL_FAILED, SOME_FAILED, Debug, Json, error_line, facts, flags, say, say_json, table
+from wsi_mmm.errors import OutputError, WsiError
+
+if TYPE_CHECKING:
+    from wsi_mmm.types import U8, Mask, SlideInfo
+
+Slide = Annotated[str, typer.Argument(metavar="SLIDE", help="Path or URI.", show_default=False)]
+Slides = Annotated[
+    list[str], typer.Argument(metavar="SLIDE", help="Slides, folders, patterns or manifests.", show_default=False)
+]
+Reader = Annotated[str | None, typer.Option(help="Force a reader: tiff, openslide or tiffslide.")]
+MppOverride = Annotated[float | None, typer.Option(help="Take the slide's own pixel to be this many micrometres wide.")]
+
+
+def info(
+    slides: Slides,
+    mpp_override: MppOverride = None,
+    reader: Reader = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Show size, resolution, levels and vendor of slides.
+
+    \b
+    Examples:
+      wsi-mmm info slide.svs
+      wsi-mmm info slides/ --json
+      wsi-mmm info s3://bucket/slide.svs
+    """
+    from wsi_mmm.inputs import expand_inputs
+    from wsi_mmm.slides import open_slide
+
+    specs = expand_inputs(slides, mpp_override)
+    failed = 0
+    for spec in specs:
+        try:
+            with open_slide(spec.uri, spec.mpp, reader) as slide:
+                _show(slide.info)
+        except WsiError as error:  # the other slides can still be shown
+            error_line(str(error))
+            failed += 1
+    return 0 if not failed else ALL_FAILED if failed == len(specs) else SOME_FAILED
+
+
+def _show(slide: SlideInfo) -> None:
+    if flags.json:
+        say_json(slide)
+        return
+    unknown = "unknown (--mpp-override 0.25 sets it)"
+    pairs = {
+        "size": f"{slide.width} x {slide.height} px",
+        "mpp": unknown if slide.mpp_x is None else f"{slide.mpp_x:g} x {slide.mpp_y:g}",
+        "objective": "unknown" if slide.objective is None else f"{slide.objective:g}x",
+        "vendor": slide.vendor,
+        "reader": slide.reader,
+        "bounds offset": f"{slide.bounds_x}, {slide.bounds_y}",
+        "fingerprint": slide.fingerprint,
+    }
+    facts(pairs, slide.uri)
+    rows = [
+        (
+            number,
+            f"{level.width} x {level.height}",
+            f"{level.downsample_x:g}",
+            f"{level.tile_width} x {level.tile_height}",
+        )
+        for number, level in enumerate(slide.levels)
+    ]
+    table(rows, ("level", "size", "downsample", "tile"))
+
+
+def thumbnail(
+    slide: Slide,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="A .png or .jpg file or s3:// object.")
+    ] = "thumbnail.png",
+    max_size: Annotated[int, typer.Option(help="Px of the longer side.", min=1)] = 1024,
+    reader: Reader = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a small picture of a slide.
+
+    \b
+    Examples:
+      wsi-mmm thumbnail slide.svs -o slide.png
+      wsi-mmm thumbnail slide.svs -o slide.jpg --max-size 2048
+    """
+    from wsi_mmm.slides import open_slide
+
+    with open_slide(slide, reader=reader) as opened:
+        pixels = opened.thumbnail(max_size)
+    write_picture(output, pixels)
+    _wrote(output, {"width": pixels.shape[1], "height": pixels.shape[0]})
+
+
+def tissue(
+    slide: Slide,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Mask (.png); the overlay goes beside it.")
+    ] = "tissue.png",
+    where: Annotated[str, typer.Option("--tissue", help="auto, none, or a GeoJSON or mask image.")] = "auto",
+    max_size: Annotated[int, typer.Option(help="Px of the longer side of the overlay.", min=1)] = 1536,
+    reader: Reader = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the tissue and write it as a mask and a picture.
+
+    \b
+    Examples:
+      wsi-mmm tissue slide.svs -o tissue.png          (and tissue-overlay.png)
+      wsi-mmm tissue slide.svs --tissue regions.geojson
+    """
+    import numpy as np
+
+    from wsi_mmm.slides import open_slide
+    from wsi_mmm.tiles.tissue import tissue_mask
+
+    with open_slide(slide, reader=reader) as opened:
+        found = tissue_mask(opened, tissue=where)
+        picture = opened.thumbnail(max_size)
+    write_picture(output, np.where(found.mask, 255, 0).astype(np.uint8))
+    beside = overlay_name(output)
+    write_picture(beside, shade(picture, found.mask))
+    _wrote(output, {"overlay": beside, "coverage": round(float(found.mask.mean()), 4)})
+
+
+def _wrote(output: str, more: dict[str, object]) -> None:
+    if flags.json:
+        say_json({"output": output, **more})
+    else:
+        say(", ".join([f"wrote {output}", *(f"{name} {value}" for name, value in more.items())]))
+
+
+def overlay_name(mask: str) -> str:
+    """``mask.png`` -> ``mask-overlay.png``, in the same folder."""
+    folder, slash, name = mask.rpartition("/")
+    path = PurePosixPath(name)
+    return f"{folder}{slash}{path.stem}-overlay{path.suffix}"
+
+
+def shade(picture: U8, mask: Mask) -> U8:
+    """``picture`` uint8[h, w, 3] with what is not tissue greyed, and a green line round what is."""
+    import numpy as np
+
+    height, width = picture.shape[:2]
+    rows = np.minimum(np.arange(height) * mask.shape[0] // height, mask.shape[0] - 1)
+    columns = np.minimum(np.arange(width) * mask.shape[1] // width, mask.shape[1] - 1)
+    inside = np.pad(mask[np.ix_(rows, columns)], 2, mode="edge")
+    core = inside[2:-2, 2:-2]
+    around = np.stack(
+        [inside[2 + dy : 2 + dy + height, 2 + dx : 2 + dx + width] for dy in (-2, 0, 2) for dx in (-2, 0, 2)]
+    )
+    shaded = np.where(core[..., None], picture, picture // 3 + 150).astype(np.uint8)
+    shaded[core & ~around.all(axis=0)] = (0, 150, 60)
+    return shaded
+
+
+def write_picture(uri: str, pixels: U8) -> None:
+    """Write uint8[h, w] or uint8[h, w, 3] in the format that the suffix of ``uri`` names. Raises OutputError."""
+    from PIL import Image
+
+    from wsi_mmm.storage import store
+
+    kind = Image.registered_extensions().get(PurePosixPath(uri).suffix.lower())
+    if kind not in ("PNG", "JPEG", "TIFF", "WEBP"):
+        raise OutputError(f"cannot tell the picture format of {store.redact(uri)}; end it in .png or .jpg")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    store.write_bytes(uri, buffer.getvalue())

@@ -1,0 +1,283 @@
+"""The command that trains."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from json import loads
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wsi_mmm.cli.console import Debug, Json, flags, say, say_json, table
+from wsi_mmm.cli.progress import duration
+from wsi_mmm.errors import RecipeError
+
+if TYPE_CHECKING:
+    from wsi_mmm.training.data.buckets import DryRun
+    from wsi_mmm.training.fit import Progress
+    from wsi_mmm.training.fractions import Curve
+    from wsi_mmm.training.job import Listener, Prepared
+
+EVERY = 5.0  # seconds between lines of progress
+
+
+def train(
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="A .toml file; see --example.", show_default=False)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value on top of the file, such as optim.rate=1e-3; may be repeated."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Open and divide the data, say what there is, learn nothing.")
+    ] = False,
+    example: Annotated[bool, typer.Option("--example", help="Print a configuration to begin with.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of configurations.")] = False,
+    fractions: Annotated[
+        str | None,
+        typer.Option(
+            help="Train on shares of the training items, in percent, such as 1,10,50,100: a table and a plot of a "
+            "figure against the share. Those that are done are skipped.",
+            rich_help_panel="How much data is enough",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Trainings per share.", rich_help_panel="How much data is enough", min=1)
+    ] = 3,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="task.metric of the table and the plot. (default: validation.best, or the first)",
+            rich_help_panel="How much data is enough",
+        ),
+    ] = "",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train one encoder for many tasks, from slides, annotations, tables and folders of patches.
+
+    Stopped (Ctrl-C, a crash, a full disk), the same command goes on from the last checkpoint. Under torchrun the tasks
+    are spread over the ranks: torchrun --standalone --nproc-per-node 4 -m wsi_mmm train config.toml
+
+    \b
+    Examples:
+      wsi-mmm train --example > joint.toml
+      wsi-mmm train joint.toml --dry-run
+      wsi-mmm train joint.toml --set steps=200 --set out=runs/try
+      wsi-mmm train joint.toml --fractions 1,10,50,100 --seeds 3
+      wsi-mmm run slides/ -m runs/joint/model -o results/
+    """
+    from wsi_mmm.training import config as words
+
+    if schema:
+        say_json(words.json_schema())
+        return
+    if example:
+        sys.stdout.write(EXAMPLE)
+        return
+    if config is None:
+        raise RecipeError("give a configuration; wsi-mmm train --example prints one to begin with")
+    from wsi_mmm import api
+
+    if dry_run:
+        _show_annotations(api.read_annotations(config, settings or ()))
+        _show(api.prepare_training(config, settings or ()))
+        return
+    if fractions is not None:
+        percents = _percents(fractions)
+        with _listening() as listener:
+            curve = api.train_fractions(
+                config, percents=percents, seeds=seeds, metric=metric, settings=settings or (), listener=listener
+            )
+        if curve.metric:  # the first rank
+            _show_curve(curve)
+        return
+    with _listening() as listener:
+        done = api.train(config, settings=settings or (), listener=listener)
+    if not done.model:
+        return  # not the first rank
+    if flags.json:
+        say_json({"model": done.model, "val": done.val, "test": done.test, "seconds": done.seconds})
+        return
+    for part, found in (("validation", done.val), ("test", done.test)):
+        if found:
+            table([(t, m, f"{v:.4f}") for t, ms in found.items() for m, v in ms.items()], ("task", part, "figure"))
+    say(f"done in {duration(done.seconds)}; wsi-mmm run SLIDES -m {done.model} -o results/")
+
+
+def _percents(text: str) -> list[float]:
+    try:
+        return [float(part.strip().removesuffix("%")) for part in text.split(",")]
+    except ValueError as error:
+        raise RecipeError(f"--fractions {text}: give percents with commas, such as 1,10,50,100") from error
+
+
+def _show_curve(curve: Curve) -> None:
+    if flags.json:
+        say_json({"metric": curve.metric, "part": curve.part, "rows": curve.rows(), "files": curve.files})
+        return
+    rows = [
+        (f"{row.percent:g} %", row.items, f"{row.mean:.4f}", f"{row.deviation:.4f}", len(row.values))
+        for row in curve.rows()
+    ]
+    table(rows, ("share", "items", f"{curve.metric} ({curve.part})", "deviation", "seeds"))
+    for line in (*curve.files, *curve.notes):
+        say(line)
+
+
+def _show_annotations(found: Mapping[str, Mapping[str, DryRun]]) -> None:
+    for data, tables in found.items():
+        for task, one in tables.items():
+            if flags.json:
+                say_json({"data": data, "task": task, "annotations": loads(one.as_json())})
+            else:
+                say(f"data '{data}', task '{task}': what becomes of the annotations")
+                say(one.table())
+                say()
+
+
+def _show(prepared: Prepared) -> None:
+    from wsi_mmm.training.job import describe
+
+    rows = prepared.summary()
+    if flags.json:
+        for row in rows:
+            say_json(row)
+        return
+    shown = [(r["data"], ", ".join(r["tasks"]), r["train"], r["val"], r["test"], _counts(r["classes"])) for r in rows]
+    table(shown, ("data", "tasks", "train", "val", "test", "classes of train"))
+    say(describe(prepared))
+
+
+def _counts(classes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in classes.items())
+
+
+@contextmanager
+def _listening() -> Iterator[Listener]:
+    from wsi_mmm.training.job import Listener
+
+    if flags.json:
+        yield Listener(
+            on_step=lambda p: say_json({"step": p.step, "losses": p.losses, "rate": p.rate, "pace": p.pace}),
+            on_validation=lambda step, found: say_json({"step": step, "val": found}),
+            on_checkpoint=lambda step, uri: say_json({"step": step, "checkpoint": uri}),
+        )
+    elif sys.stdout.isatty():
+        with _bar() as (step, line):
+            yield Listener(step, lambda n, found: line(_told(n, found)), say=line)
+    else:
+        yield Listener(_Lines(), lambda n, found: say(_told(n, found)), say=say)
+
+
+class _Lines:
+    """Losses every few seconds, and what could not be read when it first happens."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.last = -EVERY
+
+    def __call__(self, progress: Progress) -> None:
+        for why in progress.failed[:1]:
+            say(f"warning: left out {why} ({progress.lost} so far)")
+        if self.clock() - self.last >= EVERY or progress.step == progress.steps:
+            self.last = self.clock()
+            say(f"step {progress.step}/{progress.steps} {words(progress)}")
+            sys.stdout.flush()
+
+
+def words(progress: Progress) -> str:
+    """``loss nuclei 0.412 stain 0.100, 2.1 steps/s, 3 min left``."""
+    losses = " ".join(f"{name} {value:.3f}" for name, value in progress.losses.items())
+    left = (progress.steps - progress.step) / max(progress.pace, 1e-9)
+    skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
+    return f"loss {losses}, {progress.pace:.2f} steps/s, {duration(left)} left{skipped}"
+
+
+def _told(step: int, found: Mapping[str, Mapping[str, float]]) -> str:
+    figures = "; ".join(f"{t} " + " ".join(f"{m} {v:.3f}" for m, v in ms.items()) for t, ms in found.items())
+    return f"validation at step {step}: {figures}"
+
+
+@contextmanager
+def _bar() -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns: Any = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[words]}", markup=False),
+    )
+    with Bars(*columns, refresh_per_second=4) as bars:
+        row = bars.add_task("steps", total=None, words="")
+
+        def step(progress: Progress) -> None:
+            for why in progress.failed[:1]:
+                bars.print(f"warning: left out {why} ({progress.lost} so far)", markup=False)
+            bars.update(row, completed=progress.step, total=progress.steps, words=words(progress))
+
+        yield step, lambda text: bars.print(text, markup=False)
+
+
+EXAMPLE = """\
+# wsi-mmm train joint.toml: one encoder learns two tasks from two data sets. --schema lists every option.
+out = "runs/joint"
+seed = 0
+steps = 2000
+
+[model]
+name = "joint"
+mpp = 0.5                    # micrometres per pixel of what the model sees
+tile_size = 256
+encoder = { name = "resnet18d", weights = "random" }   # or "pretrained", or a .safetensors file
+
+[[task]]
+name = "tissue"
+kind = "classify"
+classes = ["tumour", "normal"]
+
+[[task]]
+name = "gland"
+kind = "segment"
+classes = ["background", "gland"]
+
+[[data]]
+name = "patches"             # patches/tumour/*.png, patches/normal/*.png
+kind = "class-folders"
+task = "tissue"
+path = "patches"
+group = "(patient[0-9]+)"    # what must stay on one side of the split
+batch = 16
+
+[[data]]
+name = "glands"              # glands/images/*.png and glands/masks/*.png, of the same names
+kind = "image-masks"
+task = "gland"
+images = "glands/images"
+masks = "glands/masks"
+values = { 0 = "background", 1 = "gland", 255 = "" }
+batch = 8
+
+[split]
+val = 0.2
+test = 0.1
+
+[sampling]
+policy = "balanced"          # every data set in every step
+
+[optim]
+rate = 1e-3
+schedule = "cosine"
+warmup = 50
+average = 0.999              # moving average of the weights
+
+[validation]
+every = 200
+best = "tissue.balanced_accuracy"
+"""

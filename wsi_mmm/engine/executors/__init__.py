@@ -1,0 +1,1 @@
+"""Where work units run: this process, or Dask workers."""

@@ -1,0 +1,57 @@
+"""Dask workers on this machine: processes of the run's own, which end with it."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from collections.abc import Sequence
+from typing import Any
+
+from distributed import Client, LocalCluster
+
+from wsi_mmm.engine.executors.dask import DaskExecutor, over
+from wsi_mmm.engine.executors.threads import cpu_count
+from wsi_mmm.errors import ClusterError
+
+MAIN_GUARD = "in a script, call it below: if __name__ == '__main__':"
+
+
+class _OnGpus(LocalCluster):
+    """Each worker process sees one GPU only, those of ``gpus`` in turn; one that is started anew sees the same."""
+
+    def __init__(self, gpus: Sequence[str], **options: Any) -> None:
+        self._turn = itertools.cycle(gpus)
+        super().__init__(n_workers=0, **options)
+
+    def new_worker_spec(self) -> dict[Any, dict[str, Any]]:
+        """As Dask's own, with a GPU in its environment."""
+        return {
+            name: {**spec, "options": {**spec["options"], "env": {"CUDA_VISIBLE_DEVICES": next(self._turn)}}}
+            for name, spec in super().new_worker_spec().items()
+        }
+
+
+def local_cluster(workers: int, gpus: Sequence[str] = ()) -> DaskExecutor:
+    """``workers`` processes on this machine, each with threads enough to read beside the model.
+
+    ``gpus``: as CUDA_VISIBLE_DEVICES names them; where there are several, each worker takes one of them.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ClusterError(f"a worker process has run the script that starts workers; {MAIN_GUARD}")
+    # Workers are started by us and talk on loopback. There is no dashboard; what Dask serves in its place takes a port
+    # that is free, as several runs may be under way.
+    options: dict[str, Any] = {
+        "threads_per_worker": max(2, cpu_count() // workers), "processes": True, "dashboard_address": None,
+        "host": "127.0.0.1", "silence_logs": 50, "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"},
+    }  # fmt: skip
+    try:
+        if len(gpus) > 1:
+            cluster: LocalCluster = _OnGpus(gpus, **options)
+            cluster.scale(workers)
+        else:
+            cluster = LocalCluster(n_workers=workers, **options)
+        client = Client(cluster, set_as_default=False)
+        client.wait_for_workers(workers, timeout=60)
+    except (OSError, RuntimeError, TimeoutError) as error:
+        raise ClusterError(f"the {workers} worker processes did not start ({error}); {MAIN_GUARD}") from error
+    return over(client, cluster)

@@ -1,0 +1,1 @@
+"""What a run shows of itself: report, timing, logs, metrics, traces."""

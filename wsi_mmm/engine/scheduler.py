@@ -1,0 +1,342 @@
+"""The street: which works of which slides may begin, and what their receipts add up to.
+
+A slide walks plan -> forward of its blocks -> interpret of its blocks, each as soon as the blocks round it are in ->
+publish. Pure bookkeeping: no I/O, no threads, so it can be driven by any executor and by tests.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from wsi_mmm.engine.events import Event, Listener, silent
+from wsi_mmm.engine.monitoring.busy import BusyTimes
+from wsi_mmm.engine.plan import SlidePlan, forward_works, interpret_works, needed_blocks
+from wsi_mmm.engine.stages.extract import Rates, extract_works, squares_under, through_pool
+from wsi_mmm.engine.units import Executor, Kind, Placement, Receipt, SlideTask, Work
+from wsi_mmm.errors import Cancelled
+
+# Later stops first: what is nearly done frees memory and disk; new slides are planned while others are on their way.
+ORDER: tuple[Kind, ...] = ("publish", "interpret", "forward", "extract", "plan")
+POLL = 0.5  # seconds between looks at whether the user wants to stop
+AHEAD = 2  # slides planned at once beyond those that keep the executor full
+MEASURED = 64  # tiles that were read beside the model before it is judged whether that pays
+GUESS = 4.0  # forwards of a slide, until some are known
+
+
+@dataclass(slots=True)
+class SlideState:
+    """What is known of a slide on its way, and in the end what became of it."""
+
+    task: SlideTask
+    status: str = "waiting"
+    error: str = ""
+    traceback: str = ""
+    plan: SlidePlan | None = None
+    tiles: int = 0
+    objects: int = 0
+    cache_hits: int = 0
+    failed: dict[tuple[int, int, int, int], None] = field(default_factory=dict)
+    forward_left: set[tuple[int, int]] = field(default_factory=set)
+    waiting: dict[tuple[int, int], tuple[Work, set[tuple[int, int]]]] = field(default_factory=dict)
+    unlocks: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+    behind: dict[tuple[int, int], tuple[Work, set[tuple[int, int]]]] = field(default_factory=dict)  # extracts
+    opens: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+    interpret_left: int = 0
+    running: int = 0
+    started: float = 0.0
+    ended: float = 0.0
+    busy: list[tuple[int, float, float]] = field(default_factory=list)
+    bytes_read: dict[int, int] = field(default_factory=dict)
+    peak_rss_mb: dict[int, float] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
+    devices: set[str] = field(default_factory=set)
+    tile_cache: str = ""
+    encoders: dict[int, str] = field(default_factory=dict)
+    forward_span: tuple[float, float] = (0.0, 0.0)  # epoch: the first tiles are asked for, the last values are in
+    payload: Any = None
+
+    @property
+    def finished(self) -> bool:
+        """Nothing of this slide is left to do or to wait for."""
+        return self.ended > 0
+
+
+@dataclass(slots=True)
+class Street:
+    """The works of a run that are ready, by kind, and the slides under way; a slide that has ended is let go.
+
+    What a receipt costs does not grow with the number of slides, and what is held does not either, but for the tasks
+    that are still to come.
+    """
+
+    upcoming: deque[SlideTask]
+    listener: Listener = silent
+    total: int = 0
+    ended: int = 0
+    slides: dict[str, SlideState] = field(default_factory=dict)  # under way, the one that began first at the front
+    ready: dict[Kind, deque[Work]] = field(default_factory=lambda: {kind: deque() for kind in ORDER})
+    busy: BusyTimes = field(default_factory=BusyTimes)
+    planning: int = 0  # slides whose plan is not in yet
+    planned: int = 0  # ever
+    forwards: int = 0  # of all those plans
+    placement: Placement = "beside"
+    pools: tuple[int, bool] = (1, False)  # threads of a worker that runs models; whether there are others that read
+    read: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # tiles, seconds of reading, of the model
+    flying: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})  # forward or not
+
+    def run(self, executor: Executor, stop: threading.Event | None = None) -> Iterator[SlideState]:
+        """Drive the executor until every slide is finished; yields each slide's state as it ends.
+
+        Raises Cancelled soon after ``stop`` is set.
+        """
+        while True:
+            self._start(executor)
+            if not any(self.flying.values()):
+                return
+            receipt = executor.wait(POLL)
+            if stop is not None and stop.is_set():
+                raise Cancelled("cancelled; run the same again to resume")
+            if receipt is None:
+                continue
+            self.flying[receipt.kind == "forward"] -= 1
+            state = self.slides[receipt.slide]
+            self.receive(receipt)
+            if state.finished:
+                yield state
+
+    def _start(self, executor: Executor) -> None:
+        self.pools = getattr(executor, "pools", self.pools)
+        self._open_slides(executor)
+        for kind in ORDER:
+            queue = self.ready[kind]
+            while queue and executor.room(kind) > 0 and not (kind == "extract" and self._ahead(executor)):
+                work = queue.popleft()
+                state = self.slides.get(work.slide.id)
+                if state is None or state.status != "running":
+                    continue  # of a slide that has failed meanwhile
+                state.running += 1
+                state.started = state.started or time.time()
+                if kind == "forward":
+                    state.forward_span = (state.forward_span[0] or time.time(), 0.0)
+                self.flying[kind == "forward"] += 1
+                executor.start(work)
+
+    def _ahead(self, executor: Executor) -> bool:
+        """Whether so much has been extracted that the models have enough to do: what is in a cache may leave it."""
+        return len(self.ready["forward"]) > 2 * AHEAD * (self.flying[True] + executor.room("forward"))
+
+    def _open_slides(self, executor: Executor) -> None:
+        """Plan as many slides as keep the executor full, by what the plans so far came to, and no more."""
+        full = self.flying[True] + executor.room("forward")
+        most = AHEAD + self.flying[False] + executor.room("plan")
+        each = max(1.0, self.forwards / self.planned) if self.planned else GUESS
+        while self.upcoming and len(self.slides) < most:
+            waiting = len(self.ready["forward"])
+            if waiting >= AHEAD * full or (self.planning >= AHEAD and waiting + self.planning * each >= full):
+                return
+            self._open(self.upcoming.popleft())
+
+    def _open(self, task: SlideTask) -> None:
+        self.slides[task.id] = SlideState(task, status="running")
+        self.planning += 1
+        self.ready["plan"].append(Work("plan", task))
+
+    # ------------------------------------------------------------ receipts
+
+    def receive(self, receipt: Receipt) -> None:
+        """Take in what came of a work: count it, and make ready what it allows."""
+        state = self.slides[receipt.slide]
+        state.running -= 1
+        _count(state, receipt)
+        self.busy.add(receipt.pid, receipt.busy)
+        if receipt.kind == "plan":
+            self.planning, self.planned = self.planning - 1, self.planned + 1
+        if receipt.status == "failed":
+            _fail(state, receipt)
+        elif state.status == "running":
+            next_of = {
+                "plan": self._planned, "extract": self._extracted, "forward": self._forwarded,
+                "interpret": self._interpreted,
+            }  # fmt: skip
+            next_of.get(receipt.kind, self._published)(state, receipt)
+        if state.status != "running" and not state.running:
+            self._end(state)
+
+    def _end(self, state: SlideState) -> None:
+        """The slide is told of, and let go: its works and its plan with it, but for what a report says of them."""
+        state.ended = time.time()
+        state.busy = self.busy.within(state.started, state.ended)
+        del self.slides[state.task.id]
+        for held in (state.forward_left, state.waiting, state.unlocks, state.behind, state.opens):
+            held.clear()
+        self.busy.forget(next((other.started for other in self.slides.values() if other.started), state.ended))
+        self.ended += 1
+        self.listener(Event("slide", state.task.id, self.ended, self.total, outcome(state)))
+
+    def _planned(self, state: SlideState, receipt: Receipt) -> None:
+        if receipt.status == "cached":
+            state.status, state.payload = "skipped", receipt.payload
+            return
+        plan = state.plan = self._placed(receipt.payload)
+        works = forward_works(plan)
+        self.forwards += len(works)
+        state.forward_left = {work.block for work in works}
+        if plan is receipt.payload:
+            self.ready["forward"].extend(works)
+        else:
+            self._extract_first(state, plan, works)
+        if plan.maps:
+            for work in interpret_works(plan):
+                needs = needed_blocks(work)
+                state.waiting[work.block] = (work, needs)
+                for block in needs:
+                    state.unlocks.setdefault(block, []).append(work.block)
+        state.interpret_left = len(state.waiting)
+        self.listener(Event("plan", state.task.id, 0, len(plan.index), f"{len(plan.index)} tiles"))
+        self._maybe_publish(state)
+
+    def _placed(self, plan: SlidePlan) -> SlidePlan:
+        """The plan, or another one when the slide's tiles are to go through the cache: asked for, or by measurement."""
+        threads, apart = self.pools
+        if self.placement == "beside" or (self.placement == "auto" and not apart):
+            return plan
+        pooled = through_pool(plan)
+        if pooled is None or self.placement == "pool":
+            return pooled or plan
+        tiles, read, model = self.read
+        if tiles < MEASURED:
+            return plan
+        rates = Rates(read / tiles, model / tiles, threads)
+        self.listener(Event("stage", plan.slide.id, message=rates.words))
+        return pooled if rates.pool else plan
+
+    def _extract_first(self, state: SlideState, plan: SlidePlan, works: list[Work]) -> None:
+        """The forwards wait until the shards under their tiles are in."""
+        self.ready["extract"].extend(extract_works(plan))
+        for work in works:
+            needs = squares_under(work)
+            state.behind[work.block] = (work, needs)
+            for square in needs:
+                state.opens.setdefault(square, []).append(work.block)
+
+    def _extracted(self, state: SlideState, receipt: Receipt) -> None:
+        for block in state.opens.pop(receipt.block, ()):
+            work, needs = state.behind[block]
+            needs.discard(receipt.block)
+            if not needs:
+                del state.behind[block]
+                self.ready["forward"].append(work)
+
+    def _forwarded(self, state: SlideState, receipt: Receipt) -> None:
+        state.tiles += receipt.tiles
+        if receipt.status != "cached" and state.plan and state.plan.slide.recipe.cache_tiles != "on":
+            spent = receipt.stages.get("read", 0.0), receipt.stages.get("model", 0.0)
+            self.read = [a + b for a, b in zip(self.read, (receipt.tiles, *spent), strict=True)]
+        state.cache_hits += receipt.tiles if receipt.status == "cached" else 0
+        if receipt.payload and not state.tile_cache:
+            state.tile_cache = str(receipt.payload)
+            self.listener(Event("stage", state.task.id, message=state.tile_cache))
+        state.forward_left.discard(receipt.block)
+        state.forward_span = (state.forward_span[0], time.time())
+        for block in state.unlocks.pop(receipt.block, ()):
+            work, needs = state.waiting[block]
+            needs.discard(receipt.block)
+            if not needs:
+                del state.waiting[block]
+                self.ready["interpret"].append(work)
+        total = len(state.plan.index) if state.plan else 0
+        self.listener(Event("tile", state.task.id, state.tiles, total))
+        self._maybe_publish(state)
+
+    def _interpreted(self, state: SlideState, receipt: Receipt) -> None:
+        state.interpret_left -= 1
+        self._maybe_publish(state)
+
+    def _maybe_publish(self, state: SlideState) -> None:
+        if state.plan and not state.forward_left and not state.interpret_left and not state.waiting:
+            self.listener(Event("stage", state.task.id, message="publishing"))
+            plan = state.plan
+            self.ready["publish"].append(Work("publish", state.task, grid=plan.grid, entry=plan.entry))
+
+    def _published(self, state: SlideState, receipt: Receipt) -> None:
+        state.objects, state.payload = receipt.objects, receipt.payload
+        state.status = "partial" if state.failed else ("done" if state.tiles else "empty")
+        if state.failed:
+            state.error = unreadable(state)
+
+
+def _fail(state: SlideState, receipt: Receipt) -> None:
+    """Its works that wait are passed over when their turn comes."""
+    if state.status == "running":
+        state.status, state.error, state.traceback = "failed", receipt.error, str(receipt.payload or "")
+
+
+def _count(state: SlideState, receipt: Receipt) -> None:
+    state.failed |= dict.fromkeys(receipt.failed)
+    state.bytes_read[receipt.pid] = max(state.bytes_read.get(receipt.pid, 0), receipt.bytes_read)
+    state.peak_rss_mb[receipt.pid] = max(state.peak_rss_mb.get(receipt.pid, 0.0), receipt.peak_rss_mb)
+    state.devices |= {receipt.device} - {""}
+    if receipt.encoder:
+        state.encoders[receipt.pid] = receipt.encoder
+    for stage, seconds in receipt.stages.items():
+        state.stages[stage] = state.stages.get(stage, 0.0) + seconds
+
+
+def open_street(tasks: Iterable[SlideTask], listener: Listener = silent, placement: Placement = "beside") -> Street:
+    """A street on which every slide is still to come, in the order given.
+
+    ``placement``: tiles are read by the workers that run the model ("beside"), by others into the cache ("pool"), or as
+    measured ("auto"). Without a cache they are read beside the model.
+    """
+    upcoming = deque(tasks)
+    return Street(upcoming, listener, len(upcoming), placement=placement)
+
+
+def unreadable(state: SlideState) -> str:
+    """What is wrong with a slide that is published in part, and what mends it."""
+    x, y, _, _ = min(state.failed, key=lambda tile: (tile[1], tile[0]))
+    count = f"{len(state.failed)} of {state.tiles} tiles hold pixels that cannot be read (first at x={x}, y={y}"
+    return f"{count}; all are in report.json): copy the slide again, then run again"
+
+
+def outcome(state: SlideState) -> str:
+    """How a slide ended, in words: what was found, in how many tiles, in how many seconds; or why not."""
+    if state.status == "failed":
+        return f"failed: {state.error}"
+    facts = state.payload if isinstance(state.payload, dict) else {}
+    found = sum(facts.get("objects", {}).values())
+    objects = f"{found:,} object{'s' * (found != 1)} in " if facts.get("objects") else ""
+    if state.status == "skipped":
+        return f"{facts.get('status', 'done')} before, {objects}{facts.get('tiles', 0):,} tiles; --force redoes"
+    seconds = state.ended - state.started
+    rate = f" ({state.tiles / seconds:.1f} tiles/s)" if seconds > 0 and state.tiles > state.cache_hits else ""
+    reason = {"empty": " (no tissue found)", "partial": f" ({len(state.failed)} tiles cannot be read)"}
+    size = f"{objects}{state.tiles:,} tile{'s' * (state.tiles != 1)}"
+    return f"{state.status}{reason.get(state.status, '')}, {size}, {seconds:.1f} s{rate}"
+
+
+def busy_share(state: SlideState) -> float:
+    """Share of the slide's wall time in which the model ran, averaged over the processes that ran it.
+
+    The model counts as busy with whatever slide it works on: slides overlap, and what matters is that it never waits.
+    """
+    wall = state.ended - state.started
+    by_pid: dict[int, list[tuple[float, float]]] = {}
+    for pid, start, end in state.busy:
+        by_pid.setdefault(pid, []).append((max(start, state.started), min(end, state.ended)))
+    if wall <= 0 or not by_pid:
+        return 0.0
+    return min(1.0, sum(_union(spans) for spans in by_pid.values()) / len(by_pid) / wall)
+
+
+def _union(spans: list[tuple[float, float]]) -> float:
+    total, reached = 0.0, 0.0
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

@@ -1,0 +1,1 @@
+"""What is done to a slide: prepare, forward, interpret, publish."""

@@ -1,0 +1,94 @@
+"""Extracting: CPU workers read tiles into the shared cache, from which the workers that run models take them.
+
+The cache keeps shards of pixels. They are brought in by squares of shards, each by one work and only once; a block's
+forward begins when the squares under its tiles are in.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from wsi_mmm.cache.shard import SHARD
+from wsi_mmm.engine.plan import SlidePlan
+from wsi_mmm.engine.stages import context
+from wsi_mmm.engine.units import Receipt, Work, pack
+from wsi_mmm.types import I64, Grid
+
+SIDE = 4  # shards along a square: 4,096 px of the target grid
+
+Square = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What reading and the model took of the workers that do both: seconds per tile, and their threads."""
+
+    read: float
+    model: float
+    threads: int
+
+    @property
+    def pool(self) -> bool:
+        """Whether the model waits: one thread runs it, and the others do not read as fast as it computes."""
+        return self.read / max(1, self.threads - 1) > self.model
+
+    @property
+    def words(self) -> str:
+        """What was measured and chosen."""
+        verdict = "read by the CPU pool" if self.pool else "read beside the model"
+        return f"{verdict}: a tile took {1e3 * self.read:.2g} ms to read and {1e3 * self.model:.2g} ms in the model"
+
+
+def through_pool(plan: SlidePlan) -> SlidePlan | None:
+    """The plan with tiles that go through the cache; None where there is none, or the model's device decodes."""
+    recipe = plan.slide.recipe
+    if recipe.cache is None or plan.decode.on != "cpu" or not len(plan.index):
+        return None
+    return replace(plan, slide=replace(plan.slide, recipe=replace(recipe, cache_tiles="on")))
+
+
+def extract_works(plan: SlidePlan) -> list[Work]:
+    """One work per square of shards that holds some tile; ``tiles`` are its shards (row, column)."""
+    if not len(plan.index):
+        return []
+    shards = _shards(plan.grid, plan.index)
+    squares, number = np.unique(shards // SIDE, axis=0, return_inverse=True)
+    groups = np.split(shards[np.argsort(number.ravel(), kind="stable")], np.cumsum(np.bincount(number.ravel()))[:-1])
+    return [
+        Work("extract", plan.slide, (int(row), int(column)), pack(group), plan.grid, plan.entry)
+        for (row, column), group in zip(squares, groups, strict=True)
+    ]
+
+
+def squares_under(work: Work) -> set[Square]:
+    """The squares that hold the pixels of a forward work."""
+    assert work.grid is not None
+    return set(map(tuple, (_shards(work.grid, work.index()) // SIDE).tolist()))
+
+
+def _shards(grid: Grid, index: I64) -> I64:
+    """Shards int64[n, 2] (row, column) that tiles touch within the slide, each once, row-major."""
+    steps = np.unique(np.append(np.arange(0, grid.tile, SHARD), grid.tile - 1))
+    offsets = np.stack(np.meshgrid(steps, steps, indexing="ij"), -1).reshape(-1, 2)
+    corners = (index[:, None] * grid.stride + offsets).reshape(-1, 2)
+    inside = (corners < np.array([grid.height, grid.width])).all(axis=1)
+    return np.unique(corners[inside] // SHARD, axis=0)
+
+
+def extract(work: Work) -> Receipt:
+    """Bring the shards of a work in that are not; what cannot be read of them is known to the cache."""
+    started = time.perf_counter()
+    assert work.grid is not None
+    with context.slide_of(work.slide) as slide:
+        cached = context.reader_of(slide, work.slide, work.grid, work.index())
+        assert cached is not None  # see `through_pool`
+        cached.fill([(row, column) for row, column in work.index().tolist()])
+        spent = {"extract": time.perf_counter() - started}
+        return Receipt(
+            "extract", work.slide.id, work.block, "ok", pid=os.getpid(), stages=spent,
+            bytes_read=slide.reader.stats().bytes_read, peak_rss_mb=context.peak_rss_mb(),
+        )  # fmt: skip

@@ -1,0 +1,128 @@
+"""Filling a window of a source from native tiles that are decoded once and cached. Shared by all readers of files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from wsi_mmm.slides.resample.scaled import NO_FAILURES, WHITE, Source, Window, level0_rect, merge_failed
+from wsi_mmm.slides.resample.tile_cache import TileCache
+from wsi_mmm.types import I64, U8, SlideInfo
+
+CACHE_BYTES = 128 << 20
+Key = tuple[int, int, int]  # level, shrink, tile number (row-major)
+Tile = U8 | None | str  # pixels; None: the file leaves this tile out; str: why it cannot be decoded
+_BLANK_SIZE = 64
+
+
+class Load(Protocol):
+    """Decode tiles in any order. Without ``keep`` the pixels may lie in memory that the next tile overwrites."""
+
+    def __call__(self, keys: Sequence[Key], /, *, keep: bool = True) -> Iterator[tuple[Key, Tile, int]]: ...
+
+
+def size_of(tile: Tile) -> int:
+    """Return the bytes a tile takes in the cache."""
+    return tile.nbytes if isinstance(tile, np.ndarray) else _BLANK_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Tiles of ``width`` x ``height`` source px over one source."""
+
+    source: Source
+    width: int
+    height: int
+
+    @property
+    def columns(self) -> int:
+        """Tiles across."""
+        return -(-self.source.width // self.width)
+
+    def keys(self, window: Window) -> list[Key]:
+        """List the tiles under a window, row-major."""
+        x0, y0, x1, y1 = window
+        return [
+            (self.source.level, self.source.shrink, row * self.columns + column)
+            for row in range(y0 // self.height, -(-y1 // self.height))
+            for column in range(x0 // self.width, -(-x1 // self.width))
+        ]
+
+    def window(self, key: Key) -> Window:
+        """Return where a tile lies in the source; the last ones are clipped to it."""
+        row, column = divmod(key[2], self.columns)
+        x, y = column * self.width, row * self.height
+        return x, y, min(x + self.width, self.source.width), min(y + self.height, self.source.height)
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """How a window is filled: from ``only`` these native tiles (None: all under it); ``keep``: remember every tile.
+
+    Without ``keep`` those that lie wholly in the window, left of and above ``limit`` (source px), are forgotten: the
+    window's neighbours do not ask for them.
+    """
+
+    only: frozenset[int] | None = None
+    keep: bool = True
+    limit: tuple[float, float] = (math.inf, math.inf)
+
+
+EVERYTHING = Want()
+
+
+def fill(
+    info: SlideInfo, tiling: Tiling, window: Window, canvas: U8, *, cache: TileCache[Key, Tile], load: Load,
+    want: Want = EVERYTHING,
+) -> I64:  # fmt: skip
+    """Fill uint8[y1 - y0, x1 - x0, 3] with the window; return the level-0 rectangles of tiles that failed (white).
+
+    What ``load`` yields may be overwritten once the next tile is asked for, except for tiles that are kept.
+    """
+    places, inner = _places(tiling, window, want)
+    failed: list[Window] = []
+
+    def place(key: Key, tile: Tile) -> None:
+        target, part = places[key]
+        canvas[target] = tile[part] if isinstance(tile, np.ndarray) else WHITE
+        if isinstance(tile, str):
+            failed.append(level0_rect(info, tiling.source, tiling.window(key)))
+
+    own = [] if want.keep else [key for key in places if key in inner]
+    for key, tile, _ in load(own, keep=False) if own else ():
+        place(key, tile)
+    if len(own) < len(places):
+        cache.visit([key for key in places if want.keep or key not in inner], load, place, inner.__contains__)
+    return merge_failed([np.array(failed, np.int64)]) if failed else NO_FAILURES
+
+
+Part = tuple[slice, slice]
+
+
+def _places(tiling: Tiling, window: Window, want: Want) -> tuple[dict[Key, tuple[Part, Part]], set[Key]]:
+    """Per tile under the window where it goes, and which part of it; and the tiles that lie wholly in the window."""
+    x0, y0, x1, y1 = window
+    source, width, height, columns = tiling.source, tiling.width, tiling.height, tiling.columns
+    places: dict[Key, tuple[Part, Part]] = {}
+    inner: set[Key] = set()
+    for row in range(y0 // height, -(-y1 // height)):
+        top = row * height
+        bottom = min(top + height, source.height)
+        b, d = max(top, y0), min(bottom, y1)
+        down, rows = slice(b - y0, d - y0), slice(b - top, d - top)
+        for column in range(x0 // width, -(-x1 // width)):
+            number = row * columns + column
+            if want.only is not None and number not in want.only:
+                continue
+            left = column * width
+            right = min(left + width, source.width)
+            a, c = max(left, x0), min(right, x1)
+            key = (source.level, source.shrink, number)
+            places[key] = (down, slice(a - x0, c - x0)), (rows, slice(a - left, c - left))
+            if (a, b, c, d) == (left, top, right, bottom) and right <= want.limit[0] and bottom <= want.limit[1]:
+                inner.add(key)
+    return places, inner

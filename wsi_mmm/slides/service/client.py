@@ -1,0 +1,163 @@
+"""GET requests to a slide service: verified TLS, a bearer token that is shown nowhere, answers of bounded size.
+
+They run in the event loop of `remote`, which repeats what fails in passing: connections that break, and 502, 503, 504.
+Every other answer but 2xx is an error at once (429 one that may pass). No redirect is followed: the token goes to the
+named host only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from wsi_mmm.errors import SlideNotFound, StorageError, WsiError
+from wsi_mmm.storage.ranges import Counter
+from wsi_mmm.storage.remote import Begins, Endpoint, request, wait_for
+from wsi_mmm.storage.translate import SHORT, PassingError, passing
+from wsi_mmm.timing import spent
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_CONCURRENT = 8  # requests to one service: each makes it decode and encode a picture
+_CONNECT = 5.0  # seconds
+_AGAIN = (502, 503, 504)
+# `remote` gives a host that never answered five seconds when the cause says "resolved".
+_NOWHERE = "the host cannot be resolved or reached; check its name and port, and the network"
+_BROKEN = "the connection broke; check the network and try again"
+_TRUST = "the service's certificate is not trusted; check the address, and SSL_CERT_FILE"
+_NO_TLS = "the service does not speak TLS at this port; check the address, or give it as http://"
+_STATUS = {
+    400: "the service refuses the request (400); is the slide one that it can open?",
+    404: "no such slide (404); check its id and the address",
+    413: "the service refuses pictures of this size (413); ask who runs it to allow 1 megapixel",
+    422: "the service refuses the request (422); check the slide's id, and that it is a WSI service of v3",
+    429: "the service asks for fewer requests (429); try again later",
+}
+
+
+class Client:
+    """What is known of one service: its token, its connections. Thread-safe; kept for the process's life."""
+
+    def __init__(self, token: str | None, seconds: float, *, tls: bool, advice: str) -> None:
+        """``seconds``: until a request, repetitions included, is given up; ``advice``: how to give a (new) token."""
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._tls, self._advice = tls, advice
+        self._endpoint = Endpoint(seconds, _CONCURRENT, doubles=False)
+        self._held: tuple[int, Any, asyncio.Task[None]] | None = None
+
+    def get_many(self, urls: Sequence[str], most: Sequence[int], *, name: str, counter: Counter) -> list[bytes]:
+        """Return the answers in order, at most ``most`` bytes each. Raises SlideNotFound, StorageError."""
+        with spent("fetch"):
+            return wait_for(self._all(urls, most, name, counter))
+
+    async def _all(self, urls: Sequence[str], most: Sequence[int], name: str, counter: Counter) -> list[bytes]:
+        sends = [partial(self._send, url, size, name) for url, size in zip(urls, most, strict=True)]
+        tasks = [asyncio.create_task(self._one(send, name, counter)) for send in sends]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _one(self, send: partial[Any], name: str, counter: Counter) -> bytes:
+        data: bytes = await request(self._endpoint, name, 0, send)
+        counter.add(len(data))
+        return data
+
+    async def _send(self, url: str, most: int, name: str, begins: Begins) -> bytes:
+        import yarl
+
+        with _translated(name):
+            address = yarl.URL(url, encoded=True)
+            async with self._session().get(address, headers=self._headers, allow_redirects=False) as answer:
+                begins()
+                if not 200 <= answer.status < 300:
+                    raise _refusal(answer.status, name, self._advice, sent=bool(self._headers))
+                return await _body(answer, most, name)
+
+    def _session(self) -> aiohttp.ClientSession:
+        """Return this process's connections; called in the loop."""
+        if self._held is None or self._held[0] != os.getpid():
+            session = _new_session(tls=self._tls)
+            self._held = (os.getpid(), session, asyncio.create_task(_keep(session)))
+        opened: aiohttp.ClientSession = self._held[1]
+        return opened
+
+
+@cache
+def client(origin: str, token: str | None, seconds: float, advice: str) -> Client:
+    """Return the client of a service at ``scheme://host:port``, the same for the same arguments."""
+    return Client(token, seconds, tls=origin.startswith("https://"), advice=advice)
+
+
+def _new_session(*, tls: bool) -> aiohttp.ClientSession:
+    import aiohttp
+
+    # Proxies, cookies and netrc are left out on purpose: what is sent is what is said here.
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=ssl.create_default_context() if tls else True, limit=2 * _CONCURRENT),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
+async def _keep(session: aiohttp.ClientSession) -> None:
+    """Close the session when the loop ends, which cancels this."""
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await session.close()
+
+
+async def _body(answer: aiohttp.ClientResponse, most: int, name: str) -> bytes:
+    parts, size = [], 0
+    async for part in answer.content.iter_any():
+        parts.append(part)
+        size += len(part)
+        if size > most:
+            raise StorageError(f"{name}: the service sent more than the {most} bytes expected; is it a WSI service?")
+    return b"".join(parts)
+
+
+def _refusal(status: int, name: str, advice: str, *, sent: bool) -> WsiError:
+    if status == 401:
+        return StorageError(f"{name}: the service {'refuses the token' if sent else 'wants a token'} (401); {advice}")
+    if status == 403:
+        return StorageError(f"{name}: access denied (403); ask for access to this slide, or {advice}")
+    if status in _AGAIN:
+        return PassingError(f"{name}: the service is overloaded or cannot be reached ({status}); try again")
+    if status >= 500:
+        return StorageError(f"{name}: the service failed ({status}); ask who runs it, its log says why")
+    if 300 <= status < 400:
+        return StorageError(f"{name}: the service has moved ({status}); give its new address")
+    fail = SlideNotFound if status == 404 else StorageError
+    error = fail(f"{name}: {_STATUS.get(status, f'the service refuses the request ({status}); check the address')}")
+    # A service that is asked too much is left alone for longer than `remote` waits between tries: runs try again later.
+    return passing(error) if isinstance(error, StorageError) and status == 429 else error
+
+
+@contextmanager
+def _translated(name: str) -> Iterator[None]:
+    """Turn errors of aiohttp into ours; no text of theirs is passed on."""
+    import aiohttp
+
+    try:
+        yield
+    except (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError):
+        raise StorageError(f"{name}: {_TRUST}") from None
+    except aiohttp.ClientSSLError:
+        raise StorageError(f"{name}: {_NO_TLS}") from None
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+        raise PassingError(f"{name}: {_NOWHERE}") from None
+    except aiohttp.ClientPayloadError:
+        raise PassingError(f"{name}: {SHORT}") from None
+    except aiohttp.InvalidURL:
+        raise StorageError(f"{name} is no address; give wsi://HOST/v3/slides/ID") from None
+    except (aiohttp.ClientError, OSError, EOFError):
+        raise PassingError(f"{name}: {_BROKEN}") from None

@@ -1,0 +1,145 @@
+"""Slides behind an EMPAIA WSI service of v3: ``wsi://host[:port]/v3/slides/ID`` (over TLS) and ``https://`` likewise.
+
+``?image_format=jpeg`` (and ``image_quality=90``) asks for smaller, lossy pictures; the default is PNG. ``plugin=NAME``
+is handed to the service. WSI_MMM_SERVICE_TOKEN: the bearer token. WSI_MMM_SERVICE_HOST: the only hosts (``host`` or
+``host:port``, commas between) that get it. Both are read here, where the service is opened, as those of object stores
+are: on a cluster each worker has its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
+
+from wsi_mmm.errors import RecipeError, SlideNotFound, StorageError, WsiError
+from wsi_mmm.slides.service.client import Client, client
+from wsi_mmm.slides.service.info import parsed, stored_at
+from wsi_mmm.slides.service.reader import Routes, ServiceReader
+from wsi_mmm.storage.objects import timeout
+from wsi_mmm.storage.ranges import Counter
+from wsi_mmm.storage.uris import is_service, redact
+
+_TIMEOUT = 300.0  # seconds: services give a picture as long
+_MOST_INFO = 1 << 20  # bytes of a description
+_FORMATS = ("png", "jpeg")
+_KNOWN = ("image_format", "image_quality", "plugin")
+_SHAPE = "give wsi://HOST/v3/slides/ID"
+_ADVICE = "set WSI_MMM_SERVICE_TOKEN to a token that is valid for this service"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A slide of a service: ``slide`` is the address that everything of it is below; ``query`` goes with pictures."""
+
+    name: str
+    origin: str
+    slide: str
+    query: str
+
+    def routes(self) -> Routes:
+        """Return where a WSI service of v3 has its pictures."""
+        region = "/region/level/{level}/start/{x}/{y}/size/{width}/{height}"
+        return Routes(self.slide + region, self.slide + "/tile/level/{level}/tile/{x}/{y}", self.query)
+
+
+def open_wsi_service(uri: str) -> ServiceReader:
+    """Open a slide of a WSI service. Raises RecipeError, SlideNotFound, SlideDamaged, StorageError."""
+    address = address_of(uri)
+    seconds = timeout(otherwise=_TIMEOUT)
+    asker = client(address.origin, _token(address, os.environ), seconds, _ADVICE)
+    return ServiceReader(_described(address, asker), address.routes(), asker, uri=address.name)
+
+
+def address_of(uri: str) -> Address:
+    """Return what a URI says. Raises RecipeError for one that names no slide of a service, or holds a login."""
+    name, parts = redact(uri), urlsplit(uri)
+    if "@" in parts.netloc:
+        raise RecipeError(f"{name}: a login in the address would be shown; leave it out and {_ADVICE}")
+    if not is_service(uri):
+        raise RecipeError(f"{name} names no slide of a WSI service; {_SHAPE}")
+    scheme = "https" if parts.scheme == "wsi" else parts.scheme
+    folder, _, slide = parts.path.rstrip("/").rpartition("/")
+    origin = f"{scheme}://{_host(parts, name)}"
+    path = f"{quote(unquote(folder), safe='/')}/{quote(unquote(slide), safe='')}"
+    return Address(name, origin, origin + path, _query(parts.query, name))
+
+
+def _host(parts: SplitResult, name: str) -> str:
+    """Host and port, checked."""
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if port == 0 or not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9a-f:.]+", parts.hostname or ""):
+        raise RecipeError(f"{name} names no host and port; {_SHAPE}")
+    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else str(parts.hostname)
+    return f"{host}:{port}" if port else host
+
+
+def _query(text: str, name: str) -> str:
+    """The parameters that go with every picture. Raises RecipeError for those that are not known."""
+    given = dict(parse_qsl(text, keep_blank_values=True))
+    unknown = next((key for key in given if key not in _KNOWN), None)
+    if unknown is not None:  # not shown: it may be a secret
+        raise RecipeError(f"{name}: the address has a parameter that is not one of {', '.join(_KNOWN)}; leave it out")
+    kind, quality = given.setdefault("image_format", "png"), given.get("image_quality", "90")
+    if kind not in _FORMATS:
+        raise RecipeError(f"{name}: image_format is one of {', '.join(_FORMATS)}")
+    if not re.fullmatch(r"100|[1-9]?[0-9]", quality):
+        raise RecipeError(f"{name}: image_quality is a number from 0 to 100")
+    if kind == "jpeg":
+        given["image_quality"] = quality
+    return urlencode({key: given[key] for key in _KNOWN if key in given})
+
+
+def _token(address: Address, env: Mapping[str, str]) -> str | None:
+    """Return the token for this service, or None. Raises RecipeError where it would travel in the clear."""
+    token = (env.get("WSI_MMM_SERVICE_TOKEN") or "").strip()
+    parts = urlsplit(address.origin)
+    only = [host.strip().lower() for host in (env.get("WSI_MMM_SERVICE_HOST") or "").split(",") if host.strip()]
+    if not token or (only and parts.netloc.lower() not in only and parts.hostname not in only):
+        return None
+    if not re.fullmatch(r"[!-~]+", token):
+        raise RecipeError("WSI_MMM_SERVICE_TOKEN holds characters that no token has; set it again")
+    if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+        raise RecipeError(
+            f"{address.name}: over http:// the token of WSI_MMM_SERVICE_TOKEN could be read on the way; "
+            "give the address as wsi:// or https://, or unset it"
+        )
+    return token
+
+
+def _described(address: Address, asker: Client) -> object:
+    """What the service says of the slide."""
+    where = f"{address.slide}/info"
+    plugin = urlencode([pair for pair in parse_qsl(address.query) if pair[0] == "plugin"])
+    try:
+        data = _get(asker, f"{where}?{plugin}" if plugin else where, address.name)
+    except SlideNotFound as error:
+        raise _is_mapper(address, asker) or error from None
+    said = parsed(data)
+    if said is None:
+        raise StorageError(f"{address.name}: the service's answer is no JSON; is it a WSI service of v3?")
+    return said
+
+
+def _is_mapper(address: Address, asker: Client) -> WsiError | None:
+    """The error to raise where the address is that of a storage mapper, which knows where slides lie, not pictures."""
+    try:
+        place = stored_at(parsed(_get(asker, address.slide, address.name)))
+    except WsiError:
+        return None  # the first error says what is wrong
+    if not place:
+        return None
+    shown = redact(place.splitlines()[0][:200])
+    return StorageError(
+        f"{address.name} is a storage mapper, not a WSI service; give the service's address, or the file ({shown})"
+    )
+
+
+def _get(asker: Client, url: str, name: str) -> bytes:
+    return asker.get_many([url], [_MOST_INFO], name=name, counter=Counter())[0]

@@ -1,0 +1,222 @@
+"""Parsing TIFF and BigTIFF directories from ranges, in few requests, trusting nothing the file claims.
+
+Formats: TIFF 6.0 section 2; BigTIFF as in libtiff's design notes (version 43, 8-byte offsets).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from wsi_mmm.errors import NotASlide, SlideDamaged
+from wsi_mmm.storage.store import ByteStore, held, redact
+from wsi_mmm.types import I64
+
+_MAX_DIRECTORIES = 1024
+_MAX_TAGS = 4096
+_TEXTS = (270, 271, 305, 700)  # description, make, software, XMP: of the first directory alone
+_NUMBERS = (254, 256, 257, 258, 259, 262, 277, 278, 282, 283, 284, 296, 317, 322, 323, 330, 338, 339, 347, 32997)
+_MAX_TEXT, _MAX_NUMBERS = 16 << 20, 64 << 10  # larger values are not loaded, nor is what nobody asks for
+_TYPES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 5: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 10: "i4", 11: "f4", 12: "f8",
+          13: "u4", 16: "u8", 17: "i8", 18: "u8"}  # fmt: skip
+_PAIRS = (5, 10)  # rationals: two numbers per value
+
+SUBIFDS = 330
+OFFSET_TAGS = (324, 325, 273, 279)  # tile and strip tables: big, read only for the levels in use
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tag: where its ``count`` values of TIFF type ``kind`` lie in the file, or the values themselves."""
+
+    kind: int
+    count: int
+    offset: int
+    inline: bytes | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all values."""
+        return self.count * np.dtype(_TYPES[self.kind]).itemsize * (2 if self.kind in _PAIRS else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """One image of the file: its tags, small values loaded."""
+
+    offset: int
+    entries: Mapping[int, Entry]
+    values: Mapping[int, bytes]
+    order: str
+    sub: tuple[Directory, ...] = field(default=())
+
+    def numbers(self, tag: int) -> list[float]:
+        """Return the numbers of a tag, rationals divided; empty when absent or of another type."""
+        entry, raw = self.entries.get(tag), self.values.get(tag)
+        if entry is None or raw is None or entry.kind == 2:
+            return []
+        with np.errstate(invalid="ignore"):  # numbers that are none: 0 below
+            flat = np.frombuffer(raw, self.order + _TYPES[entry.kind]).astype(np.float64)
+        if entry.kind in _PAIRS:
+            return [float(a / b) if b else 0.0 for a, b in flat.reshape(-1, 2)]
+        return [float(v) if np.isfinite(v) else 0.0 for v in flat]
+
+    def number(self, tag: int, default: int) -> int:
+        """Return the first number of a tag as int."""
+        found = self.numbers(tag)
+        return int(found[0]) if found else default
+
+    def text(self, tag: int) -> str:
+        """Return a text tag, without the ending zeros."""
+        return self.values.get(tag, b"").split(b"\0")[0].decode("utf-8", "replace")
+
+
+class _Window:
+    """Reads small pieces; what lies behind one is held, so that neighbouring directories cost one request."""
+
+    def __init__(self, store: ByteStore) -> None:
+        self.store = held(store)
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return exactly these bytes. Raises SlideDamaged when the file ends before."""
+        if start < 0 or start + length > self.store.size:
+            raise SlideDamaged(
+                f"{redact(self.store.uri)} is truncated: it has {self.store.size} bytes, a directory lies at {start}; "
+                "copy it again"
+            )
+        piece = bytes(self.store.piece(start, length))
+        if len(piece) < length:
+            raise SlideDamaged(f"{redact(self.store.uri)} is truncated at byte {start}; copy it again")
+        return piece
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    order: str
+    big: bool
+
+    @property
+    def entry(self) -> struct.Struct:
+        return struct.Struct(self.order + ("HHQ8s" if self.big else "HHI4s"))
+
+    @property
+    def pointer(self) -> struct.Struct:
+        return struct.Struct(self.order + ("Q" if self.big else "I"))
+
+    @property
+    def counter(self) -> struct.Struct:
+        return struct.Struct(self.order + ("Q" if self.big else "H"))
+
+
+def is_tiff(head: bytes) -> bool:
+    """Tell by the first 4 bytes."""
+    return head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def read_directories(store: ByteStore) -> list[Directory]:
+    """Return the directories of the main chain, each with its SubIFDs. Raises NotASlide, SlideDamaged."""
+    window = _Window(store)
+    if store.size < 16:
+        raise NotASlide(f"{redact(store.uri)} is no TIFF: it has only {store.size} bytes")
+    head = window.read(0, 16)
+    if not is_tiff(head):
+        raise NotASlide(f"{redact(store.uri)} is no TIFF; check that this is a slide")
+    layout = _Layout("<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+"))
+    first = layout.pointer.unpack_from(head, 8 if layout.big else 4)[0]
+    seen: set[int] = set()
+    chain = _chain(window, layout, first, seen)
+    if not chain:
+        raise SlideDamaged(f"{redact(store.uri)} is a TIFF without any image; copy it again")
+    found = [_loaded(window, d, _NUMBERS if n else _TEXTS + _NUMBERS) for n, d in enumerate(chain)]
+    return [_with_sub(window, layout, d, seen) for d in found]
+
+
+def _chain(window: _Window, layout: _Layout, offset: int, seen: set[int]) -> list[Directory]:
+    found: list[Directory] = []
+    while offset:
+        if offset in seen:
+            raise SlideDamaged(f"{redact(window.store.uri)} is damaged: its directories form a loop; copy it again")
+        _remember(window, offset, seen)
+        directory, offset = _directory(window, layout, offset)
+        found.append(directory)
+    return found
+
+
+def _remember(window: _Window, offset: int, seen: set[int]) -> None:
+    seen.add(offset)
+    if len(seen) > _MAX_DIRECTORIES:
+        name = redact(window.store.uri)
+        raise SlideDamaged(
+            f"{name} is damaged: more than {_MAX_DIRECTORIES} directories; convert it to a pyramidal TIFF"
+        )
+
+
+def _directory(window: _Window, layout: _Layout, offset: int) -> tuple[Directory, int]:
+    counter, entry, pointer = layout.counter, layout.entry, layout.pointer
+    number = counter.unpack(window.read(offset, counter.size))[0]
+    if not 0 < number <= _MAX_TAGS:
+        raise SlideDamaged(f"{redact(window.store.uri)} is damaged: a directory claims {number} tags")
+    raw = window.read(offset + counter.size, number * entry.size + pointer.size)
+    entries: dict[int, Entry] = {}
+    for tag, kind, count, value in entry.iter_unpack(raw[: number * entry.size]):
+        if kind in _TYPES and tag not in entries:
+            entries[tag] = _entry(window, layout, tag, (kind, count, value))
+    following: int = pointer.unpack_from(raw, number * entry.size)[0]
+    return Directory(offset, entries, {}, layout.order), following
+
+
+def _entry(window: _Window, layout: _Layout, tag: int, found: tuple[int, int, bytes]) -> Entry:
+    kind, count, value = found
+    entry = Entry(kind, count, 0, None)
+    size = entry.size
+    if size <= len(value):
+        return Entry(kind, count, 0, value[:size])
+    offset = layout.pointer.unpack(value)[0]
+    if offset + size > window.store.size and (tag in OFFSET_TAGS or tag in _NUMBERS):
+        raise SlideDamaged(
+            f"{redact(window.store.uri)} is truncated or damaged: tag {tag} claims {size} bytes at {offset}, "
+            f"the file has {window.store.size}"
+        )
+    return Entry(kind, count, offset, None)
+
+
+def _loaded(window: _Window, directory: Directory, wanted: Sequence[int] = _NUMBERS) -> Directory:
+    """Load the values of the ``wanted`` tags; the tables of tiles are big, and asked for of the levels in use only."""
+    values: dict[int, bytes] = {}
+    for tag, entry in directory.entries.items():
+        if entry.inline is not None:
+            values[tag] = entry.inline
+        elif tag in wanted and entry.size <= (_MAX_TEXT if tag in _TEXTS else _MAX_NUMBERS):
+            values[tag] = _value(window, entry)
+    return Directory(directory.offset, directory.entries, values, directory.order)
+
+
+def _value(window: _Window, entry: Entry) -> bytes:
+    return window.read(entry.offset, entry.size) if entry.offset + entry.size <= window.store.size else b""
+
+
+def table(store: ByteStore, directories: Sequence[Directory], tags: Sequence[int]) -> list[I64]:
+    """Return one integer table per (directory, tag), all fetched together."""
+    entries = [d.entries[t] for d, t in zip(directories, tags, strict=True)]
+    far = [e for e in entries if e.inline is None]
+    parts = iter(store.get_ranges([(e.offset, e.size) for e in far]) if far else [])
+    out: list[I64] = []
+    for directory, entry in zip(directories, entries, strict=True):
+        raw = entry.inline if entry.inline is not None else next(parts)
+        if len(raw) < entry.size or entry.kind not in (3, 4, 13, 16, 18):
+            raise SlideDamaged(f"{redact(store.uri)} is truncated inside its table of tiles; copy it again")
+        out.append(np.frombuffer(raw, directory.order + _TYPES[entry.kind]).astype(np.int64))
+    return out
+
+
+def _with_sub(window: _Window, layout: _Layout, directory: Directory, seen: set[int]) -> Directory:
+    """Add the SubIFDs, each on its own: some writers chain them too, so what follows one is not followed."""
+    sub = []
+    for offset in dict.fromkeys(int(v) for v in directory.numbers(SUBIFDS)):
+        if offset and offset not in seen:
+            _remember(window, offset, seen)
+            sub.append(_loaded(window, _directory(window, layout, offset)[0]))
+    return Directory(directory.offset, directory.entries, directory.values, directory.order, tuple(sub))

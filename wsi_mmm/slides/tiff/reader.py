@@ -1,0 +1,344 @@
+"""The direct TIFF reader: native tiles are fetched as bytes in merged ranges and decoded here.
+
+Reads SVS, OME-TIFF and generic pyramidal TIFF from any storage. Pixels of JPEG slides equal OpenSlide's.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise, repeat
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi_mmm.errors import SlideDamaged
+from wsi_mmm.slides.base import Fetched, ReadStats
+from wsi_mmm.slides.fingerprint import fingerprint_of
+from wsi_mmm.slides.resample.cut import cut_tiles
+from wsi_mmm.slides.resample.direct import inner_numbers, needed_numbers, nested
+from wsi_mmm.slides.resample.rows import Stack, average_rows, fits
+from wsi_mmm.slides.resample.scaled import (  # fmt: skip
+    WHITE,
+    Source,
+    Window,
+    level0_rect,
+    merge_failed,
+    pick,
+    read_scaled,
+    sources_of,
+    taps_of,
+)
+from wsi_mmm.slides.resample.tile_cache import TileCache
+from wsi_mmm.slides.resample.tiled import CACHE_BYTES, EVERYTHING, Key, Tile, Tiling, Want, fill, size_of
+from wsi_mmm.slides.tiff.codecs import (
+    Buffer,
+    UndecodableError,
+    decoder,
+    foreign_obstacle,
+    most_bytes,
+    shrinks,
+    streams,
+)
+from wsi_mmm.slides.tiff.directories import Directory, read_directories, table
+from wsi_mmm.slides.tiff.encoded import encode, scale_obstacle
+from wsi_mmm.slides.tiff.metadata import COMPRESSIONS, Plane, TiffSlide, describe
+from wsi_mmm.storage.store import ByteStore, redact
+from wsi_mmm.types import I64, U8, Block, Canvas, Encoded, SlideInfo, Tiles
+
+_EXACT_JPEG, _EXACT = 16.0, 8.0  # level-0 px per target px up to which level 0 is read (see scaled.py)
+_FETCH_BYTES = 32 << 20  # compressed bytes held at a time
+
+
+class TiffReader:
+    """Reader of one TIFF; thread-safe, decodes in the calling thread."""
+
+    def __init__(
+        self, store: ByteStore, directories: Sequence[Directory] | None = None, *, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        """Read ``store``; ``directories``: those already parsed. Raises NotASlide, SlideDamaged, StorageError."""
+        name = redact(store.uri)
+        slide = describe(directories or read_directories(store), name)
+        self._store = store
+        self._planes = slide.planes
+        self._offsets, self._counts = _tables(store, slide.planes, name)
+        self._decode = [decoder(plane) for plane in slide.planes]
+        self._most = [most_bytes(plane) for plane in slide.planes]
+        self._cache: TileCache[Key, Tile] = TileCache(cache_bytes)
+        self._decoded = 0
+        self._lock = threading.Lock()
+        self.info = _info(store, slide)
+        self.remote = store.remote
+        self._sources = sources_of(slide.levels, shrinks(slide.planes[0]))
+        self._exact_until = _EXACT_JPEG if len(self._sources) > len(slide.levels) else _EXACT
+
+    def read(self, block: Block) -> Canvas:
+        """Return the block's pixels; tiles that cannot be decoded are white and listed. Raises StorageError."""
+        return read_scaled(block, self._sources, self._fill, self._exact_until)
+
+    def fetch(self, tiles: Sequence[Tiles]) -> Fetched:
+        """Bring the compressed native tiles under ``tiles`` (all of one scale) that are not in memory, decoded."""
+        source = self._source(tiles[0])
+        tiling = self._tiling(source)
+        numbers = np.unique(np.concatenate([needed_numbers(part, tiling) for part in tiles]))
+        missing = self._cache.missing([(source.level, source.shrink, n) for n in numbers.tolist()])
+        number_of = [key[2] for key in missing]
+        return Fetched(source.level, dict(zip(number_of, self._bytes(source.level, number_of), strict=True)))
+
+    def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
+        """Write n tiles to ``out``, n arrays uint8[size, size, 3]; return the level-0 rectangles that failed (white).
+
+        Tiles that are native ones are decoded where they shall lie; others are cut from a canvas. Raises StorageError.
+        """
+        tiling = self._tiling(self._source(tiles))
+        whole = nested(tiles, tiling)
+        failed = []
+        for which, read in ((whole, self._decode_into), (~whole, self._cut)):
+            at = np.flatnonzero(which)
+            if len(at):
+                some = replace(tiles, xy=tiles.xy[at])
+                failed.append(read(some, [out[i] for i in at.tolist()], tiling, fetched))
+        return merge_failed(failed)
+
+    def obstacle(self, tiles: Tiles) -> str:
+        """Why tiles of this size and scale cannot be decoded elsewhere; empty when they can."""
+        return foreign_obstacle(self._planes[0]) or scale_obstacle(tiles)
+
+    def read_encoded(self, tiles: Tiles, fetched: Fetched | None = None) -> Encoded:
+        """Bring the level-0 tiles under ``tiles`` compressed, those that are damaged found out. Raises StorageError."""
+        tiling = self._tiling(self._sources[0])
+        natives: dict[int, bytes | U8] = {}
+        boxes: dict[int, Window] = {}
+        failed = []
+        for number, native in self._compressed(needed_numbers(tiles, tiling).tolist(), fetched):
+            box = level0_rect(self.info, tiling.source, tiling.window((0, 1, number)))
+            if isinstance(native, str):
+                failed.append(box)
+            elif native is not None:
+                natives[number], boxes[number] = native, box
+        of = np.array([*boxes.values()], np.int64).reshape(-1, 4)
+        return encode(tiles, tiling, natives, of, np.array(failed, np.int64).reshape(-1, 4))
+
+    def stats(self) -> ReadStats:
+        """Return the cumulative cost."""
+        return ReadStats(self._store.counter.bytes_read, self._store.counter.requests, self._decoded)
+
+    def close(self) -> None:
+        """Close the store and forget the tiles."""
+        self._store.close()
+        self._cache.clear()
+
+    def _source(self, tiles: Tiles) -> Source:
+        block = Block(0, 0, tiles.size, tiles.size, tiles.scale_x, tiles.scale_y)
+        return pick(self._sources, block, self._exact_until)
+
+    def _tiling(self, source: Source) -> Tiling:
+        plane = self._planes[source.level]
+        return Tiling(source, plane.tile_width // source.shrink, plane.tile_height // source.shrink)
+
+    def _fill(
+        self, source: Source, window: Window, out: U8, *, want: Want = EVERYTHING, fetched: Fetched | None = None
+    ) -> I64:
+        load = partial(self._load, source, fetched)
+        return fill(self.info, self._tiling(source), window, out, cache=self._cache, load=load, want=want)
+
+    def _cut(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
+        """Cut tiles from canvases that hold no more than they need."""
+        brought = self.fetch([tiles]) if fetched is None else fetched
+        source, reach = tiling.source, tiles.xy.max(axis=0) + tiles.size - tiles.overlap
+        limit = reach[0] * tiles.scale_x / source.downsample_x, reach[1] * tiles.scale_y / source.downsample_y
+        want = Want(frozenset(needed_numbers(tiles, tiling).tolist()), keep=False, limit=limit)
+        return cut_tiles(partial(self._averaged, tiling, want, brought), tiles, out)
+
+    def _averaged(self, tiling: Tiling, want: Want, fetched: Fetched, block: Block) -> Canvas:
+        """The block's canvas, of which only what ``want`` names is filled."""
+        source = tiling.source
+        axes = taps_of(block, source)
+        if axes is None or not fits(axes[0], tiling):
+            fetch = partial(self._fill, want=want, fetched=fetched)
+            return read_scaled(block, self._sources, fetch, self._exact_until)
+        pixels = np.empty((block.height, block.width, 3), np.uint8)
+        stack = Stack(tiling, want, self._cache, lambda numbers, to: self._tiles(source, numbers, fetched, to))
+        failed = average_rows(pixels, *axes, stack)
+        rectangles = [level0_rect(self.info, source, tiling.window((source.level, source.shrink, n))) for n in failed]
+        return Canvas(pixels, merge_failed([np.array(rectangles, np.int64).reshape(-1, 4)]))
+
+    def _decode_into(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
+        """Decode nested tiles: native tiles of their size right where they belong, smaller ones beside each other."""
+        source, numbers = tiling.source, inner_numbers(tiles, tiling)
+        targets = list(out) if numbers.shape[1] == 1 else _cells(out, tiling)
+        scratch = None if numbers.shape[1] == 1 else np.empty((tiling.height, tiling.width, 3), np.uint8)
+        buffers = targets if scratch is None else repeat(scratch)
+        failed = []
+        tiles_of = self._tiles(source, numbers.ravel().tolist(), fetched, buffers)
+        for target, (number, tile) in zip(targets, tiles_of, strict=True):
+            if tile is not target:
+                target[...] = tile if isinstance(tile, np.ndarray) else WHITE
+            if isinstance(tile, str):
+                failed.append(level0_rect(self.info, source, tiling.window((source.level, source.shrink, number))))
+        return np.array(failed, np.int64).reshape(-1, 4)
+
+    def _load(
+        self, source: Source, fetched: Fetched | None, keys: Sequence[Key], *, keep: bool = True
+    ) -> Iterator[tuple[Key, Tile, int]]:
+        tiling = self._tiling(source)
+        scratch = None if keep else np.empty((tiling.height, tiling.width, 3), np.uint8)
+        for number, tile in self._tiles(source, [k[2] for k in keys], fetched, repeat(scratch)):
+            yield (source.level, source.shrink, number), tile, size_of(tile)
+
+    def _tiles(
+        self, source: Source, numbers: Sequence[int], fetched: Fetched | None, buffers: Iterable[U8 | None]
+    ) -> Iterator[tuple[int, Tile]]:
+        """Yield (number, pixels or why there are none) in the order given, decoded into ``buffers`` where possible."""
+        plane, decode, most = self._planes[source.level], self._decode[source.level], self._most[source.level]
+        shrink, rows = source.shrink, plane.tile_height
+        plain = plane.tiled and plane.width % shrink == 0 and plane.height % shrink == 0
+        buffer_of = iter(buffers)
+        few = len(numbers) * most <= _FETCH_BYTES
+        for group in [numbers] if few else _groups(numbers, self._counts[source.level]):
+            lengths = self._counts[source.level][group].tolist()
+            for number, raw, length in zip(group, self._bytes(source.level, group, fetched), lengths, strict=True):
+                tile: Tile
+                try:
+                    if plain and 0 < length == len(raw) <= most:
+                        tile = decode(raw, shrink, rows, next(buffer_of))
+                    else:
+                        tile = self._tile(source, number, raw, next(buffer_of))
+                except UndecodableError as error:
+                    tile = str(error)
+                yield number, tile
+        self._count(len(numbers))
+
+    def _compressed(
+        self, numbers: Sequence[int], fetched: Fetched | None
+    ) -> Iterator[tuple[int, bytes | U8 | str | None]]:
+        """Level-0 tiles as whole streams, or what `_tile` has to say of them.
+
+        Other decoders pass over damage that ours reports, so each tile is decoded here too, to an eighth of its size:
+        half of the work.
+        """
+        stream, full = streams(self._planes[0]), self._sources[0]
+        small = [source for source in self._sources if source.level == 0][-1]
+        for number, raw in zip(numbers, self._bytes(0, numbers, fetched), strict=True):
+            try:
+                look = self._tile(small, number, raw)
+                yield number, (stream(raw) or self._tile(full, number, raw)) if isinstance(look, np.ndarray) else look
+            except UndecodableError as error:
+                yield number, str(error)
+        self._count(len(numbers))
+
+    def _count(self, tiles: int) -> None:
+        with self._lock:
+            self._decoded += tiles
+
+    def _bytes(self, level: int, numbers: Sequence[int], fetched: Fetched | None = None) -> list[Buffer]:
+        """The compressed bytes of native tiles in the order given, fetching what ``fetched`` lacks."""
+        known = fetched.data if fetched is not None and fetched.level == level else {}
+        missing = [n for n in numbers if n not in known] if known else list(numbers)
+        if not missing:
+            return [known[n] for n in numbers]
+        counts, most = self._counts[level][missing], self._most[level]
+        # A length that cannot be is not fetched: a small file may claim terabytes.
+        ranges = np.stack([self._offsets[level][missing], np.where(counts <= most, counts, 0)], axis=1)
+        found = self._store.get_ranges(ranges)
+        if len(missing) == len(numbers):
+            return found
+        late = dict(zip(missing, found, strict=True))
+        return [late[n] if n in late else known[n] for n in numbers]
+
+    def _tile(self, source: Source, number: int, data: Buffer, out: U8 | None = None) -> Tile:
+        length = int(self._counts[source.level][number])
+        if length == 0:
+            return self._left_out(source, number)
+        if length > self._most[source.level]:
+            return f"it claims {length} bytes"
+        if len(data) < length:
+            return "the file ends inside the tile"
+        return self._decoded_tile(source, number, data, out)
+
+    def _left_out(self, source: Source, number: int) -> Tile:
+        """Return what stands for a tile the file leaves out: blank on level 0, else made from finer levels."""
+        finer = [s for s in self._sources if s.level < source.level]
+        if not finer:
+            return None
+        plane = self._planes[source.level]
+        row, column = divmod(number, plane.columns)
+        width, height = plane.tile_width // source.shrink, plane.tile_height // source.shrink
+        scales = source.downsample_x, source.downsample_y
+        canvas = read_scaled(Block(column * width, row * height, width, height, *scales), finer, self._fill)
+        return "a finer tile under it cannot be decoded" if len(canvas.failed) else canvas.pixels
+
+    def _decoded_tile(self, source: Source, number: int, data: Buffer, out: U8 | None) -> U8:
+        plane, decode = self._planes[source.level], self._decode[source.level]
+        if plane.tiled and source.shrink == 1:
+            return decode(data, 1, plane.tile_height, out)
+        row, column = divmod(number, plane.columns)
+        width = min(plane.tile_width, plane.width - column * plane.tile_width)
+        height = min(plane.tile_height, plane.height - row * plane.tile_height)
+        if source.shrink == 1 or (width % source.shrink == 0 and height % source.shrink == 0):
+            return decode(data, source.shrink, plane.tile_height if plane.tiled else height, out)
+        # The last pixels would mix the slide with the padding beyond its edge, which may hold anything.
+        full = decode(data, 1, plane.tile_height if plane.tiled else height)
+        full[height:], full[:, width:] = WHITE, WHITE
+        return _shrunk(full, source.shrink)
+
+
+def _cells(out: Sequence[U8], tiling: Tiling) -> list[U8]:
+    """The parts of the tiles that native tiles fill, row-major in each."""
+    height, width = tiling.height, tiling.width
+    return [
+        tile[y : y + height, x : x + width]
+        for tile in out
+        for y in range(0, tile.shape[0], height)
+        for x in range(0, tile.shape[1], width)
+    ]
+
+
+def _shrunk(pixels: U8, factor: int) -> U8:
+    height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
+    boxes = pixels.reshape(height, factor, width, factor, 3)
+    total: npt.NDArray[np.uint32] = boxes.sum(axis=(1, 3), dtype=np.uint32)
+    mean: U8 = ((total + factor * factor // 2) // (factor * factor)).astype(np.uint8)
+    return mean
+
+
+def _groups(numbers: Sequence[int], counts: I64) -> Iterator[Sequence[int]]:
+    """Cut into runs of about _FETCH_BYTES compressed bytes (one tile at least)."""
+    run = np.cumsum(counts[list(numbers)]) // _FETCH_BYTES
+    cuts = [0, *(np.flatnonzero(np.diff(run)) + 1).tolist(), len(numbers)]
+    yield from (numbers[a:b] for a, b in pairwise(cuts) if b > a)
+
+
+def _tables(store: ByteStore, planes: Sequence[Plane], name: str) -> tuple[list[I64], list[I64]]:
+    """Return offsets and byte counts of the native tiles per level, fetched together."""
+    tags = [pair for p in planes for pair in ((324, 325) if p.tiled else (273, 279))]
+    directories = [p.directory for p in planes for _ in range(2)]
+    if any(tag not in d.entries for tag, d in zip(tags, directories, strict=True)):
+        raise SlideDamaged(f"{name} is damaged: a table of tiles is missing; copy it again")
+    tables = table(store, directories, tags)
+    offsets, counts = tables[0::2], tables[1::2]
+    for plane, some, other in zip(planes, offsets, counts, strict=True):
+        if not len(some) == len(other) == plane.columns * plane.rows or (other < 0).any() or (some < 0).any():
+            raise SlideDamaged(f"{name} is damaged: {len(some)} tiles where {plane.columns * plane.rows} are needed")
+    return offsets, counts
+
+
+def _info(store: ByteStore, slide: TiffSlide) -> SlideInfo:
+    top = slide.planes[0]
+    properties = dict(slide.properties) | {"tiff.compression": COMPRESSIONS[top.compression]}
+    if not top.tiled:
+        cost = (
+            f"stored in strips of {top.tile_width} x {top.tile_height} px, not in tiles: "
+            "every region reads whole rows; convert it to a tiled pyramidal TIFF"
+        )
+        properties["wsi_mmm.cost"] = cost
+        warnings.warn(f"{redact(store.uri)} is {cost}", stacklevel=4)
+    return SlideInfo(
+        uri=redact(store.uri), width=top.width, height=top.height,
+        mpp_x=slide.mpp[0] if slide.mpp else None, mpp_y=slide.mpp[1] if slide.mpp else None,
+        levels=slide.levels, vendor=slide.vendor, reader="tiff", fingerprint=fingerprint_of(store),
+        objective=slide.objective, properties=properties,
+    )  # fmt: skip
