@@ -118,12 +118,12 @@ def test_bars_follow_the_events() -> None:
     from rich.progress import Progress
 
     screen = Console(file=open(os.devnull, "w"), force_terminal=True, width=100, record=True)  # noqa: SIM115
-    with screen.file, Progress(console=screen, auto_refresh=False) as progress:
-        bars = progress.Bars(progress, 2)
+    with screen.file, Progress(console=screen, auto_refresh=False) as drawn:
+        bars = progress.Bars(drawn, 2)
         bars(Event("tile", "[s]", 5, 10))
-        assert [(task.description, task.completed, task.total) for task in progress.tasks[1:]] == [("[s]", 5, 10)]
+        assert [(task.description, task.completed, task.total) for task in drawn.tasks[1:]] == [("[s]", 5, 10)]
         bars(Event("stage", "[s]", message="publishing"))
-        assert progress.tasks[1].fields["pace"] == "publishing"
+        assert drawn.tasks[1].fields["pace"] == "publishing"
         bars(Event("slide", "[s]", 1, 2, "done"))
-        assert [(task.description, task.completed, task.total) for task in progress.tasks] == [("slides", 1, 2)]
+        assert [(task.description, task.completed, task.total) for task in drawn.tasks] == [("slides", 1, 2)]
         assert "[1/2] [s]: done" in screen.export_text()

@@ -1,53 +1,5 @@
-"""Slides that the tests of this room share."""
+"""Synthetic slides as fixtures."""
 
-from __future__ import annotations
+from helpers.made_slides import board, copy_slide, small_slide
 
-from pathlib import Path
-from typing import NamedTuple
-
-import pytest
-
-from wsi_mmm.slides.fake import SyntheticTruth, checkerboard_slide, synthetic_image, synthetic_slide
-from wsi_mmm.types import U8
-
-
-class Made(NamedTuple):
-    """A synthetic slide on disk, its true nuclei, and its level 0 before compression."""
-
-    path: Path
-    truth: SyntheticTruth
-    image: U8
-
-
-SIZE = {"width": 1100, "height": 820}
-
-
-@pytest.fixture(scope="session")
-def small_slide(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A JPEG slide 1100 x 820 px at 0.5 mpp with 60 nuclei, no multiple of its tiles; do not write to it."""
-    path = tmp_path_factory.mktemp("small") / "small.tiff"
-    truth = synthetic_slide(path, 3, mpp=0.5, nuclei=60, **SIZE)
-    image, _ = synthetic_image(3, mpp=0.5, nuclei=60, **SIZE)
-    return Made(path, truth, image)
-
-
-class Board(NamedTuple):
-    """A checkerboard slide and its level 0."""
-
-    path: Path
-    image: U8
-
-
-@pytest.fixture(scope="session")
-def board(tmp_path_factory: pytest.TempPathFactory) -> Board:
-    """A lossless slide 3000 x 2200 px at 0.25 mpp, levels 1, 2, 4, 8; do not write to it."""
-    path = tmp_path_factory.mktemp("board") / "board.tiff"
-    return Board(path, checkerboard_slide(path))
-
-
-@pytest.fixture
-def copy_slide(small_slide: Made, tmp_path: Path) -> Path:
-    """A copy of the small slide that the test may damage."""
-    path = tmp_path / "copy.tiff"
-    path.write_bytes(small_slide.path.read_bytes())
-    return path
+__all__ = ["board", "copy_slide", "small_slide"]

@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.made_slides import Made, overwrite, tile_at
 from wsi_mmm.errors import NotASlide, RecipeError, SlideDamaged
 from wsi_mmm.slides import open_slide
 from wsi_mmm.types import Block
-
-from .conftest import Made
-from .test_tiff import overwrite, tile_at
 
 
 @pytest.mark.parametrize("name", ["slide.svs", "slide.png", "slide"])

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.made_slides import Made
 from helpers.moto import moto_server
 from wsi_mmm.errors import NotASlide, OutputError, SlideChanged, SlideNotFound, StorageError, WsiError
 from wsi_mmm.slides import open_slide
 from wsi_mmm.storage import store
 from wsi_mmm.storage.remote import Endpoint, RemoteStore
 from wsi_mmm.types import Block
-
-from .conftest import Made
 
 SECRET = "very/secret+key"
 

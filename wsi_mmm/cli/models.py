@@ -23,7 +23,7 @@ models_app = typer.Typer(
     epilog=EXIT_CODES,
 )
 
-ZOO = Path(__file__).parent / "model" / "zoo"
+ZOO = Path(__file__).parents[1] / "model" / "zoo"
 
 
 def packaged() -> list[str]:

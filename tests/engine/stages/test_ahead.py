@@ -10,7 +10,7 @@ import pytest
 CODE = """
 import os, signal, sys, time
 import numpy as np
-from wsi_mmm.engine import ahead
+from wsi_mmm.engine.stages import ahead
 from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.slides import open_slide

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from helpers.certificates import certificates
+from helpers.made_slides import Board, Made
 from helpers.wsi_service import FakeService, described, encoded, level_pixels
 from wsi_mmm.errors import RecipeError, SlideDamaged, SlideNotFound, StorageError, WsiError
 from wsi_mmm.inputs import expand_inputs
@@ -24,8 +25,6 @@ from wsi_mmm.slides.service.wsi_service import _token, address_of
 from wsi_mmm.storage.uris import is_service
 from wsi_mmm.tiles.stream import stream
 from wsi_mmm.types import Block, Grid, Level
-
-from .conftest import Board, Made
 
 TOKEN = "very.secret-token"
 

@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 
 from helpers.area import area_average
+from helpers.made_slides import SIZE, Board, Made, overwrite, tile_at
 from helpers.stored import stored
 from wsi_mmm.errors import MppUnknown, NotASlide, RecipeError, SlideDamaged, SlideNotFound
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.fake import VARIANTS, form_of, pyramid, synthetic_slide
-from wsi_mmm.slides.tiff.directories import read_directories, table
+from wsi_mmm.slides.tiff.directories import read_directories
 from wsi_mmm.slides.tiff.reader import TiffReader
 from wsi_mmm.slides.tiff.writer import TiffForm, write_tiff
 from wsi_mmm.storage.store import open_store
 from wsi_mmm.types import U8, Block, Tiles
-
-from .conftest import SIZE, Board, Made
 
 LOSSLESS = ("bigtiff-none", "lzw", "deflate", "zstd", "none", "strips")
 
@@ -32,28 +31,12 @@ def variant_file(made: Made, folder: Path, variant: str) -> Path:
     return path
 
 
-def tile_at(path: Path, level: int, number: int) -> tuple[int, int]:
-    """Return offset and length of a native tile."""
-    store = open_store(str(path))
-    directory = read_directories(store)[level]
-    offsets, counts = table(store, [directory] * 2, [324, 325])
-    store.close()
-    return int(offsets[number]), int(counts[number])
-
-
 def set_count(path: Path, level: int, number: int, count: int) -> None:
     """Change the byte count of a native tile in its table."""
     store = open_store(str(path))
     entry = read_directories(store)[level].entries[325]
     store.close()
     overwrite(path, entry.offset + 4 * number, struct.pack("<I", count))
-
-
-def overwrite(path: Path, at: int, data: bytes) -> None:
-    """Change bytes of a file in place."""
-    with path.open("r+b") as file:
-        file.seek(at)
-        file.write(data)
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "strips"])
