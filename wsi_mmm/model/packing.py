@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from wsi_mmm.timing import waited
+from wsi_mmm.timing import count_waiting
 from wsi_mmm.types import U8
 
 Answers = dict[str, npt.NDArray[Any]]
@@ -42,7 +42,7 @@ class Call:
     def wait(self) -> Answers:
         """All answers, in the order of the tiles; raises what the model raised."""
         self.done.wait()
-        waited(self.begun - self.added)
+        count_waiting(self.begun - self.added)
         if self.error is not None:
             raise self.error
         return self.answers

@@ -19,7 +19,7 @@ from wsi_mmm.errors import SlideNotFound, StorageError, WsiError
 from wsi_mmm.storage.ranges import Counter
 from wsi_mmm.storage.remote import Begins, Endpoint, request, wait_for
 from wsi_mmm.storage.translate import SHORT, PassingError, passing
-from wsi_mmm.timing import spent
+from wsi_mmm.timing import timed
 
 if TYPE_CHECKING:
     import aiohttp
@@ -53,7 +53,7 @@ class Client:
 
     def get_many(self, urls: Sequence[str], most: Sequence[int], *, name: str, counter: Counter) -> list[bytes]:
         """Return the answers in order, at most ``most`` bytes each. Raises SlideNotFound, StorageError."""
-        with spent("fetch"):
+        with timed("fetch"):
             return wait_for(self._all(urls, most, name, counter))
 
     async def _all(self, urls: Sequence[str], most: Sequence[int], name: str, counter: Counter) -> list[bytes]:
