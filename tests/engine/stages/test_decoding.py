@@ -13,7 +13,7 @@ from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.stages import decoding, steps, workdir
 from wsi_mmm.engine.stages.decoding import Choice, Rates, choose, judged
 from wsi_mmm.engine.units import SlideTask
-from wsi_mmm.errors import ModelError, RecipeError
+from wsi_mmm.errors import ModelError, OptionError
 from wsi_mmm.model.device_decode import DeviceDecoder
 from wsi_mmm.slides.base import EncodedReader
 from wsi_mmm.slides.registry import READERS
@@ -113,7 +113,7 @@ def test_a_slide_that_was_begun_keeps_its_choice(tmp_path: Path) -> None:
 
 def test_wrong_words_are_refused() -> None:
     """In one line each."""
-    with pytest.raises(RecipeError, match="decode is auto, cpu or device, not 'gpu'"):
+    with pytest.raises(OptionError, match="decode is auto, cpu or device, not 'gpu'"):
         replace(RECIPE, decode="gpu")
-    with pytest.raises(RecipeError, match="drop --cache-tiles on or --decode device"):
+    with pytest.raises(OptionError, match="drop --cache-tiles on or --decode device"):
         replace(RECIPE, decode="device", cache="/c", cache_tiles="on")
