@@ -53,7 +53,7 @@ def recipe_of(key: str, find: Find) -> Recipe:
 def packed(work: Work, key: str) -> bytes:
     """A work as it is sent; ``key``: that of its recipe."""
     slide, grid = work.slide, work.grid
-    place = [slide.id, slide.uri, slide.output, slide.mpp, slide.mask, slide.error]
+    place = [slide.id, slide.uri, slide.output, slide.mpp, slide.mask, slide.error, slide.reader]
     rest = [work.block, _shrunk(work.tiles), grid and astuple(grid), work.entry, work.decode]
     return json.dumps([key, work.kind, place, *rest], separators=(",", ":")).encode()
 
@@ -61,8 +61,8 @@ def packed(work: Work, key: str) -> bytes:
 def unpacked(data: bytes, find: Find) -> Work:
     """The work that was `packed`, equal to it."""
     key, kind, place, block, tiles, grid, entry, decode = json.loads(data)
-    name, uri, output, mpp, mask, error = place
-    slide = SlideTask(name, uri, output, recipe_of(key, find), mpp, mask, error)
+    name, uri, output, mpp, mask, error, reader = place
+    slide = SlideTask(name, uri, output, recipe_of(key, find), mpp, mask, error, reader)
     return Work(kind, slide, tuple(block), _grown(tiles), Grid(*grid) if grid else None, entry, decode)
 
 
@@ -124,4 +124,5 @@ def whole(receipt: Receipt, slide: SlideTask) -> Receipt:
     if not isinstance(receipt.payload, PackedPlan):
         return receipt
     index = np.frombuffer(_grown(receipt.payload.tiles), np.int32).reshape(-1, 2).astype(np.int64)
-    return replace(receipt, payload=replace(receipt.payload.plan, slide=slide, index=index))
+    plan = receipt.payload.plan
+    return replace(receipt, payload=replace(plan, slide=replace(slide, reader=plan.info.reader), index=index))
