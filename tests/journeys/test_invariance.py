@@ -99,7 +99,7 @@ def openslide_bytes(tiny_slide: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_another_reader_is_not_taken_for_done(tiny_slide: Path, openslide_bytes: bytes, tmp_path: Path) -> None:
-    """A forced reader redoes a finished slide and is recorded; the reader that content chooses, when forced, does not."""
+    """A forced reader redoes a finished slide and is recorded; forcing the one that content chooses does not."""
     published(tiny_slide, tmp_path)
     [row] = wsi_mmm.run(tiny_slide, output=tmp_path, reader="tiff").slides
     assert row.extra["resumed"]

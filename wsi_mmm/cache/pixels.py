@@ -47,7 +47,7 @@ _LOCKS = 64
 
 
 def pixels_uri(cache: str, info: SlideInfo, scale_x: float, scale_y: float) -> str:
-    """Return the folder of a slide's cached pixels at a scale; each reader has its own, for readers differ in pixels."""
+    """Return the folder of a slide's cached pixels at a scale; each reader has its own, because pixels differ."""
     return storage.join(cache, info.fingerprint, "pixels", f"{info.reader}-{scale_x:.9f}-{scale_y:.9f}")
 
 
