@@ -156,7 +156,7 @@ def _first(tiles: Tiles) -> Tiles:
     return replace(tiles, xy=tiles.xy[np.sort(np.argsort(far, kind="stable")[:SAMPLE])])
 
 
-def _timed(work: Callable[[], Sequence[Any]]) -> tuple[float, Sequence[Any]]:
+def _timed(unit: Callable[[], Sequence[Any]]) -> tuple[float, Sequence[Any]]:
     begin = time.perf_counter()
-    found = work()
+    found = unit()
     return max(time.perf_counter() - begin, 1e-9), found
