@@ -14,8 +14,7 @@ from wsi_mmm.engine.stages.decoding import judged, measure
 from wsi_mmm.model.device_decode import DeviceDecoder
 from wsi_mmm.slides import Slide, open_slide
 from wsi_mmm.slides.tiff.reader import TiffReader
-from wsi_mmm.tiles.grid import make_grid
-from wsi_mmm.tiles.stream import tiles_at
+from wsi_mmm.tiles.grid import make_grid, tiles_at
 from wsi_mmm.tiles.tissue import select_tiles, tissue_mask
 from wsi_mmm.types import Tiles
 

@@ -19,7 +19,7 @@ from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.identity import device_kind
 from wsi_mmm.slides.base import EncodedReader, Reader
-from wsi_mmm.tiles.stream import touched
+from wsi_mmm.tiles.grid import any_overlap, tile_boxes
 from wsi_mmm.types import U8, Batch, EncodedBatch, Grid, Tiles
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def decoded(batch: Batch | EncodedBatch, grid: Grid, device: torch.device) -> tu
     if isinstance(batch, Batch):
         return batch, batch.pixels
     found = decoder_on(device).decode(batch.encoded)
-    failed = batch.failed | touched(grid, batch.index, found.failed)
+    failed = batch.failed | any_overlap(tile_boxes(grid, batch.index), found.failed)
     return Batch(np.empty((0, grid.tile, grid.tile, 3), np.uint8), batch.xy, batch.index, failed), found.pixels
 
 

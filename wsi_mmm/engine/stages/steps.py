@@ -30,8 +30,8 @@ from wsi_mmm.slides import Slide
 from wsi_mmm.slides.base import EncodedReader
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.blend import blend, window_weights
-from wsi_mmm.tiles.grid import BlockTiles, make_grid, tile_size_level0
-from wsi_mmm.tiles.stream import read_block, read_encoded, tiles_at
+from wsi_mmm.tiles.grid import BlockTiles, make_grid, tile_size_level0, tiles_at
+from wsi_mmm.tiles.stream import read_block, read_encoded
 from wsi_mmm.tiles.tissue import select_tiles, tissue_share
 from wsi_mmm.types import F32, I64, U8, Batch, EncodedBatch, Grid, Objects
 
