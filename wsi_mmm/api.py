@@ -65,7 +65,7 @@ def run(
         **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
             ``tissue``, ``regions``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``cache_quota``,
             ``reader``, ``features``, ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``overlay``,
-            ``runtime``, ``decode``, ``placement``.
+            ``runtime``, ``placement``.
 
     Returns:
         A RunReport: one row per slide, ``exit_code`` 0 only if every slide succeeded. A slide that fails does not stop

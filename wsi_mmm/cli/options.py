@@ -97,14 +97,6 @@ Runtime = Annotated[
         rich_help_panel=HOW,
     ),
 ]
-Decode = Annotated[
-    str | None,
-    typer.Option(
-        help="Where JPEG tiles are decoded: cpu, device (the model's), or auto (on a GPU, where it measures faster).",
-        rich_help_panel=HOW,
-        metavar="WHERE",
-    ),
-]
 Scheduler = Annotated[
     str | None,
     typer.Option(

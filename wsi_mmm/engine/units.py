@@ -54,10 +54,7 @@ class SlideTask:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One thing to do. ``block`` (row, column) of the block grid; ``tiles`` packs int32 (row, column) pairs.
-
-    ``decode``: where its native tiles are decoded, "cpu" or "device".
-    """
+    """One thing to do. ``block`` (row, column) of the block grid; ``tiles`` packs int32 (row, column) pairs."""
 
     kind: Kind
     slide: SlideTask
@@ -65,7 +62,6 @@ class Work:
     tiles: bytes = b""
     grid: Grid | None = None
     entry: str = ""
-    decode: str = "cpu"
 
     @property
     def name(self) -> str:

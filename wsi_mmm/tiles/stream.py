@@ -18,10 +18,10 @@ import numpy as np
 
 from wsi_mmm.errors import RecipeError
 from wsi_mmm.host_tuning import keep_memory
-from wsi_mmm.slides.base import EncodedReader, Fetched, Reader, TileReader
+from wsi_mmm.slides.base import Fetched, Reader, TileReader
 from wsi_mmm.slides.resample.cut import cut_tiles
 from wsi_mmm.tiles.grid import BlockTiles, blocks, tile_boxes, tile_xy
-from wsi_mmm.types import I64, U8, Batch, EncodedBatch, Grid, Mask, Tiles
+from wsi_mmm.types import I64, U8, Batch, Grid, Mask, Tiles
 
 READ_AHEAD = 1
 """Blocks (full ones, or as many tiles) that may wait, read, beyond those that the threads are reading."""
@@ -57,12 +57,6 @@ def read_block(reader: Reader, grid: Grid, block: BlockTiles) -> Batch:
     pixels = np.empty((len(block.index), grid.tile, grid.tile, 3), np.uint8)
     failed = _read(_tile_reader(reader), grid, block.index, list(pixels))
     return Batch(pixels=pixels, xy=tile_xy(grid, block.index), index=block.index, failed=failed)
-
-
-def read_encoded(reader: EncodedReader, grid: Grid, block: BlockTiles, fetched: Fetched | None = None) -> EncodedBatch:
-    """The tiles of one block, in its order, still compressed. The reader has no `obstacle` to them."""
-    encoded = reader.read_encoded(tiles_at(grid, block.index), fetched)
-    return EncodedBatch(encoded, tile_xy(grid, block.index), block.index, touched(grid, block.index, encoded.failed))
 
 
 ReadTiles = Callable[[Tiles, Sequence[U8], Fetched | None], I64]

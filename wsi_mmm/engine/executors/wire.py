@@ -54,16 +54,16 @@ def packed(work: Work, key: str) -> bytes:
     """A work as it is sent; ``key``: that of its recipe."""
     slide, grid = work.slide, work.grid
     place = [slide.id, slide.uri, slide.output, slide.mpp, slide.mask, slide.error]
-    rest = [work.block, _shrunk(work.tiles), grid and astuple(grid), work.entry, work.decode]
+    rest = [work.block, _shrunk(work.tiles), grid and astuple(grid), work.entry]
     return json.dumps([key, work.kind, place, *rest], separators=(",", ":")).encode()
 
 
 def unpacked(data: bytes, find: Find) -> Work:
     """The work that was `packed`, equal to it."""
-    key, kind, place, block, tiles, grid, entry, decode = json.loads(data)
+    key, kind, place, block, tiles, grid, entry = json.loads(data)
     name, uri, output, mpp, mask, error = place
     slide = SlideTask(name, uri, output, recipe_of(key, find), mpp, mask, error)
-    return Work(kind, slide, tuple(block), _grown(tiles), Grid(*grid) if grid else None, entry, decode)
+    return Work(kind, slide, tuple(block), _grown(tiles), Grid(*grid) if grid else None, entry)
 
 
 # ---------------------------------------------------------------- tiles
