@@ -73,14 +73,6 @@ MppOverride = Annotated[
 Reader = Annotated[
     str | None, typer.Option(help="Force a reader: tiff, openslide or tiffslide.", rich_help_panel=SLIDES)
 ]
-SkipErrors = Annotated[
-    bool,
-    typer.Option(
-        "--skip-errors",
-        help="Accepted for scripts of other tools: a slide that fails never stops the others.",
-        rich_help_panel=SLIDES,
-    ),
-]
 Batch = Annotated[int | None, typer.Option(help="Tiles per batch; changes speed only.", rich_help_panel=HOW)]
 Workers = Annotated[
     int | None,

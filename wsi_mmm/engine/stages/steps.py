@@ -20,7 +20,7 @@ from wsi_mmm.cache import ArraySpec, Entry
 from wsi_mmm.engine.monitoring.workers import count_here
 from wsi_mmm.engine.plan import SlidePlan, Span, core_of, window_of
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.stages import ahead, context, workdir
+from wsi_mmm.engine.stages import context, workdir
 from wsi_mmm.engine.stages.regions import region_hash, restricted
 from wsi_mmm.engine.units import Kind, Receipt, SlideTask, Work
 from wsi_mmm.errors import ManifestError, OutputError
@@ -31,7 +31,7 @@ from wsi_mmm.storage import store
 from wsi_mmm.tasks.blend import blend, window_weights
 from wsi_mmm.tiles.grid import BlockTiles, make_grid, tile_size_level0
 from wsi_mmm.tiles.stream import read_block
-from wsi_mmm.tiles.tissue import select_tiles, tissue_share
+from wsi_mmm.tiles.tissue import select_tiles, tissue_mask, tissue_share
 from wsi_mmm.types import F32, I64, U8, Batch, Grid, Objects
 
 if TYPE_CHECKING:
@@ -57,20 +57,20 @@ def plan(work: Work) -> Receipt:
             if not store.exists(workdir.plan_uri(task)):
                 remove_scratch(task)  # what is left when a run ends while it tidies up
             return Receipt("plan", task.id, (0, 0), "cached", payload=done)
-        planned, spent = _plan(task, slide)
+        planned = _plan(task, slide)
         workdir.save_plan(planned)
         seconds = {"plan": time.perf_counter() - started}
-        return _receipt(work, slide, tiles=len(planned.index), stages=seconds, payload=planned, **spent)
+        return _receipt(work, slide, tiles=len(planned.index), stages=seconds, payload=planned)
 
 
-def _plan(task: SlideTask, slide: Slide) -> tuple[SlidePlan, dict[str, Any]]:
-    """The plan, and what a receipt is to say of another process that helped."""
+def _plan(task: SlideTask, slide: Slide) -> SlidePlan:
+    """The plan of a slide: its grid and the tiles that hold tissue."""
     recipe = task.recipe
     slide.scale(recipe.mpp)  # says what to do when the slide does not know its mpp
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
-    tissue = ahead.tissue_of(slide, task)
-    index = restricted(task, grid, select_tiles(grid, tissue.mask, min_tissue=recipe.min_tissue))
-    return _assembled(task, slide, index, tissue_share(grid, tissue.mask, index)), tissue.spent
+    mask = tissue_mask(slide, task.mask or recipe.tissue)
+    index = restricted(task, grid, select_tiles(grid, mask, min_tissue=recipe.min_tissue))
+    return _assembled(task, slide, index, tissue_share(grid, mask, index))
 
 
 def replan(task: SlideTask, slide: Slide) -> SlidePlan:
