@@ -12,7 +12,7 @@ from wsi_mmm.config import SlideSpec, user_cache
 from wsi_mmm.engine.executors.tls import tls_of
 from wsi_mmm.engine.monitoring import run_report
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.run import Order
+from wsi_mmm.engine.run import RunRequest
 from wsi_mmm.engine.units import Placement, SlideTask
 from wsi_mmm.errors import RecipeError
 from wsi_mmm.inputs import expand_inputs, leads_away
@@ -107,7 +107,7 @@ def _checked(name: str, value: Any) -> Any:
 
 def order_of(
     slides: Slides, recipe: Recipe, output: str | Path, workers: object, scheduler: str | None, options: dict[str, Any]
-) -> Order:
+) -> RunRequest:
     """Which slides go where, by which recipe. RecipeError, ManifestError, OutputError."""
     if not isinstance(workers, int) or workers < 0:
         raise RecipeError(f"workers must be a whole number of 0 or more, not {workers!r}")
@@ -124,7 +124,7 @@ def order_of(
         for s in specs
     )
     placement = _placement(options.get("placement"), recipe)
-    return Order(tasks, recipe, out, workers, scheduler, tls_of(options.get("tls"), scheduler), placement)
+    return RunRequest(tasks, recipe, out, workers, scheduler, tls_of(options.get("tls"), scheduler), placement)
 
 
 def _placement(word: str | None, recipe: Recipe) -> Placement:
@@ -138,7 +138,7 @@ def _placement(word: str | None, recipe: Recipe) -> Placement:
     raise RecipeError(f"placement is beside, pool or auto, not {word!r}")
 
 
-def checked_here(order: Order) -> Order:
+def checked_here(order: RunRequest) -> RunRequest:
     """The order, when this machine has what its runtime needs; a cluster's workers look for themselves."""
     from wsi_mmm.model.identity import check_runtime
 

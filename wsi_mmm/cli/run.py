@@ -45,7 +45,7 @@ from wsi_mmm.errors import ManifestError, RecipeError, WsiError
 
 if TYPE_CHECKING:
     from wsi_mmm.api import RunReport
-    from wsi_mmm.engine.run import Order
+    from wsi_mmm.engine.run import RunRequest
     from wsi_mmm.engine.units import SlideTask
 
 ONLY_IN_SETTINGS = ("block_tiles", "min_tissue", "features")
@@ -280,7 +280,7 @@ def _leave(inputs: list[str], output: str, options: dict[str, Any]) -> int:
     return 0
 
 
-def _rehearse(call: Callable[..., Order], inputs: list[str], output: str, options: Mapping[str, Any]) -> int:
+def _rehearse(call: Callable[..., RunRequest], inputs: list[str], output: str, options: Mapping[str, Any]) -> int:
     """Open every slide and say what it is, or what would make it fail; the exit code is that of the run to come."""
     order = call(inputs, output=output, **observed(options)[1])
     failed = 0

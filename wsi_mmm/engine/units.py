@@ -53,7 +53,7 @@ class SlideTask:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class WorkUnit:
     """One thing to do. ``block`` (row, column) of the block grid; ``tiles`` packs int32 (row, column) pairs."""
 
     kind: Kind
@@ -79,7 +79,7 @@ def pack(index: I64) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class UnitResult:
     """What came of a work. ``failed``: level-0 (x, y, width, height) of tiles with unreadable pixels.
 
     ``busy``: (start, end) epoch seconds in which the model ran; ``bytes_read`` is cumulative for (pid, slide).
@@ -118,10 +118,10 @@ class Executor(Protocol):
     def room(self, kind: Kind) -> int:
         """How many more works of this kind may be started now."""
 
-    def start(self, work: Work) -> None:
+    def start(self, unit: WorkUnit) -> None:
         """Begin a work; returns at once."""
 
-    def wait(self, timeout: float) -> Receipt | None:
+    def wait(self, timeout: float) -> UnitResult | None:
         """The next finished work's receipt, or None after ``timeout`` seconds. A failed work is a receipt too."""
 
     def close(self, *, cancel: bool = False) -> None:
