@@ -46,6 +46,11 @@ Wanted = Sequence[tuple[int, U8]]  # number of a chunk in its shard, where its p
 _LOCKS = 64
 
 
+def pixels_uri(cache: str, info: SlideInfo, scale_x: float, scale_y: float) -> str:
+    """Return the folder of a slide's cached pixels at a scale; each reader has its own, because pixels differ."""
+    return storage.join(cache, info.fingerprint, "pixels", f"{info.reader}-{scale_x:.9f}-{scale_y:.9f}")
+
+
 @dataclass(slots=True)
 class CachedReader:
     """A Reader whose pixels at one scale rest at ``uri``: what was read once is not fetched or decoded again.

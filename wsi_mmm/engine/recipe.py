@@ -12,7 +12,13 @@ from typing import Any
 from wsi_mmm.errors import RecipeError
 from wsi_mmm.model.identity import RUNTIMES
 
-RESULT_FORMAT = 2  # raised when the same recipe would give other objects or other files
+RESULT_FORMAT = 3  # raised when the same recipe would give other objects or other files
+
+_VALUES = ("model_hash", "tasks", "mpp", "tile", "overlap", "features", "runtime")
+_SHOWN = (
+    "model", "model_hash", "tasks", "mpp", "tile", "overlap", "tissue", "min_tissue", "features", "encoder",
+    "save_maps", "bounds_offset", "gzip", "runtime", "decode", "regions", "overlay",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +94,23 @@ class Recipe:
         if not 0 <= self.overlap <= self.tile // 2 or self.overlap % 8:
             raise RecipeError(f"overlap must be a multiple of 8 px and at most half a tile, not {self.overlap}")
 
-    def forward_hash(self, kind: str, scale: tuple[float, float]) -> str:
+    def forward_hash(self, kind: str, scale: tuple[float, float], reader: str = "") -> str:
         """Hash of what the network's values depend on.
 
         ``kind``: the kind of device ("cpu", "cuda"); ``scale``: level-0 px per target px (x, y), which a user who
-        corrects a slide's mpp changes.
+        corrects a slide's mpp changes;
+        ``reader``: the reader that opened the slide, because readers differ in the levels and scales they read.
         """
-        names = ("model_hash", "tasks", "mpp", "tile", "overlap", "features", "runtime")
-        return self._hash({"device": kind, "block_tiles": self.block_tiles, "scale": scale}, names)
+        facts = {"device": kind, "block_tiles": self.block_tiles, "scale": scale, "reader": reader}
+        return self._hash(facts, _VALUES)
 
-    def result_hash(self) -> str:
-        """Hash of what the published objects depend on."""
-        names = ("model_hash", "tasks", "mpp", "tile", "overlap", "min_tissue", "features", "runtime")
+    def result_hash(self, reader: str = "") -> str:
+        """Hash of what the published objects depend on; ``reader``: the reader that opened the slide."""
         tissue = self.tissue if self.tissue in ("auto", "none") else "file"  # its content is compared apart
         files = {"save_maps": self.save_maps, "gzip": self.gzip, "bounds": self.bounds_offset}
         place: dict[str, Any] = {"regions": "file"} if self.regions else {}
         place |= {} if self.overlay else {"overlay": False}
-        return self._hash({"tissue": tissue, **files, **place}, names)
+        return self._hash({"tissue": tissue, "reader": reader, **files, **place}, (*_VALUES, "min_tissue"))
 
     def _hash(self, extra: dict[str, Any], names: tuple[str, ...]) -> str:
         facts = {"format": RESULT_FORMAT, **extra, **{name: getattr(self, name) for name in names}}
@@ -113,3 +119,7 @@ class Recipe:
     def public(self) -> dict[str, Any]:
         """The recipe as a JSON object for reports."""
         return asdict(self)
+
+    def published(self) -> dict[str, Any]:
+        """The part of the recipe that a result depends on, for slide.json: nothing of time or place."""
+        return {name: getattr(self, name) for name in _SHOWN}

@@ -261,7 +261,7 @@ class Scheduler:
         if state.plan and not state.forward_left and not state.interpret_left and not state.waiting:
             self.listener(Event("stage", state.task.id, message="publishing"))
             plan = state.plan
-            self.ready["publish"].append(WorkUnit("publish", state.task, grid=plan.grid, entry=plan.entry))
+            self.ready["publish"].append(WorkUnit("publish", plan.slide, grid=plan.grid, entry=plan.entry))
 
     def _published(self, state: SlideState, result: UnitResult) -> None:
         state.objects, state.payload = result.objects, result.payload

@@ -53,7 +53,7 @@ def recipe_of(key: str, find: Find) -> Recipe:
 def packed(unit: WorkUnit, key: str) -> bytes:
     """A work as it is sent; ``key``: that of its recipe."""
     slide, grid = unit.slide, unit.grid
-    place = [slide.id, slide.uri, slide.output, slide.mpp, slide.mask, slide.error]
+    place = [slide.id, slide.uri, slide.output, slide.mpp, slide.mask, slide.error, slide.reader]
     rest = [unit.block, _shrunk(unit.tiles), grid and astuple(grid), unit.entry]
     return json.dumps([key, unit.kind, place, *rest], separators=(",", ":")).encode()
 
@@ -61,8 +61,8 @@ def packed(unit: WorkUnit, key: str) -> bytes:
 def unpacked(data: bytes, find: Find) -> WorkUnit:
     """The work that was `packed`, equal to it."""
     key, kind, place, block, tiles, grid, entry = json.loads(data)
-    name, uri, output, mpp, mask, error = place
-    slide = SlideTask(name, uri, output, recipe_of(key, find), mpp, mask, error)
+    name, uri, output, mpp, mask, error, reader = place
+    slide = SlideTask(name, uri, output, recipe_of(key, find), mpp, mask, error, reader)
     return WorkUnit(kind, slide, tuple(block), _grown(tiles), Grid(*grid) if grid else None, entry)
 
 
@@ -124,4 +124,5 @@ def whole(result: UnitResult, slide: SlideTask) -> UnitResult:
     if not isinstance(result.payload, PackedPlan):
         return result
     index = np.frombuffer(_grown(result.payload.tiles), np.int32).reshape(-1, 2).astype(np.int64)
-    return replace(result, payload=replace(result.payload.plan, slide=slide, index=index))
+    plan = result.payload.plan
+    return replace(result, payload=replace(plan, slide=replace(slide, reader=plan.info.reader), index=index))

@@ -304,20 +304,16 @@ def _maps(plan: SlidePlan, unit: WorkUnit) -> str:
 def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]:
     """slide.json: what was done to this slide and what came of it; nothing of time or place, so reruns agree."""
     info, recipe, said = plan.info, plan.slide.recipe, done.answers.columns
-    shown = {k: v for k, v in recipe.public().items() if k not in _PLACES}
     return {
         "format": "wsi-mmm-slide/1", "wsi_mmm_version": __version__, "id": plan.slide.id,
         "uri": store.redact(plan.slide.uri), "status": "partial" if partial else "done" if len(plan.index) else "empty",
-        "result_hash": plan.slide.result_hash(), "region": region_hash(plan.slide), "recipe": shown,
+        "result_hash": plan.slide.result_hash(), "region": region_hash(plan.slide), "recipe": recipe.published(),
         "fingerprint": info.fingerprint, "reader": info.reader,
         "vendor": info.vendor, "width": info.width, "height": info.height, "mpp_x": info.mpp_x, "mpp_y": info.mpp_y,
         "mpp_requested": recipe.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),
         "objects": done.counts, "classes": done.classes, "repaired": done.repaired, "dropped": done.dropped,
         "files": done.files, **({} if said is None else {"answers": said}),
     }  # fmt: skip
-
-
-_PLACES = {"block_tiles", "batch_size", "device", "threads", "cache", "cache_tiles", "cache_quota", "force", "weights"}
 
 
 def _write(task: SlideTask, name: str, data: bytes) -> str:

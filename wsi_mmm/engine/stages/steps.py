@@ -52,6 +52,7 @@ def plan(unit: WorkUnit) -> UnitResult:
     if task.recipe.force:
         remove_scratch(task)
     with context.slide_of(task) as slide:
+        task = replace(task, reader=slide.info.reader)
         done = None if task.recipe.force else published(task, slide.info.fingerprint, region_hash(task))
         if done is not None:
             if not store.exists(workdir.plan_uri(task)):
@@ -83,7 +84,7 @@ def _assembled(task: SlideTask, slide: Slide, index: I64, share: F32) -> SlidePl
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     tasks = [t for t in context.tasks_of(recipe) if t.scope == "pixel"]
     root = recipe.cache or store.join(task.scratch, "cache")
-    name = recipe.forward_hash(device_kind(recipe.device), (grid.scale_x, grid.scale_y))
+    name = recipe.forward_hash(device_kind(recipe.device), (grid.scale_x, grid.scale_y), task.reader)
     entry = store.join(root, slide.info.fingerprint, name)
     return SlidePlan(
         task, slide.info, grid, index, share, entry,
