@@ -17,7 +17,7 @@ RESULT_FORMAT = 3  # raised when the same recipe would give other objects or oth
 _VALUES = ("model_hash", "tasks", "mpp", "tile", "overlap", "features", "runtime")
 _SHOWN = (
     "model", "model_hash", "tasks", "mpp", "tile", "overlap", "tissue", "min_tissue", "features", "encoder",
-    "save_maps", "bounds_offset", "gzip", "runtime", "decode", "regions", "overlay",
+    "save_maps", "bounds_offset", "gzip", "runtime", "regions", "overlay",
 )  # fmt: skip
 
 

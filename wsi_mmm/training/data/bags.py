@@ -20,7 +20,7 @@ from wsi_mmm.outputs.exports import MAX_VALUES, Features, read_features
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.truth import Truth
 from wsi_mmm.tiles.grid import tile_xy
-from wsi_mmm.tiles.places import read_places
+from wsi_mmm.tiles.stream import read_tiles
 from wsi_mmm.training.data.base import Index, Sample
 from wsi_mmm.training.data.pool import SlidePool
 from wsi_mmm.training.data.slides import Places, SlideItem, check_ids, tissue_places
@@ -251,7 +251,7 @@ class TileBags:
         tiles = Tiles(xy, size, *self.scales[slide])
         try:
             with self.pool.reader(item.uri, item.mpp, tiles) as reader:
-                pixels, failed = read_places(reader, tiles)
+                pixels, failed = read_tiles(reader, tiles)
         except WsiError as error:
             return Sample(key, failed=str(error))
         if failed.all():

@@ -17,8 +17,8 @@ from wsi_mmm.errors import InputError, ManifestError, RecipeError, WsiError
 from wsi_mmm.slides import Slide
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.truth import Truth
-from wsi_mmm.tiles.grid import make_grid
-from wsi_mmm.tiles.places import boxes_of, read_places
+from wsi_mmm.tiles.grid import level0_boxes, make_grid
+from wsi_mmm.tiles.stream import read_tiles
 from wsi_mmm.tiles.tissue import MIN_TISSUE, select_tiles, tissue_mask
 from wsi_mmm.training.data.base import Index, Sample
 from wsi_mmm.training.data.buckets import Buckets, DryRun, dry_run
@@ -128,7 +128,7 @@ class SlideTiles:
         tiles = Tiles(corners, size, *slide.scale)
         try:
             with self.pool.reader(slide.item.uri, slide.item.mpp, tiles) as reader:
-                pixels, failed = read_places(reader, tiles)
+                pixels, failed = read_tiles(reader, tiles)
         except WsiError as error:
             return [Sample(key, failed=str(error)) for key in keys]
         truths = self._truths(slide, local, corners, size)
@@ -154,7 +154,7 @@ class SlideTiles:
 
 def _reasons(item: SlideItem, tiles: Tiles, failed: Mask) -> list[str]:
     """Why each tile is not given, "" for those that are."""
-    boxes = boxes_of(tiles).round().astype(np.int64).tolist()
+    boxes = level0_boxes(tiles).round().astype(np.int64).tolist()
     said = "{}: px of the tile at level-0 ({}, {}) to ({}, {}) cannot be decoded"
     return [said.format(item.id, *box) if bad else "" for box, bad in zip(boxes, failed.tolist(), strict=True)]
 
