@@ -83,7 +83,7 @@ class ImageMasks(Pictured):
             return folders.image_class_masks(
                 self.origin(place), self.images, self.masks, task=self.task, classes=card.classes
             )
-        table = None if self.values is None else _numbers(self.name, self.values, card)
+        table = None if self.values is None else _class_indices(self.name, self.values, card)
         return folders.image_masks(
             self.origin(place), self.images, self.masks, task=self.task, values=table, classes=len(card.classes)
         )
@@ -140,7 +140,7 @@ class Nifti(Entry):
         card = place.tasks[self.task]
         return volumes.nifti_slices(
             self.name, self.images, self.labels, task=self.task, axis=self.axis,
-            values=None if self.values is None else _numbers(self.name, self.values, card),
+            values=None if self.values is None else _class_indices(self.name, self.values, card),
             window=volumes.AUTO if self.window is None else volumes.Window(*self.window),
         )  # fmt: skip
 
@@ -184,7 +184,7 @@ class Dicom(Entry):
         return volumes.dicom_slices(self.name, self.images, task=self.task, label=label, window=window)
 
 
-def _numbers(name: str, values: Mapping[int, str], card: TaskCard) -> dict[int, int]:
+def _class_indices(name: str, values: Mapping[int, str], card: TaskCard) -> dict[int, int]:
     """Class names -> class indices, "" -> -1."""
     for label in values.values():
         if label and label not in card.classes:

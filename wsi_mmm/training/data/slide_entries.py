@@ -82,12 +82,12 @@ class Tiled(Entry):
         return SlidePool(cache=self.cache)
 
 
-def _listed(value: object) -> object:
+def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
 _WORDS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_listed), WithJsonSchema(_WORDS)]
+OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_as_list), WithJsonSchema(_WORDS)]
 """A word, or several."""
 
 
@@ -129,7 +129,7 @@ class Slides(Tiled):
             if notes is None and self.annotations is not None:
                 continue
             known: Mapping[str, Truth] = dict.fromkeys(self.task) if self.annotations is None else {}
-            found.append(SlideItem(name, uri, mpp or self.mpp_override, notes, self._group(name), known))
+            found.append(SlideItem(name, uri, mpp or self.mpp_override, notes, self._matched_group(name), known))
         if not found:
             raise InputError(
                 f"data '{self.name}': none of its {len(specs)} slides has annotations at {self.annotations}"
@@ -162,7 +162,7 @@ class Slides(Tiled):
         items = self.items(place) if lessons else []
         return {one.task: dry_run_slides(items, one.buckets, pool) for one in lessons}
 
-    def _group(self, name: str) -> str:
+    def _matched_group(self, name: str) -> str:
         if self.group is None:
             return name
         found = re.search(self.group, name)
