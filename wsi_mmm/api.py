@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from wsi_mmm.api_train import fit_head, prepare_training, read_annotations, train, train_fractions
 from wsi_mmm.config import user_cache, visible_gpus
 from wsi_mmm.engine.events import Event, Listener, silent
-from wsi_mmm.engine.executors.job_registry import Note
+from wsi_mmm.engine.executors.job_registry import JobStatus
 from wsi_mmm.engine.executors.tls import tls_of
 from wsi_mmm.engine.job import Job
 from wsi_mmm.engine.monitoring import run_report
 from wsi_mmm.engine.monitoring.observe import NOTHING, Observe
 from wsi_mmm.engine.monitoring.recall import recall
 from wsi_mmm.engine.monitoring.run_report import RunReport
-from wsi_mmm.engine.run import Order, carry_out
+from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.engine.units import Executor
 from wsi_mmm.errors import OutputError
 from wsi_mmm.requests import Slides, checked_here, encoder_recipe, model_recipe, order_of
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from wsi_mmm.model.multitask import MultiTaskModel
 
 __all__ = [
-    "Event", "Job", "Note", "Observe", "RunReport", "attach", "demo", "embed", "export_model", "fit_head", "list_jobs",
-    "load_model", "prepare_training", "read_annotations", "run", "stream_tiles", "submit", "train", "train_fractions",
+    "Event", "Job", "JobStatus", "Observe", "RunReport", "attach", "demo", "embed", "export_model", "fit_head",
+    "list_jobs", "load_model", "prepare_training", "read_annotations", "run", "stream_tiles", "submit", "train",
+    "train_fractions",
 ]  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def run(
         **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
             ``tissue``, ``regions``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``cache_quota``,
             ``reader``, ``features``, ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``overlay``,
-            ``runtime``, ``decode``, ``placement``.
+            ``runtime``, ``placement``.
 
     Returns:
         A RunReport: one row per slide, ``exit_code`` 0 only if every slide succeeded. A slide that fails does not stop
@@ -76,7 +77,7 @@ def run(
         Cancelled: on Ctrl-C; running the same again resumes.
     """
     order = order_run(slides, model, output=output, tasks=tasks, workers=workers, scheduler=scheduler, **options)
-    return carry_out(order, executor_of(order), progress or silent, observe=observe)
+    return run_slides(order, executor_of(order), progress or silent, observe=observe)
 
 
 def order_run(
@@ -88,7 +89,7 @@ def order_run(
     workers: int = 0,
     scheduler: str | None = None,
     **options: Any,
-) -> Order:
+) -> RunRequest:
     """What ``run`` would do, checked as ``run`` checks it; no slide is opened."""
     return checked_here(order_of(slides, model_recipe(str(model), tasks, options), output, workers, scheduler, options))
 
@@ -115,11 +116,11 @@ def submit(
     order = order_of(slides, model_recipe(str(model), tasks, options), output, 0, address, options)
     held = client_of(client, tls=order.tls)
     if not detach:
-        return Job(lambda listener, stop: carry_out(order, attached(held), listener, stop, observe=observe))
-    from wsi_mmm.engine.executors.dask_jobs import Errand, launch
+        return Job(lambda listener, stop: run_slides(order, attached(held), listener, stop, observe=observe))
+    from wsi_mmm.engine.executors.dask_jobs import JobSpec, launch
 
     bare = replace(order, tls=None)  # paths of this machine
-    errand = Errand(partial(carry_out, bare, observe=observe), partial(_recalled, bare))
+    errand = JobSpec(partial(run_slides, bare, observe=observe), partial(_recalled, bare))
     return launch(held, order.output, len(order.tasks), errand)
 
 
@@ -134,7 +135,7 @@ def attach(client: Client | str, job: str, *, tls: str | Path | None = None) -> 
     return job_of(client, job, tls=tls_of(tls, _address(client)))
 
 
-def list_jobs(client: Client | str, *, tls: str | Path | None = None) -> list[tuple[Note, bool]]:
+def list_jobs(client: Client | str, *, tls: str | Path | None = None) -> list[tuple[JobStatus, bool]]:
     """Every job that a cluster knows, the oldest first, and whether it is in good hands: False when it should run, and
     whoever ran it is gone. Jobs that have ended are remembered until they are forgotten, or fifty came after them."""
     from wsi_mmm.engine.executors.dask_jobs import notes_of
@@ -165,7 +166,7 @@ def embed(
     order = checked_here(
         order_of(slides, encoder_recipe(encoder, weights, options), output, workers, scheduler, options)
     )
-    report = carry_out(order, executor_of(order), progress or silent, observe=observe)
+    report = run_slides(order, executor_of(order), progress or silent, observe=observe)
     run_report.export_features(report, formats)
     return report
 
@@ -179,7 +180,7 @@ def order_embed(
     workers: int = 0,
     scheduler: str | None = None,
     **options: Any,
-) -> Order:
+) -> RunRequest:
     """What ``embed`` would do, checked as ``embed`` checks it; no slide is opened."""
     return checked_here(
         order_of(slides, encoder_recipe(encoder, weights, options), output, workers, scheduler, options)
@@ -231,28 +232,23 @@ def export_model(
     tasks: str | Sequence[str] | None = None,
     weights: str | None = None,
     tile_size: int | None = None,
-    to: Literal["onnx", "pt2"] = "onnx",
 ) -> Exported:
-    """Write a model as one file; gives ``.path``, ``.tasks``, ``.side`` (None: any), ``.difference`` from the model.
+    """Write a model as one ONNX file; gives its ``.path``, ``.tasks``, ``.side`` (None: any) and ``.difference``.
 
-    ``model``: as for ``embed``, with ``weights``; ``tasks``: None: all; ``tile_size``: fix it at so many px; ``to``:
-    "onnx", or "pt2" for a program of torch.export. MissingPackage without the extra ``onnx``; ModelError when it cannot
-    be translated or gives other answers.
+    ``model``: as for ``embed``, with ``weights``; ``tasks``: None: all; ``tile_size``: fix it at so many px.
+    MissingPackage without the extra ``onnx``; ModelError when it cannot be translated or gives other answers.
     """
     from wsi_mmm.model.checkpoint import load_encoder
     from wsi_mmm.model.fetched import fetched
     from wsi_mmm.model.fold import folded
     from wsi_mmm.model.identity import check_runtime, is_model
     from wsi_mmm.model.onnx import export_onnx
-    from wsi_mmm.model.pt2 import export_pt2
 
-    if to == "onnx":
-        check_runtime("onnx")
+    check_runtime("onnx")
     here = fetched(str(model), user_cache())
     loaded = load_model(here) if is_model(here) else load_encoder(here, weights)
     names = [tasks] if isinstance(tasks, str) else tasks
-    write = export_onnx if to == "onnx" else export_pt2
-    return write(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
+    return export_onnx(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
 
 
 def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | None = None, **options: Any) -> RunReport:
@@ -272,7 +268,7 @@ def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | Non
     return run(str(path), output=folder / "results", progress=progress, **options)
 
 
-def executor_of(order: Order) -> Callable[[], Executor]:
+def executor_of(order: RunRequest) -> Callable[[], Executor]:
     """What makes the executor that an order names: a cluster's, local processes, or this process."""
 
     def make() -> Executor:
@@ -284,14 +280,14 @@ def executor_of(order: Order) -> Callable[[], Executor]:
             from wsi_mmm.engine.executors.dask_local import local_cluster
 
             return local_cluster(order.workers, visible_gpus())
-        from wsi_mmm.engine.executors.threads import LocalExecutor
+        from wsi_mmm.engine.executors.threads import ThreadsExecutor
 
-        return LocalExecutor(order.recipe)
+        return ThreadsExecutor(order.recipe)
 
     return make
 
 
-def _recalled(order: Order) -> RunReport:
+def _recalled(order: RunRequest) -> RunReport:
     """The report of a run that has ended, from what it wrote."""
     return recall(order.output, order.recipe, order.tasks)
 

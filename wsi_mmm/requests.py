@@ -12,7 +12,7 @@ from wsi_mmm.config import SlideSpec, user_cache
 from wsi_mmm.engine.executors.tls import tls_of
 from wsi_mmm.engine.monitoring import run_report
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.run import Order
+from wsi_mmm.engine.run import RunRequest
 from wsi_mmm.engine.units import Placement, SlideTask
 from wsi_mmm.errors import OptionError
 from wsi_mmm.inputs import expand_inputs, leads_away
@@ -27,7 +27,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("tile_size", "overlap", "batch_size", "block_tiles", "threads"), (Integral, "a whole number")),
     **dict.fromkeys(("mpp", "mpp_override", "min_tissue"), (Real, "a number")),
     **dict.fromkeys(("features", "save_maps", "bounds_offset", "gzip", "force", "overlay"), (bool, "true or false")),
-    **dict.fromkeys(("device", "reader", "runtime", "cache_tiles", "decode", "placement"), (str, "a word")),
+    **dict.fromkeys(("device", "reader", "runtime", "cache_tiles", "placement"), (str, "a word")),
     "cache_quota": (Integral, "a size such as 50GB"),
     **dict.fromkeys(("tissue", "regions", "cache", "tls"), (str, "a path or a word")),
 }
@@ -107,7 +107,7 @@ def _checked(name: str, value: Any) -> Any:
 
 def order_of(
     slides: Slides, recipe: Recipe, output: str | Path, workers: object, scheduler: str | None, options: dict[str, Any]
-) -> Order:
+) -> RunRequest:
     """Which slides go where, by which recipe. OptionError, ManifestError, OutputError."""
     if not isinstance(workers, int) or workers < 0:
         raise OptionError(f"workers must be a whole number of 0 or more, not {workers!r}")
@@ -124,7 +124,7 @@ def order_of(
         for s in specs
     )
     placement = _placement(options.get("placement"), recipe)
-    return Order(tasks, recipe, out, workers, scheduler, tls_of(options.get("tls"), scheduler), placement)
+    return RunRequest(tasks, recipe, out, workers, scheduler, tls_of(options.get("tls"), scheduler), placement)
 
 
 def _placement(word: str | None, recipe: Recipe) -> Placement:
@@ -134,15 +134,11 @@ def _placement(word: str | None, recipe: Recipe) -> Placement:
                 raise OptionError(
                     "with placement pool tiles go through a cache that all workers see: name it with --cache"
                 )
-            if known == "pool" and recipe.decode == "device":
-                raise OptionError(
-                    "tiles that the device decodes are not cached: drop --placement pool or --decode device"
-                )
             return cast("Placement", known)
     raise OptionError(f"placement is beside, pool or auto, not {word!r}")
 
 
-def checked_here(order: Order) -> Order:
+def checked_here(order: RunRequest) -> RunRequest:
     """The order, when this machine has what its runtime needs; a cluster's workers look for themselves."""
     from wsi_mmm.model.identity import check_runtime
 

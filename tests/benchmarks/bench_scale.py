@@ -32,7 +32,7 @@ from benchmarks.scale_units import FILE, KINDS, Durations, durations, recipe, sl
 from helpers.processes import running, wait_for
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.executors.dask import attached, client_of
-from wsi_mmm.engine.run import Order, carry_out
+from wsi_mmm.engine.run import RunRequest, run_slides
 
 HERE = Path(__file__).parent
 EVERY = 0.5  # seconds between samples of memory
@@ -163,7 +163,7 @@ def measure(count: int, workers: int, *, speed: float, processes: int) -> Row:
         Path(output).mkdir()
         wanted = slides(count, output)
         row = Row(count, wanted.units, workers, mean_of(taken, count, wanted.units))
-        order = Order(wanted.tasks, recipe(), output, 0, address)
+        order = RunRequest(wanted.tasks, recipe(), output, 0, address)
         found = {"client": psutil.Process(), "scheduler": psutil.Process(sid)}
         found |= {f"workers-{number}": psutil.Process(pid) for number, pid in enumerate(wids)}
         with client_of(address) as client:
@@ -171,7 +171,7 @@ def measure(count: int, workers: int, *, speed: float, processes: int) -> Row:
             executor = attached(client)
             with Watch(found, max(1, count // 10)) as watch:
                 begun = time.perf_counter()
-                report = carry_out(order, executor, watch.hear)
+                report = run_slides(order, executor, watch.hear)
                 ended, spent = time.perf_counter(), watch.spent()
         row.failed = sum(one.status != "done" for one in report.slides) + count - len(report.slides)
         row.seconds, row.report_s = watch.slides_ended - begun, ended - watch.slides_ended

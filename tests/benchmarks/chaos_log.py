@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from wsi_mmm.engine.executors import isolated
 from wsi_mmm.engine.stages import steps
-from wsi_mmm.engine.units import Receipt, Work
+from wsi_mmm.engine.units import UnitResult, WorkUnit
 
-Step = Callable[[Work], Receipt]
+Step = Callable[[WorkUnit], UnitResult]
 
 
 def say(what: str, name: str = "", why: str = "") -> None:
@@ -30,15 +30,15 @@ def say(what: str, name: str = "", why: str = "") -> None:
 def told(step: Step) -> Step:
     """The same step, with a line when it begins and one that says how it ended."""
 
-    def perform(work: Work) -> Receipt:
-        say("begin", work.name)
+    def perform(unit: WorkUnit) -> UnitResult:
+        say("begin", unit.name)
         try:
-            receipt = step(work)
+            result = step(unit)
         except BaseException as error:
-            say("raised", work.name, f"{type(error).__name__}: {error}"[:200])
+            say("raised", unit.name, f"{type(error).__name__}: {error}"[:200])
             raise
-        say(receipt.status, work.name)
-        return receipt
+        say(result.status, unit.name)
+        return result
 
     return perform
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import wsi_mmm
 from wsi_mmm import timing
-from wsi_mmm.engine.events import Watched
-from wsi_mmm.engine.units import Receipt
+from wsi_mmm.engine.events import WatchedExecutor
+from wsi_mmm.engine.units import UnitResult
 
 HERE = Path(__file__).parent
 
@@ -26,9 +26,9 @@ HERE = Path(__file__).parent
 def recorded(slides: list[Path]) -> dict[str, list[tuple[int, float]]]:
     """(tiles, seconds) of every unit of a run over ``slides``, by kind."""
     found: dict[str, list[tuple[int, float]]] = {}
-    inner = Watched.wait
+    inner = WatchedExecutor.wait
 
-    def wait(self: Watched, timeout: float) -> Receipt | None:
+    def wait(self: WatchedExecutor, timeout: float) -> UnitResult | None:
         receipt = inner(self, timeout)
         if receipt is not None:
             spent = timing.together(receipt.laps)
@@ -36,12 +36,12 @@ def recorded(slides: list[Path]) -> dict[str, list[tuple[int, float]]]:
             found.setdefault(receipt.kind, []).append((receipt.tiles, round(busy, 4)))
         return receipt
 
-    Watched.wait = wait  # type: ignore[method-assign]
+    WatchedExecutor.wait = wait  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as output:
             report = wsi_mmm.run(slides, output=output)
     finally:
-        Watched.wait = inner  # type: ignore[method-assign]
+        WatchedExecutor.wait = inner  # type: ignore[method-assign]
     if report.exit_code:
         raise SystemExit(f"error: {[row.error for row in report.slides]}")
     return found

@@ -17,8 +17,7 @@ import numpy as np
 
 from wsi_mmm.engine.plan import SlidePlan
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.stages.decoding import Choice
-from wsi_mmm.engine.units import Kind, Receipt, SlideTask, Work
+from wsi_mmm.engine.units import Kind, SlideTask, UnitResult, WorkUnit
 from wsi_mmm.timing import Lap, worker
 from wsi_mmm.types import Grid, Level, SlideInfo
 
@@ -92,7 +91,7 @@ def plan(task: SlideTask) -> SlidePlan:
     grid = Grid(TILE, OVERLAP, columns, rows, width, height, 1.0, 1.0, 0.5)
     entry = f"{task.output}/.work/{'0' * 32}/cache/{'f' * 32}/{'0' * 32}"
     # Halo and overlap as the default model has them: a block is interpreted when those round it are in.
-    return SlidePlan(task, info, grid, index, np.ones(len(index), np.float32), entry, 140, 2, 0.5, decode=Choice())
+    return SlidePlan(task, info, grid, index, np.ones(len(index), np.float32), entry, 140, 2, 0.5)
 
 
 # ---------------------------------------------------------------- units
@@ -106,29 +105,29 @@ class Fake:
     done: int = 0
     hosts: dict[int, str] = field(default_factory=dict)
 
-    def perform(self, work: Work) -> Receipt:
+    def perform(self, unit: WorkUnit) -> UnitResult:
         """Sleep as long as the unit would take; give a receipt like the one it would give."""
         start = time.time()
-        time.sleep(self.durations.of(work.kind, work.name))
+        time.sleep(self.durations.of(unit.kind, unit.name))
         self.done += 1
-        return receipt(work, start, time.time())
+        return result(unit, start, time.time())
 
 
-def receipt(work: Work, start: float, end: float) -> Receipt:
+def result(unit: WorkUnit, start: float, end: float) -> UnitResult:
     """Of the size that receipts have; its laps end when the unit ended."""
-    tiles = len(work.index()) if work.kind == "forward" else 0
-    laps = tuple(_laps(work.kind, start, end))
+    tiles = len(unit.index()) if unit.kind == "forward" else 0
+    laps = tuple(_laps(unit.kind, start, end))
     facts: dict[str, Any] = {
-        "plan": lambda: {"payload": plan(work.slide)},
+        "plan": lambda: {"payload": plan(unit.slide)},
         "forward": lambda: {
             "tiles": tiles, "busy": ((start, end),), "device": "cpu", "encoder": ENCODER, "payload": "",
             "stages": {"read": 0.1, "model": end - start, "write": 0.05},
         },
         "interpret": lambda: {"objects": 100, "stages": {"interpret": end - start}},
-        "publish": lambda: {"objects": 5000, "stages": {"publish": end - start}, "payload": _published(work.slide)},
-    }[work.kind]()  # fmt: skip
-    return Receipt(
-        work.kind, work.slide.id, work.block, "ok", pid=os.getpid(), bytes_read=10_000_000, peak_rss_mb=1400.0,
+        "publish": lambda: {"objects": 5000, "stages": {"publish": end - start}, "payload": _published(unit.slide)},
+    }[unit.kind]()  # fmt: skip
+    return UnitResult(
+        unit.kind, unit.slide.id, unit.block, "ok", pid=os.getpid(), bytes_read=10_000_000, peak_rss_mb=1400.0,
         laps=laps, worker=worker(), **facts,
     )  # fmt: skip
 
@@ -149,7 +148,7 @@ def _published(task: SlideTask) -> dict[str, Any]:
     """What slide.json says."""
     return {
         "format": "wsi-mmm-slide/1", "id": task.id, "uri": task.uri, "status": "done", "recipe": task.recipe.public(),
-        "fingerprint": "f" * 32, "reader": "tiff", "decode": "cpu", "vendor": "aperio", "mpp_effective": 0.5,
+        "fingerprint": "f" * 32, "reader": "tiff", "vendor": "aperio", "mpp_effective": 0.5,
         "tiles": 784, "objects": {"nuclei": 5000},
         "classes": {"nuclei": {"nucleus": 5000}, "stain": {"H&E": 784, "IHC": 0, "Giemsa": 0, "other": 0}},
         "files": {name: f"{name}.out" for name in ("geojson", "overlay", "tiles", "features")},

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from wsi_mmm.engine.events import Event, Watched, greet
+from wsi_mmm.engine.events import Event, WatchedExecutor, greet
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.units import Kind, Receipt, SlideTask, Work
+from wsi_mmm.engine.units import Kind, SlideTask, UnitResult, WorkUnit
 
-WORK = Work("plan", SlideTask("s", "s.svs", "out/s", Recipe("default", "hash", (), 0.5, 256, 0)))
+WORK = WorkUnit("plan", SlideTask("s", "s.svs", "out/s", Recipe("default", "hash", (), 0.5, 256, 0)))
 
 
 @dataclass
@@ -17,20 +17,20 @@ class Echo:
 
     warnings: tuple[str, ...] = ("worker a cannot be used: no torch",)
     dashboard: str = "http://scheduler:8787/status"
-    flying: list[Work] = field(default_factory=list)
+    flying: list[WorkUnit] = field(default_factory=list)
     closed: list[bool] = field(default_factory=list)
 
     def room(self, kind: Kind) -> int:
         return 3 - len(self.flying)
 
-    def start(self, work: Work) -> None:
-        self.flying.append(work)
+    def start(self, unit: WorkUnit) -> None:
+        self.flying.append(unit)
 
-    def wait(self, timeout: float) -> Receipt | None:
+    def wait(self, timeout: float) -> UnitResult | None:
         if not self.flying:
             return None
-        work = self.flying.pop()
-        return Receipt(work.kind, work.slide.id, work.block, "ok")
+        unit = self.flying.pop()
+        return UnitResult(unit.kind, unit.slide.id, unit.block, "ok")
 
     def close(self, *, cancel: bool = False) -> None:
         self.closed.append(cancel)
@@ -38,15 +38,15 @@ class Echo:
 
 def test_a_watched_executor_is_the_executor() -> None:
     """It starts, waits and closes as the one within; each watch sees every work and every receipt, and no silence."""
-    inner, one, two = Echo(), list[Work | Receipt](), list[Work | Receipt]()
-    watched = Watched(inner, one.append, two.append)
+    inner, one, two = Echo(), list[WorkUnit | UnitResult](), list[WorkUnit | UnitResult]()
+    watched = WatchedExecutor(inner, one.append, two.append)
     assert watched.room("plan") == 3
     watched.start(WORK)
     assert watched.room("plan") == 2
-    receipt = watched.wait(0)
-    assert receipt is not None and receipt.name == WORK.name == "s/plan/0-0"
+    result = watched.wait(0)
+    assert result is not None and result.name == WORK.name == "s/plan/0-0"
     assert watched.wait(0) is None
-    assert one == two == [WORK, receipt]
+    assert one == two == [WORK, result]
     watched.close(cancel=True)
     assert inner.closed == [True]
 

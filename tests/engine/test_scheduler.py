@@ -14,7 +14,7 @@ from helpers.plans import plan_of
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.plan import SlidePlan
 from wsi_mmm.engine.scheduler import AHEAD, SlideState, busy_share, open_street, outcome
-from wsi_mmm.engine.units import Kind, Receipt, SlideTask, Work
+from wsi_mmm.engine.units import Kind, SlideTask, UnitResult, WorkUnit
 from wsi_mmm.errors import Cancelled
 
 
@@ -26,26 +26,26 @@ class Pretend:
     seed: int = 0
     fail: str = ""
     partial: str = ""
-    log: list[Work] = field(default_factory=list)
-    flying: list[Work] = field(default_factory=list)
+    log: list[WorkUnit] = field(default_factory=list)
+    flying: list[WorkUnit] = field(default_factory=list)
 
     def room(self, kind: Kind) -> int:
         return 4 - len(self.flying)
 
-    def start(self, work: Work) -> None:
-        self.flying.append(work)
+    def start(self, unit: WorkUnit) -> None:
+        self.flying.append(unit)
 
-    def wait(self, timeout: float) -> Receipt | None:
-        work = self.flying.pop(random.Random(self.seed + len(self.log)).randrange(len(self.flying)))
-        self.log.append(work)
-        base = Receipt(work.kind, work.slide.id, work.block, "ok", pid=1)
-        if work.name == self.fail:
+    def wait(self, timeout: float) -> UnitResult | None:
+        unit = self.flying.pop(random.Random(self.seed + len(self.log)).randrange(len(self.flying)))
+        self.log.append(unit)
+        base = UnitResult(unit.kind, unit.slide.id, unit.block, "ok", pid=1)
+        if unit.name == self.fail:
             return replace(base, status="failed", error="storm")
-        if work.kind == "plan":
-            return replace(base, payload=self.plans[work.slide.id])
-        if work.kind == "forward":
-            bad = ((0, 0, 64, 64),) if work.name == self.partial else ()
-            return replace(base, tiles=len(work.index()), failed=bad, status="partial" if bad else "ok")
+        if unit.kind == "plan":
+            return replace(base, payload=self.plans[unit.slide.id])
+        if unit.kind == "forward":
+            bad = ((0, 0, 64, 64),) if unit.name == self.partial else ()
+            return replace(base, tiles=len(unit.index()), failed=bad, status="partial" if bad else "ok")
         return replace(base, objects=7)
 
     def close(self, *, cancel: bool = False) -> None:
@@ -65,14 +65,14 @@ def test_each_work_runs_once_and_after_what_it_needs(seed: int) -> None:
     executor = Pretend(plans, seed)
     states = list(open_street(tasks).run(executor))
     assert {s.status for s in states} == {"done"} and len(states) == 4
-    names = [work.name for work in executor.log]
+    names = [unit.name for unit in executor.log]
     assert len(names) == len(set(names))
     seen: dict[str, set[tuple[int, int]]] = {t.id: set() for t in tasks}
-    for work in executor.log:
-        if work.kind == "forward":
-            seen[work.slide.id].add(work.block)
-        if work.kind == "interpret":
-            assert {(r // 2, c // 2) for r, c in work.index().tolist()} <= seen[work.slide.id]
+    for unit in executor.log:
+        if unit.kind == "forward":
+            seen[unit.slide.id].add(unit.block)
+        if unit.kind == "interpret":
+            assert {(r // 2, c // 2) for r, c in unit.index().tolist()} <= seen[unit.slide.id]
     for task in tasks:
         assert [w.kind for w in executor.log if w.slide.id == task.id][-1] == "publish"
 
@@ -149,17 +149,17 @@ def test_busy_share_is_the_union_of_model_time_over_wall_time() -> None:
 def test_a_slide_counts_the_model_busy_with_its_neighbours_too() -> None:
     """Two slides under way at once: neither was idle while the model worked on the other; time outside is cut off."""
     tasks, plans = slides(2)
-    street = open_street(tasks)
+    scheduler = open_street(tasks)
     begun = time.time() - 10
     for name in ("s0", "s1"):
         state = SlideState(plans[name].slide, status="running", plan=plans[name], started=begun, running=2)
-        street.slides[name] = state
-    states = dict(street.slides)
+        scheduler.slides[name] = state
+    states = dict(scheduler.slides)
     for name, span in (("s0", (begun - 1, begun + 4)), ("s1", (begun + 4, begun + 7))):
-        street.receive(Receipt("interpret", name, (0, 0), "ok", pid=1, busy=(span,)))
+        scheduler.receive(UnitResult("interpret", name, (0, 0), "ok", pid=1, busy=(span,)))
     for name in ("s0", "s1"):
-        street.receive(Receipt("publish", name, (0, 0), "ok", pid=2))
-    assert not street.slides
+        scheduler.receive(UnitResult("publish", name, (0, 0), "ok", pid=2))
+    assert not scheduler.slides
     assert busy_share(states["s0"]) == pytest.approx(0.7, abs=0.01) == busy_share(states["s1"])
 
 
@@ -169,22 +169,22 @@ class Counting:
 
     plan: SlidePlan
     places: int
-    flying: deque[Work] = field(default_factory=deque)
-    works: int = 0
+    flying: deque[WorkUnit] = field(default_factory=deque)
+    units: int = 0
 
     def room(self, kind: Kind) -> int:
         return self.places - len(self.flying)
 
-    def start(self, work: Work) -> None:
-        self.flying.append(work)
-        self.works += 1
+    def start(self, unit: WorkUnit) -> None:
+        self.flying.append(unit)
+        self.units += 1
 
-    def wait(self, timeout: float) -> Receipt | None:
-        work = self.flying.popleft()
-        base = Receipt(
-            work.kind, work.slide.id, work.block, "ok", pid=self.works % 7, busy=((self.works, self.works + 0.5),)
+    def wait(self, timeout: float) -> UnitResult | None:
+        unit = self.flying.popleft()
+        base = UnitResult(
+            unit.kind, unit.slide.id, unit.block, "ok", pid=self.units % 7, busy=((self.units, self.units + 0.5),)
         )
-        return replace(base, payload=replace(self.plan, slide=work.slide)) if work.kind == "plan" else base
+        return replace(base, payload=replace(self.plan, slide=unit.slide)) if unit.kind == "plan" else base
 
     def close(self, *, cancel: bool = False) -> None:
         self.flying.clear()
@@ -193,12 +193,12 @@ class Counting:
 def many(count: int, places: int) -> tuple[int, int, float]:
     """Most slides under way, most things held, and seconds per work of a run over ``count`` slides."""
     plan = plan_of(300, 300, 2, 8, 1.0, 0)
-    street = open_street([replace(plan.slide, id=f"s{n}") for n in range(count)])
+    scheduler = open_street([replace(plan.slide, id=f"s{n}") for n in range(count)])
     executor, open_, held, begun = Counting(plan, places), 0, 0, time.perf_counter()
-    for _ in street.run(executor):
-        open_ = max(open_, len(street.slides) + 1)
-        held = max(held, sum(map(len, street.ready.values())) + len(executor.flying))
-    return open_, held, (time.perf_counter() - begun) / executor.works
+    for _ in scheduler.run(executor):
+        open_ = max(open_, len(scheduler.slides) + 1)
+        held = max(held, sum(map(len, scheduler.ready.values())) + len(executor.flying))
+    return open_, held, (time.perf_counter() - begun) / executor.units
 
 
 def test_what_is_held_does_not_grow_with_the_number_of_slides() -> None:
@@ -211,8 +211,8 @@ def test_what_is_held_does_not_grow_with_the_number_of_slides() -> None:
 def test_a_slide_that_has_ended_is_let_go() -> None:
     """The state that a report is made of holds no works any more, and the street has forgotten it."""
     tasks, plans = slides(3)
-    street = open_street(tasks)
-    for state in street.run(Pretend(plans)):
+    scheduler = open_street(tasks)
+    for state in scheduler.run(Pretend(plans)):
         assert not state.waiting and not state.unlocks and not state.forward_left
-        assert state.task.id not in street.slides
-    assert street.ended == street.total == 3
+        assert state.task.id not in scheduler.slides
+    assert scheduler.ended == scheduler.total == 3

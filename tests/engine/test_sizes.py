@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from helpers.plans import plan_of
-from wsi_mmm.engine.sizes import in_order, sizes_of
+from wsi_mmm.engine.sizes import largest_first, sizes_of
 
 
 def test_many_workers_get_the_largest_slide_first(tmp_path: Path) -> None:
@@ -20,8 +20,8 @@ def test_many_workers_get_the_largest_slide_first(tmp_path: Path) -> None:
             path.write_bytes(b"x" * size)
         tasks.append(replace(base, id=name, uri=str(path)))
     many, one = SimpleNamespace(client=object()), SimpleNamespace()
-    assert [task.id for task in in_order(tasks, many)] == ["big", "middle", "small", "gone"]
-    assert in_order(tasks, one) == tasks
+    assert [task.id for task in largest_first(tasks, many)] == ["big", "middle", "small", "gone"]
+    assert largest_first(tasks, one) == tasks
 
 
 def test_slides_in_a_bucket_are_weighed_by_one_listing(monkeypatch) -> None:

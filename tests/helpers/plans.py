@@ -19,5 +19,5 @@ def plan_of(width: int, height: int, block: int, overlap: int, keep: float, seed
     chosen = np.argwhere(np.random.default_rng(seed).random((rows, columns)) < keep).astype(np.int64)
     recipe = Recipe("m", "h", ("t",), 0.5, tile, overlap, block_tiles=block)
     info = SlideInfo("s", width, height, 0.5, 0.5, (), "v", "r", "f")
-    task = SlideTask("s", "s", "/out/s", recipe)
+    task = SlideTask("s", "s", "/out/s", recipe, reader=info.reader)
     return SlidePlan(task, info, grid, chosen, np.ones(len(chosen), np.float32), "/e", 20, 2, 0.5)

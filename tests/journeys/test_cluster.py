@@ -14,7 +14,7 @@ import pytest
 
 import wsi_mmm
 from helpers.cluster import PlainCluster, wait_until
-from wsi_mmm.engine.executors.job_registry import Board
+from wsi_mmm.engine.executors.job_registry import JobRegistry
 from wsi_mmm.errors import Cancelled, ClusterError
 
 distributed = pytest.importorskip("distributed")
@@ -116,8 +116,8 @@ def test_a_job_is_cancelled_from_elsewhere(cluster: PlainCluster, many_slides: l
         with pytest.raises(Cancelled):
             first.result(60)
         second = wsi_mmm.submit(one, many_slides, output=tmp_path / "b", block_tiles=1, detach=False)
-        wait_until(lambda: any(note.state == "running" for note in Board(other).notes()), "the note of a run")
-        [name] = [note.id for note in Board(other).notes() if note.state == "running"]
+        wait_until(lambda: any(note.state == "running" for note in JobRegistry(other).notes()), "the note of a run")
+        [name] = [note.id for note in JobRegistry(other).notes() if note.state == "running"]
         wsi_mmm.attach(other, name).cancel()
         with pytest.raises(Cancelled):
             second.result(30)
@@ -128,7 +128,7 @@ def test_a_run_that_has_ended_is_told_on_the_board(
     client: distributed.Client, cluster: PlainCluster, tiny_slide: Path, tmp_path: Path, good: bool
 ) -> None:
     """At once, however it ended: as long as it counted as running, other jobs would have a share only."""
-    known = {note.id for note in Board(client).notes()}
+    known = {note.id for note in JobRegistry(client).notes()}
 
     def heard(event: wsi_mmm.Event) -> None:
         if not good and event.kind == "tile":
@@ -136,7 +136,7 @@ def test_a_run_that_has_ended_is_told_on_the_board(
 
     with contextlib.nullcontext() if good else pytest.raises((KeyboardInterrupt, Cancelled)):
         wsi_mmm.run(tiny_slide, output=tmp_path, block_tiles=1, scheduler=cluster.address, progress=heard)
-    [note] = [note for note in Board(client).notes() if note.id not in known]
+    [note] = [note for note in JobRegistry(client).notes() if note.id not in known]
     assert note.state == ("done" if good else "cancelled")
 
 

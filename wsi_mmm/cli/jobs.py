@@ -12,7 +12,7 @@ from wsi_mmm.cli.console import EXIT_CODES, Debug, Json, flags, guarded, say, sa
 from wsi_mmm.cli.progress import duration
 
 if TYPE_CHECKING:
-    from wsi_mmm.api import Note
+    from wsi_mmm.api import JobStatus
 
 jobs_app = typer.Typer(
     help="Jobs on a cluster: begun by 'run --detach', or by 'run' elsewhere.\n\n\b\nExamples:\n"
@@ -114,11 +114,11 @@ def _tls(scheduler: str, given: str | None) -> str | None:
     return given or (config.default_tls() if scheduler.startswith("tls://") else None)
 
 
-def _tiles(note: Note) -> str:
+def _tiles(note: JobStatus) -> str:
     return f"{note.tiles_done:,}/{note.tiles_total:,}"
 
 
-def _since(note: Note) -> str:
+def _since(note: JobStatus) -> str:
     """How long it has run, by the clock of whoever runs it."""
     return f", {duration(max(0.0, (note.ended or time.time()) - note.started))}" if note.started else ""
 

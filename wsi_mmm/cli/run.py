@@ -18,7 +18,6 @@ from wsi_mmm.cli.options import (
     Cache,
     CacheQuota,
     CacheTiles,
-    Decode,
     Detach,
     Device,
     DryRun,
@@ -35,7 +34,6 @@ from wsi_mmm.cli.options import (
     Runtime,
     Scheduler,
     Settings,
-    SkipErrors,
     Threads,
     TileSize,
     Tissue,
@@ -47,7 +45,7 @@ from wsi_mmm.errors import ManifestError, OptionError, WsiError
 
 if TYPE_CHECKING:
     from wsi_mmm.api import RunReport
-    from wsi_mmm.engine.run import Order
+    from wsi_mmm.engine.run import RunRequest
     from wsi_mmm.engine.units import SlideTask
 
 ONLY_IN_SETTINGS = ("block_tiles", "min_tissue", "features")
@@ -80,7 +78,6 @@ def run(
     regions: Regions = None,
     mpp_override: MppOverride = None,
     reader: Reader = None,
-    skip_errors: SkipErrors = False,
     cache: Cache = None,
     cache_tiles: CacheTiles = None,
     cache_quota: CacheQuota = None,
@@ -104,7 +101,6 @@ def run(
     threads: Threads = None,
     device: Device = None,
     runtime: Runtime = None,
-    decode: Decode = None,
     scheduler: Scheduler = None,
     tls: Tls = None,
     placement: Placement = None,
@@ -140,7 +136,7 @@ def run(
         "cache": cache, "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "save_maps": maps or None, "gzip": False if plain_geojson else None,
         "bounds_offset": bounds_offset or None, "batch_size": batch_size, "workers": workers, "threads": threads,
-        "device": device, "runtime": runtime, "decode": decode, "scheduler": scheduler, "tls": tls,
+        "device": device, "runtime": runtime, "scheduler": scheduler, "tls": tls,
         "placement": placement, "force": force or None,
         "log_file": log_file, "log_level": log_level, "metrics_port": metrics_port,
         "traces": traces or None,
@@ -175,7 +171,6 @@ def embed(
     tissue: Tissue = None,
     mpp_override: MppOverride = None,
     reader: Reader = None,
-    skip_errors: SkipErrors = False,
     cache: Cache = None,
     cache_tiles: CacheTiles = None,
     cache_quota: CacheQuota = None,
@@ -184,7 +179,6 @@ def embed(
     threads: Threads = None,
     device: Device = None,
     runtime: Runtime = None,
-    decode: Decode = None,
     scheduler: Scheduler = None,
     tls: Tls = None,
     placement: Placement = None,
@@ -216,7 +210,7 @@ def embed(
         "overlap": overlap, "tissue": tissue, "mpp_override": mpp_override, "reader": reader, "cache": cache,
         "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "batch_size": batch_size, "workers": workers, "threads": threads, "device": device,
-        "runtime": runtime, "decode": decode, "scheduler": scheduler, "tls": tls,
+        "runtime": runtime, "scheduler": scheduler, "tls": tls,
         "placement": placement, "force": force or None,
         "log_file": log_file, "log_level": log_level, "metrics_port": metrics_port,
         "traces": traces or None,
@@ -286,7 +280,7 @@ def _leave(inputs: list[str], output: str, options: dict[str, Any]) -> int:
     return 0
 
 
-def _rehearse(call: Callable[..., Order], inputs: list[str], output: str, options: Mapping[str, Any]) -> int:
+def _rehearse(call: Callable[..., RunRequest], inputs: list[str], output: str, options: Mapping[str, Any]) -> int:
     """Open every slide and say what it is, or what would make it fail; the exit code is that of the run to come."""
     order = call(inputs, output=output, **observed(options)[1])
     failed = 0

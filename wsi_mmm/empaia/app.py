@@ -228,9 +228,9 @@ class _Work:
         from wsi_mmm.api import executor_of
         from wsi_mmm.empaia.results import results_at
         from wsi_mmm.engine.job import Job
-        from wsi_mmm.engine.run import carry_out
+        from wsi_mmm.engine.run import run_slides
 
-        engine = self._engine = Job(lambda listener, stop: carry_out(order, executor_of(order), listener, stop))
+        engine = self._engine = Job(lambda listener, stop: run_slides(order, executor_of(order), listener, stop))
         try:
             while not engine.done:
                 await asyncio.sleep(_WATCH)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from wsi_mmm.engine.units import Executor, Kind, Receipt, Work
+from wsi_mmm.engine.units import Executor, Kind, UnitResult, WorkUnit
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Event:
 
 Listener = Callable[[Event], None]
 
-Watch = Callable[[Work | Receipt], None]
+Watch = Callable[[WorkUnit | UnitResult], None]
 """Called with every unit that is started and with every receipt, in the thread that keeps the books."""
 
 
@@ -30,7 +30,7 @@ def silent(event: Event) -> None:
     """The listener that listens to nothing."""
 
 
-def unwatched(thing: Work | Receipt) -> None:
+def unwatched(thing: WorkUnit | UnitResult) -> None:
     """The watch that sees nothing."""
 
 
@@ -42,7 +42,7 @@ def greet(executor: object, listener: Listener) -> None:
         listener(Event("stage", "", message=f"dashboard: {dashboard}"))
 
 
-class Watched:
+class WatchedExecutor:
     """An Executor that shows ``watches`` what goes in and out of another one."""
 
     def __init__(self, inner: Executor, *watches: Watch) -> None:
@@ -58,19 +58,19 @@ class Watched:
         """How many more works of this kind may be started now."""
         return self.inner.room(kind)
 
-    def start(self, work: Work) -> None:
+    def start(self, unit: WorkUnit) -> None:
         """Begin a work, then show it."""
-        self.inner.start(work)
+        self.inner.start(unit)
         for watch in self.watches:
-            watch(work)
+            watch(unit)
 
-    def wait(self, timeout: float) -> Receipt | None:
+    def wait(self, timeout: float) -> UnitResult | None:
         """The next receipt, or None after ``timeout`` seconds."""
-        receipt = self.inner.wait(timeout)
-        if receipt is not None:
+        result = self.inner.wait(timeout)
+        if result is not None:
             for watch in self.watches:
-                watch(receipt)
-        return receipt
+                watch(result)
+        return result
 
     def close(self, *, cancel: bool = False) -> None:
         """Let go of threads, processes and open slides."""

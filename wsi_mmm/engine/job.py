@@ -47,17 +47,17 @@ class Progress:
 class Job(Generic[T]):
     """A run that goes on while the caller does other things. ``T`` is what ``result`` gives: a RunReport."""
 
-    def __init__(self, work: Callable[[Listener, threading.Event], T]) -> None:
+    def __init__(self, run: Callable[[Listener, threading.Event], T]) -> None:
         self.progress = Progress()
         self._stop = threading.Event()
         self._outcome: list[T] = []
         self._error: list[BaseException] = []
-        self._thread = threading.Thread(target=self._run, args=(work,), name="wsi-mmm-job", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(run,), name="wsi-mmm-job", daemon=True)
         self._thread.start()
 
-    def _run(self, work: Callable[[Listener, threading.Event], T]) -> None:
+    def _run(self, run: Callable[[Listener, threading.Event], T]) -> None:
         try:
-            self._outcome.append(work(self.progress.hear, self._stop))
+            self._outcome.append(run(self.progress.hear, self._stop))
         except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
             self._error.append(error)
 

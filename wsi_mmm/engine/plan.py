@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_mmm.engine.stages.decoding import Choice
-from wsi_mmm.engine.units import Kind, SlideTask, Work, pack
+from wsi_mmm.engine.units import Kind, SlideTask, WorkUnit, pack
 from wsi_mmm.tiles.grid import blocks
 from wsi_mmm.types import F32, I64, Grid, SlideInfo
 
@@ -17,7 +16,7 @@ class SlidePlan:
     """One slide, planned: its grid and the tiles ``index`` int64[n, 2] (row, column) that hold tissue.
 
     ``tissue`` float32[n]: share of each tile that is tissue. ``entry``: URI of the cache entry its values rest in.
-    ``maps``: some task answers per pixel, so blocks are interpreted. ``decode``: where native tiles are decoded.
+    ``maps``: some task answers per pixel, so blocks are interpreted.
     """
 
     slide: SlideTask
@@ -30,7 +29,6 @@ class SlidePlan:
     stride: int
     mpp_effective: float
     maps: bool = True
-    decode: Choice = field(default_factory=Choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +41,18 @@ class Span:
     x1: int
 
 
-def forward_works(plan: SlidePlan) -> list[Work]:
+def forward_units(plan: SlidePlan) -> list[WorkUnit]:
     """One work per block that holds tiles, row-major."""
     found = blocks(plan.grid, plan.index, plan.slide.recipe.block_tiles)
     return [_work("forward", plan, (block.row, block.col), block.index) for block in found]
 
 
-def interpret_works(plan: SlidePlan) -> list[Work]:
+def interpret_units(plan: SlidePlan) -> list[WorkUnit]:
     """One work per block whose core some tile reaches, carrying the tiles that its window needs; row-major."""
-    works, band = [], _Band(plan)
+    units, band = [], _Band(plan)
     for row, column in _reached(plan).tolist():
-        works.append(_work("interpret", plan, (row, column), band.tiles(row, column)))
-    return works
+        units.append(_work("interpret", plan, (row, column), band.tiles(row, column)))
+    return units
 
 
 def core_of(grid: Grid, block_tiles: int, block: tuple[int, int], stride: int = 1) -> Span:
@@ -80,10 +78,10 @@ def window_of(grid: Grid, core: Span, halo: int, stride: int) -> Span:
     return Span(y0, x0, y1, x1)
 
 
-def needed_blocks(work: Work) -> set[tuple[int, int]]:
+def needed_blocks(unit: WorkUnit) -> set[tuple[int, int]]:
     """The blocks whose forward must be in before this work can be interpreted."""
-    block = work.slide.recipe.block_tiles
-    return set(map(tuple, (work.index() // block).tolist()))
+    block = unit.slide.recipe.block_tiles
+    return set(map(tuple, (unit.index() // block).tolist()))
 
 
 def _reached(plan: SlidePlan) -> I64:
@@ -135,5 +133,5 @@ def _meeting(grid: Grid, start: int, stop: int) -> tuple[int, int]:
     return max(0, (start - grid.tile) // grid.stride + 1), -(-stop // grid.stride)
 
 
-def _work(kind: Kind, plan: SlidePlan, block: tuple[int, int], tiles: I64) -> Work:
-    return Work(kind, plan.slide, block, pack(tiles), plan.grid, plan.entry, plan.decode.on)
+def _work(kind: Kind, plan: SlidePlan, block: tuple[int, int], tiles: I64) -> WorkUnit:
+    return WorkUnit(kind, plan.slide, block, pack(tiles), plan.grid, plan.entry)

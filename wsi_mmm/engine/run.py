@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wsi_mmm import timing
-from wsi_mmm.engine.events import Listener, Watched, greet, silent
-from wsi_mmm.engine.executors.job_registry import Alive, Board, Note, new_id, posted
+from wsi_mmm.engine.events import Listener, WatchedExecutor, greet, silent
+from wsi_mmm.engine.executors.job_registry import JobRegistry, JobStatus, LiveJobs, new_id, publishing_status
 from wsi_mmm.engine.executors.tls import Tls
 from wsi_mmm.engine.job import Progress, closed_after
 from wsi_mmm.engine.monitoring import run_report
@@ -19,13 +19,13 @@ from wsi_mmm.engine.monitoring.run_report import RunReport
 from wsi_mmm.engine.output_lock import TAKEN, claimed
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.scheduler import open_street
-from wsi_mmm.engine.sizes import in_order
+from wsi_mmm.engine.sizes import largest_first
 from wsi_mmm.engine.units import Executor, Placement, SlideTask
 from wsi_mmm.errors import OutputTaken
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class RunRequest:
     """A run that has been checked: what to do, with what, where to."""
 
     tasks: tuple[SlideTask, ...]
@@ -37,8 +37,8 @@ class Order:
     placement: Placement = "beside"
 
 
-def carry_out(
-    order: Order,
+def run_slides(
+    order: RunRequest,
     executor: Executor | Callable[[], Executor],
     listener: Listener,
     stop: threading.Event | None = None,
@@ -56,11 +56,11 @@ def carry_out(
         with closed_after(made), _on_board(order, made, stop) as noted:
             heard = all_of([Hooks(listener), Hooks(noted), seen]).listener
             greet(made, heard)
-            street = open_street(in_order(tasks, made), heard, order.placement)
+            scheduler = open_street(largest_first(tasks, made), heard, order.placement)
             report = run_report.begin(order.output, order.recipe, tasks)
             try:
-                watched = Watched(made, report.ledger.watch, seen.watch)
-                for state in street.run(watched, stop):
+                watched = WatchedExecutor(made, report.ledger.watch, seen.watch)
+                for state in scheduler.run(watched, stop):
                     report.add(state)
             finally:
                 report.save()
@@ -68,14 +68,14 @@ def carry_out(
 
 
 @contextmanager
-def _on_board(order: Order, executor: Executor, stop: threading.Event) -> Iterator[Listener]:
+def _on_board(order: RunRequest, executor: Executor, stop: threading.Event) -> Iterator[Listener]:
     """A run on a cluster whose books are kept here stands on its board, too: others see it, share with it, stop it."""
     client: Any = getattr(executor, "client", None)
     if client is None or getattr(executor, "posted", True):
         yield silent
         return
-    board, progress = Board(client), Progress()
-    note = Note(new_id(), order.output, slides_total=len(order.tasks), where=timing.worker())
-    executor.jobs = Alive(board, note.id)  # type: ignore[attr-defined]
-    with posted(board, note, progress, stop):
+    board, progress = JobRegistry(client), Progress()
+    note = JobStatus(new_id(), order.output, slides_total=len(order.tasks), where=timing.worker())
+    executor.jobs = LiveJobs(board, note.id)  # type: ignore[attr-defined]
+    with publishing_status(board, note, progress, stop):
         yield progress.hear

@@ -15,9 +15,9 @@ from typing import Any
 
 from wsi_mmm.engine.events import Event, Listener, silent
 from wsi_mmm.engine.monitoring.busy import BusyTimes
-from wsi_mmm.engine.plan import SlidePlan, forward_works, interpret_works, needed_blocks
-from wsi_mmm.engine.stages.extract import Rates, extract_works, squares_under, through_pool
-from wsi_mmm.engine.units import Executor, Kind, Placement, Receipt, SlideTask, Work
+from wsi_mmm.engine.plan import SlidePlan, forward_units, interpret_units, needed_blocks
+from wsi_mmm.engine.stages.extract import Rates, extract_units, squares_under, through_pool
+from wsi_mmm.engine.units import Executor, Kind, Placement, SlideTask, UnitResult, WorkUnit
 from wsi_mmm.errors import Cancelled
 
 # Later stops first: what is nearly done frees memory and disk; new slides are planned while others are on their way.
@@ -42,9 +42,9 @@ class SlideState:
     cache_hits: int = 0
     failed: dict[tuple[int, int, int, int], None] = field(default_factory=dict)
     forward_left: set[tuple[int, int]] = field(default_factory=set)
-    waiting: dict[tuple[int, int], tuple[Work, set[tuple[int, int]]]] = field(default_factory=dict)
+    waiting: dict[tuple[int, int], tuple[WorkUnit, set[tuple[int, int]]]] = field(default_factory=dict)
     unlocks: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
-    behind: dict[tuple[int, int], tuple[Work, set[tuple[int, int]]]] = field(default_factory=dict)  # extracts
+    behind: dict[tuple[int, int], tuple[WorkUnit, set[tuple[int, int]]]] = field(default_factory=dict)  # extracts
     opens: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
     interpret_left: int = 0
     running: int = 0
@@ -67,7 +67,7 @@ class SlideState:
 
 
 @dataclass(slots=True)
-class Street:
+class Scheduler:
     """The works of a run that are ready, by kind, and the slides under way; a slide that has ended is let go.
 
     What a receipt costs does not grow with the number of slides, and what is held does not either, but for the tasks
@@ -79,7 +79,7 @@ class Street:
     total: int = 0
     ended: int = 0
     slides: dict[str, SlideState] = field(default_factory=dict)  # under way, the one that began first at the front
-    ready: dict[Kind, deque[Work]] = field(default_factory=lambda: {kind: deque() for kind in ORDER})
+    ready: dict[Kind, deque[WorkUnit]] = field(default_factory=lambda: {kind: deque() for kind in ORDER})
     busy: BusyTimes = field(default_factory=BusyTimes)
     planning: int = 0  # slides whose plan is not in yet
     planned: int = 0  # ever
@@ -98,14 +98,14 @@ class Street:
             self._start(executor)
             if not any(self.flying.values()):
                 return
-            receipt = executor.wait(POLL)
+            result = executor.wait(POLL)
             if stop is not None and stop.is_set():
                 raise Cancelled("cancelled; run the same again to resume")
-            if receipt is None:
+            if result is None:
                 continue
-            self.flying[receipt.kind == "forward"] -= 1
-            state = self.slides[receipt.slide]
-            self.receive(receipt)
+            self.flying[result.kind == "forward"] -= 1
+            state = self.slides[result.slide]
+            self.receive(result)
             if state.finished:
                 yield state
 
@@ -115,8 +115,8 @@ class Street:
         for kind in ORDER:
             queue = self.ready[kind]
             while queue and executor.room(kind) > 0 and not (kind == "extract" and self._ahead(executor)):
-                work = queue.popleft()
-                state = self.slides.get(work.slide.id)
+                unit = queue.popleft()
+                state = self.slides.get(unit.slide.id)
                 if state is None or state.status != "running":
                     continue  # of a slide that has failed meanwhile
                 state.running += 1
@@ -124,7 +124,7 @@ class Street:
                 if kind == "forward":
                     state.forward_span = (state.forward_span[0] or time.time(), 0.0)
                 self.flying[kind == "forward"] += 1
-                executor.start(work)
+                executor.start(unit)
 
     def _ahead(self, executor: Executor) -> bool:
         """Whether so much has been extracted that the models have enough to do: what is in a cache may leave it."""
@@ -144,26 +144,26 @@ class Street:
     def _open(self, task: SlideTask) -> None:
         self.slides[task.id] = SlideState(task, status="running")
         self.planning += 1
-        self.ready["plan"].append(Work("plan", task))
+        self.ready["plan"].append(WorkUnit("plan", task))
 
     # ------------------------------------------------------------ receipts
 
-    def receive(self, receipt: Receipt) -> None:
+    def receive(self, result: UnitResult) -> None:
         """Take in what came of a work: count it, and make ready what it allows."""
-        state = self.slides[receipt.slide]
+        state = self.slides[result.slide]
         state.running -= 1
-        _count(state, receipt)
-        self.busy.add(receipt.pid, receipt.busy)
-        if receipt.kind == "plan":
+        _count(state, result)
+        self.busy.add(result.pid, result.busy)
+        if result.kind == "plan":
             self.planning, self.planned = self.planning - 1, self.planned + 1
-        if receipt.status == "failed":
-            _fail(state, receipt)
+        if result.status == "failed":
+            _fail(state, result)
         elif state.status == "running":
             next_of = {
                 "plan": self._planned, "extract": self._extracted, "forward": self._forwarded,
                 "interpret": self._interpreted,
             }  # fmt: skip
-            next_of.get(receipt.kind, self._published)(state, receipt)
+            next_of.get(result.kind, self._published)(state, result)
         if state.status != "running" and not state.running:
             self._end(state)
 
@@ -178,24 +178,24 @@ class Street:
         self.ended += 1
         self.listener(Event("slide", state.task.id, self.ended, self.total, outcome(state)))
 
-    def _planned(self, state: SlideState, receipt: Receipt) -> None:
-        if receipt.status == "cached":
-            state.status, state.payload = "skipped", receipt.payload
+    def _planned(self, state: SlideState, result: UnitResult) -> None:
+        if result.status == "cached":
+            state.status, state.payload = "skipped", result.payload
             return
-        plan = state.plan = self._placed(receipt.payload)
-        works = forward_works(plan)
-        self.forwards += len(works)
-        state.forward_left = {work.block for work in works}
-        if plan is receipt.payload:
-            self.ready["forward"].extend(works)
+        plan = state.plan = self._placed(result.payload)
+        units = forward_units(plan)
+        self.forwards += len(units)
+        state.forward_left = {unit.block for unit in units}
+        if plan is result.payload:
+            self.ready["forward"].extend(units)
         else:
-            self._extract_first(state, plan, works)
+            self._extract_first(state, plan, units)
         if plan.maps:
-            for work in interpret_works(plan):
-                needs = needed_blocks(work)
-                state.waiting[work.block] = (work, needs)
+            for unit in interpret_units(plan):
+                needs = needed_blocks(unit)
+                state.waiting[unit.block] = (unit, needs)
                 for block in needs:
-                    state.unlocks.setdefault(block, []).append(work.block)
+                    state.unlocks.setdefault(block, []).append(unit.block)
         state.interpret_left = len(state.waiting)
         self.listener(Event("plan", state.task.id, 0, len(plan.index), f"{len(plan.index)} tiles"))
         self._maybe_publish(state)
@@ -215,45 +215,45 @@ class Street:
         self.listener(Event("stage", plan.slide.id, message=rates.words))
         return pooled if rates.pool else plan
 
-    def _extract_first(self, state: SlideState, plan: SlidePlan, works: list[Work]) -> None:
+    def _extract_first(self, state: SlideState, plan: SlidePlan, units: list[WorkUnit]) -> None:
         """The forwards wait until the shards under their tiles are in."""
-        self.ready["extract"].extend(extract_works(plan))
-        for work in works:
-            needs = squares_under(work)
-            state.behind[work.block] = (work, needs)
+        self.ready["extract"].extend(extract_units(plan))
+        for unit in units:
+            needs = squares_under(unit)
+            state.behind[unit.block] = (unit, needs)
             for square in needs:
-                state.opens.setdefault(square, []).append(work.block)
+                state.opens.setdefault(square, []).append(unit.block)
 
-    def _extracted(self, state: SlideState, receipt: Receipt) -> None:
-        for block in state.opens.pop(receipt.block, ()):
-            work, needs = state.behind[block]
-            needs.discard(receipt.block)
+    def _extracted(self, state: SlideState, result: UnitResult) -> None:
+        for block in state.opens.pop(result.block, ()):
+            unit, needs = state.behind[block]
+            needs.discard(result.block)
             if not needs:
                 del state.behind[block]
-                self.ready["forward"].append(work)
+                self.ready["forward"].append(unit)
 
-    def _forwarded(self, state: SlideState, receipt: Receipt) -> None:
-        state.tiles += receipt.tiles
-        if receipt.status != "cached" and state.plan and state.plan.slide.recipe.cache_tiles != "on":
-            spent = receipt.stages.get("read", 0.0), receipt.stages.get("model", 0.0)
-            self.read = [a + b for a, b in zip(self.read, (receipt.tiles, *spent), strict=True)]
-        state.cache_hits += receipt.tiles if receipt.status == "cached" else 0
-        if receipt.payload and not state.tile_cache:
-            state.tile_cache = str(receipt.payload)
+    def _forwarded(self, state: SlideState, result: UnitResult) -> None:
+        state.tiles += result.tiles
+        if result.status != "cached" and state.plan and state.plan.slide.recipe.cache_tiles != "on":
+            spent = result.stages.get("read", 0.0), result.stages.get("model", 0.0)
+            self.read = [a + b for a, b in zip(self.read, (result.tiles, *spent), strict=True)]
+        state.cache_hits += result.tiles if result.status == "cached" else 0
+        if result.payload and not state.tile_cache:
+            state.tile_cache = str(result.payload)
             self.listener(Event("stage", state.task.id, message=state.tile_cache))
-        state.forward_left.discard(receipt.block)
+        state.forward_left.discard(result.block)
         state.forward_span = (state.forward_span[0], time.time())
-        for block in state.unlocks.pop(receipt.block, ()):
-            work, needs = state.waiting[block]
-            needs.discard(receipt.block)
+        for block in state.unlocks.pop(result.block, ()):
+            unit, needs = state.waiting[block]
+            needs.discard(result.block)
             if not needs:
                 del state.waiting[block]
-                self.ready["interpret"].append(work)
+                self.ready["interpret"].append(unit)
         total = len(state.plan.index) if state.plan else 0
         self.listener(Event("tile", state.task.id, state.tiles, total))
         self._maybe_publish(state)
 
-    def _interpreted(self, state: SlideState, receipt: Receipt) -> None:
+    def _interpreted(self, state: SlideState, result: UnitResult) -> None:
         state.interpret_left -= 1
         self._maybe_publish(state)
 
@@ -261,40 +261,40 @@ class Street:
         if state.plan and not state.forward_left and not state.interpret_left and not state.waiting:
             self.listener(Event("stage", state.task.id, message="publishing"))
             plan = state.plan
-            self.ready["publish"].append(Work("publish", state.task, grid=plan.grid, entry=plan.entry))
+            self.ready["publish"].append(WorkUnit("publish", plan.slide, grid=plan.grid, entry=plan.entry))
 
-    def _published(self, state: SlideState, receipt: Receipt) -> None:
-        state.objects, state.payload = receipt.objects, receipt.payload
+    def _published(self, state: SlideState, result: UnitResult) -> None:
+        state.objects, state.payload = result.objects, result.payload
         state.status = "partial" if state.failed else ("done" if state.tiles else "empty")
         if state.failed:
             state.error = unreadable(state)
 
 
-def _fail(state: SlideState, receipt: Receipt) -> None:
+def _fail(state: SlideState, result: UnitResult) -> None:
     """Its works that wait are passed over when their turn comes."""
     if state.status == "running":
-        state.status, state.error, state.traceback = "failed", receipt.error, str(receipt.payload or "")
+        state.status, state.error, state.traceback = "failed", result.error, str(result.payload or "")
 
 
-def _count(state: SlideState, receipt: Receipt) -> None:
-    state.failed |= dict.fromkeys(receipt.failed)
-    state.bytes_read[receipt.pid] = max(state.bytes_read.get(receipt.pid, 0), receipt.bytes_read)
-    state.peak_rss_mb[receipt.pid] = max(state.peak_rss_mb.get(receipt.pid, 0.0), receipt.peak_rss_mb)
-    state.devices |= {receipt.device} - {""}
-    if receipt.encoder:
-        state.encoders[receipt.pid] = receipt.encoder
-    for stage, seconds in receipt.stages.items():
+def _count(state: SlideState, result: UnitResult) -> None:
+    state.failed |= dict.fromkeys(result.failed)
+    state.bytes_read[result.pid] = max(state.bytes_read.get(result.pid, 0), result.bytes_read)
+    state.peak_rss_mb[result.pid] = max(state.peak_rss_mb.get(result.pid, 0.0), result.peak_rss_mb)
+    state.devices |= {result.device} - {""}
+    if result.encoder:
+        state.encoders[result.pid] = result.encoder
+    for stage, seconds in result.stages.items():
         state.stages[stage] = state.stages.get(stage, 0.0) + seconds
 
 
-def open_street(tasks: Iterable[SlideTask], listener: Listener = silent, placement: Placement = "beside") -> Street:
+def open_street(tasks: Iterable[SlideTask], listener: Listener = silent, placement: Placement = "beside") -> Scheduler:
     """A street on which every slide is still to come, in the order given.
 
     ``placement``: tiles are read by the workers that run the model ("beside"), by others into the cache ("pool"), or as
     measured ("auto"). Without a cache they are read beside the model.
     """
     upcoming = deque(tasks)
-    return Street(upcoming, listener, len(upcoming), placement=placement)
+    return Scheduler(upcoming, listener, len(upcoming), placement=placement)
 
 
 def unreadable(state: SlideState) -> str:

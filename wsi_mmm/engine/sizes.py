@@ -18,7 +18,7 @@ from wsi_mmm.storage import store
 LISTED = 3  # slides of one place in a bucket from which on it is listed
 
 
-def in_order(tasks: list[SlideTask], executor: Executor) -> list[SlideTask]:
+def largest_first(tasks: list[SlideTask], executor: Executor) -> list[SlideTask]:
     """The order to work through slides: as given in one process; on many workers the largest first."""
     if len(tasks) < 2 or getattr(executor, "client", None) is None:
         return tasks

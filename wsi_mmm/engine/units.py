@@ -25,7 +25,8 @@ Status = Literal["ok", "partial", "failed", "cached"]
 class SlideTask:
     """One slide to be done: where it is, what the user said of it, where its results go.
 
-    ``error``: why it cannot be done, known from the start (a wrong row of a manifest).
+    ``error``: why it cannot be done, known from the start (a wrong row of a manifest). ``reader``: the name of the
+    reader that opened the slide, known from the plan step on; empty before.
     """
 
     id: str
@@ -35,6 +36,7 @@ class SlideTask:
     mpp: float | None = None
     mask: str | None = None
     error: str = ""
+    reader: str = ""
 
     @property
     def scratch(self) -> str:
@@ -42,22 +44,19 @@ class SlideTask:
         return f"{self.output}/.work/{self.result_hash()}"
 
     def result_hash(self) -> str:
-        """Hash of what the objects depend on: the recipe, and what the user said of this slide.
+        """Hash of what the objects depend on: the recipe, the reader, and what the user said of this slide.
 
         What a mask file holds is compared apart (slide.json keeps its hash): where it lies does not matter.
         """
-        recipe, masked = self.recipe.result_hash(), self.mask is not None
+        recipe, masked = self.recipe.result_hash(self.reader), self.mask is not None
         if self.mpp is None and not masked:
             return recipe
         return sha256(json.dumps([recipe, self.mpp, masked]).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One thing to do. ``block`` (row, column) of the block grid; ``tiles`` packs int32 (row, column) pairs.
-
-    ``decode``: where its native tiles are decoded, "cpu" or "device".
-    """
+class WorkUnit:
+    """One thing to do. ``block`` (row, column) of the block grid; ``tiles`` packs int32 (row, column) pairs."""
 
     kind: Kind
     slide: SlideTask
@@ -65,7 +64,6 @@ class Work:
     tiles: bytes = b""
     grid: Grid | None = None
     entry: str = ""
-    decode: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -83,7 +81,7 @@ def pack(index: I64) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class UnitResult:
     """What came of a work. ``failed``: level-0 (x, y, width, height) of tiles with unreadable pixels.
 
     ``busy``: (start, end) epoch seconds in which the model ran; ``bytes_read`` is cumulative for (pid, slide).
@@ -122,10 +120,10 @@ class Executor(Protocol):
     def room(self, kind: Kind) -> int:
         """How many more works of this kind may be started now."""
 
-    def start(self, work: Work) -> None:
+    def start(self, unit: WorkUnit) -> None:
         """Begin a work; returns at once."""
 
-    def wait(self, timeout: float) -> Receipt | None:
+    def wait(self, timeout: float) -> UnitResult | None:
         """The next finished work's receipt, or None after ``timeout`` seconds. A failed work is a receipt too."""
 
     def close(self, *, cancel: bool = False) -> None:

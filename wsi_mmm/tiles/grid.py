@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wsi_mmm.errors import MppUnknown, OptionError
-from wsi_mmm.types import F64, I64, Grid, SlideInfo
+from wsi_mmm.types import F64, I64, Grid, Mask, SlideInfo, Tiles
 
 MAX_TILES = 100_000_000
 """More tiles than this in one grid is a slip of the recipe (a gigapixel slide has some 10,000), not a wish."""
@@ -78,12 +78,28 @@ def tile_size_level0(grid: Grid) -> tuple[int, int]:
     return math.floor(grid.tile * grid.scale_x + 0.5), math.floor(grid.tile * grid.scale_y + 0.5)
 
 
+def tiles_at(grid: Grid, index: I64) -> Tiles:
+    """Return the tiles ``index`` int64[n, 2] (row, column) of a grid, as a Reader is asked for them."""
+    return Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y, grid.overlap)
+
+
+def level0_boxes(tiles: Tiles) -> F64:
+    """Return the exact level-0 rectangles float64[n, 4] (x0, y0, x1, y1) that the pixels of tiles cover."""
+    low, scale = tiles.xy.astype(np.float64), (tiles.scale_x, tiles.scale_y)
+    return np.concatenate([low * scale, (low + tiles.size) * scale], axis=1)
+
+
 def tile_boxes(grid: Grid, index: I64) -> F64:
-    """The exact level-0 rectangles float64[n, 4] (x0, y0, x1, y1) that the pixels of tiles ``index`` cover."""
-    start = index.astype(np.float64) * grid.stride
-    x, y = start[:, 1], start[:, 0]
-    sides = [x * grid.scale_x, y * grid.scale_y, (x + grid.tile) * grid.scale_x, (y + grid.tile) * grid.scale_y]
-    return np.stack(sides, axis=1)
+    """Return the `level0_boxes` of tiles ``index`` int64[n, 2] (row, column)."""
+    return level0_boxes(tiles_at(grid, index))
+
+
+def any_overlap(boxes: F64, rects: I64) -> Mask:
+    """Return bool[n]: the ``boxes`` [n, 4] that share area with one of ``rects`` int64[m, 4] (x0, y0, x1, y1)."""
+    if not len(rects):
+        return np.zeros(len(boxes), bool)
+    hit = (boxes[:, None, :2] < rects[None, :, 2:]) & (boxes[:, None, 2:] > rects[None, :, :2])
+    return np.asarray(hit.all(axis=-1).any(axis=-1), bool)
 
 
 def blocks(grid: Grid, index: I64, block_tiles: int) -> list[BlockTiles]:

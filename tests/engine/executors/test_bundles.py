@@ -7,50 +7,54 @@ from collections.abc import Iterator
 
 import pytest
 
-from wsi_mmm.engine.executors.bundles import MOST, WHILE, Pace, bundled
+from wsi_mmm.engine.executors.bundles import MAX_BATCH_UNITS, TARGET_BATCH_SECONDS, Pace, bundled
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.stages import steps
-from wsi_mmm.engine.units import Receipt, SlideTask, Work
+from wsi_mmm.engine.units import SlideTask, UnitResult, WorkUnit
 from wsi_mmm.timing import Lap
 
 TASK = SlideTask("s", "s", "/out/s", Recipe("m", "h", ("t",), 0.5, 512, 64))
 
 
-def receipt(seconds: float) -> Receipt:
-    return Receipt("interpret", "s", (0, 0), "ok", laps=(Lap(1, 10.0, 10.0 + seconds, {"interpret": seconds}),))
+def result(seconds: float) -> UnitResult:
+    return UnitResult("interpret", "s", (0, 0), "ok", laps=(Lap(1, 10.0, 10.0 + seconds, {"interpret": seconds}),))
 
 
 def test_units_go_alone_until_it_is_known_how_long_they_take() -> None:
     """Of a kind that was never seen, one at a time."""
     pace = Pace()
-    pace.learn(receipt(0.01))
+    pace.learn(result(0.01))
     assert pace.size("forward") == 1
     assert pace.size("interpret") > 1
 
 
 def test_a_bundle_takes_no_longer_than_a_while() -> None:
     """As many as fit; long units go alone, and of very short ones there is an end, too."""
-    for seconds, size in ((WHILE / 4, 4), (10 * WHILE, 1), (WHILE / 1000, MOST)):
+    for seconds, size in (
+        (TARGET_BATCH_SECONDS / 4, 4),
+        (10 * TARGET_BATCH_SECONDS, 1),
+        (TARGET_BATCH_SECONDS / 1000, MAX_BATCH_UNITS),
+    ):
         pace = Pace()
-        pace.learn(receipt(seconds))
+        pace.learn(result(seconds))
         assert pace.size("interpret") == size
 
 
 def test_what_becomes_slow_travels_alone_again() -> None:
     """The newest receipts count most."""
     pace = Pace()
-    pace.learn(receipt(WHILE / 10))
+    pace.learn(result(TARGET_BATCH_SECONDS / 10))
     for _ in range(100):
-        pace.learn(receipt(2 * WHILE))
+        pace.learn(result(2 * TARGET_BATCH_SECONDS))
     assert pace.size("interpret") == 1
 
 
 def test_bundles_hold_every_work_once_and_in_order() -> None:
     """The last one may be smaller."""
-    works = [Work("interpret", TASK, (0, column)) for column in range(7)]
-    found = bundled(works, 3)
+    units = [WorkUnit("interpret", TASK, (0, column)) for column in range(7)]
+    found = bundled(units, 3)
     assert [len(bundle) for bundle in found] == [3, 3, 1]
-    assert [work for bundle in found for work in bundle] == works
+    assert [unit for bundle in found for unit in bundle] == units
 
 
 class Units:
@@ -59,11 +63,11 @@ class Units:
     def __init__(self, bad: int) -> None:
         self.bad, self.seen = bad, list[int]()
 
-    def perform(self, work: Work) -> Receipt:
-        self.seen.append(work.block[1])
-        if work.block[1] == self.bad:
+    def perform(self, unit: WorkUnit) -> UnitResult:
+        self.seen.append(unit.block[1])
+        if unit.block[1] == self.bad:
             raise ValueError("not one of ours")
-        return Receipt(work.kind, work.slide.id, work.block, "ok", laps=(Lap(1, 0.0, WHILE / 10),))
+        return UnitResult(unit.kind, unit.slide.id, unit.block, "ok", laps=(Lap(1, 0.0, TARGET_BATCH_SECONDS / 10),))
 
 
 @pytest.fixture
@@ -86,16 +90,16 @@ def test_a_unit_that_raises_takes_none_of_its_bundle_with_it(client: object, mon
     units = Units(bad=17)
     monkeypatch.setattr(steps, "perform", units.perform)
     executor = DaskExecutor(client)
-    waiting = [Work("interpret", TASK, (0, column)) for column in range(30)]
-    found: list[Receipt] = []
+    waiting = [WorkUnit("interpret", TASK, (0, column)) for column in range(30)]
+    found: list[UnitResult] = []
     stop = time.monotonic() + 60
     while len(found) < 30 and time.monotonic() < stop:
         while waiting and executor.room("interpret") > 0:
             executor.start(waiting.pop(0))
-        if receipt := executor.wait(1.0):
-            found.append(receipt)
-    assert sorted(receipt.block[1] for receipt in found) == list(range(30))
-    assert [receipt.block[1] for receipt in found if receipt.status == "failed"] == [17]
+        if result := executor.wait(1.0):
+            found.append(result)
+    assert sorted(result.block[1] for result in found) == list(range(30))
+    assert [result.block[1] for result in found if result.status == "failed"] == [17]
     assert units.seen.count(16) > 1 or units.seen.count(18) > 1, "nothing travelled beside it"
     assert executor.wait(0) is None and executor.room("plan") == executor.room("publish") > 0
 

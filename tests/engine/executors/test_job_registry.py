@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from wsi_mmm.engine.executors import job_registry as rooms
-from wsi_mmm.engine.executors.job_registry import Alive, Board, Note, posted
+from wsi_mmm.engine.executors.job_registry import JobRegistry, JobStatus, LiveJobs, publishing_status
 from wsi_mmm.engine.job import Progress
 from wsi_mmm.errors import Cancelled, ClusterError
 
@@ -45,8 +45,8 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_note_is_read_as_it_was_posted() -> None:
     """By whoever reaches the keeper; a job that nobody posted is a ClusterError."""
-    board = Board(Dict())
-    note = Note("a", "/out", "running", 1, 3, 10, 40, started=5.0, warnings=("w",))
+    board = JobRegistry(Dict())
+    note = JobStatus("a", "/out", "running", 1, 3, 10, 40, started=5.0, warnings=("w",))
     board.post(note)
     assert board.note("a") == note and board.notes() == [note]
     assert board.note("a").progress().fraction == 0.25
@@ -58,13 +58,13 @@ def test_a_note_is_read_as_it_was_posted() -> None:
 
 def test_a_job_that_runs_keeps_its_note_up_to_date_and_hears_a_stop() -> None:
     """Tiles as they are done; once somebody asks, the stop is set; the end is noted."""
-    board, progress, stop = Board(Dict()), Progress(), threading.Event()
-    with pytest.raises(Cancelled), posted(board, Note("a", "/out"), progress, stop):
+    board, progress, stop = JobRegistry(Dict()), Progress(), threading.Event()
+    with pytest.raises(Cancelled), publishing_status(board, JobStatus("a", "/out"), progress, stop):
         _until_stopped(board, progress, stop)
     assert board.note("a").state == "cancelled" and board.note("a").ended > 0
 
 
-def _until_stopped(board: Board, progress: Progress, stop: threading.Event) -> None:
+def _until_stopped(board: JobRegistry, progress: Progress, stop: threading.Event) -> None:
     progress.tiles_done, progress.tiles_total = 7, 9
     time.sleep(0.2)
     assert (board.note("a").state, board.note("a").tiles_done, board.note("a").tries) == ("running", 7, 1)
@@ -75,8 +75,11 @@ def _until_stopped(board: Board, progress: Progress, stop: threading.Event) -> N
 
 def test_how_a_job_failed_is_noted_in_one_line() -> None:
     """The text of whatever ended it."""
-    board = Board(Dict())
-    with pytest.raises(ValueError, match="two"), posted(board, Note("a", "/o"), Progress(), threading.Event()):
+    board = JobRegistry(Dict())
+    with (
+        pytest.raises(ValueError, match="two"),
+        publishing_status(board, JobStatus("a", "/o"), Progress(), threading.Event()),
+    ):
         raise ValueError("two\nlines")
     assert (board.note("a").state, board.note("a").error) == ("failed", "two lines")
 
@@ -90,17 +93,17 @@ def test_a_board_that_is_gone_does_not_stop_the_job() -> None:
                 raise OSError("gone")
             super().set_metadata(key, value)
 
-    with posted(Board(Gone()), Note("a", "/o"), Progress(), threading.Event()):
+    with publishing_status(JobRegistry(Gone()), JobStatus("a", "/o"), Progress(), threading.Event()):
         time.sleep(0.1)
 
 
 def test_only_jobs_whose_beat_goes_on_share_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose process died counts no more after a while; one that has ended, at once."""
     monkeypatch.setattr(rooms, "SILENT", 0.1)
-    board = Board(Dict())
-    alive = Alive(board, "a")
-    notes = [Note(name, "/o", "running") for name in "abc"]
-    for note in [*notes, Note("d", "/o", "done"), Note("e", "/o", "waiting")]:
+    board = JobRegistry(Dict())
+    alive = LiveJobs(board, "a")
+    notes = [JobStatus(name, "/o", "running") for name in "abc"]
+    for note in [*notes, JobStatus("d", "/o", "done"), JobStatus("e", "/o", "waiting")]:
         board.post(note)
     assert alive.running() == {"a", "b", "c"} and alive() == 3
     time.sleep(0.15)
@@ -111,8 +114,8 @@ def test_only_jobs_whose_beat_goes_on_share_the_cluster(monkeypatch: pytest.Monk
 def test_the_oldest_of_many_jobs_are_surplus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that ended first, beyond the number that is remembered; never one that runs."""
     monkeypatch.setattr(rooms, "KEPT", 2)
-    board = Board(Dict())
-    board.post(Note("r", "/o", "running"))
+    board = JobRegistry(Dict())
+    board.post(JobStatus("r", "/o", "running"))
     for n, name in enumerate("abcd"):
-        board.post(Note(name, "/o", "done", ended=10.0 + n))
+        board.post(JobStatus(name, "/o", "done", ended=10.0 + n))
     assert [note.id for note in board.surplus()] == ["a", "b"]

@@ -10,7 +10,7 @@ import pytest
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.monitoring.observe import Hooks
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.units import Receipt, SlideTask, Work
+from wsi_mmm.engine.units import SlideTask, UnitResult, WorkUnit
 from wsi_mmm.timing import Lap
 
 RECIPE = Recipe("default", "hash", (), 0.5, 256, 0)
@@ -26,21 +26,21 @@ def story() -> Callable[[Hooks], None]:
 
 def tell(hooks: Hooks) -> None:
     now = time.time()
-    plan, forward = Work("plan", GOOD), [Work("forward", GOOD, (0, column)) for column in (0, 1)]
-    publish, lost = Work("publish", GOOD), Work("plan", BAD)
-    for work in (plan, lost):
-        hooks.watch(work)
-    hooks.watch(Receipt("plan", "good", (0, 0), "ok", tiles=7, worker="node:1"))
+    plan, forward = WorkUnit("plan", GOOD), [WorkUnit("forward", GOOD, (0, column)) for column in (0, 1)]
+    publish, lost = WorkUnit("publish", GOOD), WorkUnit("plan", BAD)
+    for unit in (plan, lost):
+        hooks.watch(unit)
+    hooks.watch(UnitResult("plan", "good", (0, 0), "ok", tiles=7, worker="node:1"))
     hooks.listener(Event("plan", "good", 0, 7, "7 tiles"))
-    for work in forward:
-        hooks.watch(work)
+    for unit in forward:
+        hooks.watch(unit)
     laps = (Lap(11, now - 2.0, now - 1.5, {"fetch": 0.2, "decode": 0.3}), Lap(12, now - 1.5, now - 1.0, {"model": 0.5}))
     facts = {"worker": "node:1", "bytes_read": 1000, "busy": ((now - 1.5, now - 1.0),)}
-    hooks.watch(Receipt("forward", "good", (0, 0), "partial", tiles=4, failed=((0, 0, 9, 9),), laps=laps, **facts))
-    hooks.watch(Receipt("forward", "good", (0, 1), "cached", tiles=3, worker="node:1", bytes_read=1500))
+    hooks.watch(UnitResult("forward", "good", (0, 0), "partial", tiles=4, failed=((0, 0, 9, 9),), laps=laps, **facts))
+    hooks.watch(UnitResult("forward", "good", (0, 1), "cached", tiles=3, worker="node:1", bytes_read=1500))
     hooks.listener(Event("tile", "good", 7, 7))
-    hooks.watch(Receipt("plan", "bad", (0, 0), "failed", "https://me:hush@host/bad.svs?sig=hush: no answer"))
+    hooks.watch(UnitResult("plan", "bad", (0, 0), "failed", "https://me:hush@host/bad.svs?sig=hush: no answer"))
     hooks.listener(Event("slide", "bad", 1, 2, "failed: https://me:hush@host/bad.svs?sig=hush: no answer"))
     hooks.watch(publish)
-    hooks.watch(Receipt("publish", "good", (0, 0), "ok", objects=42, worker="node:1", bytes_read=1500))
+    hooks.watch(UnitResult("publish", "good", (0, 0), "ok", objects=42, worker="node:1", bytes_read=1500))
     hooks.listener(Event("slide", "good", 2, 2, "partial (1 tiles cannot be read), 42 objects in 7 tiles, 2.0 s"))

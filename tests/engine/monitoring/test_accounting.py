@@ -6,9 +6,9 @@ import pickle
 import time
 from dataclasses import dataclass, field
 
-from wsi_mmm.engine.monitoring.accounting import Ledger
+from wsi_mmm.engine.monitoring.accounting import TimeAccounting
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.units import Receipt, SlideTask, Work
+from wsi_mmm.engine.units import SlideTask, UnitResult, WorkUnit
 from wsi_mmm.timing import STAGES, Lap, lap, spent
 
 TASK = SlideTask("s", "s.svs", "out/s", Recipe("default", "hash", (), 0.5, 256, 0))
@@ -29,17 +29,17 @@ class Run:
     """A ledger that is told of units at set times."""
 
     clock: Clock = field(default_factory=Clock)
-    ledger: Ledger = field(init=False)
+    ledger: TimeAccounting = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(self.clock)
+        self.ledger = TimeAccounting(self.clock)
 
     def unit(self, block: int, start: float, end: float, *laps: Lap, worker: str = "a:1") -> None:
         """A forward work that is started and received at those times."""
         self.clock.now = start
-        self.ledger.watch(Work("forward", TASK, (block, 0)))
+        self.ledger.watch(WorkUnit("forward", TASK, (block, 0)))
         self.clock.now = end
-        self.ledger.watch(Receipt("forward", "s", (block, 0), "ok", tiles=4, laps=laps, worker=worker))
+        self.ledger.watch(UnitResult("forward", "s", (block, 0), "ok", tiles=4, laps=laps, worker=worker))
 
 
 def test_a_workers_stages_add_up_to_its_threads_and_wall_time() -> None:
@@ -71,9 +71,9 @@ def test_a_unit_that_failed_has_waited() -> None:
     """Its receipt knows no laps and no worker: the time is the slide's, and none of its stages'."""
     run = Run()
     run.clock.now = 1.0
-    run.ledger.watch(Work("plan", TASK))
+    run.ledger.watch(WorkUnit("plan", TASK))
     run.clock.now = 4.0
-    run.ledger.watch(Receipt("plan", "s", (0, 0), "failed", "storm"))
+    run.ledger.watch(UnitResult("plan", "s", (0, 0), "failed", "storm"))
     assert run.ledger.slide("s")["waiting"] == 3.0
     assert run.ledger.rows() == []
 
@@ -87,16 +87,16 @@ def test_clocks_that_disagree_give_no_negative_time() -> None:
 
 def test_keeping_the_books_costs_microseconds_a_unit() -> None:
     """Under 50 us of processor time for a work and its receipt, and what travels with it is a few hundred bytes."""
-    ledger, count = Ledger(), 2000
+    ledger, count = TimeAccounting(), 2000
     laps = tuple(Lap(n, 1.0, 2.0, {"fetch": 0.5, "decode": 0.5}) for n in range(3))
     things = [
-        (Work("forward", TASK, (n, 0)), Receipt("forward", "s", (n, 0), "ok", laps=laps, worker="a:1"))
+        (WorkUnit("forward", TASK, (n, 0)), UnitResult("forward", "s", (n, 0), "ok", laps=laps, worker="a:1"))
         for n in range(count)
     ]
     begun = time.thread_time()
-    for work, receipt in things:
-        ledger.watch(work)
-        ledger.watch(receipt)
+    for unit, result in things:
+        ledger.watch(unit)
+        ledger.watch(result)
     assert (time.thread_time() - begun) / count < 50e-6
     assert len(pickle.dumps(things[0][1])) < 900
 

@@ -6,7 +6,7 @@ import pytest
 
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.monitoring.hooks import Hooks, all_of, hidden, status_of
-from wsi_mmm.engine.units import Receipt
+from wsi_mmm.engine.units import UnitResult
 
 
 @pytest.mark.parametrize(
@@ -27,13 +27,13 @@ def test_several_hooks_hear_the_same_in_order() -> None:
     """All of them, one after another; none is needed."""
     heard: list[tuple[int, object]] = []
     hooks = all_of([Hooks(lambda e, n=n: heard.append((n, e)), lambda t, n=n: heard.append((n, t))) for n in (1, 2)])
-    event, receipt = Event("stage", "s"), Receipt("plan", "s", (0, 0), "ok")
+    event, result = Event("stage", "s"), UnitResult("plan", "s", (0, 0), "ok")
     hooks.listener(event)
-    hooks.watch(receipt)
-    assert heard == [(1, event), (2, event), (1, receipt), (2, receipt)]
+    hooks.watch(result)
+    assert heard == [(1, event), (2, event), (1, result), (2, result)]
     nothing = all_of([])
     nothing.listener(event)
-    nothing.watch(receipt)
+    nothing.watch(result)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import pytest
 
 from wsi_mmm.engine.monitoring import metrics, workers
-from wsi_mmm.engine.monitoring.metrics import Book, serving
+from wsi_mmm.engine.monitoring.metrics import MetricsRecorder, serving
 from wsi_mmm.engine.monitoring.observe import Hooks
-from wsi_mmm.engine.units import Receipt
+from wsi_mmm.engine.units import UnitResult
 from wsi_mmm.errors import MissingPackage, OptionError
 from wsi_mmm.timing import Lap
 
@@ -85,20 +85,20 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_busy_share_is_that_of_the_last_minute() -> None:
     """Averaged over the workers that ran a model; what was before the run or a minute ago counts for nothing."""
-    book, now = Book(prometheus_client.CollectorRegistry()), time.time()
+    book, now = MetricsRecorder(prometheus_client.CollectorRegistry()), time.time()
     assert book.share() == 0.0
     book._since = now - 600
     for worker, spans in (("a:1", ((now - 300, now - 45),)), ("b:1", ((now - 30, now - 15), (now - 20, now)))):
-        book.receive(Receipt("forward", "s", (0, 0), "ok", worker=worker, busy=spans))
+        book.receive(UnitResult("forward", "s", (0, 0), "ok", worker=worker, busy=spans))
     assert book.share() == pytest.approx((15 + 30) / 2 / 60, abs=0.01)
 
 
 def test_bytes_are_counted_once_for_each_worker() -> None:
     """Receipts tell what a worker has read of a slide so far; a slide that was opened anew begins at nothing."""
     registry = prometheus_client.CollectorRegistry()
-    book = Book(registry)
+    book = MetricsRecorder(registry)
     for worker, total in (("a:1", 100), ("a:1", 150), ("b:1", 70), ("a:1", 150), ("a:1", 20)):
-        book.receive(Receipt("forward", "s", (0, 0), "ok", worker=worker, bytes_read=total))
+        book.receive(UnitResult("forward", "s", (0, 0), "ok", worker=worker, bytes_read=total))
     assert registry.get_sample_value("wsi_mmm_read_bytes_total") == 150 + 70 + 20
 
 
@@ -108,26 +108,26 @@ def test_a_worker_counts_where_it_serves_metrics(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
     monkeypatch.setattr(workers, "_books", [])
     monkeypatch.delitem(sys.modules, "distributed.worker", raising=False)
-    receipt = Receipt("forward", "s", (0, 0), "ok", tiles=4, worker="a:1")
-    workers.count_here(receipt)
+    result = UnitResult("forward", "s", (0, 0), "ok", tiles=4, worker="a:1")
+    workers.count_here(result)
     assert registry.get_sample_value("wsi_mmm_tiles_total") is None
     monkeypatch.setitem(sys.modules, "distributed.worker", types.ModuleType("distributed.worker"))
-    workers.count_here(receipt)
-    workers.count_here(receipt)
+    workers.count_here(result)
+    workers.count_here(result)
     assert registry.get_sample_value("wsi_mmm_tiles_total") == 8
     assert registry.get_sample_value("wsi_mmm_units_in_flight", {"kind": "forward"}) is None
 
 
 def test_a_unit_costs_microseconds() -> None:
     """Under 50 us of processor time for counting a receipt."""
-    book, count, now = Book(prometheus_client.CollectorRegistry()), 2000, time.time()
+    book, count, now = MetricsRecorder(prometheus_client.CollectorRegistry()), 2000, time.time()
     laps = tuple(Lap(n, 1.0, 2.0, {"fetch": 0.5, "decode": 0.5}) for n in range(3))
     facts = {"tiles": 4, "laps": laps}
-    receipts = [
-        Receipt("forward", f"s{n % 7}", (n, 0), "ok", worker=f"a:{n % 9}", busy=((now + n, now + n + 1),), **facts)
+    results = [
+        UnitResult("forward", f"s{n % 7}", (n, 0), "ok", worker=f"a:{n % 9}", busy=((now + n, now + n + 1),), **facts)
         for n in range(count)
     ]
     begun = time.thread_time()
-    for receipt in receipts:
-        book.receive(receipt)
+    for result in results:
+        book.receive(result)
     assert (time.thread_time() - begun) / count < 50e-6

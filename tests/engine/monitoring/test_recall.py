@@ -10,7 +10,7 @@ from helpers.plans import plan_of
 from wsi_mmm.engine.monitoring import run_report
 from wsi_mmm.engine.monitoring.recall import recall
 from wsi_mmm.engine.scheduler import SlideState
-from wsi_mmm.engine.units import Receipt
+from wsi_mmm.engine.units import UnitResult
 from wsi_mmm.errors import StorageError
 
 
@@ -18,7 +18,7 @@ def test_a_report_is_read_back_as_it_was_saved(tmp_path: Path) -> None:
     """Rows, their extras, the order and the exit code."""
     plan = plan_of(300, 300, 2, 8, 1.0, 0)
     report = run_report.begin(str(tmp_path), plan.slide.recipe, [plan.slide])
-    report.ledger.watch(Receipt("plan", plan.slide.id, (0, 0), "ok"))
+    report.ledger.watch(UnitResult("plan", plan.slide.id, (0, 0), "ok"))
     report.add(SlideState(plan.slide, status="done", plan=plan, tiles=25, started=1.0, ended=3.0))
     report.save()
     back = recall(str(tmp_path), plan.slide.recipe, [plan.slide])

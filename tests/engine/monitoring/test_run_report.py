@@ -10,7 +10,7 @@ import pytest
 from wsi_mmm.engine.monitoring import run_report
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.scheduler import SlideState
-from wsi_mmm.engine.units import Receipt, SlideTask, Work
+from wsi_mmm.engine.units import SlideTask, UnitResult, WorkUnit
 from wsi_mmm.errors import OutputError
 from wsi_mmm.timing import Lap
 
@@ -56,9 +56,9 @@ def test_a_report_says_where_the_time_went(tmp_path: Path) -> None:
     """Per slide and per worker in report.json, the workers as a table in report.html, names of hosts as text."""
     task = SlideTask("s", "s.svs", str(tmp_path / "s"), RECIPE)
     report = run_report.begin(str(tmp_path), RECIPE, [task])
-    report.ledger.watch(Work("forward", task))
+    report.ledger.watch(WorkUnit("forward", task))
     laps = (Lap(1, 10.0, 14.0, {"decode": 3.0, "fetch": 1.0}),)
-    report.ledger.watch(Receipt("forward", "s", (0, 0), "ok", tiles=4, laps=laps, worker="<node>:7"))
+    report.ledger.watch(UnitResult("forward", "s", (0, 0), "ok", tiles=4, laps=laps, worker="<node>:7"))
     report.add(SlideState(task, status="done", tiles=4, started=1.0, ended=3.0))
     report.save()
     found = json.loads((tmp_path / "report.json").read_text())

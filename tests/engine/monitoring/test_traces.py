@@ -13,7 +13,7 @@ from wsi_mmm.engine.monitoring import traces
 from wsi_mmm.engine.monitoring.observe import Hooks
 from wsi_mmm.engine.monitoring.traces import exporter_named, tracing
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.units import SlideTask, Work
+from wsi_mmm.engine.units import SlideTask, WorkUnit
 from wsi_mmm.errors import Cancelled, MissingPackage, OptionError
 
 pytest.importorskip("opentelemetry.sdk")
@@ -82,7 +82,7 @@ def test_a_run_that_is_cut_short_ends_its_spans() -> None:
 
     def run() -> None:
         with tracing(kept) as hooks:
-            hooks.watch(Work("plan", task))
+            hooks.watch(WorkUnit("plan", task))
             raise Cancelled("stopped")
 
     with pytest.raises(Cancelled):

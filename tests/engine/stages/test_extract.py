@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from helpers.plans import plan_of
 from wsi_mmm.cache.shard import SHARD
-from wsi_mmm.engine.plan import SlidePlan, forward_works
+from wsi_mmm.engine.plan import SlidePlan, forward_units
 from wsi_mmm.engine.scheduler import open_street
-from wsi_mmm.engine.stages.decoding import Choice
-from wsi_mmm.engine.stages.extract import SIDE, Rates, extract_works, squares_under, through_pool
-from wsi_mmm.engine.units import Kind, Receipt, Work
+from wsi_mmm.engine.stages.extract import SIDE, Rates, extract_units, squares_under, through_pool
+from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
 
 plans = st.builds(
     plan_of, st.integers(70, 6000), st.integers(70, 6000), st.integers(1, 8), st.sampled_from([0, 8, 32]),
@@ -35,30 +34,29 @@ def touched(plan: SlidePlan, index: np.ndarray) -> set[tuple[int, int]]:
 @given(plans)
 def test_every_shard_under_a_tile_is_brought_in_once(plan: SlidePlan) -> None:
     """By the one work of its square; no other shard is."""
-    shards = [tuple(shard) for work in extract_works(plan) for shard in work.index().tolist()]
+    shards = [tuple(shard) for unit in extract_units(plan) for shard in unit.index().tolist()]
     assert len(shards) == len(set(shards)) and set(shards) == touched(plan, plan.index)
-    for work in extract_works(plan):
-        assert {(row // SIDE, column // SIDE) for row, column in work.index().tolist()} == {work.block}
+    for unit in extract_units(plan):
+        assert {(row // SIDE, column // SIDE) for row, column in unit.index().tolist()} == {unit.block}
 
 
 @given(plans)
 def test_a_forward_waits_for_the_squares_under_its_tiles(plan: SlidePlan) -> None:
     """And each of them is extracted by some work."""
-    made = {work.block for work in extract_works(plan)}
-    for work in forward_works(plan):
-        squares = {(row // SIDE, column // SIDE) for row, column in touched(plan, work.index())}
-        assert squares_under(work) == squares <= made
+    made = {unit.block for unit in extract_units(plan)}
+    for unit in forward_units(plan):
+        squares = {(row // SIDE, column // SIDE) for row, column in touched(plan, unit.index())}
+        assert squares_under(unit) == squares <= made
 
 
 def test_tiles_go_through_a_cache_only_where_there_is_one() -> None:
-    """Not without --cache, not where the device decodes, not on empty glass."""
+    """Not without --cache, not on empty glass."""
     plan = plan_of(600, 600, 2, 8, 1.0, 0)
     assert through_pool(plan) is None
     cached = replace(plan, slide=replace(plan.slide, recipe=replace(plan.slide.recipe, cache="/c")))
     pooled = through_pool(cached)
     assert pooled is not None and pooled.slide.recipe.cache_tiles == "on"
     assert pooled.slide.recipe.result_hash() == cached.slide.recipe.result_hash()
-    assert through_pool(replace(cached, decode=Choice("device", ""))) is None
     assert through_pool(replace(cached, index=cached.index[:0])) is None
 
 
@@ -75,22 +73,22 @@ class Recorder:
     pools = (2, True)
 
     def __init__(self, plan: SlidePlan, read: float) -> None:
-        self.plan, self.read, self.works, self.flying = plan, read, [], []
+        self.plan, self.read, self.units, self.flying = plan, read, [], []
 
     def room(self, kind: Kind) -> int:
         return 1 - len(self.flying)
 
-    def start(self, work: Work) -> None:
-        self.flying.append(work)
-        self.works.append(work)
+    def start(self, unit: WorkUnit) -> None:
+        self.flying.append(unit)
+        self.units.append(unit)
 
-    def wait(self, timeout: float) -> Receipt | None:
-        work = self.flying.pop()
-        base = Receipt(work.kind, work.slide.id, work.block, "ok")
-        if work.kind == "plan":
-            return replace(base, payload=replace(self.plan, slide=work.slide))
-        if work.kind == "forward":
-            tiles = len(work.index())
+    def wait(self, timeout: float) -> UnitResult | None:
+        unit = self.flying.pop()
+        base = UnitResult(unit.kind, unit.slide.id, unit.block, "ok")
+        if unit.kind == "plan":
+            return replace(base, payload=replace(self.plan, slide=unit.slide))
+        if unit.kind == "forward":
+            tiles = len(unit.index())
             return replace(base, tiles=tiles, stages={"read": tiles * self.read, "model": tiles * 0.01})
         return base
 
@@ -103,11 +101,11 @@ def kinds(placement: str, read: float = 0.02) -> dict[str, list[str]]:
     plan = plan_of(900, 900, 2, 8, 1.0, 0)
     recipe = replace(plan.slide.recipe, cache="/c")
     executor = Recorder(plan, read)
-    street = open_street([replace(plan.slide, id=f"s{n}", recipe=recipe) for n in range(6)], placement=placement)
-    assert all(state.status == "done" for state in street.run(executor))
+    scheduler = open_street([replace(plan.slide, id=f"s{n}", recipe=recipe) for n in range(6)], placement=placement)
+    assert all(state.status == "done" for state in scheduler.run(executor))
     found: dict[str, list[str]] = {}
-    for work in executor.works:
-        found.setdefault(work.slide.id, []).append(work.kind)
+    for unit in executor.units:
+        found.setdefault(unit.slide.id, []).append(unit.kind)
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from helpers.plans import plan_of
 from wsi_mmm.cache import ArraySpec, Entry
-from wsi_mmm.engine.plan import SlidePlan, forward_works
+from wsi_mmm.engine.plan import SlidePlan, forward_units
 from wsi_mmm.engine.stages import context, slide_level
 from wsi_mmm.model import bagging
 from wsi_mmm.tasks.classify import Classify
@@ -25,9 +25,9 @@ def filled(plan: SlidePlan, folder: Path) -> tuple[Entry, F32]:
     wanted = np.random.default_rng(0).normal(size=(len(plan.index), 5)).astype(np.float32)
     entry = Entry(str(folder), plan.grid.rows, plan.grid.columns, plan.slide.recipe.block_tiles)
     place = {tuple(tile): i for i, tile in enumerate(plan.index.tolist())}
-    for work in forward_works(plan):
-        rows = [place[tuple(tile)] for tile in work.index().tolist()]
-        entry.write_block(ArraySpec("features", (5,), "float32"), work.index(), wanted[rows])
+    for unit in forward_units(plan):
+        rows = [place[tuple(tile)] for tile in unit.index().tolist()]
+        entry.write_block(ArraySpec("features", (5,), "float32"), unit.index(), wanted[rows])
     return entry, wanted
 
 
@@ -72,4 +72,4 @@ def test_tiles_that_cannot_be_read_have_no_say(tmp_path: Path, monkeypatch: pyte
 def test_answers_are_words_and_numbers_that_json_has() -> None:
     """Class names, the shortest digits of float32, null for what is none."""
     columns = {"t": np.array([-1], np.int32), "t:a": np.array([0.1], np.float32), "r": np.array([np.nan], np.float32)}
-    assert slide_level.told(columns, ("a",)) == {"t": None, "t:a": 0.1, "r": None}
+    assert slide_level.json_row(columns, ("a",)) == {"t": None, "t:a": 0.1, "r": None}

@@ -69,9 +69,9 @@ def test_results_of_another_slide_are_not_replaced(task: SlideTask) -> None:
 
 def test_a_published_slide_leaves_no_scratch_and_others_notice(task: SlideTask) -> None:
     """Even the empty folders go; a run that still needs them says so in place of reading blanks."""
-    work = Path(task.scratch) / "cache" / "maps"
-    work.mkdir(parents=True)
-    (work / "0").write_bytes(b"x")
+    unit = Path(task.scratch) / "cache" / "maps"
+    unit.mkdir(parents=True)
+    (unit / "0").write_bytes(b"x")
     Path(workdir.plan_uri(task)).write_bytes(b"x")
     steps.check_kept(task)
     steps.remove_scratch(task)

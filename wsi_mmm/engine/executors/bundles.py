@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from wsi_mmm.engine.units import Kind, Receipt, Work
+from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
 
-WHILE = 0.5  # seconds that a bundle takes, so that the last one of a run is not waited for
-MOST = 16  # units in a bundle
+TARGET_BATCH_SECONDS = 0.5  # seconds that a bundle takes, so that the last one of a run is not waited for
+MAX_BATCH_UNITS = 16  # units in a bundle
 WEIGHT = 0.05  # of a new receipt, beside those before
 
 
@@ -22,18 +22,18 @@ class Pace:
 
     seconds: dict[Kind, float] = field(default_factory=dict)
 
-    def learn(self, receipt: Receipt) -> None:
+    def learn(self, result: UnitResult) -> None:
         """Take in how long a unit took."""
-        took = sum(lap.end - lap.start for lap in receipt.laps)
+        took = sum(lap.end - lap.start for lap in result.laps)
         if took > 0:
-            before = self.seconds.get(receipt.kind, took)
-            self.seconds[receipt.kind] = before + WEIGHT * (took - before)
+            before = self.seconds.get(result.kind, took)
+            self.seconds[result.kind] = before + WEIGHT * (took - before)
 
     def size(self, kind: Kind) -> int:
         """Units of a kind that go together; one while nothing is known of them."""
-        return min(MOST, max(1, int(WHILE / self.seconds.get(kind, WHILE))))
+        return min(MAX_BATCH_UNITS, max(1, int(TARGET_BATCH_SECONDS / self.seconds.get(kind, TARGET_BATCH_SECONDS))))
 
 
-def bundled(works: Sequence[Work], size: int) -> list[list[Work]]:
+def bundled(units: Sequence[WorkUnit], size: int) -> list[list[WorkUnit]]:
     """In their order, so many in each; the last bundle may be smaller."""
-    return [list(works[start : start + size]) for start in range(0, len(works), size)]
+    return [list(units[start : start + size]) for start in range(0, len(units), size)]

@@ -29,12 +29,22 @@ from wsi_mmm._version import __version__
 from wsi_mmm.engine.executors import isolated, wire
 from wsi_mmm.engine.executors.bundles import Pace, bundled
 from wsi_mmm.engine.executors.isolated import named
-from wsi_mmm.engine.executors.pools import FIRST, MODELS, POOLS, READERS, SPECK, Pool, WorkerFacts, labelled, pool_of
+from wsi_mmm.engine.executors.pools import (
+    FIRST,
+    LABEL_RESOURCE,
+    MODELS,
+    POOLS,
+    READERS,
+    Pool,
+    WorkerFacts,
+    labelled,
+    pool_of,
+)
 from wsi_mmm.engine.executors.threads import failure
 from wsi_mmm.engine.executors.tls import Tls
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.stages import steps
-from wsi_mmm.engine.units import Kind, Receipt, Work
+from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
 from wsi_mmm.errors import ClusterError, WsiError
 from wsi_mmm.storage import store
 from wsi_mmm.storage.outage import patiently
@@ -49,22 +59,22 @@ SAID = 20  # messages that a client keeps for whoever debugs it; Dask's 1,000 ar
 RECIPES = "wsi-mmm-recipes"  # where the scheduler keeps them, by key
 
 
-def perform(bundle: bytes) -> list[Receipt]:
+def perform(bundle: bytes) -> list[UnitResult]:
     """What a worker does; ``bundle``: a work a line. Errors of ours are receipts; of others, Dask tries once more."""
-    return [_done(lambda work: patiently(steps.perform, work), line) for line in bundle.split(b"\n")]
+    return [_done(lambda unit: patiently(steps.perform, unit), line) for line in bundle.split(b"\n")]
 
 
-def perform_alone(bundle: bytes) -> list[Receipt]:
+def perform_alone(bundle: bytes) -> list[UnitResult]:
     """The same in processes of their own: what kills such a one leaves the worker alive, and is a receipt."""
     return [_done(isolated.perform, line) for line in bundle.split(b"\n")]
 
 
-def _done(step: Callable[[Work], Receipt], line: bytes) -> Receipt:
-    work = wire.unpacked(line, _recipe_there)
+def _done(step: Callable[[WorkUnit], UnitResult], line: bytes) -> UnitResult:
+    unit = wire.unpacked(line, _recipe_there)
     try:
-        return wire.light(step(work))
+        return wire.light(step(unit))
     except WsiError as error:
-        return failure(work, error)
+        return failure(unit, error)
 
 
 def _recipe_there(key: str) -> str | None:
@@ -89,13 +99,13 @@ class DaskExecutor:
         jobs: Callable[[], int] | None = None,
     ) -> None:
         self.client = self._client = client
-        self.jobs, self.posted = jobs or (lambda: 1), jobs is not None or cluster is not None
+        self.jobs, self.publishing_status = jobs or (lambda: 1), jobs is not None or cluster is not None
         self._cluster, self._owned = cluster, owned
         self._token, self._number = uuid.uuid4().hex[:8], itertools.count()
         self._results: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
-        self._outbox: dict[Kind, list[Work]] = {}
-        self._inbox: deque[Receipt] = deque()
-        self._flying: dict[Future[Any], list[Work]] = {}
+        self._outbox: dict[Kind, list[WorkUnit]] = {}
+        self._inbox: deque[UnitResult] = deque()
+        self._flying: dict[Future[Any], list[WorkUnit]] = {}
         self._pace = Pace()
         self._suspects: set[str] = set()
         self._taken = dict.fromkeys(POOLS, 0)
@@ -132,7 +142,10 @@ class DaskExecutor:
         fit = {name: facts for name, facts in self._workers.items() if name not in self._unfit}
         models = labelled(fit.values(), MODELS)
         readers = labelled(fit.values(), READERS)
-        self._needs = {"model": {MODELS: SPECK} if models else None, "read": {READERS: SPECK} if readers else None}
+        self._needs = {
+            "model": {MODELS: LABEL_RESOURCE} if models else None,
+            "read": {READERS: LABEL_RESOURCE} if readers else None,
+        }
         chosen = {"model": models or fit.values(), "read": readers or fit.values(), "rest": fit.values()}
         threads = {pool: sum(worker.threads for worker in chosen[pool]) for pool in POOLS}
         self.pools = max((worker.threads for worker in chosen["model"]), default=1), bool(models or readers)
@@ -163,14 +176,14 @@ class DaskExecutor:
     def room(self, kind: Kind) -> int:
         """Room in the free places: what is at a worker or waits for one is bounded, however much there is to do."""
         pool, size = pool_of(kind), self._pace.size
-        waiting = sum(len(works) / size(one) for one, works in self._outbox.items() if pool_of(one) == pool)
+        waiting = sum(len(units) / size(one) for one, units in self._outbox.items() if pool_of(one) == pool)
         return int((max(1, self._places[pool]) - self._taken[pool] - waiting) * size(kind))
 
-    def start(self, work: Work) -> None:
+    def start(self, unit: WorkUnit) -> None:
         """Put a work where the next ``wait`` sends it from."""
-        self._outbox.setdefault(work.kind, []).append(work)
+        self._outbox.setdefault(unit.kind, []).append(unit)
 
-    def wait(self, timeout: float) -> Receipt | None:
+    def wait(self, timeout: float) -> UnitResult | None:
         """The next receipt, or None after ``timeout`` seconds; ClusterError when the scheduler is gone."""
         if not self._inbox:
             for kind in list(self._outbox):
@@ -180,14 +193,14 @@ class DaskExecutor:
 
     # ------------------------------------------------------------ to the scheduler
 
-    def _send(self, function: Callable[[bytes], list[Receipt]], bundles: list[list[Work]]) -> None:
+    def _send(self, function: Callable[[bytes], list[UnitResult]], bundles: list[list[WorkUnit]]) -> None:
         """Works of one kind, in one message; a worker that dies is replaced, and what it had is done again."""
         kind = bundles[0][0].kind
         futures = self._client.map(
             function,
-            [b"\n".join(wire.packed(work, self._recipe_key(work.slide.recipe)) for work in works) for works in bundles],
+            [b"\n".join(wire.packed(unit, self._recipe_key(unit.slide.recipe)) for unit in units) for units in bundles],
             # Of a few names, whatever the number of slides: the scheduler never forgets one.
-            key=[(kind, f"{work.slide.id} {work.block[0]}-{work.block[1]}", self._unique()) for work, *_ in bundles],
+            key=[(kind, f"{unit.slide.id} {unit.block[0]}-{unit.block[1]}", self._unique()) for unit, *_ in bundles],
             pure=False,
             retries=1,
             workers=self._fit_workers(),
@@ -195,15 +208,15 @@ class DaskExecutor:
             priority=FIRST[kind],
         )
         self._taken[pool_of(kind)] += len(bundles)
-        for future, works in zip(futures, bundles, strict=True):
-            self._flying[future] = works
+        for future, units in zip(futures, bundles, strict=True):
+            self._flying[future] = units
             future.add_done_callback(self._results.put)
 
-    def _landed(self, future: Future[Any]) -> list[Work]:
+    def _landed(self, future: Future[Any]) -> list[WorkUnit]:
         """The works of a bundle that is on its way no more."""
-        works = self._flying.pop(future)
-        self._taken[pool_of(works[0].kind)] -= 1
-        return works
+        units = self._flying.pop(future)
+        self._taken[pool_of(units[0].kind)] -= 1
+        return units
 
     def _unique(self) -> str:
         return f"{self._token}-{next(self._number)}"
@@ -230,10 +243,10 @@ class DaskExecutor:
         if self._client.status == "running":
             self._look()
         good = [future for future in done if future.status == "finished"]
-        for future, receipts in zip(good, self._fetched(good), strict=False):
-            for receipt, work in zip(receipts, self._landed(future), strict=True):
-                self._pace.learn(receipt)
-                self._inbox.append(wire.whole(receipt, work.slide))
+        for future, results in zip(good, self._fetched(good), strict=False):
+            for result, unit in zip(results, self._landed(future), strict=True):
+                self._pace.learn(result)
+                self._inbox.append(wire.whole(result, unit.slide))
         for future in done:
             if future.status == "error":
                 self._erred(future)
@@ -250,7 +263,7 @@ class DaskExecutor:
                 found.append(self._results.get_nowait())
         return found
 
-    def _fetched(self, futures: list[Future[Any]]) -> list[list[Receipt]]:
+    def _fetched(self, futures: list[Future[Any]]) -> list[list[UnitResult]]:
         """The receipts of each; none when some worker that had one is gone."""
         if not futures:
             return []
@@ -264,15 +277,15 @@ class DaskExecutor:
 
     def _erred(self, future: Future[Any]) -> None:
         """A work that raised by itself has failed; those whose workers died are done in processes of their own."""
-        works, error = self._landed(future), future.exception(timeout=10 * GATHER)
-        died, names = isinstance(error, KilledWorker), {work.name for work in works}
-        if len(works) > 1 or (died and not names & self._suspects):
+        units, error = self._landed(future), future.exception(timeout=10 * GATHER)
+        died, names = isinstance(error, KilledWorker), {unit.name for unit in units}
+        if len(units) > 1 or (died and not names & self._suspects):
             self._suspects |= names if died else set()
-            self._send(perform_alone if died else perform, bundled(works, 1))
+            self._send(perform_alone if died else perform, bundled(units, 1))
             return
         if died:
-            error = ClusterError(f"{named(works[0])}: every worker that tried it died; out of memory?")
-        self._inbox.append(failure(works[0], error))
+            error = ClusterError(f"{named(units[0])}: every worker that tried it died; out of memory?")
+        self._inbox.append(failure(units[0], error))
 
     def close(self, *, cancel: bool = False) -> None:
         """Drop what has not begun when cancelling; end the processes this executor started."""

@@ -20,8 +20,8 @@ from distributed.scheduler import KilledWorker
 
 from wsi_mmm.engine.events import Listener
 from wsi_mmm.engine.executors.dask import DaskExecutor, client_of, workers_of
-from wsi_mmm.engine.executors.job_registry import EVERY, Alive, Board, Note, new_id, posted
-from wsi_mmm.engine.executors.pools import SPECK
+from wsi_mmm.engine.executors.job_registry import EVERY, JobRegistry, JobStatus, LiveJobs, new_id, publishing_status
+from wsi_mmm.engine.executors.pools import LABEL_RESOURCE
 from wsi_mmm.engine.executors.tls import Tls
 from wsi_mmm.engine.job import Progress
 from wsi_mmm.errors import Cancelled, ClusterError, WsiError
@@ -33,14 +33,14 @@ BOOKS = "BOOKS"
 URGENT = 100  # before all works: a job that has begun shares the cluster with the others
 BEGUN = 3.0  # seconds that a job which somebody cancels may take to hear of it
 
-Work = Callable[[DaskExecutor, Listener, threading.Event], T]
+JobFunction = Callable[[DaskExecutor, Listener, threading.Event], T]
 
 
 @dataclass(frozen=True, slots=True)
-class Errand(Generic[T]):
+class JobSpec(Generic[T]):
     """What a job does on its executor, and how its result is found again when the worker that held it is gone."""
 
-    work: Work[T]
+    run: JobFunction[T]
     recall: Callable[[], T]
 
 
@@ -52,11 +52,11 @@ class Outcome(Generic[T]):
     error: WsiError | None = None
 
 
-def _keep_books(name: str, errand: Errand[T]) -> Outcome[T]:
+def _keep_books(name: str, errand: JobSpec[T]) -> Outcome[T]:
     """What the worker does that keeps a job's books."""
     client = get_client()
     secede()
-    board, progress, stop = Board(client), Progress(), threading.Event()
+    board, progress, stop = JobRegistry(client), Progress(), threading.Event()
     note = board.note(name)
     try:
         if note.over:
@@ -64,25 +64,25 @@ def _keep_books(name: str, errand: Errand[T]) -> Outcome[T]:
         note = replace(note, where=f"{os.uname().nodename}:{os.getpid()}")
         if board.asked_to_stop(name):
             stop.set()
-        with posted(board, note, progress, stop):
-            executor = DaskExecutor(client, jobs=Alive(board, name))
-            return Outcome(errand.work(executor, progress.hear, stop))
+        with publishing_status(board, note, progress, stop):
+            executor = DaskExecutor(client, jobs=LiveJobs(board, name))
+            return Outcome(errand.run(executor, progress.hear, stop))
     except WsiError as error:
         return Outcome(error=error)
 
 
-def launch(client: Client, output: str, slides: int, errand: Errand[T]) -> ClusterJob[T]:
+def launch(client: Client, output: str, slides: int, errand: JobSpec[T]) -> ClusterJob[T]:
     """Begin a job on the cluster; returns at once. ClusterError when the cluster cannot do it."""
     DaskExecutor(client)  # says what is wrong with the workers
-    board = Board(client)
+    board = JobRegistry(client)
     for old in board.surplus():
         ClusterJob(client, old.id).forget()
-    note = Note(new_id(), output, slides_total=slides)
+    note = JobStatus(new_id(), output, slides_total=slides)
     board.post(note)
     apart = any(BOOKS in facts.resources for facts in workers_of(client).values())
     future = client.submit(
         _keep_books, note.id, errand, key=_key(note.id), pure=False, priority=URGENT,
-        resources={BOOKS: SPECK} if apart else None,
+        resources={BOOKS: LABEL_RESOURCE} if apart else None,
     )  # fmt: skip
     client.publish_dataset(future, name=_key(note.id))
     return ClusterJob(client, note.id)
@@ -100,10 +100,10 @@ class ClusterJob(Generic[T]):
     id: str
 
     @property
-    def note(self) -> Note:
+    def note(self) -> JobStatus:
         """How it stands. ClusterError when nobody knows it any more."""
         with _said():
-            return Board(self.client).note(self.id)
+            return JobRegistry(self.client).note(self.id)
 
     @property
     def progress(self) -> Progress:
@@ -115,9 +115,9 @@ class ClusterJob(Generic[T]):
         """It has ended, well or not."""
         return self.note.over or self._future().status in ("error", "cancelled")
 
-    def watch(self, every: float = EVERY) -> Iterator[Note]:
+    def watch(self, every: float = EVERY) -> Iterator[JobStatus]:
         """Its note now, whenever it has changed, and when it has ended."""
-        shown: Note | None = None
+        shown: JobStatus | None = None
         while True:
             note = self.note
             if shown is None or replace(note, beat=0) != replace(shown, beat=0):
@@ -146,7 +146,7 @@ class ClusterJob(Generic[T]):
     def cancel(self) -> None:
         """Ask it to stop; what is done stays, and submitting the same again resumes. Returns soon."""
         with _said():
-            board = Board(self.client)
+            board = JobRegistry(self.client)
             board.ask_to_stop(self.id)
             until = time.monotonic() + BEGUN
             while board.note(self.id).state == "waiting":
@@ -162,7 +162,7 @@ class ClusterJob(Generic[T]):
                 self.cancel()
             with contextlib.suppress(KeyError):
                 self.client.unpublish_dataset(_key(self.id))
-            Board(self.client).forget(self.id)
+            JobRegistry(self.client).forget(self.id)
 
     def _future(self) -> Future[Outcome[T]]:
         try:
@@ -179,7 +179,7 @@ class ClusterJob(Generic[T]):
             if future is not None and future.status in ("error", "cancelled"):
                 future.result(timeout=10)
 
-    def _tell(self, note: Note) -> None:
+    def _tell(self, note: JobStatus) -> None:
         if note.state == "cancelled":
             raise Cancelled("cancelled; submit the same again to resume")
         if note.state == "failed":
@@ -210,13 +210,13 @@ def job_of(client: Client | str, name: str, *, tls: Tls | None = None) -> Cluste
     return job
 
 
-def notes_of(client: Client | str, *, tls: Tls | None = None) -> list[tuple[Note, bool]]:
+def notes_of(client: Client | str, *, tls: Tls | None = None) -> list[tuple[JobStatus, bool]]:
     """All jobs that a cluster knows; whether each is alive or has ended (else whoever ran it is gone).
 
     Takes some seconds where one says that it runs.
     """
     with _said():
-        board = Board(client_of(client, tls=tls))
+        board = JobRegistry(client_of(client, tls=tls))
         before = {note.id: note.beat for note in board.notes() if note.state == "running"}
         if before:
             time.sleep(2.5 * EVERY)

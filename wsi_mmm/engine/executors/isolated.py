@@ -12,13 +12,13 @@ import subprocess
 import sys
 from multiprocessing.connection import Connection
 
-from wsi_mmm.engine.units import Receipt, Work
+from wsi_mmm.engine.units import UnitResult, WorkUnit
 from wsi_mmm.errors import ClusterError
 
 _PROGRAM = "import sys; from wsi_mmm.engine.executors.isolated import serve; serve(*map(int, sys.argv[1:]))"
 
 
-def perform(work: Work) -> Receipt:
+def perform(unit: WorkUnit) -> UnitResult:
     """The receipt of a work, done in a new process. ClusterError when that process dies of it."""
     here, there = os.pipe(), os.pipe()
     with Connection(there[0], writable=False) as back, Connection(here[1], readable=False) as forth:
@@ -27,12 +27,12 @@ def perform(work: Work) -> Receipt:
         os.close(here[0])
         os.close(there[1])
         try:
-            forth.send(work)
-            receipt: Receipt = back.recv()
+            forth.send(unit)
+            result: UnitResult = back.recv()
         except (EOFError, OSError) as error:
-            raise ClusterError(f"{named(work)}: {ending(process.wait())}, after every worker that tried it") from error
+            raise ClusterError(f"{named(unit)}: {ending(process.wait())}, after every worker that tried it") from error
     process.wait()
-    return receipt
+    return result
 
 
 def serve(source: int, sink: int) -> None:
@@ -42,11 +42,11 @@ def serve(source: int, sink: int) -> None:
     from wsi_mmm.storage.outage import patiently
 
     with Connection(source, writable=False) as hear, Connection(sink, readable=False) as answer:
-        work: Work = hear.recv()
+        unit: WorkUnit = hear.recv()
         try:
-            answer.send(patiently(steps.perform, work))
+            answer.send(patiently(steps.perform, unit))
         except Exception as error:  # noqa: BLE001  (told in the receipt)
-            answer.send(failure(work, error))
+            answer.send(failure(unit, error))
 
 
 def ending(code: int) -> str:
@@ -58,6 +58,6 @@ def ending(code: int) -> str:
     return f"its process ended with code {code}"
 
 
-def named(work: Work) -> str:
+def named(unit: WorkUnit) -> str:
     """A work as errors name it; the slide stands beside."""
-    return f"{work.kind} of block {work.block[0]}-{work.block[1]}" if work.grid else work.kind
+    return f"{unit.kind} of block {unit.block[0]}-{unit.block[1]}" if unit.grid else unit.kind

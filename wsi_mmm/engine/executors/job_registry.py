@@ -26,7 +26,7 @@ KEPT = 50  # jobs that have ended and are remembered
 SPOKEN = 20  # warnings that a note carries
 
 
-class Keeper(Protocol):
+class MetadataClient(Protocol):
     """What keeps the board: a Dask client, by which the scheduler does."""
 
     def get_metadata(self, keys: list[str], default: Any = None) -> Any:
@@ -37,7 +37,7 @@ class Keeper(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class JobStatus:
     """How a job stands. ``started``, ``ended``: epoch seconds where it runs, 0 when not yet; ``error``: one line.
 
     ``tries``: how often it was begun: again when the worker that ran it died. ``where``: host:pid of who runs it.
@@ -67,7 +67,7 @@ class Note:
         """As a job in this process would show it."""
         return Progress(self.tiles_done, self.tiles_total, self.slides_done, self.slides_total, list(self.warnings))
 
-    def of(self, progress: Progress) -> Note:
+    def of(self, progress: Progress) -> JobStatus:
         """The note with the numbers of now."""
         return replace(
             self, tiles_done=progress.tiles_done, tiles_total=progress.tiles_total, slides_done=progress.slides_done,
@@ -81,23 +81,23 @@ def new_id() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
+class JobRegistry:
     """The notes of all jobs of a cluster."""
 
-    keeper: Keeper
+    keeper: MetadataClient
 
-    def post(self, note: Note) -> None:
+    def post(self, note: JobStatus) -> None:
         """Put a note in the place of an earlier one of that job."""
         self.keeper.set_metadata([JOBS, note.id, "note"], {**asdict(note), "warnings": list(note.warnings)})
 
-    def note(self, name: str) -> Note:
+    def note(self, name: str) -> JobStatus:
         """The note of a job. ClusterError when there is none."""
         found = self.keeper.get_metadata([JOBS], default={}).get(name)
         if not found or "note" not in found:
             raise ClusterError(f"there is no job {name!r} on this cluster; its scheduler knows those of 'jobs list'")
         return _note(found["note"])
 
-    def notes(self) -> list[Note]:
+    def notes(self) -> list[JobStatus]:
         """Those of all jobs, the oldest first."""
         kept = self.keeper.get_metadata([JOBS], default={}).values()
         return sorted(
@@ -118,21 +118,21 @@ class Board:
         """Take the note away."""
         self.keeper.set_metadata([JOBS, name], None)
 
-    def surplus(self) -> list[Note]:
+    def surplus(self) -> list[JobStatus]:
         """Jobs that ended longest ago, beyond those that are remembered."""
         over = sorted((note for note in self.notes() if note.over), key=lambda note: note.ended)
         return over[: max(0, len(over) - KEPT)]
 
 
-def _note(raw: dict[str, Any]) -> Note:
-    known = {field.name for field in fields(Note)}
-    return Note(**{**{k: v for k, v in raw.items() if k in known}, "warnings": tuple(raw.get("warnings", ()))})
+def _note(raw: dict[str, Any]) -> JobStatus:
+    known = {field.name for field in fields(JobStatus)}
+    return JobStatus(**{**{k: v for k, v in raw.items() if k in known}, "warnings": tuple(raw.get("warnings", ()))})
 
 
-class Alive:
+class LiveJobs:
     """Which jobs are alive, as seen from here: those whose beat went on in the last SILENT seconds."""
 
-    def __init__(self, board: Board, own: str = "") -> None:
+    def __init__(self, board: JobRegistry, own: str = "") -> None:
         self._board, self._own = board, own
         self._seen: dict[str, tuple[int, float]] = {}
 
@@ -154,7 +154,7 @@ class Alive:
 
 
 @contextmanager
-def posted(board: Board, note: Note, progress: Progress, stop: threading.Event) -> Iterator[None]:
+def publishing_status(board: JobRegistry, note: JobStatus, progress: Progress, stop: threading.Event) -> Iterator[None]:
     """While the context lasts the job's note is kept up to date, and ``stop`` is set when somebody asks for it.
 
     In the end the note says how it ended, by the exception that left the context.
@@ -185,7 +185,7 @@ def posted(board: Board, note: Note, progress: Progress, stop: threading.Event) 
 
 
 def _keep_posting(
-    board: Board, note: list[Note], progress: Progress, stop: threading.Event, ended: threading.Event
+    board: JobRegistry, note: list[JobStatus], progress: Progress, stop: threading.Event, ended: threading.Event
 ) -> None:
     while not ended.wait(EVERY):
         note[0] = note[0].of(progress)
@@ -195,7 +195,7 @@ def _keep_posting(
             stop.set()
 
 
-def _try_to_post(board: Board, note: Note) -> bool:
+def _try_to_post(board: JobRegistry, note: JobStatus) -> bool:
     """A board that is gone is told by what the job itself does on the cluster."""
     try:
         board.post(note)

@@ -12,7 +12,7 @@ MODELS = "GPU"
 """The Dask resource of workers that run models. Where some have it, the others do everything else."""
 READERS = "CPU"
 """That of workers which only read, for the placement "pool"; where no worker has it, all others do that."""
-SPECK = 1e-6  # of a resource that says what a worker is for, and not how much it can do at once
+LABEL_RESOURCE = 1e-6  # of a resource that says what a worker is for, and not how much it can do at once
 
 Pool = Literal["model", "read", "rest"]
 POOLS: tuple[Pool, ...] = ("model", "read", "rest")

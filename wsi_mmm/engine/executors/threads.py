@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.stages import ahead, context, steps
-from wsi_mmm.engine.units import Kind, Receipt, Work
+from wsi_mmm.engine.stages import context, steps
+from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
 from wsi_mmm.errors import WsiError
 from wsi_mmm.host_tuning import short_turns
 from wsi_mmm.storage.outage import patiently
@@ -27,7 +27,7 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class LocalExecutor:
+class ThreadsExecutor:
     """Works run here and now, by two readers, the Runner's own model threads, and two finishers."""
 
     def __init__(self, recipe: Recipe, *, readers: int = 2, finishers: int = 2) -> None:
@@ -35,7 +35,7 @@ class LocalExecutor:
         self._reading = ThreadPoolExecutor(max(1, readers), "read")
         self._computing = ThreadPoolExecutor(self.models, "model")
         self._finishing = ThreadPoolExecutor(max(1, finishers), "finish")
-        self._results: queue.SimpleQueue[Receipt] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[UnitResult] = queue.SimpleQueue()
         self._flying: dict[str, int] = {"forward": 0, "other": 0}
         self._limits = {"forward": self.models + max(1, readers) + 1, "other": max(1, finishers) + 1}
         self._stopped = threading.Event()
@@ -48,24 +48,23 @@ class LocalExecutor:
         name = "forward" if kind == "forward" else "other"
         return self._limits[name] - self._flying[name]
 
-    def start(self, work: Work) -> None:
+    def start(self, unit: WorkUnit) -> None:
         """Send a work on its way through the pools."""
-        self._flying["forward" if work.kind == "forward" else "other"] += 1
-        self._load(work)
-        if work.kind == "forward":
+        self._flying["forward" if unit.kind == "forward" else "other"] += 1
+        self._load()
+        if unit.kind == "forward":
             stations = [(self._reading, steps.read), (self._computing, steps.compute), (self._finishing, steps.write)]
-            self._chain(work, work, stations)
+            self._chain(unit, unit, stations)
         else:
-            self._chain(work, work, [(self._finishing, steps.perform)])
+            self._chain(unit, unit, [(self._finishing, steps.perform)])
 
-    def _load(self, first: Work) -> None:
+    def _load(self) -> None:
         """Load the model, which takes as long as finding the tissue of the first slide: do both at once."""
         if self._recipe is not None:
             recipe, self._recipe = self._recipe, None
-            ahead.begin(first.slide)  # before there are threads
             self._computing.submit(_quietly, context.runner_of, recipe)
 
-    def _chain(self, work: Work, value: Any, stations: list[tuple[ThreadPoolExecutor, Any]]) -> None:
+    def _chain(self, unit: WorkUnit, value: Any, stations: list[tuple[ThreadPoolExecutor, Any]]) -> None:
         (pool, step), rest = stations[0], stations[1:]
 
         def station() -> None:
@@ -74,24 +73,24 @@ class LocalExecutor:
             try:
                 result = patiently(step, value, stopped=self._stopped)
             except BaseException as error:  # noqa: BLE001  (a failed work is a receipt: no thread ends unseen)
-                self._results.put(failure(work, error))
+                self._results.put(failure(unit, error))
                 return
             if rest:
-                self._chain(work, result, rest)
+                self._chain(unit, result, rest)
             else:
                 self._results.put(result)
 
         if not self._stopped.is_set():
             pool.submit(station)
 
-    def wait(self, timeout: float) -> Receipt | None:
+    def wait(self, timeout: float) -> UnitResult | None:
         """The next receipt, or None after ``timeout`` seconds."""
         try:
-            receipt = self._results.get(timeout=timeout)
+            result = self._results.get(timeout=timeout)
         except queue.Empty:
             return None
-        self._flying["forward" if receipt.kind == "forward" else "other"] -= 1
-        return receipt
+        self._flying["forward" if result.kind == "forward" else "other"] -= 1
+        return result
 
     def close(self, *, cancel: bool = False) -> None:
         """End the pools; what runs now is let to its end."""
@@ -99,16 +98,15 @@ class LocalExecutor:
         for pool in (self._reading, self._computing, self._finishing):
             pool.shutdown(wait=True, cancel_futures=cancel)
         self._turns.close()
-        ahead.end()
         context.release(models=False)
 
 
-def failure(work: Work, error: BaseException) -> Receipt:
+def failure(unit: WorkUnit, error: BaseException) -> UnitResult:
     """The receipt of a work that raised. Our own errors speak for themselves; others bring their traceback."""
     known = isinstance(error, WsiError)
     text = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
     detail = "" if known else "".join(traceback.format_exception(error))
-    return Receipt(work.kind, work.slide.id, work.block, "failed", text, pid=os.getpid(), payload=detail)
+    return UnitResult(unit.kind, unit.slide.id, unit.block, "failed", text, pid=os.getpid(), payload=detail)
 
 
 def _quietly(call: Any, *arguments: Any) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from wsi_mmm.engine.plan import SlidePlan
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.units import Receipt, SlideTask, Work, pack
+from wsi_mmm.engine.units import SlideTask, UnitResult, WorkUnit, pack
 from wsi_mmm.types import F32, I64, Grid
 
 _lock = threading.Lock()
@@ -50,20 +50,20 @@ def recipe_of(key: str, find: Find) -> Recipe:
         return _recipes[key]
 
 
-def packed(work: Work, key: str) -> bytes:
+def packed(unit: WorkUnit, key: str) -> bytes:
     """A work as it is sent; ``key``: that of its recipe."""
-    slide, grid = work.slide, work.grid
-    place = [slide.id, slide.uri, slide.output, slide.mpp, slide.mask, slide.error]
-    rest = [work.block, _shrunk(work.tiles), grid and astuple(grid), work.entry, work.decode]
-    return json.dumps([key, work.kind, place, *rest], separators=(",", ":")).encode()
+    slide, grid = unit.slide, unit.grid
+    place = [slide.id, slide.uri, slide.output, slide.mpp, slide.mask, slide.error, slide.reader]
+    rest = [unit.block, _shrunk(unit.tiles), grid and astuple(grid), unit.entry]
+    return json.dumps([key, unit.kind, place, *rest], separators=(",", ":")).encode()
 
 
-def unpacked(data: bytes, find: Find) -> Work:
+def unpacked(data: bytes, find: Find) -> WorkUnit:
     """The work that was `packed`, equal to it."""
-    key, kind, place, block, tiles, grid, entry, decode = json.loads(data)
-    name, uri, output, mpp, mask, error = place
-    slide = SlideTask(name, uri, output, recipe_of(key, find), mpp, mask, error)
-    return Work(kind, slide, tuple(block), _grown(tiles), Grid(*grid) if grid else None, entry, decode)
+    key, kind, place, block, tiles, grid, entry = json.loads(data)
+    name, uri, output, mpp, mask, error, reader = place
+    slide = SlideTask(name, uri, output, recipe_of(key, find), mpp, mask, error, reader)
+    return WorkUnit(kind, slide, tuple(block), _grown(tiles), Grid(*grid) if grid else None, entry)
 
 
 # ---------------------------------------------------------------- tiles
@@ -109,19 +109,20 @@ _NO_TILES: I64 = np.zeros((0, 2), np.int64)
 _NO_TISSUE: F32 = np.zeros(0, np.float32)
 
 
-def light(receipt: Receipt) -> Receipt:
+def light(result: UnitResult) -> UnitResult:
     """A receipt as it travels; only that of a plan is heavy."""
-    plan = receipt.payload
+    plan = result.payload
     if not isinstance(plan, SlidePlan):
-        return receipt
+        return result
     bare: Any = None  # the task is known where the receipt goes
     kept = replace(plan, index=_NO_TILES, tissue=_NO_TISSUE, slide=bare, info=replace(plan.info, properties={}))
-    return replace(receipt, payload=PackedPlan(kept, _shrunk(pack(plan.index))))
+    return replace(result, payload=PackedPlan(kept, _shrunk(pack(plan.index))))
 
 
-def whole(receipt: Receipt, slide: SlideTask) -> Receipt:
+def whole(result: UnitResult, slide: SlideTask) -> UnitResult:
     """The receipt with a plan that works can be made of; its ``tissue`` stays behind, in the file of the plan."""
-    if not isinstance(receipt.payload, PackedPlan):
-        return receipt
-    index = np.frombuffer(_grown(receipt.payload.tiles), np.int32).reshape(-1, 2).astype(np.int64)
-    return replace(receipt, payload=replace(receipt.payload.plan, slide=slide, index=index))
+    if not isinstance(result.payload, PackedPlan):
+        return result
+    index = np.frombuffer(_grown(result.payload.tiles), np.int32).reshape(-1, 2).astype(np.int64)
+    plan = result.payload.plan
+    return replace(result, payload=replace(plan, slide=replace(slide, reader=plan.info.reader), index=index))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wsi_mmm import timing
-from wsi_mmm.engine.units import Receipt, Work
+from wsi_mmm.engine.units import UnitResult, WorkUnit
 
 Seconds = dict[str, float]
 
@@ -40,16 +40,16 @@ class WorkerTime:
     tiles: int = 0
     failures: int = 0
 
-    def add(self, receipt: Receipt) -> None:
+    def add(self, result: UnitResult) -> None:
         """Take in a receipt of this worker."""
-        for lap in receipt.laps:
+        for lap in result.laps:
             self.first, self.last = min(self.first, lap.start), max(self.last, lap.end)
             self.lapped += lap.end - lap.start
             self.threads.add(lap.thread)
-        _add(self.seconds, timing.together(receipt.laps))
+        _add(self.seconds, timing.together(result.laps))
         self.units += 1
-        self.tiles += receipt.tiles if receipt.kind == "forward" else 0
-        self.failures += receipt.status == "failed"
+        self.tiles += result.tiles if result.kind == "forward" else 0
+        self.failures += result.status == "failed"
 
     def times(self) -> Seconds:
         """Seconds per stage; together ``wall`` times the number of threads."""
@@ -63,7 +63,7 @@ class WorkerTime:
 
 
 @dataclass(slots=True)
-class Ledger:
+class TimeAccounting:
     """Slides under way and workers, with the time they took. ``now``: seconds on a clock that never goes back."""
 
     now: Callable[[], float] = time.perf_counter
@@ -71,20 +71,20 @@ class Ledger:
     slides: dict[str, Seconds] = field(default_factory=dict)
     _started: dict[str, float] = field(default_factory=dict)
 
-    def watch(self, thing: Work | Receipt) -> None:
+    def watch(self, thing: WorkUnit | UnitResult) -> None:
         """Take note of a unit that is started, or of what came of it."""
-        if isinstance(thing, Work):
+        if isinstance(thing, WorkUnit):
             self._started[thing.name] = self.now()
         else:
             self._receive(thing)
 
-    def _receive(self, receipt: Receipt) -> None:
-        took = self.now() - self._started.pop(receipt.name, self.now())
-        slide, spent = self.slides.setdefault(receipt.slide, _none()), timing.together(receipt.laps)
+    def _receive(self, result: UnitResult) -> None:
+        took = self.now() - self._started.pop(result.name, self.now())
+        slide, spent = self.slides.setdefault(result.slide, _none()), timing.together(result.laps)
         _add(slide, spent)
         slide["waiting"] += max(0.0, took - sum(spent.values()))
-        if receipt.worker:
-            self.workers.setdefault(receipt.worker, WorkerTime()).add(receipt)
+        if result.worker:
+            self.workers.setdefault(result.worker, WorkerTime()).add(result)
 
     def slide(self, name: str) -> Seconds:
         """Seconds per stage of a slide that has ended, which is let go."""

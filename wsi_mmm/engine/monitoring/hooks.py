@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wsi_mmm.engine.events import Event, Listener, Watch, silent, unwatched
-from wsi_mmm.engine.units import Receipt, Work
+from wsi_mmm.engine.units import UnitResult, WorkUnit
 from wsi_mmm.storage import store
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>]+")
@@ -30,7 +30,7 @@ def all_of(hooks: Sequence[Hooks]) -> Hooks:
         for hook in hooks:
             hook.listener(event)
 
-    def watch(thing: Work | Receipt) -> None:
+    def watch(thing: WorkUnit | UnitResult) -> None:
         for hook in hooks:
             hook.watch(thing)
 

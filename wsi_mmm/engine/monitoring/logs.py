@@ -18,7 +18,7 @@ from typing import Any
 from wsi_mmm import timing
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.monitoring.hooks import Hooks, hidden, status_of
-from wsi_mmm.engine.units import Receipt, Work
+from wsi_mmm.engine.units import UnitResult, WorkUnit
 from wsi_mmm.errors import OptionError, OutputError
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -101,9 +101,9 @@ class _Lines:
                 facts |= {"done": event.done, "total": event.total}
             self._say(level, event.message, facts)
 
-    def watch(self, thing: Work | Receipt) -> None:
+    def watch(self, thing: WorkUnit | UnitResult) -> None:
         """What came of a unit; those that failed or lack tiles are told at their level."""
-        if isinstance(thing, Receipt):
+        if isinstance(thing, UnitResult):
             level = _BAD.get(thing.status, logging.DEBUG)
             if self.logger.isEnabledFor(level):
                 self._say(level, thing.error, _facts(thing))
@@ -112,10 +112,10 @@ class _Lines:
         self.logger.log(level, "%s", message, extra={"facts": facts})
 
 
-def _facts(receipt: Receipt) -> dict[str, Any]:
-    seconds = {stage: round(spent, 4) for stage, spent in timing.together(receipt.laps).items()}
-    counts = {"tiles": receipt.tiles, "failed_tiles": len(receipt.failed), "objects": receipt.objects}
-    facts: dict[str, Any] = {"event": "unit", "slide": receipt.slide, "unit": receipt.name}
-    facts |= {"kind": receipt.kind, "status": receipt.status}
+def _facts(result: UnitResult) -> dict[str, Any]:
+    seconds = {stage: round(spent, 4) for stage, spent in timing.together(result.laps).items()}
+    counts = {"tiles": result.tiles, "failed_tiles": len(result.failed), "objects": result.objects}
+    facts: dict[str, Any] = {"event": "unit", "slide": result.slide, "unit": result.name}
+    facts |= {"kind": result.kind, "status": result.status}
     facts |= {name: count for name, count in counts.items() if count}
-    return facts | {"seconds": seconds, "worker": receipt.worker or f"pid {receipt.pid}"}
+    return facts | {"seconds": seconds, "worker": result.worker or f"pid {result.pid}"}

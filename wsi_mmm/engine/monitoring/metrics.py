@@ -19,7 +19,7 @@ from wsi_mmm import timing
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.monitoring.busy import BusyTimes
 from wsi_mmm.engine.monitoring.hooks import Hooks, status_of
-from wsi_mmm.engine.units import Receipt, Work
+from wsi_mmm.engine.units import UnitResult, WorkUnit
 from wsi_mmm.errors import MissingPackage, OptionError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ WINDOW = 60.0  # seconds that the busy share looks back
 REMEMBERED = 1024  # slides whose bytes so far are known
 
 
-class Book:
+class MetricsRecorder:
     """The metrics of what receipts and events say; any thread may read them."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -52,27 +52,27 @@ class Book:
         self._bytes: OrderedDict[tuple[str, str], int] = OrderedDict()
         self._lock, self._since = threading.Lock(), time.time()
 
-    def receive(self, receipt: Receipt) -> None:
+    def receive(self, result: UnitResult) -> None:
         """Count what came of a unit."""
-        self.units.labels(receipt.kind, receipt.status).inc()
-        if receipt.kind == "forward":
-            self.tiles.inc(receipt.tiles)
-            self.hits.inc(receipt.tiles if receipt.status == "cached" else 0)
-            self.failed.inc(len(receipt.failed))
-        elif receipt.kind == "publish":
-            self.objects.inc(receipt.objects)
-        for stage, seconds in timing.together(receipt.laps).items():
+        self.units.labels(result.kind, result.status).inc()
+        if result.kind == "forward":
+            self.tiles.inc(result.tiles)
+            self.hits.inc(result.tiles if result.status == "cached" else 0)
+            self.failed.inc(len(result.failed))
+        elif result.kind == "publish":
+            self.objects.inc(result.objects)
+        for stage, seconds in timing.together(result.laps).items():
             self.seconds.labels(stage).inc(seconds)
-        self.bytes.inc(self._more(receipt))
+        self.bytes.inc(self._more(result))
         with self._lock:
-            worker = self._workers.setdefault(receipt.worker, len(self._workers))
-            self._spans.add(worker, receipt.busy)
+            worker = self._workers.setdefault(result.worker, len(self._workers))
+            self._spans.add(worker, result.busy)
             self._spans.forget(time.time() - WINDOW)
 
-    def _more(self, receipt: Receipt) -> int:
+    def _more(self, result: UnitResult) -> int:
         """Bytes beyond those of the last receipt of this worker and slide; all, when the slide was opened anew."""
-        key = receipt.worker, receipt.slide
-        before, total = self._bytes.pop(key, 0), receipt.bytes_read
+        key = result.worker, result.slide
+        before, total = self._bytes.pop(key, 0), result.bytes_read
         self._bytes[key] = total
         if len(self._bytes) > REMEMBERED:
             self._bytes.popitem(last=False)
@@ -88,20 +88,20 @@ class Book:
         return sum(end - start for _, start, end in spans) / len(workers) / (now - since) if workers else 0.0
 
 
-def process_book() -> Book:
+def process_recorder() -> MetricsRecorder:
     """A Book in the registry of the whole process. Once per process."""
     from prometheus_client import REGISTRY
 
-    return Book(REGISTRY)
+    return MetricsRecorder(REGISTRY)
 
 
-class _RunBook:
+class RunMetrics:
     """A Book, and what only the process that keeps the books of a run knows."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         from prometheus_client import Counter, Gauge
 
-        self.book = Book(registry)
+        self.book = MetricsRecorder(registry)
         self.slides = Counter("wsi_mmm_slides", "Slides by how they ended", ["status"], registry=registry)
         self.asked = Gauge("wsi_mmm_slides_asked", "Slides of the run", registry=registry)
         self.planned = Counter("wsi_mmm_tiles_planned", "Tiles of the slides planned so far", registry=registry)
@@ -114,8 +114,8 @@ class _RunBook:
             self.slides.labels(status_of(event)).inc()
             self.asked.set(event.total)
 
-    def watch(self, thing: Work | Receipt) -> None:
-        if isinstance(thing, Work):
+    def watch(self, thing: WorkUnit | UnitResult) -> None:
+        if isinstance(thing, WorkUnit):
             self.flying.labels(thing.kind).inc()
         else:
             self.flying.labels(thing.kind).dec()
@@ -138,34 +138,24 @@ class _Silent(WSGIRequestHandler):
 
 @contextmanager
 def serving(port: int) -> Iterator[Hooks]:
-    """Serve the metrics of a run at ``http://127.0.0.1:port/metrics``. Raises MissingPackage, OptionError.
-
-    The port is taken at once; its thread begins with the first unit, for a process with one thread begins sooner
-    (see ``ahead``).
-    """
+    """Serve the metrics of a run at ``http://127.0.0.1:port/metrics``. Raises MissingPackage, OptionError."""
     try:
         from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
     except ImportError as error:
         raise MissingPackage("metrics need prometheus_client; pip install 'wsi-mmm[metrics]'") from error
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    book = _RunBook(registry)
+    book = RunMetrics(registry)
     try:
         server = make_server(LOOPBACK, port, make_wsgi_app(registry), _Server, _Silent)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"metrics cannot be served on port {port}: {reason}; choose another port") from error
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="wsi-mmm-metrics", daemon=True)
-
-    def watch(thing: Work | Receipt) -> None:
-        if thread.ident is None:
-            thread.start()
-        book.watch(thing)
-
+    thread.start()
     try:
-        yield Hooks(book.hear, watch)
+        yield Hooks(book.hear, book.watch)
     finally:
-        if thread.ident is not None:
-            server.shutdown()
-            thread.join()
+        server.shutdown()
+        thread.join()
         server.server_close()

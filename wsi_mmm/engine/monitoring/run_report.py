@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from wsi_mmm._version import __version__
-from wsi_mmm.engine.monitoring.accounting import Ledger, Seconds, rounded
+from wsi_mmm.engine.monitoring.accounting import Seconds, TimeAccounting, rounded
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.scheduler import SlideState, busy_share
 from wsi_mmm.engine.units import SlideTask
@@ -43,7 +43,7 @@ class RunReport:
     seconds: float = 0.0
     device: str = ""
     unsaved: str = ""
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: TimeAccounting = field(default_factory=TimeAccounting)
 
     @property
     def slides(self) -> list[SlideRow]:
@@ -152,7 +152,6 @@ def _extra(state: SlideState, facts: dict[str, Any], *, resumed: bool) -> dict[s
         "device": ", ".join(sorted(state.devices)) or None,
         "encoder": [json.loads(facts) for facts in sorted(set(state.encoders.values()))],
         **({"tile_cache": state.tile_cache} if state.tile_cache else {}),
-        "decode": state.plan.decode.words if state.plan else facts.get("decode"),
         "reader": facts.get("reader") or (state.plan.info.reader if state.plan else None),
         **({"traceback": state.traceback} if state.traceback else {}),  # only for faults that are not the user's
     }

@@ -20,7 +20,7 @@ from wsi_mmm import timing
 from wsi_mmm._version import __version__
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.monitoring.hooks import Hooks, hidden, status_of
-from wsi_mmm.engine.units import Receipt, SlideTask, Work
+from wsi_mmm.engine.units import SlideTask, UnitResult, WorkUnit
 from wsi_mmm.errors import MissingPackage, OptionError
 from wsi_mmm.storage import store
 
@@ -143,9 +143,9 @@ class _Spans:
         self._slides: dict[str, _Open] = {}
         self._started: dict[str, float] = {}
 
-    def watch(self, thing: Work | Receipt) -> None:
+    def watch(self, thing: WorkUnit | UnitResult) -> None:
         """A unit goes out, or comes back and becomes a span."""
-        if isinstance(thing, Work):
+        if isinstance(thing, WorkUnit):
             if thing.slide.id not in self._slides:
                 self._begin(thing.slide)
             self._started[thing.name] = time.time()
@@ -167,17 +167,17 @@ class _Spans:
         facts = {"wsi_mmm.slide": task.id, "wsi_mmm.uri": store.redact(task.uri)}
         self._slides[task.id] = self._open("slide", self._run, attributes=facts)
 
-    def _unit(self, receipt: Receipt) -> None:
+    def _unit(self, result: UnitResult) -> None:
         assert self._tracer is not None
-        started = self._started.pop(receipt.name, time.time())
-        begin = min((lap.start for lap in receipt.laps), default=started)
-        end = max((lap.end for lap in receipt.laps), default=time.time())
-        above = self._slides[receipt.slide].context
+        started = self._started.pop(result.name, time.time())
+        begin = min((lap.start for lap in result.laps), default=started)
+        end = max((lap.end for lap in result.laps), default=time.time())
+        above = self._slides[result.slide].context
         span = self._tracer.start_span(
-            receipt.kind, context=above, start_time=_ns(begin), attributes=_attributes(receipt)
+            result.kind, context=above, start_time=_ns(begin), attributes=_attributes(result)
         )
-        if receipt.status == "failed":
-            _fault(span, receipt.error)
+        if result.status == "failed":
+            _fault(span, result.error)
         span.end(end_time=_ns(max(begin, end)))
 
     def hear(self, event: Event) -> None:
@@ -206,12 +206,12 @@ class _Spans:
             self._exporter.shutdown()
 
 
-def _attributes(receipt: Receipt) -> dict[str, str | int | float]:
+def _attributes(result: UnitResult) -> dict[str, str | int | float]:
     facts: dict[str, str | int | float] = {
-        "wsi_mmm.slide": receipt.slide, "wsi_mmm.unit": receipt.name, "wsi_mmm.status": receipt.status,
-        "wsi_mmm.worker": receipt.worker, "wsi_mmm.tiles": receipt.tiles,
+        "wsi_mmm.slide": result.slide, "wsi_mmm.unit": result.name, "wsi_mmm.status": result.status,
+        "wsi_mmm.worker": result.worker, "wsi_mmm.tiles": result.tiles,
     }  # fmt: skip
-    stages = timing.together(receipt.laps)
+    stages = timing.together(result.laps)
     return facts | {f"wsi_mmm.seconds.{stage}": seconds for stage, seconds in stages.items()}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from wsi_mmm import timing
-from wsi_mmm.cache import CachedReader, Choice, Entry, Quota, choose
+from wsi_mmm.cache import CachedReader, Choice, Entry, Quota, choose, pixels_uri
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.errors import MissingPackage, ModelError
@@ -87,8 +87,7 @@ def reader_of(slide: Slide, task: SlideTask, grid: Grid, index: I64) -> CachedRe
     recipe = task.recipe
     if recipe.cache is None or recipe.cache_tiles == "off":
         return None
-    name = f"{grid.scale_x:.9f}-{grid.scale_y:.9f}"
-    key = (task.uri, store.join(recipe.cache, slide.info.fingerprint, "pixels", name))
+    key = (task.uri, pixels_uri(recipe.cache, slide.info, grid.scale_x, grid.scale_y))
 
     def made() -> CachedReader:
         return CachedReader(slide.reader, key[1], grid.scale_x, grid.scale_y, quota=_quota(recipe))

@@ -16,11 +16,11 @@ import numpy as np
 
 from wsi_mmm._version import __version__
 from wsi_mmm.cache import ArraySpec, Entry
-from wsi_mmm.engine.plan import SlidePlan, core_of, interpret_works
+from wsi_mmm.engine.plan import SlidePlan, core_of, interpret_units
 from wsi_mmm.engine.stages import context, slide_level, steps, workdir
 from wsi_mmm.engine.stages.overlay import THUMBNAIL, Picture
 from wsi_mmm.engine.stages.regions import asked_regions, region_hash
-from wsi_mmm.engine.units import Receipt, SlideTask, Work
+from wsi_mmm.engine.units import SlideTask, UnitResult, WorkUnit
 from wsi_mmm.outputs import merge, polygons, ragged
 from wsi_mmm.outputs.attention import attention_png
 from wsi_mmm.outputs.exports import write_features
@@ -48,17 +48,17 @@ class Published:
     dropped: int = 0
 
 
-def publish(work: Work) -> Receipt:
+def publish(unit: WorkUnit) -> UnitResult:
     """Write every file of a slide; the receipt carries its slide.json."""
     started = time.perf_counter()
-    task = work.slide
+    task = unit.slide
     with context.slide_of(task) as slide:
         if again := _published(task, slide.info.fingerprint):
             return again
         plan = steps.replan(task, slide)
-        done, failed = Published(), _failed(plan, work)
-        tables = _tables(plan, work)
-        done.answers = slide_level.answers(plan, _entry(plan, work), failed)
+        done, failed = Published(), _failed(plan, unit)
+        tables = _tables(plan, unit)
+        done.answers = slide_level.answers(plan, _entry(plan, unit), failed)
         picture = Picture(slide, plan)
         if task.recipe.tasks:
             regions = asked_regions(task)
@@ -67,9 +67,9 @@ def publish(work: Work) -> Receipt:
                 done.files["overlay"] = _write(task, "overlay.png", _overlay(plan, picture, done, regions))
         done.files["tiles"] = _write(task, "tiles.parquet", _tiles(plan, tables, failed, done.answers))
         if task.recipe.features and len(plan.index):
-            done.files["features"] = _features(plan, work)
+            done.files["features"] = _features(plan, unit)
         if task.recipe.save_maps:
-            done.files["maps"] = _maps(plan, work)
+            done.files["maps"] = _maps(plan, unit)
             for name, shares in done.answers.attention.items():
                 drawn = attention_png(slide.thumbnail(THUMBNAIL), plan.grid, plan.index, shares)
                 done.files[f"attention-{name}"] = _write(task, f"attention-{name}.png", drawn)
@@ -79,14 +79,14 @@ def publish(work: Work) -> Receipt:
         if not failed.any():
             steps.remove_scratch(task)
         seconds = {"publish": time.perf_counter() - started}
-        return Receipt(
+        return UnitResult(
             "publish", task.id, (0, 0), "ok", objects=sum(done.counts.values()), pid=os.getpid(),
             bytes_read=slide.reader.stats().bytes_read, peak_rss_mb=context.peak_rss_mb(), stages=seconds,
             payload=facts,
         )  # fmt: skip
 
 
-def _published(task: SlideTask, fingerprint: str) -> Receipt | None:
+def _published(task: SlideTask, fingerprint: str) -> UnitResult | None:
     """What a try before this one had published when it was cut short while tidying up: the plan goes first there."""
     if store.exists(workdir.plan_uri(task)):
         return None
@@ -95,7 +95,7 @@ def _published(task: SlideTask, fingerprint: str) -> Receipt | None:
         return None
     steps.remove_scratch(task)
     objects = sum(facts["objects"].values())
-    return Receipt("publish", task.id, (0, 0), "ok", objects=objects, pid=os.getpid(), payload=facts)
+    return UnitResult("publish", task.id, (0, 0), "ok", objects=objects, pid=os.getpid(), payload=facts)
 
 
 # ---------------------------------------------------------------- GeoJSON
@@ -158,10 +158,10 @@ def _within(task: Task, plan: SlidePlan, box: tuple[float, float, float, float])
     x0, x1 = box[0] / grid.scale_x - near, box[2] / grid.scale_x + near
     y0, y1 = box[1] / grid.scale_y - near, box[3] / grid.scale_y + near
     pieces = []
-    for work in interpret_works(plan):
-        core = core_of(grid, plan.slide.recipe.block_tiles, work.block, plan.stride)
+    for unit in interpret_units(plan):
+        core = core_of(grid, plan.slide.recipe.block_tiles, unit.block, plan.stride)
         if core.x0 < x1 and core.x1 > x0 and core.y0 < y1 and core.y1 > y0:
-            part = workdir.load_part(plan.slide, task.info.name, work.block)
+            part = workdir.load_part(plan.slide, task.info.name, unit.block)
             y, x = part.anchor[:, 0], part.anchor[:, 1]
             pieces.append(ragged.take(part, (x >= x0) & (x < x1) & (y >= y0) & (y < y1)))
     return ragged.concat(pieces) if pieces else ragged.empty(task.info.name)
@@ -180,8 +180,8 @@ def _objects(task: Task, plan: SlidePlan, tables: dict[str, Values], regions: di
 def _instances(task: Task, plan: SlidePlan) -> Iterator[Objects]:
     """Row of blocks by row of blocks, each sorted by (y, x) of the owning pixel: the order does not know the blocks."""
     rows: dict[int, list[tuple[int, int]]] = {}
-    for work in interpret_works(plan):
-        rows.setdefault(work.block[0], []).append(work.block)
+    for unit in interpret_units(plan):
+        rows.setdefault(unit.block[0], []).append(unit.block)
     for blocks in rows.values():
         objects = ragged.concat([workdir.load_part(plan.slide, task.info.name, block) for block in blocks])
         order = np.lexsort((objects.anchor[:, 1], objects.anchor[:, 0]))
@@ -190,7 +190,7 @@ def _instances(task: Task, plan: SlidePlan) -> Iterator[Objects]:
 
 def _regions(task: Task, plan: SlidePlan) -> Objects:
     """Regions cut by block borders made whole, scaled to level-0 px."""
-    pieces = [workdir.load_part(plan.slide, task.info.name, work.block) for work in interpret_works(plan)]
+    pieces = [workdir.load_part(plan.slide, task.info.name, unit.block) for unit in interpret_units(plan)]
     if not pieces:
         return ragged.empty(task.info.name)
     merged = merge.merge_regions(pieces)
@@ -234,29 +234,29 @@ def _placed(objects: Objects, plan: SlidePlan) -> Objects:
 # ---------------------------------------------------------------- tables, features, maps
 
 
-def _entry(plan: SlidePlan, work: Work) -> Entry:
-    return context.entry_of(work.entry, plan.grid, plan.slide.recipe.block_tiles)
+def _entry(plan: SlidePlan, unit: WorkUnit) -> Entry:
+    return context.entry_of(unit.entry, plan.grid, plan.slide.recipe.block_tiles)
 
 
-def _tables(plan: SlidePlan, work: Work) -> dict[str, Values]:
+def _tables(plan: SlidePlan, unit: WorkUnit) -> dict[str, Values]:
     """Per tile task: its columns (``Task.table``), in the order of ``plan.index``."""
     tables = {}
     for task in context.tasks_of(plan.slide.recipe):
         if task.scope == "tile" and len(plan.index):
-            entry, name = _entry(plan, work), f"tables/{task.info.name}"
+            entry, name = _entry(plan, unit), f"tables/{task.info.name}"
             kept = entry.existing(name)
             dense = entry.read(ArraySpec(name, kept.shape[2:], str(kept.dtype)), slice(None), slice(None))
             tables[task.info.name] = task.table(dense[plan.index[:, 0], plan.index[:, 1]])
     return tables
 
 
-def _failed(plan: SlidePlan, work: Work) -> Any:
+def _failed(plan: SlidePlan, unit: WorkUnit) -> Any:
     """Which tiles had pixels that could not be read: bool[n]."""
-    entry, grid = _entry(plan, work), plan.grid
+    entry, grid = _entry(plan, unit), plan.grid
     bad = set()
     for row, column in np.unique(plan.index // plan.slide.recipe.block_tiles, axis=0).tolist():
-        receipt = entry.receipt(f"{row}-{column}") or {}
-        bad |= {(x, y) for x, y, _, _ in receipt.get("failed", ())}
+        result = entry.receipt(f"{row}-{column}") or {}
+        bad |= {(x, y) for x, y, _, _ in result.get("failed", ())}
     xy = tile_xy(grid, plan.index).tolist()
     return np.array([(x, y) in bad for x, y in xy], bool)
 
@@ -271,9 +271,9 @@ def _tiles(plan: SlidePlan, tables: dict[str, Values], failed: Any, answers: sli
     )  # fmt: skip
 
 
-def _features(plan: SlidePlan, work: Work) -> str:
+def _features(plan: SlidePlan, unit: WorkUnit) -> str:
     """``features`` float32[n, D] and ``coords`` int64[n, 2], with the attributes that TRIDENT and CLAM know."""
-    entry, recipe, info = _entry(plan, work), plan.slide.recipe, plan.info
+    entry, recipe, info = _entry(plan, unit), plan.slide.recipe, plan.info
     vectors = slide_level.gathered(entry, plan.index, recipe.block_tiles)
     width, _ = tile_size_level0(plan.grid)
     native = info.objective or (10.0 / info.mpp_x if info.mpp_x else 0.0)
@@ -287,13 +287,13 @@ def _features(plan: SlidePlan, work: Work) -> str:
     return "features.zarr"
 
 
-def _maps(plan: SlidePlan, work: Work) -> str:
+def _maps(plan: SlidePlan, unit: WorkUnit) -> str:
     """Blended maps of the pixel tasks, for whoever wants to look at what the objects were made of."""
-    entry = _entry(plan, work)
-    works = interpret_works(plan)
+    entry = _entry(plan, unit)
+    units = interpret_units(plan)
     for task in context.tasks_of(plan.slide.recipe):
         if task.scope == "pixel":
-            pieces = (steps.blended_core(task, w, entry) for w in works)
+            pieces = (steps.blended_core(task, w, entry) for w in units)
             write_map(store.join(plan.slide.output, "maps", f"{task.info.name}.zarr"), task, plan.grid, pieces)
     return "maps"
 
@@ -304,20 +304,16 @@ def _maps(plan: SlidePlan, work: Work) -> str:
 def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]:
     """slide.json: what was done to this slide and what came of it; nothing of time or place, so reruns agree."""
     info, recipe, said = plan.info, plan.slide.recipe, done.answers.columns
-    shown = {k: v for k, v in recipe.public().items() if k not in _PLACES}
     return {
         "format": "wsi-mmm-slide/1", "wsi_mmm_version": __version__, "id": plan.slide.id,
         "uri": store.redact(plan.slide.uri), "status": "partial" if partial else "done" if len(plan.index) else "empty",
-        "result_hash": plan.slide.result_hash(), "region": region_hash(plan.slide), "recipe": shown,
-        "fingerprint": info.fingerprint, "reader": info.reader, "decode": plan.decode.on,
+        "result_hash": plan.slide.result_hash(), "region": region_hash(plan.slide), "recipe": recipe.published(),
+        "fingerprint": info.fingerprint, "reader": info.reader,
         "vendor": info.vendor, "width": info.width, "height": info.height, "mpp_x": info.mpp_x, "mpp_y": info.mpp_y,
         "mpp_requested": recipe.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),
         "objects": done.counts, "classes": done.classes, "repaired": done.repaired, "dropped": done.dropped,
         "files": done.files, **({} if said is None else {"answers": said}),
     }  # fmt: skip
-
-
-_PLACES = {"block_tiles", "batch_size", "device", "threads", "cache", "cache_tiles", "cache_quota", "force", "weights"}
 
 
 def _write(task: SlideTask, name: str, data: bytes) -> str:

@@ -50,7 +50,7 @@ def answers(plan: SlidePlan, entry: Entry, failed: Mask) -> SlideAnswers:
     columns: dict[str, str | float | None] = {}
     for task in context.tasks_of(recipe):
         if task.scope == "bag":
-            columns |= told(task.table(values[task.info.name][None]), task.info.classes)
+            columns |= json_row(task.table(values[task.info.name][None]), task.info.classes)
     attention = {name: blank.copy() for name in names}
     for name in names:
         attention[name][~failed] = shares[name]
@@ -70,7 +70,7 @@ def gathered(entry: Entry, index: I64, block: int) -> F32:
     return found
 
 
-def told(columns: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]) -> dict[str, str | float | None]:
+def json_row(columns: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]) -> dict[str, str | float | None]:
     """One row of ``Task.table`` in words and numbers that JSON has; float32 by its shortest digits."""
     row: dict[str, str | float | None] = {}
     for name, values in columns.items():

@@ -20,20 +20,19 @@ from wsi_mmm.cache import ArraySpec, Entry
 from wsi_mmm.engine.monitoring.workers import count_here
 from wsi_mmm.engine.plan import SlidePlan, Span, core_of, window_of
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.stages import ahead, context, decoding, workdir
+from wsi_mmm.engine.stages import context, workdir
 from wsi_mmm.engine.stages.regions import region_hash, restricted
-from wsi_mmm.engine.units import Kind, Receipt, SlideTask, Work
+from wsi_mmm.engine.units import Kind, SlideTask, UnitResult, WorkUnit
 from wsi_mmm.errors import ManifestError, OutputError
 from wsi_mmm.model.identity import device_kind
 from wsi_mmm.outputs import polygons
 from wsi_mmm.slides import Slide
-from wsi_mmm.slides.base import EncodedReader
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.blend import blend, window_weights
 from wsi_mmm.tiles.grid import BlockTiles, make_grid, tile_size_level0
-from wsi_mmm.tiles.stream import read_block, read_encoded, tiles_at
-from wsi_mmm.tiles.tissue import select_tiles, tissue_share
-from wsi_mmm.types import F32, I64, U8, Batch, EncodedBatch, Grid, Objects
+from wsi_mmm.tiles.stream import read_block
+from wsi_mmm.tiles.tissue import select_tiles, tissue_mask, tissue_share
+from wsi_mmm.types import F32, I64, U8, Batch, Grid, Objects
 
 if TYPE_CHECKING:
     from wsi_mmm.model.runner import RunOutput
@@ -43,9 +42,9 @@ if TYPE_CHECKING:
 SIMPLIFY = 0.35  # target px an outline may move: a third of what the map resolves, and half the corners
 
 
-def plan(work: Work) -> Receipt:
+def plan(unit: WorkUnit) -> UnitResult:
     """Open the slide, find its tissue, choose its tiles. The receipt carries the plan, or what is already published."""
-    task = work.slide
+    task = unit.slide
     if task.error:
         raise ManifestError(task.error)
     started = time.perf_counter()
@@ -53,32 +52,26 @@ def plan(work: Work) -> Receipt:
     if task.recipe.force:
         remove_scratch(task)
     with context.slide_of(task) as slide:
+        task = replace(task, reader=slide.info.reader)
         done = None if task.recipe.force else published(task, slide.info.fingerprint, region_hash(task))
         if done is not None:
             if not store.exists(workdir.plan_uri(task)):
                 remove_scratch(task)  # what is left when a run ends while it tidies up
-            return Receipt("plan", task.id, (0, 0), "cached", payload=done)
-        planned, spent = _plan(task, slide)
+            return UnitResult("plan", task.id, (0, 0), "cached", payload=done)
+        planned = _plan(task, slide)
         workdir.save_plan(planned)
         seconds = {"plan": time.perf_counter() - started}
-        return _receipt(work, slide, tiles=len(planned.index), stages=seconds, payload=planned, **spent)
+        return _receipt(unit, slide, tiles=len(planned.index), stages=seconds, payload=planned)
 
 
-def _plan(task: SlideTask, slide: Slide) -> tuple[SlidePlan, dict[str, Any]]:
-    """The plan, and what a receipt is to say of another process that helped."""
+def _plan(task: SlideTask, slide: Slide) -> SlidePlan:
+    """The plan of a slide: its grid and the tiles that hold tissue."""
     recipe = task.recipe
     slide.scale(recipe.mpp)  # says what to do when the slide does not know its mpp
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
-    tissue = ahead.tissue_of(slide, task)
-    index = restricted(task, grid, select_tiles(grid, tissue.mask, min_tissue=recipe.min_tissue))
-    choice = _kept_choice(task) or decoding.choose(recipe, slide.reader, tiles_at(grid, index))
-    return _assembled(task, slide, index, tissue_share(grid, tissue.mask, index), choice), tissue.spent
-
-
-def _kept_choice(task: SlideTask) -> decoding.Choice | None:
-    """What was measured when this slide was begun: measured anew it might be otherwise, and the work done be lost."""
-    measured = task.recipe.decode == "auto" and device_kind(task.recipe.device) == "cuda"
-    return workdir.load_plan(task)[2] if measured and store.exists(workdir.plan_uri(task)) else None
+    mask = tissue_mask(slide, task.mask or recipe.tissue)
+    index = restricted(task, grid, select_tiles(grid, mask, min_tissue=recipe.min_tissue))
+    return _assembled(task, slide, index, tissue_share(grid, mask, index))
 
 
 def replan(task: SlideTask, slide: Slide) -> SlidePlan:
@@ -86,19 +79,19 @@ def replan(task: SlideTask, slide: Slide) -> SlidePlan:
     return _assembled(task, slide, *workdir.load_plan(task))
 
 
-def _assembled(task: SlideTask, slide: Slide, index: I64, share: F32, choice: decoding.Choice) -> SlidePlan:
+def _assembled(task: SlideTask, slide: Slide, index: I64, share: F32) -> SlidePlan:
     recipe = task.recipe
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     tasks = [t for t in context.tasks_of(recipe) if t.scope == "pixel"]
     root = recipe.cache or store.join(task.scratch, "cache")
-    name = recipe.forward_hash(device_kind(recipe.device), (grid.scale_x, grid.scale_y), choice.on)
+    name = recipe.forward_hash(device_kind(recipe.device), (grid.scale_x, grid.scale_y), task.reader)
     entry = store.join(root, slide.info.fingerprint, name)
     return SlidePlan(
         task, slide.info, grid, index, share, entry,
         halo=max([t.halo for t in tasks], default=0),
         stride=int(np.lcm.reduce([t.stride for t in tasks] or [1])),
         mpp_effective=grid.scale_x * (slide.info.mpp_x or 0.0),
-        maps=bool(tasks), decode=choice,
+        maps=bool(tasks),
     )  # fmt: skip
 
 
@@ -112,8 +105,6 @@ def published(task: SlideTask, fingerprint: str, region: str) -> dict[str, Any] 
         other = f"{store.redact(task.output)} holds the results of another slide ({found.get('uri')})"
         raise OutputError(f"{other}; choose another --output, or --force to replace them")
     same = found and (found.get("result_hash"), found.get("region")) == (task.result_hash(), region)
-    if found and task.recipe.decode == "cpu" and found.get("decode", "cpu") != "cpu":
-        same = False  # "auto" had it decoded on the device
     return found if found and same and found.get("status") in ("done", "empty") else None
 
 
@@ -152,9 +143,9 @@ def check_kept(task: SlideTask) -> None:
 class Loaded:
     """A forward work with its pixels, or with the receipt of an earlier run."""
 
-    work: Work
-    batch: Batch | EncodedBatch | None
-    receipt: dict[str, Any] | None
+    unit: WorkUnit
+    batch: Batch | None
+    result: dict[str, Any] | None
     seconds: float
     laps: tuple[timing.Lap, ...] = ()
 
@@ -168,38 +159,35 @@ class Computed:
     busy: tuple[float, float] | None
     device: str = ""
     encoder: str = ""
-    decoding: float = 0.0
 
 
-def read(work: Work) -> Loaded:
+def read(unit: WorkUnit) -> Loaded:
     """Fetch and decode the tiles of a block, unless the cache already holds their values."""
-    with timing.lap("decode", work.name) as lap:
-        loaded = _read(work)
+    with timing.lap("decode", unit.name) as lap:
+        loaded = _read(unit)
     return replace(loaded, laps=(lap.taken,))
 
 
-def _read(work: Work) -> Loaded:
+def _read(unit: WorkUnit) -> Loaded:
     started = time.perf_counter()
-    grid = _grid(work)
-    entry = context.entry_of(work.entry, grid, work.slide.recipe.block_tiles)
-    receipt = None if work.slide.recipe.force else entry.receipt(_block_name(work))
-    if receipt and receipt.get("tiles") == work.tiles.hex() and not receipt.get("failed"):
-        return Loaded(work, None, receipt, time.perf_counter() - started)
-    with context.slide_of(work.slide) as slide:
-        batch = _batch(work, slide, grid)
-    return Loaded(work, batch, None, time.perf_counter() - started)
+    grid = _grid(unit)
+    entry = context.entry_of(unit.entry, grid, unit.slide.recipe.block_tiles)
+    result = None if unit.slide.recipe.force else entry.receipt(_block_name(unit))
+    if result and result.get("tiles") == unit.tiles.hex() and not result.get("failed"):
+        return Loaded(unit, None, result, time.perf_counter() - started)
+    with context.slide_of(unit.slide) as slide:
+        batch = _batch(unit, slide, grid)
+    return Loaded(unit, batch, None, time.perf_counter() - started)
 
 
-def _batch(work: Work, slide: Slide, grid: Grid) -> Batch | EncodedBatch:
-    block = BlockTiles(*work.block, work.index())
-    if work.decode == "device" and isinstance(slide.reader, EncodedReader):
-        return read_encoded(slide.reader, grid, block)
-    return read_block(context.reader_of(slide, work.slide, grid, block.index) or slide.reader, grid, block)
+def _batch(unit: WorkUnit, slide: Slide, grid: Grid) -> Batch:
+    block = BlockTiles(*unit.block, unit.index())
+    return read_block(context.reader_of(slide, unit.slide, grid, block.index) or slide.reader, grid, block)
 
 
 def compute(loaded: Loaded) -> Computed:
     """The network over the tiles of a block."""
-    with timing.lap("model", loaded.work.name) as lap:
+    with timing.lap("model", loaded.unit.name) as lap:
         computed = _compute(loaded)
     return replace(computed, loaded=replace(computed.loaded, laps=(*loaded.laps, lap.taken)))
 
@@ -207,54 +195,49 @@ def compute(loaded: Loaded) -> Computed:
 def _compute(loaded: Loaded) -> Computed:
     if loaded.batch is None:
         return Computed(loaded, None, None)
-    recipe = loaded.work.slide.recipe
+    recipe = loaded.unit.slide.recipe
     runner = context.runner_of(recipe)
-    begun = time.time()
-    with timing.spent("decode"):
-        batch, pixels = decoding.decoded(loaded.batch, _grid(loaded.work), runner.device)
-    loaded = replace(loaded, batch=batch)
     started = time.time()
-    output = runner.run(pixels, list(recipe.tasks))
+    output = runner.run(loaded.batch.pixels, list(recipe.tasks))
     facts = json.dumps(runner.facts())
-    return Computed(loaded, output, (started, time.time()), str(runner.device), facts, decoding=started - begun)
+    return Computed(loaded, output, (started, time.time()), str(runner.device), facts)
 
 
-def write(computed: Computed) -> Receipt:
+def write(computed: Computed) -> UnitResult:
     """Put the block's shards, then its receipt."""
-    with timing.lap("write", computed.loaded.work.name) as lap:
-        receipt = _write(computed)
-    return replace(receipt, laps=(*computed.loaded.laps, lap.taken))
+    with timing.lap("write", computed.loaded.unit.name) as lap:
+        result = _write(computed)
+    return replace(result, laps=(*computed.loaded.laps, lap.taken))
 
 
-def _write(computed: Computed) -> Receipt:
-    loaded, work = computed.loaded, computed.loaded.work
+def _write(computed: Computed) -> UnitResult:
+    loaded, unit = computed.loaded, computed.loaded.unit
     started = time.perf_counter()
-    with context.slide_of(work.slide) as slide:
+    with context.slide_of(unit.slide) as slide:
         if loaded.batch is None or computed.output is None:
-            return _receipt(work, slide, status="cached", tiles=len(work.index()), stages={"read": loaded.seconds})
-        failed = _failed_tiles(loaded.batch, _grid(work))
-        entry = context.entry_of(work.entry, _grid(work), work.slide.recipe.block_tiles)
-        _put(entry, loaded.batch.index, computed.output, features=_keeps_features(work.slide.recipe))
-        entry.put_receipt(_block_name(work), {"tiles": work.tiles.hex(), "failed": failed})
+            return _receipt(unit, slide, status="cached", tiles=len(unit.index()), stages={"read": loaded.seconds})
+        failed = _failed_tiles(loaded.batch, _grid(unit))
+        entry = context.entry_of(unit.entry, _grid(unit), unit.slide.recipe.block_tiles)
+        _put(entry, loaded.batch.index, computed.output, features=_keeps_features(unit.slide.recipe))
+        entry.put_receipt(_block_name(unit), {"tiles": unit.tiles.hex(), "failed": failed})
         busy = computed.busy or (0.0, 0.0)
         stages = {"read": loaded.seconds, "model": busy[1] - busy[0], "write": time.perf_counter() - started}
-        stages |= {"decode": computed.decoding} if work.decode == "device" else {}
         status = "partial" if failed else "ok"
         facts = {
-            "tiles": len(work.index()),
+            "tiles": len(unit.index()),
             "failed": failed,
             "busy": (busy,),
             "stages": stages,
             "device": computed.device,
-            "payload": context.tile_cache_words(work.slide),
+            "payload": context.tile_cache_words(unit.slide),
             "encoder": computed.encoder,
         }
-        return _receipt(work, slide, status=status, **facts)
+        return _receipt(unit, slide, status=status, **facts)
 
 
-def forward(work: Work) -> Receipt:
+def forward(unit: WorkUnit) -> UnitResult:
     """Read, compute, write in one go: what a cluster worker does."""
-    return write(compute(read(work)))
+    return write(compute(read(unit)))
 
 
 def _put(entry: Entry, index: I64, output: RunOutput, *, features: bool) -> None:
@@ -276,7 +259,7 @@ def features_spec(size: int) -> ArraySpec:
     return ArraySpec("features", (size,), "float32")
 
 
-def _failed_tiles(batch: Batch | EncodedBatch, grid: Grid) -> tuple[tuple[int, int, int, int], ...]:
+def _failed_tiles(batch: Batch, grid: Grid) -> tuple[tuple[int, int, int, int], ...]:
     size = tile_size_level0(grid)
     return tuple((int(x), int(y), *size) for x, y in batch.xy[batch.failed])
 
@@ -284,62 +267,62 @@ def _failed_tiles(batch: Batch | EncodedBatch, grid: Grid) -> tuple[tuple[int, i
 # ---------------------------------------------------------------- interpret
 
 
-def interpret(work: Work) -> Receipt:
+def interpret(unit: WorkUnit) -> UnitResult:
     """Blend the maps round a block, say what is in its core, write one part per task."""
     started = time.perf_counter()
-    grid, recipe = _grid(work), work.slide.recipe
-    entry = context.entry_of(work.entry, grid, recipe.block_tiles)
+    grid, recipe = _grid(unit), unit.slide.recipe
+    entry = context.entry_of(unit.entry, grid, recipe.block_tiles)
     objects = 0
     for task in context.tasks_of(recipe):
         if task.scope == "pixel":
-            found = _interpret(task, work, entry)
-            check_kept(work.slide)
-            workdir.save_part(work.slide, task.info.name, work.block, found)
+            found = _interpret(task, unit, entry)
+            check_kept(unit.slide)
+            workdir.save_part(unit.slide, task.info.name, unit.block, found)
             objects += len(found)
-    with context.slide_of(work.slide) as slide:
-        return _receipt(work, slide, objects=objects, stages={"interpret": time.perf_counter() - started})
+    with context.slide_of(unit.slide) as slide:
+        return _receipt(unit, slide, objects=objects, stages={"interpret": time.perf_counter() - started})
 
 
-def _interpret(task: Task, work: Work, entry: Entry) -> Objects:
+def _interpret(task: Task, unit: WorkUnit, entry: Entry) -> Objects:
     from wsi_mmm.tasks.base import View
 
-    grid = _grid(work)
-    core, window = _spans(task, work)
+    grid = _grid(unit)
+    core, window = _spans(task, unit)
     # Regions stay in whole target px until those that seams cut are merged.
     scale_x, scale_y = (1.0, 1.0) if task.info.dissolves else (grid.scale_x, grid.scale_y)
     view = View(
         y0=window.y0, x0=window.x0, core=(core.y0, core.x0, core.y1, core.x1),
         scale_y=scale_y, scale_x=scale_x, height=grid.height, width=grid.width,
     )  # fmt: skip
-    found = task.interpret(_blended(task, work, entry, window), view)
+    found = task.interpret(_blended(task, unit, entry, window), view)
     # Regions are simplified once they are whole; single objects here, where the work is spread and the model goes on.
     return found if task.info.dissolves else polygons.simplify(found, SIMPLIFY * grid.scale_x)
 
 
-def blended_core(task: Task, work: Work, entry: Entry) -> tuple[tuple[int, int], U8]:
+def blended_core(task: Task, unit: WorkUnit, entry: Entry) -> tuple[tuple[int, int], U8]:
     """The blended map of a block's core alone: its corner (y, x) in map px and uint8[C, h, w]."""
-    core, window = _spans(task, work)
+    core, window = _spans(task, unit)
     y0, x0 = -(-core.y0 // task.stride), -(-core.x0 // task.stride)
     y1, x1 = -(-core.y1 // task.stride), -(-core.x1 // task.stride)
     top, left = window.y0 // task.stride, window.x0 // task.stride
-    return (y0, x0), _blended(task, work, entry, window)[:, y0 - top : y1 - top, x0 - left : x1 - left]
+    return (y0, x0), _blended(task, unit, entry, window)[:, y0 - top : y1 - top, x0 - left : x1 - left]
 
 
-def _spans(task: Task, work: Work) -> tuple[Span, Span]:
-    core = core_of(_grid(work), work.slide.recipe.block_tiles, work.block, task.stride)
-    return core, window_of(_grid(work), core, task.halo, task.stride)
+def _spans(task: Task, unit: WorkUnit) -> tuple[Span, Span]:
+    core = core_of(_grid(unit), unit.slide.recipe.block_tiles, unit.block, task.stride)
+    return core, window_of(_grid(unit), core, task.halo, task.stride)
 
 
-def _blended(task: Task, work: Work, entry: Entry, window: Span) -> U8:
+def _blended(task: Task, unit: WorkUnit, entry: Entry, window: Span) -> U8:
     shape = ((window.y1 - window.y0) // task.stride, (window.x1 - window.x0) // task.stride)
-    tiles, corners = _tiles_in(task, work, entry, window)
-    weights = window_weights(_grid(work).tile // task.stride, _grid(work).overlap // task.stride)
+    tiles, corners = _tiles_in(task, unit, entry, window)
+    weights = window_weights(_grid(unit).tile // task.stride, _grid(unit).overlap // task.stride)
     return blend(tiles, corners, shape=shape, weights=weights)
 
 
-def _tiles_in(task: Task, work: Work, entry: Entry, window: Span) -> tuple[U8, I64]:
+def _tiles_in(task: Task, unit: WorkUnit, entry: Entry, window: Span) -> tuple[U8, I64]:
     """Maps uint8[k, C, h, h] of the tiles that touch the window and their corners int64[k, 2] in window map px."""
-    grid, index = _grid(work), work.index()
+    grid, index = _grid(unit), unit.index()
     y, x = index[:, 0] * grid.stride, index[:, 1] * grid.stride
     keep = (y < window.y1) & (y + grid.tile > window.y0) & (x < window.x1) & (x + grid.tile > window.x0)
     index = index[keep]
@@ -357,37 +340,37 @@ def _tiles_in(task: Task, work: Work, entry: Entry, window: Span) -> tuple[U8, I
 # ---------------------------------------------------------------- shared
 
 
-def perform(work: Work) -> Receipt:
+def perform(unit: WorkUnit) -> UnitResult:
     """Do a work of any kind."""
-    receipt = forward(work) if work.kind == "forward" else _timed(work)
-    count_here(receipt)
-    return receipt
+    result = forward(unit) if unit.kind == "forward" else _timed(unit)
+    count_here(result)
+    return result
 
 
-def _timed(work: Work) -> Receipt:
+def _timed(unit: WorkUnit) -> UnitResult:
     from wsi_mmm.engine.stages.extract import extract
     from wsi_mmm.engine.stages.publish import publish
 
-    ways: dict[Kind, tuple[timing.Stage, Callable[[Work], Receipt]]] = {
+    ways: dict[Kind, tuple[timing.Stage, Callable[[WorkUnit], UnitResult]]] = {
         "plan": ("prepare", plan), "extract": ("decode", extract), "interpret": ("interpret", interpret),
         "publish": ("write", publish),
     }  # fmt: skip
-    stage, step = ways[work.kind]
-    with timing.lap(stage, work.name) as lap:
-        receipt = step(work)
-    return replace(receipt, laps=(lap.taken,), worker=timing.worker())
+    stage, step = ways[unit.kind]
+    with timing.lap(stage, unit.name) as lap:
+        result = step(unit)
+    return replace(result, laps=(lap.taken,), worker=timing.worker())
 
 
-def _grid(work: Work) -> Grid:
-    assert work.grid is not None
-    return work.grid
+def _grid(unit: WorkUnit) -> Grid:
+    assert unit.grid is not None
+    return unit.grid
 
 
-def _block_name(work: Work) -> str:
-    return f"{work.block[0]}-{work.block[1]}"
+def _block_name(unit: WorkUnit) -> str:
+    return f"{unit.block[0]}-{unit.block[1]}"
 
 
-def _receipt(work: Work, slide: Slide, **facts: Any) -> Receipt:
+def _receipt(unit: WorkUnit, slide: Slide, **facts: Any) -> UnitResult:
     peak, worker = context.peak_rss_mb(), timing.worker()
-    base = partial(Receipt, work.kind, work.slide.id, work.block, pid=os.getpid(), peak_rss_mb=peak, worker=worker)
+    base = partial(UnitResult, unit.kind, unit.slide.id, unit.block, pid=os.getpid(), peak_rss_mb=peak, worker=worker)
     return base(**{"status": "ok", "bytes_read": slide.reader.stats().bytes_read, **facts})

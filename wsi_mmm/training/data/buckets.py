@@ -150,7 +150,14 @@ class DryRun:
         """The lines in columns, the sums by label, and what nobody asked for."""
         rows = [("slide", "class", "label", "rule", "objects", "area")]
         rows += [
-            (one.slide, _said(one.class_name), one.label, one.rule or "none fits", str(one.objects), _area(one))
+            (
+                one.slide,
+                _class_label(one.class_name),
+                one.label,
+                one.rule or "none fits",
+                str(one.objects),
+                _area_text(one),
+            )
             for one in self.lines
         ]
         sums: dict[str, int] = defaultdict(int)
@@ -161,7 +168,7 @@ class DryRun:
             end.append(f"no rule fits: {', '.join(self.unmatched)}")
         if self.unnamed:
             end.append(f"without a class: {self.unnamed} objects")
-        return "\n".join([*_columns(rows), "", *end])
+        return "\n".join([*_align_columns(rows), "", *end])
 
 
 def dry_run(buckets: Buckets, slides: Iterable[tuple[str, Shapes, float | None]]) -> DryRun:
@@ -175,12 +182,12 @@ def dry_run(buckets: Buckets, slides: Iterable[tuple[str, Shapes, float | None]]
         for dot in shapes.dots:
             found[dot.class_name].append(0.0)
         names = sorted(found, key=lambda name: (name is None, name or ""))
-        lines += [_line(buckets, slide, name, areas=found[name], mpp=mpp) for name in names]
+        lines += [_class_row(buckets, slide, name, areas=found[name], mpp=mpp) for name in names]
         skipped[slide], repaired[slide] = shapes.skipped, shapes.repaired
     return DryRun(tuple(lines), skipped, repaired)
 
 
-def _line(buckets: Buckets, slide: str, name: str | None, *, areas: list[float], mpp: float | None) -> Line:
+def _class_row(buckets: Buckets, slide: str, name: str | None, *, areas: list[float], mpp: float | None) -> Line:
     code, number = buckets.place(name)
     label = buckets.labels[code] if code >= 0 else next(key for key, value in CODES.items() if value == code)
     rule = buckets.rules[number].words if number < len(buckets.rules) else ""
@@ -188,14 +195,14 @@ def _line(buckets: Buckets, slide: str, name: str | None, *, areas: list[float],
     return Line(slide, name, label, rule, len(areas), area, None if mpp is None else area * mpp * mpp / 1e6)
 
 
-def _said(name: str | None) -> str:
+def _class_label(name: str | None) -> str:
     return "(no class)" if name is None else name
 
 
-def _area(line: Line) -> str:
+def _area_text(line: Line) -> str:
     return f"{line.area:.4g} px²" if line.area_mm2 is None else f"{line.area_mm2:.4g} mm²"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 
 from wsi_mmm.errors import ConfigError, InputError
 from wsi_mmm.model.card import TaskCard
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.tissue import MIN_TISSUE
 from wsi_mmm.training.data import bags, tables
 from wsi_mmm.training.data.base import Index, Source
@@ -82,12 +82,12 @@ class Tiled(Entry):
         return SlidePool(cache=self.cache)
 
 
-def _listed(value: object) -> object:
+def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
 _WORDS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_listed), WithJsonSchema(_WORDS)]
+OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_as_list), WithJsonSchema(_WORDS)]
 """A word, or several."""
 
 
@@ -128,8 +128,8 @@ class Slides(Tiled):
             notes = None if self.annotations is None else beside(uri, self.annotations, needed=self.needed)
             if notes is None and self.annotations is not None:
                 continue
-            known: Mapping[str, Truth] = dict.fromkeys(self.task) if self.annotations is None else {}
-            found.append(SlideItem(name, uri, mpp or self.mpp_override, notes, self._group(name), known))
+            known: Mapping[str, Target] = dict.fromkeys(self.task) if self.annotations is None else {}
+            found.append(SlideItem(name, uri, mpp or self.mpp_override, notes, self._matched_group(name), known))
         if not found:
             raise InputError(
                 f"data '{self.name}': none of its {len(specs)} slides has annotations at {self.annotations}"
@@ -162,7 +162,7 @@ class Slides(Tiled):
         items = self.items(place) if lessons else []
         return {one.task: dry_run_slides(items, one.buckets, pool) for one in lessons}
 
-    def _group(self, name: str) -> str:
+    def _matched_group(self, name: str) -> str:
         if self.group is None:
             return name
         found = re.search(self.group, name)

@@ -46,7 +46,7 @@ def split_items(index: Index, *, shares: tuple[float, float, float] = (0.7, 0.15
     """Items by whole groups into train, val and test of about these shares, stratified by label. ConfigError."""
     if min(shares) < 0 or not shares[0] > 0 or abs(sum(shares) - 1.0) > 1e-6:
         raise ConfigError(f"shares of train, val and test are {shares}: give three that add up to 1, train above 0")
-    side = _assigned(index, np.array(shares), f"split/{seed}")
+    side = _assign_groups(index, np.array(shares), f"split/{seed}")
     return Split(*(np.flatnonzero(side == k) for k in range(3)))
 
 
@@ -99,16 +99,16 @@ def folds(index: Index, count: int, *, test: float = 0.0, seed: int = 0) -> tupl
     """
     if count < 2 or not 0.0 <= test < 1.0:
         raise ConfigError(f"{count} folds with a test share of {test}: give 2 folds or more and a share below 1")
-    aside = _assigned(index, np.array([1.0 - test, test]), f"folds/{seed}/test") == 1
+    aside = _assign_groups(index, np.array([1.0 - test, test]), f"folds/{seed}/test") == 1
     rest = np.flatnonzero(~aside)
     inner = Index([index.keys[i] for i in rest.tolist()], [index.groups[i] for i in rest.tolist()], index.labels[rest])
-    side = _assigned(inner, np.full(count, 1.0 / count), f"folds/{seed}")
+    side = _assign_groups(inner, np.full(count, 1.0 / count), f"folds/{seed}")
     if len(np.unique(side)) < count:
         raise ConfigError(f"{len(set(inner.groups))} groups do not fill {count} folds: use fewer folds")
     return tuple(Split(rest[side != k], rest[side == k], np.flatnonzero(aside)) for k in range(count))
 
 
-def _assigned(index: Index, shares: F64, seed: str) -> I32:
+def _assign_groups(index: Index, shares: F64, seed: str) -> I32:
     """int32[n]: the part of each item. Groups, large ones first, go where they leave labels nearest to their shares."""
     groups, member = np.unique(np.array([str(group) for group in index.groups], object), return_inverse=True)
     _, label = np.unique(np.maximum(index.labels, -1), return_inverse=True)
@@ -118,15 +118,15 @@ def _assigned(index: Index, shares: F64, seed: str) -> I32:
     scale = 1.0 / np.maximum(table.sum(0), 1.0)
     have = np.zeros_like(wanted)
     chosen = np.zeros(len(groups), np.int32)
-    tie = np.array([_key(f"{seed}/{group}") for group in groups.tolist()], np.float64)
+    tie = np.array([_text_key(f"{seed}/{group}") for group in groups.tolist()], np.float64)
     for number in np.lexsort((tie, -table.sum(1))).tolist():
-        chosen[number] = _best(have, wanted, row=table[number], scale=scale, shares=shares)
+        chosen[number] = _neediest_part(have, wanted, row=table[number], scale=scale, shares=shares)
         have[chosen[number]] += table[number]
     side: I32 = chosen[member] if len(groups) else np.zeros(0, np.int32)
     return side
 
 
-def _best(have: F64, wanted: F64, *, row: F64, scale: F64, shares: F64) -> int:
+def _neediest_part(have: F64, wanted: F64, *, row: F64, scale: F64, shares: F64) -> int:
     """The part that lacks most of the labels of this group, each counted in shares of all its items; of equal ones the
     part that lacks most items. Parts of share 0 get nothing."""
     short = ((wanted - have) * scale) @ (row > 0)
@@ -135,7 +135,7 @@ def _best(have: F64, wanted: F64, *, row: F64, scale: F64, shares: F64) -> int:
     return int(np.lexsort((-missing, -np.round(short, 9)))[0])
 
 
-def _key(text: str) -> int:
+def _text_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
 
 
@@ -181,10 +181,10 @@ def find_leaks(
                 seen["key", key].setdefault(part, key)
                 if pictures and key in pictures:
                     seen["picture", pictures[key]].setdefault(part, key)
-    return tuple(_leaks(seen))
+    return tuple(_iter_leaks(seen))
 
 
-def _leaks(seen: Mapping[tuple[str, str], Mapping[str, str]]) -> Iterator[Leak]:
+def _iter_leaks(seen: Mapping[tuple[str, str], Mapping[str, str]]) -> Iterator[Leak]:
     for (kind, name), where in seen.items():
         if len(where) > 1:
             keys = list(where.values())
