@@ -135,7 +135,7 @@ def _placement(word: str | None, recipe: Recipe) -> Placement:
                     "with placement pool tiles go through a cache that all workers see: name it with --cache"
                 )
             return cast("Placement", known)
-    raise OptionError(f"placement is beside, pool or auto, not {word!r}")
+    raise OptionError(f"placement is beside or pool, not {word!r}")
 
 
 def checked_here(order: RunRequest) -> RunRequest:
