@@ -173,7 +173,7 @@ def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str
 
 RUN = """
 import sys, wsi_mmm
-from wsi_mmm.errors import 
+from wsi_mmm.errors import WsiError
 source, target, blocks, scheduler = sys.argv[1:]
 try:
     report = wsi_mmm.run(source, output=target, block_tiles=int(blocks), scheduler=scheduler or None)
