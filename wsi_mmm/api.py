@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from wsi_mmm.api_train import fit_head, prepare_training, read_annotations, train, train_fractions
 from wsi_mmm.config import user_cache, visible_gpus
@@ -16,8 +16,7 @@ from wsi_mmm.engine.executors.tls import tls_of
 from wsi_mmm.engine.job import Job
 from wsi_mmm.engine.monitoring import run_report
 from wsi_mmm.engine.monitoring.observe import NOTHING, Observe
-from wsi_mmm.engine.monitoring.recall import recall
-from wsi_mmm.engine.monitoring.run_report import RunReport
+from wsi_mmm.engine.monitoring.run_report import RunReport, load_report
 from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.engine.units import Executor
 from wsi_mmm.errors import OutputError
@@ -66,14 +65,14 @@ def run(
         **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
             ``tissue``, ``regions``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``cache_quota``,
             ``reader``, ``features``, ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``overlay``,
-            ``runtime``, ``decode``, ``placement``.
+            ``runtime``, ``placement``.
 
     Returns:
         A RunReport: one row per slide, ``exit_code`` 0 only if every slide succeeded. A slide that fails does not stop
         the others.
 
     Raises:
-        RecipeError, ModelError, ManifestError, OutputError, ClusterError: before any slide is begun.
+        OptionError, ModelError, ManifestError, OutputError, ClusterError: before any slide is begun.
         Cancelled: on Ctrl-C; running the same again resumes.
     """
     order = order_run(slides, model, output=output, tasks=tasks, workers=workers, scheduler=scheduler, **options)
@@ -109,38 +108,40 @@ def submit(
     ``detach=False`` this process keeps its books, and it ends with it. ``options`` are those of ``run``. Both kinds of
     job have ``.progress``, ``.result(timeout)``, ``.cancel()``, ``.done``.
     """
-    from wsi_mmm.engine.executors.dask import attached, client_of
+    from wsi_mmm.engine.executors.dask import attach_executor, client_of
 
     tasks, observe = options.pop("tasks", None), options.pop("observe", NOTHING)
     address = client if isinstance(client, str) else None
     order = order_of(slides, model_recipe(str(model), tasks, options), output, 0, address, options)
     held = client_of(client, tls=order.tls)
     if not detach:
-        return Job(lambda listener, stop: run_slides(order, attached(held), listener, stop, observe=observe))
-    from wsi_mmm.engine.executors.dask_jobs import JobSpec, launch
+        return Job(lambda listener, stop: run_slides(order, attach_executor(held), listener, stop, observe=observe))
+    from wsi_mmm.engine.executors.dask_jobs import JobSpec, launch_job
 
     bare = replace(order, tls=None)  # paths of this machine
-    errand = JobSpec(partial(run_slides, bare, observe=observe), partial(_recalled, bare))
-    return launch(held, order.output, len(order.tasks), errand)
+    spec = JobSpec(
+        partial(run_slides, bare, observe=observe), partial(load_report, bare.output, bare.recipe, bare.tasks)
+    )
+    return launch_job(held, order.output, len(order.tasks), spec)
 
 
 def attach(client: Client | str, job: str, *, tls: str | Path | None = None) -> ClusterJob[RunReport]:
     """The job of that id on the cluster of a Dask ``client``, or at an address, whoever submitted it.
 
-    It has ``.note`` (how it stands), ``.progress``, ``.watch()``, ``.result(timeout)``, ``.cancel()``, ``.forget()``.
+    It has ``.status``, ``.progress``, ``.watch()``, ``.result(timeout)``, ``.cancel()``, ``.forget()``.
     ClusterError when the cluster knows no such job.
     """
-    from wsi_mmm.engine.executors.dask_jobs import job_of
+    from wsi_mmm.engine.executors.dask_jobs import find_job
 
-    return job_of(client, job, tls=tls_of(tls, _address(client)))
+    return find_job(client, job, tls=tls_of(tls, _address(client)))
 
 
 def list_jobs(client: Client | str, *, tls: str | Path | None = None) -> list[tuple[JobStatus, bool]]:
     """Every job that a cluster knows, the oldest first, and whether it is in good hands: False when it should run, and
     whoever ran it is gone. Jobs that have ended are remembered until they are forgotten, or fifty came after them."""
-    from wsi_mmm.engine.executors.dask_jobs import notes_of
+    from wsi_mmm.engine.executors.dask_jobs import job_statuses
 
-    return notes_of(client, tls=tls_of(tls, _address(client)))
+    return job_statuses(client, tls=tls_of(tls, _address(client)))
 
 
 def embed(
@@ -232,28 +233,23 @@ def export_model(
     tasks: str | Sequence[str] | None = None,
     weights: str | None = None,
     tile_size: int | None = None,
-    to: Literal["onnx", "pt2"] = "onnx",
 ) -> Exported:
-    """Write a model as one file; gives ``.path``, ``.tasks``, ``.side`` (None: any), ``.difference`` from the model.
+    """Write a model as one ONNX file; gives its ``.path``, ``.tasks``, ``.side`` (None: any) and ``.difference``.
 
-    ``model``: as for ``embed``, with ``weights``; ``tasks``: None: all; ``tile_size``: fix it at so many px; ``to``:
-    "onnx", or "pt2" for a program of torch.export. MissingPackage without the extra ``onnx``; ModelError when it cannot
-    be translated or gives other answers.
+    ``model``: as for ``embed``, with ``weights``; ``tasks``: None: all; ``tile_size``: fix it at so many px.
+    MissingPackage without the extra ``onnx``; ModelError when it cannot be translated or gives other answers.
     """
     from wsi_mmm.model.checkpoint import load_encoder
     from wsi_mmm.model.fetched import fetched
     from wsi_mmm.model.fold import folded
     from wsi_mmm.model.identity import check_runtime, is_model
     from wsi_mmm.model.onnx import export_onnx
-    from wsi_mmm.model.pt2 import export_pt2
 
-    if to == "onnx":
-        check_runtime("onnx")
+    check_runtime("onnx")
     here = fetched(str(model), user_cache())
     loaded = load_model(here) if is_model(here) else load_encoder(here, weights)
     names = [tasks] if isinstance(tasks, str) else tasks
-    write = export_onnx if to == "onnx" else export_pt2
-    return write(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
+    return export_onnx(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
 
 
 def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | None = None, **options: Any) -> RunReport:
@@ -290,11 +286,6 @@ def executor_of(order: RunRequest) -> Callable[[], Executor]:
         return ThreadsExecutor(order.recipe)
 
     return make
-
-
-def _recalled(order: RunRequest) -> RunReport:
-    """The report of a run that has ended, from what it wrote."""
-    return recall(order.output, order.recipe, order.tasks)
 
 
 def _address(client: Client | str) -> str | None:

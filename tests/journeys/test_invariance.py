@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,10 @@ import psutil
 import pytest
 
 import wsi_mmm
-from wsi_mmm.engine.events import Event
+from wsi_mmm.api import RunReport, order_run
+from wsi_mmm.engine.events import Event, silent
+from wsi_mmm.engine.executors.serial import SerialExecutor
+from wsi_mmm.engine.run import run_slides
 
 
 def published(slide: Path, output: Path, **options: Any) -> bytes:
@@ -30,6 +34,7 @@ def published(slide: Path, output: Path, **options: Any) -> bytes:
     [
         {"block_tiles": 1},
         {"block_tiles": 3},
+        {"reader": "tiff"},
         {"batch_size": 1},
         {"batch_size": 5, "block_tiles": 2},
         {"threads": 1},
@@ -52,6 +57,14 @@ def test_a_cold_and_a_warm_cache_give_the_same_bytes(tiny_slide: Path, quiet_byt
     [row] = report.slides
     assert (tmp_path / "warm" / row.id / "result.geojson.gz").read_bytes() == quiet_bytes
     assert row.cache_hits == row.tiles and row.busy_share == 0
+
+
+def test_the_serial_executor_gives_the_same_bytes(tiny_slide: Path, quiet_bytes: bytes, tmp_path: Path) -> None:
+    """One thread, one unit at a time: the specification that threads and workers are held to."""
+    request = order_run(str(tiny_slide), output=tmp_path, block_tiles=2)
+    [row] = run_slides(request, SerialExecutor(), silent).slides
+    assert row.status == "done", row.error
+    assert (tmp_path / row.id / "result.geojson.gz").read_bytes() == quiet_bytes
 
 
 def test_a_second_run_finds_the_slide_done(tiny_slide: Path, tmp_path: Path) -> None:
@@ -89,6 +102,64 @@ def test_cancelled_and_resumed(tiny_slide: Path, quiet_bytes: bytes, tmp_path: P
     assert (tmp_path / row.id / "result.geojson.gz").read_bytes() == quiet_bytes
 
 
+@pytest.fixture(scope="session")
+def openslide_bytes(tiny_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The GeoJSON of a quiet run through OpenSlide, with no cache and nothing done before."""
+    return published(tiny_slide, tmp_path_factory.mktemp("openslide"), reader="openslide")
+
+
+def test_another_reader_is_not_taken_for_done(tiny_slide: Path, openslide_bytes: bytes, tmp_path: Path) -> None:
+    """A forced reader redoes a finished slide and is recorded; forcing the one that content chooses does not."""
+    published(tiny_slide, tmp_path)
+    [row] = wsi_mmm.run(tiny_slide, output=tmp_path, reader="tiff").slides
+    assert row.extra["resumed"]
+    [row] = wsi_mmm.run(tiny_slide, output=tmp_path, reader="openslide").slides
+    assert row.status == "done" and not row.extra["resumed"]
+    assert json.loads((tmp_path / row.id / "slide.json").read_text())["reader"] == "openslide"
+    assert (tmp_path / row.id / "result.geojson.gz").read_bytes() == openslide_bytes
+
+
+def test_readers_share_no_cache(tiny_slide: Path, openslide_bytes: bytes, tmp_path: Path) -> None:
+    """What one reader left in a cache, values or tiles, answers no other."""
+    shared: dict[str, Any] = {"cache": tmp_path / "cache", "cache_tiles": True}
+    published(tiny_slide, tmp_path / "tiff", **shared)
+    report = wsi_mmm.run(tiny_slide, output=tmp_path / "openslide", reader="openslide", **shared)
+    [row] = report.slides
+    assert row.cache_hits == 0 and row.tiles > 0
+    assert (tmp_path / "openslide" / row.id / "result.geojson.gz").read_bytes() == openslide_bytes
+    assert {path.name.split("-")[0] for path in (tmp_path / "cache").glob("*/pixels/*")} == {"tiff", "openslide"}
+
+
+def test_a_slide_begun_with_one_reader_is_not_ended_with_another(
+    tiny_slide: Path, openslide_bytes: bytes, tmp_path: Path
+) -> None:
+    """Stopped in the middle and resumed with another reader: nothing of the first is kept."""
+
+    def interrupt(event: Event) -> None:
+        if event.kind == "tile" and event.done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        wsi_mmm.run(tiny_slide, output=tmp_path, block_tiles=1, progress=interrupt)
+    [row] = wsi_mmm.run(tiny_slide, output=tmp_path, block_tiles=1, reader="openslide").slides
+    assert row.cache_hits == 0
+    assert (tmp_path / row.id / "result.geojson.gz").read_bytes() == openslide_bytes
+
+
+def test_slide_json_holds_nothing_of_time_or_place(
+    tiny_slide: Path, quiet_run: tuple[Path, RunReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user, cache and reader named outright: the same bytes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    options: dict[str, Any] = {"cache": tmp_path / "cache", "reader": "tiff", "batch_size": 3, "threads": 1}
+    [row] = wsi_mmm.run(tiny_slide, output=tmp_path, **options).slides
+    text = (tmp_path / row.id / "slide.json").read_text()
+    assert text == (quiet_run[0] / "slide.json").read_text()
+    assert json.loads(text)["reader"] == "tiff" and not {"reader", "user_cache", "cache"} & set(
+        json.loads(text)["recipe"]
+    )
+
+
 def start(slide: Path, output: Path, *words: str) -> subprocess.Popen[bytes]:
     """The command line in a process group of its own."""
     command = [sys.executable, "-m", "wsi_mmm", "run", str(slide), "-o", str(output), *words]
@@ -123,7 +194,7 @@ def test_kill_9_of_the_run_and_again(tiny_slide: Path, quiet_bytes: bytes, tmp_p
 def test_worker_processes_give_the_same_bytes(
     workers: int, tiny_slide: Path, quiet_bytes: bytes, tmp_path: Path
 ) -> None:
-    """One and two Dask workers give what the serial executor gives."""
+    """One and two Dask workers give what one process gives."""
     assert published(tiny_slide, tmp_path, workers=workers, block_tiles=2) == quiet_bytes
 
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from wsi_mmm.errors import RecipeError, StorageError
+from wsi_mmm.errors import OptionError, StorageError
 from wsi_mmm.slides.base import Fetched, ReadStats
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.slides.resample.cut import cut_tiles
 from wsi_mmm.tiles.grid import blocks, make_grid, tile_xy
-from wsi_mmm.tiles.stream import READ_AHEAD, RUNS_AHEAD, read_block, stream
+from wsi_mmm.tiles.stream import FETCHES_AHEAD, READ_AHEAD, read_block, stream
 from wsi_mmm.types import I64, U8, Batch, Block, Canvas, Grid, Tiles
 
 PIXELS = np.random.default_rng(5).integers(0, 255, (700, 900, 3), dtype=np.uint8)
@@ -149,7 +149,7 @@ def test_reading_ahead_is_bounded() -> None:
 
 
 class Remote(ArrayReader):
-    """A reader far away: counts what is fetched, in which runs, and refuses to decode what was not fetched."""
+    """A reader far away: counts what is fetched, in which runs; from fetch ``fail_at`` on, fetching fails."""
 
     remote = True
 
@@ -161,13 +161,13 @@ class Remote(ArrayReader):
 
     def fetch(self, tiles: Sequence[Tiles]) -> Fetched:
         self.runs.append(len(tiles))
-        if len(self.runs) == self.fail_at:
+        if self.fail_at is not None and len(self.runs) >= self.fail_at:
             raise StorageError("the cable was pulled")
         places = [tuple(xy) for part in tiles for xy in part.xy.tolist()]
         return Fetched(0, {hash(place): b"" for place in places})
 
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
-        assert fetched is not None
+        fetched = fetched or self.fetch([tiles])
         assert all(hash(tuple(xy)) in fetched.data for xy in tiles.xy.tolist())
         self.decoded += 1
         return cut_tiles(self.read, tiles, out)
@@ -176,7 +176,7 @@ class Remote(ArrayReader):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_far_slides_are_fetched_in_runs_ahead_of_decoding(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first run is half as long, none is shorter; what is decoded was fetched; the pixels are the same."""
-    monkeypatch.setattr("wsi_mmm.tiles.stream.RUN_PIXELS", 20 * 64 * 64)
+    monkeypatch.setattr("wsi_mmm.tiles.stream.FETCH_PIXELS", 20 * 64 * 64)
     inner, grid, index = a_grid(0.5, overlap=0)
     far = Remote()
     got = list(stream(far, grid, index, block_tiles=1, batch_size=10, workers=workers))
@@ -190,13 +190,13 @@ def test_far_slides_are_fetched_in_runs_ahead_of_decoding(workers: int, monkeypa
 
 def test_fetching_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the consumer holds a batch, only the next runs are on their way."""
-    monkeypatch.setattr("wsi_mmm.tiles.stream.RUN_PIXELS", 4)
+    monkeypatch.setattr("wsi_mmm.tiles.stream.FETCH_PIXELS", 4)
     _, grid, index = a_grid(0.5, overlap=0)
     far = Remote()
     batches = stream(far, grid, index, block_tiles=1, batch_size=1, workers=1)
     for taken in range(1, 6):
         next(batches)
-        assert len(far.runs) <= taken + 1 + READ_AHEAD + RUNS_AHEAD + 1
+        assert len(far.runs) <= taken + 1 + READ_AHEAD + FETCHES_AHEAD + 1
     batches.close()  # type: ignore[attr-defined]
     assert reading_threads() == []
 
@@ -216,5 +216,5 @@ def test_nothing_selected_is_an_empty_stream() -> None:
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"workers": -1}, {"block_tiles": 0}])
 def test_nonsense_is_refused_before_the_first_batch(options: dict[str, int]) -> None:
     reader, grid, index = a_grid()
-    with pytest.raises(RecipeError):
+    with pytest.raises(OptionError):
         stream(reader, grid, index, **options)  # type: ignore[arg-type]

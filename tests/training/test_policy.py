@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.training import policy as policies
 from wsi_mmm.training.policy import Draw, FeedSize, Policy, fraction_of, of_rank, plan_step
 
@@ -34,7 +34,13 @@ def test_a_step_is_a_pure_function(
     """Equal arguments give equal draws, also when nothing is cached; numbers are items; seeds are all different."""
     feeds = [FeedSize(f.name, f.items, f.batch, np.arange(f.items, dtype=np.int32) % 3 - 1) for f in feeds_of(drawn)]
     one = plan_step(feeds, policy=policy, seed=seed, step=step, rounds=2, class_balance=balance)
-    for cache in (policies._block, policies._short, policies._long, policies._counts, policies._members):
+    for cache in (
+        policies._slot_block,
+        policies._short,
+        policies._long,
+        policies._feed_slots,
+        policies._items_by_class,
+    ):
         cache.cache_clear()
     assert one == plan_step(feeds, policy=policy, seed=seed, step=step, rounds=2, class_balance=balance)
     sizes = {f.name: f for f in feeds}
@@ -126,7 +132,7 @@ def test_a_late_step_costs_no_more_than_the_first() -> None:
     """Step 1e6 of a million items is planned in well under a second with nothing cached."""
     feeds = [FeedSize("a", 10**6, 16), FeedSize("b", 300, 16)]
     for policy in NAMES:
-        policies._block.cache_clear()
+        policies._slot_block.cache_clear()
         policies._long.cache_clear()
         begin = time.perf_counter()
         plan_step(feeds, policy=policy, seed=0, step=10**6, rounds=4)
@@ -158,9 +164,9 @@ def test_what_cannot_be_planned_is_refused() -> None:
         ([], "balanced"),
         ([feed, FeedSize("b", 3, 1, weight=0.001)], "balanced"),
     ):
-        with pytest.raises(RecipeError):
+        with pytest.raises(ConfigError):
             plan_step(feeds, policy=policy, seed=0, step=0)  # type: ignore[arg-type]
-    with pytest.raises(RecipeError):
+    with pytest.raises(ConfigError):
         fraction_of(np.zeros(3, np.int32), 0.0, seed=0)
-    with pytest.raises(RecipeError):
+    with pytest.raises(ConfigError):
         of_rank((), 2, 2)

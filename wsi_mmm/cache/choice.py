@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_mmm.cache.pixels import CachedReader, read_inner
+from wsi_mmm.cache.pixels import CachedReader
 from wsi_mmm.slides.base import Reader
+from wsi_mmm.slides.resample.cut import fill_tiles
 from wsi_mmm.storage.store import is_local
 from wsi_mmm.types import U8, Tiles
 
@@ -48,11 +49,11 @@ def choose(cached: CachedReader, tiles: Tiles) -> Choice:
     sample = _sample(tiles)
     out = list(np.empty((len(sample.xy), sample.size, sample.size, 3), np.uint8))
     first = Tiles(sample.xy[:1], sample.size, sample.scale_x, sample.scale_y)
-    read_inner(cached.inner, first, out[:1], None)  # imports, connections and compiled code are not the slide's cost
+    fill_tiles(cached.inner, first, out[:1], None)  # imports, connections and compiled code are not the slide's cost
     # Other threads are at work too: what they take is no cost of reading, so the work of this thread is measured, and
     # only where a network is waited for the time that passes.
     clock = time.perf_counter if cached.remote or not is_local(cached.uri) else time.thread_time
-    read_ms = _milliseconds(lambda: read_inner(cached.inner, sample, out, None), clock) / len(out)
+    read_ms = _milliseconds(lambda: fill_tiles(cached.inner, sample, out, None), clock) / len(out)
     before = cached.stored_under(sample)
     cached.read_tiles(sample, out)
     cached_ms = _milliseconds(lambda: cached.read_tiles(sample, out), clock) / len(out)

@@ -33,9 +33,9 @@ from wsi_mmm.cache.shard import (
     read_index,
     unpack,
 )
-from wsi_mmm.errors import SlideNotFound, StorageError
+from wsi_mmm.errors import NotFound, StorageError
 from wsi_mmm.slides.base import Fetched, Reader, ReadStats, TileReader
-from wsi_mmm.slides.resample.cut import cut_tiles
+from wsi_mmm.slides.resample.cut import cut_tiles, fill_tiles
 from wsi_mmm.slides.resample.scaled import merge_failed
 from wsi_mmm.storage import store as storage
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
@@ -44,6 +44,11 @@ Key = tuple[int, int]  # row and column of a shard
 Wanted = Sequence[tuple[int, U8]]  # number of a chunk in its shard, where its pixels shall lie
 
 _LOCKS = 64
+
+
+def pixels_uri(cache: str, info: SlideInfo, scale_x: float, scale_y: float) -> str:
+    """Return the folder of a slide's cached pixels at a scale; each reader has its own, because pixels differ."""
+    return storage.join(cache, info.fingerprint, "pixels", f"{info.reader}-{scale_x:.9f}-{scale_y:.9f}")
 
 
 @dataclass(slots=True)
@@ -113,7 +118,7 @@ class CachedReader:
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
         """Write the tiles to ``out``, as ``read`` would give them; return the level-0 rectangles that failed."""
         if not self._same_scale(tiles):
-            return read_inner(self.inner, tiles, out, fetched)
+            return fill_tiles(self.inner, tiles, out, fetched)
         whole = all(one.flags.c_contiguous for one in out)
         if tiles.size != CHUNK or not whole or (tiles.xy % CHUNK).any() or (tiles.xy < 0).any():
             self._bring(tiles, fetched)
@@ -222,7 +227,7 @@ class CachedReader:
             index, chunks = _opened(place, [number for number, _ in wanted])
             for data, (_, target) in zip(chunks, wanted, strict=True):
                 unpack(data, target)
-        except (SlideNotFound, DamagedShardError):  # what it is made from is still there
+        except (NotFound, DamagedShardError):  # what it is made from is still there
             return None
         with self._lock:
             self.hits += 1
@@ -235,7 +240,7 @@ class CachedReader:
     def _fill(self, key: Key, fetched: Fetched | None) -> tuple[U8, I64]:
         """Read a shard from the slide and put it in; its pixels uint8[1024, 1024, 3] and what failed."""
         pixels = np.empty((SHARD, SHARD, 3), np.uint8)
-        failed = read_inner(self.inner, self._as_tile(key), [pixels], fetched)
+        failed = fill_tiles(self.inner, self._as_tile(key), [pixels], fetched)
         self._make()
         inside = self._shape[0] - key[0] * SHARD, self._shape[1] - key[1] * SHARD
         data = pack(pixels, inside, failed)
@@ -279,15 +284,8 @@ class CachedReader:
         self._made = True
 
 
-def read_inner(inner: Reader, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None) -> I64:
-    """Tiles from a reader that may know blocks only; see ``TileReader.read_tiles``."""
-    if isinstance(inner, TileReader):
-        return inner.read_tiles(tiles, out, fetched)
-    return cut_tiles(inner.read, tiles, out)
-
-
 def _opened(uri: str, numbers: Sequence[int]) -> tuple[Index, list[Buffer]]:
-    """Index and chunks of a shard. Raises SlideNotFound, DamagedShardError, StorageError."""
+    """Index and chunks of a shard. Raises NotFound, DamagedShardError, StorageError."""
     if not storage.is_local(uri):
         data = memoryview(storage.read_bytes(uri))  # one request
         index = read_index(data, len(data))
@@ -296,7 +294,7 @@ def _opened(uri: str, numbers: Sequence[int]) -> tuple[Index, list[Buffer]]:
         with open(storage.local_path(uri), "rb", buffering=0) as file:
             return _parts(file.fileno(), numbers)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise SlideNotFound(uri) from error
+        raise NotFound(uri) from error
     except OSError as error:
         raise StorageError(f"cannot read the cache at {uri}: {error.strerror}; check the disk") from error
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from wsi_mmm.cache.choice import Choice, choose
-from wsi_mmm.cache.pixels import CachedReader
+from wsi_mmm.cache.pixels import CachedReader, pixels_uri
 from wsi_mmm.cache.quota import Quota
 from wsi_mmm.slides import Reader, Slide, open_slide
 from wsi_mmm.storage import store
@@ -152,8 +152,7 @@ class SlidePool:
         scale = (tiles.scale_x, tiles.scale_y)
         key = (caching.root, *scale)
         if key not in entry.cached:
-            name = f"{scale[0]:.9f}-{scale[1]:.9f}"
-            uri = store.join(caching.root, slide.info.fingerprint, "pixels", name)
+            uri = pixels_uri(caching.root, slide.info, *scale)
             entry.cached[key] = CachedReader(slide.reader, uri, *scale, quota=self._shared_quota(caching))
         if caching.use == "on":
             return entry.cached[key]

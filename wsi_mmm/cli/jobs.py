@@ -43,18 +43,18 @@ def list_(scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debu
 
     found = api.list_jobs(scheduler, tls=_tls(scheduler, tls))
     if flags.json:
-        for note, fine in found:
-            say_json({"job": note, "silent": not fine})
+        for status, fine in found:
+            say_json({"job": status, "silent": not fine})
         return
     rows = [
         (
-            note.id,
-            note.state if fine else "silent",
-            f"{note.slides_done}/{note.slides_total}",
-            _tiles(note),
-            note.output,
+            status.id,
+            status.state if fine else "silent",
+            f"{status.slides_done}/{status.slides_total}",
+            _tiles(status),
+            status.output,
         )
-        for note, fine in found
+        for status, fine in found
     ]
     table(rows, ("job", "state", "slides", "tiles", "output"))
     say(f"{len(found)} jobs at {scheduler}")
@@ -67,15 +67,16 @@ def watch(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False,
     Examples:
       wsi-mmm jobs watch 1a2b3c4d --scheduler tcp://host:8786
     """
-    note = None
-    for note in _job(name, scheduler, tls).watch():
+    status = None
+    for status in _job(name, scheduler, tls).watch():
         if flags.json:
-            say_json(note)
+            say_json(status)
         else:
-            say(f"{note.state}  {note.slides_done}/{note.slides_total} slides, {_tiles(note)} tiles{_since(note)}")
-    if note is not None and note.error:
-        say(note.error)
-    return 0 if note is not None and note.state == "done" else 1
+            slides = f"{status.slides_done}/{status.slides_total} slides"
+            say(f"{status.state}  {slides}, {_tiles(status)} tiles{_since(status)}")
+    if status is not None and status.error:
+        say(status.error)
+    return 0 if status is not None and status.state == "done" else 1
 
 
 def cancel(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debug = False) -> None:
@@ -114,13 +115,13 @@ def _tls(scheduler: str, given: str | None) -> str | None:
     return given or (config.default_tls() if scheduler.startswith("tls://") else None)
 
 
-def _tiles(note: JobStatus) -> str:
-    return f"{note.tiles_done:,}/{note.tiles_total:,}"
+def _tiles(status: JobStatus) -> str:
+    return f"{status.tiles_done:,}/{status.tiles_total:,}"
 
 
-def _since(note: JobStatus) -> str:
+def _since(status: JobStatus) -> str:
     """How long it has run, by the clock of whoever runs it."""
-    return f", {duration(max(0.0, (note.ended or time.time()) - note.started))}" if note.started else ""
+    return f", {duration(max(0.0, (status.ended or time.time()) - status.started))}" if status.started else ""
 
 
 for _command_name, _command in (("list", list_), ("watch", watch), ("cancel", cancel), ("forget", forget)):

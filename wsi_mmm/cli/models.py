@@ -11,7 +11,7 @@ import typer
 
 from wsi_mmm.cli.console import EXIT_CODES, Debug, Json, facts, flags, guarded, say, say_json, table
 from wsi_mmm.config import user_cache
-from wsi_mmm.errors import InputError, SlideNotFound
+from wsi_mmm.errors import InputError
 
 if TYPE_CHECKING:
     from wsi_mmm.model.card import ModelCard
@@ -96,19 +96,11 @@ def _short(value: object) -> str:
 models_app.command("show", epilog=EXIT_CODES)(guarded(show))
 
 
-class ModelFormat(StrEnum):
-    """What models are exported to."""
-
-    onnx = "onnx"
-    pt2 = "pt2"
-
-
 def export_model(
     name: Annotated[str, typer.Argument(help="Packaged model, model folder, timm name or hf-hub: id.")] = "default",
-    to: Annotated[ModelFormat, typer.Option("--to", help="onnx, or pt2 for torch.export.")] = ModelFormat.onnx,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write. (default: NAME.onnx or .pt2)", metavar="FILE"),
+        typer.Option("--output", "-o", help="File to write. (default: NAME.onnx)", metavar="FILE"),
     ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="Task to include, repeatable. (default: all)", metavar="NAME")
@@ -120,18 +112,17 @@ def export_model(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model for other tools: pixels uint8[n, h, w, 3] in, features and one answer per task out.
+    """Write a model as ONNX for other tools: pixels uint8[n, h, w, 3] in, features and one answer per task out.
 
     \b
     Examples:
       wsi-mmm models export default -o default.onnx
       wsi-mmm models export my-model/ --task nuclei -o nuclei.onnx
-      wsi-mmm models export my-model/ --to pt2
     """
     from wsi_mmm.api import export_model as write
 
-    target = output or Path(f"{PurePosixPath(name).name}.{to.value}")
-    done = write(name, output=target, tasks=tasks, weights=weights, tile_size=tile_size, to=to.value)
+    target = output or Path(f"{PurePosixPath(name).name}.onnx")
+    done = write(name, output=target, tasks=tasks, weights=weights, tile_size=tile_size)
     if flags.json:
         say_json(done)
     size = f"{done.side} px only" if done.side else "any multiple of 32 px"
@@ -194,7 +185,7 @@ def targets(sources: Sequence[str], ending: str, output: str | None) -> list[tup
 
 
 def feature_stores(source: str) -> list[str]:
-    """Every features.zarr at or below ``source``, sorted; SlideNotFound when there is none."""
+    """Every features.zarr at or below ``source``, sorted; InputError when there is none."""
     from wsi_mmm.storage import store
 
     mark = "/zarr.json"
@@ -203,5 +194,5 @@ def feature_stores(source: str) -> list[str]:
     else:
         found = [uri.removesuffix(mark) for uri in store.list_uris(source) if uri.endswith("/features.zarr" + mark)]
     if not found:
-        raise SlideNotFound(f"no features.zarr at {store.redact(source)}; wsi-mmm embed makes them")
+        raise InputError(f"no features.zarr at {store.redact(source)}; wsi-mmm embed makes them")
     return found

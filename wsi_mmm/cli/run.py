@@ -18,7 +18,6 @@ from wsi_mmm.cli.options import (
     Cache,
     CacheQuota,
     CacheTiles,
-    Decode,
     Detach,
     Device,
     DryRun,
@@ -35,7 +34,6 @@ from wsi_mmm.cli.options import (
     Runtime,
     Scheduler,
     Settings,
-    SkipErrors,
     Threads,
     TileSize,
     Tissue,
@@ -43,7 +41,7 @@ from wsi_mmm.cli.options import (
     Workers,
 )
 from wsi_mmm.cli.progress import progress, verdict
-from wsi_mmm.errors import ManifestError, RecipeError, WsiError
+from wsi_mmm.errors import ManifestError, OptionError, WsiError
 
 if TYPE_CHECKING:
     from wsi_mmm.api import RunReport
@@ -80,7 +78,6 @@ def run(
     regions: Regions = None,
     mpp_override: MppOverride = None,
     reader: Reader = None,
-    skip_errors: SkipErrors = False,
     cache: Cache = None,
     cache_tiles: CacheTiles = None,
     cache_quota: CacheQuota = None,
@@ -104,7 +101,6 @@ def run(
     threads: Threads = None,
     device: Device = None,
     runtime: Runtime = None,
-    decode: Decode = None,
     scheduler: Scheduler = None,
     tls: Tls = None,
     placement: Placement = None,
@@ -140,7 +136,7 @@ def run(
         "cache": cache, "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "save_maps": maps or None, "gzip": False if plain_geojson else None,
         "bounds_offset": bounds_offset or None, "batch_size": batch_size, "workers": workers, "threads": threads,
-        "device": device, "runtime": runtime, "decode": decode, "scheduler": scheduler, "tls": tls,
+        "device": device, "runtime": runtime, "scheduler": scheduler, "tls": tls,
         "placement": placement, "force": force or None,
         "log_file": log_file, "log_level": log_level, "metrics_port": metrics_port,
         "traces": traces or None,
@@ -175,7 +171,6 @@ def embed(
     tissue: Tissue = None,
     mpp_override: MppOverride = None,
     reader: Reader = None,
-    skip_errors: SkipErrors = False,
     cache: Cache = None,
     cache_tiles: CacheTiles = None,
     cache_quota: CacheQuota = None,
@@ -184,7 +179,6 @@ def embed(
     threads: Threads = None,
     device: Device = None,
     runtime: Runtime = None,
-    decode: Decode = None,
     scheduler: Scheduler = None,
     tls: Tls = None,
     placement: Placement = None,
@@ -216,7 +210,7 @@ def embed(
         "overlap": overlap, "tissue": tissue, "mpp_override": mpp_override, "reader": reader, "cache": cache,
         "cache_tiles": cache_tiles, "cache_quota": cache_quota,
         "batch_size": batch_size, "workers": workers, "threads": threads, "device": device,
-        "runtime": runtime, "decode": decode, "scheduler": scheduler, "tls": tls,
+        "runtime": runtime, "scheduler": scheduler, "tls": tls,
         "placement": placement, "force": force or None,
         "log_file": log_file, "log_level": log_level, "metrics_port": metrics_port,
         "traces": traces or None,
@@ -275,7 +269,7 @@ def _leave(inputs: list[str], output: str, options: dict[str, Any]) -> int:
 
     scheduler = options.pop("scheduler", None)
     if scheduler is None:
-        raise RecipeError("a job is left to a cluster: name it with --scheduler")
+        raise OptionError("a job is left to a cluster: name it with --scheduler")
     options.pop("workers", None)
     observe, rest = observed(options)
     shown: dict[str, Any] = {"observe": observe} if observe else {}

@@ -75,8 +75,9 @@ class Blocked:
 class SlideState:
     """A slide under way, and in the end how it ended.
 
-    ``status``: None until it has ended; ``resumed``: an earlier run had published it; ``failed``: tiles with pixels that
-    cannot be read; ``tile_cache``: what was measured and chosen for its tiles, for people. ``started``, ``ended``: epoch seconds, 0 before.
+    ``status``: None until it has ended; ``resumed``: an earlier run had published it; ``failed``: tiles with pixels
+    that cannot be read; ``tile_cache``: what was measured and chosen for its tiles, for people. ``started``,
+    ``ended``: epoch seconds, 0 before.
     """
 
     task: SlideTask

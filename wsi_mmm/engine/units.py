@@ -36,7 +36,8 @@ Box = tuple[int, int, int, int]
 class SlideTask:
     """One slide to be done: where it is, what the user said of it, where its results go.
 
-    ``error``: why it cannot be done, known from the start (a wrong row of a manifest).
+    ``error``: why it cannot be done, known from the start (a wrong row of a manifest). ``reader``: the name of the
+    reader that opened the slide, known from the plan step on; empty before.
     """
 
     id: str
@@ -46,6 +47,7 @@ class SlideTask:
     mpp: float | None = None
     mask: str | None = None
     error: str = ""
+    reader: str = ""
 
     @property
     def scratch(self) -> str:
@@ -53,11 +55,11 @@ class SlideTask:
         return f"{self.output}/.work/{self.result_hash()}"
 
     def result_hash(self) -> str:
-        """Hash of what the objects depend on: the recipe, and what the user said of this slide.
+        """Hash of what the objects depend on: the recipe, the reader, and what the user said of this slide.
 
         The content of a mask file is compared apart (slide.json keeps its hash): where it lies does not matter.
         """
-        recipe, masked = self.recipe.result_hash(), self.mask is not None
+        recipe, masked = self.recipe.result_hash(self.reader), self.mask is not None
         if self.mpp is None and not masked:
             return recipe
         return sha256(json.dumps([recipe, self.mpp, masked]).encode()).hexdigest()[:32]

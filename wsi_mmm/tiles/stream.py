@@ -1,205 +1,292 @@
-"""The one stream of batches: blocks of tiles are read ahead in threads, in a fixed order.
+"""Reading tiles: the one path of `run`, `embed`, training and `stream_tiles`, and the prefetch around it.
 
-A block's native tiles are fetched in merged ranges and decoded once, into the very memory of the batches. A pixel
-depends only on its position in the target grid: neither the block size nor the number of threads changes a byte.
-Where fetching waits for a network, runs of blocks are fetched together, well ahead of those that decode them.
+A block's native tiles are fetched in merged ranges and decoded once, into the memory of the caller. A pixel depends
+only on its position in the target grid: neither the block size, nor the number of threads, nor the prefetch changes a
+byte. From far storage several blocks are fetched at once, ahead of the threads that decode them (`Prefetcher`).
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
+from types import TracebackType
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import OptionError
 from wsi_mmm.host_tuning import keep_memory
-from wsi_mmm.slides.base import EncodedReader, Fetched, Reader, TileReader
-from wsi_mmm.slides.resample.cut import cut_tiles
-from wsi_mmm.tiles.grid import BlockTiles, blocks, tile_boxes, tile_xy
-from wsi_mmm.types import I64, U8, Batch, EncodedBatch, Grid, Mask, Tiles
+from wsi_mmm.slides.base import Fetched, Reader, TileReader
+from wsi_mmm.slides.resample.cut import fill_tiles
+from wsi_mmm.tiles.grid import BlockTiles, any_overlap, blocks, level0_boxes, tile_xy, tiles_at
+from wsi_mmm.timing import timed
+from wsi_mmm.types import I64, U8, Batch, Grid, Mask, Tiles
 
 READ_AHEAD = 1
 """Blocks (full ones, or as many tiles) that may wait, read, beyond those that the threads are reading."""
 
-RUNS_AHEAD = 2
-"""Runs of blocks that are fetched, or being fetched, beyond the one that is decoded."""
+FETCHES_AHEAD = 2
+"""Fetches that are under way, or wait to be used, beyond the one whose blocks are being decoded."""
 
-RUN_PIXELS = 1 << 27
-"""Level-0 px of a run: some 20 to 30 MB of JPEG, of which a request brings 0.5 MB or more on tissue. Shorter ones ask
-for less at a time; the first is half as long, so that decoding begins soon."""
+FETCH_PIXELS = 1 << 27
+"""Level-0 px that a fetch brings: some 20 to 30 MB of JPEG, of which a request brings 0.5 MB or more on tissue. Shorter
+ones ask for less at a time; the first is half as long, so that decoding begins soon."""
 
+Key = TypeVar("Key", bound=Hashable)
+Data = TypeVar("Data")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-def stream(
-    reader: Reader, grid: Grid, index: I64, *, block_tiles: int = 4, batch_size: int = 64, workers: int = 2
-) -> Iterator[Batch]:
-    """Batches of ``batch_size`` tiles (the last may be shorter) of tiles ``index`` int64[n, 2] (row, column).
-
-    Order: blocks row-major, tiles row-major within a block. ``workers`` threads read ahead (0: read inline);
-    at most ``workers + READ_AHEAD`` full blocks are held. Errors of the reader are raised here, in their turn.
-    Closing the iterator cancels what is not yet begun and leaves no thread behind. Raises RecipeError.
-    """
-    if batch_size < 1:
-        raise RecipeError(f"batch size is {batch_size}: give 1 or more")
-    if workers < 0:
-        raise RecipeError(f"workers is {workers}: give 0 or more")
-    work = blocks(grid, index, block_tiles)
-    keep_memory()
-    return _batches(reader, grid, work, batch_size=batch_size, workers=workers)
+_log = logging.getLogger(__name__)
 
 
-def read_block(reader: Reader, grid: Grid, block: BlockTiles) -> Batch:
-    """The tiles of one block, in its order: ``pixels`` uint8[k, tile, tile, 3], white beyond the slide."""
-    pixels = np.empty((len(block.index), grid.tile, grid.tile, 3), np.uint8)
-    failed = _read(_tile_reader(reader), grid, block.index, list(pixels))
+# ---------------------------------------------------------------- reading
+
+
+def read_tiles(reader: Reader, tiles: Tiles, fetched: Fetched | None = None) -> tuple[U8, Mask]:
+    """Return the pixels uint8[n, size, size, 3] of n tiles, white beyond the slide, and bool[n]: the tiles that hold
+    pixels that could not be decoded. Native tiles that several of them need are fetched and decoded once; those in
+    ``fetched`` are not fetched again. Raises StorageError."""
+    pixels = np.empty((len(tiles.xy), tiles.size, tiles.size, 3), np.uint8)
+    return pixels, _read_into(reader, tiles, list(pixels), fetched)
+
+
+def read_block(reader: Reader, grid: Grid, block: BlockTiles, fetched: Fetched | None = None) -> Batch:
+    """Return the tiles of one block, in its order. Raises StorageError."""
+    pixels, failed = read_tiles(reader, tiles_at(grid, block.index), fetched)
     return Batch(pixels=pixels, xy=tile_xy(grid, block.index), index=block.index, failed=failed)
 
 
-def read_encoded(reader: EncodedReader, grid: Grid, block: BlockTiles, fetched: Fetched | None = None) -> EncodedBatch:
-    """The tiles of one block, in its order, still compressed. The reader has no `obstacle` to them."""
-    encoded = reader.read_encoded(tiles_at(grid, block.index), fetched)
-    return EncodedBatch(encoded, tile_xy(grid, block.index), block.index, touched(grid, block.index, encoded.failed))
+def _read_into(reader: Reader, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None) -> Mask:
+    """Write tiles to ``out``; return bool[n], the tiles that hold pixels that could not be decoded."""
+    return any_overlap(level0_boxes(tiles), fill_tiles(reader, tiles, out, fetched))
 
 
-ReadTiles = Callable[[Tiles, Sequence[U8], Fetched | None], I64]
+# ---------------------------------------------------------------- fetching ahead of use
 
 
-def _tile_reader(reader: Reader) -> ReadTiles:
-    """How this reader fills tiles: by itself, or by way of canvases."""
-    if isinstance(reader, TileReader):
-        return reader.read_tiles
-    return lambda tiles, out, _: cut_tiles(reader.read, tiles, out)
+@dataclass(eq=False, slots=True)
+class _Fetch(Generic[Key, Data]):
+    """One fetch for several keys. ``keys``: those not taken yet; ``future``: None until it has begun."""
+
+    keys: list[Key]
+    fetch: Callable[[list[Key]], Data]
+    future: Future[Data] | None = None
 
 
-def _read(read: ReadTiles, grid: Grid, index: I64, out: Sequence[U8], fetched: Fetched | None = None) -> Mask:
-    """Read tiles to ``out``; return which of them hold pixels that could not be read."""
-    return touched(grid, index, read(tiles_at(grid, index), out, fetched))
+class Prefetcher(Generic[Key, Data]):
+    """Fetches data in threads ahead of its use, in the order of `announce`. Thread-safe.
+
+    At most ``most`` fetches are under way or wait to be used. What is not there when it is taken, because its fetch has
+    not begun or has failed, is left to the caller, whose own read then says what is wrong.
+    """
+
+    def __init__(self, most: int = FETCHES_AHEAD + 1) -> None:
+        self._most = most
+        self._held = 0  # fetches that have begun and of which a key is left
+        self._coming: deque[_Fetch[Key, Data]] = deque()
+        self._fetches: dict[Key, _Fetch[Key, Data]] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(most, thread_name_prefix="wsi-mmm-fetch")  # begins its threads when needed
+        self._closed = False
+
+    def __enter__(self) -> Prefetcher[Key, Data]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def announce(self, keys: Iterable[Key], fetch: Callable[[list[Key]], Data]) -> None:
+        """Plan one fetch: ``fetch`` is called in a thread with those of ``keys`` that were not taken before."""
+        planned = _Fetch(list(keys), fetch)
+        with self._lock:
+            if not self._closed:
+                self._coming.append(planned)
+                self._fetches.update(dict.fromkeys(planned.keys, planned))
+                self._begin_fetches()
+
+    def take(self, key: Key) -> Data | None:
+        """Return what was fetched for ``key``, waiting for a fetch that is under way; None: read by yourself."""
+        with self._lock:
+            future = self._remove(key)
+        try:
+            with timed("fetch"):
+                return None if future is None else future.result()
+        except Exception as error:  # noqa: BLE001  (the caller reads by itself, and raises what is wrong)
+            _log.debug("fetching ahead failed: %s", error)
+            return None
+
+    def drop(self, chosen: Callable[[Key], bool]) -> None:
+        """Forget the chosen keys: nobody will take them."""
+        with self._lock:
+            for key in [key for key in self._fetches if chosen(key)]:
+                self._remove(key)
+
+    def close(self) -> None:
+        """Fetch nothing more, and wait for the threads to end."""
+        with self._lock:
+            self._closed = True
+            self._coming.clear()
+            self._fetches.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _remove(self, key: Key) -> Future[Data] | None:
+        planned = self._fetches.pop(key, None)
+        if planned is None:
+            return None
+        planned.keys.remove(key)
+        if planned.future is not None and not planned.keys:
+            self._held -= 1
+            self._begin_fetches()
+        return planned.future
+
+    def _begin_fetches(self) -> None:
+        while self._coming and self._held < self._most:
+            planned = self._coming.popleft()
+            if planned.keys:
+                self._held += 1
+                planned.future = self._pool.submit(planned.fetch, list(planned.keys))
 
 
-def tiles_at(grid: Grid, index: I64) -> Tiles:
-    """Tiles ``index`` int64[n, 2] (row, column) of a grid."""
-    return Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y, grid.overlap)
+def is_far(reader: Reader) -> bool:
+    """Return whether reading waits for a network, so that it pays to fetch ahead."""
+    return isinstance(reader, TileReader) and reader.remote
 
 
-def touched(grid: Grid, index: I64, failed: I64) -> Mask:
-    """Which tiles share area with a rectangle of ``failed`` int64[m, 4] (x0, y0, x1, y1), level-0 px."""
-    if not len(failed):
-        return np.zeros(len(index), bool)
-    boxes = tile_boxes(grid, index)[:, None, :]
-    hit = (boxes[..., :2] < failed[None, :, 2:]) & (boxes[..., 2:] > failed[None, :, :2])
-    return np.asarray(hit.all(axis=-1).any(axis=-1), bool)
+def fetch_groups(tiles: Mapping[Key, Tiles], first: float = 0.5) -> Iterator[list[Key]]:
+    """Yield the keys of blocks that are fetched together: FETCH_PIXELS at a time, ``first`` of that to begin with.
+
+    What would be less than half a fetch at the end joins the one before.
+    """
+    keys = list(tiles)
+    area = [len(some.xy) * some.size**2 * some.scale_x * some.scale_y for some in tiles.values()]
+    before = np.concatenate([[0.0], np.cumsum(area)])
+    start, most = 0, first * FETCH_PIXELS
+    while start < len(keys):
+        stop = max(start + 1, int(np.searchsorted(before, before[start] + most, "right")) - 1)
+        if start and before[-1] - before[stop] < FETCH_PIXELS / 2:
+            stop = len(keys)
+        yield keys[start:stop]
+        start, most = stop, float(FETCH_PIXELS)
+
+
+def map_ahead(
+    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], *, most: int,
+    size: Callable[[Item], int] = lambda _: 1,
+) -> Iterator[Result]:  # fmt: skip
+    """Yield ``function`` of each item, in order, computed in ``pool``; begins while less than ``most`` is held."""
+    waiting: deque[tuple[int, Future[Result]]] = deque()
+    todo, held = iter(items), 0
+    while True:
+        while held < most and (found := next(((item,) for item in todo), None)) is not None:
+            waiting.append((size(found[0]), pool.submit(function, found[0])))
+            held += waiting[-1][0]
+        if not waiting:
+            return
+        amount, future = waiting.popleft()
+        result = future.result()
+        held -= amount
+        yield result
 
 
 # ---------------------------------------------------------------- batches
 
 
+def stream(
+    reader: Reader, grid: Grid, index: I64, *, block_tiles: int = 4, batch_size: int = 64, workers: int = 2
+) -> Iterator[Batch]:
+    """Yield batches of ``batch_size`` tiles (the last may be shorter) of tiles ``index`` int64[n, 2] (row, column).
+
+    Blocks come row-major, tiles row-major within a block. ``workers`` threads read ahead (0: read inline);
+    at most ``workers + READ_AHEAD`` full blocks are held. Errors of the reader are raised here, in their turn.
+    Closing the iterator cancels what has not begun and leaves no thread behind. Raises OptionError.
+    """
+    if batch_size < 1:
+        raise OptionError(f"batch size is {batch_size}: give 1 or more")
+    if workers < 0:
+        raise OptionError(f"workers is {workers}: give 0 or more")
+    parts = blocks(grid, index, block_tiles)
+    keep_memory()
+    return _stream_batches(reader, grid, parts, batch_size=batch_size, workers=workers)
+
+
 @dataclass(slots=True)
-class _Slots:
+class _BatchMemory:
     """The memory of the batches, made when the first tile of each is about to be read."""
 
-    index: I64
+    count: int
     tile: int
     size: int
     made: dict[int, U8] = field(default_factory=dict)
 
-    def take(self, start: int, stop: int) -> list[U8]:
-        """Where tiles start..stop-1 of the whole order shall lie, uint8[tile, tile, 3] each."""
-        return [self._batch(n // self.size)[n % self.size] for n in range(start, stop)]
+    def places(self, start: int, stop: int) -> list[U8]:
+        """Return the memory of tiles start..stop-1 of the stream, uint8[tile, tile, 3] each."""
+        return [self._batch_pixels(n // self.size)[n % self.size] for n in range(start, stop)]
 
-    def _batch(self, number: int) -> U8:
+    def _batch_pixels(self, number: int) -> U8:
         if number not in self.made:
-            count = min(self.size, len(self.index) - number * self.size)
+            count = min(self.size, self.count - number * self.size)
             self.made[number] = np.empty((count, self.tile, self.tile, 3), np.uint8)
         return self.made[number]
 
 
-def _batches(reader: Reader, grid: Grid, work: list[BlockTiles], *, batch_size: int, workers: int) -> Iterator[Batch]:
-    if not work:
+@dataclass(frozen=True, slots=True)
+class _BlockRead:
+    """A block of the stream: its number, the position of its first tile, and the memory of its tiles."""
+
+    number: int
+    start: int
+    tiles: Tiles
+    out: Sequence[U8]
+
+
+def _stream_batches(
+    reader: Reader, grid: Grid, parts: list[BlockTiles], *, batch_size: int, workers: int
+) -> Iterator[Batch]:
+    if not parts:
         return
-    index = np.concatenate([block.index for block in work])
+    index = np.concatenate([block.index for block in parts])
     xy, failed = tile_xy(grid, index), np.zeros(len(index), bool)
-    slots = _Slots(index, grid.tile, batch_size)
+    memory = _BatchMemory(len(index), grid.tile, batch_size)
     given = 0  # batches
-    for start, mask in _read_ahead(reader, grid, work, slots=slots, workers=workers):
+    for start, mask in _read_blocks(reader, grid, parts, memory=memory, workers=workers):
         stop = start + len(mask)
         failed[start:stop] = mask
         while given * batch_size < stop and ((given + 1) * batch_size <= stop or stop == len(index)):
             part = slice(given * batch_size, (given + 1) * batch_size)
-            yield Batch(slots.made.pop(given), xy[part], index[part], failed[part])
+            yield Batch(memory.made.pop(given), xy[part], index[part], failed[part])
             given += 1
 
 
-def _read_ahead(
-    reader: Reader, grid: Grid, work: list[BlockTiles], *, slots: _Slots, workers: int
+def _read_blocks(
+    reader: Reader, grid: Grid, parts: list[BlockTiles], *, memory: _BatchMemory, workers: int
 ) -> Iterator[tuple[int, Mask]]:
-    """Position of each block's first tile and which of its tiles failed, in order, up to ``workers`` under way."""
-    starts = np.cumsum([0, *(len(block.index) for block in work)]).tolist()
-    fill = _tile_reader(reader)
-
-    def read(n: int, out: list[U8], fetched: Future[Fetched] | None) -> tuple[int, Mask]:
-        brought = fetched.result() if fetched is not None else None
-        return starts[n], _read(fill, grid, work[n].index, out, brought)
-
+    """Yield the position of each block's first tile and bool[k], its tiles that failed, in order."""
+    tiles = {number: tiles_at(grid, block.index) for number, block in enumerate(parts)}
+    starts = np.cumsum([0, *(len(block.index) for block in parts)]).tolist()
+    todo = (_BlockRead(n, starts[n], some, memory.places(starts[n], starts[n + 1])) for n, some in tiles.items())
     with ExitStack() as stack:
-        ahead = _fetch_ahead(reader, grid, work, stack)
+        prefetch: Prefetcher[int, Fetched] = stack.enter_context(Prefetcher())
+        if isinstance(reader, TileReader) and is_far(reader):
+            fetch = reader.fetch
+            for group in fetch_groups(tiles):
+                prefetch.announce(group, lambda numbers: fetch([tiles[number] for number in numbers]))
+
+        def read(block: _BlockRead) -> tuple[int, Mask]:
+            return block.start, _read_into(reader, block.tiles, block.out, prefetch.take(block.number))
+
         if workers == 0:
-            for n, fetched in enumerate(ahead):
-                yield read(n, slots.take(starts[n], starts[n + 1]), fetched)
+            yield from map(read, todo)
             return
         pool = ThreadPoolExecutor(workers, thread_name_prefix="wsi-mmm-read")
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        waiting: deque[Future[tuple[int, Mask]]] = deque()
-        todo, begun, given = enumerate(ahead), 0, 0
-        most = (workers + READ_AHEAD) * max(len(block.index) for block in work)
-        while given < len(slots.index):
-            # Counted in tiles: a thread must not wait for a full block that another reads while sparse ones are left.
-            while begun - given < most and (block := next(todo, None)) is not None:
-                n, fetched = block
-                waiting.append(pool.submit(read, n, slots.take(starts[n], starts[n + 1]), fetched))
-                begun = starts[n + 1]
-            done = waiting.popleft().result()
-            given = done[0] + len(done[1])
-            yield done
-
-
-# ---------------------------------------------------------------- fetching ahead
-
-
-def _fetch_ahead(
-    reader: Reader, grid: Grid, work: list[BlockTiles], stack: ExitStack
-) -> Iterator[Future[Fetched] | None]:
-    """For each block what will hold its bytes; None where they are read when it is decoded."""
-    if not isinstance(reader, TileReader) or not reader.remote:
-        yield from [None] * len(work)
-        return
-    pool = ThreadPoolExecutor(RUNS_AHEAD + 1, thread_name_prefix="wsi-mmm-fetch")
-    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-    todo = iter(_runs(grid, work))
-    flying: deque[tuple[int, Future[Fetched]]] = deque()
-
-    def begin(count: int) -> None:
-        for run in islice(todo, count):
-            flying.append((len(run), pool.submit(reader.fetch, [tiles_at(grid, block.index) for block in run])))
-
-    begin(RUNS_AHEAD + 1)
-    while flying:
-        count, fetched = flying.popleft()
-        yield from [fetched] * count
-        begin(1)
-
-
-def _runs(grid: Grid, work: list[BlockTiles]) -> Iterator[list[BlockTiles]]:
-    """Cut into runs of RUN_PIXELS, the first half as long; what would be less than half a run joins the last."""
-    area = np.array([len(block.index) for block in work]) * grid.tile**2 * grid.scale_x * grid.scale_y
-    before = np.concatenate([[0.0], np.cumsum(area)])
-    start, most = 0, RUN_PIXELS / 2
-    while start < len(work):
-        stop = max(start + 1, int(np.searchsorted(before, before[start] + most, "right")) - 1)
-        if before[-1] - before[stop] < RUN_PIXELS / 2:
-            stop = len(work)
-        yield work[start:stop]
-        start, most = stop, float(RUN_PIXELS)
+        # Counted in tiles: a thread must not wait for a full block that another reads while sparse ones are left.
+        most = (workers + READ_AHEAD) * max(len(block.index) for block in parts)
+        yield from map_ahead(pool, read, todo, most=most, size=lambda block: len(block.out))

@@ -81,13 +81,13 @@ def restain(x: Tensor, foreground: Tensor, g: Generator) -> Tensor:
     """
     n, size = len(x), int(x.shape[-1])
     one = (n, 1, 1, 1)
-    od, inside = to_od(x), _soft(foreground)
+    od, inside = to_od(x), _soften_mask(foreground)
     outside = 1.0 - inside
     mean_out, mean_in = _side_means(od, inside)
     blue, pink = stain_vector(g, n, HEMATOXYLIN, 0.10), stain_vector(g, n, EOSIN, 0.09)
     scale = uniform(g, one, 0.45, 1.0)
     amount, haze = uniform(g, one, 0.05, 1.3) * scale, uniform(g, one, 0.0, 0.45) * scale
-    ground = _texture(g, size, eosin=(amount, pink), haze=(haze, blue))
+    ground = _draw_texture(g, size, eosin=(amount, pink), haze=(haze, blue))
     depth = uniform(g, one, 0.6, 1.9) * scale
     nuclei = depth * blue + uniform(g, one, 0.3, 1.0) * amount * pink
     gain_out, gain_in = uniform(g, one, 0.3, 1.3), uniform(g, one, 0.5, 1.5) * (depth / 1.2).clamp(0.3, 1.2)
@@ -103,12 +103,12 @@ def _side_means(od: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     return mean_out, torch.where(weight > 20.0, mean_in, mean_out + 0.5)
 
 
-def _soft(foreground: Tensor) -> Tensor:
+def _soften_mask(foreground: Tensor) -> Tensor:
     """The mask with a rim of about a pixel, so that recolouring leaves no knife edge."""
     return functional.avg_pool2d(functional.pad(foreground, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
 
-def _texture(g: Generator, size: int, *, eosin: tuple[Tensor, Tensor], haze: tuple[Tensor, Tensor]) -> Tensor:
+def _draw_texture(g: Generator, size: int, *, eosin: tuple[Tensor, Tensor], haze: tuple[Tensor, Tensor]) -> Tensor:
     """Background OD float[n, 3, size, size]: fibres and clouds of eosin, haze of hematoxylin, white gaps, red cells.
 
     ``eosin`` and ``haze``: how much of it, and its OD vector.

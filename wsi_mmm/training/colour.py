@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.training.augment import DAB, EOSIN, HEMATOXYLIN, coin, from_od, jpeg, normal, to_od, uniform
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -46,9 +46,9 @@ class Augment:
     def __post_init__(self) -> None:
         for name in ("blur", "sharpen", "noise", "jpeg"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise RecipeError(f"augmentation: '{name}' is a share of the pictures: give 0 to 1")
+                raise ConfigError(f"augmentation: '{name}' is a share of the pictures: give 0 to 1")
         if any(not 0.0 <= getattr(self, part.name) < 10.0 for part in fields(self)):
-            raise RecipeError("augmentation: strengths are 0 (off) or more; 1 is strong")
+            raise ConfigError("augmentation: strengths are 0 (off) or more; 1 is strong")
 
 
 NO_AUGMENT = Augment(
@@ -59,19 +59,19 @@ NO_AUGMENT = Augment(
 def recolour(x: Tensor, augment: Augment, *, seed: int) -> Tensor:
     """float[n, 3, h, w] in [0, 1] -> the same, augmented; ``x`` itself when there is nothing to do.
 
-    Raises RecipeError when JPEG is asked for off the CPU.
+    Raises ConfigError when JPEG is asked for off the CPU.
     """
     if augment == NO_AUGMENT or not len(x):
         return x
     if augment.jpeg and x.device.type != "cpu":
-        raise RecipeError("augmentation: 'jpeg' runs on the CPU only; set it to 0 for training on a GPU")
+        raise ConfigError("augmentation: 'jpeg' runs on the CPU only; set it to 0 for training on a GPU")
     g = Generator().manual_seed(seed)
-    for part in (_stains, _light, _blurred, _sharpened, _noisy):
+    for part in (_change_stains, _change_light, _gaussian_blur, _unsharp_mask, _add_noise):
         x = part(x, augment, g)
     return jpeg(x, g, augment.jpeg) if augment.jpeg else x
 
 
-def _stains(x: Tensor, a: Augment, g: Generator) -> Tensor:
+def _change_stains(x: Tensor, a: Augment, g: Generator) -> Tensor:
     """Both changes are affine in the three densities, so they are one matrix."""
     n = len(x)
     mix, shift = torch.eye(3).repeat(n, 1, 1), torch.zeros(n, 3, 1)
@@ -80,23 +80,23 @@ def _stains(x: Tensor, a: Augment, g: Generator) -> Tensor:
         mix = mix * torch.exp(normal(g, (n, 1, 1), 0.25 * a.stain))
         shift = shift + normal(g, (n, 3, 1), 0.04 * a.stain)
     if a.hed:
-        to_stains = torch.linalg.inv(_dyes())
+        to_stains = torch.linalg.inv(_dye_matrix())
         scaled = torch.diag_embed(1.0 + uniform(g, (n, 3), -a.hed, a.hed))
-        hed = _dyes() @ scaled @ to_stains
-        mix, shift = hed @ mix, hed @ shift + _dyes() @ uniform(g, (n, 3, 1), -0.2 * a.hed, 0.2 * a.hed)
+        hed = _dye_matrix() @ scaled @ to_stains
+        mix, shift = hed @ mix, hed @ shift + _dye_matrix() @ uniform(g, (n, 3, 1), -0.2 * a.hed, 0.2 * a.hed)
     if not (a.stain or a.hed):
         return x
-    return from_od(_mixed(to_od(x), mix, shift))
+    return from_od(_mix_channels(to_od(x), mix, shift))
 
 
-def _dyes() -> Tensor:
+def _dye_matrix() -> Tensor:
     """float[3, 3]: columns are the unit optical densities of hematoxylin, eosin and DAB."""
     dyes = torch.tensor([HEMATOXYLIN, EOSIN, DAB])
     unit: Tensor = (dyes / dyes.norm(dim=1, keepdim=True)).T
     return unit
 
 
-def _mixed(x: Tensor, mix: Tensor, shift: Tensor) -> Tensor:
+def _mix_channels(x: Tensor, mix: Tensor, shift: Tensor) -> Tensor:
     """Each px's three values times a matrix of its picture, plus a shift; channels_last stays so."""
     n, _, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(n, height * width, 3)
@@ -104,7 +104,7 @@ def _mixed(x: Tensor, mix: Tensor, shift: Tensor) -> Tensor:
     return done.view(n, height, width, 3).permute(0, 3, 1, 2)
 
 
-def _light(x: Tensor, a: Augment, g: Generator) -> Tensor:
+def _change_light(x: Tensor, a: Augment, g: Generator) -> Tensor:
     """Saturation, contrast and brightness are one affine change; then gamma."""
     if not (a.brightness or a.contrast or a.saturation or a.gamma):
         return x
@@ -116,11 +116,11 @@ def _light(x: Tensor, a: Augment, g: Generator) -> Tensor:
     mean = x.mean((1, 2, 3)).view(n, 1, 1)
     shift = mean * (1.0 - gain).to(device) + normal(g, (n, 1, 1), a.brightness).to(device)
     power = torch.exp(normal(g, (n, 1, 1, 1), a.gamma)).to(device)
-    done = _mixed(x, mix, shift.expand(n, 3, 1)).clamp_(1e-4, 1.0)
+    done = _mix_channels(x, mix, shift.expand(n, 3, 1)).clamp_(1e-4, 1.0)
     return done.pow_(power) if a.gamma else done
 
 
-def _chosen(x: Tensor, share: float, g: Generator, change: Callable[[Tensor], Tensor]) -> Tensor:
+def _apply_to_some(x: Tensor, share: float, g: Generator, change: Callable[[Tensor], Tensor]) -> Tensor:
     """``change`` of a drawn share of the pictures."""
     which = torch.nonzero(coin(g, len(x), share).flatten()).flatten()
     if not len(which):
@@ -129,7 +129,7 @@ def _chosen(x: Tensor, share: float, g: Generator, change: Callable[[Tensor], Te
     return x.index_copy(0, there, change(x[there]).to(x.dtype))
 
 
-def _blurred(x: Tensor, a: Augment, g: Generator) -> Tensor:
+def _gaussian_blur(x: Tensor, a: Augment, g: Generator) -> Tensor:
     """Gaussian, of one drawn width for the batch."""
     if not a.blur or not a.blur_width:
         return x
@@ -144,10 +144,10 @@ def _blurred(x: Tensor, a: Augment, g: Generator) -> Tensor:
         rows = functional.conv2d(wide, kernel.view(1, 1, 1, -1).repeat(3, 1, 1, 1), groups=3)
         return functional.conv2d(rows, kernel.view(1, 1, -1, 1).repeat(3, 1, 1, 1), groups=3)
 
-    return _chosen(x, a.blur, g, change)
+    return _apply_to_some(x, a.blur, g, change)
 
 
-def _sharpened(x: Tensor, a: Augment, g: Generator) -> Tensor:
+def _unsharp_mask(x: Tensor, a: Augment, g: Generator) -> Tensor:
     """Unsharp mask, as many scanners apply it."""
     if not a.sharpen:
         return x
@@ -157,10 +157,10 @@ def _sharpened(x: Tensor, a: Augment, g: Generator) -> Tensor:
         amount = uniform(g, (len(some), 1, 1, 1), 0.3, 1.5).to(some)
         return (some + amount * (some - soft)).clamp_(0.0, 1.0)
 
-    return _chosen(x, a.sharpen, g, change)
+    return _apply_to_some(x, a.sharpen, g, change)
 
 
-def _noisy(x: Tensor, a: Augment, g: Generator) -> Tensor:
+def _add_noise(x: Tensor, a: Augment, g: Generator) -> Tensor:
     """Sensor noise, of a strength drawn for each picture."""
     if not a.noise or not a.noise_level:
         return x
@@ -169,4 +169,4 @@ def _noisy(x: Tensor, a: Augment, g: Generator) -> Tensor:
         noise = torch.randn(some.shape, generator=g) * uniform(g, (len(some), 1, 1, 1), 0.0, a.noise_level)
         return (some + noise.to(some)).clamp_(0.0, 1.0)
 
-    return _chosen(x, a.noise, g, change)
+    return _apply_to_some(x, a.noise, g, change)

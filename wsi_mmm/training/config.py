@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError, OptionError
 from wsi_mmm.model.card import (
     BagCard,
     Color,
@@ -21,8 +21,8 @@ from wsi_mmm.model.card import (
     SqueezerCard,
     TaskCard,
 )
-from wsi_mmm.tasks.pixel_kinds import PIXEL_KINDS
-from wsi_mmm.tasks.tile_kinds import TILE_KINDS
+from wsi_mmm.tasks import TASK_KINDS
+from wsi_mmm.tasks.base import Scope
 from wsi_mmm.training.colour import Augment
 from wsi_mmm.training.data.entries import DataEntry
 from wsi_mmm.training.data.entry import Part
@@ -69,7 +69,7 @@ class ModelPart(Part):
     repeat: str = ""
 
     @model_validator(mode="after")
-    def _inside(self) -> ModelPart:
+    def _check_within(self) -> ModelPart:
         if self.overlap >= self.tile_size:
             raise ValueError(
                 f"overlap is {self.overlap} px of tiles of {self.tile_size}: give less than the tile's side"
@@ -96,10 +96,9 @@ class TaskPart(Part):
 
     @field_validator("kind")
     @classmethod
-    def _known(cls, kind: str) -> str:
-        known = sorted({*PIXEL_KINDS, *TILE_KINDS})
-        if kind not in known:
-            raise ValueError(f"there is no kind '{kind}'; known: {', '.join(known)}")
+    def _check_kind(cls, kind: str) -> str:
+        if kind not in TASK_KINDS:
+            raise ValueError(f"there is no kind '{kind}'; known: {', '.join(sorted(TASK_KINDS))}")
         return kind
 
 
@@ -190,9 +189,9 @@ class TrainConfig(Part):
     tracking: TrackingPart = TrackingPart()
 
     @model_validator(mode="after")
-    def _agree(self) -> TrainConfig:
-        _unique("task", [task.name for task in self.task])
-        _unique("data", [entry.name for entry in self.data])
+    def _check_parts_agree(self) -> TrainConfig:
+        _check_unique("task", [task.name for task in self.task])
+        _check_unique("data", [entry.name for entry in self.data])
         known = [task.name for task in self.task]
         for entry in self.data:
             _check_tasks(entry, self.task)
@@ -211,7 +210,7 @@ class TrainConfig(Part):
         return self
 
     def task_cards(self) -> tuple[TaskCard, ...]:
-        """The tasks as a model card lists them. RecipeError when one has classes or parameters that do not fit."""
+        """The tasks as a model card lists them. ConfigError when one has classes or parameters that do not fit."""
         before = np.cumsum([0, *(len(part.classes) for part in self.task)]).tolist()
         return tuple(task_card(part, first, before[-1]) for part, first in zip(self.task, before, strict=False))
 
@@ -228,7 +227,7 @@ def _check_tasks(entry: DataEntry, tasks: Sequence[TaskPart]) -> None:
             raise ValueError(f"data '{entry.name}' holds {wanted}s, task '{name}' is of scope {scopes[name]!r}: {fix}")
 
 
-def _unique(what: str, names: Sequence[str]) -> None:
+def _check_unique(what: str, names: Sequence[str]) -> None:
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(f"two [[{what}]] are called '{twice[0]}'")
@@ -236,21 +235,20 @@ def _unique(what: str, names: Sequence[str]) -> None:
 
 def task_card(part: TaskPart, first: int, count: int) -> TaskCard:
     """``part`` with its head, outputs and colours, as classes ``first`` onwards of ``count`` of all tasks."""
-    colors = part.colors or tuple(_colour(first + i, count) for i in range(len(part.classes)))
+    colors = part.colors or tuple(_default_colour(first + i, count) for i in range(len(part.classes)))
     info = TaskInfo(part.name, part.kind, part.classes, colors)
-    if part.kind in TILE_KINDS:
-        head: str = "bag" if part.scope == "bag" else "vector"
-        outputs = TILE_KINDS[part.kind](info, part.params, part.scope).channels
-    elif part.scope == "bag":
-        raise RecipeError(f"task '{part.name}': '{part.kind}' answers for pixels, not for bags")
-    else:
-        head, build = PIXEL_KINDS[part.kind]
-        outputs = build(info, part.params).channels
-    facts = {"name": part.name, "kind": part.kind, "head": head, "outputs": outputs, "classes": part.classes}
-    return TaskCard.model_validate({**facts, "colors": colors, "params": dict(part.params)})
+    kind = TASK_KINDS[part.kind]
+    if part.scope == "bag" and "bag" not in kind.heads:
+        raise ConfigError(f"task '{part.name}': '{part.kind}' answers for pixels, not for bags")
+    scope: Scope = part.scope if part.scope in kind.heads else "pixel"
+    outputs = kind.from_params(info, part.params, scope).channels
+    return TaskCard.model_validate({
+        "name": part.name, "kind": part.kind, "head": kind.heads[scope], "outputs": outputs, "classes": part.classes,
+        "colors": colors, "params": dict(part.params),
+    })  # fmt: skip
 
 
-def _colour(number: int, count: int) -> Color:
+def _default_colour(number: int, count: int) -> Color:
     """Hues spread over the circle."""
     red, green, blue = colorsys.hsv_to_rgb(number / max(count, 1), 0.75, 0.85)
     return round(red * 255), round(green * 255), round(blue * 255)
@@ -271,17 +269,17 @@ def model_card(config: TrainConfig, mean: tuple[float, float, float], std: tuple
 
 
 def parse(raw: Mapping[str, Any], settings: Sequence[str] = (), source: str = "configuration") -> TrainConfig:
-    """A configuration from a parsed file and ``key=value`` settings on top. RecipeError names the first thing wrong."""
+    """A configuration from a parsed file and ``key=value`` settings on top. ConfigError names the first thing wrong."""
     whole = json.loads(json.dumps(raw, default=str))
     for setting in settings:
-        _put(whole, setting)
+        _apply_setting(whole, setting)
     try:
         return TrainConfig.model_validate(whole)
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in [".".join(str(part) for part in first["loc"])] if part)
         text = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{source}: {where}{text[0].lower() + text[1:]}") from error
+        raise ConfigError(f"{source}: {where}{text[0].lower() + text[1:]}") from error
 
 
 _WORDS = dict.fromkeys(
@@ -289,33 +287,33 @@ _WORDS = dict.fromkeys(
 )
 
 
-def _put(whole: dict[str, Any], setting: str) -> None:
+def _apply_setting(whole: dict[str, Any], setting: str) -> None:
     """``a.b=value`` -> whole["a"]["b"] = value; items of lists by their number or their name: ``data.crc.batch=4``."""
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set {setting}: give key=value, such as optim.rate=1e-3")
+        raise OptionError(f"--set {setting}: give key=value, such as optim.rate=1e-3")
     place: Any = whole
     *path, last = key.strip().split(".")
     for name in path:
-        place = _inside(place, name, setting)
+        place = _step_into(place, name, setting)
     if isinstance(place, list):
-        raise RecipeError(f"--set {setting}: name a field after the item, such as {key}.batch=4")
+        raise OptionError(f"--set {setting}: name a field after the item, such as {key}.batch=4")
     if not isinstance(place, dict):
-        raise RecipeError(f"--set {setting}: there is nothing below '{'.'.join(path)}'")
-    place[last] = _value(text.strip())
+        raise OptionError(f"--set {setting}: there is nothing below '{'.'.join(path)}'")
+    place[last] = _parse_value(text.strip())
 
 
-def _inside(place: Any, name: str, setting: str) -> Any:
+def _step_into(place: Any, name: str, setting: str) -> Any:
     if isinstance(place, dict):
         return place.setdefault(name, {})
     if isinstance(place, list):
         for number, item in enumerate(place):
             if name == str(number) or (isinstance(item, dict) and item.get("name") == name):
                 return item
-    raise RecipeError(f"--set {setting}: there is no '{name}'")
+    raise OptionError(f"--set {setting}: there is no '{name}'")
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     """A TOML value, or the text as it is."""
     import tomllib
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from wsi_mmm.errors import InputError, MissingPackage, ModelError, OutputError, RecipeError
+from wsi_mmm.errors import InputError, MissingPackage, ModelError, OptionError, OutputError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.model.checkpoint import build_model, load_tensors, save_model, save_tensors
 from wsi_mmm.model.multitask import MultiTaskModel
@@ -61,7 +61,7 @@ class Linear:
 
     def probabilities(self, vectors: F32) -> F64:
         """See `Head`."""
-        return _softmax(layer_norm(vectors) @ self.weight.T.astype(np.float64) + self.bias)
+        return _class_probabilities(layer_norm(vectors) @ self.weight.T.astype(np.float64) + self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Trees:
 
     def probabilities(self, vectors: F32) -> F64:
         """See `Head`."""
-        found = np.asarray(_lightgbm().Booster(model_str=self.text).predict(vectors), np.float64)
+        found = np.asarray(_import_lightgbm().Booster(model_str=self.text).predict(vectors), np.float64)
         return found if found.ndim == 2 else np.stack([1.0 - found, found], axis=1)
 
 
@@ -111,21 +111,21 @@ def fit(kind: str, data: Labelled, *, seed: int = 0) -> tuple[Head, dict[str, An
     """A head fitted to all of ``data``, its strength chosen by grouped cross-validation, and what that said.
 
     The second: ``balanced_accuracy``, ``auroc`` (one class against the rest, mean) of held-out groups, ``folds`` and
-    ``setting``. InputError when a class has no example. RecipeError for an unknown kind.
+    ``setting``. InputError when a class has no example. OptionError for an unknown kind.
     """
     if kind not in KINDS:
-        raise RecipeError(f"there is no few-shot head '{kind}'; choose one of: {', '.join(KINDS)}")
+        raise OptionError(f"there is no few-shot head '{kind}'; choose one of: {', '.join(KINDS)}")
     counts = np.bincount(data.labels, minlength=len(data.classes))
     if len(data.classes) < 2 or not counts.all():
         bare = [name for name, count in zip(data.classes, counts, strict=True) if not count]
         raise InputError(f"few-shot needs two classes with examples; without any: {', '.join(bare) or 'all but one'}")
-    folds = _folds(data, seed)
+    folds = _group_folds(data, seed)
     settings: Sequence[float] = {"linear": STRENGTHS, "knn": NEIGHBOURS, "gbm": (0.1,)}[kind]
     if not folds:  # nothing can be held out: a middling setting, and figures that say that they are unknown
         settings = settings[len(settings) // 2 :][:1]
-    judged = [(_judge(kind, data, folds, setting=s, seed=seed), s) for s in settings]
+    judged = [(_cross_validate(kind, data, folds, setting=s, seed=seed), s) for s in settings]
     best, setting = max(judged, key=lambda pair: pair[0]["balanced_accuracy"])
-    return _fit(kind, data, setting, seed), {
+    return _fit_head(kind, data, setting, seed), {
         **best,
         "folds": len(folds),
         "setting": setting,
@@ -133,15 +133,15 @@ def fit(kind: str, data: Labelled, *, seed: int = 0) -> tuple[Head, dict[str, An
     }
 
 
-def _fit(kind: str, data: Labelled, setting: float, seed: int) -> Head:
+def _fit_head(kind: str, data: Labelled, setting: float, seed: int) -> Head:
     if kind == "linear":
-        return _linear(data, setting, seed)
+        return _fit_linear(data, setting, seed)
     if kind == "knn":
         return Neighbours(data.vectors, data.labels, int(setting), len(data.classes))
-    return _trees(data, setting, seed)
+    return _fit_trees(data, setting, seed)
 
 
-def _linear(data: Labelled, strength: float, seed: int) -> Linear:
+def _fit_linear(data: Labelled, strength: float, seed: int) -> Linear:
     """Balanced multinomial logistic regression on standardised normed vectors; the scale is folded into the weights."""
     from sklearn.linear_model import LogisticRegression
 
@@ -156,8 +156,8 @@ def _linear(data: Labelled, strength: float, seed: int) -> Linear:
     return Linear(weight.astype(np.float32), (bias - weight @ mean).astype(np.float32))
 
 
-def _trees(data: Labelled, rate: float, seed: int) -> Trees:
-    lightgbm = _lightgbm()
+def _fit_trees(data: Labelled, rate: float, seed: int) -> Trees:
+    lightgbm = _import_lightgbm()
     many = len(data.classes) > 2
     parameters = {
         "objective": "multiclass" if many else "binary", "learning_rate": rate, "min_data_in_leaf": 3, "verbose": -1,
@@ -168,7 +168,7 @@ def _trees(data: Labelled, rate: float, seed: int) -> Trees:
     return Trees(found.model_to_string(), len(data.classes))
 
 
-def _lightgbm() -> Any:
+def _import_lightgbm() -> Any:
     try:
         import lightgbm
     except ImportError as error:
@@ -179,7 +179,7 @@ def _lightgbm() -> Any:
 # ---------------------------------------------------------------- judging
 
 
-def _folds(data: Labelled, seed: int) -> list[tuple[Any, Any]]:
+def _group_folds(data: Labelled, seed: int) -> list[tuple[Any, Any]]:
     """(learn, judge) rows, up to five folds that never divide a group; none when the groups do not suffice."""
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -195,12 +195,14 @@ def _folds(data: Labelled, seed: int) -> list[tuple[Any, Any]]:
     return [(learn, judge) for learn, judge in pairs if len(set(data.labels[learn])) == len(data.classes)]
 
 
-def _judge(kind: str, data: Labelled, folds: Sequence[Any], *, setting: float, seed: int) -> dict[str, float]:
+def _cross_validate(kind: str, data: Labelled, folds: Sequence[Any], *, setting: float, seed: int) -> dict[str, float]:
     """Figures over all held-out rows; NaN when there is nothing to hold out."""
     if not folds:
         return {"balanced_accuracy": float("nan"), "auroc": float("nan")}
     rows = np.concatenate([judge for _, judge in folds])
-    chance = [_fit(kind, data.part(learn), setting, seed).probabilities(data.vectors[judge]) for learn, judge in folds]
+    chance = [
+        _fit_head(kind, data.part(learn), setting, seed).probabilities(data.vectors[judge]) for learn, judge in folds
+    ]
     return figures(data.labels[rows], np.concatenate(chance))
 
 
@@ -278,7 +280,7 @@ def save_with_head(
     save_model(with_head(model, head, name, classes), folder, half=False)
 
 
-def _softmax(logits: F64) -> F64:
+def _class_probabilities(logits: F64) -> F64:
     raised = np.exp(logits - logits.max(axis=1, keepdims=True))
     share: F64 = raised / raised.sum(axis=1, keepdims=True)
     return share

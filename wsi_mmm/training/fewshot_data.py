@@ -65,7 +65,7 @@ def tiles_by_regions(
     ``classes``: those to learn, in order (None: all, sorted). Groups are slides when each class has two or more, else
     regions of slides; ``judged_on`` of the second says which.
     """
-    slides = [(slide, uri) for slide in embedded(source) if (uri := _beside(annotations, slide.id))]
+    slides = [(slide, uri) for slide in embedded(source) if (uri := _sibling_store(annotations, slide.id))]
     if not slides:
         raise InputError(f"{annotations} holds no <slide>.geojson for any slide below {store.redact(source)}")
     read = [slide.read() for slide, _ in slides]
@@ -95,7 +95,7 @@ def slides_by_table(
 
     Slides without a row, and rows with an empty label, are left out; a row whose slide was not embedded is an error.
     """
-    rows = _rows(table, column)
+    rows = _labelled_rows(table, column)
     at_hand = {slide.id: slide for slide in embedded(source)}
     chosen = list(classes or sorted({label for _, label, _ in rows}))
     for number, (slide, label, _) in enumerate(rows):
@@ -114,7 +114,7 @@ def slides_by_table(
     return Labelled(vectors, labels, groups, tuple(chosen)), {**facts, "judged_on": "patients not learnt from"}
 
 
-def _rows(table: str, column: str) -> list[tuple[str, str, str]]:
+def _labelled_rows(table: str, column: str) -> list[tuple[str, str, str]]:
     """(slide, label, group) of the rows that have a label."""
     reader = csv.DictReader(io.StringIO(store.read_bytes(table).decode("utf-8-sig")))
     for name in ("slide", column):
@@ -126,7 +126,7 @@ def _rows(table: str, column: str) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _beside(folder: str, slide: str) -> str | None:
+def _sibling_store(folder: str, slide: str) -> str | None:
     for ending in (".geojson", ".geojson.gz", ".json", ".xml", ".zip"):
         uri = store.join(folder, slide + ending)
         if store.exists(uri):

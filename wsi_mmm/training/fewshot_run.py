@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.errors import InputError, RecipeError
+from wsi_mmm.errors import InputError
 from wsi_mmm.model.checkpoint import load_encoder, load_model
 from wsi_mmm.model.identity import encoder_identity, is_model, model_identity
 from wsi_mmm.outputs.exports import Features
@@ -62,13 +62,13 @@ def learn(  # noqa: PLR0913  (a public function: one keyword per option a user c
     kind, best, figures = max(found, key=lambda f: -1 if math.isnan(x := f[2]["balanced_accuracy"]) else x)
     level = "slide" if of_slides else "tile"
     about = {**facts, "classes": list(data.classes), "level": level, "task": task, "figures": figures, "seed": seed}
-    fewshot.save(output, best, {**about, "examples_per_class": _counts(data)})
+    fewshot.save(output, best, {**about, "examples_per_class": _class_counts(data)})
     if isinstance(best, Linear) and not of_slides:
         _save_model(best, Path(output) / MODEL, about, weights)
     return [Fitted(k, said, k == kind) for k, _, said in found]
 
 
-def _counts(data: Labelled) -> dict[str, int]:
+def _class_counts(data: Labelled) -> dict[str, int]:
     counts = np.bincount(data.labels, minlength=len(data.classes)).tolist()
     return dict(zip(data.classes, counts, strict=True))
 
@@ -115,11 +115,11 @@ def predict(features: str, head: str | Path, output: str) -> list[Said]:
                 raise InputError(
                     f"{slide.id} was embedded with {name} {read.attributes.get(name)}, the head with {about.get(name)}"
                 )
-        said.append(_say(slide.id, read, fitted=fitted, about=about, output=output))
+        said.append(_predict_slide(slide.id, read, fitted=fitted, about=about, output=output))
     return said
 
 
-def _say(slide: str, features: Features, *, fitted: fewshot.Head, about: dict[str, Any], output: str) -> Said:
+def _predict_slide(slide: str, features: Features, *, fitted: fewshot.Head, about: dict[str, Any], output: str) -> Said:
     classes, vectors = about["classes"], features.vectors
     if not len(vectors):
         return Said(slide, "", float("nan"), "")
@@ -129,15 +129,15 @@ def _say(slide: str, features: Features, *, fitted: fewshot.Head, about: dict[st
         return Said(slide, classes[int(chance.argmax())], float(chance.max()), "")
     found = fitted.probabilities(vectors)
     uri = store.join(output, f"{slide}.parquet")
-    store.write_bytes(uri, _table(features, found, about))
+    store.write_bytes(uri, _prediction_table(features, found, about))
     share = found.mean(axis=0)
     return Said(slide, classes[int(share.argmax())], float(share.max()), uri)
 
 
-def _table(features: Features, found: F64, about: dict[str, Any]) -> bytes:
+def _prediction_table(features: Features, found: F64, about: dict[str, Any]) -> bytes:
     n, side = len(features.vectors), int(features.attributes.get("patch_size_level0", 0))
     if side <= 0:
-        raise RecipeError("the features do not say how large their tiles are; embed the slides again")
+        raise InputError("the features do not say how large their tiles are; embed the slides again")
     task = str(about["task"])
     columns = {task: found.argmax(axis=1).astype(np.int32)}
     columns |= {f"{task}:{name}": found[:, k].astype(np.float32) for k, name in enumerate(about["classes"])}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from wsi_mmm.errors import Cancelled, InputError, NotFinite, RecipeError
+from wsi_mmm.errors import Cancelled, ConfigError, InputError, NotFinite
 from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
@@ -96,7 +96,7 @@ class Progress:
     skipped: int
 
 
-def _ignore(*_: object) -> None:
+def _ignore_event(*_: object) -> None:
     return
 
 
@@ -104,9 +104,9 @@ def _ignore(*_: object) -> None:
 class Callbacks:
     """Called on rank 0: after a step; after a validation (step, figures by task); after a checkpoint (step, URI)."""
 
-    on_step: Callable[[Progress], None] = _ignore
-    on_validation: Callable[[int, Figures], None] = _ignore
-    on_checkpoint: Callable[[int, str], None] = _ignore
+    on_step: Callable[[Progress], None] = _ignore_event
+    on_validation: Callable[[int, Figures], None] = _ignore_event
+    on_checkpoint: Callable[[int, str], None] = _ignore_event
 
 
 QUIET = Callbacks()
@@ -143,22 +143,22 @@ def fit(
 
     A checkpoint in ``plan.folder`` is resumed; the result is that of a run without the stop, to the bit on a CPU.
     """
-    run = _begin(model, tasks, feed, plan=plan, callbacks=callbacks, ranks=ranks)
+    run = _start_run(model, tasks, feed, plan=plan, callbacks=callbacks, ranks=ranks)
     training = run.training
-    with contextlib.closing(run.norms), _interruptible(run.stop), contextlib.closing(_rounds(run)) as rounds:
+    with contextlib.closing(run.norms), _stop_on_signal(run.stop), contextlib.closing(_iter_steps(run)) as rounds:
         if run.shelf is not None:
             state.resume(run.shelf, training)
         run.since = (training.step, time.monotonic())
         for batches in rounds:
-            progress = _step(run, batches)
+            progress = _train_step(run, batches)
             training.step += 1
             if ranks.first:
                 callbacks.on_step(progress)
             last = training.step == plan.steps
-            better = _validate(run) if _due(plan.validate_every, training.step, last) else False
+            better = _run_validation(run) if _is_due(plan.validate_every, training.step, last) else False
             finished = last or (plan.patience > 0 and training.stale >= plan.patience)
-            if better or _due(plan.checkpoint_every, training.step, finished):
-                _checkpoint(run, better)
+            if better or _is_due(plan.checkpoint_every, training.step, finished):
+                _save_checkpoint(run, better)
             if finished:
                 break
     if training.average is not None:
@@ -179,7 +179,7 @@ def identity(plan: FitPlan, tasks: Mapping[str, Task], model: MultiTaskModel) ->
 
 
 # ------------------------------------------------------------------------------------------- the parts of the loop
-def _begin(
+def _start_run(
     model: MultiTaskModel,
     tasks: Mapping[str, Task],
     feed: Feed,
@@ -206,7 +206,7 @@ def _begin(
     return _Run(bench, norms, feed, plan, callbacks, ranks, strategy, training, shelf)
 
 
-def _rounds(run: _Run) -> Generator[tuple[TrainBatch, ...], None, None]:
+def _iter_steps(run: _Run) -> Generator[tuple[TrainBatch, ...], None, None]:
     """Each step's micro-batches, until the last. Cancelled, after a checkpoint, when some rank was told to stop."""
     if run.training.step >= run.plan.steps:
         return
@@ -216,12 +216,16 @@ def _rounds(run: _Run) -> Generator[tuple[TrainBatch, ...], None, None]:
             stack.enter_context(contextlib.closing(found))  # its threads end with the loop
         for batches in found:
             if total(run.ranks, [float(run.stop.is_set())])[0]:
-                kept = f"; checkpoint {_checkpoint(run, False)}: start again to go on" if run.shelf is not None else ""
+                kept = (
+                    f"; checkpoint {_save_checkpoint(run, False)}: start again to go on"
+                    if run.shelf is not None
+                    else ""
+                )
                 raise Cancelled(f"training was stopped after step {run.training.step}{kept}")
             yield batches
 
 
-def _step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
+def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
     """One optimiser step, or none where NaN is skipped or nothing could be read."""
     plan, training = run.plan, run.training
     failed = tuple(line for batch in batches for line in batch.failed)
@@ -238,9 +242,9 @@ def _step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
         norm = optim.ready(training.optimiser.learning, plan.optim, training.scale) if losses else None
         run.norms.settle(int(places) * run.ranks.world)  # mixed micro-batches leave places that nobody has
     except NotFinite as error:
-        _skip(run, error)
+        _skip_step(run, error)
     else:
-        _move(run, norm, factor, bool(losses))
+        _update_weights(run, norm, factor, bool(losses))
         _nothing_read(run, failed, bool(losses))
     first, start = run.since
     pace = (training.step + 1 - first) / max(1e-9, time.monotonic() - start)
@@ -249,7 +253,7 @@ def _step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
     return Progress(training.step + 1, plan.steps, losses, rate, pace, shown, failed, training.lost, training.skipped)
 
 
-def _move(run: _Run, norm: float | None, factor: float, found: bool) -> None:
+def _update_weights(run: _Run, norm: float | None, factor: float, found: bool) -> None:
     """Step, average, next scale; ``norm`` None: the gradients are not used."""
     training = run.training
     if norm is None:
@@ -262,7 +266,7 @@ def _move(run: _Run, norm: float | None, factor: float, found: bool) -> None:
         training.scale = training.scale.after(overflow=norm is None)
 
 
-def _skip(run: _Run, error: NotFinite) -> None:
+def _skip_step(run: _Run, error: NotFinite) -> None:
     """As if the step had not been; NotFinite when that is not wanted, or too often."""
     run.norms.drop()
     run.training.optimiser.clear()
@@ -280,11 +284,11 @@ def _nothing_read(run: _Run, failed: tuple[str, ...], found: bool) -> None:
         raise InputError(f"in {run.empty} steps in a row there was nothing to learn from: {why}")
 
 
-def _due(every: int, step: int, last: bool) -> bool:
+def _is_due(every: int, step: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def _validate(run: _Run) -> bool:
+def _run_validation(run: _Run) -> bool:
     """Figures of the averaged model, on rank 0; whether the named one is better than ever before."""
     if run.feed.validation is None:
         return False
@@ -293,37 +297,37 @@ def _validate(run: _Run) -> bool:
     if ranks.first:
         # The others wait in `total`: a beat after every pass tells them that rank 0 lives.
         with optim.Swapped(run.bench.model, training.average):
-            beat = partial(_beat, ranks, waiting=True)
+            beat = partial(_heartbeat, ranks, waiting=True)
             found = figures(run.bench.model, run.bench.tasks, run.feed.validation(), beat=beat)
         run.callbacks.on_validation(training.step, found)
-        value = _named(run.plan.best, found) if run.plan.best else 0.0
-        _beat(ranks, waiting=False)
+        value = _selected_metric(run.plan.best, found) if run.plan.best else 0.0
+        _heartbeat(ranks, waiting=False)
     else:
-        while _beat(ranks, waiting=False):
+        while _heartbeat(ranks, waiting=False):
             pass
-    return bool(run.plan.best) and _improves(run, total(ranks, [value])[0])
+    return bool(run.plan.best) and _is_better(run, total(ranks, [value])[0])
 
 
-def _beat(ranks: Ranks, *, waiting: bool) -> bool:
+def _heartbeat(ranks: Ranks, *, waiting: bool) -> bool:
     return total(ranks, [float(waiting)])[0] > 0
 
 
-def _named(best: str, found: Figures) -> float:
+def _selected_metric(best: str, found: Figures) -> float:
     task, _, metric = best.partition(".")
     if metric not in found.get(task, {}):
         known = ", ".join(f"{t}.{m}" for t, metrics in found.items() for m in metrics)
-        raise RecipeError(f"best is '{best}', which validation does not give; it gives: {known or 'nothing'}")
+        raise ConfigError(f"best is '{best}', which validation does not give; it gives: {known or 'nothing'}")
     return found[task][metric]
 
 
-def _improves(run: _Run, value: float) -> bool:
+def _is_better(run: _Run, value: float) -> bool:
     training, lower = run.training, run.plan.lower
     better = training.best is None or (value < training.best if lower else value > training.best)
     training.best, training.stale = (value, 0) if better else (training.best, training.stale + 1)
     return better
 
 
-def _checkpoint(run: _Run, better: bool) -> str:
+def _save_checkpoint(run: _Run, better: bool) -> str:
     if run.shelf is None:
         return ""
     uri = state.write(run.shelf, run.training, ranks=run.ranks, best=better)
@@ -333,7 +337,7 @@ def _checkpoint(run: _Run, better: bool) -> str:
 
 
 @contextlib.contextmanager
-def _interruptible(stop: threading.Event) -> Iterator[None]:
+def _stop_on_signal(stop: threading.Event) -> Iterator[None]:
     """Ctrl-C and SIGTERM set ``stop``, to end after the step; a second one ends at once. Nothing in other threads."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.errors import MissingPackage, OutputError, RecipeError
+from wsi_mmm.errors import ConfigError, MissingPackage, OptionError, OutputError
 from wsi_mmm.storage import store
 from wsi_mmm.training.config import TrainConfig
 from wsi_mmm.training.data.entry import Expand, each_by_itself
@@ -65,7 +65,7 @@ class Curve:
         found = []
         for percent in sorted({point.percent for point in self.points}):
             mine = [point for point in self.points if point.percent == percent]
-            values = tuple(_value(point, self.part, self.metric) for point in mine)
+            values = tuple(_metric_value(point, self.part, self.metric) for point in mine)
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
             found.append(Row(percent, mine[0].items, float(np.mean(values)), spread, values))
         return tuple(found)
@@ -83,20 +83,22 @@ def train_fractions(
     """Train each share with each seed, in ``<out>/fraction-XX-seed-Y``, skipping what is done; write table and plot.
 
     Splits stay those of the configuration; the seed decides the weights, the order and which items a share has. Larger
-    shares hold the smaller ones of the same seed. All ranks but the first know nothing of what was found. RecipeError,
+    shares hold the smaller ones of the same seed. All ranks but the first know nothing of what was found. ConfigError,
     and what `train` raises.
     """
-    _check(percents, seeds)
+    _check_plan(percents, seeds)
     folder = model_folder(config).parent
     points = []
     with joined(config.device) as ranks:
         for percent, number in itertools.product(sorted(set(percents)), range(seeds)):
             one = share_of(config, percent, config.seed + number)
-            point = _done(one, percent) or _train(ranks, one, percent, listener=listener, expand=expand)
+            point = _load_finished(one, percent) or _train_fraction(
+                ranks, one, percent, listener=listener, expand=expand
+            )
             if point is not None:
                 points.append(point)
-                curve = _named(tuple(points), metric or config.validation.best)  # a wrong metric is said at once
-    return _write(curve, folder) if len(points) == seeds * len(set(percents)) else Curve("", "", tuple(points))
+                curve = _with_metric(tuple(points), metric or config.validation.best)  # a wrong metric is said at once
+    return _write_curve(curve, folder) if len(points) == seeds * len(set(percents)) else Curve("", "", tuple(points))
 
 
 def share_of(config: TrainConfig, percent: float, seed: int) -> TrainConfig:
@@ -109,15 +111,17 @@ def share_of(config: TrainConfig, percent: float, seed: int) -> TrainConfig:
     return config.model_copy(update={"out": out, "seed": seed, "sampling": part, "checkpoint": held})
 
 
-def _check(percents: Sequence[float], seeds: int) -> None:
+def _check_plan(percents: Sequence[float], seeds: int) -> None:
     wrong = [percent for percent in percents if not 0 < percent <= 100]
     if wrong or not percents:
-        raise RecipeError("fractions are percents above 0 and up to 100, such as 1,10,50,100")
+        raise OptionError("fractions are percents above 0 and up to 100, such as 1,10,50,100")
     if seeds < 1:
-        raise RecipeError(f"{seeds} seeds: give 1 or more")
+        raise OptionError(f"{seeds} seeds: give 1 or more")
 
 
-def _train(ranks: Ranks, config: TrainConfig, percent: float, *, listener: Listener, expand: Expand) -> Point | None:
+def _train_fraction(
+    ranks: Ranks, config: TrainConfig, percent: float, *, listener: Listener, expand: Expand
+) -> Point | None:
     """What was found; None on all ranks but the first."""
     named = f"{percent:g} % of the items, seed {config.seed} -> {store.redact(config.out)}: "
     done = train_as(ranks, config, replace(listener, say=lambda line: listener.say(named + line)), expand)
@@ -129,8 +133,8 @@ def _train(ranks: Ranks, config: TrainConfig, percent: float, *, listener: Liste
     return point
 
 
-def _done(config: TrainConfig, percent: float) -> Point | None:
-    """What an earlier run found. RecipeError when that was another training."""
+def _load_finished(config: TrainConfig, percent: float) -> Point | None:
+    """What an earlier run found. ConfigError when that was another training."""
     uri = store.join(config.out, DONE)
     if not store.exists(uri):
         return None
@@ -139,10 +143,10 @@ def _done(config: TrainConfig, percent: float) -> Point | None:
         there = _what_counts(TrainConfig.model_validate(found.pop("configuration")))  # options that are newer: default
         point = Point(**found)
     except (ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{uri} is damaged; remove it, and that training is done again") from error
+        raise ConfigError(f"{uri} is damaged; remove it, and that training is done again") from error
     if there != _what_counts(config):
         other = sorted(key for key, value in _what_counts(config).items() if there.get(key) != value)
-        raise RecipeError(f"{uri} is of another configuration ({', '.join(other)} differ): choose another out")
+        raise ConfigError(f"{uri} is of another configuration ({', '.join(other)} differ): choose another out")
     return replace(point, percent=percent)
 
 
@@ -153,33 +157,33 @@ def _what_counts(config: TrainConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------- table and plot
 
 
-def _figures(point: Point, part: str) -> Mapping[str, Mapping[str, float]]:
+def _part_metrics(point: Point, part: str) -> Mapping[str, Mapping[str, float]]:
     return point.test if part == "test" else point.val
 
 
-def _value(point: Point, part: str, metric: str) -> float:
+def _metric_value(point: Point, part: str, metric: str) -> float:
     task, _, name = metric.partition(".")
-    return _figures(point, part)[task][name]
+    return _part_metrics(point, part)[task][name]
 
 
-def _named(points: tuple[Point, ...], metric: str) -> Curve:
-    """With the part and the metric to speak of. RecipeError when some training does not give it."""
+def _with_metric(points: tuple[Point, ...], metric: str) -> Curve:
+    """With the part and the metric to speak of. ConfigError when some training does not give it."""
     part = "test" if all(point.test for point in points) else "val"
-    known = [f"{task}.{name}" for task, found in _figures(points[0], part).items() for name in found]
+    known = [f"{task}.{name}" for task, found in _part_metrics(points[0], part).items() for name in found]
     if not known:
-        raise RecipeError("nothing was held out to judge by: give split.val or split.test above 0")
+        raise ConfigError("nothing was held out to judge by: give split.val or split.test above 0")
     chosen = metric or known[0]
     for point in points:
         task, _, name = chosen.partition(".")
-        if name not in _figures(point, part).get(task, {}):
-            raise RecipeError(f"the {part} part gives no figure '{chosen}'; it gives: {', '.join(known)}")
+        if name not in _part_metrics(point, part).get(task, {}):
+            raise ConfigError(f"the {part} part gives no figure '{chosen}'; it gives: {', '.join(known)}")
     return Curve(chosen, part, points)
 
 
-def _write(curve: Curve, folder: Path) -> Curve:
+def _write_curve(curve: Curve, folder: Path) -> Curve:
     rows = curve.rows()
-    facts = {"metric": curve.metric, "part": curve.part, "rows": [_finite(asdict(row)) for row in rows]}
-    texts = {TABLE: _csv(curve.points), SUMMARY: json.dumps(facts, indent=1) + "\n"}
+    facts = {"metric": curve.metric, "part": curve.part, "rows": [_json_number(asdict(row)) for row in rows]}
+    texts = {TABLE: _curve_csv(curve.points), SUMMARY: json.dumps(facts, indent=1) + "\n"}
     for name, text in texts.items():
         try:
             (folder / name).write_text(text, encoding="utf-8")
@@ -196,23 +200,23 @@ def _write(curve: Curve, folder: Path) -> Curve:
     return replace(curve, files=tuple(files), notes=tuple(notes))
 
 
-def _finite(value: Any) -> Any:
+def _json_number(value: Any) -> Any:
     """JSON knows no NaN: null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _json_number(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_finite(item) for item in value]
+        return [_json_number(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _csv(points: Sequence[Point]) -> str:
+def _curve_csv(points: Sequence[Point]) -> str:
     """A line per training, part, task and metric."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("percent", "seed", "items", "part", "task", "metric", "value"))
     for point in points:
         for part in ("val", "test"):
-            for task, found in _figures(point, part).items():
+            for task, found in _part_metrics(point, part).items():
                 for name, value in found.items():
                     writer.writerow((f"{point.percent:g}", point.seed, point.items, part, task, name, f"{value:.6g}"))
     return out.getvalue()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from wsi_mmm._version import __version__
-from wsi_mmm.errors import ModelError, OutputError, RecipeError
+from wsi_mmm.errors import ConfigError, ModelError, OutputError
 from wsi_mmm.model.checkpoint import build_model, declared_normalisation, load_model, save_model
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.storage import store
@@ -135,7 +135,7 @@ def _check_features(feeds: Sequence[Feed], model: MultiTaskModel) -> None:
     """Vectors of bags are as long as those of the model that will be given the heads."""
     for feed in feeds:
         if isinstance(feed.source, FeatureBags) and feed.source.width != model.vector_width:
-            raise RecipeError(
+            raise ConfigError(
                 f"data '{feed.source.name}' holds vectors of {feed.source.width} numbers, the model makes "
                 f"{model.vector_width}: give the encoder that embedded them, and its weights or model.start"
             )
@@ -145,7 +145,7 @@ def begin_model(config: TrainConfig) -> MultiTaskModel:
     """The model before its first step: seeded, with the encoder's weights and those of ``model.start``."""
     part = config.model
     weights = None if part.encoder.weights == "pretrained" else part.encoder.weights
-    mean, std = (part.mean, part.std) if part.mean and part.std else _normalisation(config)
+    mean, std = (part.mean, part.std) if part.mean and part.std else _input_normalisation(config)
     torch.manual_seed(config.seed)
     model = build_model(model_card(config, mean, std), weights=weights)
     if part.start:
@@ -153,7 +153,7 @@ def begin_model(config: TrainConfig) -> MultiTaskModel:
     return model
 
 
-def _normalisation(config: TrainConfig) -> tuple[Any, Any]:
+def _input_normalisation(config: TrainConfig) -> tuple[Any, Any]:
     if config.model.start:
         card = load_model(config.model.start).card
         return card.mean, card.std
@@ -201,8 +201,8 @@ def train_as(ranks: Ranks, config: TrainConfig, listener: Listener, expand: Expa
     seen: dict[int, Figures] = {}
     try:
         model = fitting.fit(
-            prepared.model, prepared.tasks, _feed(prepared, ranks, _boards(config, trackers)),
-            plan=fit_plan(config), callbacks=_callbacks(listener, trackers, seen), ranks=ranks,
+            prepared.model, prepared.tasks, _make_feed(prepared, ranks, _tensorboards(config, trackers)),
+            plan=fit_plan(config), callbacks=_make_callbacks(listener, trackers, seen), ranks=ranks,
         )  # fmt: skip
     finally:
         for tracker in trackers:
@@ -211,7 +211,7 @@ def train_as(ranks: Ranks, config: TrainConfig, listener: Listener, expand: Expa
         while total(ranks, [0.0])[0]:  # rank 0 judges the model, and tells after each pass that it lives
             pass
         return Trained()
-    done = _finish(prepared, model, seen, beat=partial(total, ranks, [1.0]))
+    done = _finish_training(prepared, model, seen, beat=partial(total, ranks, [1.0]))
     total(ranks, [0.0])
     listener.say(f"model {done.model}, the weights of step {done.step}")
     return replace(done, seconds=time.monotonic() - started)
@@ -267,7 +267,7 @@ def fit_plan(config: TrainConfig) -> FitPlan:
     )  # fmt: skip
 
 
-def _feed(prepared: Prepared, ranks: Ranks, boards: Sequence[TensorBoard]) -> fitting.Feed:
+def _make_feed(prepared: Prepared, ranks: Ranks, boards: Sequence[TensorBoard]) -> fitting.Feed:
     config = prepared.config
     part = config.sampling
     plan = LoadPlan(
@@ -281,18 +281,18 @@ def _feed(prepared: Prepared, ranks: Ranks, boards: Sequence[TensorBoard]) -> fi
         steps = range(first, config.steps)
         made = batches(feeds, prepared.tasks, plan=plan, steps=steps, device=ranks.device)
         made = mixed(made, prepared.tasks) if part.mixed else made
-        return _shown(made, first, boards, config)
+        return _log_first_images(made, first, boards, config)
 
     held = any(len(one.split.val) for one in prepared.data)
     return fitting.Feed(drawn, look_of(config.augment), partial(held_out, prepared, "val") if held else None)
 
 
-def _boards(config: TrainConfig, trackers: Sequence[Tracker]) -> list[TensorBoard]:
+def _tensorboards(config: TrainConfig, trackers: Sequence[Tracker]) -> list[TensorBoard]:
     """Those that pictures may go to."""
     return [one for one in trackers if isinstance(one, TensorBoard)] if config.tracking.images else []
 
 
-def _shown(
+def _log_first_images(
     steps: Iterator[tuple[TrainBatch, ...]], first: int, boards: Sequence[TensorBoard], config: TrainConfig
 ) -> Iterator[tuple[TrainBatch, ...]]:
     """``steps``; pictures of the first of them go to ``boards``, augmented as the model sees them."""
@@ -317,7 +317,7 @@ def held_out(prepared: Prepared, part: str) -> Iterator[Sample]:
             yield from one.feed.source.read(numbers[first : first + _TOGETHER].tolist(), size)
 
 
-def _callbacks(listener: Listener, trackers: Sequence[Tracker], seen: dict[int, Figures]) -> Callbacks:
+def _make_callbacks(listener: Listener, trackers: Sequence[Tracker], seen: dict[int, Figures]) -> Callbacks:
     def on_step(progress: Progress) -> None:
         values = {f"loss/{name}": value for name, value in progress.losses.items()}
         values |= {"rate": progress.rate, "steps_per_second": progress.pace, "gradient_norm": progress.norm}
@@ -335,12 +335,12 @@ def _callbacks(listener: Listener, trackers: Sequence[Tracker], seen: dict[int, 
     return Callbacks(on_step, on_validation, listener.on_checkpoint)
 
 
-def _finish(
+def _finish_training(
     prepared: Prepared, model: MultiTaskModel, seen: Mapping[int, Figures], *, beat: Callable[[], object]
 ) -> Trained:
     """Choose the weights, judge the model, write its folder. ``seen``: figures of this run's validations, by step."""
     config = prepared.config
-    step = _choose(config, model)
+    step = _load_best_weights(config, model)
     val = seen[step] if step in seen else figures(model, prepared.tasks, held_out(prepared, "val"), beat=beat)
     test = figures(model, prepared.tasks, held_out(prepared, "test"), beat=beat)
     folder = model_folder(config)
@@ -351,12 +351,12 @@ def _finish(
         "configuration": facts_of(config),
         "items": prepared.summary(),
     }
-    told: dict[str, Any] = {name: _rounded(found) for name, found in (("val", val), ("test", test)) if found}
+    told: dict[str, Any] = {name: _round_metrics(found) for name, found in (("val", val), ("test", test)) if found}
     save_model(model, folder, card=model.card.model_copy(update={"metrics": told, "data": facts}))
     return Trained(str(folder), val, test, step=step, items=sum(len(one.feed.items) for one in prepared.data))
 
 
-def _choose(config: TrainConfig, model: MultiTaskModel) -> int:
+def _load_best_weights(config: TrainConfig, model: MultiTaskModel) -> int:
     """Put the best weights into ``model`` when a figure to choose by is named; the step that its weights are of."""
     found = best_weights(checkpoint_folder(config)) if config.validation.best else None
     if found is None:
@@ -365,18 +365,18 @@ def _choose(config: TrainConfig, model: MultiTaskModel) -> int:
     return found[0]
 
 
-def _rounded(found: Figures) -> Figures:
+def _round_metrics(found: Figures) -> Figures:
     return {task: {name: round(value, 4) for name, value in metrics.items()} for task, metrics in found.items()}
 
 
 def facts_of(config: TrainConfig) -> dict[str, Any]:
     """The configuration as JSON values, its places without credentials."""
-    return {key: _plain(value) for key, value in config.model_dump(mode="json").items()}
+    return {key: _to_json(value) for key, value in config.model_dump(mode="json").items()}
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, str):
         return store.redact(value) if "://" in value else value
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        return {key: _to_json(item) for key, item in value.items()}
+    return [_to_json(item) for item in value] if isinstance(value, list) else value

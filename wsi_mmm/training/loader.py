@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.host_tuning import keep_memory, short_turns
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.colour import NO_AUGMENT, Augment, recolour
 from wsi_mmm.training.data.base import Sample, Source
 from wsi_mmm.training.policy import Draw, FeedSize, Policy, key_of, of_rank, plan_step
@@ -78,18 +78,18 @@ class TrainBatch:
 
     def to(self, device: torch.device | str) -> TrainBatch:
         """The same on ``device``; from pinned memory the copy may still be under way on the current stream."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> TrainBatch:
         """The same in memory that CUDA copies from while the model works."""
-        return self._each(lambda tensor: tensor.pin_memory())
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that `to` moves."""
         found = (self.pixels, self.vectors, self.bag, *self.targets.values())
         return tuple(tensor for tensor in found if tensor is not None)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> TrainBatch:
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> TrainBatch:
         pixels, vectors, bag = (t if t is None else change(t) for t in (self.pixels, self.vectors, self.bag))
         targets = {name: change(target) for name, target in self.targets.items()}
         return replace(self, pixels=pixels, vectors=vectors, bag=bag, targets=targets)
@@ -186,7 +186,7 @@ def batches(
 
     The same for the same (seed, step) whatever the threads. At most ``threads + READ_AHEAD`` micro-batches are held
     beyond those given out. Errors of sources are raised here, in their turn. Closing the iterator cancels what is not
-    begun and leaves no thread behind. Raises RecipeError.
+    begun and leaves no thread behind. Raises ConfigError.
     """
     by_name = {feed.source.name: feed for feed in feeds}
     names = {name: names_of(feed, tasks) for name, feed in by_name.items()}
@@ -210,10 +210,10 @@ def batches(
         return sender.prepared(make_batch(by_name[draw.feed], wanted, draw=draw, plan=plan))
 
     drawn(steps.start)  # what cannot be planned is said now
-    return _steps(drawn, make, steps=steps, threads=plan.threads, sender=sender, tally=tally or Tally())
+    return _iter_steps(drawn, make, steps=steps, threads=plan.threads, sender=sender, tally=tally or Tally())
 
 
-def _steps(
+def _iter_steps(
     drawn: Callable[[int], tuple[Draw, ...]],
     make: Callable[[Draw], TrainBatch],
     *,
@@ -283,12 +283,12 @@ class _Sender:
 
 
 def names_of(feed: Feed, tasks: Mapping[str, Task]) -> tuple[str, ...]:
-    """The tasks that learn from ``feed``. Pictures can always be rebuilt. RecipeError when there are none."""
+    """The tasks that learn from ``feed``. Pictures can always be rebuilt. ConfigError when there are none."""
     known = {name for name, task in tasks.items() if task.info.kind == "reconstruct"} | set(feed.source.tasks)
     wanted = known & set(tasks) if feed.tasks is None else set(feed.tasks)
     wrong = sorted(wanted - (known & set(tasks)))
     if wrong or not wanted:
-        raise RecipeError(
+        raise ConfigError(
             f"feed '{feed.source.name}' knows of: {', '.join(sorted(feed.source.tasks)) or 'no task'}; "
             f"nothing that {', '.join(wrong or tasks)} can learn from: correct its tasks or leave it out"
         )
@@ -306,38 +306,40 @@ def make_batch(feed: Feed, tasks: Mapping[str, Task], *, draw: Draw, plan: LoadP
     if not good:
         return empty
     # The draw of an item must not depend on which others failed: it goes by its place.
-    crops = [_crops(plan, sample, read=read, seed=key_of(f"{draw.seed}/{place}")) for place, sample in good]
+    crops = [_draw_crops(plan, sample, read=read, seed=key_of(f"{draw.seed}/{place}")) for place, sample in good]
     kept = [sample for _, sample in good]
-    pixels, theta, sizes = _stacked(kept, crops, plan.size)
+    pixels, theta, sizes = _stack_pixels(kept, crops, plan.size)
     return replace(
         empty,
         keys=tuple(sample.key for sample in kept),
         pixels=pixels,
         theta=theta,
         sizes=sizes,
-        vectors=_vectors(kept),
-        bag=_bags(kept),
-        targets={name: _targets(task, kept, crops, plan.size) for name, task in tasks.items()},
+        vectors=_stack_vectors(kept),
+        bag=_bag_numbers(kept),
+        targets={name: _stack_targets(task, kept, crops, plan.size) for name, task in tasks.items()},
     )
 
 
-def _crops(plan: LoadPlan, sample: Sample, *, read: int, seed: int) -> F32:
+def _draw_crops(plan: LoadPlan, sample: Sample, *, read: int, seed: int) -> F32:
     """float32[k, 2, 3]: the warps of a picture (k = 1), of a bag's tiles, of features (k = 0)."""
-    shapes = [(tile.shape[0], tile.shape[1]) for tile in _tiles(sample)]
+    shapes = [(tile.shape[0], tile.shape[1]) for tile in _sample_tiles(sample)]
     return draw_thetas(plan.change, shapes, size=plan.size, read=read, seed=seed)
 
 
-def _tiles(sample: Sample) -> Sequence[U8]:
+def _sample_tiles(sample: Sample) -> Sequence[U8]:
     if sample.pixels is None:
         return ()
     return list(sample.pixels) if sample.pixels.ndim == 4 else [sample.pixels]
 
 
-def _stacked(
+def _stack_pixels(
     samples: Sequence[Sample], crops: Sequence[F32], size: int
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
     """Pixels, theta and sizes of a `TrainBatch`."""
-    pairs = [pair for s, thetas in zip(samples, crops, strict=True) for pair in zip(_tiles(s), thetas, strict=True)]
+    pairs = [
+        pair for s, thetas in zip(samples, crops, strict=True) for pair in zip(_sample_tiles(s), thetas, strict=True)
+    ]
     if not pairs:
         return None, None, None
     parts = [cut(tile, theta, size) for tile, theta in pairs]
@@ -346,12 +348,12 @@ def _stacked(
     return torch.from_numpy(pixels), torch.from_numpy(theta), torch.from_numpy(sizes)
 
 
-def _vectors(samples: Sequence[Sample]) -> Tensor | None:
+def _stack_vectors(samples: Sequence[Sample]) -> Tensor | None:
     found = [sample.vectors for sample in samples if sample.vectors is not None]
     return torch.from_numpy(np.concatenate(found).astype(np.float32, copy=False)) if found else None
 
 
-def _bags(samples: Sequence[Sample]) -> Tensor | None:
+def _bag_numbers(samples: Sequence[Sample]) -> Tensor | None:
     counts = [_bag_size(sample) for sample in samples]
     known = [count for count in counts if count is not None]
     if not known:
@@ -368,15 +370,15 @@ def _bag_size(sample: Sample) -> int | None:
     return len(sample.pixels) if sample.pixels is not None and sample.pixels.ndim == 4 else None
 
 
-def _targets(task: Task, samples: Sequence[Sample], crops: Sequence[F32], size: int) -> Tensor:
-    return torch.stack([_target(task, s, theta, size) for s, theta in zip(samples, crops, strict=True)])
+def _stack_targets(task: Task, samples: Sequence[Sample], crops: Sequence[F32], size: int) -> Tensor:
+    return torch.stack([_crop_target(task, s, theta, size) for s, theta in zip(samples, crops, strict=True)])
 
 
-def _target(task: Task, sample: Sample, thetas: F32, size: int) -> Tensor:
+def _crop_target(task: Task, sample: Sample, thetas: F32, size: int) -> Tensor:
     """The target of one item; made with the kind's margin, then cut to the crop."""
     kind, margin = task.info.kind, MARGINS.get(task.info.kind, 0)
     wide = size + 2 * margin
-    truth: Truth = sample.truths.get(task.info.name)
+    truth: Target = sample.truths.get(task.info.name)
     if truth is None:
         truth = unknown_truth(kind, len(task.info.classes), wide)
     elif _bag_size(sample) is None:

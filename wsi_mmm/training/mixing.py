@@ -36,9 +36,9 @@ def together(found: Sequence[TrainBatch], tasks: Mapping[str, Task]) -> tuple[Tr
         "+".join(batch.feed for batch in some),
         tuple(key for batch in some for key in batch.keys),
         pixels=_one_size([batch.pixels for batch in some if batch.pixels is not None]),
-        theta=_joined([batch.theta for batch in some]),
-        sizes=_joined([batch.sizes for batch in some]),
-        targets={name: torch.cat([_known(batch, tasks[name]) for batch in some]) for name in names},
+        theta=_concatenate([batch.theta for batch in some]),
+        sizes=_concatenate([batch.sizes for batch in some]),
+        targets={name: torch.cat([_targets_or_unknown(batch, tasks[name]) for batch in some]) for name in names},
         seed=key_of("/".join(str(batch.seed) for batch in some)),
         size=some[0].size,
         failed=tuple(line for batch in some for line in batch.failed),
@@ -46,7 +46,7 @@ def together(found: Sequence[TrainBatch], tasks: Mapping[str, Task]) -> tuple[Tr
     return (mixed, *(batch for batch in found if all(batch is not one for one in some)))
 
 
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+def _concatenate(parts: Sequence[Tensor | None]) -> Tensor | None:
     known = [part for part in parts if part is not None]
     return torch.cat(known) if known else None
 
@@ -58,7 +58,7 @@ def _one_size(pictures: Sequence[Tensor]) -> Tensor:
     return torch.cat([functional.pad(t, edge, value=255) for t, edge in zip(pictures, edges, strict=True)])
 
 
-def _known(batch: TrainBatch, task: Task) -> Tensor:
+def _targets_or_unknown(batch: TrainBatch, task: Task) -> Tensor:
     """The targets of a task, unknown ones where the micro-batch has none."""
     found = batch.targets.get(task.info.name)
     if found is not None:

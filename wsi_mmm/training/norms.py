@@ -39,19 +39,19 @@ class Norms:
         self._before: list[tuple[Tensor, ...]] = []
         self._hooks: list[Any] = []
         if ranks.world > 1:
-            self._watch()
+            self._add_hooks()
 
-    def _watch(self) -> None:
+    def _add_hooks(self) -> None:
         for index, layer in enumerate(self._layers):
             if layer.momentum is None:
                 raise ModelError("batch norms without momentum cannot be trained on several ranks; give them one")
-            self._hooks.append(layer.register_forward_pre_hook(_emptied))
-            self._hooks.append(layer.register_forward_hook(self._note(index)))
+            self._hooks.append(layer.register_forward_pre_hook(_reset_statistics))
+            self._hooks.append(layer.register_forward_hook(self._record_pass(index)))
 
-    def _note(self, index: int) -> Any:
+    def _record_pass(self, index: int) -> Any:
         def note(layer: _BatchNorm, *_: object) -> None:
             if layer.training:
-                mean, var, _tracked = _statistics(layer)
+                mean, var, _tracked = _layer_statistics(layer)
                 self._seen[index].append(_Seen(self.place, mean.clone(), var.clone()))
 
         return note
@@ -63,7 +63,7 @@ class Norms:
 
     def begin(self) -> None:
         """A step begins."""
-        self._before = [tuple(t.clone() for t in _statistics(layer)) for layer in self._layers]
+        self._before = [tuple(t.clone() for t in _layer_statistics(layer)) for layer in self._layers]
         for seen in self._seen:
             seen.clear()
 
@@ -71,7 +71,7 @@ class Norms:
     def drop(self) -> None:
         """The step does not count: back to what was."""
         for layer, before in zip(self._layers, self._before, strict=True):
-            for tensor, old in zip(_statistics(layer), before, strict=True):
+            for tensor, old in zip(_layer_statistics(layer), before, strict=True):
                 tensor.copy_(old)
 
     @torch.no_grad()
@@ -79,27 +79,27 @@ class Norms:
         """The step counts; it had ``places`` micro-batches on all ranks together."""
         if self.ranks.world == 1:
             return
-        counts = self._counts(places)
+        counts = self._pass_counts(places)
         sums: list[Tensor] = []
         for layer, seen, passes in zip(self._layers, self._seen, counts, strict=True):
-            sums += _terms(seen, passes, 1.0 - float(layer.momentum or 0.0), _statistics(layer)[0])
+            sums += _local_sums(seen, passes, 1.0 - float(layer.momentum or 0.0), _layer_statistics(layer)[0])
         add(self.ranks, sums)
         for index, (layer, before) in enumerate(zip(self._layers, self._before, strict=True)):
             number = sum(counts[index])
             fade = (1.0 - float(layer.momentum or 0.0)) ** number
-            mean, var, tracked = _statistics(layer)
+            mean, var, tracked = _layer_statistics(layer)
             mean.copy_(before[0] * fade + sums[2 * index])
             var.copy_(before[1] * fade + sums[2 * index + 1])
             tracked.copy_(before[2] + number)
 
-    def _counts(self, places: int) -> list[list[int]]:
+    def _pass_counts(self, places: int) -> list[list[int]]:
         """[layer][place]: how often the layer was passed in that micro-batch, whoever did it."""
         flat = [float(sum(s.place == place for s in seen)) for seen in self._seen for place in range(places)]
         found = total(self.ranks, flat)
         return [[int(v) for v in found[i * places : (i + 1) * places]] for i in range(len(self._layers))]
 
 
-def _terms(seen: list[_Seen], passes: list[int], keep: float, like: Tensor) -> tuple[Tensor, Tensor]:
+def _local_sums(seen: list[_Seen], passes: list[int], keep: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's part of the sums of mean and variance."""
     mean, var = torch.zeros_like(like), torch.zeros_like(like)
     for number, one in enumerate(seen):
@@ -109,16 +109,16 @@ def _terms(seen: list[_Seen], passes: list[int], keep: float, like: Tensor) -> t
     return mean, var
 
 
-def _emptied(layer: nn.Module, _: object) -> None:
+def _reset_statistics(layer: nn.Module, _: object) -> None:
     """From zero, a pass leaves m times what it found."""
     if layer.training and isinstance(layer, _BatchNorm):
-        mean, var, _tracked = _statistics(layer)
+        mean, var, _tracked = _layer_statistics(layer)
         # By ``data``: the graphs of earlier batches hold these buffers, though their backward does not read them.
         mean.data.zero_()
         var.data.zero_()
 
 
-def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     mean, var, tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
     if mean is None or var is None or tracked is None:
         raise ModelError("a batch norm without running statistics cannot be trained on several ranks")

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from wsi_mmm.errors import NotFinite, RecipeError
+from wsi_mmm.errors import ConfigError, NotFinite
 from wsi_mmm.model.layers import depth_of, freeze, layers
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.training.ranks import ALONE, Ranks, owners, spread, total
@@ -69,9 +69,9 @@ _SHAPES: dict[str, Callable[[float, float], float]] = {
 
 # ------------------------------------------------------------------------------------------- who learns
 def begin(model: MultiTaskModel, plan: OptimPlan) -> None:
-    """Training mode; the first ``plan.frozen`` depths stay as they are. RecipeError when nothing is left to learn."""
+    """Training mode; the first ``plan.frozen`` depths stay as they are. ConfigError when nothing is left to learn."""
     if plan.frozen >= depth_of(model):
-        raise RecipeError(f"frozen is {plan.frozen}, but the model has {depth_of(model)} depths; the heads must learn")
+        raise ConfigError(f"frozen is {plan.frozen}, but the model has {depth_of(model)} depths; the heads must learn")
     freeze(model, plan.frozen)
     training(model)
 
@@ -118,10 +118,10 @@ class Optimiser:
         self.owners = owners([x.parameter.numel() for x in learning], ranks.world)
         mine = [x for x, owner in zip(learning, self.owners, strict=True) if owner == ranks.rank]
         groups = [
-            {"params": [x.parameter for x in mine if _key(x) == key], "factor": key[0], "weight_decay": key[1]}
-            for key in dict.fromkeys(_key(x) for x in mine)
+            {"params": [x.parameter for x in mine if _group_key(x) == key], "factor": key[0], "weight_decay": key[1]}
+            for key in dict.fromkeys(_group_key(x) for x in mine)
         ]
-        self._inner = _build(groups, plan) if groups else None
+        self._inner = _build_optimizer(groups, plan) if groups else None
 
     def step(self, factor: float) -> None:
         """One step at ``factor`` times the plan's rate; parameters without gradient stay. Gradients are cleared."""
@@ -141,11 +141,11 @@ class Optimiser:
 
     def state(self) -> dict[str, Tensor]:
         """ "<parameter>|<slot>" -> tensor, whole, on every rank: every rank must ask for it."""
-        ages = total(self.ranks, [self._age(x.parameter) for x in self.learning])
+        ages = total(self.ranks, [self._step_count(x.parameter) for x in self.learning])
         found: dict[str, Tensor] = {}
         for slot in _SLOTS[self.plan.kind]:
             kept = [(x, o) for x, o, age in zip(self.learning, self.owners, ages, strict=True) if age]
-            tensors = [self._slots(x.parameter).get(slot, torch.empty_like(x.parameter)) for x, _ in kept]
+            tensors = [self._optimizer_state(x.parameter).get(slot, torch.empty_like(x.parameter)) for x, _ in kept]
             tensors = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
             spread(self.ranks, tensors, [o for _, o in kept])
             found |= {f"{x.name}|{slot}": t for (x, _), t in zip(kept, tensors, strict=True)}
@@ -165,23 +165,23 @@ class Optimiser:
                 into["step"] = state[f"{learner.name}|step"].to(torch.float32)
             self._inner.state[p] = into
 
-    def _slots(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+    def _optimizer_state(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
         return self._inner.state.get(parameter, {}) if self._inner is not None else {}
 
-    def _age(self, parameter: nn.Parameter) -> float:
+    def _step_count(self, parameter: nn.Parameter) -> float:
         """Steps so far (SGD: 1 when there were any); 0 when it is another rank's."""
-        slots = self._slots(parameter)
+        slots = self._optimizer_state(parameter)
         return float(slots.get("step", 1.0 if any(s in slots for s in _SLOTS[self.plan.kind]) else 0.0))
 
 
 _SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
-def _key(learner: Learner) -> tuple[float, float]:
+def _group_key(learner: Learner) -> tuple[float, float]:
     return learner.factor, learner.decay
 
 
-def _build(groups: list[dict[str, object]], plan: OptimPlan) -> torch.optim.Optimizer:
+def _build_optimizer(groups: list[dict[str, object]], plan: OptimPlan) -> torch.optim.Optimizer:
     if plan.kind == "adamw":
         return torch.optim.AdamW(groups, lr=plan.rate, betas=plan.betas)
     return torch.optim.SGD(groups, lr=plan.rate, momentum=plan.momentum)
@@ -235,14 +235,14 @@ def ready(learning: Sequence[Learner], plan: OptimPlan, scale: Scale) -> float |
         if scale.every:
             return None
         raise NotFinite(
-            f"the gradient of '{_culprit(mine)}' became NaN or infinite; lower the rate or the task's weight"
+            f"the gradient of '{_first_not_finite(mine)}' became NaN or infinite; lower the rate or the task's weight"
         )
     if plan.clip:
         nn.utils.clip_grads_with_norm_([x.parameter for x in mine], plan.clip, norm)
     return float(norm)
 
 
-def _culprit(learning: Sequence[Learner]) -> str:
+def _first_not_finite(learning: Sequence[Learner]) -> str:
     bad = (
         x.name for x in learning if x.parameter.grad is not None and not bool(torch.isfinite(x.parameter.grad).all())
     )

@@ -31,12 +31,12 @@ def draw_curve(
 
     MissingPackage without matplotlib; OutputError when the files cannot be written.
     """
-    figure = _figure((5.0, 3.5))
+    figure = _new_figure((5.0, 3.5))
     axes = figure.subplots()
-    _curve(axes, dict(zip(percents, values, strict=True)), _COLOURS[0])
-    _shares(axes, percents)
+    _draw_curve(axes, dict(zip(percents, values, strict=True)), _COLOURS[0])
+    _label_fractions(axes, percents)
     axes.set(xlabel=_ITEMS, ylabel=name, title=title)
-    return _saved(figure, [folder / PNG, folder / SVG])
+    return _save_figure(figure, [folder / PNG, folder / SVG])
 
 
 def draw_panels(folder: Path, stem: str, panels: Sequence[Panel], *, columns: int) -> list[Path]:
@@ -45,19 +45,19 @@ def draw_panels(folder: Path, stem: str, panels: Sequence[Panel], *, columns: in
     As `draw_curve`, with a legend in the first one.
     """
     rows = -(-len(panels) // columns)
-    figure = _figure((4.2 * columns, 3.2 * rows))
+    figure = _new_figure((4.2 * columns, 3.2 * rows))
     grid = figure.subplots(rows, columns, squeeze=False, sharey="row")
     for panel, axes in zip(panels, grid.flat, strict=False):
         middle = (len(panel.curves) - 1) / 2
         for number, (name, curve) in enumerate(panel.curves.items()):
-            _curve(axes, curve, _COLOURS[number % len(_COLOURS)], label=name, shift=1 + _APART * (number - middle))
-        _shares(axes, sorted({percent for curve in panel.curves.values() for percent in curve}))
+            _draw_curve(axes, curve, _COLOURS[number % len(_COLOURS)], label=name, shift=1 + _APART * (number - middle))
+        _label_fractions(axes, sorted({percent for curve in panel.curves.values() for percent in curve}))
         axes.set(xlabel=_ITEMS, ylabel=panel.name, title=panel.title)
     grid.flat[0].legend(frameon=False)
-    return _saved(figure, [folder / f"{stem}.png", folder / f"{stem}.svg"])
+    return _save_figure(figure, [folder / f"{stem}.png", folder / f"{stem}.svg"])
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def _new_figure(size: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, nothing global
     except ImportError as error:
@@ -65,7 +65,7 @@ def _figure(size: tuple[float, float]) -> Any:
     return Figure(figsize=size, layout="constrained")
 
 
-def _curve(
+def _draw_curve(
     axes: Any, curve: Mapping[float, Sequence[float]], colour: str, *, label: str | None = None, shift: float = 1.0
 ) -> None:
     import numpy as np
@@ -79,13 +79,13 @@ def _curve(
         axes.plot([place] * len(some), list(some), ".", color=dots, alpha=0.5 if label else 1.0, zorder=0)
 
 
-def _shares(axes: Any, percents: Sequence[float]) -> None:
+def _label_fractions(axes: Any, percents: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(list(percents), [f"{percent:g}" for percent in percents])
     axes.minorticks_off()
 
 
-def _saved(figure: Any, paths: Sequence[Path]) -> list[Path]:
+def _save_figure(figure: Any, paths: Sequence[Path]) -> list[Path]:
     try:
         for path in paths:
             figure.savefig(path, dpi=150)

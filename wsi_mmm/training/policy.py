@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.types import I32, I64
 
 Policy = Literal["balanced", "cyclic", "concat", "proportional", "temperature"]
@@ -70,14 +70,14 @@ def plan_step(
     ``rounds`` times over. The others take the next ``rounds`` slots: ``cyclic`` of feeds in turn, ``concat`` of epochs
     in which every item comes once (the last micro-batch of a feed is filled up with its next ones), ``proportional``
     with feeds drawn by their size, ``temperature`` by size ** (1 / temperature) (Devlin et al. 2019; 1: proportional).
-    ``class_balance``: within a feed its classes take turns, whatever their sizes. Raises RecipeError.
+    ``class_balance``: within a feed its classes take turns, whatever their sizes. Raises ConfigError.
     """
-    counts = _checked(feeds, policy, temperature, rounds)
+    counts = _check_policy(feeds, policy, temperature, rounds)
     per_step = rounds * (sum(counts) if policy == "balanced" else 1)
     fixed = policy in ("balanced", "cyclic")
     draws = []
     for slot in range(step * per_step, (step + 1) * per_step):
-        feed, number = _slot(counts, slot, key=None if fixed else seed)
+        feed, number = _locate_slot(counts, slot, key=None if fixed else seed)
         draws.append(micro_batch(feeds[feed], seed=seed, number=number, class_balance=class_balance))
     return tuple(draws)
 
@@ -85,7 +85,7 @@ def plan_step(
 def of_rank(draws: Sequence[Draw], rank: int, world: int) -> tuple[Draw, ...]:
     """The share of ``rank``: every ``world``-th micro-batch. Ranks may get unequal numbers, even none."""
     if not 0 <= rank < world:
-        raise RecipeError(f"rank {rank} of {world}: ranks count from 0 to {world - 1}")
+        raise ConfigError(f"rank {rank} of {world}: ranks count from 0 to {world - 1}")
     return tuple(draws[rank::world])
 
 
@@ -106,7 +106,7 @@ def fraction_of(labels: I32, fraction: float, *, seed: int) -> I64:
     smaller ones, and no class is missing while there are as many items as classes. At least one item.
     """
     if not 0.0 < fraction <= 1.0:
-        raise RecipeError(f"fraction of the data is {fraction}: give more than 0 and at most 1")
+        raise ConfigError(f"fraction of the data is {fraction}: give more than 0 and at most 1")
     order = np.random.default_rng(key_of(f"fraction/{seed}")).permutation(len(labels)).astype(np.int64)
     known = np.flatnonzero(labels[order] >= 0)
     leaders = known[np.unique(labels[order][known], return_index=True)[1]]
@@ -123,28 +123,28 @@ def key_of(text: str) -> int:
 # ---------------------------------------------------------------- which feed
 
 
-def _checked(feeds: Sequence[FeedSize], policy: Policy, temperature: float, rounds: int) -> tuple[int, ...]:
-    """Slots of each feed in a block. RecipeError for what cannot be planned."""
+def _check_policy(feeds: Sequence[FeedSize], policy: Policy, temperature: float, rounds: int) -> tuple[int, ...]:
+    """Slots of each feed in a block. ConfigError for what cannot be planned."""
     if policy not in get_args(Policy):
-        raise RecipeError(f"there is no policy '{policy}'; known: {', '.join(get_args(Policy))}")
+        raise ConfigError(f"there is no policy '{policy}'; known: {', '.join(get_args(Policy))}")
     if rounds < 1 or not temperature > 0:
-        raise RecipeError(f"rounds {rounds} and temperature {temperature} must be above 0")
+        raise ConfigError(f"rounds {rounds} and temperature {temperature} must be above 0")
     for feed in feeds:
         if feed.items < 1 or feed.batch < 1 or not 0 <= feed.weight < float("inf"):
-            raise RecipeError(
+            raise ConfigError(
                 f"feed '{feed.name}' has {feed.items} items, batch {feed.batch}, weight {feed.weight}: "
                 "give it items, a batch of 1 or more and a weight of 0 or more, or leave it out"
             )
     if len({feed.name for feed in feeds}) < len(feeds) or not any(feed.weight > 0 for feed in feeds):
-        raise RecipeError("feeds need names of their own, and one of them a weight above 0")
-    counts = _counts(tuple((f.items, f.batch, f.weight) for f in feeds), policy, temperature)
+        raise ConfigError("feeds need names of their own, and one of them a weight above 0")
+    counts = _feed_slots(tuple((f.items, f.batch, f.weight) for f in feeds), policy, temperature)
     if policy in ("balanced", "cyclic") and max(counts) > UNEVEN:
-        raise RecipeError(f"weights of feeds differ {max(counts)}-fold: policy '{policy}' takes up to {UNEVEN}-fold")
+        raise ConfigError(f"weights of feeds differ {max(counts)}-fold: policy '{policy}' takes up to {UNEVEN}-fold")
     return counts
 
 
 @lru_cache(maxsize=16)
-def _counts(feeds: tuple[tuple[int, int, float], ...], policy: Policy, temperature: float) -> tuple[int, ...]:
+def _feed_slots(feeds: tuple[tuple[int, int, float], ...], policy: Policy, temperature: float) -> tuple[int, ...]:
     """Of (items, batch, weight) of each feed: its slots in a block; at least one where the weight is above 0."""
     if policy in ("balanced", "cyclic"):
         least = min(weight for _, _, weight in feeds if weight > 0)
@@ -158,16 +158,16 @@ def _counts(feeds: tuple[tuple[int, int, float], ...], policy: Policy, temperatu
     return tuple(max(1, round(w)) if weight > 0 else 0 for w, (_, _, weight) in zip(wanted, feeds, strict=True))
 
 
-def _slot(counts: tuple[int, ...], slot: int, *, key: int | None) -> tuple[int, int]:
+def _locate_slot(counts: tuple[int, ...], slot: int, *, key: int | None) -> tuple[int, int]:
     """The feed of a slot and how many micro-batches of it came before. ``key`` None: feeds in order, not shuffled."""
     block, place = divmod(slot, sum(counts))
-    feeds, before = _block(counts, None if key is None else (key, block))
+    feeds, before = _slot_block(counts, None if key is None else (key, block))
     feed = int(feeds[place])
     return feed, block * counts[feed] + int(before[place])
 
 
 @lru_cache(maxsize=8)
-def _block(counts: tuple[int, ...], key: tuple[int, int] | None) -> tuple[I32, I32]:
+def _slot_block(counts: tuple[int, ...], key: tuple[int, int] | None) -> tuple[I32, I32]:
     """The feed of each slot of a block, and how many slots of that feed come before it within the block."""
     before = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
     feeds = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -188,18 +188,18 @@ def _by_epoch(name: str, items: int, positions: I64) -> I64:
     epochs, places = np.divmod(positions, items)
     out = np.empty(len(positions), np.int64)
     for epoch in np.unique(epochs).tolist():
-        out[epochs == epoch] = _order(f"{name}/epoch/{epoch}", items)[places[epochs == epoch]]
+        out[epochs == epoch] = _shuffled_items(f"{name}/epoch/{epoch}", items)[places[epochs == epoch]]
     return out
 
 
 def _by_class(feed: FeedSize, labels: I32, *, seed: int, positions: I64) -> I64:
     """Every run of C positions has each of the C classes once; each class goes through its own epochs."""
-    order, starts = _members(_Same(labels))
+    order, starts = _items_by_class(_Same(labels))
     classes = len(starts) - 1
     rounds, places = np.divmod(positions, classes)
     out = np.empty(len(positions), np.int64)
     for i, (turn, place) in enumerate(zip(rounds.tolist(), places.tolist(), strict=True)):
-        one = int(_order(f"{seed}/{feed.name}/turn/{turn}", classes)[place])
+        one = int(_shuffled_items(f"{seed}/{feed.name}/turn/{turn}", classes)[place])
         first, last = int(starts[one]), int(starts[one + 1])
         out[i] = order[first + _by_epoch(f"{seed}/{feed.name}/class/{one}", last - first, np.array([turn]))[0]]
     return out
@@ -219,20 +219,20 @@ class _Same:
 
 
 @lru_cache(maxsize=16)
-def _members(labels: _Same) -> tuple[I64, I64]:
+def _items_by_class(labels: _Same) -> tuple[I64, I64]:
     """Items sorted by class, and where each class begins (one more at the end). Items without one are a class."""
     values = np.maximum(labels.array, -1)
     _, counts = np.unique(values, return_counts=True)
     return np.argsort(values, kind="stable"), np.concatenate([[0], np.cumsum(counts)])
 
 
-def _order(name: str, items: int) -> I32:
+def _shuffled_items(name: str, items: int) -> I32:
     return _short(name, items) if items <= _SMALL else _long(name, items)
 
 
-def _permutation(name: str, items: int) -> I32:
+def _cached_permutation(name: str, items: int) -> I32:
     return np.random.default_rng(key_of(name)).permutation(items).astype(np.int32)
 
 
-_short = lru_cache(maxsize=512)(_permutation)
-_long = lru_cache(maxsize=8)(_permutation)
+_short = lru_cache(maxsize=512)(_cached_permutation)
+_long = lru_cache(maxsize=8)(_cached_permutation)

@@ -66,20 +66,20 @@ def joined(device: str = "auto", *, wait: float = 120.0, meeting: Meeting | None
     serve them, too, if nobody else keeps the group: one that works while Python ends aborts the process. ClusterError.
     """
     if meeting is None and not dist.is_torchelastic_launched():
-        yield Ranks(device=_device(device, 0), wait=wait)
+        yield Ranks(device=_rank_device(device, 0), wait=wait)
         return
-    where = _device(device, -1)
-    with _speaking("ranks cannot meet; check that all were started and reach rank 0's host"):
-        _begin("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", wait, meeting)
+    where = _rank_device(device, -1)
+    with _translate_errors("ranks cannot meet; check that all were started and reach rank 0's host"):
+        _init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", wait, meeting)
     try:
         local = dist.get_node_local_rank(fallback_rank=0) if meeting is None else 0
-        yield Ranks(dist.get_rank(), dist.get_world_size(), _device(device, local), wait)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), _rank_device(device, local), wait)
     finally:
         # Not a barrier: a rank that fails must not wait for those that wait for it.
         dist.destroy_process_group()
 
 
-def _begin(backend: str, wait: float, meeting: Meeting | None) -> None:
+def _init_process_group(backend: str, wait: float, meeting: Meeting | None) -> None:
     limit = timedelta(seconds=wait)
     if meeting is None:
         dist.init_process_group(backend, timeout=limit)
@@ -93,7 +93,7 @@ def _begin(backend: str, wait: float, meeting: Meeting | None) -> None:
     )
 
 
-def _device(name: str, local: int) -> torch.device:
+def _rank_device(name: str, local: int) -> torch.device:
     """``local`` -1 asks for the kind only; a GPU is chosen by the rank's number on its machine."""
     if name != "auto":
         return torch.device(name)
@@ -107,7 +107,7 @@ def _device(name: str, local: int) -> torch.device:
 
 
 @contextlib.contextmanager
-def _speaking(what: str) -> Iterator[None]:
+def _translate_errors(what: str) -> Iterator[None]:
     """Errors of torch.distributed (all of them RuntimeErrors) in one line."""
     try:
         yield
@@ -115,8 +115,8 @@ def _speaking(what: str) -> Iterator[None]:
         raise ClusterError(what) from error
 
 
-def _lost(ranks: Ranks) -> contextlib.AbstractContextManager[None]:
-    return _speaking(
+def _rank_lost(ranks: Ranks) -> contextlib.AbstractContextManager[None]:
+    return _translate_errors(
         f"rank {ranks.rank} of {ranks.world}: another rank has ended or was silent for {ranks.wait:g} s; its own "
         "message says why; start all ranks again to go on from the latest checkpoint"
     )
@@ -128,7 +128,7 @@ def total(ranks: Ranks, values: Sequence[float]) -> list[float]:
     if ranks.world == 1:
         return [float(v) for v in values]
     sums = torch.tensor(values, dtype=torch.float64)
-    with _lost(ranks):
+    with _rank_lost(ranks):
         dist.all_reduce(sums)
     found: list[float] = sums.tolist()
     return found
@@ -141,7 +141,7 @@ def first_word(ranks: Ranks, text: str) -> str:
     line = text.encode()[:_TEXT].ljust(_TEXT, b"\0")
     mine = torch.frombuffer(bytearray(line), dtype=torch.uint8)
     found = [torch.empty_like(mine) for _ in range(ranks.world)]
-    with _lost(ranks):
+    with _rank_lost(ranks):
         dist.all_gather(found, mine)
     said = (bytes(one.tolist()).rstrip(b"\0").decode(errors="ignore") for one in found)
     return next((one for one in said if one), "")
@@ -152,9 +152,9 @@ def add(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the ranks, in place, in flat buckets. Same list of shapes on every rank."""
     if ranks.world == 1:
         return
-    for bucket in _buckets(tensors):
-        with _lost(ranks):
-            _through(bucket, dist.all_reduce)
+    for bucket in _iter_buckets(tensors):
+        with _rank_lost(ranks):
+            _run_collective(bucket, dist.all_reduce)
 
 
 def add_gradients(ranks: Ranks, parameters: Sequence[Tensor]) -> None:
@@ -176,12 +176,12 @@ def spread(ranks: Ranks, tensors: Sequence[Tensor], owners: Sequence[int]) -> No
         return
     for owner in range(ranks.world):
         own = [t for t, o in zip(tensors, owners, strict=True) if o == owner]
-        for bucket in _buckets(own):
-            with _lost(ranks):
-                _through(bucket, partial(dist.broadcast, src=owner))
+        for bucket in _iter_buckets(own):
+            with _rank_lost(ranks):
+                _run_collective(bucket, partial(dist.broadcast, src=owner))
 
 
-def _through(bucket: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
+def _run_collective(bucket: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
     flat = torch.cat([t.detach().reshape(-1) for t in bucket])
     collective(flat)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def _through(bucket: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> N
             tensor.copy_(part.view(tensor.shape))
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _iter_buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Neighbours of one dtype, up to `_BUCKET` bytes together (a larger tensor alone)."""
     bucket: list[Tensor] = []
     size = 0

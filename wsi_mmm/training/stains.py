@@ -49,10 +49,10 @@ def odd_picture(tile: Tensor, g: Generator) -> tuple[Tensor, bool]:
     Glass and ink show none; negatives, greys, fluorescence, blur and wrong hues may.
     """
     make = _ODD[int(torch.randint(0, len(_ODD), (1,), generator=g))]
-    return make(tile, g).clamp(0.0, 1.0), make in (_glass, _ink)
+    return make(tile, g).clamp(0.0, 1.0), make in (_draw_glass, _draw_ink)
 
 
-def _glass(tile: Tensor, g: Generator) -> Tensor:
+def _draw_glass(tile: Tensor, g: Generator) -> Tensor:
     size = int(tile.shape[-1])
     grey = uniform(g, (1, 1, 1), 0.80, 1.0) + uniform(g, (3, 1, 1), -0.03, 0.03)
     sheet = grey + 0.012 * torch.randn((3, size, size), generator=g) + 0.015 * noise_field(g, 1, size, 80.0)[0]
@@ -60,19 +60,19 @@ def _glass(tile: Tensor, g: Generator) -> Tensor:
     return sheet * (1.0 - 0.6 * dust)
 
 
-def _negative(tile: Tensor, g: Generator) -> Tensor:
+def _invert_tile(tile: Tensor, g: Generator) -> Tensor:
     return 1.0 - tile
 
 
-def _grey(tile: Tensor, g: Generator) -> Tensor:
+def _grey_tile(tile: Tensor, g: Generator) -> Tensor:
     return tile.mean(0, keepdim=True).repeat(3, 1, 1)
 
 
-def _fluorescence(tile: Tensor, g: Generator) -> Tensor:
+def _fluorescence_tile(tile: Tensor, g: Generator) -> Tensor:
     return (1.0 - tile.mean(0, keepdim=True)).square() * uniform(g, (3, 1, 1), 0.0, 1.2)
 
 
-def _ink(tile: Tensor, g: Generator) -> Tensor:
+def _draw_ink(tile: Tensor, g: Generator) -> Tensor:
     size = int(tile.shape[-1])
     stroke = noise_field(g, 1, size, 90.0, 3.0)[0] - uniform(g, (1,), -1.0, 0.6)
     mask = torch.sigmoid(stroke * 20.0)
@@ -93,5 +93,5 @@ def _wrong_hue(tile: Tensor, g: Generator) -> Tensor:
 
 
 _ODD: tuple[Callable[[Tensor, Generator], Tensor], ...] = (
-    _glass, _glass, _negative, _grey, _fluorescence, _ink, _out_of_focus, _wrong_hue,
+    _draw_glass, _draw_glass, _invert_tile, _grey_tile, _fluorescence_tile, _draw_ink, _out_of_focus, _wrong_hue,
 )  # fmt: skip

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wsi_mmm.errors import ModelError, OutputError, SlideNotFound, WsiError
+from wsi_mmm.errors import ModelError, NotFound, OutputError, WsiError
 from wsi_mmm.model.tensorfile import pack, unpack
 from wsi_mmm.storage import store
 from wsi_mmm.storage.uris import is_local
@@ -69,14 +69,14 @@ def write(shelf: Shelf, training: Training, *, ranks: Ranks = ALONE, best: bool 
     Every rank must call it, rank 0 writes. OutputError (on every rank) when it cannot; earlier checkpoints are whole.
     """
     tensors = gather(training)
-    uri = _file(shelf, training.step)
+    uri = _checkpoint_file(shelf, training.step)
     fault = ""
     if ranks.first:
         try:
-            store.write_bytes(uri, pack(tensors, _facts(shelf, training)))
+            store.write_bytes(uri, pack(tensors, _training_facts(shelf, training)))
             for name in (LATEST, BEST) if best else (LATEST,):
-                _point(shelf, name, training)
-            _tidy(shelf)
+                _write_pointer(shelf, name, training)
+            _delete_old(shelf)
         except WsiError as error:
             fault = f"checkpoint of step {training.step}: {error}"
     if total(ranks, [float(bool(fault))])[0]:
@@ -93,7 +93,7 @@ def gather(training: Training) -> dict[str, Tensor]:
     return found | _random_state()
 
 
-def _facts(shelf: Shelf, training: Training) -> dict[str, str]:
+def _training_facts(shelf: Shelf, training: Training) -> dict[str, str]:
     facts = {
         "format": FORMAT,
         "step": training.step,
@@ -108,20 +108,20 @@ def _facts(shelf: Shelf, training: Training) -> dict[str, str]:
     return {"facts": json.dumps(facts, sort_keys=True)}
 
 
-def _file(shelf: Shelf, step: int) -> str:
+def _checkpoint_file(shelf: Shelf, step: int) -> str:
     return f"{shelf.folder.rstrip('/')}/step-{step:08d}.safetensors"
 
 
-def _pointer(shelf: Shelf, name: str) -> str:
+def _pointer_file(shelf: Shelf, name: str) -> str:
     return f"{shelf.folder.rstrip('/')}/{name}.json"
 
 
-def _point(shelf: Shelf, name: str, training: Training) -> None:
+def _write_pointer(shelf: Shelf, name: str, training: Training) -> None:
     text = json.dumps({"step": training.step, "best": training.best, "hash": identity_hash(shelf.identity)})
-    store.write_bytes(_pointer(shelf, name), text.encode())
+    store.write_bytes(_pointer_file(shelf, name), text.encode())
 
 
-def _tidy(shelf: Shelf) -> None:
+def _delete_old(shelf: Shelf) -> None:
     """Delete all but the newest ``keep`` and the best."""
     if not shelf.keep:
         return
@@ -129,7 +129,7 @@ def _tidy(shelf: Shelf) -> None:
     spared = {*steps[-shelf.keep :], pointed(shelf, BEST)}
     for step in steps:
         if step not in spared:
-            store.delete(_file(shelf, step))
+            store.delete(_checkpoint_file(shelf, step))
 
 
 def stored(shelf: Shelf) -> list[int]:
@@ -143,10 +143,10 @@ def stored(shelf: Shelf) -> list[int]:
 
 def pointed(shelf: Shelf, name: str) -> int | None:
     """The step that "latest" or "best" points at; None when there is no such pointer. ModelError if it is damaged."""
-    uri = _pointer(shelf, name)
+    uri = _pointer_file(shelf, name)
     try:
         return int(json.loads(store.read_bytes(uri))["step"])
-    except SlideNotFound:
+    except NotFound:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{uri} is damaged; remove it to begin anew, or write the step to go on from") from error
@@ -161,11 +161,11 @@ def resume(shelf: Shelf, training: Training) -> bool:
     step = pointed(shelf, LATEST)
     if step is None:
         return False
-    uri = _file(shelf, step)
+    uri = _checkpoint_file(shelf, step)
     tensors, facts = read(uri)
-    _check(uri, facts, shelf.identity)
+    _check_identity(uri, facts, shelf.identity)
     try:
-        _restore(training, tensors, facts)
+        _restore_training(training, tensors, facts)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
         why = str(error).splitlines()[0]
         raise ModelError(f"{uri} does not fit this model ({why}); choose another folder to begin anew") from error
@@ -177,7 +177,7 @@ def read(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors, metadata = unpack(store.read_bytes(uri), uri)
         facts: dict[str, Any] = json.loads(metadata["facts"])
-    except SlideNotFound as error:
+    except NotFound as error:
         raise ModelError(f"{uri} is missing; remove latest.json beside it to begin anew") from error
     except (KeyError, ValueError) as error:
         raise ModelError(f"{uri} is no checkpoint of training; remove it") from error
@@ -195,24 +195,24 @@ def best_weights(folder: str) -> tuple[int, dict[str, Tensor]] | None:
     """Step and weights (averaged, if averages are kept) of the best checkpoint in ``folder``; None: none is marked."""
     shelf = Shelf(folder, {})
     step = pointed(shelf, BEST)
-    return None if step is None else (step, weights_of(read(_file(shelf, step))[0]))
+    return None if step is None else (step, weights_of(read(_checkpoint_file(shelf, step))[0]))
 
 
 def differences(old: Facts, new: Facts) -> list[str]:
     """What differs between two configurations, one phrase each."""
     return [
-        f"{key} {_shown(old, key)} there, {_shown(new, key)} here"
+        f"{key} {_shorten(old, key)} there, {_shorten(new, key)} here"
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key)
     ]
 
 
-def _shown(facts: Facts, key: str) -> str:
+def _shorten(facts: Facts, key: str) -> str:
     text = json.dumps(facts[key]) if key in facts else "absent"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _check(uri: str, facts: Facts, identity: Facts) -> None:
+def _check_identity(uri: str, facts: Facts, identity: Facts) -> None:
     # Through JSON, as the stored one went: tuples are lists there.
     other = differences(facts["identity"], json.loads(json.dumps(dict(identity))))
     if other:
@@ -222,7 +222,7 @@ def _check(uri: str, facts: Facts, identity: Facts) -> None:
         )
 
 
-def _restore(training: Training, tensors: Mapping[str, Tensor], facts: Facts) -> None:
+def _restore_training(training: Training, tensors: Mapping[str, Tensor], facts: Facts) -> None:
     training.model.load_state_dict(under(tensors, "model."))
     training.own.load_state_dict(under(tensors, "strategy."))
     training.optimiser.restore(under(tensors, "optimiser."))

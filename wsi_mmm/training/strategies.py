@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from wsi_mmm.errors import NotFinite, RecipeError
+from wsi_mmm.errors import ConfigError, NotFinite
 from wsi_mmm.model.layers import layers
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.training.forward import Bench, loss_of, passes, served, shared
@@ -62,9 +62,9 @@ class StrategyPlan:
 
 
 def make_strategy(plan: StrategyPlan, tasks: Sequence[str]) -> Strategy:
-    """The rule that ``plan`` names, for these tasks. RecipeError for an unknown name."""
+    """The rule that ``plan`` names, for these tasks. ConfigError for an unknown name."""
     if plan.name not in STRATEGIES:
-        raise RecipeError(f"there is no strategy '{plan.name}'; known: {', '.join(STRATEGIES)}")
+        raise ConfigError(f"there is no strategy '{plan.name}'; known: {', '.join(STRATEGIES)}")
     return STRATEGIES[plan.name](plan, tuple(tasks))
 
 
@@ -96,7 +96,7 @@ class _Shares:
     of: dict[str, float]
 
 
-def _shares(work: Work, factors: Mapping[str, float] | None = None) -> _Shares:
+def _task_shares(work: Work, factors: Mapping[str, float] | None = None) -> _Shares:
     names = list(work.bench.tasks)
     here = [served(work.bench, batch) for batch in work.batches]
     found = total(work.ranks, [float(sum(name in some for some in here)) for name in names])
@@ -115,7 +115,7 @@ def _micro_batches(work: Work) -> Iterator[tuple[TrainBatch, tuple[str, ...]]]:
             yield batch, names
 
 
-def _heads(
+def _iter_heads(
     work: Work, batch: TrainBatch, names: Sequence[str], *, shares: _Shares, notes: list[_Note]
 ) -> Iterator[_Pass]:
     """Run the shared part once, then each head on a copy cut off from it, and free that head's graph."""
@@ -136,7 +136,7 @@ def _task_by_task(work: Work, shares: _Shares, each: Callable[[_Pass], None] | N
     notes: list[_Note] = []
     for batch, names in _micro_batches(work):
         pulls: dict[int, tuple[Tensor, Tensor]] = {}
-        for one in _heads(work, batch, names, shares=shares, notes=notes):
+        for one in _iter_heads(work, batch, names, shares=shares, notes=notes):
             if one.pull is None:
                 continue
             if each:
@@ -149,7 +149,7 @@ def _task_by_task(work: Work, shares: _Shares, each: Callable[[_Pass], None] | N
     return notes
 
 
-def _agreed(work: Work, shares: _Shares, notes: Sequence[_Note]) -> dict[str, float]:
+def _agree_on_losses(work: Work, shares: _Shares, notes: Sequence[_Note]) -> dict[str, float]:
     """Mean losses over all ranks. NotFinite on every rank when one of them found one: no rank steps alone."""
     values = torch.stack([note.loss.double() for note in notes]).tolist() if notes else []
     sums = dict.fromkeys(work.bench.tasks, 0.0)
@@ -157,7 +157,9 @@ def _agreed(work: Work, shares: _Shares, notes: Sequence[_Note]) -> dict[str, fl
     for note, value in zip(notes, values, strict=True):
         sums[note.name] += value
         if not math.isfinite(value) and not fault:
-            fault = f"step {work.step}: the loss of task '{note.name}' is {value} on {_some(note.keys)}; look at them"
+            fault = (
+                f"step {work.step}: the loss of task '{note.name}' is {value} on {_join_names(note.keys)}; look at them"
+            )
     found = total(work.ranks, [*sums.values(), float(bool(fault))])
     if found[-1]:
         raise NotFinite(first_word(work.ranks, fault))
@@ -165,12 +167,12 @@ def _agreed(work: Work, shares: _Shares, notes: Sequence[_Note]) -> dict[str, fl
     return {name: means[name] / count for name, count in shares.counts.items()}
 
 
-def _some(keys: Sequence[str]) -> str:
+def _join_names(keys: Sequence[str]) -> str:
     shown = ", ".join(f"'{key}'" for key in keys[:4])
     return shown if len(keys) <= 4 else f"{shown} and {len(keys) - 4} more"
 
 
-def _learning(model: MultiTaskModel) -> list[nn.Parameter]:
+def _trainable_parameters(model: MultiTaskModel) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -183,10 +185,10 @@ class Accumulate:
 
     def __call__(self, work: Work) -> dict[str, float]:
         """See `Strategy`."""
-        shares = _shares(work)
+        shares = _task_shares(work)
         notes = _task_by_task(work, shares)
-        losses = _agreed(work, shares, notes)
-        add_gradients(work.ranks, _learning(work.bench.model))
+        losses = _agree_on_losses(work, shares, notes)
+        add_gradients(work.ranks, _trainable_parameters(work.bench.model))
         return losses
 
 
@@ -198,7 +200,7 @@ class Joint:
 
     def __call__(self, work: Work) -> dict[str, float]:
         """See `Strategy`."""
-        shares = _shares(work)
+        shares = _task_shares(work)
         notes: list[_Note] = []
         terms: list[Tensor] = []
         for batch, names in _micro_batches(work):
@@ -209,8 +211,8 @@ class Joint:
                 terms.append(loss * shares.of[name])
         if terms:
             torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
-        losses = _agreed(work, shares, notes)
-        add_gradients(work.ranks, _learning(work.bench.model))
+        losses = _agree_on_losses(work, shares, notes)
+        add_gradients(work.ranks, _trainable_parameters(work.bench.model))
         return losses
 
 
@@ -226,20 +228,22 @@ class PCGrad:
 
     def __call__(self, work: Work) -> dict[str, float]:
         """See `Strategy`."""
-        shares = _shares(work)
+        shares = _task_shares(work)
         trunk = [p for n, p in work.bench.model.named_parameters() if p.requires_grad and not n.startswith("heads.")]
         found: dict[str, list[Tensor | None]] = {name: [None] * len(trunk) for name in shares.counts}
         notes: list[_Note] = []
         for batch, names in _micro_batches(work):
-            for one in _heads(work, batch, names, shares=shares, notes=notes):
+            for one in _iter_heads(work, batch, names, shares=shares, notes=notes):
                 if one.pull is not None:
-                    _collect(found[one.name], one, trunk)
-        losses = _agreed(work, shares, notes)
+                    _add_to_sums(found[one.name], one, trunk)
+        losses = _agree_on_losses(work, shares, notes)
         add_gradients(work.ranks, [p for n, p in work.bench.model.named_parameters() if n.startswith("heads.")])
-        self._combine(work, trunk, list(found.values()))
+        self._project_gradients(work, trunk, list(found.values()))
         return losses
 
-    def _combine(self, work: Work, trunk: Sequence[nn.Parameter], found: Sequence[Sequence[Tensor | None]]) -> None:
+    def _project_gradients(
+        self, work: Work, trunk: Sequence[nn.Parameter], found: Sequence[Sequence[Tensor | None]]
+    ) -> None:
         """Write the projected sum of the tasks' gradients into ``.grad``; None where no task reached."""
         here = [float(any(task[i] is not None for task in found)) for i in range(len(trunk))]
         reached = total(work.ranks, here)
@@ -252,7 +256,7 @@ class PCGrad:
             parameter.grad = part.view(parameter.shape).clone() if some else None
 
 
-def _collect(sums: list[Tensor | None], one: _Pass, trunk: Sequence[nn.Parameter]) -> None:
+def _add_to_sums(sums: list[Tensor | None], one: _Pass, trunk: Sequence[nn.Parameter]) -> None:
     grads = torch.autograd.grad(one.read, trunk, one.pull, retain_graph=True, allow_unused=True)
     for index, grad in enumerate(grads):
         if grad is not None:
@@ -310,7 +314,7 @@ class GradNorm:
 
     def __call__(self, work: Work) -> dict[str, float]:
         """See `Strategy`."""
-        shares = _shares(work, dict(zip(self.tasks, self.own.weight.tolist(), strict=True)))
+        shares = _task_shares(work, dict(zip(self.tasks, self.own.weight.tolist(), strict=True)))
         layer = last_shared(work.bench.model)
         sums = {name: [torch.zeros_like(p) for p in layer] for name in shares.counts}
 
@@ -320,14 +324,14 @@ class GradNorm:
                 if grad is not None:
                     kept += grad
 
-        losses = _agreed(work, shares, _task_by_task(work, shares, each))
-        add_gradients(work.ranks, _learning(work.bench.model))
+        losses = _agree_on_losses(work, shares, _task_by_task(work, shares, each))
+        add_gradients(work.ranks, _trainable_parameters(work.bench.model))
         add(work.ranks, [g for grads in sums.values() for g in grads])
         norms = {name: float(nn.utils.get_total_norm(grads)) / work.scale for name, grads in sums.items()}
-        self._learn(losses, norms)
+        self._update_balance(losses, norms)
         return losses
 
-    def _learn(self, losses: Mapping[str, float], norms: Mapping[str, float]) -> None:
+    def _update_balance(self, losses: Mapping[str, float], norms: Mapping[str, float]) -> None:
         """One step of the weights. ``norms`` of the weighted losses' gradients."""
         index = [self.tasks.index(name) for name in losses]
         first, found = self.own.first, torch.tensor(list(losses.values()), dtype=torch.float64)
@@ -349,7 +353,7 @@ def last_shared(model: MultiTaskModel) -> list[nn.Parameter]:
     residual branches often begin as zeros, without gradient."""
     found = [x for x in layers(model) if x.parameter.requires_grad and x.name.startswith("encoder.")]
     if not found:
-        raise RecipeError("gradnorm balances tasks at the encoder, which is frozen; let it learn or take 'accumulate'")
+        raise ConfigError("gradnorm balances tasks at the encoder, which is frozen; let it learn or take 'accumulate'")
     return [x.parameter for x in found if x.depth == found[-1].depth]
 
 
@@ -375,9 +379,9 @@ class Uncertainty:
     def __call__(self, work: Work) -> dict[str, float]:
         """See `Strategy`."""
         factors = {name: math.exp(-float(s.detach())) for name, s in zip(self.tasks, self.own.s, strict=True)}
-        shares = _shares(work, factors)
-        losses = _agreed(work, shares, _task_by_task(work, shares))
-        add_gradients(work.ranks, _learning(work.bench.model))
+        shares = _task_shares(work, factors)
+        losses = _agree_on_losses(work, shares, _task_by_task(work, shares))
+        add_gradients(work.ranks, _trainable_parameters(work.bench.model))
         for name, loss in losses.items():
             s = self.own.s[self.tasks.index(name)]
             slope = work.weights.get(name, 1.0) * (1.0 - factors[name] * loss)

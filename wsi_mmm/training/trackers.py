@@ -81,19 +81,19 @@ class Wandb:
     """A run of Weights & Biases. Figures and the configuration leave this machine; pictures never do."""
 
     def __init__(self, project: str, folder: Path, facts: Mapping[str, Any]) -> None:
-        wandb = _package("wandb")
+        wandb = _import_package("wandb")
         self.error = wandb.Error
-        with _speaking("wandb", self.error):
+        with _translate_errors("wandb", self.error):
             self.run = wandb.init(project=project, dir=str(folder), config=dict(facts))
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
-        with _speaking("wandb", self.error):
+        with _translate_errors("wandb", self.error):
             self.run.log(dict(values), step=step)
 
     def close(self) -> None:
         """See `Tracker`."""
-        with _speaking("wandb", self.error):
+        with _translate_errors("wandb", self.error):
             self.run.finish()
 
 
@@ -102,26 +102,26 @@ class MLflow:
     leave this machine; pictures never do."""
 
     def __init__(self, experiment: str, facts: Mapping[str, Any]) -> None:
-        self.mlflow = _package("mlflow")
-        self.error = _package("mlflow.exceptions").MlflowException
-        with _speaking("mlflow", self.error):
+        self.mlflow = _import_package("mlflow")
+        self.error = _import_package("mlflow.exceptions").MlflowException
+        with _translate_errors("mlflow", self.error):
             self.mlflow.set_experiment(experiment)
             self.mlflow.start_run()
             self.mlflow.log_params({name: str(value)[:250] for name, value in facts.items()})
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`; slashes in names are folders there."""
-        with _speaking("mlflow", self.error):
+        with _translate_errors("mlflow", self.error):
             self.mlflow.log_metrics(dict(values), step=step)
 
     def close(self) -> None:
         """See `Tracker`."""
-        with _speaking("mlflow", self.error):
+        with _translate_errors("mlflow", self.error):
             self.mlflow.end_run()
 
 
 @contextmanager
-def _speaking(name: str, error: type[Exception]) -> Iterator[None]:
+def _translate_errors(name: str, error: type[Exception]) -> Iterator[None]:
     """What the package says is wrong, as ours."""
     try:
         yield
@@ -137,7 +137,7 @@ def open_trackers(part: TrackingPart, out: str, facts: Mapping[str, Any]) -> Seq
     found: list[Tracker] = []
     folder = store.local_path(out) if store.is_local(out) else None
     if folder is not None:
-        _made(folder)
+        _make_folder(folder)
         found.append(Lines(folder / LINES))
     if part.tensorboard and folder is not None:
         found.append(TensorBoard(folder / BOARD))
@@ -148,14 +148,14 @@ def open_trackers(part: TrackingPart, out: str, facts: Mapping[str, Any]) -> Seq
     return found
 
 
-def _made(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {folder}: {error.strerror or error}") from error
 
 
-def _package(name: str) -> Any:
+def _import_package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wsi_mmm.errors import RecipeError
-from wsi_mmm.tasks.truth import Boxes, Survival, Truth
+from wsi_mmm.errors import ConfigError
+from wsi_mmm.tasks.targets import Boxes, Survival, Target
 from wsi_mmm.types import F32, F64, I64, U8, Mask
 
 VISIBLE = 0.35
@@ -46,7 +46,7 @@ class Change:
 
     def __post_init__(self) -> None:
         if not (0.0 <= self.angle <= 180.0 and 0.0 <= self.scale <= 7.0 and 0.0 <= self.shift <= 1.0):
-            raise RecipeError(
+            raise ConfigError(
                 f"change: angle {self.angle}, scale {self.scale}, shift {self.shift}: "
                 "give an angle up to 180 degrees, a scale up to 7 and a shift up to 1"
             )
@@ -71,14 +71,14 @@ def draw_thetas(change: Change, shapes: Sequence[tuple[int, int]], *, size: int,
     """
     drawn = np.random.default_rng(seed).random((len(shapes), 6))
     thetas = [
-        _theta(change, shape, size=size, whole=shape != (read, read), drawn=row)
+        _make_theta(change, shape, size=size, whole=shape != (read, read), drawn=row)
         for shape, row in zip(shapes, drawn, strict=True)
     ]
     return np.stack(thetas).astype(np.float32) if thetas else np.zeros((0, 2, 3), np.float32)
 
 
-def _theta(change: Change, shape: tuple[int, int], *, size: int, whole: bool, drawn: F64) -> F64:
-    linear = _linear(change, drawn)
+def _make_theta(change: Change, shape: tuple[int, int], *, size: int, whole: bool, drawn: F64) -> F64:
+    linear = _linear_part(change, drawn)
     half = np.abs(linear).sum(1) * size / 2
     middle = np.array([shape[1], shape[0]]) / 2
     slack = np.abs(middle - half) if whole and change.place else np.zeros(2)
@@ -90,7 +90,7 @@ def _theta(change: Change, shape: tuple[int, int], *, size: int, whole: bool, dr
     return np.concatenate([linear, offset[:, None]], axis=1)
 
 
-def _linear(change: Change, drawn: F64) -> F64:
+def _linear_part(change: Change, drawn: F64) -> F64:
     """The 2 x 2 part: a flip, a turn and a scale; exact for right angles."""
     flip = -1.0 if change.flips and drawn[0] < 0.5 else 1.0
     quarter = int(drawn[1] * 4) if change.quarters else 0
@@ -118,8 +118,8 @@ def cut(pixels: U8, theta: F32, size: int) -> tuple[U8, F32]:
     """The part of ``pixels`` uint8[h, w, 3] (a view) that the crop needs, and its warp from there. Nothing else of the
     picture goes to the device; at least one px."""
     scale = float(np.abs(theta[:, :2]).max())
-    rim = 0 if _exact(theta) else math.ceil(2.0 * scale) + 1
-    corners = _corners(theta, size)
+    rim = 0 if _is_exact(theta) else math.ceil(2.0 * scale) + 1
+    corners = _crop_corners(theta, size)
     shape = np.array(pixels.shape[1::-1])
     low = np.clip(np.floor(corners.min(0)).astype(np.int64) - rim, 0, shape - 1)
     high = np.clip(np.ceil(corners.max(0)).astype(np.int64) + rim, low + 1, shape)
@@ -150,7 +150,7 @@ def warp_pixels(pixels: Tensor, theta: Tensor, size: int) -> Tensor:
     """
     if len(theta) != len(pixels) or theta.device.type != "cpu":
         raise ValueError("theta must be on the CPU, with one warp for each picture")
-    ways = _ways(theta.numpy())
+    ways = _sampling_levels(theta.numpy())
     if len(set(ways)) == 1:
         return _one_way(pixels, theta, size=size, way=ways[0])
     out = torch.empty((len(pixels), size, size, 3), device=pixels.device).permute(0, 3, 1, 2)
@@ -161,12 +161,12 @@ def warp_pixels(pixels: Tensor, theta: Tensor, size: int) -> Tensor:
     return out
 
 
-def _ways(thetas: F32) -> list[int]:
+def _sampling_levels(thetas: F32) -> list[int]:
     """-1: copies; k >= 0: sampled from averages of 2 ** k px, of which a crop px spans 1.5 at most (k <= 6)."""
     out = []
     for theta in thetas:
         span = float(np.linalg.norm(theta[:, :2].astype(np.float64), axis=0).max())
-        out.append(-1 if _exact(theta) else min(6, max(0, math.ceil(math.log2(max(span, 1e-6) / 1.5)))))
+        out.append(-1 if _is_exact(theta) else min(6, max(0, math.ceil(math.log2(max(span, 1e-6) / 1.5)))))
     return out
 
 
@@ -174,12 +174,12 @@ def _one_way(pixels: Tensor, theta: Tensor, *, size: int, way: int) -> Tensor:
     if not len(pixels):
         return torch.empty((0, 3, size, size), device=pixels.device)
     if way < 0:
-        return _copied(pixels, theta, size)
-    x, y = _fields(theta.to(pixels.device, non_blocking=True), size)
-    return _sampled(pixels, x, y, level=way)
+        return _copy_pixels(pixels, theta, size)
+    x, y = _sample_coordinates(theta.to(pixels.device, non_blocking=True), size)
+    return _sample_pixels(pixels, x, y, level=way)
 
 
-def _fields(theta: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _sample_coordinates(theta: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Sample px float32[n, size, size] (x, y) of the middles of crop px."""
     t = torch.arange(size, device=theta.device, dtype=torch.float32) + 0.5
     a, b, c = (theta[:, :, k, None, None] for k in range(3))
@@ -187,7 +187,7 @@ def _fields(theta: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return both[:, 0], both[:, 1]
 
 
-def _copied(pixels: Tensor, theta: Tensor, size: int) -> Tensor:
+def _copy_pixels(pixels: Tensor, theta: Tensor, size: int) -> Tensor:
     """Right angles: which px is taken is a number of its row plus one of its column, each a line found on the CPU."""
     n, height, width, _ = pixels.shape
     t = torch.arange(size, dtype=torch.float32) + 0.5
@@ -210,7 +210,7 @@ def _copied(pixels: Tensor, theta: Tensor, size: int) -> Tensor:
     return found.float().div_(255.0).permute(0, 3, 1, 2)
 
 
-def _sampled(pixels: Tensor, x: Tensor, y: Tensor, *, level: int) -> Tensor:
+def _sample_pixels(pixels: Tensor, x: Tensor, y: Tensor, *, level: int) -> Tensor:
     # Darkness instead of light: beyond the picture, where grid_sample and the padding give 0, it is white.
     dark = (255 - pixels).permute(0, 3, 1, 2).float()
     step = 1 << level
@@ -227,17 +227,17 @@ def _sampled(pixels: Tensor, x: Tensor, y: Tensor, *, level: int) -> Tensor:
 # ---------------------------------------------------------------- truth, in numpy
 
 
-def warp_truth(kind: str, truth: Truth, theta: F32, size: int, *, visible: float = VISIBLE) -> Truth:
+def warp_truth(kind: str, truth: Target, theta: F32, size: int, *, visible: float = VISIBLE) -> Target:
     """The truth of the crop: label maps and masks by nearest px, unknown beyond the sample; boxes moved and clipped,
     unknown where less than ``visible`` of one shows; what is no picture stays as it is. ``theta`` float32[2, 3]."""
     if kind in ("segment", "instances", "multisegment"):
-        return _labels(np.asarray(truth), theta, size)
+        return _warp_labels(np.asarray(truth), theta, size)
     if isinstance(truth, Boxes):
-        return _boxes(truth, theta, size=size, visible=visible)
+        return _warp_boxes(truth, theta, size=size, visible=visible)
     return truth
 
 
-def unknown_truth(kind: str, classes: int, size: int) -> Truth:
+def unknown_truth(kind: str, classes: int, size: int) -> Target:
     """Nothing is known of a crop: a truth of the right shape that is not learnt from."""
     if kind in ("segment", "instances"):
         return np.full((size, size), -1, np.int32)
@@ -256,10 +256,10 @@ def places(theta: F32, size: int) -> tuple[I64, I64]:
     """Sample px (x, y) of crop px, each of a shape that broadcasts to (size, size): a line where turns are right."""
     t: F64 = np.arange(size, dtype=np.float64) + 0.5
     (a, b, c), (d, e, f) = theta.astype(np.float64).tolist()
-    return _line(a, b, c, t), _line(d, e, f, t)
+    return _index_line(a, b, c, t), _index_line(d, e, f, t)
 
 
-def _line(along: float, across: float, offset: float, t: F64) -> I64:
+def _index_line(along: float, across: float, offset: float, t: F64) -> I64:
     if across == 0.0:
         value = (along * t + offset)[None, :]
     elif along == 0.0:
@@ -269,21 +269,21 @@ def _line(along: float, across: float, offset: float, t: F64) -> I64:
     return np.floor(value).astype(np.int64)
 
 
-def _inside(x: I64, y: I64, shape: Sequence[int]) -> Mask:
+def _inside_mask(x: I64, y: I64, shape: Sequence[int]) -> Mask:
     inside: Mask = (x >= 0) & (x < shape[1]) & (y >= 0) & (y < shape[0])
     return inside
 
 
-def _labels(labels: np.ndarray[tuple[int, ...], np.dtype[np.generic]], theta: F32, size: int) -> Truth:
+def _warp_labels(labels: np.ndarray[tuple[int, ...], np.dtype[np.generic]], theta: F32, size: int) -> Target:
     """[..., h, w] -> [..., size, size] of the same type, -1 beyond."""
     x, y = places(theta, size)
     height, width = labels.shape[-2:]
-    inside = _inside(x, y, (height, width))
-    found = _picked(labels, np.clip(x, 0, width - 1), np.clip(y, 0, height - 1))
+    inside = _inside_mask(x, y, (height, width))
+    found = _pick_labels(labels, np.clip(x, 0, width - 1), np.clip(y, 0, height - 1))
     return found if inside.all() else np.where(inside, found, -1).astype(labels.dtype)
 
 
-def _picked(labels: np.ndarray[tuple[int, ...], np.dtype[Any]], x: I64, y: I64) -> np.ndarray[Any, np.dtype[Any]]:
+def _pick_labels(labels: np.ndarray[tuple[int, ...], np.dtype[Any]], x: I64, y: I64) -> np.ndarray[Any, np.dtype[Any]]:
     """``labels[..., y, x]``; rows and columns by themselves where turns are right, which is several times faster."""
     picked: np.ndarray[Any, np.dtype[Any]]
     if x.shape[0] == 1 and y.shape[1] == 1:
@@ -295,18 +295,18 @@ def _picked(labels: np.ndarray[tuple[int, ...], np.dtype[Any]], x: I64, y: I64) 
     return picked
 
 
-def _boxes(boxes: Boxes, theta: F32, *, size: int, visible: float) -> Boxes:
-    moved = _moved(boxes.xyxy.astype(np.float64), theta)
+def _warp_boxes(boxes: Boxes, theta: F32, *, size: int, visible: float) -> Boxes:
+    moved = _move_boxes(boxes.xyxy.astype(np.float64), theta)
     clipped = np.clip(moved, 0.0, size)
     shown = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
-    share = _area(clipped) / np.maximum(_area(moved), 1e-9)
+    share = _box_areas(clipped) / np.maximum(_box_areas(moved), 1e-9)
     labels = np.where(share < visible, -1, boxes.labels)[shown]
-    beyond = _beyond(theta, (boxes.height, boxes.width), size)
+    beyond = _outside_boxes(theta, (boxes.height, boxes.width), size)
     xyxy = np.concatenate([clipped[shown], beyond]).astype(np.float32)
     return Boxes(xyxy, np.concatenate([labels, np.full(len(beyond), -1)]).astype(np.int32), size, size)
 
 
-def _moved(xyxy: F64, theta: F32) -> F64:
+def _move_boxes(xyxy: F64, theta: F32) -> F64:
     """Bounds in the crop of boxes float64[n, 4] in the sample."""
     matrix = theta.astype(np.float64)
     corners = xyxy[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
@@ -314,43 +314,43 @@ def _moved(xyxy: F64, theta: F32) -> F64:
     return np.concatenate([there.min(1), there.max(1)], axis=1)
 
 
-def _area(xyxy: F64) -> F64:
+def _box_areas(xyxy: F64) -> F64:
     area: F64 = (xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1])
     return area
 
 
-def _beyond(theta: F32, shape: tuple[int, int], size: int) -> F64:
+def _outside_boxes(theta: F32, shape: tuple[int, int], size: int) -> F64:
     """Boxes float64[k, 4] that cover the crop's px beyond the sample; of turned samples, in bands of `_BAND` rows, as
     much as covers nothing of the sample."""
-    corners = _corners(theta, size)
+    corners = _crop_corners(theta, size)
     if (corners >= 0).all() and (corners <= np.array(shape[::-1])).all():
         return np.zeros((0, 4))
     x, y = places(theta, size)
-    outside: Mask = ~np.broadcast_to(_inside(x, y, shape), (size, size))
+    outside: Mask = ~np.broadcast_to(_inside_mask(x, y, shape), (size, size))
     band = 1 if 1 in x.shape else _BAND
     runs: dict[tuple[int, int], list[int]] = {}  # columns -> the rows that they were last seen in
     found: list[tuple[int, int, int, int]] = []
     for y0 in range(0, size, band):
         y1 = min(size, y0 + band)
-        now = _runs(np.logical_and.reduce(outside[y0:y1]))
+        now = _true_runs(np.logical_and.reduce(outside[y0:y1]))
         found += [(x0, rows[0], x1, rows[1]) for (x0, x1), rows in runs.items() if (x0, x1) not in now]
         runs = {run: [runs[run][0] if run in runs else y0, y1] for run in now}
     found += [(x0, rows[0], x1, rows[1]) for (x0, x1), rows in runs.items()]
     return np.array(found, np.float64).reshape(-1, 4)
 
 
-def _runs(line: Mask) -> list[tuple[int, int]]:
+def _true_runs(line: Mask) -> list[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(np.concatenate([[False], line, [False]]).astype(np.int8)))
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
-def _corners(theta: F32, size: int) -> F64:
+def _crop_corners(theta: F32, size: int) -> F64:
     """float64[4, 2]: sample px of the crop's corners."""
     square = np.array([[0, 0], [size, 0], [0, size], [size, size]], np.float64)
     corners: F64 = square @ theta[:, :2].astype(np.float64).T + theta[:, 2]
     return corners
 
 
-def _exact(theta: F32) -> bool:
+def _is_exact(theta: F32) -> bool:
     """Whether px are copied as they are: right angles, flips and whole shifts."""
     return _right_angled(theta[:, :2].astype(np.float64)) and bool((theta[:, 2] == np.round(theta[:, 2])).all())

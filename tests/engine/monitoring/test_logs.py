@@ -12,8 +12,8 @@ import pytest
 
 from wsi_mmm.engine.monitoring.logs import NAME, logging_to
 from wsi_mmm.engine.monitoring.observe import Hooks
-from wsi_mmm.errors import OutputError, RecipeError
-from wsi_mmm.timing import lap
+from wsi_mmm.errors import OptionError, OutputError
+from wsi_mmm.timing import StageTimer
 
 Story = Callable[[Hooks], None]
 
@@ -65,7 +65,7 @@ def test_no_line_shows_a_secret(tmp_path: Path, story: Story) -> None:
 def test_what_a_thread_says_is_of_the_unit_that_it_is_at(tmp_path: Path) -> None:
     """Lines of other rooms get the slide and the unit of the lap that their thread runs."""
     path = tmp_path / "run.jsonl"
-    with logging_to(str(path), "info"), lap("decode", "s/forward/3-4"):
+    with logging_to(str(path), "info"), StageTimer("read", "s/forward/3-4"):
         logging.getLogger("wsi_mmm.storage.remote").warning("tried again")
     [line] = [json.loads(line) for line in path.read_text().splitlines()]
     assert (line["event"], line["slide"], line["unit"]) == ("wsi_mmm.storage.remote", "s", "s/forward/3-4")
@@ -90,7 +90,7 @@ def test_without_a_file_the_lines_go_to_stderr(story: Story, capsys: pytest.Capt
 
 def test_what_cannot_be_done_is_told_at_once(tmp_path: Path) -> None:
     """A level that does not exist, a file that cannot be written."""
-    with pytest.raises(RecipeError, match="no log level 'loud'"), logging_to(None, "loud"):
+    with pytest.raises(OptionError, match="no log level 'loud'"), logging_to(None, "loud"):
         pass
     with pytest.raises(OutputError, match="choose another --log-file"), logging_to(str(tmp_path / "no" / "x"), "info"):
         pass

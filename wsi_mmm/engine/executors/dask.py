@@ -179,7 +179,9 @@ class DaskExecutor:
         if self._places["model"]:
             self._alive = now
         elif now - self._alive > NO_WORKER_SECONDS:
-            raise ClusterError(f"no worker has been there for {NO_WORKER_SECONDS:.0f} s; start some, then run again to resume")
+            raise ClusterError(
+                f"no worker has been there for {NO_WORKER_SECONDS:.0f} s; start some, then run again to resume"
+            )
 
     def _update_workers(self) -> None:
         found = workers_of(self._client)
@@ -190,7 +192,7 @@ class DaskExecutor:
         self._places = self._count_places()
 
     def room(self, kind: Kind) -> int:
-        """Room in the free places: what is at a worker or waits for one is bounded, however much there is to do."""
+        """Free places for units of a kind: bounded, however much there is to do."""
         pool, size = pool_of(kind), self._pace.size
         waiting = sum(len(units) / size(one) for one, units in self._outbox.items() if pool_of(one) == pool)
         return int((max(1, self._places[pool]) - self._taken[pool] - waiting) * size(kind))
@@ -210,13 +212,19 @@ class DaskExecutor:
     # ------------------------------------------------------------ to the scheduler
 
     def _send_bundles(self, function: Callable[[bytes], list[SentResult]], bundles: list[list[WorkUnit]]) -> None:
-        """Works of one kind, in one message; a worker that dies is replaced, and what it had is done again."""
+        """Send units of one kind in one message; a worker that dies is replaced, and its units are run again."""
         kind = bundles[0][0].kind
         futures = self._client.map(
             function,
-            [b"\n".join(wire.pack_unit(unit, self._recipe_key(unit.slide.recipe)) for unit in units) for units in bundles],
-            # Of a few names, whatever the number of slides: the scheduler never forgets one.
-            key=[(kind, f"{unit.slide.id} {unit.block[0]}-{unit.block[1]}", self._unique_suffix()) for unit, *_ in bundles],
+            [
+                b"\n".join(wire.pack_unit(unit, self._recipe_key(unit.slide.recipe)) for unit in units)
+                for units in bundles
+            ],
+            # Keys begin with a few names, whatever the number of slides: Dask never forgets such a prefix.
+            key=[
+                (kind, f"{unit.slide.id} {unit.block[0]}-{unit.block[1]}", self._unique_suffix())
+                for unit, *_ in bundles
+            ],
             pure=False,
             retries=1,
             workers=self._fit_workers(),
@@ -229,7 +237,7 @@ class DaskExecutor:
             future.add_done_callback(self._results.put)
 
     def _take_back(self, future: SentFuture) -> list[WorkUnit]:
-        """The works of a bundle that is on its way no more."""
+        """The units of a bundle that has ended."""
         units = self._flying.pop(future)
         self._taken[pool_of(units[0].kind)] -= 1
         return units
@@ -242,7 +250,7 @@ class DaskExecutor:
         return sorted(self._workers.keys() - self._unfit.keys()) if self._unfit else None
 
     def _recipe_key(self, recipe: Recipe) -> str:
-        """The key of a recipe, which the scheduler knows from now on."""
+        """The key of a recipe; the scheduler keeps the recipe from now on."""
         if id(recipe) not in self._keys:
             text = wire.recipe_json(recipe)
             self._keys[id(recipe)] = recipe, wire.recipe_key(text)
@@ -252,7 +260,7 @@ class DaskExecutor:
     # ------------------------------------------------------------ and back
 
     def _collect_results(self, timeout: float) -> None:
-        """Fetch the receipts that are ready, all at once."""
+        """Fetch the results that are ready, all at once."""
         done = self._done_futures(timeout)
         if self._client.status not in ("running", "connecting") or any(one.cancelled() for one in done):
             raise ClusterError("the connection to the scheduler was lost; run again to resume")
@@ -267,7 +275,7 @@ class DaskExecutor:
         for future in done:
             if future.status == "error":
                 self._handle_error(future)
-            elif future in self._flying:  # the worker that had the receipt died: the work is done again
+            elif future in self._flying:  # the worker that had the result died: the units run again
                 future.add_done_callback(self._results.put)
                 continue
             future.release()
@@ -281,19 +289,19 @@ class DaskExecutor:
         return found
 
     def _gather_results(self, futures: list[SentFuture]) -> list[list[SentResult]]:
-        """The receipts of each; none when some worker that had one is gone."""
+        """The results of each; none when some worker that had one is gone."""
         if not futures:
             return []
         loop: Any = self._client.loop
         asking = asyncio.run_coroutine_threadsafe(self._client.gather(futures, asynchronous=True), loop.asyncio_loop)
         try:
             return list(asking.result(GATHER_SECONDS))
-        except Exception:  # noqa: BLE001  (whatever is wrong with one of them is told when it is done anew)
+        except Exception:  # noqa: BLE001  (the fault of one of them shows when it is run again)
             asking.cancel()
             return []
 
     def _handle_error(self, future: SentFuture) -> None:
-        """A work that raised by itself has failed; those whose workers died are done in processes of their own."""
+        """A unit that raised has failed; units whose worker died are run again, each in a process of its own."""
         units, error = self._take_back(future), future.exception(timeout=10 * GATHER_SECONDS)
         died, names = isinstance(error, KilledWorker), {unit.name for unit in units}
         if len(units) > 1 or (died and not names & self._suspects):
@@ -315,14 +323,14 @@ class DaskExecutor:
 
 
 def dashboard_of(client: Client) -> str:
-    """Where the scheduler shows what goes on; empty where it does not."""
+    """The address of the scheduler's dashboard; empty where there is none."""
     with contextlib.suppress(KeyError):
         return store.redact(client.dashboard_link or "")
     return ""
 
 
 def workers_of(client: Client) -> dict[str, WorkerFacts]:
-    """The workers that are there now, by address."""
+    """The present workers, by address."""
     scheduler: Any = client.scheduler
     found = client.sync(scheduler.identity)["workers"]
     return {name: WorkerFacts(facts["nthreads"], dict(facts.get("resources") or {})) for name, facts in found.items()}

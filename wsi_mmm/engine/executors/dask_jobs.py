@@ -1,8 +1,8 @@
 """Jobs that live on a Dask cluster: begun from one process, watched, awaited and cancelled from any other.
 
-A worker drives such a job, beside its units, in a task that has left the worker's threads. When that worker dies another
-one begins the task again, and resumes. The scheduler keeps the status of the job (`job_registry`) and, until it is
-forgotten, its result.
+A worker drives such a job, beside its units, in a task that has left the worker's threads. When that worker dies
+another one begins the task again, and resumes. The scheduler keeps the status of the job (`job_registry`) and, until it
+is forgotten, its result.
 """
 
 from __future__ import annotations
@@ -194,9 +194,7 @@ def _translate_errors() -> Iterator[None]:
     except (WsiError, TimeoutError):
         raise
     except KilledWorker as error:
-        raise ClusterError(
-            "every worker that drove this job died; submit the same again to resume"
-        ) from error
+        raise ClusterError("every worker that drove this job died; submit the same again to resume") from error
     except Exception as error:
         if not (isinstance(error, OSError) or type(error).__module__.startswith("distributed")):
             raise

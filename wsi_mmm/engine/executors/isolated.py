@@ -30,7 +30,9 @@ def perform(unit: WorkUnit) -> UnitResult:
             forth.send(unit)
             result: UnitResult = back.recv()
         except (EOFError, OSError) as error:
-            raise ClusterError(f"{describe_unit(unit)}: {describe_exit(process.wait())}, after every worker that tried it") from error
+            raise ClusterError(
+                f"{describe_unit(unit)}: {describe_exit(process.wait())}, after every worker that tried it"
+            ) from error
     process.wait()
     return result
 

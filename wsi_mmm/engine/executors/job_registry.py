@@ -88,20 +88,19 @@ class JobRegistry:
 
     def put_status(self, status: JobStatus) -> None:
         """Replace the status of a job."""
-        facts = {**asdict(status), "warnings": list(status.warnings)}
-        self.client.set_metadata([JOBS, status.id, "note"], facts)  # the key that earlier versions read
+        self.client.set_metadata([JOBS, status.id, "status"], {**asdict(status), "warnings": list(status.warnings)})
 
     def status(self, name: str) -> JobStatus:
         """The status of a job. ClusterError when there is none."""
         found = self.client.get_metadata([JOBS], default={}).get(name)
-        if not found or "note" not in found:
+        if not found or "status" not in found:
             raise ClusterError(f"there is no job {name!r} on this cluster; its scheduler knows those of 'jobs list'")
-        return _parse_status(found["note"])
+        return _parse_status(found["status"])
 
     def statuses(self) -> list[JobStatus]:
         """The statuses of all jobs, the oldest first."""
         kept = self.client.get_metadata([JOBS], default={}).values()
-        found = [_parse_status(one["note"]) for one in kept if one and "note" in one]
+        found = [_parse_status(one["status"]) for one in kept if one and "status" in one]
         return sorted(found, key=lambda status: status.started or 1e12)
 
     def ask_to_stop(self, name: str) -> None:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TypeVar
 
 from wsi_mmm.engine.recipe import Recipe
@@ -71,13 +72,15 @@ class ThreadsExecutor:
         def read() -> None:
             batch = self._retrying(lambda: forward.read_tiles(ctx))
             if batch is None:
-                finish(lambda: forward.cached_result(ctx))
+                finish(partial(forward.cached_result, ctx))
             else:
-                self._submit(self._models, ctx.unit, lambda: compute(batch), ctx)
+                self._submit(self._models, ctx.unit, partial(compute, batch), ctx)
 
         def compute(batch: Batch) -> None:
             output = self._retrying(lambda: forward.compute(ctx, batch))
-            self._submit(self._finishers, ctx.unit, lambda: finish(lambda: forward.write_values(ctx, batch, output)), ctx)
+            self._submit(
+                self._finishers, ctx.unit, lambda: finish(lambda: forward.write_values(ctx, batch, output)), ctx
+            )
 
         def finish(step: Callable[[], UnitResult]) -> None:
             result = self._retrying(step)

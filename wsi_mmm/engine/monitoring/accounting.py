@@ -158,7 +158,7 @@ class RunAccounting:
             self.workers.setdefault(facts.worker, WorkerTotals()).add(result)
 
     def close_slide(self, name: str, started: float, ended: float) -> SlideTotals:
-        """The totals of a slide that was under way from ``started`` to ``ended`` (epoch seconds); they are forgotten."""
+        """Forget and return the totals of a slide that was under way from ``started`` to ``ended`` (epoch seconds)."""
         totals = self.slides.pop(name, SlideTotals())
         totals.busy = self.busy.within(started, ended)
         self.busy.forget(next((other.started for other in self.slides.values() if other.started), ended))

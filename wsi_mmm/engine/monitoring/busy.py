@@ -36,7 +36,9 @@ class BusyTimes:
             for start, end in self._overlapping(worker, starts, since, until)
         ]
 
-    def _overlapping(self, worker: str, starts: list[float], since: float, until: float) -> Iterator[tuple[float, float]]:
+    def _overlapping(
+        self, worker: str, starts: list[float], since: float, until: float
+    ) -> Iterator[tuple[float, float]]:
         ends = self._ends[worker]
         part = slice(bisect_right(ends, since), bisect_left(starts, until))
         return zip(starts[part], ends[part], strict=True)

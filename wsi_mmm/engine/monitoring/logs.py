@@ -13,11 +13,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
 from wsi_mmm import timing
-from wsi_mmm.engine.events import Event, SlideStatus
+from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.monitoring.hooks import Hooks, redact_uris
-from wsi_mmm.engine.units import Failure, ForwardResult, InterpretResult, PlanResult, PublishResult, UnitResult, WorkUnit, result_status
-from wsi_mmm.errors import OutputError, RecipeError
+from wsi_mmm.engine.units import (
+    Failure,
+    ForwardResult,
+    InterpretResult,
+    PlanResult,
+    PublishResult,
+    UnitResult,
+    WorkUnit,
+    result_status,
+)
+from wsi_mmm.errors import OptionError, OutputError
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 NAME = "wsi_mmm"
@@ -34,8 +44,8 @@ class JsonLines(logging.Formatter):
         unit = timing.current_unit()
         about = {"slide": unit.partition("/")[0], "unit": unit} if unit and "slide" not in facts else {}
         line = {
-            "time": _utc_text(record.created), "level": record.levelname.lower(), "event": facts.get("event", record.name),
-            "message": redact_uris(record.getMessage()), **about,
+            "time": _utc_text(record.created), "level": record.levelname.lower(),
+            "event": facts.get("event", record.name), "message": redact_uris(record.getMessage()), **about,
             **{name: redact_uris(value) if isinstance(value, str) else value for name, value in facts.items()},
         }  # fmt: skip
         if record.exc_info:
@@ -50,9 +60,9 @@ def _utc_text(seconds: float) -> str:
 
 @contextmanager
 def logging_to(path: str | None, level: str = "info") -> Iterator[Hooks]:
-    """Append the log of a run to the file ``path``, or write it to stderr. Raises OutputError, RecipeError."""
+    """Append the log of a run to the file ``path``, or write it to stderr. Raises OutputError, OptionError."""
     if level not in LEVELS:
-        raise RecipeError(f"there is no log level {level!r}; choose one of {', '.join(LEVELS)}")
+        raise OptionError(f"there is no log level {level!r}; choose one of {', '.join(LEVELS)}")
     handler, logger = _open_handler(path), logging.getLogger(NAME)
     handler.setFormatter(JsonLines())
     before, propagate = logger.level, logger.propagate

@@ -21,7 +21,7 @@ from wsi_mmm.engine.monitoring.accounting import busy_spans
 from wsi_mmm.engine.monitoring.busy import BusyTimes
 from wsi_mmm.engine.monitoring.hooks import Hooks
 from wsi_mmm.engine.units import ForwardResult, PublishResult, UnitResult, WorkUnit, result_status
-from wsi_mmm.errors import MissingPackage, RecipeError
+from wsi_mmm.errors import MissingPackage, OptionError
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -140,7 +140,7 @@ class _QuietHandler(WSGIRequestHandler):
 
 @contextmanager
 def serving(port: int) -> Iterator[Hooks]:
-    """Serve the metrics of a run at ``http://127.0.0.1:port/metrics``. Raises MissingPackage, RecipeError.
+    """Serve the metrics of a run at ``http://127.0.0.1:port/metrics``. Raises MissingPackage, OptionError.
 
     The port is taken at once; its thread begins with the first unit, for a process with one thread begins sooner
     (see ``ahead``).
@@ -156,7 +156,7 @@ def serving(port: int) -> Iterator[Hooks]:
         server = make_server(LOOPBACK, port, make_wsgi_app(registry), _MetricsServer, _QuietHandler)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"metrics cannot be served on port {port}: {reason}; choose another port") from error
+        raise OptionError(f"metrics cannot be served on port {port}: {reason}; choose another port") from error
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="wsi-mmm-metrics", daemon=True)
 
     def watch(thing: WorkUnit | UnitResult) -> None:

@@ -9,8 +9,8 @@ from wsi_mmm.cache import ArraySpec
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.stages.workdir import block_name
 from wsi_mmm.engine.units import ForwardResult
-from wsi_mmm.tiles.grid import BlockTiles, tile_size_level0
-from wsi_mmm.tiles.stream import read_block, tiles_at
+from wsi_mmm.tiles.grid import BlockTiles, tile_size_level0, tiles_at
+from wsi_mmm.tiles.stream import read_block
 from wsi_mmm.types import Batch
 
 if TYPE_CHECKING:

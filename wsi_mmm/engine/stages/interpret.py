@@ -62,7 +62,9 @@ def _blend_window(task: Task, unit: WorkUnit, cache: Entry, window: Span) -> U8:
     grid = unit.planned_grid
     shape = ((window.y1 - window.y0) // task.stride, (window.x1 - window.x0) // task.stride)
     tiles, corners = _tiles_in(task, unit, cache, window)
-    return blend(tiles, corners, shape=shape, weights=window_weights(grid.tile // task.stride, grid.overlap // task.stride))
+    return blend(
+        tiles, corners, shape=shape, weights=window_weights(grid.tile // task.stride, grid.overlap // task.stride)
+    )
 
 
 def _tiles_in(task: Task, unit: WorkUnit, cache: Entry, window: Span) -> tuple[U8, I64]:

@@ -87,7 +87,7 @@ class Picture:
 
 
 def _tile_of(length: int, count: int, grid: Grid) -> I64:
-    """The tile that each of the evenly spaced px along a side of ``length`` target px belongs to: `MASK_PX` per stride."""
+    """The tile that each of the evenly spaced px along a side of ``length`` target px lies in: `MASK_PX` per stride."""
     places = max(1, round(MASK_PX * length / grid.stride))
     found: I64 = np.minimum(((np.arange(places) + 0.5) * length / places / grid.stride).astype(np.int64), count - 1)
     return found

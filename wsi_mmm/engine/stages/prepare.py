@@ -81,7 +81,7 @@ def published_before(task: SlideTask, fingerprint: str) -> SlideSummary | None:
 
 
 def regions_of_interest(task: SlideTask) -> Regions | None:
-    """The regions that a run is restricted to, or None. Raises AnnotationError, RecipeError, StorageError."""
+    """The regions that a run is restricted to, or None. Raises AnnotationError, OptionError, StorageError."""
     where = task.recipe.regions
     return regions_of(store.read_bytes(where), store.redact(where)) if where else None
 

@@ -1,4 +1,4 @@
-"""Publish a slide: from its parts and its cache to the files that people open. Files are written whole, slide.json last."""
+"""Publish a slide: from its parts and its cache to the files that people open, each written whole, slide.json last."""
 
 from __future__ import annotations
 
@@ -51,11 +51,10 @@ class Published:
 def publish(ctx: UnitContext) -> SlideSummary:
     """Write every file of a slide."""
     task, slide = ctx.task, ctx.slide
-    if not store.exists(workdir.plan_uri(task)):
-        # An earlier try was cut short while it tidied up, which removes the plan first: everything is published.
-        if (summary := published_before(task, slide.info.fingerprint)) is not None:
-            workdir.remove_scratch(task)
-            return summary
+    gone = not store.exists(workdir.plan_uri(task))
+    if gone and (summary := published_before(task, slide.info.fingerprint)) is not None:
+        workdir.remove_scratch(task)  # an earlier try was cut short while it tidied up, the plan first
+        return summary
     plan = load_slide_plan(ctx)
     done, failed = Published(), _failed_tiles(ctx, plan)
     tables = _task_tables(ctx, plan)
@@ -161,7 +160,9 @@ def _objects_near(task: Task, plan: SlidePlan, box: tuple[float, float, float, f
     return ragged.concat(parts) if parts else ragged.empty(task.info.name)
 
 
-def _task_objects(task: Task, plan: SlidePlan, tables: dict[str, Values], regions: dict[str, Objects]) -> Iterator[Objects]:
+def _task_objects(
+    task: Task, plan: SlidePlan, tables: dict[str, Values], regions: dict[str, Objects]
+) -> Iterator[Objects]:
     """The objects of one task in their published order, in portions of bounded size."""
     if task.info.dissolves:
         yield regions[task.info.name]

@@ -7,11 +7,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import ndimage
 
+from wsi_mmm.slides.base import Fetched, Reader, TileReader
 from wsi_mmm.slides.resample.scaled import merge_failed
 from wsi_mmm.types import I64, U8, Block, Canvas, Tiles
 
 SPARSE = 0.7
 """Tiles are read in pieces when these cover less than this share of the rectangle around all of them."""
+
+
+def fill_tiles(reader: Reader, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
+    """Write n tiles to ``out`` with any Reader, by way of canvases where it gives nothing else; see TileReader."""
+    if isinstance(reader, TileReader):
+        return reader.read_tiles(tiles, out, fetched)
+    return cut_tiles(reader.read, tiles, out)
 
 
 def cut_tiles(read: Callable[[Block], Canvas], tiles: Tiles, out: Sequence[U8]) -> I64:

@@ -18,9 +18,9 @@ from wsi_mmm.cache import Entry
 from wsi_mmm.errors import InputError, StorageError, WsiError
 from wsi_mmm.outputs.exports import MAX_VALUES, Features, read_features
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import tile_xy
-from wsi_mmm.tiles.places import read_places
+from wsi_mmm.tiles.stream import read_tiles
 from wsi_mmm.training.data.base import Index, Sample
 from wsi_mmm.training.data.pool import SlidePool
 from wsi_mmm.training.data.slides import Places, SlideItem, check_ids, tissue_places
@@ -40,7 +40,7 @@ class BagItem:
     id: str
     uri: str
     group: str = ""
-    truths: Mapping[str, Truth] = field(default_factory=dict)
+    truths: Mapping[str, Target] = field(default_factory=dict)
     label: int = UNKNOWN
     grid: Grid | None = None
 
@@ -80,9 +80,9 @@ class FeatureBags:
     def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
         """These bags; ``size`` is not looked at. InputError when vectors are of another length than those of the first
         bag: then they come from another encoder."""
-        return [self._read(number) for number in numbers]
+        return [self._read_bag(number) for number in numbers]
 
-    def _read(self, number: int) -> Sample:
+    def _read_bag(self, number: int) -> Sample:
         slide, time = divmod(number, self.draws.times)
         item, key = self.items[slide], self.index.keys[number]
         try:
@@ -105,7 +105,7 @@ def feature_bags(name: str, items: Sequence[BagItem], draws: Draws = Draws()) ->
     if not items:
         raise InputError(f"data '{name}': no slide with features: run wsi-mmm embed first")
     width = read_item(items[0]).vectors.shape[1]
-    return FeatureBags(name, _tasks(items), _index(items, draws.times), tuple(items), draws, width)
+    return FeatureBags(name, _task_names(items), _repeat_index(items, draws.times), tuple(items), draws, width)
 
 
 def bags_of_table(table: SlideTable, pattern: str, *, labels: I32 | None = None, needed: bool = True) -> list[BagItem]:
@@ -122,11 +122,11 @@ def bags_of_table(table: SlideTable, pattern: str, *, labels: I32 | None = None,
     return found
 
 
-def _tasks(items: Sequence[BagItem] | Sequence[SlideItem]) -> tuple[str, ...]:
+def _task_names(items: Sequence[BagItem] | Sequence[SlideItem]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(task for item in items for task in item.truths))
 
 
-def _index(items: Sequence[BagItem] | Sequence[SlideItem], times: int) -> Index:
+def _repeat_index(items: Sequence[BagItem] | Sequence[SlideItem], times: int) -> Index:
     keys = [item.id if times == 1 else f"{item.id}#{time}" for item in items for time in range(times)]
     groups = [item.group or item.id for item in items for _ in range(times)]
     return Index(keys, groups, np.repeat(np.array([item.label for item in items], np.int32), times))
@@ -136,7 +136,7 @@ def _index(items: Sequence[BagItem] | Sequence[SlideItem], times: int) -> Index:
 
 
 def read_item(item: BagItem) -> Features:
-    """All vectors of a slide. Raises StorageError, SlideNotFound."""
+    """All vectors of a slide. Raises StorageError, NotFound."""
     if item.grid is not None:
         return entry_features(item.uri, item.grid)
     if item.uri.lower().endswith((".h5", ".hdf5")):
@@ -198,7 +198,7 @@ def entry_features(uri: str, grid: Grid) -> Features:
         raise StorageError(
             f"the cache entry at {store.redact(uri)} has {text}: give the mpp, tile and overlap of its run"
         )
-    index, failed = _receipts(uri)
+    index, failed = _read_block_records(uri)
     xy = tile_xy(grid, index)
     good = np.array([tuple(place) not in failed for place in xy.tolist()], bool)
     dense = np.asarray(array[:])
@@ -206,7 +206,7 @@ def entry_features(uri: str, grid: Grid) -> Features:
     return Features(vectors, xy[good], {})
 
 
-def _receipts(uri: str) -> tuple[I64, set[tuple[int, int]]]:
+def _read_block_records(uri: str) -> tuple[I64, set[tuple[int, int]]]:
     """Tiles int64[n, 2] (row, column), row-major, and level-0 (x, y) of those that could not be read."""
     packed, failed = [], set()
     for place in store.list_uris(store.join(uri, "receipts")):
@@ -241,9 +241,9 @@ class TileBags:
     def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
         """Squares of ``size`` px round the middles of the drawn tiles. Tiles that cannot be read are left out; a bag of
         which none can be is failed."""
-        return [self._read(number, size) for number in numbers]
+        return [self._read_bag(number, size) for number in numbers]
 
-    def _read(self, number: int, size: int) -> Sample:
+    def _read_bag(self, number: int, size: int) -> Sample:
         slide, time = divmod(number, self.draws.times)
         item, key = self.items[slide], self.index.keys[number]
         some = self.draws.chosen(len(self.corners[slide]), slide, time)
@@ -251,7 +251,7 @@ class TileBags:
         tiles = Tiles(xy, size, *self.scales[slide])
         try:
             with self.pool.reader(item.uri, item.mpp, tiles) as reader:
-                pixels, failed = read_places(reader, tiles)
+                pixels, failed = read_tiles(reader, tiles)
         except WsiError as error:
             return Sample(key, failed=str(error))
         if failed.all():
@@ -280,5 +280,5 @@ def tile_bags(
     with ThreadPoolExecutor(_OPENING, thread_name_prefix="wsi-mmm-prepare") as threads:
         found = list(threads.map(look, items))
     corners, scales = [one for one, _ in found], [scale for _, scale in found]
-    index = _index(items, draws.times)
-    return TileBags(name, _tasks(items), index, tuple(items), draws, places.tile, corners, scales, pool)
+    index = _repeat_index(items, draws.times)
+    return TileBags(name, _task_names(items), index, tuple(items), draws, places.tile, corners, scales, pool)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from wsi_mmm.annotations import Shapes
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 
 IGNORE, DROP, USE = "ignore", "drop", "use"
 CODES: Mapping[str, int] = {IGNORE: -1, DROP: -2, USE: -3}
@@ -55,7 +55,7 @@ class Buckets:
     which is also the order of overlaps: what an earlier rule took lies on top. ``unmatched``, ``unnamed``: the bucket
     or label of named objects that no rule fits, and of those without a class; they lie below all others.
 
-    Raises RecipeError for a label that the task does not have, a label named like a bucket, or a broken pattern.
+    Raises ConfigError for a label that the task does not have, a label named like a bucket, or a broken pattern.
     """
 
     labels: tuple[str, ...]
@@ -66,11 +66,11 @@ class Buckets:
     def __post_init__(self) -> None:
         for label in self.labels:
             if label in CODES:
-                raise RecipeError(f"a class cannot be called {label!r}, that is a bucket: rename it")
+                raise ConfigError(f"a class cannot be called {label!r}, that is a bucket: rename it")
         for label in (*(rule.label for rule in self.rules), self.unmatched, self.unnamed):
             if label not in self.labels and label not in CODES:
                 known = ", ".join((*self.labels, *CODES))
-                raise RecipeError(f"the bucket table gives the label {label!r}: give one of {known}")
+                raise ConfigError(f"the bucket table gives the label {label!r}: give one of {known}")
         for rule in self.rules:
             _check_pattern(rule)
 
@@ -88,13 +88,13 @@ class Buckets:
 
 def _check_pattern(rule: Rule) -> None:
     if rule.how not in ("exact", "prefix", "regex", "unnamed"):
-        raise RecipeError(f"a rule for {rule.label!r} says how={rule.how!r}: give exact, prefix, regex or unnamed")
+        raise ConfigError(f"a rule for {rule.label!r} says how={rule.how!r}: give exact, prefix, regex or unnamed")
     if rule.how != "unnamed" and not rule.pattern:
-        raise RecipeError(f"a rule for {rule.label!r} has no pattern: give the class name it is for")
+        raise ConfigError(f"a rule for {rule.label!r} has no pattern: give the class name it is for")
     try:
         re.compile(rule.pattern if rule.how == "regex" else "")
     except re.error as error:
-        raise RecipeError(
+        raise ConfigError(
             f"the pattern {rule.pattern!r} of {rule.label!r} is no regular expression ({error})"
         ) from error
 
@@ -150,7 +150,14 @@ class DryRun:
         """The lines in columns, the sums by label, and what nobody asked for."""
         rows = [("slide", "class", "label", "rule", "objects", "area")]
         rows += [
-            (one.slide, _said(one.class_name), one.label, one.rule or "none fits", str(one.objects), _area(one))
+            (
+                one.slide,
+                _class_label(one.class_name),
+                one.label,
+                one.rule or "none fits",
+                str(one.objects),
+                _area_text(one),
+            )
             for one in self.lines
         ]
         sums: dict[str, int] = defaultdict(int)
@@ -161,7 +168,7 @@ class DryRun:
             end.append(f"no rule fits: {', '.join(self.unmatched)}")
         if self.unnamed:
             end.append(f"without a class: {self.unnamed} objects")
-        return "\n".join([*_columns(rows), "", *end])
+        return "\n".join([*_align_columns(rows), "", *end])
 
 
 def dry_run(buckets: Buckets, slides: Iterable[tuple[str, Shapes, float | None]]) -> DryRun:
@@ -175,12 +182,12 @@ def dry_run(buckets: Buckets, slides: Iterable[tuple[str, Shapes, float | None]]
         for dot in shapes.dots:
             found[dot.class_name].append(0.0)
         names = sorted(found, key=lambda name: (name is None, name or ""))
-        lines += [_line(buckets, slide, name, areas=found[name], mpp=mpp) for name in names]
+        lines += [_class_row(buckets, slide, name, areas=found[name], mpp=mpp) for name in names]
         skipped[slide], repaired[slide] = shapes.skipped, shapes.repaired
     return DryRun(tuple(lines), skipped, repaired)
 
 
-def _line(buckets: Buckets, slide: str, name: str | None, *, areas: list[float], mpp: float | None) -> Line:
+def _class_row(buckets: Buckets, slide: str, name: str | None, *, areas: list[float], mpp: float | None) -> Line:
     code, number = buckets.place(name)
     label = buckets.labels[code] if code >= 0 else next(key for key, value in CODES.items() if value == code)
     rule = buckets.rules[number].words if number < len(buckets.rules) else ""
@@ -188,14 +195,14 @@ def _line(buckets: Buckets, slide: str, name: str | None, *, areas: list[float],
     return Line(slide, name, label, rule, len(areas), area, None if mpp is None else area * mpp * mpp / 1e6)
 
 
-def _said(name: str | None) -> str:
+def _class_label(name: str | None) -> str:
     return "(no class)" if name is None else name
 
 
-def _area(line: Line) -> str:
+def _area_text(line: Line) -> str:
     return f"{line.area:.4g} px²" if line.area_mm2 is None else f"{line.area_mm2:.4g} mm²"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -13,7 +13,7 @@ import numpy as np
 from wsi_mmm.errors import InputError, MissingPackage
 from wsi_mmm.storage import store
 from wsi_mmm.storage.limits import parsed_json
-from wsi_mmm.tasks.truth import Boxes, Truth
+from wsi_mmm.tasks.targets import Boxes, Target
 from wsi_mmm.training.data.base import Index
 from wsi_mmm.training.data.images import MAX_PX, MAX_SIDE, Origin, Pictures, read_image
 from wsi_mmm.types import I32
@@ -34,18 +34,18 @@ def coco(
     ``categories``: COCO category -> class ("": left out); None: those of equal name. Crowd regions are unknown areas.
     InputError names a category that is no class, or what is wrong with the file.
     """
-    root = _parsed(annotations)
-    numbers = _categories(origin.name, root, classes, categories or {})
+    root = _parse_coco(annotations)
+    numbers = _category_classes(origin.name, root, classes, categories or {})
     pictures = [p for p in root["images"] if isinstance(p, dict)]
     by_picture: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for one in root["annotations"]:
         if numbers.get(one.get("category_id"), -2) != -2:
             by_picture[one.get("image_id")].append(one)
-    keys = [_inside(str(p.get("file_name")), annotations) for p in pictures]
+    keys = [_safe_file_name(str(p.get("file_name")), annotations) for p in pictures]
     found = [by_picture[p.get("id")] for p in pictures]
-    labels = [_commonest(numbers, some) for some in found]
+    labels = [_most_common_class(numbers, some) for some in found]
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {task: boxes(found[n], numbers, shape) if kind == "detect" else outlines(found[n], shape)}
 
     index = Index(keys, origin.groups(keys), np.array(labels, np.int32))
@@ -67,11 +67,11 @@ def boxes(found: Sequence[Mapping[str, Any]], numbers: Mapping[Any, int], shape:
 
 def outlines(found: Sequence[Mapping[str, Any]], shape: tuple[int, int]) -> I32:
     """``segmentation`` (polygons or RLE) of each annotation as int32[h, w], numbered from 1; crowds are -1."""
-    tools = _tools()
+    tools = _import_pycocotools()
     out = np.zeros(shape, np.int32)
     for number, one in enumerate(found, start=1):
         try:
-            drawn = _drawable(one["segmentation"], shape)
+            drawn = _check_outline(one["segmentation"], shape)
             if isinstance(drawn, dict) and isinstance(drawn.get("counts"), str | bytes):
                 codes: Any = drawn  # compressed already
             else:
@@ -85,7 +85,7 @@ def outlines(found: Sequence[Mapping[str, Any]], shape: tuple[int, int]) -> I32:
     return out
 
 
-def _drawable(drawn: Any, shape: tuple[int, int]) -> Any:
+def _check_outline(drawn: Any, shape: tuple[int, int]) -> Any:
     """An outline that pycocotools may draw: it trusts sizes and coordinates, and takes memory for them.
 
     ValueError for a mask of another size than the picture, or a polygon that leads far away from it.
@@ -100,14 +100,14 @@ def _drawable(drawn: Any, shape: tuple[int, int]) -> Any:
     return drawn
 
 
-def _tools() -> Any:
+def _import_pycocotools() -> Any:
     try:
         return importlib.import_module("pycocotools.mask")
     except ImportError as error:
         raise MissingPackage("COCO outlines need pycocotools: pip install 'wsi-mmm[coco]'") from error
 
 
-def _parsed(uri: str) -> dict[str, Any]:
+def _parse_coco(uri: str) -> dict[str, Any]:
     root = parsed_json(store.read_bytes(uri), store.redact(uri))
     lists = isinstance(root, dict) and all(
         isinstance(root.get(k), list) for k in ("images", "annotations", "categories")
@@ -121,14 +121,16 @@ def _parsed(uri: str) -> dict[str, Any]:
     return dict(root)
 
 
-def _inside(file_name: str, annotations: str) -> str:
+def _safe_file_name(file_name: str, annotations: str) -> str:
     """The name, unless it would lead out of the folder of pictures."""
     if file_name.startswith("/") or "://" in file_name or ".." in PurePosixPath(file_name).parts:
         raise InputError(f"{store.redact(annotations)} names {file_name!r}, which lies outside the folder of pictures")
     return file_name
 
 
-def _categories(name: str, root: Mapping[str, Any], classes: Sequence[str], given: Mapping[str, str]) -> dict[Any, int]:
+def _category_classes(
+    name: str, root: Mapping[str, Any], classes: Sequence[str], given: Mapping[str, str]
+) -> dict[Any, int]:
     """Category id -> class index; those left out are absent."""
     numbers = {}
     for category in root["categories"]:
@@ -145,7 +147,7 @@ def _categories(name: str, root: Mapping[str, Any], classes: Sequence[str], give
     return numbers
 
 
-def _commonest(numbers: Mapping[Any, int], found: Sequence[Mapping[str, Any]]) -> int:
+def _most_common_class(numbers: Mapping[Any, int], found: Sequence[Mapping[str, Any]]) -> int:
     """The class of most annotations of a picture, by which it is balanced; -1 without any."""
     if not found:
         return -1

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.model.card import TaskCard
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data import folders, volumes
 from wsi_mmm.training.data.base import Index, Source
 from wsi_mmm.training.data.coco import coco
@@ -42,14 +42,14 @@ class Pictured(Entry):
         return Origin(self.name, self.group, 1.0 if self.mpp is None else self.mpp / place.mpp)
 
     def fixed(self, index: Index) -> dict[str, str]:
-        """Group -> train, val or test, as ``part`` finds it in paths. RecipeError: no such word, a divided group."""
+        """Group -> train, val or test, as ``part`` finds it in paths. ConfigError: no such word, a divided group."""
         return {} if self.part is None else parts_by_pattern(index, self.part, self.name)
 
     def card(self, place: Place, *kinds: str) -> TaskCard:
-        """The card of the task. RecipeError when it is of no kind that this data set is for."""
+        """The card of the task. ConfigError when it is of no kind that this data set is for."""
         card = place.tasks[self.task]
         if card.kind not in kinds:
-            raise RecipeError(f"data '{self.name}' is for tasks of kind {' or '.join(kinds)}, not '{card.kind}'")
+            raise ConfigError(f"data '{self.name}' is for tasks of kind {' or '.join(kinds)}, not '{card.kind}'")
         return card
 
 
@@ -83,7 +83,7 @@ class ImageMasks(Pictured):
             return folders.image_class_masks(
                 self.origin(place), self.images, self.masks, task=self.task, classes=card.classes
             )
-        table = None if self.values is None else _numbers(self.name, self.values, card)
+        table = None if self.values is None else _class_indices(self.name, self.values, card)
         return folders.image_masks(
             self.origin(place), self.images, self.masks, task=self.task, values=table, classes=len(card.classes)
         )
@@ -140,7 +140,7 @@ class Nifti(Entry):
         card = place.tasks[self.task]
         return volumes.nifti_slices(
             self.name, self.images, self.labels, task=self.task, axis=self.axis,
-            values=None if self.values is None else _numbers(self.name, self.values, card),
+            values=None if self.values is None else _class_indices(self.name, self.values, card),
             window=volumes.AUTO if self.window is None else volumes.Window(*self.window),
         )  # fmt: skip
 
@@ -154,7 +154,7 @@ class PatientTable(Part):
     values: dict[str, str] = Field(default_factory=dict)
     separator: str = ";"
 
-    def truths(self, card: TaskCard) -> dict[str, Truth]:
+    def truths(self, card: TaskCard) -> dict[str, Target]:
         """Patient -> the truth of the task. ManifestError names a wrong row."""
         task = TableTask(card.name, card.kind, self.columns, card.classes, self.values, self.separator)
         found = slide_table(read_table(self.table), [task], slide=self.patient)
@@ -184,11 +184,11 @@ class Dicom(Entry):
         return volumes.dicom_slices(self.name, self.images, task=self.task, label=label, window=window)
 
 
-def _numbers(name: str, values: Mapping[int, str], card: TaskCard) -> dict[int, int]:
+def _class_indices(name: str, values: Mapping[int, str], card: TaskCard) -> dict[int, int]:
     """Class names -> class indices, "" -> -1."""
     for label in values.values():
         if label and label not in card.classes:
-            raise RecipeError(f"data '{name}': values name '{label}'; classes are {', '.join(card.classes)}")
+            raise ConfigError(f"data '{name}': values name '{label}'; classes are {', '.join(card.classes)}")
     return {value: card.classes.index(label) if label else -1 for value, label in values.items()}
 
 

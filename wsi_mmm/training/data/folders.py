@@ -9,7 +9,7 @@ import numpy as np
 
 from wsi_mmm.errors import InputError
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data.base import Index
 from wsi_mmm.training.data.images import Origin, Pictures, below, pictures_below, read_image, read_labels
 from wsi_mmm.types import I32
@@ -71,13 +71,13 @@ def image_masks(
     ``values``: px value -> class index (-1: unknown); None: the value is the class, 255 unknown. Values that mean
     nothing are an error of the picture, not background.
     """
-    pairs = _pairs(origin, images, masks)
+    pairs = _match_files(origin, images, masks)
     table = dict(values) if values is not None else {**{i: i for i in range(classes)}, IGNORE: -1}
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
-        return {task: mapped(_fitting(pairs[n][1], shape), table, pairs[n][1])}
+    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
+        return {task: mapped(_read_labels(pairs[n][1], shape), table, pairs[n][1])}
 
-    return _paired(origin, images, pairs, task=task, truths=truths)
+    return _paired_images(origin, images, pairs, task=task, truths=truths)
 
 
 def image_class_masks(
@@ -97,29 +97,29 @@ def image_class_masks(
             f"data '{origin.name}': no masks below {store.redact(masks)}/<class>; classes: {', '.join(classes)}"
         )
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         out = np.full((len(classes), *shape), -1, np.int8)
         for k, found in enumerate(by_class):
-            uri = found.get(_stem(below(images, uris[n])))
+            uri = found.get(_path_stem(below(images, uris[n])))
             if uri is not None:
-                values = _fitting(uri, shape)
+                values = _read_labels(uri, shape)
                 out[k] = values > 0
                 if ((values > 0) & (values < IGNORE)).any():
                     out[k][values == IGNORE] = -1
         return {task: out}
 
     pairs = [(uri, "") for uri in uris]
-    return _paired(origin, images, pairs, task=task, truths=truths)
+    return _paired_images(origin, images, pairs, task=task, truths=truths)
 
 
 def image_instances(origin: Origin, images: str, labels: str, *, task: str) -> Pictures:
     """Pictures below ``images`` with an instance image (0 background, a number per object) below ``labels``."""
-    pairs = _pairs(origin, images, labels)
+    pairs = _match_files(origin, images, labels)
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
-        return {task: _fitting(pairs[n][1], shape)}
+    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
+        return {task: _read_labels(pairs[n][1], shape)}
 
-    return _paired(origin, images, pairs, task=task, truths=truths)
+    return _paired_images(origin, images, pairs, task=task, truths=truths)
 
 
 def mapped(values: I32, table: Mapping[int, int], uri: str) -> I32:
@@ -132,25 +132,25 @@ def mapped(values: I32, table: Mapping[int, int], uri: str) -> I32:
     return np.array([table[v] for v in found.tolist()], np.int32)[where].reshape(values.shape)
 
 
-def _paired(
+def _paired_images(
     origin: Origin,
     root: str,
     pairs: Sequence[tuple[str, str]],
     *,
     task: str,
-    truths: Callable[[int, tuple[int, int]], Mapping[str, Truth]],
+    truths: Callable[[int, tuple[int, int]], Mapping[str, Target]],
 ) -> Pictures:
     keys = [below(root, image) for image, _ in pairs]
     index = Index(keys, origin.groups(keys), np.full(len(keys), -1, np.int32))
     return Pictures(origin.name, (task,), index, lambda n: read_image(pairs[n][0]), truths, origin.factor)
 
 
-def _pairs(origin: Origin, images: str, labels: str) -> list[tuple[str, str]]:
+def _match_files(origin: Origin, images: str, labels: str) -> list[tuple[str, str]]:
     """(picture, label image) by path and stem. InputError names a picture without one."""
     found = _by_stem(labels)
     pairs = []
     for uri in pictures_below(images):
-        stem = _stem(below(images, uri))
+        stem = _path_stem(below(images, uri))
         if stem not in found:
             raise InputError(
                 f"data '{origin.name}': no label image {stem}.png (or .tif, .npy) below {store.redact(labels)}"
@@ -161,14 +161,14 @@ def _pairs(origin: Origin, images: str, labels: str) -> list[tuple[str, str]]:
 
 def _by_stem(root: str) -> dict[str, str]:
     uris = [uri for uri in store.list_uris(root) if uri.lower().endswith(LABEL_ENDINGS)]
-    return {_stem(below(root, uri)): uri for uri in uris}
+    return {_path_stem(below(root, uri)): uri for uri in uris}
 
 
-def _stem(key: str) -> str:
+def _path_stem(key: str) -> str:
     return str(PurePosixPath(key).with_suffix(""))
 
 
-def _fitting(uri: str, shape: tuple[int, int]) -> I32:
+def _read_labels(uri: str, shape: tuple[int, int]) -> I32:
     values = read_labels(uri)
     if values.shape != shape:
         found, wanted = (" x ".join(map(str, side)) for side in (values.shape, shape))

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from wsi_mmm.errors import InputError, StorageError, WsiError
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data.base import Index, Sample
 from wsi_mmm.types import I32, U8
 
@@ -63,14 +63,14 @@ class Pictures:
     tasks: tuple[str, ...]
     index: Index
     image: Callable[[int], U8]
-    truths: Callable[[int, tuple[int, int]], Mapping[str, Truth]]
+    truths: Callable[[int, tuple[int, int]], Mapping[str, Target]]
     factor: float = 1.0
 
     def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
         """The pictures, whole; ``size`` is not looked at."""
-        return [self._read(number) for number in numbers]
+        return [self._read_image(number) for number in numbers]
 
-    def _read(self, number: int) -> Sample:
+    def _read_image(self, number: int) -> Sample:
         key = self.index.keys[number]
         try:
             pixels = self.image(number)
@@ -90,9 +90,9 @@ def resampled(pixels: U8, factor: float) -> U8:
     return np.asarray(Image.fromarray(pixels).resize(size, method))
 
 
-def resampled_truth(truth: Truth, factor: float) -> Truth:
+def resampled_truth(truth: Target, factor: float) -> Target:
     """Label images int[..., h, w] by nearest neighbour, boxes by arithmetic; what has no place stays as it is."""
-    from wsi_mmm.tasks.truth import Boxes
+    from wsi_mmm.tasks.targets import Boxes
 
     if isinstance(truth, Boxes):
         height, width = (max(1, round(side * factor)) for side in (truth.height, truth.width))
@@ -100,11 +100,11 @@ def resampled_truth(truth: Truth, factor: float) -> Truth:
         return Boxes(truth.xyxy * by, truth.labels, height, width)
     if not isinstance(truth, np.ndarray) or truth.ndim < 2:
         return truth
-    rows, columns = (_nearest(side, max(1, round(side * factor))) for side in truth.shape[-2:])
+    rows, columns = (_nearest_index(side, max(1, round(side * factor))) for side in truth.shape[-2:])
     return np.ascontiguousarray(truth[..., rows[:, None], columns])
 
 
-def _nearest(side: int, wanted: int) -> npt.NDArray[np.int64]:
+def _nearest_index(side: int, wanted: int) -> npt.NDArray[np.int64]:
     return ((np.arange(wanted) + 0.5) * side / wanted).astype(np.int64)
 
 
@@ -113,7 +113,7 @@ def _nearest(side: int, wanted: int) -> npt.NDArray[np.int64]:
 
 def read_image(uri: str) -> U8:
     """uint8[h, w, 3]; transparent px are white, 16-bit grey is scaled. InputError: no picture, or too large."""
-    with _opened(uri) as image:
+    with _open_image(uri) as image:
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             whole = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
@@ -126,8 +126,8 @@ def read_image(uri: str) -> U8:
 def read_labels(uri: str) -> I32:
     """int32[h, w] from a palette, grey (8, 16, 32 bit) or one-channel picture, or a .npy of integers."""
     if uri.lower().endswith(".npy"):
-        return _npy(uri)
-    with _opened(uri) as image:
+        return _read_npy(uri)
+    with _open_image(uri) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
             raise InputError(
                 f"{store.redact(uri)} is a label image in {image.mode} colours; save class numbers as grey or palette"
@@ -135,7 +135,7 @@ def read_labels(uri: str) -> I32:
         return np.asarray(image).astype(np.int32)
 
 
-def _npy(uri: str) -> I32:
+def _read_npy(uri: str) -> I32:
     file = io.BytesIO(store.read_bytes(uri))
     try:
         shape, dtype = _npy_header(file)
@@ -160,7 +160,7 @@ def _npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def _opened(uri: str) -> Image.Image:
+def _open_image(uri: str) -> Image.Image:
     """The picture with its pixels loaded; its size is looked at before they are."""
     data = store.read_bytes(uri)
     try:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_mmm.errors import RecipeError
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.errors import ConfigError
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data import objects, regions
 from wsi_mmm.training.data.buckets import Buckets
 from wsi_mmm.training.data.regions import UNKNOWN, Sheet
@@ -27,7 +27,7 @@ class Lesson:
 
     ``min_share``: of a tile, that a label must cover (patch kinds), that must be known (segment, multisegment) or
     looked at (instances, detect). ``min_visible``: of a box, below which it is not learnt from. ``values``: names of
-    the numbers of objects that `regress` learns. Raises RecipeError.
+    the numbers of objects that `regress` learns. Raises ConfigError.
     """
 
     task: str
@@ -43,13 +43,13 @@ class Lesson:
         where = f"task '{self.task}'"
         if self.kind not in PATCH_KINDS + MAP_KINDS:
             known = ", ".join(PATCH_KINDS + MAP_KINDS)
-            raise RecipeError(f"{where} of kind {self.kind!r} learns from no annotations: give {known}")
+            raise ConfigError(f"{where} of kind {self.kind!r} learns from no annotations: give {known}")
         if self.background is not None and self.background not in self.buckets.labels:
-            raise RecipeError(f"{where}: background {self.background!r} is no label: {', '.join(self.buckets.labels)}")
+            raise ConfigError(f"{where}: background {self.background!r} is no label: {', '.join(self.buckets.labels)}")
         if (self.kind == "regress") != bool(self.values):
-            raise RecipeError(f"{where}: name the numbers to learn in values, for kind regress and no other")
+            raise ConfigError(f"{where}: name the numbers to learn in values, for kind regress and no other")
         if not (0 < self.min_share <= 1 and 0 <= self.min_visible <= 1):
-            raise RecipeError(f"{where}: min_share {self.min_share}, min_visible {self.min_visible}: give shares to 1")
+            raise ConfigError(f"{where}: min_share {self.min_share}, min_visible {self.min_visible}: give shares to 1")
 
 
 def sheet_of(lesson: Lesson, index: ShapeIndex, *, scale: tuple[float, float], size: tuple[int, int]) -> Sheet:
@@ -64,7 +64,7 @@ def sheet_of(lesson: Lesson, index: ShapeIndex, *, scale: tuple[float, float], s
     )
 
 
-def patch_truths(lesson: Lesson, sheet: Sheet, xy: I64, tile: int) -> list[Truth]:
+def patch_truths(lesson: Lesson, sheet: Sheet, xy: I64, tile: int) -> list[Target]:
     """Of a patch kind: the truth of each tile of ``tile`` target px."""
     share = lesson.min_share
     if lesson.kind == "classify":
@@ -75,14 +75,14 @@ def patch_truths(lesson: Lesson, sheet: Sheet, xy: I64, tile: int) -> list[Truth
     return list(np.ascontiguousarray(regions.patch_values(sheet, xy, tile, share)[:, sheet_values]))
 
 
-def map_truths(lesson: Lesson, sheet: Sheet, xy: I64, size: int) -> Sequence[Truth]:
+def map_truths(lesson: Lesson, sheet: Sheet, xy: I64, size: int) -> Sequence[Target]:
     """Of a map kind: the truth of each square of ``size`` px at target px ``xy``, in its own px."""
     some = max(1, _PX // size**2)  # few enough at a time to stay in the processor's cache: five times faster
     parts = (_map_truths(lesson, sheet, xy[start : start + some], size) for start in range(0, len(xy), some))
     return [truth for part in parts for truth in part]
 
 
-def _map_truths(lesson: Lesson, sheet: Sheet, xy: I64, size: int) -> Sequence[Truth]:
+def _map_truths(lesson: Lesson, sheet: Sheet, xy: I64, size: int) -> Sequence[Target]:
     squares = sheet.squares(xy, size)
     if lesson.kind == "segment":
         return list(regions.class_maps(sheet, squares))
@@ -104,7 +104,7 @@ def choose(lesson: Lesson, sheet: Sheet, xy: I64, tile: int) -> tuple[Mask, I32]
     return np.asarray(share(sheet, xy, tile) >= lesson.min_share, bool), regions.common_labels(sheet, xy, tile)
 
 
-def _choose_patches(lesson: Lesson, truths: list[Truth]) -> tuple[Mask, I32]:
+def _choose_patches(lesson: Lesson, truths: list[Target]) -> tuple[Mask, I32]:
     if lesson.kind == "classify":
         labels = np.array(truths, np.int32)
         return labels >= 0, labels

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from wsi_mmm.tasks.truth import Boxes
+from wsi_mmm.tasks.targets import Boxes
 from wsi_mmm.training.data.raster import Squares
 from wsi_mmm.training.data.regions import UNKNOWN, Sheet, looked_at, looked_at_share, paint_over
 from wsi_mmm.types import F32, F64, I32, I64, Mask
@@ -35,23 +35,23 @@ def object_boxes(sheet: Sheet, squares: Squares, min_visible: float) -> list[Box
     labels = sheet.coding.code[pairs.shape].copy()
     at = np.minimum((cut[:, :2] + cut[:, 2:]) / 2, squares.side - 1).astype(np.int64)
     hidden = maps[pairs.square, at[:, 1], at[:, 0]] < 0
-    labels[hidden | (_area(cut) < min_visible * _area(whole))] = UNKNOWN
-    keep = _area(cut) > 0
+    labels[hidden | (_box_areas(cut) < min_visible * _box_areas(whole))] = UNKNOWN
+    keep = _box_areas(cut) > 0
     out = []
     for number in range(len(squares.xy)):
         mine = keep & (pairs.square == number)
-        unknown = _unknown(maps[number])
+        unknown = _unknown_boxes(maps[number])
         xyxy = np.concatenate([cut[mine].astype(np.float32), unknown])
         both = np.concatenate([labels[mine], np.full(len(unknown), UNKNOWN, np.int32)])
         out.append(Boxes(xyxy, both, squares.side, squares.side))
     return out
 
 
-def _area(boxes: F64) -> F64:
+def _box_areas(boxes: F64) -> F64:
     return np.asarray((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), np.float64)
 
 
-def _unknown(labels: I32) -> F32:
+def _unknown_boxes(labels: I32) -> F32:
     """Rectangles float32[k, 4] of cells that hold an unknown px."""
     side = len(labels)
     starts = np.arange(0, side, CELL)

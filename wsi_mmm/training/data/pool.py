@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from wsi_mmm.cache import CachedReader, Choice, Quota, choose
+from wsi_mmm.cache import CachedReader, Choice, Quota, choose, pixels_uri
 from wsi_mmm.slides import Reader, Slide, open_slide
 from wsi_mmm.storage import store
 from wsi_mmm.types import Tiles
@@ -111,8 +111,7 @@ class SlidePool:
             return None
         scale = (tiles.scale_x, tiles.scale_y)
         if scale not in held.cached:
-            name = f"{scale[0]:.9f}-{scale[1]:.9f}"
-            place = store.join(self.cache, slide.info.fingerprint, "pixels", name)
+            place = pixels_uri(self.cache, slide.info, *scale)
             held.cached[scale] = CachedReader(slide.reader, place, *scale, quota=self._quota_of())
         if self.tiles == "on":
             return held.cached[scale]

@@ -74,14 +74,14 @@ def paint(
     Where ``step`` is 1 a shape so small that it holds no px centre gets the px that its middle lies in.
     """
     flat = canvas.reshape(-1)
-    for some in _chunks(index, pairs):
+    for some in _pair_chunks(index, pairs):
         part = pairs.part(some)
-        pair, row, first, stop = _spans(index, squares, part)
+        pair, row, first, stop = _pixel_spans(index, squares, part)
         begin = (part.square[pair] * squares.side + row) * squares.side + first
-        flat[_runs(begin, stop - first)] = np.repeat(values[some][pair], stop - first)
+        flat[_expand_runs(begin, stop - first)] = np.repeat(values[some][pair], stop - first)
 
 
-def _chunks(index: ShapeIndex, pairs: Pairs) -> Iterator[slice]:
+def _pair_chunks(index: ShapeIndex, pairs: Pairs) -> Iterator[slice]:
     """Pairs of about _EDGES edges."""
     before = np.concatenate([[0], np.cumsum(index.start[pairs.shape + 1] - index.start[pairs.shape])])
     begin = 0
@@ -91,9 +91,9 @@ def _chunks(index: ShapeIndex, pairs: Pairs) -> Iterator[slice]:
         begin = end
 
 
-def _spans(index: ShapeIndex, squares: Squares, pairs: Pairs) -> tuple[I64, I64, I64, I64]:
+def _pixel_spans(index: ShapeIndex, squares: Squares, pairs: Pairs) -> tuple[I64, I64, I64, I64]:
     """(pair, row, first column, column after the last) of every run of px, by pair."""
-    crossings = _crossings(index, squares, pairs)
+    crossings = _line_crossings(index, squares, pairs)
     side = squares.side
     crossings.sort()  # pair, then row, then column: every second one is a way out
     line, column = np.divmod(crossings.reshape(-1, 2), side + 1)
@@ -102,7 +102,7 @@ def _spans(index: ShapeIndex, squares: Squares, pairs: Pairs) -> tuple[I64, I64,
     pair, row, first, stop = line // side, line % side, column[:, 0], column[:, 1]
     if squares.step != 1.0:
         return pair, row, first, stop
-    specks = _specks(index, squares, pairs)
+    specks = _tiny_shapes(index, squares, pairs)
     if not len(specks[0]):
         return pair, row, first, stop
     pair, row, first = (np.concatenate(both) for both in zip((pair, row, first), specks, strict=True))
@@ -111,12 +111,12 @@ def _spans(index: ShapeIndex, squares: Squares, pairs: Pairs) -> tuple[I64, I64,
     return pair[turn], row[turn], first[turn], stop[turn]
 
 
-def _crossings(index: ShapeIndex, squares: Squares, pairs: Pairs) -> I64:
+def _line_crossings(index: ShapeIndex, squares: Squares, pairs: Pairs) -> I64:
     """Where outlines cross lines through px centres: (pair * side + row) * (side + 1) + column of the first px whose
     centre is not left of it, columns cut to 0..side."""
     side, step = squares.side, squares.step
     counts = index.start[pairs.shape + 1] - index.start[pairs.shape]
-    vertex = _runs(index.start[pairs.shape], counts)
+    vertex = _expand_runs(index.start[pairs.shape], counts)
     pair = np.repeat(np.arange(len(counts)), counts)
     keep = ~index.closing[vertex]
     vertex, pair = vertex[keep], pair[keep]
@@ -131,7 +131,7 @@ def _crossings(index: ShapeIndex, squares: Squares, pairs: Pairs) -> I64:
     top = np.clip(np.ceil(a[:, 1] - 0.5 - rest[at, 1]) - whole[at, 1], 0, side).astype(np.int64)
     end = np.clip(np.ceil(b[:, 1] - 0.5 - rest[at, 1]) - whole[at, 1], 0, side).astype(np.int64)
     edge = np.repeat(np.arange(len(top)), end - top)
-    row = _runs(top, end - top)
+    row = _expand_runs(top, end - top)
     at, a, b = at[edge], a[edge], b[edge]
     y = row + whole[at, 1] + (0.5 + rest[at, 1])
     x = a[:, 0] + (y - a[:, 1]) * ((b[:, 0] - a[:, 0]) / (b[:, 1] - a[:, 1]))
@@ -139,7 +139,7 @@ def _crossings(index: ShapeIndex, squares: Squares, pairs: Pairs) -> I64:
     return np.asarray((pair[edge] * side + row) * (side + 1) + column, np.int64)
 
 
-def _specks(index: ShapeIndex, squares: Squares, pairs: Pairs) -> tuple[I64, I64, I64]:
+def _tiny_shapes(index: ShapeIndex, squares: Squares, pairs: Pairs) -> tuple[I64, I64, I64]:
     """(pair, row, column) of the px that stand for shapes without a px centre, where they lie in their square."""
     per_px = 1.0 / np.array([squares.scale_x, squares.scale_y])
     small = np.flatnonzero(index.areas[pairs.shape] * per_px.prod() < _SPECK)
@@ -161,7 +161,7 @@ def _holds_centre(index: ShapeIndex, squares: Squares, shapes: I64) -> Mask:
     low = np.floor(index.boxes[shapes, :2] * per_px).astype(np.int64)
     side = int((np.ceil(index.boxes[shapes, 2:] * per_px).astype(np.int64) - low).max())
     around = Squares(low, side, squares.scale_x, squares.scale_y)
-    crossings = _crossings(index, around, Pairs(np.arange(len(shapes)), shapes))
+    crossings = _line_crossings(index, around, Pairs(np.arange(len(shapes)), shapes))
     crossings.sort()
     line, column = np.divmod(crossings.reshape(-1, 2), side + 1)
     full = np.zeros(len(shapes), bool)
@@ -169,7 +169,7 @@ def _holds_centre(index: ShapeIndex, squares: Squares, shapes: I64) -> Mask:
     return full
 
 
-def _runs(starts: I64, lengths: I64) -> I64:
+def _expand_runs(starts: I64, lengths: I64) -> I64:
     """start, start + 1, ... for ``length`` numbers, for every start."""
     before = np.cumsum(lengths) - lengths
     return np.asarray(np.repeat(starts - before, lengths) + np.arange(int(lengths.sum())), np.int64)

@@ -107,7 +107,7 @@ def label_maps(sheet: Sheet, squares: Squares) -> npt.NDArray[np.int8]:
 def patch_labels(sheet: Sheet, xy: I64, tile: int, min_share: float) -> I32:
     """int32[n]: the class that covers at least ``min_share`` of each tile of ``tile`` target px, or -1."""
     found = []
-    for squares in _measured(sheet, xy, tile):
+    for squares in _sample_points(sheet, xy, tile):
         maps = class_maps(sheet, squares).reshape(len(squares.xy), -1)
         shares = np.stack([(maps == label).mean(axis=1) for label in range(sheet.labels)], axis=1)
         best = shares.argmax(axis=1)
@@ -119,7 +119,7 @@ def patch_multilabels(sheet: Sheet, xy: I64, tile: int, min_share: float) -> F32
     """float32[n, K]: 1 where a class covers at least ``min_share`` of a tile, 0 where it cannot, whatever the unknown
     px are; NaN where these decide."""
     found = []
-    for squares in _measured(sheet, xy, tile):
+    for squares in _sample_points(sheet, xy, tile):
         maps = label_maps(sheet, squares).reshape(len(squares.xy), sheet.labels, -1)
         there, unknown = (maps == 1).mean(axis=2), (maps == UNKNOWN).mean(axis=2)
         surely_not = there + unknown < min_share
@@ -131,13 +131,13 @@ def patch_values(sheet: Sheet, xy: I64, tile: int, min_share: float) -> F32:
     """float32[n, K], K the numbers of the index: the mean over the part of a tile in shapes with a label that have the
     number (on top of others), NaN where that part is less than ``min_share``."""
     found = []
-    for squares in _measured(sheet, xy, tile):
-        columns = [_mean(sheet, squares, name, min_share) for name in sheet.index.values]
+    for squares in _sample_points(sheet, xy, tile):
+        columns = [_mean_value(sheet, squares, name, min_share) for name in sheet.index.values]
         found.append(np.stack(columns, axis=1).astype(np.float32))
     return np.concatenate(found) if found else np.zeros((0, len(sheet.index.values)), np.float32)
 
 
-def _mean(sheet: Sheet, squares: Squares, name: str, min_share: float) -> F32:
+def _mean_value(sheet: Sheet, squares: Squares, name: str, min_share: float) -> F32:
     values = np.where(sheet.coding.code >= 0, sheet.index.values[name], np.nan)
     canvas = np.full((len(squares.xy), squares.side, squares.side), np.nan)
     drawn = np.isfinite(values) | (sheet.coding.code == CODES[IGNORE])
@@ -153,26 +153,26 @@ def _mean(sheet: Sheet, squares: Squares, name: str, min_share: float) -> F32:
 
 def known_share(sheet: Sheet, xy: I64, tile: int) -> F32:
     """float32[n]: the part of each tile of which the class is known."""
-    found = [(class_maps(sheet, some) >= 0).mean(axis=(1, 2)) for some in _measured(sheet, xy, tile)]
+    found = [(class_maps(sheet, some) >= 0).mean(axis=(1, 2)) for some in _sample_points(sheet, xy, tile)]
     return np.concatenate(found).astype(np.float32) if found else np.zeros(0, np.float32)
 
 
 def label_share(sheet: Sheet, xy: I64, tile: int) -> F32:
     """float32[n]: the part of each tile of which it is known for some class whether it is there."""
-    found = [(label_maps(sheet, some) >= 0).any(axis=1).mean(axis=(1, 2)) for some in _measured(sheet, xy, tile)]
+    found = [(label_maps(sheet, some) >= 0).any(axis=1).mean(axis=(1, 2)) for some in _sample_points(sheet, xy, tile)]
     return np.concatenate(found).astype(np.float32) if found else np.zeros(0, np.float32)
 
 
 def looked_at_share(sheet: Sheet, xy: I64, tile: int) -> F32:
     """float32[n]: the part of each tile that was looked at."""
-    found = [looked_at(sheet, some).mean(axis=(1, 2)) for some in _measured(sheet, xy, tile)]
+    found = [looked_at(sheet, some).mean(axis=(1, 2)) for some in _sample_points(sheet, xy, tile)]
     return np.concatenate(found).astype(np.float32) if found else np.zeros(0, np.float32)
 
 
 def common_labels(sheet: Sheet, xy: I64, tile: int) -> I32:
     """int32[n]: the class of most px of each tile, the background only where there is no other; -1 where none is."""
     found = []
-    for squares in _measured(sheet, xy, tile):
+    for squares in _sample_points(sheet, xy, tile):
         maps = class_maps(sheet, squares).reshape(len(squares.xy), -1)
         counts = np.stack([(maps == label).mean(axis=1) for label in range(sheet.labels)], axis=1)
         if sheet.background >= 0:
@@ -181,7 +181,7 @@ def common_labels(sheet: Sheet, xy: I64, tile: int) -> I32:
     return np.concatenate(found) if found else np.zeros(0, np.int32)
 
 
-def _measured(sheet: Sheet, xy: I64, tile: int) -> Iterator[Squares]:
+def _sample_points(sheet: Sheet, xy: I64, tile: int) -> Iterator[Squares]:
     """Tiles, some at a time, as SAMPLES x SAMPLES points."""
     side = min(SAMPLES, tile)
     for start in range(0, len(xy), _TILES):

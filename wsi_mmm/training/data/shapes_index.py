@@ -47,9 +47,9 @@ def index_shapes(shapes: Shapes, values: Sequence[str] = (), *, dot_radius: tupl
     closing[len(xy) + DOT_CORNERS :: DOT_CORNERS + 1] = True
     counts = np.bincount(owner, weights=np.diff(ends), minlength=len(shapes)).astype(np.int64)
     counts = np.concatenate([counts, np.full(len(dots), DOT_CORNERS + 1, np.int64)])
-    xy = np.concatenate([xy, _discs(np.array([(dot.x, dot.y) for dot in dots]).reshape(-1, 2), dot_radius)])
+    xy = np.concatenate([xy, _disc_outlines(np.array([(dot.x, dot.y) for dot in dots]).reshape(-1, 2), dot_radius)])
     start = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    boxes = _extents(xy, start)
+    boxes = _ring_boxes(xy, start)
     listed = [*shapes, *dots]
     names: dict[str | None, int] = {}
     name_of = np.array([names.setdefault(one.class_name, len(names)) for one in listed], np.int32)
@@ -60,13 +60,13 @@ def index_shapes(shapes: Shapes, values: Sequence[str] = (), *, dot_radius: tupl
     return ShapeIndex(xy, start, closing, boxes, areas, tuple(names), name_of, kept, packed_index(boxes))
 
 
-def _discs(middles: F64, radius: tuple[float, float]) -> F64:
+def _disc_outlines(middles: F64, radius: tuple[float, float]) -> F64:
     angles = np.append(np.arange(DOT_CORNERS), 0) * (2 * math.pi / DOT_CORNERS)
     ring = np.stack([np.cos(angles) * radius[0], np.sin(angles) * radius[1]], axis=1)
     return np.asarray((middles[:, None] + ring[None]).reshape(-1, 2), np.float64)
 
 
-def _extents(xy: F64, start: I64) -> F64:
+def _ring_boxes(xy: F64, start: I64) -> F64:
     if len(start) < 2:
         return np.zeros((0, 4))
     low, high = np.minimum.reduceat(xy, start[:-1]), np.maximum.reduceat(xy, start[:-1])

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 
-from wsi_mmm.errors import InputError, RecipeError
+from wsi_mmm.errors import ConfigError, InputError
 from wsi_mmm.model.card import TaskCard
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.tissue import MIN_TISSUE
 from wsi_mmm.training.data import bags, tables
 from wsi_mmm.training.data.base import Index, Source
@@ -48,7 +48,7 @@ class TaskOfShapes(Part):
     values: tuple[str, ...] = ()
 
     def lesson(self, card: TaskCard) -> Lesson:
-        """The lesson of the task ``card``. RecipeError for a kind that learns nothing from shapes."""
+        """The lesson of the task ``card``. ConfigError for a kind that learns nothing from shapes."""
         rules = tuple(Rule(b.label, b.pattern, b.how, b.any_case) for b in self.buckets)
         named = same_names(card.classes)
         buckets = Buckets(card.classes, rules or named.rules, self.unmatched, self.unnamed)
@@ -82,12 +82,12 @@ class Tiled(Entry):
         return SlidePool(cache=self.cache)
 
 
-def _listed(value: object) -> object:
+def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
 _WORDS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_listed), WithJsonSchema(_WORDS)]
+OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_as_list), WithJsonSchema(_WORDS)]
 """A word, or several."""
 
 
@@ -128,8 +128,8 @@ class Slides(Tiled):
             notes = None if self.annotations is None else beside(uri, self.annotations, needed=self.needed)
             if notes is None and self.annotations is not None:
                 continue
-            known: Mapping[str, Truth] = dict.fromkeys(self.task) if self.annotations is None else {}
-            found.append(SlideItem(name, uri, mpp or self.mpp_override, notes, self._group(name), known))
+            known: Mapping[str, Target] = dict.fromkeys(self.task) if self.annotations is None else {}
+            found.append(SlideItem(name, uri, mpp or self.mpp_override, notes, self._matched_group(name), known))
         if not found:
             raise InputError(
                 f"data '{self.name}': none of its {len(specs)} slides has annotations at {self.annotations}"
@@ -140,13 +140,13 @@ class Slides(Tiled):
         """What each task learns; none without annotations."""
         for name in self.shapes:
             if name not in self.task:
-                raise RecipeError(f"data '{self.name}': shapes name the task '{name}', which is not one of its tasks")
+                raise ConfigError(f"data '{self.name}': shapes name the task '{name}', which is not one of its tasks")
         kinds = {name: place.tasks[name].kind for name in self.task}
         for name, kind in kinds.items():
             learns = kind in PATCH_KINDS + MAP_KINDS
             if learns != (self.annotations is not None):
                 fix = "give annotations" if learns else 'set annotations = "none", or take it from a slide-table'
-                raise RecipeError(f"data '{self.name}': task '{name}' of kind '{kind}': {fix}")
+                raise ConfigError(f"data '{self.name}': task '{name}' of kind '{kind}': {fix}")
         if self.annotations is None:
             return []
         return [self.shapes.get(name, TaskOfShapes()).lesson(place.tasks[name]) for name in self.task]
@@ -162,7 +162,7 @@ class Slides(Tiled):
         items = self.items(place) if lessons else []
         return {one.task: dry_run_slides(items, one.buckets, pool) for one in lessons}
 
-    def _group(self, name: str) -> str:
+    def _matched_group(self, name: str) -> str:
         if self.group is None:
             return name
         found = re.search(self.group, name)
@@ -208,7 +208,7 @@ class Tabled(Part):
         return table, balance_labels(tasks[0].kind, table.truths[tasks[0].task])
 
     def parts(self) -> dict[str, str]:
-        """Patient -> train, val, test or "", as the split column says; none without one. RecipeError: wrong words, or
+        """Patient -> train, val, test or "", as the split column says; none without one. ManifestError: wrong words, or
         a patient in two parts."""
         if self.split is None:
             return {}

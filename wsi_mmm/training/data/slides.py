@@ -13,12 +13,12 @@ from typing import Literal
 import numpy as np
 
 from wsi_mmm.annotations import Shapes, parse_shapes
-from wsi_mmm.errors import InputError, ManifestError, RecipeError, WsiError
+from wsi_mmm.errors import ConfigError, InputError, ManifestError, WsiError
 from wsi_mmm.slides import Slide
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Truth
-from wsi_mmm.tiles.grid import make_grid
-from wsi_mmm.tiles.places import boxes_of, read_places
+from wsi_mmm.tasks.targets import Target
+from wsi_mmm.tiles.grid import level0_boxes, make_grid
+from wsi_mmm.tiles.stream import read_tiles
 from wsi_mmm.tiles.tissue import MIN_TISSUE, select_tiles, tissue_mask
 from wsi_mmm.training.data.base import Index, Sample
 from wsi_mmm.training.data.buckets import Buckets, DryRun, dry_run
@@ -44,7 +44,7 @@ class SlideItem:
     mpp: float | None = None
     annotations: str | None = None
     group: str = ""
-    truths: Mapping[str, Truth] = field(default_factory=dict)
+    truths: Mapping[str, Target] = field(default_factory=dict)
     label: int = UNKNOWN
 
 
@@ -69,9 +69,9 @@ class Places:
 
     def __post_init__(self) -> None:
         if self.tile < 1 or not 0 <= self.stride <= self.tile:
-            raise RecipeError(f"tile {self.tile}, stride {self.stride}: give 1 or more, the stride up to the tile")
+            raise ConfigError(f"tile {self.tile}, stride {self.stride}: give 1 or more, the stride up to the tile")
         if self.by not in ("grid", "objects") or (self.by == "objects" and self.per_slide < 1):
-            raise RecipeError("places are chosen by 'grid', or by 'objects' with per_slide of 1 or more")
+            raise ConfigError("places are chosen by 'grid', or by 'objects' with per_slide of 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class _Prepared:
     scale: tuple[float, float]
     xy: I64
     labels: I32
-    patches: Mapping[str, Sequence[Truth]]
+    patches: Mapping[str, Sequence[Target]]
     sheets: Mapping[str, Sheet]
 
 
@@ -117,32 +117,32 @@ class SlideTiles:
         found: list[Sample | None] = [None] * len(asked)
         for slide in np.unique(owner).tolist():
             at = np.flatnonzero(owner == slide)
-            samples = self._read(self.slides[slide], asked[at] - self.starts[slide], asked[at], size)
+            samples = self._read_samples(self.slides[slide], asked[at] - self.starts[slide], asked[at], size)
             for position, sample in zip(at.tolist(), samples, strict=True):
                 found[position] = sample
         return [sample for sample in found if sample is not None]
 
-    def _read(self, slide: _Prepared, local: I64, numbers: I64, size: int) -> list[Sample]:
+    def _read_samples(self, slide: _Prepared, local: I64, numbers: I64, size: int) -> list[Sample]:
         keys = [self.index.keys[number] for number in numbers.tolist()]
         corners = slide.xy[local] + (self.tile - size) // 2
         tiles = Tiles(corners, size, *slide.scale)
         try:
             with self.pool.reader(slide.item.uri, slide.item.mpp, tiles) as reader:
-                pixels, failed = read_places(reader, tiles)
+                pixels, failed = read_tiles(reader, tiles)
         except WsiError as error:
             return [Sample(key, failed=str(error)) for key in keys]
-        truths = self._truths(slide, local, corners, size)
-        reasons = _reasons(slide.item, tiles, failed)
+        truths = self._read_targets(slide, local, corners, size)
+        reasons = _rejection_reasons(slide.item, tiles, failed)
         return [
             Sample(key, failed=reason) if reason else Sample(key, pixels=pixels[n], truths=truths[n])
             for n, (key, reason) in enumerate(zip(keys, reasons, strict=True))
         ]
 
-    def _truths(self, slide: _Prepared, local: I64, corners: I64, size: int) -> list[dict[str, Truth]]:
-        found: list[dict[str, Truth]] = [dict(slide.item.truths) for _ in local]
+    def _read_targets(self, slide: _Prepared, local: I64, corners: I64, size: int) -> list[dict[str, Target]]:
+        found: list[dict[str, Target]] = [dict(slide.item.truths) for _ in local]
         for lesson in self.lessons:
             if lesson.task in slide.patches:
-                values: Sequence[Truth] = [slide.patches[lesson.task][n] for n in local.tolist()]
+                values: Sequence[Target] = [slide.patches[lesson.task][n] for n in local.tolist()]
             elif lesson.task in slide.sheets:
                 values = map_truths(lesson, slide.sheets[lesson.task], corners, size)
             else:
@@ -152,9 +152,9 @@ class SlideTiles:
         return found
 
 
-def _reasons(item: SlideItem, tiles: Tiles, failed: Mask) -> list[str]:
+def _rejection_reasons(item: SlideItem, tiles: Tiles, failed: Mask) -> list[str]:
     """Why each tile is not given, "" for those that are."""
-    boxes = boxes_of(tiles).round().astype(np.int64).tolist()
+    boxes = level0_boxes(tiles).round().astype(np.int64).tolist()
     said = "{}: px of the tile at level-0 ({}, {}) to ({}, {}) cannot be decoded"
     return [said.format(item.id, *box) if bad else "" for box, bad in zip(boxes, failed.tolist(), strict=True)]
 
@@ -176,12 +176,14 @@ def slide_tiles(
     Every slide is opened and its annotations are read once. A slide that cannot be is an error, or with ``keep_going``
     one of ``broken``. Raises InputError when no tile is left, two slides have one id, or one task is taught twice.
     """
-    _check(name, items, places, lessons)
+    _check_sampling(name, items, places, lessons)
     pool = pool or SlidePool()
     prepared: list[_Prepared] = []
     broken: dict[str, str] = {}
     with ThreadPoolExecutor(_OPENING, thread_name_prefix="wsi-mmm-prepare") as threads:
-        jobs = [threads.submit(_prepare, pool, item, places, lessons, number) for number, item in enumerate(items)]
+        jobs = [
+            threads.submit(_prepare_slide, pool, item, places, lessons, number) for number, item in enumerate(items)
+        ]
         for item, job in zip(items, jobs, strict=True):
             try:
                 prepared.append(job.result())
@@ -192,19 +194,21 @@ def slide_tiles(
                 broken[item.id] = str(error)
     counts = [len(one.xy) for one in prepared]
     if not sum(counts):
-        raise InputError(f"data '{name}': {_nothing(lessons, broken)}")
+        raise InputError(f"data '{name}': {_no_tiles_message(lessons, broken)}")
     tasks = dict.fromkeys([lesson.task for lesson in lessons] + [task for item in items for task in item.truths])
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return SlideTiles(name, tuple(tasks), _index(prepared), places.tile, pool, prepared, tuple(lessons), starts, broken)
+    return SlideTiles(
+        name, tuple(tasks), _build_index(prepared), places.tile, pool, prepared, tuple(lessons), starts, broken
+    )
 
 
-def _check(name: str, items: Sequence[SlideItem], places: Places, lessons: Sequence[Lesson]) -> None:
+def _check_sampling(name: str, items: Sequence[SlideItem], places: Places, lessons: Sequence[Lesson]) -> None:
     check_ids(name, [item.id for item in items])
     taught = [lesson.task for lesson in lessons]
     if len(set(taught)) < len(taught):
         raise InputError(f"data '{name}': a task is listed twice among {', '.join(taught)}: keep one")
     if places.by == "objects" and not lessons:
-        raise RecipeError(f"data '{name}': places by objects need annotations: name a task, or choose by 'grid'")
+        raise ConfigError(f"data '{name}': places by objects need annotations: name a task, or choose by 'grid'")
 
 
 def check_ids(name: str, ids: Sequence[str]) -> None:
@@ -214,7 +218,7 @@ def check_ids(name: str, ids: Sequence[str]) -> None:
         raise InputError(f"data '{name}': two slides are called {double!r}: give them different ids")
 
 
-def _nothing(lessons: Sequence[Lesson], broken: Mapping[str, str]) -> str:
+def _no_tiles_message(lessons: Sequence[Lesson], broken: Mapping[str, str]) -> str:
     if broken:
         return f"no slide could be prepared; of {next(iter(broken))}: {next(iter(broken.values()))}"
     if not lessons:
@@ -223,12 +227,14 @@ def _nothing(lessons: Sequence[Lesson], broken: Mapping[str, str]) -> str:
     return f"no tile tells anything of '{lessons[0].task}': look at the dry run of its buckets; {advice}"
 
 
-def _prepare(pool: SlidePool, item: SlideItem, places: Places, lessons: Sequence[Lesson], number: int) -> _Prepared:
+def _prepare_slide(
+    pool: SlidePool, item: SlideItem, places: Places, lessons: Sequence[Lesson], number: int
+) -> _Prepared:
     with pool.slide(item.uri, item.mpp) as slide:
         scale = slide.scale(places.mpp)
         make_grid(slide.info, places.mpp, tile=places.tile, overlap=0)  # refuses what is much finer than the slide
-        sheets = _sheets(slide, item, places, lessons)
-        xy, labels = _places(slide, places, lessons, sheets, number)
+        sheets = _annotations_by_task(slide, item, places, lessons)
+        xy, labels = _choose_tiles(slide, places, lessons, sheets, number)
     patches = {
         lesson.task: patch_truths(lesson, sheets[lesson.task], xy, places.tile)
         for lesson in lessons
@@ -239,7 +245,7 @@ def _prepare(pool: SlidePool, item: SlideItem, places: Places, lessons: Sequence
     return _Prepared(item, scale, xy, labels, patches, drawn)
 
 
-def _sheets(slide: Slide, item: SlideItem, places: Places, lessons: Sequence[Lesson]) -> dict[str, Sheet]:
+def _annotations_by_task(slide: Slide, item: SlideItem, places: Places, lessons: Sequence[Lesson]) -> dict[str, Sheet]:
     """Every lesson's view of the annotations, which are parsed and indexed once."""
     if not lessons or item.annotations is None:
         return {}
@@ -251,11 +257,11 @@ def _sheets(slide: Slide, item: SlideItem, places: Places, lessons: Sequence[Les
 
 
 def read_shapes(uri: str, values: Sequence[str] = ()) -> Shapes:
-    """The shapes of an annotation file at a path or URI. Raises AnnotationError, StorageError, SlideNotFound."""
+    """The shapes of an annotation file at a path or URI. Raises AnnotationError, StorageError, NotFound."""
     return parse_shapes(store.read_bytes(uri), store.redact(uri), values)
 
 
-def _places(
+def _choose_tiles(
     slide: Slide, places: Places, lessons: Sequence[Lesson], sheets: Mapping[str, Sheet], number: int
 ) -> tuple[I64, I32]:
     """Corners int64[n, 2] and balancing classes int32[n] of a slide's items, row-major."""
@@ -271,7 +277,7 @@ def _places(
         if places.by == "objects":
             xy = np.unique(drawn_places(sheet, places.per_slide, places.tile, seed), axis=0)
         else:
-            xy = _candidates(slide, places, sheet)
+            xy = _candidate_tiles(slide, places, sheet)
         keep, labels = choose(leading, sheet, xy, places.tile)
         xy, labels = xy[keep], labels[keep]
     if places.per_slide and len(xy) > places.per_slide:
@@ -281,7 +287,7 @@ def _places(
     return xy[turn], labels[turn]
 
 
-def _candidates(slide: Slide, places: Places, sheet: Sheet) -> I64:
+def _candidate_tiles(slide: Slide, places: Places, sheet: Sheet) -> I64:
     """Tiles of the grid that shapes touch; of a slide that is complete also those with tissue."""
     stride = places.stride or places.tile
     if not sheet.complete or sheet.coding.has_use:
@@ -291,13 +297,13 @@ def _candidates(slide: Slide, places: Places, sheet: Sheet) -> I64:
 
 
 def tissue_places(slide: Slide, places: Places) -> I64:
-    """Corners int64[n, 2] (x, y), target px, of the tiles of a slide's grid that hold tissue. Raises RecipeError."""
+    """Corners int64[n, 2] (x, y), target px, of the tiles of a slide's grid that hold tissue. Raises ConfigError."""
     stride = places.stride or places.tile
     grid = make_grid(slide.info, places.mpp, tile=places.tile, overlap=places.tile - stride)
     return select_tiles(grid, tissue_mask(slide), places.min_tissue)[:, ::-1] * stride
 
 
-def _index(prepared: Sequence[_Prepared]) -> Index:
+def _build_index(prepared: Sequence[_Prepared]) -> Index:
     keys: list[str] = []
     groups: list[str] = []
     for one in prepared:
@@ -319,7 +325,7 @@ def beside(uri: str, pattern: str, *, needed: bool = True) -> str | None:
     try:
         found = pattern.format(folder=folder or ".", name=name, stem=PurePosixPath(name).stem)
     except (KeyError, IndexError, ValueError) as error:
-        raise RecipeError(f"annotation pattern {pattern!r}: use {{folder}}, {{name}} and {{stem}} only") from error
+        raise ConfigError(f"annotation pattern {pattern!r}: use {{folder}}, {{name}} and {{stem}} only") from error
     if store.exists(found):
         return found
     if needed:
@@ -346,19 +352,19 @@ def slides_of_table(
         if not place:
             raise columns.wrong(row, f"column {uri!r} is empty: name the slide's file")
         item = SlideItem(
-            table.slides[row], _under(root, place), _mpp(table, row, mpps[row]),
-            _under(root, notes[row]) if notes[row] else None, table.groups[row], table.of(row),
+            table.slides[row], _resolve_under(root, place), _cell_mpp(table, row, mpps[row]),
+            _resolve_under(root, notes[row]) if notes[row] else None, table.groups[row], table.of(row),
             int(labels[row]) if labels is not None else UNKNOWN,
         )  # fmt: skip
         found.append(item)
     return found
 
 
-def _under(root: str, place: str) -> str:
+def _resolve_under(root: str, place: str) -> str:
     return place if not root or "://" in place or place.startswith("/") else store.join(root, place)
 
 
-def _mpp(table: SlideTable, row: int, cell: str) -> float | None:
+def _cell_mpp(table: SlideTable, row: int, cell: str) -> float | None:
     if not cell:
         return None
     try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_mmm.errors import InputError, RecipeError
+from wsi_mmm.errors import ConfigError, InputError, ManifestError
 from wsi_mmm.training.data.base import Index, Source
 from wsi_mmm.types import F64, I32, I64
 
@@ -43,22 +43,22 @@ class Split:
 
 
 def split_items(index: Index, *, shares: tuple[float, float, float] = (0.7, 0.15, 0.15), seed: int = 0) -> Split:
-    """Items by whole groups into train, val and test of about these shares, stratified by label. RecipeError."""
+    """Items by whole groups into train, val and test of about these shares, stratified by label. ConfigError."""
     if min(shares) < 0 or not shares[0] > 0 or abs(sum(shares) - 1.0) > 1e-6:
-        raise RecipeError(f"shares of train, val and test are {shares}: give three that add up to 1, train above 0")
-    side = _assigned(index, np.array(shares), f"split/{seed}")
+        raise ConfigError(f"shares of train, val and test are {shares}: give three that add up to 1, train above 0")
+    side = _assign_groups(index, np.array(shares), f"split/{seed}")
     return Split(*(np.flatnonzero(side == k) for k in range(3)))
 
 
 def split_by_column(index: Index, column: Sequence[str]) -> Split:
     """As a table says: ``column`` has train, val or test (or a word like them) for each item; empty: not used.
 
-    RecipeError for other words and for a group that the table divides.
+    ManifestError for other words and for a group that the table divides.
     """
     words = [str(value).strip().lower() for value in column]
     wrong = sorted({word for word in words if word not in _WORDS})
     if wrong or len(words) != len(index):
-        raise RecipeError(
+        raise ManifestError(
             f"the split column has {len(words)} values for {len(index)} items"
             + (f" and says '{wrong[0]}'" if wrong else "")
             + ": give train, val, test or nothing for each item"
@@ -68,25 +68,25 @@ def split_by_column(index: Index, column: Sequence[str]) -> Split:
     split = Split(**found)
     divided = _shared_groups({name: (index, split.part(name)) for name in PARTS})
     if divided:
-        raise RecipeError(f"the split column divides {divided[0]}: give all of its items one part")
+        raise ManifestError(f"the split column divides {divided[0]}: give all of its items one part")
     return split
 
 
 def parts_by_pattern(index: Index, pattern: str, name: str) -> dict[str, str]:
     """Group -> train, val or test: the word that the first group of ``pattern`` finds in keys; groups of keys that it
-    does not fit are left out. RecipeError: no pattern, another word, a group that is divided; ``name`` of the data."""
+    does not fit are left out. ConfigError: no pattern, another word, a group that is divided; ``name`` of the data."""
     try:
         found = [(str(g), re.search(pattern, key)) for key, g in zip(index.keys, index.groups, strict=True)]
         words = [(group, match.group(1).lower()) for group, match in found if match]
     except (re.error, IndexError) as error:
         text = f"part {pattern!r} is no pattern with one group in brackets ({error})"
-        raise RecipeError(f"data '{name}': {text}") from error
+        raise ConfigError(f"data '{name}': {text}") from error
     parts: dict[str, str] = {}
     for group, word in words:
         if not word or word not in _WORDS:
-            raise RecipeError(f"data '{name}': part {pattern!r} finds '{word}', which is none of train, val and test")
+            raise ConfigError(f"data '{name}': part {pattern!r} finds '{word}', which is none of train, val and test")
         if parts.setdefault(group, _WORDS[word]) != _WORDS[word]:
-            raise RecipeError(
+            raise ConfigError(
                 f"data '{name}': '{group}' is in '{parts[group]}' and in '{word}': move it to one of them"
             )
     return parts
@@ -95,20 +95,20 @@ def parts_by_pattern(index: Index, pattern: str, name: str) -> dict[str, str]:
 def folds(index: Index, count: int, *, test: float = 0.0, seed: int = 0) -> tuple[Split, ...]:
     """``count`` splits: every item is in val once; first a share ``test`` of the items is put aside, the same for all.
 
-    Grouped and stratified like `split_items`. RecipeError when there are fewer groups than folds.
+    Grouped and stratified like `split_items`. ConfigError when there are fewer groups than folds.
     """
     if count < 2 or not 0.0 <= test < 1.0:
-        raise RecipeError(f"{count} folds with a test share of {test}: give 2 folds or more and a share below 1")
-    aside = _assigned(index, np.array([1.0 - test, test]), f"folds/{seed}/test") == 1
+        raise ConfigError(f"{count} folds with a test share of {test}: give 2 folds or more and a share below 1")
+    aside = _assign_groups(index, np.array([1.0 - test, test]), f"folds/{seed}/test") == 1
     rest = np.flatnonzero(~aside)
     inner = Index([index.keys[i] for i in rest.tolist()], [index.groups[i] for i in rest.tolist()], index.labels[rest])
-    side = _assigned(inner, np.full(count, 1.0 / count), f"folds/{seed}")
+    side = _assign_groups(inner, np.full(count, 1.0 / count), f"folds/{seed}")
     if len(np.unique(side)) < count:
-        raise RecipeError(f"{len(set(inner.groups))} groups do not fill {count} folds: use fewer folds")
+        raise ConfigError(f"{len(set(inner.groups))} groups do not fill {count} folds: use fewer folds")
     return tuple(Split(rest[side != k], rest[side == k], np.flatnonzero(aside)) for k in range(count))
 
 
-def _assigned(index: Index, shares: F64, seed: str) -> I32:
+def _assign_groups(index: Index, shares: F64, seed: str) -> I32:
     """int32[n]: the part of each item. Groups, large ones first, go where they leave labels nearest to their shares."""
     groups, member = np.unique(np.array([str(group) for group in index.groups], object), return_inverse=True)
     _, label = np.unique(np.maximum(index.labels, -1), return_inverse=True)
@@ -118,15 +118,15 @@ def _assigned(index: Index, shares: F64, seed: str) -> I32:
     scale = 1.0 / np.maximum(table.sum(0), 1.0)
     have = np.zeros_like(wanted)
     chosen = np.zeros(len(groups), np.int32)
-    tie = np.array([_key(f"{seed}/{group}") for group in groups.tolist()], np.float64)
+    tie = np.array([_text_key(f"{seed}/{group}") for group in groups.tolist()], np.float64)
     for number in np.lexsort((tie, -table.sum(1))).tolist():
-        chosen[number] = _best(have, wanted, row=table[number], scale=scale, shares=shares)
+        chosen[number] = _neediest_part(have, wanted, row=table[number], scale=scale, shares=shares)
         have[chosen[number]] += table[number]
     side: I32 = chosen[member] if len(groups) else np.zeros(0, np.int32)
     return side
 
 
-def _best(have: F64, wanted: F64, *, row: F64, scale: F64, shares: F64) -> int:
+def _neediest_part(have: F64, wanted: F64, *, row: F64, scale: F64, shares: F64) -> int:
     """The part that lacks most of the labels of this group, each counted in shares of all its items; of equal ones the
     part that lacks most items. Parts of share 0 get nothing."""
     short = ((wanted - have) * scale) @ (row > 0)
@@ -135,7 +135,7 @@ def _best(have: F64, wanted: F64, *, row: F64, scale: F64, shares: F64) -> int:
     return int(np.lexsort((-missing, -np.round(short, 9)))[0])
 
 
-def _key(text: str) -> int:
+def _text_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
 
 
@@ -181,10 +181,10 @@ def find_leaks(
                 seen["key", key].setdefault(part, key)
                 if pictures and key in pictures:
                     seen["picture", pictures[key]].setdefault(part, key)
-    return tuple(_leaks(seen))
+    return tuple(_iter_leaks(seen))
 
 
-def _leaks(seen: Mapping[tuple[str, str], Mapping[str, str]]) -> Iterator[Leak]:
+def _iter_leaks(seen: Mapping[tuple[str, str], Mapping[str, str]]) -> Iterator[Leak]:
     for (kind, name), where in seen.items():
         if len(where) > 1:
             keys = list(where.values())
@@ -222,10 +222,10 @@ def picture_hashes(source: Source, numbers: I64, size: int) -> dict[str, str]:
 
 
 def forbid_test(split: Split, numbers: I64) -> None:
-    """RecipeError when ``numbers``, which training is about to draw from, hold an item of the test part."""
+    """ConfigError when ``numbers``, which training is about to draw from, hold an item of the test part."""
     touched = np.intersect1d(numbers, split.test)
     if len(touched):
-        raise RecipeError(f"{len(touched)} items of the test part are among those to learn from: use the train part")
+        raise ConfigError(f"{len(touched)} items of the test part are among those to learn from: use the train part")
 
 
 def _shared_groups(parts: Mapping[str, tuple[Index, I64]]) -> list[str]:

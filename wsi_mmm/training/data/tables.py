@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from wsi_mmm.errors import ManifestError, RecipeError
+from wsi_mmm.errors import ConfigError, ManifestError
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Survival, Truth
+from wsi_mmm.tasks.targets import Survival, Target
 from wsi_mmm.types import I32
 
 UNKNOWN = frozenset(("", "na", "n/a", "nan", "null", "none", "unknown", "?"))
@@ -55,9 +55,11 @@ class Table:
 
 def read_table(uri: str) -> Table:
     """The table at a path or URI: Parquet by its bytes, else text with a header line, separated by tabs where the file
-    is called .tsv and by commas elsewhere. Raises ManifestError, SlideNotFound, StorageError."""
+    is called .tsv and by commas elsewhere. Raises ManifestError, NotFound, StorageError."""
     name, data = store.redact(uri), store.read_bytes(uri)
-    columns = _parquet(data, name) if data[:4] == b"PAR1" else _text(data, name, "\t" if _is_tsv(uri) else ",")
+    columns = (
+        _parse_parquet(data, name) if data[:4] == b"PAR1" else _parse_csv(data, name, "\t" if _is_tsv(uri) else ",")
+    )
     return Table(name, columns)
 
 
@@ -65,7 +67,7 @@ def _is_tsv(uri: str) -> bool:
     return uri.partition("?")[0].lower().endswith(".tsv")
 
 
-def _text(data: bytes, name: str, separator: str) -> dict[str, tuple[str, ...]]:
+def _parse_csv(data: bytes, name: str, separator: str) -> dict[str, tuple[str, ...]]:
     try:
         rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), delimiter=separator, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -84,7 +86,7 @@ def _text(data: bytes, name: str, separator: str) -> dict[str, tuple[str, ...]]:
     return {key: tuple(row[n].strip() for row in rows[1:]) for n, key in enumerate(header)}
 
 
-def _parquet(data: bytes, name: str) -> dict[str, tuple[str, ...]]:
+def _parse_parquet(data: bytes, name: str) -> dict[str, tuple[str, ...]]:
     try:
         schema = pq.ParquetFile(io.BytesIO(data)).schema_arrow
         file = pq.ParquetFile(
@@ -93,23 +95,23 @@ def _parquet(data: bytes, name: str) -> dict[str, tuple[str, ...]]:
         cells = file.metadata.num_rows * max(1, file.metadata.num_columns)
         if cells > MAX_CELLS:
             raise ManifestError(f"{name} has {cells:,} cells, more than {MAX_CELLS:,}: leave out columns or rows")
-        table = pa.Table.from_batches(_batches(file, name), file.schema_arrow)
+        table = pa.Table.from_batches(_iter_rows(file, name), file.schema_arrow)
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{name} is no Parquet file that can be read ({error}): write it again") from error
-    return {key: tuple(_cell(value) for value in table[key].to_pylist()) for key in table.column_names}
+    return {key: tuple(_cell_text(value) for value in table[key].to_pylist()) for key in table.column_names}
 
 
-def _batches(file: pq.ParquetFile, name: str) -> Iterator[pa.RecordBatch]:
+def _iter_rows(file: pq.ParquetFile, name: str) -> Iterator[pa.RecordBatch]:
     """The rows a few at a time: a value that repeats takes no room in the file, but each time in memory."""
     size = 0
     for batch in file.iter_batches(batch_size=1024):
-        size += sum(_size(column) for column in batch.columns)
+        size += sum(_column_bytes(column) for column in batch.columns)
         if size > MAX_TEXT:
             raise ManifestError(f"{name} holds more than {MAX_TEXT >> 20} MiB: leave out columns or rows")
         yield batch
 
 
-def _size(column: pa.Array) -> int:
+def _column_bytes(column: pa.Array) -> int:
     """Bytes of all values, each counted as often as it stands there."""
     if isinstance(column, pa.DictionaryArray) and pa.types.is_string(column.dictionary.type):
         lengths = pc.binary_length(column.dictionary).take(column.indices)
@@ -117,7 +119,7 @@ def _size(column: pa.Array) -> int:
     return int(column.nbytes)
 
 
-def _cell(value: object) -> str:
+def _cell_text(value: object) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     # Integers with gaps are stored as floats: a class "1" must not become "1.0".
@@ -146,12 +148,12 @@ class TableTask:
     def __post_init__(self) -> None:
         allowed = {"classify": (1,), "multilabel": (1, len(self.labels)), "survive": (2,)}
         if self.kind not in KINDS:
-            raise RecipeError(f"task '{self.task}' of kind {self.kind!r} learns from no table: give {', '.join(KINDS)}")
+            raise ConfigError(f"task '{self.task}' of kind {self.kind!r} learns from no table: give {', '.join(KINDS)}")
         counts = allowed.get(self.kind, (max(1, len(self.columns)),))
         if len(self.columns) not in counts:
-            raise RecipeError(f"task '{self.task}': {len(self.columns)} columns, {self.kind} takes {counts[-1]}")
+            raise ConfigError(f"task '{self.task}': {len(self.columns)} columns, {self.kind} takes {counts[-1]}")
         if self.kind in ("classify", "multilabel") and not self.labels:
-            raise RecipeError(f"task '{self.task}': no labels: list the classes that its columns hold")
+            raise ConfigError(f"task '{self.task}': no labels: list the classes that its columns hold")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +164,10 @@ class SlideTable:
     slides: tuple[str, ...]
     groups: tuple[str, ...]
     splits: tuple[str, ...]
-    truths: Mapping[str, tuple[Truth, ...]]
+    truths: Mapping[str, tuple[Target, ...]]
     table: Table
 
-    def of(self, row: int) -> dict[str, Truth]:
+    def of(self, row: int) -> dict[str, Target]:
         """All truths of a row."""
         return {task: truths[row] for task, truths in self.truths.items()}
 
@@ -193,22 +195,22 @@ def slide_table(
         if name.lower() in UNKNOWN:
             raise table.wrong(row, f"no patient in column {group!r}: give one, so that splits do not divide it")
     splits = table.column(split) if split else ("",) * len(slides)
-    return SlideTable(slides, groups, splits, {task.task: _truths(table, task) for task in tasks}, table)
+    return SlideTable(slides, groups, splits, {task.task: _column_targets(table, task) for task in tasks}, table)
 
 
-def _truths(table: Table, task: TableTask) -> tuple[Truth, ...]:
+def _column_targets(table: Table, task: TableTask) -> tuple[Target, ...]:
     columns = [table.column(name) for name in task.columns]
-    readers: dict[str, Callable[[int, tuple[str, ...]], Truth]] = {
-        "classify": partial(_class, table, task),
-        "multilabel": partial(_labels, table, task),
-        "regress": partial(_values, table, task),
-        "survive": partial(_survival, table, task),
+    readers: dict[str, Callable[[int, tuple[str, ...]], Target]] = {
+        "classify": partial(_class_target, table, task),
+        "multilabel": partial(_label_targets, table, task),
+        "regress": partial(_value_targets, table, task),
+        "survive": partial(_survival_target, table, task),
     }
     read = readers[task.kind]
     return tuple(read(row, cells) for row, cells in enumerate(zip(*columns, strict=True)))
 
 
-def _class(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> int:
+def _class_target(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> int:
     cell = task.values.get(cells[0], cells[0])
     if cell in task.labels:
         return task.labels.index(cell)
@@ -218,16 +220,16 @@ def _class(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> i
     raise table.wrong(row, f"column {task.columns[0]!r} holds {cell!r}, which is none of {known}: correct or map it")
 
 
-def _labels(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Truth:
+def _label_targets(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Target:
     if len(task.columns) == len(task.labels) and (len(cells) > 1 or _is_flag(cells[0])):
         pairs = zip(task.columns, cells, strict=True)
-        return np.array([_flag(table, row, column, cell) for column, cell in pairs], np.float32)
+        return np.array([_parse_flag(table, row, column, cell) for column, cell in pairs], np.float32)
     if cells[0].lower() in UNKNOWN - {"none"}:
         return np.full(len(task.labels), np.nan, np.float32)
     truth = np.zeros(len(task.labels), np.float32)
     for cell in cells[0].split(task.separator):
         if cell.strip() and cell.strip().lower() != "none":
-            truth[_class(table, task, row, (cell.strip(),))] = 1
+            truth[_class_target(table, task, row, (cell.strip(),))] = 1
     return truth
 
 
@@ -235,7 +237,7 @@ def _is_flag(cell: str) -> bool:
     return cell.lower() in YES | NO | UNKNOWN
 
 
-def _flag(table: Table, row: int, column: str, cell: str) -> float:
+def _parse_flag(table: Table, row: int, column: str, cell: str) -> float:
     if cell.lower() in UNKNOWN:
         return math.nan
     if cell.lower() in YES | NO:
@@ -245,12 +247,12 @@ def _flag(table: Table, row: int, column: str, cell: str) -> float:
     )
 
 
-def _values(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Truth:
+def _value_targets(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Target:
     pairs = zip(task.columns, cells, strict=True)
-    return np.array([_float(table, row, column, cell) for column, cell in pairs], np.float32)
+    return np.array([_parse_float(table, row, column, cell) for column, cell in pairs], np.float32)
 
 
-def _float(table: Table, row: int, column: str, cell: str) -> float:
+def _parse_float(table: Table, row: int, column: str, cell: str) -> float:
     if cell.lower() in UNKNOWN:
         return math.nan
     try:
@@ -262,22 +264,22 @@ def _float(table: Table, row: int, column: str, cell: str) -> float:
     return value
 
 
-def _survival(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Survival:
-    time = _float(table, row, task.columns[0], cells[0])
-    event = _flag(table, row, task.columns[1], cells[1])
+def _survival_target(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Survival:
+    time = _parse_float(table, row, task.columns[0], cells[0])
+    event = _parse_flag(table, row, task.columns[1], cells[1])
     if time < 0:
         raise table.wrong(row, f"column {task.columns[0]!r} holds the time {cells[0]}: give 0 or more")
     known = not (math.isnan(time) or math.isnan(event))
     return Survival(time if known else math.nan, bool(known and event))
 
 
-def balance_labels(kind: str, truths: Sequence[Truth]) -> I32:
+def balance_labels(kind: str, truths: Sequence[Target]) -> I32:
     """int32[n]: what balancing and stratifying go by: the class, the first label that holds, whether the event
     happened; -1 where that is unknown or there is nothing of the kind."""
-    return np.array([_balance(truth) if kind != "regress" else -1 for truth in truths], np.int32)
+    return np.array([_balancing_class(truth) if kind != "regress" else -1 for truth in truths], np.int32)
 
 
-def _balance(truth: Truth) -> int:
+def _balancing_class(truth: Target) -> int:
     if isinstance(truth, int):
         return max(truth, -1)
     if isinstance(truth, Survival):

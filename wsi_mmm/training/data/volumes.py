@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from wsi_mmm.errors import InputError, MissingPackage
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data.base import Index
 from wsi_mmm.training.data.folders import mapped
 from wsi_mmm.training.data.images import Pictures, below
@@ -56,7 +56,7 @@ def nifti_slices(
     uris = sorted(uri for uri in store.list_uris(images) if uri.lower().endswith(NIFTI))
     if not uris:
         raise InputError(f"data '{name}': no .nii or .nii.gz below {store.redact(images)}")
-    volumes = lru_cache(maxsize=4)(_nifti)
+    volumes = lru_cache(maxsize=4)(_read_nifti)
     places = [(uri, n) for uri in uris for n in range(volumes(uri).shape[axis])]
     keys = [f"{below(images, uri)}#{n}" for uri, n in places]
 
@@ -64,7 +64,7 @@ def nifti_slices(
         uri, n = places[number]
         return grey(np.take(volumes(uri), n, axis=axis), window, volumes(uri))
 
-    def truths(number: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+    def truths(number: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         if labels is None:
             return {}
         uri, n = places[number]
@@ -85,7 +85,7 @@ def dicom_slices(
     images: str,
     *,
     task: str,
-    label: Callable[[str], Truth] | None = None,
+    label: Callable[[str], Target] | None = None,
     window: Window = AUTO,
 ) -> Pictures:
     """DICOM files (one slice each) below ``images``; the group is the patient (or series) that the file names.
@@ -95,13 +95,15 @@ def dicom_slices(
     uris = [uri for uri in sorted(store.list_uris(images)) if _is_dicom(uri)]
     if not uris:
         raise InputError(f"data '{name}': no DICOM file below {store.redact(images)}")
-    groups = [_patient(uri) for uri in uris]
+    groups = [_patient_id(uri) for uri in uris]
 
     def image(number: int) -> U8:
-        values, own = _dicom(uris[number])
-        return values if values.dtype == np.uint8 and values.ndim == 3 else grey(values, _or(window, own), values)
+        values, own = _read_dicom(uris[number])
+        return (
+            values if values.dtype == np.uint8 and values.ndim == 3 else grey(values, _window_or(window, own), values)
+        )
 
-    def truths(number: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+    def truths(number: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {} if label is None else {task: label(groups[number])}
 
     index = Index([below(images, uri) for uri in uris], groups, np.full(len(uris), -1, np.int32))
@@ -119,12 +121,12 @@ def grey(values: npt.NDArray[Any], window: Window, whole: npt.NDArray[Any]) -> U
     return np.repeat((share * 255.0).round().astype(np.uint8)[..., None], 3, axis=2)
 
 
-def _or(window: Window, other: Window) -> Window:
+def _window_or(window: Window, other: Window) -> Window:
     return other if window == AUTO else window
 
 
-def _nifti(uri: str) -> F32:
-    nibabel = _library("nibabel")
+def _read_nifti(uri: str) -> F32:
+    nibabel = _import_library("nibabel")
     with tempfile.TemporaryDirectory() as folder:  # nibabel reads files
         local = Path(folder) / uri.rpartition("/")[2]
         path = store.local_path(uri) if store.is_local(uri) else local
@@ -141,20 +143,20 @@ def _nifti(uri: str) -> F32:
 
 
 def _is_dicom(uri: str) -> bool:
-    return uri.lower().endswith((".dcm", ".dicom")) or ("." not in uri.rpartition("/")[2] and _magic(uri))
+    return uri.lower().endswith((".dcm", ".dicom")) or ("." not in uri.rpartition("/")[2] and _has_dicom_magic(uri))
 
 
-def _magic(uri: str) -> bool:
+def _has_dicom_magic(uri: str) -> bool:
     return store.read_bytes(uri)[128:132] == b"DICM"
 
 
-def _patient(uri: str) -> str:
-    header = _header(uri, stop=True)
+def _patient_id(uri: str) -> str:
+    header = _read_header(uri, stop=True)
     return str(header.get("PatientID") or header.get("SeriesInstanceUID") or uri)
 
 
-def _header(uri: str, *, stop: bool) -> Any:
-    pydicom = _library("pydicom")
+def _read_header(uri: str, *, stop: bool) -> Any:
+    pydicom = _import_library("pydicom")
     data = store.read_bytes(uri)
     if DEFLATED in data:
         raise InputError(
@@ -166,9 +168,9 @@ def _header(uri: str, *, stop: bool) -> Any:
         raise InputError(f"{store.redact(uri)} is no readable DICOM file ({error})") from error
 
 
-def _dicom(uri: str) -> tuple[npt.NDArray[Any], Window]:
+def _read_dicom(uri: str) -> tuple[npt.NDArray[Any], Window]:
     """Values (rescaled, of one frame) and the window that the file names."""
-    data = _header(uri, stop=False)
+    data = _read_header(uri, stop=False)
     try:
         size = int(data.Rows) * int(data.Columns) * int(data.get("NumberOfFrames", 1) or 1)
         if size > MAX_VOXELS or int(data.get("NumberOfFrames", 1) or 1) != 1:
@@ -192,7 +194,7 @@ def _named_window(data: Any) -> Window:
     return Window(first[0] - first[1] / 2, first[0] + first[1] / 2)
 
 
-def _library(name: str) -> Any:
+def _import_library(name: str) -> Any:
     import importlib
 
     try:

@@ -9,7 +9,7 @@ import pytest
 
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.fake import ArrayReader, synthetic_slide
-from wsi_mmm.tiles.places import read_places
+from wsi_mmm.tiles.stream import read_tiles
 from wsi_mmm.types import Tiles
 
 PIXELS = np.random.default_rng(5).integers(0, 255, (300, 400, 3), dtype=np.uint8)
@@ -18,7 +18,7 @@ PIXELS = np.random.default_rng(5).integers(0, 255, (300, 400, 3), dtype=np.uint8
 def test_places_are_read_in_their_order_and_white_beyond_the_slide() -> None:
     """Also far apart, on each other, and across every edge."""
     xy = np.array([[350, 280], [0, 0], [-20, -30], [0, 0], [120, 77], [2000, 10]])
-    pixels, failed = read_places(ArrayReader(PIXELS), Tiles(xy, 64, 1.0, 1.0))
+    pixels, failed = read_tiles(ArrayReader(PIXELS), Tiles(xy, 64, 1.0, 1.0))
     padded = np.full((500, 600, 3), 255, np.uint8)
     padded[100:400, 100:500] = PIXELS
     for (x, y), tile in zip(xy[:5] + 100, pixels, strict=False):
@@ -31,7 +31,7 @@ def test_places_on_a_damaged_tile_are_marked_and_others_are_not() -> None:
     """By area shared with it."""
     reader = ArrayReader(PIXELS, failed=np.array([[100, 100, 150, 150]], np.int64))
     xy = np.array([[120, 120], [0, 0], [150, 100], [90, 90]])
-    _, failed = read_places(reader, Tiles(xy, 50, 1.0, 1.0))
+    _, failed = read_tiles(reader, Tiles(xy, 50, 1.0, 1.0))
     assert failed.tolist() == [True, False, False, True]
 
 
@@ -41,10 +41,10 @@ def test_a_file_gives_the_same_places_as_its_regions(tiny_slide: Path, scale: fl
     rng = np.random.default_rng(1)
     xy = np.concatenate([rng.integers(-60, 900, (12, 2)), [[1450, 1100]]])
     with open_slide(str(tiny_slide)) as slide:
-        pixels, failed = read_places(slide.reader, Tiles(xy, 96, scale, scale))
+        pixels, failed = read_tiles(slide.reader, Tiles(xy, 96, scale, scale))
         assert not failed.any()
         for (x, y), tile in zip(xy, pixels, strict=True):
-            one, _ = read_places(slide.reader, Tiles(np.array([[x, y]]), 96, scale, scale))
+            one, _ = read_tiles(slide.reader, Tiles(np.array([[x, y]]), 96, scale, scale))
             assert (one[0] == tile).all()
             if scale == 1.0:
                 assert (slide.read_region(int(x), int(y), 96, 96) == tile).all()
@@ -54,5 +54,5 @@ def test_no_places_are_no_pixels(tmp_path: Path) -> None:
     """An empty list is answered with empty arrays."""
     synthetic_slide(tmp_path / "s.tiff", width=512, height=512, nuclei=3)
     with open_slide(str(tmp_path / "s.tiff")) as slide:
-        pixels, failed = read_places(slide.reader, Tiles(np.zeros((0, 2), np.int64), 32, 1.0, 1.0))
+        pixels, failed = read_tiles(slide.reader, Tiles(np.zeros((0, 2), np.int64), 32, 1.0, 1.0))
     assert pixels.shape == (0, 32, 32, 3) and len(failed) == 0
