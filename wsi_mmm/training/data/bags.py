@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from wsi_mmm.cache import Entry
 from wsi_mmm.errors import InputError, StorageError, WsiError
-from wsi_mmm.outputs.exports import MAX_VALUES, Features, read_features
+from wsi_mmm.outputs.exports import MAX_VALUES, SlideFeatures, read_features
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import tile_xy
@@ -135,7 +135,7 @@ def _repeat_index(items: Sequence[BagItem] | Sequence[SlideItem], times: int) ->
 # ---------------------------------------------------------------- files of features
 
 
-def read_item(item: BagItem) -> Features:
+def read_item(item: BagItem) -> SlideFeatures:
     """All vectors of a slide. Raises StorageError, SlideNotFound."""
     if item.grid is not None:
         return entry_features(item.uri, item.grid)
@@ -146,7 +146,7 @@ def read_item(item: BagItem) -> Features:
     )
 
 
-def _without_failed(features: Features, tiles: str) -> Features:
+def _without_failed(features: SlideFeatures, tiles: str) -> SlideFeatures:
     """``features`` less those of tiles that the run's table lists as failed: these were computed on white px."""
     if not store.exists(tiles):
         return features
@@ -157,10 +157,10 @@ def _without_failed(features: Features, tiles: str) -> Features:
     rows = zip(*(table[name].to_pylist() for name in ("x", "y", "failed")), strict=True)
     failed = {(x, y) for x, y, bad in rows if bad}
     good = np.array([tuple(place) not in failed for place in features.coords.tolist()], bool)
-    return Features(features.vectors[good], features.coords[good], features.attributes)
+    return SlideFeatures(features.vectors[good], features.coords[good], features.attributes)
 
 
-def read_h5(uri: str) -> Features:
+def read_h5(uri: str) -> SlideFeatures:
     """``features`` [n, D] (or [1, n, D], as some tools write) and ``coords`` [n, 2] of an HDF5 file."""
     name = store.redact(uri)
     try:
@@ -172,7 +172,7 @@ def read_h5(uri: str) -> Features:
     vectors, coords = vectors.reshape(-1, vectors.shape[-1]), coords.reshape(-1, coords.shape[-1])[:, :2]
     if len(vectors) != len(coords):
         raise StorageError(f"{name} holds {len(vectors)} features and {len(coords)} coords: export it again")
-    return Features(vectors, coords, {})
+    return SlideFeatures(vectors, coords, {})
 
 
 def _values_of(file: Any, name: str) -> Any:
@@ -188,7 +188,7 @@ def _values_of(file: Any, name: str) -> Any:
     return found
 
 
-def entry_features(uri: str, grid: Grid) -> Features:
+def entry_features(uri: str, grid: Grid) -> SlideFeatures:
     """The vectors of an entry of the feature cache whose tiles are those of ``grid``: of the blocks that have a
     receipt, without tiles that could not be read."""
     entry = Entry(uri, grid.rows, grid.columns, 1)
@@ -203,7 +203,7 @@ def entry_features(uri: str, grid: Grid) -> Features:
     good = np.array([tuple(place) not in failed for place in xy.tolist()], bool)
     dense = np.asarray(array[:])
     vectors = dense[index[good, 0], index[good, 1]].astype(np.float32)
-    return Features(vectors, xy[good], {})
+    return SlideFeatures(vectors, xy[good], {})
 
 
 def _read_block_records(uri: str) -> tuple[I64, set[tuple[int, int]]]:
