@@ -14,7 +14,7 @@ import pytest
 import zarr
 from PIL import Image
 
-from helpers.shapes import NUCLEI, ellipses, regions
+from helpers.shapes import NUCLEI, centroids, ellipses, regions
 from wsi_mmm.errors import OptionError, StorageError
 from wsi_mmm.outputs import exports, ragged
 from wsi_mmm.outputs.density import Density
