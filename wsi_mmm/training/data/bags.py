@@ -19,7 +19,7 @@ from wsi_mmm.errors import InputError, StorageError, WsiError
 from wsi_mmm.outputs.exports import MAX_VALUES, Features, read_features
 from wsi_mmm.slides.base import Fetched
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import tile_xy
 from wsi_mmm.tiles.stream import is_far, read_tiles
 from wsi_mmm.training.data.base import Index, Sample
@@ -41,7 +41,7 @@ class BagItem:
     id: str
     uri: str
     group: str = ""
-    truths: Mapping[str, Truth] = field(default_factory=dict)
+    truths: Mapping[str, Target] = field(default_factory=dict)
     label: int = UNKNOWN
     grid: Grid | None = None
 
