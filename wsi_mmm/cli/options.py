@@ -104,7 +104,7 @@ Tls = Annotated[
 Placement = Annotated[
     str | None,
     typer.Option(
-        help="Who reads tiles: workers that run the model (beside), others, into --cache (pool), or auto.",
+        help="Who reads tiles: workers that run the model (beside), or others, into --cache (pool).",
         rich_help_panel=HOW,
         metavar="WHERE",
     ),

@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.host_tuning import keep_memory, short_turns
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.slides.base import Fetched
 from wsi_mmm.tasks import Task
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.stream import Prefetcher, map_ahead
 from wsi_mmm.training.colour import NO_AUGMENT, Augment, recolour
-from wsi_mmm.training.data.base import Sample, SlideSource, Source
+from wsi_mmm.training.data.base import FetchedItems, Sample, SlideSource, Source
 from wsi_mmm.training.policy import Draw, FeedSize, Policy, key_of, of_rank, plan_step
 from wsi_mmm.training.warp import (
     Change,
@@ -191,7 +190,7 @@ def batches(
 
     The same for the same (seed, step) whatever the threads. At most ``threads + READ_AHEAD`` micro-batches are held
     beyond those given out, and from far storage the bytes of FETCHES more. Errors of sources are raised here, in their
-    turn. Closing the iterator cancels what has not begun and leaves no thread behind. Raises RecipeError.
+    turn. Closing the iterator cancels what has not begun and leaves no thread behind. Raises ConfigError.
     """
     by_name = {feed.source.name: feed for feed in feeds}
     names = {name: names_of(feed, tasks) for name, feed in by_name.items()}
@@ -210,7 +209,7 @@ def batches(
         )
         return of_rank(whole, plan.rank, plan.world)
 
-    prefetch: Prefetcher[int, Mapping[int, Fetched]] = Prefetcher(FETCHES)  # by number of the draw
+    prefetch: Prefetcher[int, FetchedItems] = Prefetcher(FETCHES)  # by number of the draw
     far = {feed.source.name for feed in feeds if isinstance(feed.source, SlideSource) and feed.source.remote}
 
     def announce(number: int, draw: Draw) -> None:
@@ -297,12 +296,12 @@ class _Sender:
 
 
 def names_of(feed: Feed, tasks: Mapping[str, Task]) -> tuple[str, ...]:
-    """The tasks that learn from ``feed``. Pictures can always be rebuilt. RecipeError when there are none."""
+    """The tasks that learn from ``feed``. Pictures can always be rebuilt. ConfigError when there are none."""
     known = {name for name, task in tasks.items() if task.info.kind == "reconstruct"} | set(feed.source.tasks)
     wanted = known & set(tasks) if feed.tasks is None else set(feed.tasks)
     wrong = sorted(wanted - (known & set(tasks)))
     if wrong or not wanted:
-        raise RecipeError(
+        raise ConfigError(
             f"feed '{feed.source.name}' knows of: {', '.join(sorted(feed.source.tasks)) or 'no task'}; "
             f"nothing that {', '.join(wrong or tasks)} can learn from: correct its tasks or leave it out"
         )
@@ -315,7 +314,12 @@ def _reading_size(plan: LoadPlan, tasks: Iterable[Task]) -> int:
 
 
 def make_batch(
-    feed: Feed, tasks: Mapping[str, Task], *, draw: Draw, plan: LoadPlan, fetched: Mapping[int, Fetched] | None = None
+    feed: Feed,
+    tasks: Mapping[str, Task],
+    *,
+    draw: Draw,
+    plan: LoadPlan,
+    fetched: FetchedItems | None = None,
 ) -> TrainBatch:
     """The micro-batch of a draw for these tasks, on the CPU: a pure function of the draw and the source's files.
 

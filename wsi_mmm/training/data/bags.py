@@ -22,7 +22,7 @@ from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import tile_xy
 from wsi_mmm.tiles.stream import is_far, read_tiles
-from wsi_mmm.training.data.base import Index, Sample
+from wsi_mmm.training.data.base import FetchedItems, Index, Sample
 from wsi_mmm.training.data.pool import SlidePool
 from wsi_mmm.training.data.slides import Places, SlideItem, check_ids, fetch_tiles, tissue_places
 from wsi_mmm.training.data.tables import SlideTable
@@ -137,7 +137,7 @@ def _repeat_index(items: Sequence[BagItem] | Sequence[SlideItem], times: int) ->
 
 
 def read_item(item: BagItem) -> Features:
-    """All vectors of a slide. Raises StorageError, SlideNotFound."""
+    """All vectors of a slide. Raises StorageError, NotFound."""
     if item.grid is not None:
         return entry_features(item.uri, item.grid)
     if item.uri.lower().endswith((".h5", ".hdf5")):
@@ -240,14 +240,14 @@ class TileBags:
     pool: SlidePool
     remote: bool = False
 
-    def fetch(self, numbers: Sequence[int], size: int) -> dict[int, Fetched]:
+    def fetch(self, numbers: Sequence[int], size: int) -> dict[int, Fetched | None]:
         """Fetch what ``read`` of the same bags needs, by bag; see `SlideSource`."""
         return {
             number: fetch_tiles(self.pool, self.items[number // self.draws.times], self._drawn_tiles(number, size))
             for number in numbers
         }
 
-    def read(self, numbers: Sequence[int], size: int, fetched: Mapping[int, Fetched] | None = None) -> list[Sample]:
+    def read(self, numbers: Sequence[int], size: int, fetched: FetchedItems | None = None) -> list[Sample]:
         """Squares of ``size`` px round the middles of the drawn tiles. Tiles that cannot be read are left out; a bag of
         which none can be is failed."""
         return [self._read_bag(number, size, (fetched or {}).get(number)) for number in numbers]

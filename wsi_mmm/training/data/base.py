@@ -14,6 +14,9 @@ from wsi_mmm.slides.base import Fetched
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.types import F32, I32, I64, U8
 
+FetchedItems = Mapping[int, Fetched | None]
+"""What `SlideSource.fetch` brought, by an id of the source: None where fetching failed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -72,9 +75,9 @@ class SlideSource(Source, Protocol):
     def remote(self) -> bool:
         """Whether reading some of its slides waits for a network."""
 
-    def fetch(self, numbers: Sequence[int], size: int) -> Mapping[int, Fetched]:
+    def fetch(self, numbers: Sequence[int], size: int) -> FetchedItems:
         """Fetch from slides far away what ``read`` of the same items needs, by an id of its own. What cannot be fetched
-        is missing: ``read`` tries again, and says why it fails."""
+        is None: ``read`` tries again, and says why it fails."""
 
-    def read(self, numbers: Sequence[int], size: int, fetched: Mapping[int, Fetched] | None = None) -> list[Sample]:
+    def read(self, numbers: Sequence[int], size: int, fetched: FetchedItems | None = None) -> list[Sample]:
         """As a Source; bytes in ``fetched`` are not fetched again."""

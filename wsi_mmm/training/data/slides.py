@@ -14,15 +14,15 @@ from typing import Literal
 import numpy as np
 
 from wsi_mmm.annotations import Shapes, parse_shapes
-from wsi_mmm.errors import InputError, ManifestError, RecipeError, WsiError
+from wsi_mmm.errors import ConfigError, InputError, ManifestError, WsiError
 from wsi_mmm.slides import Slide
-from wsi_mmm.slides.base import NOTHING_FETCHED, Fetched, TileReader
+from wsi_mmm.slides.base import Fetched, TileReader
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import level0_boxes, make_grid
 from wsi_mmm.tiles.stream import is_far, read_tiles
 from wsi_mmm.tiles.tissue import MIN_TISSUE, select_tiles, tissue_mask
-from wsi_mmm.training.data.base import Index, Sample
+from wsi_mmm.training.data.base import FetchedItems, Index, Sample
 from wsi_mmm.training.data.buckets import Buckets, DryRun, dry_run
 from wsi_mmm.training.data.lessons import PATCH_KINDS, Lesson, choose, map_truths, patch_truths, sheet_of
 from wsi_mmm.training.data.objects import drawn_places
@@ -72,9 +72,9 @@ class Places:
 
     def __post_init__(self) -> None:
         if self.tile < 1 or not 0 <= self.stride <= self.tile:
-            raise RecipeError(f"tile {self.tile}, stride {self.stride}: give 1 or more, the stride up to the tile")
+            raise ConfigError(f"tile {self.tile}, stride {self.stride}: give 1 or more, the stride up to the tile")
         if self.by not in ("grid", "objects") or (self.by == "objects" and self.per_slide < 1):
-            raise RecipeError("places are chosen by 'grid', or by 'objects' with per_slide of 1 or more")
+            raise ConfigError("places are chosen by 'grid', or by 'objects' with per_slide of 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +119,16 @@ class SlideTiles:
         """Whether reading some of its slides waits for a network."""
         return any(slide.remote for slide in self.slides)
 
-    def fetch(self, numbers: Sequence[int], size: int) -> dict[int, Fetched]:
+    def fetch(self, numbers: Sequence[int], size: int) -> dict[int, Fetched | None]:
         """Fetch what ``read`` of the same items needs, by slide; see `SlideSource`."""
-        found: dict[int, Fetched] = {}
+        found: dict[int, Fetched | None] = {}
         for number, _, local in self._items_by_slide(numbers):
             slide = self.slides[number]
             if slide.remote:
                 found[number] = fetch_tiles(self.pool, slide.item, slide.tiles(local, self.tile, size))
         return found
 
-    def read(self, numbers: Sequence[int], size: int, fetched: Mapping[int, Fetched] | None = None) -> list[Sample]:
+    def read(self, numbers: Sequence[int], size: int, fetched: FetchedItems | None = None) -> list[Sample]:
         """Squares of ``size`` px round the middles of these items, slide by slide, in the order of ``numbers``.
 
         Truth per px and boxes are those of the square; labels and numbers those of the item's own tile, whatever
@@ -179,15 +179,15 @@ class SlideTiles:
         return found
 
 
-def fetch_tiles(pool: SlidePool, item: SlideItem, tiles: Tiles) -> Fetched:
-    """Fetch what ``tiles`` of a slide need; nothing when that fails, for reading them then fails too."""
+def fetch_tiles(pool: SlidePool, item: SlideItem, tiles: Tiles) -> Fetched | None:
+    """Fetch what ``tiles`` of a slide need; None when that fails: reading them tries again, and says why."""
     try:
         with pool.reader(item.uri, item.mpp, tiles) as reader:
             if isinstance(reader, TileReader) and reader.remote:
                 return reader.fetch([tiles])
     except WsiError as error:
         _log.debug("fetching ahead from %s failed: %s", item.id, error)
-    return NOTHING_FETCHED
+    return None
 
 
 def _rejection_reasons(item: SlideItem, tiles: Tiles, failed: Mask) -> list[str]:
@@ -246,7 +246,7 @@ def _check_sampling(name: str, items: Sequence[SlideItem], places: Places, lesso
     if len(set(taught)) < len(taught):
         raise InputError(f"data '{name}': a task is listed twice among {', '.join(taught)}: keep one")
     if places.by == "objects" and not lessons:
-        raise RecipeError(f"data '{name}': places by objects need annotations: name a task, or choose by 'grid'")
+        raise ConfigError(f"data '{name}': places by objects need annotations: name a task, or choose by 'grid'")
 
 
 def check_ids(name: str, ids: Sequence[str]) -> None:
@@ -296,7 +296,7 @@ def _annotations_by_task(slide: Slide, item: SlideItem, places: Places, lessons:
 
 
 def read_shapes(uri: str, values: Sequence[str] = ()) -> Shapes:
-    """The shapes of an annotation file at a path or URI. Raises AnnotationError, StorageError, SlideNotFound."""
+    """The shapes of an annotation file at a path or URI. Raises AnnotationError, StorageError, NotFound."""
     return parse_shapes(store.read_bytes(uri), store.redact(uri), values)
 
 
@@ -336,7 +336,7 @@ def _candidate_tiles(slide: Slide, places: Places, sheet: Sheet) -> I64:
 
 
 def tissue_places(slide: Slide, places: Places) -> I64:
-    """Corners int64[n, 2] (x, y), target px, of the tiles of a slide's grid that hold tissue. Raises RecipeError."""
+    """Corners int64[n, 2] (x, y), target px, of the tiles of a slide's grid that hold tissue. Raises ConfigError."""
     stride = places.stride or places.tile
     grid = make_grid(slide.info, places.mpp, tile=places.tile, overlap=places.tile - stride)
     return select_tiles(grid, tissue_mask(slide), places.min_tissue)[:, ::-1] * stride
@@ -364,7 +364,7 @@ def beside(uri: str, pattern: str, *, needed: bool = True) -> str | None:
     try:
         found = pattern.format(folder=folder or ".", name=name, stem=PurePosixPath(name).stem)
     except (KeyError, IndexError, ValueError) as error:
-        raise RecipeError(f"annotation pattern {pattern!r}: use {{folder}}, {{name}} and {{stem}} only") from error
+        raise ConfigError(f"annotation pattern {pattern!r}: use {{folder}}, {{name}} and {{stem}} only") from error
     if store.exists(found):
         return found
     if needed:
