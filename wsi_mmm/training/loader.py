@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from wsi_mmm.errors import RecipeError
-from wsi_mmm.host_tuning import keep_memory, short_turns
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.tasks.targets import Target
@@ -222,7 +221,6 @@ def _iter_steps(
     sender: _Sender,
     tally: Tally,
 ) -> Iterator[tuple[TrainBatch, ...]]:
-    keep_memory()
     with ExitStack() as stack:
         made = _made_ahead((draw for step in steps for draw in drawn(step)), make, threads=threads, stack=stack)
         for step in steps:
@@ -243,7 +241,6 @@ def _made_ahead(
     stack.callback(torch.set_num_threads, torch.get_num_threads())
     pool = ThreadPoolExecutor(threads, "wsi-mmm-batch", initializer=torch.set_num_threads, initargs=(1,))
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-    stack.enter_context(short_turns())
     waiting: deque[Future[TrainBatch]] = deque()
     while True:
         while len(waiting) < threads + READ_AHEAD and (draw := next(draws, None)) is not None:
