@@ -73,7 +73,7 @@ def run(
         the others.
 
     Raises:
-        RecipeError, ModelError, ManifestError, OutputError, ClusterError: before any slide is begun.
+        OptionError, ModelError, ManifestError, OutputError, ClusterError: before any slide is begun.
         Cancelled: on Ctrl-C; running the same again resumes.
     """
     order = order_run(slides, model, output=output, tasks=tasks, workers=workers, scheduler=scheduler, **options)

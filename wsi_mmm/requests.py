@@ -14,7 +14,7 @@ from wsi_mmm.engine.monitoring import run_report
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.run import RunRequest
 from wsi_mmm.engine.units import Placement, SlideTask
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import OptionError
 from wsi_mmm.host_tuning import cpu_count
 from wsi_mmm.inputs import expand_inputs, leads_away
 from wsi_mmm.model.fetched import fetched
@@ -35,7 +35,7 @@ _KINDS: dict[str, tuple[type, str]] = {
 
 
 def model_recipe(model: str, tasks: str | Sequence[str] | None, options: dict[str, Any]) -> Recipe:
-    """The recipe of a model's tasks (None: all of them), with what ``options`` say. RecipeError, ModelError."""
+    """The recipe of a model's tasks (None: all of them), with what ``options`` say. OptionError, ModelError."""
     from wsi_mmm.model.card import read_card
     from wsi_mmm.model.identity import model_identity
 
@@ -45,7 +45,7 @@ def model_recipe(model: str, tasks: str | Sequence[str] | None, options: dict[st
     wanted = list(dict.fromkeys([tasks] if isinstance(tasks, str) else tasks)) if tasks else known
     for name in wanted:
         if name not in known:
-            raise RecipeError(f"model {model!r} has no task {name!r}; it has: {', '.join(known) or 'none'}")
+            raise OptionError(f"model {model!r} has no task {name!r}; it has: {', '.join(known) or 'none'}")
     chosen = tuple(name for name in known if name in wanted)
     check_weights(here, card.weights_sha256)
     base = Recipe(model, model_identity(here, card), chosen, card.mpp, card.tile_size, card.overlap)
@@ -53,7 +53,7 @@ def model_recipe(model: str, tasks: str | Sequence[str] | None, options: dict[st
 
 
 def encoder_recipe(encoder: str, weights: str | None, options: dict[str, Any]) -> Recipe:
-    """The recipe of features alone: of a model's encoder, or of a bare one. RecipeError, ModelError."""
+    """The recipe of features alone: of a model's encoder, or of a bare one. OptionError, ModelError."""
     from wsi_mmm.model.card import read_card
     from wsi_mmm.model.identity import encoder_identity, is_model, model_identity
 
@@ -76,11 +76,11 @@ def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
         given["tile"] = given.pop("tile_size")
         given.setdefault("overlap", min(recipe.overlap, given["tile"] // 8 // 2 * 2))
     if given.get("reader") not in (None, *READERS):
-        raise RecipeError(f"there is no reader {given['reader']!r}; choose one of {', '.join(READERS)}")
+        raise OptionError(f"there is no reader {given['reader']!r}; choose one of {', '.join(READERS)}")
     for name in {"tissue", "regions", "cache"} & set(given):  # a worker may stand in another folder
         given[name] = given[name] if given[name] in ("auto", "none") else _absolute(given[name])
     if "cache_quota" in given and not store.is_local(given.get("cache", ".")):
-        raise RecipeError("a quota holds for a cache in a folder; give a bucket a lifecycle rule instead")
+        raise OptionError("a quota holds for a cache in a folder; give a bucket a lifecycle rule instead")
     return replace(recipe, user_cache=user_cache(), **given)
 
 
@@ -91,9 +91,9 @@ def _bytes(value: Any) -> int:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """``value`` of an option as a plain int, float, bool or str; RecipeError when the name or the type is wrong."""
+    """``value`` of an option as a plain int, float, bool or str; OptionError when the name or the type is wrong."""
     if name not in _KINDS:
-        raise RecipeError(f"unknown option {name!r}; known: {', '.join(sorted(_KINDS))}")
+        raise OptionError(f"unknown option {name!r}; known: {', '.join(sorted(_KINDS))}")
     kind, words = _KINDS[name]
     value = str(value) if isinstance(value, Path) else value
     if name == "cache_tiles" and isinstance(value, bool):
@@ -101,7 +101,7 @@ def _checked(name: str, value: Any) -> Any:
     if name == "cache_quota":
         value = _bytes(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise RecipeError(f"option {name} must be {words}, not {value!r}")
+        raise OptionError(f"option {name} must be {words}, not {value!r}")
     plain: dict[type, type] = {Integral: int, Real: float}
     return plain.get(kind, kind)(value)
 
@@ -109,9 +109,9 @@ def _checked(name: str, value: Any) -> Any:
 def order_of(
     slides: Slides, recipe: Recipe, output: str | Path, workers: object, scheduler: str | None, options: dict[str, Any]
 ) -> RunRequest:
-    """Which slides go where, by which recipe. RecipeError, ManifestError, OutputError."""
+    """Which slides go where, by which recipe. OptionError, ManifestError, OutputError."""
     if not isinstance(workers, int) or workers < 0:
-        raise RecipeError(f"workers must be a whole number of 0 or more, not {workers!r}")
+        raise OptionError(f"workers must be a whole number of 0 or more, not {workers!r}")
     if workers and recipe.threads is None:  # they share this machine's processors
         recipe = replace(recipe, threads=max(1, cpu_count() // workers))
     items = [slides] if isinstance(slides, str | Path | SlideSpec) else list(slides)
@@ -134,11 +134,11 @@ def _placement(word: str | None, recipe: Recipe) -> Placement:
     for known in get_args(Placement):
         if word in (known, None):
             if known == "pool" and recipe.cache is None:
-                raise RecipeError(
+                raise OptionError(
                     "with placement pool tiles go through a cache that all workers see: name it with --cache"
                 )
             return cast("Placement", known)
-    raise RecipeError(f"placement is beside or pool, not {word!r}")
+    raise OptionError(f"placement is beside or pool, not {word!r}")
 
 
 def checked_here(order: RunRequest) -> RunRequest:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wsi_mmm import config
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import OptionError
 
 if TYPE_CHECKING:
     from wsi_mmm.engine.monitoring.observe import Observe
@@ -39,13 +39,13 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def observed(options: Mapping[str, Any]) -> tuple[Observe | None, dict[str, Any]]:
-    """What of ``options`` says how the run is shown (None: nothing does), and the rest of them. Raises RecipeError."""
+    """What of ``options`` says how the run is shown (None: nothing does), and the rest of them. Raises OptionError."""
     rest = dict(options)
     given = {name: rest.pop(name) for name in _KINDS if name in rest}
     for name, value in given.items():
         kinds, words = _KINDS[name]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise RecipeError(f"option {name} must be {words}, not {value!r}")
+            raise OptionError(f"option {name} must be {words}, not {value!r}")
     if isinstance(given.get("traces"), bool):
         given["traces"] = config.trace_exporter() if given["traces"] else None
     if not given:

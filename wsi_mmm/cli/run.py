@@ -41,7 +41,7 @@ from wsi_mmm.cli.options import (
     Workers,
 )
 from wsi_mmm.cli.progress import progress, verdict
-from wsi_mmm.errors import ManifestError, RecipeError, WsiError
+from wsi_mmm.errors import ManifestError, OptionError, WsiError
 
 if TYPE_CHECKING:
     from wsi_mmm.api import RunReport
@@ -269,7 +269,7 @@ def _leave(inputs: list[str], output: str, options: dict[str, Any]) -> int:
 
     scheduler = options.pop("scheduler", None)
     if scheduler is None:
-        raise RecipeError("a job is left to a cluster: name it with --scheduler")
+        raise OptionError("a job is left to a cluster: name it with --scheduler")
     options.pop("workers", None)
     observe, rest = observed(options)
     shown: dict[str, Any] = {"observe": observe} if observe else {}

@@ -9,7 +9,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import OptionError
 from wsi_mmm.model.identity import RUNTIMES
 
 RESULT_FORMAT = 3  # raised when the same recipe would give other objects or other files
@@ -64,35 +64,35 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mpp) and self.mpp > 0):
-            raise RecipeError(f"mpp must be a positive number of micrometres per pixel, not {self.mpp}")
+            raise OptionError(f"mpp must be a positive number of micrometres per pixel, not {self.mpp}")
         if self.tasks:
             self._check_maps()
         if self.tile < 16 or not 0 <= self.overlap < self.tile:
             sizes = f"tile size {self.tile} px and overlap {self.overlap} px"
-            raise RecipeError(f"{sizes} do not fit: tiles have at least 16 px and overlap by less than themselves")
+            raise OptionError(f"{sizes} do not fit: tiles have at least 16 px and overlap by less than themselves")
         if not 1 <= self.block_tiles <= 64:
-            raise RecipeError(f"block_tiles must be between 1 and 64, not {self.block_tiles}")
+            raise OptionError(f"block_tiles must be between 1 and 64, not {self.block_tiles}")
         if self.batch_size < 1:
-            raise RecipeError(f"batch size must be at least 1, not {self.batch_size}")
+            raise OptionError(f"batch size must be at least 1, not {self.batch_size}")
         if self.threads is not None and self.threads < 1:
-            raise RecipeError(f"threads must be at least 1, not {self.threads}")
+            raise OptionError(f"threads must be at least 1, not {self.threads}")
         if self.cache_tiles not in ("auto", "on", "off"):
-            raise RecipeError(f"cache_tiles is auto, on or off, not {self.cache_tiles!r}")
+            raise OptionError(f"cache_tiles is auto, on or off, not {self.cache_tiles!r}")
         if self.cache_tiles == "on" and self.cache is None:
-            raise RecipeError("tiles can only be cached where there is a cache: name a folder with --cache")
+            raise OptionError("tiles can only be cached where there is a cache: name a folder with --cache")
         if not 0 <= self.min_tissue <= 1:
-            raise RecipeError(f"min_tissue is a share between 0 and 1, not {self.min_tissue}")
+            raise OptionError(f"min_tissue is a share between 0 and 1, not {self.min_tissue}")
         if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", self.device):
-            raise RecipeError(f"there is no device {self.device!r}; choose auto, cpu, cuda or cuda:N")
+            raise OptionError(f"there is no device {self.device!r}; choose auto, cpu, cuda or cuda:N")
         if self.runtime not in RUNTIMES:
-            raise RecipeError(f"there is no runtime {self.runtime!r}; choose one of: {', '.join(RUNTIMES)}")
+            raise OptionError(f"there is no runtime {self.runtime!r}; choose one of: {', '.join(RUNTIMES)}")
 
     def _check_maps(self) -> None:
         """Maps of neighbouring tiles must lie on one grid of map pixels (strides up to 8, encoders down to 32)."""
         if self.tile < 64 or self.tile % 32:
-            raise RecipeError(f"tile size must be a multiple of 32 px of at least 64, not {self.tile}")
+            raise OptionError(f"tile size must be a multiple of 32 px of at least 64, not {self.tile}")
         if not 0 <= self.overlap <= self.tile // 2 or self.overlap % 8:
-            raise RecipeError(f"overlap must be a multiple of 8 px and at most half a tile, not {self.overlap}")
+            raise OptionError(f"overlap must be a multiple of 8 px and at most half a tile, not {self.overlap}")
 
     def forward_hash(self, kind: str, scale: tuple[float, float], reader: str = "") -> str:
         """Hash of what the network's values depend on.
