@@ -11,7 +11,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
-import logging
 import queue
 import threading
 import time
@@ -51,7 +50,7 @@ from wsi_mmm.engine.stages import perform
 from wsi_mmm.engine.units import Capabilities, Kind, UnitResult, WorkUnit, failure_of
 from wsi_mmm.errors import ClusterError, WsiError
 from wsi_mmm.storage import store
-from wsi_mmm.storage.outage import patiently
+from wsi_mmm.storage.retry import retry_unit
 
 AHEAD = 2  # units waiting at each worker thread, so that none waits for the client
 CHECK_EVERY = 2.0  # seconds between looks at which workers and which other jobs there are: they come and go
@@ -68,7 +67,7 @@ SentFuture = Future[list[SentResult]]
 
 def run_bundle(bundle: bytes) -> list[SentResult]:
     """Run units on a worker; ``bundle``: a unit a line. Our errors become Failures; on others Dask tries once more."""
-    return [_run_line(lambda unit: patiently(perform.perform, unit), line) for line in bundle.split(b"\n")]
+    return [_run_line(lambda unit: retry_unit(perform.perform, unit), line) for line in bundle.split(b"\n")]
 
 
 def run_bundle_isolated(bundle: bytes) -> list[SentResult]:
@@ -336,9 +335,6 @@ def workers_of(client: Client) -> dict[str, WorkerFacts]:
     return {name: WorkerFacts(facts["nthreads"], dict(facts.get("resources") or {})) for name, facts in found.items()}
 
 
-NOISY = ("distributed", *(f"distributed.{part}" for part in ("batched", "client", "comm", "core", "utils")))
-
-
 def connect(address: str, timeout: float = 10.0, *, tls: Tls | None = None) -> DaskExecutor:
     """The cluster at ``address``: tcp://host:port; with ``tls``, tls://host:port.
 
@@ -354,8 +350,6 @@ def client_of(cluster: Client | str, timeout: float = 10.0, *, tls: Tls | None =
     """A client of the scheduler at an address; a client is given back. ClusterError when nobody answers."""
     if not isinstance(cluster, str):
         return cluster
-    for name in NOISY:  # what they have to say is said in our words
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         kept = {"distributed.admin.low-level-log-length": LOG_LENGTH}
         with dask.config.set({"distributed.comm.timeouts.connect": timeout, **kept}):

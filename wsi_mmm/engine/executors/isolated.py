@@ -41,12 +41,12 @@ def serve(source: int, sink: int) -> None:
     """Run in the new process: read the unit from file descriptor ``source``, write its result to ``sink``."""
     from wsi_mmm.engine.stages.perform import perform as run_unit
     from wsi_mmm.engine.units import failure_of
-    from wsi_mmm.storage.outage import patiently
+    from wsi_mmm.storage.retry import retry_unit
 
     with Connection(source, writable=False) as hear, Connection(sink, readable=False) as answer:
         unit: WorkUnit = hear.recv()
         try:
-            answer.send(patiently(run_unit, unit))
+            answer.send(retry_unit(run_unit, unit))
         except Exception as error:  # noqa: BLE001  (sent as a Failure)
             answer.send(failure_of(unit, error))
 

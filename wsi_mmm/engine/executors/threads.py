@@ -6,12 +6,11 @@ block n and writing block n - 1 overlap; plan, interpret and publish run in the 
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -21,16 +20,10 @@ from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.stages.perform import perform
 from wsi_mmm.engine.units import Capabilities, Kind, UnitResult, WorkUnit, failure_of
 from wsi_mmm.errors import WsiError
-from wsi_mmm.host_tuning import short_turns
-from wsi_mmm.storage.outage import patiently
+from wsi_mmm.storage.retry import retry_unit
 from wsi_mmm.types import Batch
 
 T = TypeVar("T")
-
-
-def cpu_count() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ThreadsExecutor:
@@ -46,8 +39,6 @@ class ThreadsExecutor:
         self._running: dict[str, int] = {"forward": 0, "other": 0}
         self._limits = {"forward": models + max(1, readers) + 1, "other": max(1, finishers) + 1}
         self._stopped = threading.Event()
-        self._turns = ExitStack()
-        self._turns.enter_context(short_turns())
         self._recipe: Recipe | None = recipe
 
     def room(self, kind: Kind) -> int:
@@ -109,7 +100,7 @@ class ThreadsExecutor:
 
     def _retrying(self, step: Callable[[], T]) -> T:
         """The value of a step, which is tried again while storage is away."""
-        return patiently(lambda _: step(), None, stopped=self._stopped)
+        return retry_unit(lambda _: step(), None, stopped=self._stopped)
 
     def wait(self, timeout: float) -> UnitResult | None:
         """The next result, or None after ``timeout`` seconds."""
@@ -125,7 +116,6 @@ class ThreadsExecutor:
         self._stopped.set()
         for pool in (self._readers, self._models, self._finishers):
             pool.shutdown(wait=True, cancel_futures=cancel)
-        self._turns.close()
         context.release(models=False)
 
 
