@@ -19,7 +19,9 @@ from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.units import SlideTask, UnitFacts, WorkUnit
 from wsi_mmm.errors import MissingPackage, ModelError
 from wsi_mmm.slides import Reader, Slide
+from wsi_mmm.slides.base import Fetched
 from wsi_mmm.storage import store
+from wsi_mmm.tiles.stream import Prefetcher
 from wsi_mmm.timing import StageTimer, Step, StepTime, timed, worker_name
 from wsi_mmm.types import Grid, Tiles
 
@@ -38,11 +40,16 @@ _tasks: dict[tuple[str, str, tuple[str, ...]], list[Task]] = {}
 _entries: OrderedDict[tuple[str, int], Entry] = OrderedDict()
 
 
+UnitFetches = Prefetcher[WorkUnit, Fetched | None]
+"""Gives a forward unit the bytes that were fetched for it before its turn."""
+
+
 @dataclass(slots=True)
 class UnitContext:
     """What a unit needs, each opened when it is first asked for. Used by one thread at a time."""
 
     unit: WorkUnit
+    fetches: UnitFetches | None = None
     times: list[StepTime] = field(default_factory=list)
     _opened: ExitStack = field(default_factory=ExitStack)
     _slide: Slide | None = None
@@ -119,9 +126,9 @@ class UnitContext:
 
 
 @contextmanager
-def unit_context(unit: WorkUnit) -> Iterator[UnitContext]:
+def unit_context(unit: WorkUnit, fetches: UnitFetches | None = None) -> Iterator[UnitContext]:
     """The context of a unit, closed at the end."""
-    ctx = UnitContext(unit)
+    ctx = UnitContext(unit, fetches)
     try:
         yield ctx
     finally:
