@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wsi_mmm.training.fewshot_run import Fitted
     from wsi_mmm.training.fit import Progress
     from wsi_mmm.training.fractions import Curve
-    from wsi_mmm.training.job import Listener, Prepared, Trained
+    from wsi_mmm.training.job import Prepared, Trained, TrainingListener
 
 
 def train(
@@ -25,7 +25,7 @@ def train(
     *,
     settings: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
-    listener: Listener | None = None,
+    listener: TrainingListener | None = None,
     client: Client | None = None,
 ) -> Trained:
     """Train one encoder for many tasks; the same again goes on from the last checkpoint.
@@ -49,7 +49,7 @@ def train(
 
     if client is not None:
         return job.train_on_dask(client, _training(config, settings), _slides_named)
-    heard = job.Listener(on_step=progress) if progress is not None else job.QUIET
+    heard = job.TrainingListener(on_step=progress) if progress is not None else job.QUIET
     return job.train(_training(config, settings), listener or heard, _slides_named)
 
 
@@ -77,7 +77,7 @@ def train_fractions(
     seeds: int = 3,
     metric: str = "",
     settings: Sequence[str] = (),
-    listener: Listener | None = None,
+    listener: TrainingListener | None = None,
 ) -> Curve:
     """Train on several shares of the training items, each with seeds 0 to ``seeds - 1`` added to the configuration's.
 

@@ -14,7 +14,7 @@ import pytest
 from shapely.geometry import Polygon
 from typer.testing import CliRunner, Result
 
-from helpers.lessons import MODEL, geojson, joint
+from helpers.annotation_targets import MODEL, geojson, joint
 from wsi_mmm import api
 from wsi_mmm.cli import console, train
 from wsi_mmm.cli.main import app

@@ -221,8 +221,8 @@ def samples() -> list[Sample]:
     found = []
     for number, side in enumerate((SIZE, SIZE, SIZE - 10, SIZE)):
         pixels = rng.integers(0, 256, (side, side, 3), np.uint8)
-        truths = {"t0": number % 3, "t1": rng.integers(0, 3, (side, side)).astype(np.int32)}
-        found.append(Sample(str(number), pixels, truths=truths, failed="broken" if number == 3 else ""))
+        targets = {"t0": number % 3, "t1": rng.integers(0, 3, (side, side)).astype(np.int32)}
+        found.append(Sample(str(number), pixels, targets=targets, failed="broken" if number == 3 else ""))
     return found
 
 
@@ -244,10 +244,10 @@ def test_every_kind_of_answer_is_validated() -> None:
     vectors = rng.normal(size=(5, model.vector_width)).astype(np.float32)
     known = [
         *samples()[:1],
-        Sample("tiles", tiles, truths={"t2": 1}),
-        Sample("features", vectors=vectors, truths={"t2": 2}),
+        Sample("tiles", tiles, targets={"t2": 1}),
+        Sample("features", vectors=vectors, targets={"t2": 2}),
     ]
-    known[0] = replace(known[0], truths={"t0": known[0].truths["t1"]})
+    known[0] = replace(known[0], targets={"t0": known[0].targets["t1"]})
     beats: list[int] = []
     found = figures(model.eval(), tasks, known, beat=lambda: beats.append(1))
     assert found.keys() == {"t0", "t1", "t2"} and len(beats) == 3
@@ -262,11 +262,11 @@ def test_validation_changes_nothing() -> None:
 def test_training_stops_when_nothing_gets_better() -> None:
     """A metric that cannot rise any more ends training after ``patience`` validations."""
     seen: list[int] = []
-    known = [replace(sample, truths={"t0": -1}) for sample in samples()]  # accuracy of nothing: always the same
+    known = [replace(sample, targets={"t0": -1}) for sample in samples()]  # accuracy of nothing: always the same
     plan = replace(PLAN, steps=50, validate_every=1, best="t1.miou", patience=3)
     with pytest.raises(ConfigError, match=r"best is 't1\.miou', which validation does not give"):
         train(plan, validation=lambda: known)
-    always = [replace(sample, truths={"t1": np.zeros_like(sample.truths["t1"])}) for sample in samples()]
+    always = [replace(sample, targets={"t1": np.zeros_like(sample.targets["t1"])}) for sample in samples()]
     name = _first_metric(always)
     train(
         replace(plan, best=f"t1.{name}", optim=OptimPlan(rate=0.0)),
@@ -306,7 +306,7 @@ def test_two_thousand_steps_with_flat_memory(tmp_path: Path) -> None:
             memory.append(process.memory_info().rss)
 
     plan = FitPlan(2000, optim=OptimPlan(average=0.99), validate_every=500, checkpoint_every=500, folder=str(tmp_path))
-    validation = [replace(sample, truths={"t0": 1, "t1": sample.truths["t1"]}) for sample in samples()]
+    validation = [replace(sample, targets={"t0": 1, "t1": sample.targets["t1"]}) for sample in samples()]
     callbacks = Callbacks(on_step=on_step)
     fit(model, tasks, Feed(batches, validation=lambda: validation), plan=plan, callbacks=callbacks)
     assert len(memory) == 20

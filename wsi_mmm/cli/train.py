@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from wsi_mmm.training.data.buckets import DryRun
     from wsi_mmm.training.fit import Progress
     from wsi_mmm.training.fractions import Curve
-    from wsi_mmm.training.job import Listener, Prepared
+    from wsi_mmm.training.job import Prepared, TrainingListener
 
 EVERY = 5.0  # seconds between lines of progress
 
@@ -158,20 +158,20 @@ def _counts(classes: Mapping[str, int]) -> str:
 
 
 @contextmanager
-def _listening() -> Iterator[Listener]:
-    from wsi_mmm.training.job import Listener
+def _listening() -> Iterator[TrainingListener]:
+    from wsi_mmm.training.job import TrainingListener
 
     if flags.json:
-        yield Listener(
+        yield TrainingListener(
             on_step=lambda p: say_json({"step": p.step, "losses": p.losses, "rate": p.rate, "pace": p.pace}),
             on_validation=lambda step, found: say_json({"step": step, "val": found}),
             on_checkpoint=lambda step, uri: say_json({"step": step, "checkpoint": uri}),
         )
     elif sys.stdout.isatty():
         with _bar() as (step, line):
-            yield Listener(step, lambda n, found: line(_told(n, found)), say=line)
+            yield TrainingListener(step, lambda n, found: line(_told(n, found)), say=line)
     else:
-        yield Listener(_Lines(), lambda n, found: say(_told(n, found)), say=say)
+        yield TrainingListener(_Lines(), lambda n, found: say(_told(n, found)), say=say)
 
 
 class _Lines:

@@ -25,12 +25,12 @@ from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.training import optim, state
-from wsi_mmm.training.forward import Bench, Look, plain
+from wsi_mmm.training.forward import Preprocess, TrainingContext, plain
 from wsi_mmm.training.norms import Norms
 from wsi_mmm.training.optim import OptimPlan
-from wsi_mmm.training.ranks import ALONE, Ranks, first_word, spread, total
-from wsi_mmm.training.state import Shelf, Training
-from wsi_mmm.training.strategies import Strategy, StrategyPlan, Work, make_strategy
+from wsi_mmm.training.ranks import ALONE, Ranks, first_message, spread, total
+from wsi_mmm.training.state import CheckpointStore, Training
+from wsi_mmm.training.strategies import Strategy, StrategyInputs, StrategyPlan, make_strategy
 from wsi_mmm.training.validate import Figures, figures
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Feed:
     pixels to what the encoder takes. ``validation()``: the held-out samples, anew each time."""
 
     batches: Callable[[int], Iterable[tuple[TrainBatch, ...]]]
-    look: Look = plain
+    look: Preprocess = plain
     validation: Callable[[], Iterable[Sample]] | None = None
 
 
@@ -116,7 +116,7 @@ QUIET = Callbacks()
 class _Run:
     """What the functions of the loop share."""
 
-    bench: Bench
+    bench: TrainingContext
     norms: Norms
     feed: Feed
     plan: FitPlan
@@ -124,7 +124,7 @@ class _Run:
     ranks: Ranks
     strategy: Strategy
     training: Training
-    shelf: Shelf | None
+    shelf: CheckpointStore | None
     stop: threading.Event = field(default_factory=threading.Event)
     since: tuple[int, float] = (0, 0.0)
     empty: int = 0
@@ -201,8 +201,8 @@ def _start_run(
     scale = optim.first_scale(plan.optim.precision)
     training = Training(model, optim.Optimiser(learning, plan.optim, ranks), strategy.own, average, scale)
     norms = Norms(model, ranks)
-    bench = Bench(model, tasks, feed.look, optim.autocast_type(plan.optim.precision), norms)
-    shelf = Shelf(plan.folder, identity(plan, tasks, model), plan.keep) if plan.folder else None
+    bench = TrainingContext(model, tasks, feed.look, optim.autocast_type(plan.optim.precision), norms)
+    shelf = CheckpointStore(plan.folder, identity(plan, tasks, model), plan.keep) if plan.folder else None
     return _Run(bench, norms, feed, plan, callbacks, ranks, strategy, training, shelf)
 
 
@@ -233,7 +233,7 @@ def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
     training.lost += int(lost)
     factor = optim.factor(plan.optim, training.step, plan.steps)
     moving = tuple(batch.to(run.ranks.device) for batch in batches)
-    work = Work(run.bench, moving, plan.weights, training.step, run.ranks, training.scale.value)
+    work = StrategyInputs(run.bench, moving, plan.weights, training.step, run.ranks, training.scale.value)
     losses: dict[str, float] = {}
     norm: float | None = None
     run.norms.begin()
@@ -280,7 +280,7 @@ def _skip_step(run: _Run, error: NotFinite) -> None:
 def _nothing_read(run: _Run, failed: tuple[str, ...], found: bool) -> None:
     run.empty = 0 if found else run.empty + 1
     if run.empty >= EMPTY:
-        why = first_word(run.ranks, failed[0] if failed else "") or "the batches serve none of the tasks"
+        why = first_message(run.ranks, failed[0] if failed else "") or "the batches serve none of the tasks"
         raise InputError(f"in {run.empty} steps in a row there was nothing to learn from: {why}")
 
 

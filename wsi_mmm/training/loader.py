@@ -23,7 +23,7 @@ from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.colour import NO_AUGMENT, Augment, recolour
-from wsi_mmm.training.data.base import Sample, Source
+from wsi_mmm.training.data.base import DataSource, Sample
 from wsi_mmm.training.policy import Draw, FeedSize, Policy, key_of, of_rank, plan_step
 from wsi_mmm.training.warp import (
     Change,
@@ -31,9 +31,9 @@ from wsi_mmm.training.warp import (
     draw_thetas,
     padded,
     reach,
-    unknown_truth,
+    unknown_target,
     warp_pixels,
-    warp_truth,
+    warp_target,
     widened,
 )
 from wsi_mmm.types import F32, I64, U8
@@ -45,7 +45,7 @@ READ_AHEAD = 2
 """Micro-batches that may wait, ready, beyond those that the threads are making."""
 
 CHANGE = Change()
-_TOLD = 20  # reasons for failures that are kept
+_MAX_WARNINGS = 20  # reasons for failures that are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class Feed:
     """A data set as training draws from it. ``numbers``: the items that may be drawn (None: all), ``batch`` of them
     make a micro-batch; ``tasks``: those that learn from it (None: all that its source knows something about)."""
 
-    source: Source
+    source: DataSource
     batch: int
     numbers: I64 | None = None
     weight: float = 1.0
@@ -150,7 +150,7 @@ class Tally:
         self.items += len(batch)
         self.failed += len(batch.failed)
         self.empty += not len(batch)
-        self.reasons += batch.failed[: max(0, _TOLD - len(self.reasons))]
+        self.reasons += batch.failed[: max(0, _MAX_WARNINGS - len(self.reasons))]
 
 
 def pictures(batch: TrainBatch, augment: Augment = NO_AUGMENT) -> Tensor:
@@ -160,7 +160,7 @@ def pictures(batch: TrainBatch, augment: Augment = NO_AUGMENT) -> Tensor:
     return recolour(warp_pixels(batch.pixels, batch.theta, batch.size), augment, seed=batch.seed)
 
 
-def look_of(augment: Augment = NO_AUGMENT) -> Callable[[MultiTaskModel, TrainBatch], Tensor]:
+def make_preprocess(augment: Augment = NO_AUGMENT) -> Callable[[MultiTaskModel, TrainBatch], Tensor]:
     """How a model looks at batches (see `training.forward`): warped, augmented and normalised on its device."""
 
     def look(model: MultiTaskModel, batch: TrainBatch) -> Tensor:
@@ -378,11 +378,11 @@ def _crop_target(task: Task, sample: Sample, thetas: F32, size: int) -> Tensor:
     """The target of one item; made with the kind's margin, then cut to the crop."""
     kind, margin = task.info.kind, MARGINS.get(task.info.kind, 0)
     wide = size + 2 * margin
-    truth: Target = sample.truths.get(task.info.name)
-    if truth is None:
-        truth = unknown_truth(kind, len(task.info.classes), wide)
+    known: Target = sample.targets.get(task.info.name)
+    if known is None:
+        known = unknown_target(kind, len(task.info.classes), wide)
     elif _bag_size(sample) is None:
-        truth = warp_truth(kind, truth, widened(thetas[0], margin), wide)
+        known = warp_target(kind, known, widened(thetas[0], margin), wide)
     rim = margin // task.stride
-    target = task.target(truth)
+    target = task.target(known)
     return target[..., rim:-rim, rim:-rim] if rim else target

@@ -78,7 +78,7 @@ def plan_step(
     draws = []
     for slot in range(step * per_step, (step + 1) * per_step):
         feed, number = _locate_slot(counts, slot, key=None if fixed else seed)
-        draws.append(micro_batch(feeds[feed], seed=seed, number=number, class_balance=class_balance))
+        draws.append(batch_at(feeds[feed], seed=seed, number=number, class_balance=class_balance))
     return tuple(draws)
 
 
@@ -89,7 +89,7 @@ def of_rank(draws: Sequence[Draw], rank: int, world: int) -> tuple[Draw, ...]:
     return tuple(draws[rank::world])
 
 
-def micro_batch(feed: FeedSize, *, seed: int, number: int, class_balance: bool = False) -> Draw:
+def batch_at(feed: FeedSize, *, seed: int, number: int, class_balance: bool = False) -> Draw:
     """Micro-batch ``number`` of a feed, whatever the policy and the other feeds are."""
     positions = np.arange(number * feed.batch, (number + 1) * feed.batch)
     if class_balance and feed.labels is not None:

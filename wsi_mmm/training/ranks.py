@@ -134,7 +134,7 @@ def total(ranks: Ranks, values: Sequence[float]) -> list[float]:
     return found
 
 
-def first_word(ranks: Ranks, text: str) -> str:
+def first_message(ranks: Ranks, text: str) -> str:
     """What the lowest rank that has something to say ("": nothing) says; at most 400 bytes. Every rank must call it."""
     if ranks.world == 1:
         return text

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from wsi_mmm.errors import ConfigError, NotFinite
 from wsi_mmm.model.layers import layers
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.training.forward import Bench, loss_of, passes, served, shared
-from wsi_mmm.training.ranks import ALONE, Ranks, add, add_gradients, first_word, total
+from wsi_mmm.training.forward import TrainingContext, loss_of, passes, served, shared
+from wsi_mmm.training.ranks import ALONE, Ranks, add, add_gradients, first_message, total
 
 if TYPE_CHECKING:
     from wsi_mmm.training.loader import TrainBatch
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class StrategyInputs:
     """What a rule is given: this rank's micro-batches of a step, the tasks' weights (1 where absent), the number of the
     step, and the factor that losses are multiplied with against underflow in float16."""
 
-    bench: Bench
+    bench: TrainingContext
     batches: tuple[TrainBatch, ...]
     weights: Mapping[str, float] = field(default_factory=dict)
     step: int = 0
@@ -49,7 +49,7 @@ class Strategy(Protocol):
     @property
     def own(self) -> nn.Module: ...
 
-    def __call__(self, work: Work) -> dict[str, float]: ...
+    def __call__(self, work: StrategyInputs) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class _Pass:
 
 
 @dataclass(frozen=True, slots=True)
-class _Note:
+class _PendingLoss:
     """A loss that was found, still on the device: it is looked at once per step, not once per head."""
 
     name: str
@@ -96,7 +96,7 @@ class _Shares:
     of: dict[str, float]
 
 
-def _task_shares(work: Work, factors: Mapping[str, float] | None = None) -> _Shares:
+def _task_shares(work: StrategyInputs, factors: Mapping[str, float] | None = None) -> _Shares:
     names = list(work.bench.tasks)
     here = [served(work.bench, batch) for batch in work.batches]
     found = total(work.ranks, [float(sum(name in some for some in here)) for name in names])
@@ -105,7 +105,7 @@ def _task_shares(work: Work, factors: Mapping[str, float] | None = None) -> _Sha
     return _Shares(counts, {name: work.scale * weights[name] / counts[name] for name in counts})
 
 
-def _micro_batches(work: Work) -> Iterator[tuple[TrainBatch, tuple[str, ...]]]:
+def _iter_batches(work: StrategyInputs) -> Iterator[tuple[TrainBatch, tuple[str, ...]]]:
     """Those that serve a task, with the tasks of one pass. Ranks take turns in the plan (`policy.of_rank`), which gives
     each micro-batch its place in it."""
     for number, batch in enumerate(work.batches):
@@ -116,7 +116,7 @@ def _micro_batches(work: Work) -> Iterator[tuple[TrainBatch, tuple[str, ...]]]:
 
 
 def _iter_heads(
-    work: Work, batch: TrainBatch, names: Sequence[str], *, shares: _Shares, notes: list[_Note]
+    work: StrategyInputs, batch: TrainBatch, names: Sequence[str], *, shares: _Shares, notes: list[_PendingLoss]
 ) -> Iterator[_Pass]:
     """Run the shared part once, then each head on a copy cut off from it, and free that head's graph."""
     found = shared(work.bench, batch, names)
@@ -126,15 +126,17 @@ def _iter_heads(
         loss = loss_of(work.bench, name, leaf, found.targets[name])
         if loss.requires_grad:
             (loss * shares.of[name]).backward()  # type: ignore[no-untyped-call]
-        notes.append(_Note(name, batch.keys, loss.detach()))
+        notes.append(_PendingLoss(name, batch.keys, loss.detach()))
         del loss
         yield _Pass(name, read, leaf.grad)
 
 
-def _task_by_task(work: Work, shares: _Shares, each: Callable[[_Pass], None] | None = None) -> list[_Note]:
+def _task_by_task(
+    work: StrategyInputs, shares: _Shares, each: Callable[[_Pass], None] | None = None
+) -> list[_PendingLoss]:
     """Backward of the whole step: head by head down to the shared tensors, then once through the shared part."""
-    notes: list[_Note] = []
-    for batch, names in _micro_batches(work):
+    notes: list[_PendingLoss] = []
+    for batch, names in _iter_batches(work):
         pulls: dict[int, tuple[Tensor, Tensor]] = {}
         for one in _iter_heads(work, batch, names, shares=shares, notes=notes):
             if one.pull is None:
@@ -149,7 +151,7 @@ def _task_by_task(work: Work, shares: _Shares, each: Callable[[_Pass], None] | N
     return notes
 
 
-def _agree_on_losses(work: Work, shares: _Shares, notes: Sequence[_Note]) -> dict[str, float]:
+def _agree_on_losses(work: StrategyInputs, shares: _Shares, notes: Sequence[_PendingLoss]) -> dict[str, float]:
     """Mean losses over all ranks. NotFinite on every rank when one of them found one: no rank steps alone."""
     values = torch.stack([note.loss.double() for note in notes]).tolist() if notes else []
     sums = dict.fromkeys(work.bench.tasks, 0.0)
@@ -162,7 +164,7 @@ def _agree_on_losses(work: Work, shares: _Shares, notes: Sequence[_Note]) -> dic
             )
     found = total(work.ranks, [*sums.values(), float(bool(fault))])
     if found[-1]:
-        raise NotFinite(first_word(work.ranks, fault))
+        raise NotFinite(first_message(work.ranks, fault))
     means = dict(zip(sums, found, strict=False))
     return {name: means[name] / count for name, count in shares.counts.items()}
 
@@ -183,7 +185,7 @@ class Accumulate:
 
     own: nn.Module = field(default_factory=nn.Module)
 
-    def __call__(self, work: Work) -> dict[str, float]:
+    def __call__(self, work: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
         shares = _task_shares(work)
         notes = _task_by_task(work, shares)
@@ -198,16 +200,16 @@ class Joint:
 
     own: nn.Module = field(default_factory=nn.Module)
 
-    def __call__(self, work: Work) -> dict[str, float]:
+    def __call__(self, work: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
         shares = _task_shares(work)
-        notes: list[_Note] = []
+        notes: list[_PendingLoss] = []
         terms: list[Tensor] = []
-        for batch, names in _micro_batches(work):
+        for batch, names in _iter_batches(work):
             found = shared(work.bench, batch, names)
             for name in names:
                 loss = loss_of(work.bench, name, found.reads[name], found.targets[name])
-                notes.append(_Note(name, batch.keys, loss.detach()))
+                notes.append(_PendingLoss(name, batch.keys, loss.detach()))
                 terms.append(loss * shares.of[name])
         if terms:
             torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
@@ -226,13 +228,13 @@ class PCGrad:
 
     own: nn.Module = field(default_factory=nn.Module)
 
-    def __call__(self, work: Work) -> dict[str, float]:
+    def __call__(self, work: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
         shares = _task_shares(work)
         trunk = [p for n, p in work.bench.model.named_parameters() if p.requires_grad and not n.startswith("heads.")]
         found: dict[str, list[Tensor | None]] = {name: [None] * len(trunk) for name in shares.counts}
-        notes: list[_Note] = []
-        for batch, names in _micro_batches(work):
+        notes: list[_PendingLoss] = []
+        for batch, names in _iter_batches(work):
             for one in _iter_heads(work, batch, names, shares=shares, notes=notes):
                 if one.pull is not None:
                     _add_to_sums(found[one.name], one, trunk)
@@ -242,7 +244,7 @@ class PCGrad:
         return losses
 
     def _project_gradients(
-        self, work: Work, trunk: Sequence[nn.Parameter], found: Sequence[Sequence[Tensor | None]]
+        self, work: StrategyInputs, trunk: Sequence[nn.Parameter], found: Sequence[Sequence[Tensor | None]]
     ) -> None:
         """Write the projected sum of the tasks' gradients into ``.grad``; None where no task reached."""
         here = [float(any(task[i] is not None for task in found)) for i in range(len(trunk))]
@@ -312,7 +314,7 @@ class GradNorm:
     rate: float
     own: Balance
 
-    def __call__(self, work: Work) -> dict[str, float]:
+    def __call__(self, work: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
         shares = _task_shares(work, dict(zip(self.tasks, self.own.weight.tolist(), strict=True)))
         layer = last_shared(work.bench.model)
@@ -376,7 +378,7 @@ class Uncertainty:
     tasks: tuple[str, ...]
     own: LogVariances
 
-    def __call__(self, work: Work) -> dict[str, float]:
+    def __call__(self, work: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
         factors = {name: math.exp(-float(s.detach())) for name, s in zip(self.tasks, self.own.s, strict=True)}
         shares = _task_shares(work, factors)

@@ -227,17 +227,17 @@ def _sample_pixels(pixels: Tensor, x: Tensor, y: Tensor, *, level: int) -> Tenso
 # ---------------------------------------------------------------- truth, in numpy
 
 
-def warp_truth(kind: str, truth: Target, theta: F32, size: int, *, visible: float = VISIBLE) -> Target:
+def warp_target(kind: str, target: Target, theta: F32, size: int, *, visible: float = VISIBLE) -> Target:
     """The truth of the crop: label maps and masks by nearest px, unknown beyond the sample; boxes moved and clipped,
     unknown where less than ``visible`` of one shows; what is no picture stays as it is. ``theta`` float32[2, 3]."""
     if kind in ("segment", "instances", "multisegment"):
-        return _warp_labels(np.asarray(truth), theta, size)
-    if isinstance(truth, Boxes):
-        return _warp_boxes(truth, theta, size=size, visible=visible)
-    return truth
+        return _warp_labels(np.asarray(target), theta, size)
+    if isinstance(target, Boxes):
+        return _warp_boxes(target, theta, size=size, visible=visible)
+    return target
 
 
-def unknown_truth(kind: str, classes: int, size: int) -> Target:
+def unknown_target(kind: str, classes: int, size: int) -> Target:
     """Nothing is known of a crop: a truth of the right shape that is not learnt from."""
     if kind in ("segment", "instances"):
         return np.full((size, size), -1, np.int32)

@@ -25,12 +25,12 @@ class Sample:
     pixels: U8 | None = None
     vectors: F32 | None = None
     xy: I64 | None = None
-    truths: Mapping[str, Target] = field(default_factory=dict)
+    targets: Mapping[str, Target] = field(default_factory=dict)
     failed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
+class ItemIndex:
     """What is known of n items without reading them: ``keys`` (unique), ``groups`` (patient or slide: never divided
     between splits), ``labels`` int32[n] the class that balancing and stratifying go by (-1: none)."""
 
@@ -42,7 +42,7 @@ class Index:
         return len(self.keys)
 
 
-class Source(Protocol):
+class DataSource(Protocol):
     """One data set. Thread-safe; holds no open files that a fork could share."""
 
     @property
@@ -50,7 +50,7 @@ class Source(Protocol):
         """Its name in the configuration."""
 
     @property
-    def index(self) -> Index:
+    def index(self) -> ItemIndex:
         """Its items."""
 
     @property

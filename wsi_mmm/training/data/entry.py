@@ -20,7 +20,7 @@ def each_by_itself(words: Sequence[str]) -> list[tuple[str, str, float | None]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DataContext:
     """What opening needs to know of the training: its tasks, and the model's mpp and tile size."""
 
     tasks: Mapping[str, TaskCard]
@@ -29,13 +29,13 @@ class Place:
     expand: Expand = each_by_itself
 
 
-class Part(BaseModel):
+class ConfigTable(BaseModel):
     """A table of a configuration; what it does not know is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class Entry(Part):
+class DatasetEntry(ConfigTable):
     """What every data set has. ``batch``: items of a micro-batch; ``weight``: how often it comes (see sampling)."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")

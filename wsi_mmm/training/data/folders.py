@@ -10,7 +10,7 @@ import numpy as np
 from wsi_mmm.errors import InputError
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
-from wsi_mmm.training.data.base import Index
+from wsi_mmm.training.data.base import ItemIndex
 from wsi_mmm.training.data.images import Origin, Pictures, below, pictures_below, read_image, read_labels
 from wsi_mmm.types import I32
 
@@ -51,7 +51,7 @@ def class_folders(
     bare = [c for i, c in enumerate(classes) if not (numbers == i).any()]
     if bare:
         raise InputError(f"data '{origin.name}': no picture of class {bare[0]!r} below {store.redact(root)}")
-    index = Index(keys, origin.groups(keys), numbers)
+    index = ItemIndex(keys, origin.groups(keys), numbers)
     return Pictures(
         origin.name, (task,), index, lambda n: read_image(uris[n]), lambda n, _: {task: int(numbers[n])}, origin.factor,
     )  # fmt: skip
@@ -74,10 +74,10 @@ def image_masks(
     pairs = _match_files(origin, images, masks)
     table = dict(values) if values is not None else {**{i: i for i in range(classes)}, IGNORE: -1}
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
+    def targets(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {task: mapped(_read_labels(pairs[n][1], shape), table, pairs[n][1])}
 
-    return _paired_images(origin, images, pairs, task=task, truths=truths)
+    return _paired_images(origin, images, pairs, task=task, targets=targets)
 
 
 def image_class_masks(
@@ -97,7 +97,7 @@ def image_class_masks(
             f"data '{origin.name}': no masks below {store.redact(masks)}/<class>; classes: {', '.join(classes)}"
         )
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
+    def targets(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         out = np.full((len(classes), *shape), -1, np.int8)
         for k, found in enumerate(by_class):
             uri = found.get(_path_stem(below(images, uris[n])))
@@ -109,17 +109,17 @@ def image_class_masks(
         return {task: out}
 
     pairs = [(uri, "") for uri in uris]
-    return _paired_images(origin, images, pairs, task=task, truths=truths)
+    return _paired_images(origin, images, pairs, task=task, targets=targets)
 
 
 def image_instances(origin: Origin, images: str, labels: str, *, task: str) -> Pictures:
     """Pictures below ``images`` with an instance image (0 background, a number per object) below ``labels``."""
     pairs = _match_files(origin, images, labels)
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
+    def targets(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {task: _read_labels(pairs[n][1], shape)}
 
-    return _paired_images(origin, images, pairs, task=task, truths=truths)
+    return _paired_images(origin, images, pairs, task=task, targets=targets)
 
 
 def mapped(values: I32, table: Mapping[int, int], uri: str) -> I32:
@@ -138,11 +138,11 @@ def _paired_images(
     pairs: Sequence[tuple[str, str]],
     *,
     task: str,
-    truths: Callable[[int, tuple[int, int]], Mapping[str, Target]],
+    targets: Callable[[int, tuple[int, int]], Mapping[str, Target]],
 ) -> Pictures:
     keys = [below(root, image) for image, _ in pairs]
-    index = Index(keys, origin.groups(keys), np.full(len(keys), -1, np.int32))
-    return Pictures(origin.name, (task,), index, lambda n: read_image(pairs[n][0]), truths, origin.factor)
+    index = ItemIndex(keys, origin.groups(keys), np.full(len(keys), -1, np.int32))
+    return Pictures(origin.name, (task,), index, lambda n: read_image(pairs[n][0]), targets, origin.factor)
 
 
 def _match_files(origin: Origin, images: str, labels: str) -> list[tuple[str, str]]:
