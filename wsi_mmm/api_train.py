@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from wsi_mmm.training.config import TrainConfig
     from wsi_mmm.training.data.buckets import DryRun
     from wsi_mmm.training.fewshot_run import Fitted
-    from wsi_mmm.training.fit import Progress
+    from wsi_mmm.training.fit import StepReport
     from wsi_mmm.training.fractions import Curve
     from wsi_mmm.training.job import Prepared, Trained, TrainingListener
 
@@ -24,7 +24,7 @@ def train(
     config: str | Path | Mapping[str, Any],
     *,
     settings: Sequence[str] = (),
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[StepReport], None] | None = None,
     listener: TrainingListener | None = None,
     client: Client | None = None,
 ) -> Trained:
@@ -54,7 +54,7 @@ def train(
 
 
 def prepare_training(config: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> Prepared:
-    """What ``train`` would learn from: data sets opened and divided (``.summary()``), the model as it begins."""
+    """Prepare what ``train`` would learn from: data sets opened and divided (``.summary()``), the model as it begins."""
     from wsi_mmm.training import job
 
     return job.prepare(_training(config, settings), _slides_named)

@@ -34,7 +34,7 @@ from wsi_mmm.training.data.annotation_targets import AnnotationTarget
 from wsi_mmm.training.data.buckets import same_names
 from wsi_mmm.training.data.slides import SlideItem, TileSampling, slide_tiles
 from wsi_mmm.training.fit import Callbacks, FitPlan
-from wsi_mmm.training.loader import Feed, LoadPlan, TrainBatch, batches, make_batch, make_preprocess
+from wsi_mmm.training.loader import DataFeed, LoadPlan, TrainBatch, batches, make_batch, make_preprocess
 from wsi_mmm.training.optim import OptimPlan
 from wsi_mmm.training.policy import plan_step
 from wsi_mmm.training.ranks import Ranks
@@ -123,13 +123,13 @@ def main() -> None:
         specs = [AnnotationTarget("nuclei", "instances", same_names(("nucleus",)), complete=True)] if annotated else []
         source = slide_tiles("tiles", items, TileSampling(given.mpp, tile=given.size), specs)
         card, tasks = model_of(given, len(items), annotated)
-        feed = Feed(source, given.batch)
+        feed = DataFeed(source, given.batch)
         plan = LoadPlan(given.size, threads=given.threads, change=Change(angle=given.angle, scale=given.scale))
         model, ranks = build_model(card), Ranks(device=torch.device(given.device))
 
         def run(steps: Steps, count: int, stamp: Callable[[object], None]) -> None:
             fit_plan = FitPlan(count, optim=OptimPlan(precision=given.precision))
-            made = fitting.Feed(lambda _: steps, make_preprocess(Augment()))
+            made = fitting.TrainingFeed(lambda _: steps, make_preprocess(Augment()))
             fitting.fit(model, tasks, made, plan=fit_plan, callbacks=Callbacks(on_step=stamp), ranks=ranks)
             model.train()
 

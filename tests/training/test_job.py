@@ -18,9 +18,9 @@ from wsi_mmm.model.checkpoint import load_model
 from wsi_mmm.training import job
 from wsi_mmm.training.config import parse
 from wsi_mmm.training.data.base import Sample
-from wsi_mmm.training.data.images import Pictures
+from wsi_mmm.training.data.images import ImageItems
 from wsi_mmm.training.divide import divide, fixed_parts
-from wsi_mmm.training.fit import Progress
+from wsi_mmm.training.fit import StepReport
 from wsi_mmm.training.job import TrainingListener, facts_of, prepare, take_over, train
 from wsi_mmm.training.state import read, weights_of
 
@@ -141,7 +141,7 @@ def test_the_same_again_gives_the_same_folder(tmp_path: Path) -> None:
     again = train(parse(raw))
     assert files(Path(again.model)) == written and again.test == first.test
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: StepReport) -> None:
         if progress.step == 2:
             raise ZeroDivisionError
 
@@ -211,13 +211,13 @@ def test_the_test_part_is_never_read_while_learning(tmp_path: Path, monkeypatch:
     learning: set[str] = set()
     later: set[str] = set()
     over: list[int] = []
-    real = Pictures.read
+    real = ImageItems.read
 
-    def read(self: Pictures, numbers: Sequence[int], size: int) -> list[Sample]:
+    def read(self: ImageItems, numbers: Sequence[int], size: int) -> list[Sample]:
         (later if over else learning).update(self.index.keys[n] for n in numbers)
         return real(self, numbers, size)
 
-    monkeypatch.setattr(Pictures, "read", read)
+    monkeypatch.setattr(ImageItems, "read", read)
     train(config, TrainingListener(on_validation=lambda step, _: over.append(step) if step == config.steps else None))
     assert learning and not learning & forbidden
     assert forbidden <= later

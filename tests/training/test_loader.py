@@ -19,7 +19,16 @@ from wsi_mmm.training import fit as fitting
 from wsi_mmm.training.colour import Augment
 from wsi_mmm.training.data.base import Sample
 from wsi_mmm.training.fit import Callbacks, FitPlan, Progress, fit
-from wsi_mmm.training.loader import READ_AHEAD, Feed, LoadPlan, Tally, TrainBatch, batches, make_preprocess, pictures
+from wsi_mmm.training.loader import (
+    READ_AHEAD,
+    DataFeed,
+    LoadPlan,
+    Tally,
+    TrainBatch,
+    batches,
+    make_preprocess,
+    pictures,
+)
 from wsi_mmm.training.optim import OptimPlan
 from wsi_mmm.training.policy import key_of
 from wsi_mmm.training.warp import NO_CHANGE, Change
@@ -45,7 +54,7 @@ KNOWN = {"discs": None, "class": None}
 
 
 def some(source: MemorySource, count: int = 1, plan: LoadPlan = PLAN, **more: object) -> list[TrainBatch]:
-    feed = Feed(source, 4, **more)  # type: ignore[arg-type]
+    feed = DataFeed(source, 4, **more)  # type: ignore[arg-type]
     return [batch for step in batches([feed], TASKS, plan=plan, steps=range(count)) for batch in step]
 
 
@@ -60,13 +69,13 @@ def same(a: TrainBatch, b: TrainBatch) -> bool:
     return equal and (a.feed, a.keys, a.seed, a.failed) == (b.feed, b.keys, b.seed, b.failed)
 
 
-def feeds() -> list[Feed]:
+def feeds() -> list[DataFeed]:
     """Two of pictures, one of bags of features, one of bags of tiles; even items are slow."""
     return [
-        Feed(picture_source("a", 7, targets=KNOWN, wait=0.004, broken=frozenset({"a-2"})), 4),
-        Feed(picture_source("b", 3, targets={"class": None}), 2),
-        Feed(bag_source("c", (2, 3, 1)), 2),
-        Feed(replace(bag_source("d", (2, 3, 1), tiles=40), tasks=("grade",)), 2),
+        DataFeed(picture_source("a", 7, targets=KNOWN, wait=0.004, broken=frozenset({"a-2"})), 4),
+        DataFeed(picture_source("b", 3, targets={"class": None}), 2),
+        DataFeed(bag_source("c", (2, 3, 1)), 2),
+        DataFeed(replace(bag_source("d", (2, 3, 1), tiles=40), tasks=("grade",)), 2),
     ]
 
 
@@ -127,7 +136,7 @@ def test_what_cannot_be_read_is_left_out_and_counted() -> None:
     assert torch.equal(part.targets["discs"], whole.targets["discs"][kept])
     none = picture_source("a", 4, targets=KNOWN, broken=frozenset(f"a-{i}" for i in range(4)))
     tally = Tally()
-    mixed = [Feed(none, 4), Feed(bag_source("c", (1, 2)), 2)]
+    mixed = [DataFeed(none, 4), DataFeed(bag_source("c", (1, 2)), 2)]
     found = [b for step in batches(mixed, TASKS, plan=PLAN, steps=range(3), tally=tally) for b in step]
     assert [len(batch) for batch in found] == [0, 2] * 3 and found[0].targets == {} and found[0].pixels is None
     assert (tally.items, tally.failed, tally.empty) == (6, 12, 3)
@@ -197,7 +206,7 @@ def test_reading_ahead_is_bounded_and_ends() -> None:
     """No more micro-batches are begun than the threads and the allowance; closing leaves no thread behind."""
     source = picture_source("a", 64, targets=KNOWN)
     before = threading.active_count()
-    steps = batches([Feed(source, 1)], TASKS, plan=replace(PLAN, threads=2), steps=range(60))
+    steps = batches([DataFeed(source, 1)], TASKS, plan=replace(PLAN, threads=2), steps=range(60))
     next(steps)
     assert threading.active_count() == before + 2
     steps.close()  # type: ignore[attr-defined]
@@ -216,7 +225,7 @@ def test_an_error_of_a_source_comes_in_its_turn() -> None:
 
     base = picture_source("a", 8, targets=KNOWN)
     source = Full("a", base.samples, base.labels, base.tasks)
-    steps = batches([Feed(source, 2)], TASKS, plan=replace(PLAN, threads=1), steps=range(9))
+    steps = batches([DataFeed(source, 2)], TASKS, plan=replace(PLAN, threads=1), steps=range(9))
     assert [len(next(steps)[0]) for _ in range(3)] == [2, 2, 2]
     with pytest.raises(StorageError, match="disk"):
         next(steps)
@@ -236,9 +245,11 @@ def test_only_the_items_given_are_drawn() -> None:
 def test_feeds_that_teach_nothing_are_refused() -> None:
     """A feed whose source knows of no task of the model, or not of the one that it is to teach."""
     with pytest.raises(ConfigError, match="nothing that"):
-        batches([Feed(picture_source("a", 3, targets={"other": 1}), 2)], TASKS, plan=PLAN, steps=range(1))
+        batches([DataFeed(picture_source("a", 3, targets={"other": 1}), 2)], TASKS, plan=PLAN, steps=range(1))
     with pytest.raises(ConfigError, match="grade"):
-        batches([Feed(picture_source("a", 3, targets=KNOWN), 2, tasks=("grade",))], TASKS, plan=PLAN, steps=range(1))
+        batches(
+            [DataFeed(picture_source("a", 3, targets=KNOWN), 2, tasks=("grade",))], TASKS, plan=PLAN, steps=range(1)
+        )
     only = some(picture_source("a", 3, targets=KNOWN), tasks=("class",))[0]
     assert set(only.targets) == {"class"}
 
@@ -267,7 +278,7 @@ def test_moving_a_batch_moves_all_of_it() -> None:
     there = batch.to("meta")
     assert {t.device.type for t in there.tensors()} == {"meta"} and len(there.tensors()) == 3
     assert there.theta is batch.theta and there.keys == batch.keys
-    feed = Feed(picture_source("a", 4, targets=KNOWN), 4)
+    feed = DataFeed(picture_source("a", 4, targets=KNOWN), 4)
     (sent,) = next(batches([feed], TASKS, plan=PLAN, steps=range(1), device="meta"))
     assert sent.pixels is not None and sent.pixels.device.type == "meta"
 
@@ -282,7 +293,7 @@ def trained(folder: str, stop_at: int | None = None) -> tuple[torch.Tensor, list
     }
     source = picture_source("a", 24, size=96, targets=KNOWN)
     samples = tuple(replace(s, targets={name: find(s) for name, find in own.items()}) for s in source.samples)
-    feed = Feed(replace(source, samples=samples, tasks=("t0", "t1")), 4)
+    feed = DataFeed(replace(source, samples=samples, tasks=("t0", "t1")), 4)
     losses: list[float] = []
 
     def watch(progress: Progress) -> None:
@@ -291,7 +302,7 @@ def trained(folder: str, stop_at: int | None = None) -> tuple[torch.Tensor, list
             raise KeyboardInterrupt
 
     plan = replace(PLAN, size=64)
-    made = fitting.Feed(
+    made = fitting.TrainingFeed(
         lambda first: batches([feed], tasks, plan=plan, steps=range(first, 24)), make_preprocess(Augment(noise=0.0))
     )
     how = FitPlan(24, seed=1, checkpoint_every=3, folder=folder, optim=OptimPlan(rate=5e-3))

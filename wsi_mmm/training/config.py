@@ -1,4 +1,4 @@
-"""What a training is asked to do: typed, checked before anything is read, with a JSON schema for editors."""
+"""The configuration of a training: typed, checked before anything is read, with a JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class SplitPart(ConfigTable):
 
 
 class SamplingPart(ConfigTable):
-    """Which data a step looks at; see `training.policy`. ``fraction`` of the training items, for runs on less data;
+    """How a step draws its data; see `training.policy`. ``fraction`` of the training items, for runs on less data;
     ``fraction_of``: the data sets that it holds for (none named: all). ``mixed``: all pictures of a step go through the
     encoder together, as one micro-batch, so that batch norms see every kind of them; takes more memory."""
 
@@ -154,7 +154,8 @@ class CheckpointPart(ConfigTable):
 
 
 class TrackingPart(ConfigTable):
-    """Where figures go. ``wandb`` and ``mlflow``: project or experiment names, which need their packages.
+    """Trackers that metrics are sent to. ``wandb`` and ``mlflow``: project or experiment names, which need their
+    packages.
 
     ``images`` True also writes a few augmented training pictures of the first step: to TensorBoard only, which stays on
     this machine.

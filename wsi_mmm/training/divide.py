@@ -14,7 +14,7 @@ from wsi_mmm.training.data.base import ItemIndex
 from wsi_mmm.training.data.entries import DataEntry, Pictured
 from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, TileBags
 from wsi_mmm.training.data.split import PARTS, Split, check_leaks, folds, forbid_test, picture_hashes, split_items
-from wsi_mmm.training.loader import Feed
+from wsi_mmm.training.loader import DataFeed
 from wsi_mmm.training.policy import fraction_of
 from wsi_mmm.types import I64
 
@@ -23,7 +23,7 @@ from wsi_mmm.types import I64
 class DataSet:
     """A data set that was opened and divided."""
 
-    feed: Feed
+    feed: DataFeed
     split: Split
 
     @property
@@ -32,7 +32,7 @@ class DataSet:
         return self.feed.source.name
 
 
-def divided(feeds: Sequence[Feed], config: TrainConfig) -> tuple[DataSet, ...]:
+def divided(feeds: Sequence[DataFeed], config: TrainConfig) -> tuple[DataSet, ...]:
     """``feeds`` with the items that each may learn from. ConfigError, InputError: what cannot be divided."""
     splits = divide([(feed.source.name, feed.source.index) for feed in feeds], config)
     data = tuple(
@@ -136,7 +136,7 @@ def _hash_range(numbers: I64, low: int, high: int) -> I64:
     return part
 
 
-def _training_items(feed: Feed, split: Split, config: TrainConfig) -> I64:
+def _training_items(feed: DataFeed, split: Split, config: TrainConfig) -> I64:
     """The training items, or a fraction of them."""
     part = config.sampling
     spared = bool(part.fraction_of) and feed.source.name not in part.fraction_of

@@ -70,7 +70,7 @@ class FitPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Feed:
+class TrainingFeed:
     """``batches(first)``: from step ``first`` on, this rank's micro-batches of each step. ``look``: from a batch's
     pixels to what the encoder takes. ``validation()``: the held-out samples, anew each time."""
 
@@ -80,7 +80,7 @@ class Feed:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class StepReport:
     """Facts of a step that was done. ``losses`` by task, of this step; ``rate`` of the heads; ``pace``: steps/s since
     the start or resumption; ``norm`` of the gradients before clipping (NaN: the step moved nothing); ``failed``:
     "key: why" of this rank's items that could not be read; ``lost`` and ``skipped``: items and steps so far."""
@@ -104,7 +104,7 @@ def _ignore_event(*_: object) -> None:
 class Callbacks:
     """Called on rank 0: after a step; after a validation (step, figures by task); after a checkpoint (step, URI)."""
 
-    on_step: Callable[[Progress], None] = _ignore_event
+    on_step: Callable[[StepReport], None] = _ignore_event
     on_validation: Callable[[int, Figures], None] = _ignore_event
     on_checkpoint: Callable[[int, str], None] = _ignore_event
 
@@ -118,7 +118,7 @@ class _Run:
 
     bench: TrainingContext
     norms: Norms
-    feed: Feed
+    feed: TrainingFeed
     plan: FitPlan
     callbacks: Callbacks
     ranks: Ranks
@@ -133,7 +133,7 @@ class _Run:
 def fit(
     model: MultiTaskModel,
     tasks: Mapping[str, Task],
-    feed: Feed,
+    feed: TrainingFeed,
     *,
     plan: FitPlan,
     callbacks: Callbacks = QUIET,
@@ -167,7 +167,7 @@ def fit(
 
 
 def identity(plan: FitPlan, tasks: Mapping[str, Task], model: MultiTaskModel) -> dict[str, Any]:
-    """What must agree for a checkpoint to be resumed: all that changes the weights, flat, as JSON values."""
+    """The facts that must agree for a checkpoint to be resumed: all that changes the weights, flat, as JSON values."""
     facts = {f"optim.{k}": v for k, v in dataclasses.asdict(plan.optim).items()}
     facts |= {f"strategy.{k}": v for k, v in dataclasses.asdict(plan.strategy).items()}
     facts |= {f"weights.{name}": plan.weights.get(name, 1.0) for name in tasks}
@@ -182,7 +182,7 @@ def identity(plan: FitPlan, tasks: Mapping[str, Task], model: MultiTaskModel) ->
 def _start_run(
     model: MultiTaskModel,
     tasks: Mapping[str, Task],
-    feed: Feed,
+    feed: TrainingFeed,
     *,
     plan: FitPlan,
     callbacks: Callbacks,
@@ -225,7 +225,7 @@ def _iter_steps(run: _Run) -> Generator[tuple[TrainBatch, ...], None, None]:
             yield batches
 
 
-def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
+def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> StepReport:
     """One optimiser step, or none where NaN is skipped or nothing could be read."""
     plan, training = run.plan, run.training
     failed = tuple(line for batch in batches for line in batch.failed)
@@ -233,12 +233,12 @@ def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
     training.lost += int(lost)
     factor = optim.factor(plan.optim, training.step, plan.steps)
     moving = tuple(batch.to(run.ranks.device) for batch in batches)
-    work = StrategyInputs(run.bench, moving, plan.weights, training.step, run.ranks, training.scale.value)
+    inputs = StrategyInputs(run.bench, moving, plan.weights, training.step, run.ranks, training.scale.value)
     losses: dict[str, float] = {}
     norm: float | None = None
     run.norms.begin()
     try:
-        losses = run.strategy(work)
+        losses = run.strategy(inputs)
         norm = optim.ready(training.optimiser.learning, plan.optim, training.scale) if losses else None
         run.norms.settle(int(places) * run.ranks.world)  # mixed micro-batches leave places that nobody has
     except NotFinite as error:
@@ -250,7 +250,7 @@ def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
     pace = (training.step + 1 - first) / max(1e-9, time.monotonic() - start)
     rate = plan.optim.rate * factor
     shown = float("nan") if norm is None else norm
-    return Progress(training.step + 1, plan.steps, losses, rate, pace, shown, failed, training.lost, training.skipped)
+    return StepReport(training.step + 1, plan.steps, losses, rate, pace, shown, failed, training.lost, training.skipped)
 
 
 def _update_weights(run: _Run, norm: float | None, factor: float, found: bool) -> None:

@@ -96,7 +96,7 @@ class TrainBatch:
 
 
 @dataclass(frozen=True, eq=False)
-class Feed:
+class DataFeed:
     """A data set as training draws from it. ``numbers``: the items that may be drawn (None: all), ``batch`` of them
     make a micro-batch; ``tasks``: those that learn from it (None: all that its source knows something about)."""
 
@@ -113,7 +113,7 @@ class Feed:
 
     @cached_property
     def measure(self) -> FeedSize:
-        """What planning needs; its items are numbered as `items` are."""
+        """Sizes for planning; its items are numbered as `items` are."""
         labels = np.ascontiguousarray(self.source.index.labels[self.items])
         return FeedSize(self.source.name, len(self.items), self.batch, labels, self.weight)
 
@@ -137,7 +137,7 @@ class LoadPlan:
 
 @dataclass
 class Tally:
-    """What came, counted as it is given out: items learnt from, ``failed`` ones (the first reasons in ``reasons``),
+    """Counts of the items that were read: items learnt from, ``failed`` ones (the first reasons in ``reasons``),
     and micro-batches that were left ``empty`` by failures, which a step skips."""
 
     items: int = 0
@@ -174,7 +174,7 @@ def make_preprocess(augment: Augment = NO_AUGMENT) -> Callable[[MultiTaskModel, 
 
 
 def batches(
-    feeds: Sequence[Feed],
+    feeds: Sequence[DataFeed],
     tasks: Mapping[str, Task],
     *,
     plan: LoadPlan,
@@ -282,7 +282,7 @@ class _Sender:
 # ---------------------------------------------------------------- one micro-batch
 
 
-def names_of(feed: Feed, tasks: Mapping[str, Task]) -> tuple[str, ...]:
+def names_of(feed: DataFeed, tasks: Mapping[str, Task]) -> tuple[str, ...]:
     """The tasks that learn from ``feed``. Pictures can always be rebuilt. ConfigError when there are none."""
     known = {name for name, task in tasks.items() if task.info.kind == "reconstruct"} | set(feed.source.tasks)
     wanted = known & set(tasks) if feed.tasks is None else set(feed.tasks)
@@ -295,7 +295,7 @@ def names_of(feed: Feed, tasks: Mapping[str, Task]) -> tuple[str, ...]:
     return tuple(name for name in tasks if name in wanted)
 
 
-def make_batch(feed: Feed, tasks: Mapping[str, Task], *, draw: Draw, plan: LoadPlan) -> TrainBatch:
+def make_batch(feed: DataFeed, tasks: Mapping[str, Task], *, draw: Draw, plan: LoadPlan) -> TrainBatch:
     """The micro-batch of a draw for these tasks, on the CPU: a pure function of the draw and the source's files."""
     margin = max((MARGINS.get(task.info.kind, 0) for task in tasks.values()), default=0)
     read = reach(plan.change, plan.size, margin)

@@ -31,9 +31,9 @@ Facts = Mapping[str, Any]
 
 @dataclass(slots=True)
 class Training:
-    """What changes from step to step. ``average``: moving average of the weights (None: none is kept). ``best``: the
-    best value of the named metric so far; ``stale``: validations since. ``skipped``: steps that did not count because
-    of NaN; ``lost``: items that could not be read."""
+    """The state that changes from step to step. ``average``: moving average of the weights (None: none is kept).
+    ``best``: the best value of the named metric so far; ``stale``: validations since. ``skipped``: steps that did not
+    count because of NaN; ``lost``: items that could not be read."""
 
     model: nn.Module
     optimiser: Optimiser
@@ -49,8 +49,8 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStore:
-    """Where checkpoints lie, what configuration they belong to (JSON values; compared when resuming), and how many are
-    kept besides the best one (0: all)."""
+    """The folder of checkpoints, the configuration they belong to (JSON values; compared when resuming), and how many
+    are kept besides the best one (0: all)."""
 
     folder: str
     identity: Facts
@@ -199,7 +199,7 @@ def best_weights(folder: str) -> tuple[int, dict[str, Tensor]] | None:
 
 
 def differences(old: Facts, new: Facts) -> list[str]:
-    """What differs between two configurations, one phrase each."""
+    """Differences between two configurations, one phrase each."""
     return [
         f"{key} {_shorten(old, key)} there, {_shorten(new, key)} here"
         for key in sorted({*old, *new})
@@ -238,7 +238,7 @@ def _restore_training(training: Training, tensors: Mapping[str, Tensor], facts: 
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose name begins with ``prefix``, without it."""
+    """The tensors whose name begins with ``prefix``, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 

@@ -29,7 +29,7 @@ _BAND = 4  # px rows that an unknown area beyond a turned sample is cut into
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What may be done to the geometry of pictures in training.
+    """Geometric augmentation of images in training.
 
     ``flips``: left and right; ``quarters``: turns by right angles; ``angle``: degrees that it is turned further at
     most; ``scale``: objects get up to 1 + scale times as large or small; ``shift``: sizes of a crop that it may lie
@@ -346,8 +346,8 @@ def _true_runs(line: Mask) -> list[tuple[int, int]]:
 
 def _crop_corners(theta: F32, size: int) -> F64:
     """float64[4, 2]: sample px of the crop's corners."""
-    square = np.array([[0, 0], [size, 0], [0, size], [size, size]], np.float64)
-    corners: F64 = square @ theta[:, :2].astype(np.float64).T + theta[:, 2]
+    corners_of_crop = np.array([[0, 0], [size, 0], [0, size], [size, size]], np.float64)
+    corners: F64 = corners_of_crop @ theta[:, :2].astype(np.float64).T + theta[:, 2]
     return corners
 
 

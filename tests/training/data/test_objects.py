@@ -47,9 +47,9 @@ def test_instances_keep_their_numbers_across_tiles() -> None:
     """Tiles put side by side are the map of the whole: an object at the seam has one number on both sides."""
     page = annotated(*cells(150))
     y, x = np.mgrid[:4, :4].reshape(2, -1) * 64
-    tiles = object_maps(page, page.squares(np.stack([x, y], axis=1), 64))
+    tiles = object_maps(page, page.grids(np.stack([x, y], axis=1), 64))
     stitched = tiles.reshape(4, 4, 64, 64).swapaxes(1, 2).reshape(256, 256)
-    whole = object_maps(page, page.squares(at((0, 0)), 256))[0]
+    whole = object_maps(page, page.grids(at((0, 0)), 256))[0]
     assert (stitched == whole).all()
     assert len(np.unique(whole)) > 120
 
@@ -58,7 +58,7 @@ def test_where_nobody_looked_there_is_no_background() -> None:
     """Outside use-regions, in ignore shapes, beyond the slide: -1; objects outside use-regions are not known either."""
     page = annotated(("ROI", box(0, 0, 100, 100)), ("C", box(10, 10, 20, 20)), ("C", box(150, 150, 160, 160)),
                  ("blur", box(50, 50, 60, 60)), complete=False)  # fmt: skip
-    found = object_maps(page, page.squares(at((0, 0)), 300))[0]
+    found = object_maps(page, page.grids(at((0, 0)), 300))[0]
     assert found[15, 15] == 2
     assert found[30, 30] == 0
     assert found[55, 55] == -1
@@ -69,7 +69,7 @@ def test_where_nobody_looked_there_is_no_background() -> None:
 def test_boxes_are_cut_at_the_rim_and_unknown_when_little_is_seen() -> None:
     """Half of an object is still one, a tenth of it is not learnt from; classes by the table."""
     page = annotated(("C", box(10, 10, 30, 30)), ("M", box(54, 10, 74, 30)), ("C", box(62, 40, 82, 60)))
-    (found,) = object_boxes(page, page.squares(at((0, 0)), 64), 0.3)
+    (found,) = object_boxes(page, page.grids(at((0, 0)), 64), 0.3)
     assert found.xyxy.tolist() == [[10, 10, 30, 30], [62, 40, 64, 60], [54, 10, 64, 30]]
     assert found.labels.tolist() == [0, -1, 1]
     assert (found.height, found.width) == (64, 64)
@@ -79,7 +79,7 @@ def test_boxes_are_cut_at_the_rim_and_unknown_when_little_is_seen() -> None:
 def test_unknown_area_is_given_as_boxes_labelled_unknown() -> None:
     """They cover all unknown px, and no object inside the use-region is lost."""
     page = annotated(("ROI", box(0, 0, 40, 64)), ("C", box(10, 10, 20, 20)), ("C", box(50, 10, 60, 20)), complete=False)
-    (found,) = object_boxes(page, page.squares(at((0, 0)), 64), 0.3)
+    (found,) = object_boxes(page, page.grids(at((0, 0)), 64), 0.3)
     known, unknown = found.xyxy[found.labels >= 0], found.xyxy[found.labels < 0]
     assert known.tolist() == [[10, 10, 20, 20]]
     assert [40, 0, 64, 64] in unknown.tolist()

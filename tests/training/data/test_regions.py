@@ -31,8 +31,13 @@ TABLE = Buckets(
 )
 
 
-def annotated(*shapes: tuple[str | None, Polygon] | tuple[str | None, Polygon, float], scale: float = 1.0, side: int = 200,
-          background: int = 0, complete: bool = False) -> SlideAnnotations:  # fmt: skip
+def annotated(
+    *shapes: tuple[str | None, Polygon] | tuple[str | None, Polygon, float],
+    scale: float = 1.0,
+    side: int = 200,
+    background: int = 0,
+    complete: bool = False,
+) -> SlideAnnotations:
     """A slide of ``side`` level-0 px."""
     items = tuple(Shape(one[1], one[0], tuple(one[2:]) or (math.nan,)) for one in shapes)
     index = index_shapes(Shapes(items), ("grade",))
@@ -46,7 +51,7 @@ def at(*xy: tuple[int, int]) -> I64:
 
 
 def the_map(page: SlideAnnotations, side: int = 200) -> np.ndarray:
-    return class_maps(page, page.squares(at((0, 0)), side))[0]
+    return class_maps(page, page.grids(at((0, 0)), side))[0]
 
 
 def test_inside_use_regions_the_rest_is_background_and_outside_nothing_is_known() -> None:
@@ -88,7 +93,7 @@ def test_labels_of_several_kinds_lie_in_one_px() -> None:
     """Absent inside use-regions, unknown outside them and in ignore shapes."""
     page = annotated(("ROI", box(0, 0, 100, 100)), ("T", box(0, 0, 50, 50)), ("S", box(25, 25, 75, 75)),
                  ("fold", box(90, 90, 100, 100)))  # fmt: skip
-    found = label_maps(page, page.squares(at((0, 0)), 120))[0]
+    found = label_maps(page, page.grids(at((0, 0)), 120))[0]
     assert found.dtype == np.int8
     assert found[:, 30, 30].tolist() == [0, 1, 1]
     assert found[:, 80, 80].tolist() == [0, 0, 0]
@@ -142,7 +147,7 @@ def test_level_0_px_and_tile_px_lead_back_to_each_other(x: int, y: int, scale: f
     """The px that is labelled maps back to level-0 px inside the shape, wherever the tile lies."""
     page = annotated(("T", box(x, y, x + 3 * scale, y + 3 * scale)), scale=scale)
     corner = at((int(x / scale) - 3, int(y / scale) - 2))
-    found = np.argwhere(class_maps(page, page.squares(corner, 9))[0] == 1)
+    found = np.argwhere(class_maps(page, page.grids(corner, 9))[0] == 1)
     level0 = (found[:, ::-1] + 0.5 + corner[0]) * scale
     inside = (np.array([x, y]) - 1e-9 <= level0) & (level0 <= np.array([x, y]) + 3 * scale + 1e-9)
     slide = (np.array([x, y]) + 3 * scale < 200).all()
@@ -161,7 +166,7 @@ def test_tiles_of_truth_stitched_are_the_truth_of_the_whole() -> None:
     )
     side, count = 37, 8
     y, x = np.mgrid[:count, :count].reshape(2, -1) * side
-    for maps in (class_maps, lambda page, squares: label_maps(page, squares)[:, 1]):
-        tiles = maps(page, page.squares(np.stack([x, y], axis=1), side))
+    for maps in (class_maps, lambda page, grids: label_maps(page, grids)[:, 1]):
+        tiles = maps(page, page.grids(np.stack([x, y], axis=1), side))
         stitched = tiles.reshape(count, count, side, side).swapaxes(1, 2).reshape(count * side, -1)
-        assert (stitched == maps(page, page.squares(at((0, 0)), count * side))[0]).all()
+        assert (stitched == maps(page, page.grids(at((0, 0)), count * side))[0]).all()

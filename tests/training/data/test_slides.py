@@ -116,11 +116,15 @@ def test_regions_give_labels_of_tiles_and_px(tiny_slide: Path, tmp_path: Path) -
         [("ROI", box(0, 0, 1024, 512)), ("L", box(0, 0, 256, 512)), ("R", box(512, 0, 1400, 512))],
     )
     source = the_tiles(
-        tiny_slide, notes, TileSampling(0.5, tile=256),
-        AnnotationTarget("side", "classify", REGIONS, background="rest"), AnnotationTarget("area", "segment", REGIONS, background="rest"),
-        AnnotationTarget("both", "multilabel", REGIONS), AnnotationTarget("score", "regress", REGIONS, values=("score",)),
+        tiny_slide,
+        notes,
+        TileSampling(0.5, tile=256),
+        AnnotationTarget("side", "classify", REGIONS, background="rest"),
+        AnnotationTarget("area", "segment", REGIONS, background="rest"),
+        AnnotationTarget("both", "multilabel", REGIONS),
+        AnnotationTarget("score", "regress", REGIONS, values=("score",)),
         AnnotationTarget("layers", "multisegment", REGIONS),
-    )  # fmt: skip
+    )
     assert source.tasks == ("side", "area", "both", "score", "layers")
     assert source.index.labels.tolist() == [1, 0, 2, 2] * 2
     samples = source.read(range(8), 256)

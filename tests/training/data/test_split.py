@@ -23,7 +23,7 @@ from wsi_mmm.training.data.split import (
     split_by_column,
     split_items,
 )  # fmt: skip
-from wsi_mmm.training.loader import Feed
+from wsi_mmm.training.loader import DataFeed
 from wsi_mmm.training.policy import plan_step
 
 LABELS = np.zeros(4, np.int32)
@@ -137,13 +137,13 @@ def test_training_never_draws_from_the_test_part() -> None:
     """A thousand draws of a feed of the train part hold none of it; a feed that would is refused."""
     source = picture_source("a", 40, targets={"class": None})
     split = split_items(source.index, seed=0)
-    feed = Feed(source, 8, split.train)
+    feed = DataFeed(source, 8, split.train)
     forbid_test(split, feed.items)
     for step in range(125):
         (draw,) = plan_step([feed.measure], policy="cyclic", seed=0, step=step, class_balance=step % 2 == 0)
         assert not set(feed.items[list(draw.numbers)].tolist()) & set(split.test.tolist())
     with pytest.raises(ConfigError, match="of the test part"):
-        forbid_test(split, Feed(source, 8).items)
+        forbid_test(split, DataFeed(source, 8).items)
 
 
 def test_a_label_that_a_part_lacks_is_named() -> None:

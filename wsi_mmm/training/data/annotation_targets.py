@@ -1,4 +1,4 @@
-"""What a task learns from the annotations of slides: which classes, what is known, and the truth of tiles by kind."""
+"""Targets of a task from the annotations of slides: which classes, what is known, and the target of tiles by kind."""
 
 from __future__ import annotations
 
@@ -88,23 +88,23 @@ def tile_targets(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, t
 def map_targets(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, size: int) -> Sequence[Target]:
     """Of a map kind: the truth of each square of ``size`` px at target px ``xy``, in its own px."""
     some = max(1, _PX // size**2)  # few enough at a time to stay in the processor's cache: five times faster
-    parts = (_map_truths(spec, annotated, xy[start : start + some], size) for start in range(0, len(xy), some))
+    parts = (_map_targets(spec, annotated, xy[start : start + some], size) for start in range(0, len(xy), some))
     return [target for part in parts for target in part]
 
 
-def _map_truths(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, size: int) -> Sequence[Target]:
-    squares = annotated.squares(xy, size)
+def _map_targets(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, size: int) -> Sequence[Target]:
+    grids = annotated.grids(xy, size)
     if spec.kind == "segment":
-        return list(regions.class_maps(annotated, squares))
+        return list(regions.class_maps(annotated, grids))
     if spec.kind == "multisegment":
-        return list(regions.label_maps(annotated, squares))
+        return list(regions.label_maps(annotated, grids))
     if spec.kind == "instances":
-        return list(objects.object_maps(annotated, squares))
-    return objects.object_boxes(annotated, squares, spec.min_visible)
+        return list(objects.object_maps(annotated, grids))
+    return objects.object_boxes(annotated, grids, spec.min_visible)
 
 
 def choose(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, tile: int) -> tuple[Mask, I32]:
-    """Which tiles teach something, bool[n], and the class int32[n] that balancing goes by (-1: none)."""
+    """Return which tiles have a target, bool[n], and the class int32[n] that balancing goes by (-1: none)."""
     if spec.kind in TILE_LEVEL_KINDS:
         return _choose_patches(spec, tile_targets(spec, annotated, xy, tile))
     if spec.kind in ("instances", "detect"):

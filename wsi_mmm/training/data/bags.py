@@ -59,7 +59,7 @@ class Draws:
             raise InputError(f"bags of at most {self.most}, {self.times} times a slide: give 0 or more, and 1 or more")
 
     def chosen(self, count: int, slide: int, time: int) -> I64:
-        """Which of ``count`` instances, ascending."""
+        """Indices of the drawn instances out of ``count``, ascending."""
         if not self.most or count <= self.most:
             return np.arange(count)
         rng = np.random.default_rng([self.seed, slide, time])

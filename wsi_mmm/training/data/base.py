@@ -31,7 +31,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class ItemIndex:
-    """What is known of n items without reading them: ``keys`` (unique), ``groups`` (patient or slide: never divided
+    """Facts about n items that need no reading: ``keys`` (unique), ``groups`` (patient or slide: never divided
     between splits), ``labels`` int32[n] the class that balancing and stratifying go by (-1: none)."""
 
     keys: Sequence[str]

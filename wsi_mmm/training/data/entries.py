@@ -15,7 +15,7 @@ from wsi_mmm.training.data.base import DataSource, ItemIndex
 from wsi_mmm.training.data.coco import coco
 from wsi_mmm.training.data.entry import ConfigTable, DataContext, DatasetEntry
 from wsi_mmm.training.data.images import Origin
-from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, Slides, TileBags
+from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, SlidesEntry, TileBags
 from wsi_mmm.training.data.split import parts_by_pattern
 from wsi_mmm.training.data.tables import TableTask, read_table, slide_table
 
@@ -146,7 +146,7 @@ class Nifti(DatasetEntry):
 
 
 class PatientTable(ConfigTable):
-    """What is known of patients: a row each, whose name is in column ``patient``. Otherwise as a table of slides."""
+    """A table with one row per patient, named in column ``patient``. Otherwise as a table of slides."""
 
     table: str
     patient: str = "patient"
@@ -193,6 +193,15 @@ def _class_indices(name: str, values: Mapping[int, str], card: TaskCard) -> dict
 
 
 DataEntry = Annotated[
-    ClassFolders | ImageMasks | ImageInstances | Coco | Nifti | Dicom | Slides | SlideLabels | TileBags | FeatureBags,
+    ClassFolders
+    | ImageMasks
+    | ImageInstances
+    | Coco
+    | Nifti
+    | Dicom
+    | SlidesEntry
+    | SlideLabels
+    | TileBags
+    | FeatureBags,
     Field(discriminator="kind"),
 ]

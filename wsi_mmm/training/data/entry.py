@@ -1,4 +1,4 @@
-"""What every data set in a configuration has, and what opening one needs to know."""
+"""Keys that every data set of a configuration has, and the facts that opening one needs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def each_by_itself(words: Sequence[str]) -> list[tuple[str, str, float | None]]:
 
 @dataclass(frozen=True, slots=True)
 class DataContext:
-    """What opening needs to know of the training: its tasks, and the model's mpp and tile size."""
+    """Facts of the training that opening a data set needs: its tasks, and the model's mpp and tile size."""
 
     tasks: Mapping[str, TaskCard]
     mpp: float
@@ -36,7 +36,8 @@ class ConfigTable(BaseModel):
 
 
 class DatasetEntry(ConfigTable):
-    """What every data set has. ``batch``: items of a micro-batch; ``weight``: how often it comes (see sampling)."""
+    """Keys that every data set has. ``batch``: items of a micro-batch; ``weight``: how often it comes (see
+    sampling)."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
     batch: int = Field(default=8, ge=1)

@@ -11,7 +11,7 @@ from wsi_mmm.errors import InputError
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data.base import ItemIndex
-from wsi_mmm.training.data.images import Origin, Pictures, below, pictures_below, read_image, read_labels
+from wsi_mmm.training.data.images import ImageItems, Origin, below, pictures_below, read_image, read_labels
 from wsi_mmm.types import I32
 
 LABEL_ENDINGS = (".png", ".tif", ".tiff", ".npy", ".bmp")
@@ -26,7 +26,7 @@ def class_folders(
     task: str,
     classes: Sequence[str],
     folders: Mapping[str, str] | None = None,
-) -> Pictures:
+) -> ImageItems:
     """``<root>/**/<folder>/**/picture``: the first folder of a path that is a class or is mapped to one by ``folders``
     ("": left out), so that ``train/<class>/picture`` is understood, too.
 
@@ -52,7 +52,7 @@ def class_folders(
     if bare:
         raise InputError(f"data '{origin.name}': no picture of class {bare[0]!r} below {store.redact(root)}")
     index = ItemIndex(keys, origin.groups(keys), numbers)
-    return Pictures(
+    return ImageItems(
         origin.name, (task,), index, lambda n: read_image(uris[n]), lambda n, _: {task: int(numbers[n])}, origin.factor,
     )  # fmt: skip
 
@@ -65,7 +65,7 @@ def image_masks(
     task: str,
     values: Mapping[int, int] | None = None,
     classes: int,
-) -> Pictures:
+) -> ImageItems:
     """Pictures below ``images`` with a label image of the same relative path and stem below ``masks``, for `segment`.
 
     ``values``: px value -> class index (-1: unknown); None: the value is the class, 255 unknown. Values that mean
@@ -87,7 +87,7 @@ def image_class_masks(
     *,
     task: str,
     classes: Sequence[str],
-) -> Pictures:
+) -> ImageItems:
     """Pictures below ``images`` and, per class, masks below ``<masks>/<class>``, for `multisegment`: above 0 is 1, 255
     in a mask that also holds 1 is unknown. A class without a mask of a picture is unknown there."""
     uris = pictures_below(images)
@@ -112,7 +112,7 @@ def image_class_masks(
     return _paired_images(origin, images, pairs, task=task, targets=targets)
 
 
-def image_instances(origin: Origin, images: str, labels: str, *, task: str) -> Pictures:
+def image_instances(origin: Origin, images: str, labels: str, *, task: str) -> ImageItems:
     """Pictures below ``images`` with an instance image (0 background, a number per object) below ``labels``."""
     pairs = _match_files(origin, images, labels)
 
@@ -139,10 +139,10 @@ def _paired_images(
     *,
     task: str,
     targets: Callable[[int, tuple[int, int]], Mapping[str, Target]],
-) -> Pictures:
+) -> ImageItems:
     keys = [below(root, image) for image, _ in pairs]
     index = ItemIndex(keys, origin.groups(keys), np.full(len(keys), -1, np.int32))
-    return Pictures(origin.name, (task,), index, lambda n: read_image(pairs[n][0]), targets, origin.factor)
+    return ImageItems(origin.name, (task,), index, lambda n: read_image(pairs[n][0]), targets, origin.factor)
 
 
 def _match_files(origin: Origin, images: str, labels: str) -> list[tuple[str, str]]:

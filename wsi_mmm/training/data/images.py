@@ -28,7 +28,7 @@ MAX_SIDE = 1 << 15
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What every folder of pictures has: the data set's ``name``; ``group``, a regular expression whose first group,
+    """Common facts of a folder of images: the data set's ``name``; ``group``, a regular expression whose first group,
     found in the path of a picture, names its patient or slide (None: every picture is by itself); ``factor``: px of
     the model's resolution per px of the files (their mpp / the model's mpp)."""
 
@@ -52,7 +52,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageItems:
     """A Source of whole pictures. ``image``: item -> uint8[h, w, 3]; ``truths``: item, (h, w) -> truth by task.
 
     Both may raise InputError or StorageError: then the item is a failed sample. ``factor``: px of the model's

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from wsi_mmm.tasks.targets import Boxes
-from wsi_mmm.training.data.raster import Squares
+from wsi_mmm.training.data.raster import PixelGrids
 from wsi_mmm.training.data.regions import UNKNOWN, SlideAnnotations, annotated_area_mask, looked_at_share, paint_over
 from wsi_mmm.types import F32, F64, I32, I64, Mask
 
@@ -15,35 +15,35 @@ CELL = 8
 """Unknown area is given to detectors in cells of so many px: a cell is unknown when any of its px is."""
 
 
-def object_maps(annotated: SlideAnnotations, squares: Squares) -> I32:
+def object_maps(annotated: SlideAnnotations, grids: PixelGrids) -> I32:
     """int32[n, side, side]: 0 where there is no object, its number in the slide + 1 where one is, -1 unknown. Truth of
     `instances`. An object that the square's rim cuts keeps its number, so squares side by side agree."""
-    seen = annotated_area_mask(annotated, squares)
+    seen = annotated_area_mask(annotated, grids)
     numbers = np.where(annotated.coding.code >= 0, np.arange(1, len(annotated.index) + 1), UNKNOWN).astype(np.int32)
-    return paint_over(annotated, squares, seen, 0, numbers)
+    return paint_over(annotated, grids, seen, 0, numbers)
 
 
-def object_boxes(annotated: SlideAnnotations, squares: Squares, min_visible: float) -> list[Boxes]:
+def object_boxes(annotated: SlideAnnotations, grids: PixelGrids, min_visible: float) -> list[Boxes]:
     """The boxes of each square, cut at its rim. Labelled -1: boxes of which less than the share ``min_visible`` is
     inside, those whose middle is unknown, and the rectangles of area in which nothing is known."""
-    maps = object_maps(annotated, squares)
-    pairs = annotated.pairs(squares, annotated.coding.code >= 0)
+    maps = object_maps(annotated, grids)
+    pairs = annotated.pairs(grids, annotated.coding.code >= 0)
     scale = (annotated.scale_x, annotated.scale_y) * 2
-    corner = squares.xy[pairs.square]
+    corner = grids.xy[pairs.grid]
     whole = annotated.index.boxes[pairs.shape] / scale - np.concatenate([corner, corner], axis=1)
-    cut = np.clip(whole, 0, squares.side)
+    cut = np.clip(whole, 0, grids.side)
     labels = annotated.coding.code[pairs.shape].copy()
-    at = np.minimum((cut[:, :2] + cut[:, 2:]) / 2, squares.side - 1).astype(np.int64)
-    hidden = maps[pairs.square, at[:, 1], at[:, 0]] < 0
+    at = np.minimum((cut[:, :2] + cut[:, 2:]) / 2, grids.side - 1).astype(np.int64)
+    hidden = maps[pairs.grid, at[:, 1], at[:, 0]] < 0
     labels[hidden | (_box_areas(cut) < min_visible * _box_areas(whole))] = UNKNOWN
     keep = _box_areas(cut) > 0
     out = []
-    for number in range(len(squares.xy)):
-        mine = keep & (pairs.square == number)
+    for number in range(len(grids.xy)):
+        mine = keep & (pairs.grid == number)
         unknown = _unknown_boxes(maps[number])
         xyxy = np.concatenate([cut[mine].astype(np.float32), unknown])
         both = np.concatenate([labels[mine], np.full(len(unknown), UNKNOWN, np.int32)])
-        out.append(Boxes(xyxy, both, squares.side, squares.side))
+        out.append(Boxes(xyxy, both, grids.side, grids.side))
     return out
 
 
@@ -83,7 +83,7 @@ def middles(annotated: SlideAnnotations) -> F64:
 
 
 def covering(annotated: SlideAnnotations, xy: I64, tile: int, min_share: float) -> Mask:
-    """Which tiles of a grid to keep: those of which at least ``min_share`` was looked at, and those that hold the
+    """Choose the tiles of a grid to keep: those of which at least ``min_share`` was looked at, and those that hold the
     middle of an object, so that every object is in a tile."""
     counts = np.bincount(held(annotated, xy, tile)[0], minlength=len(xy))
     return np.asarray((looked_at_share(annotated, xy, tile) >= max(min_share, 1e-6)) | (counts > 0), bool)
@@ -91,17 +91,17 @@ def covering(annotated: SlideAnnotations, xy: I64, tile: int, min_share: float) 
 
 def held(annotated: SlideAnnotations, xy: I64, tile: int) -> tuple[I64, I64]:
     """Pairs (tile, object) where the middle of an object lies in a tile."""
-    square, shape = annotated.index.touching(annotated.squares(xy, tile).boxes())
-    at = middles(annotated)[shape] - xy[square]
+    grid, shape = annotated.index.touching(annotated.grids(xy, tile).boxes())
+    at = middles(annotated)[shape] - xy[grid]
     keep = ((at >= 0) & (at < tile)).all(axis=1) & (annotated.coding.code[shape] >= 0)
-    return square[keep], shape[keep]
+    return grid[keep], shape[keep]
 
 
 def common_objects(annotated: SlideAnnotations, xy: I64, tile: int) -> I32:
     """int32[n]: the class of most objects whose middle is in each tile, -1 where there is none."""
-    square, shape = held(annotated, xy, tile)
+    grid, shape = held(annotated, xy, tile)
     table = np.zeros((len(xy), max(annotated.labels, 1)), np.int64)
-    np.add.at(table, (square, annotated.coding.code[shape]), 1)
+    np.add.at(table, (grid, annotated.coding.code[shape]), 1)
     return np.where(table.max(axis=1) > 0, table.argmax(axis=1), UNKNOWN).astype(np.int32)
 
 

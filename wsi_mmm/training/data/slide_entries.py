@@ -16,7 +16,7 @@ from wsi_mmm.tiles.tissue import MIN_TISSUE
 from wsi_mmm.training.data import bags, tables
 from wsi_mmm.training.data.annotation_targets import MAP_KINDS, TILE_LEVEL_KINDS, AnnotationTarget
 from wsi_mmm.training.data.base import DataSource, ItemIndex
-from wsi_mmm.training.data.buckets import Buckets, DryRun, How, Rule, same_names
+from wsi_mmm.training.data.buckets import BucketReport, Buckets, How, Rule, same_names
 from wsi_mmm.training.data.entry import ConfigTable, DataContext, DatasetEntry
 from wsi_mmm.training.data.pool import SlidePool
 from wsi_mmm.training.data.slides import SlideItem, TileSampling, beside, dry_run_slides, slide_tiles, slides_of_table
@@ -35,8 +35,8 @@ class Bucket(ConfigTable):
 
 
 class TaskOfShapes(ConfigTable):
-    """What a task learns from annotations; see `Lesson`. ``buckets`` in order, the first that fits decides (none: class
-    names are those of the task); ``unmatched``, ``unnamed``: where the rest goes."""
+    """The targets of a task in annotations; see `AnnotationTarget`. ``buckets`` in order, the first that fits decides
+    (none: class names are those of the task); ``unmatched``, ``unnamed``: where the rest goes."""
 
     buckets: tuple[Bucket, ...] = ()
     unmatched: str = "ignore"
@@ -91,7 +91,7 @@ OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_as_list), WithJsonSchema
 """A word, or several."""
 
 
-class Slides(Tiled):
+class SlidesEntry(Tiled):
     """Slides with annotations, or their tissue.
 
     ``slides``: files, folders, patterns, prefixes, manifests, as `wsi-mmm run` takes them. ``task``: one or several, of
@@ -125,11 +125,13 @@ class Slides(Tiled):
         specs = place.expand(self.slides)
         found = []
         for name, uri, mpp in specs:
-            notes = None if self.annotations is None else beside(uri, self.annotations, needed=self.needed)
-            if notes is None and self.annotations is not None:
+            annotation_file = None if self.annotations is None else beside(uri, self.annotations, needed=self.needed)
+            if annotation_file is None and self.annotations is not None:
                 continue
             known: Mapping[str, Target] = dict.fromkeys(self.task) if self.annotations is None else {}
-            found.append(SlideItem(name, uri, mpp or self.mpp_override, notes, self._matched_group(name), known))
+            found.append(
+                SlideItem(name, uri, mpp or self.mpp_override, annotation_file, self._matched_group(name), known)
+            )
         if not found:
             raise InputError(
                 f"data '{self.name}': none of its {len(specs)} slides has annotations at {self.annotations}"
@@ -137,7 +139,7 @@ class Slides(Tiled):
         return found
 
     def specs(self, place: DataContext) -> list[AnnotationTarget]:
-        """What each task learns; none without annotations."""
+        """The annotation target of each task; none without annotations."""
         for name in self.shapes:
             if name not in self.task:
                 raise ConfigError(f"data '{self.name}': shapes name the task '{name}', which is not one of its tasks")
@@ -156,7 +158,7 @@ class Slides(Tiled):
         specs = self.specs(place)  # what is wrong with the table is said before files are looked for
         return slide_tiles(self.name, self.items(place), self.places(place), specs, pool=self.pool())
 
-    def dry_run(self, place: DataContext) -> dict[str, DryRun]:
+    def dry_run(self, place: DataContext) -> dict[str, BucketReport]:
         """Per task what its bucket table makes of the annotations."""
         specs, pool = self.specs(place), self.pool()
         items = self.items(place) if specs else []
@@ -172,7 +174,7 @@ class Slides(Tiled):
 
 
 class TaskColumns(ConfigTable):
-    """Which columns of a table a task learns from; see `TableTask`."""
+    """The columns of a table that a task learns from; see `TableTask`."""
 
     columns: tuple[str, ...]
     values: dict[str, str] = Field(default_factory=dict)

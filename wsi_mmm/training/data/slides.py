@@ -29,7 +29,7 @@ from wsi_mmm.training.data.annotation_targets import (
     tile_targets,
 )
 from wsi_mmm.training.data.base import ItemIndex, Sample
-from wsi_mmm.training.data.buckets import Buckets, DryRun, dry_run
+from wsi_mmm.training.data.buckets import BucketReport, Buckets, dry_run
 from wsi_mmm.training.data.objects import drawn_places
 from wsi_mmm.training.data.pool import SlidePool
 from wsi_mmm.training.data.regions import UNKNOWN, SlideAnnotations, grid_places
@@ -57,7 +57,7 @@ class SlideItem:
 
 @dataclass(frozen=True, slots=True)
 class TileSampling:
-    """Which tiles of ``tile`` px at ``mpp`` are items.
+    """How tiles of ``tile`` px at ``mpp`` are chosen as items.
 
     ``by`` "grid": of a grid from the slide's corner with ``stride`` (0: the tile's side), those that the first lesson
     can learn from; without lessons, those with at least ``min_tissue`` tissue. ``by`` "objects": ``per_slide`` tiles
@@ -90,7 +90,7 @@ class _Prepared:
     scale: tuple[float, float]
     xy: I64
     labels: I32
-    patches: Mapping[str, Sequence[Target]]
+    by_tile: Mapping[str, Sequence[Target]]
     annotated_by_task: Mapping[str, SlideAnnotations]
 
 
@@ -148,8 +148,8 @@ class SlideTiles:
     def _read_targets(self, slide: _Prepared, local: I64, corners: I64, size: int) -> list[dict[str, Target]]:
         found: list[dict[str, Target]] = [dict(slide.item.targets) for _ in local]
         for spec in self.specs:
-            if spec.task in slide.patches:
-                values: Sequence[Target] = [slide.patches[spec.task][n] for n in local.tolist()]
+            if spec.task in slide.by_tile:
+                values: Sequence[Target] = [slide.by_tile[spec.task][n] for n in local.tolist()]
             elif spec.task in slide.annotated_by_task:
                 values = map_targets(spec, slide.annotated_by_task[spec.task], corners, size)
             else:
@@ -250,14 +250,14 @@ def _prepare_slide(
         make_grid(slide.info, places.mpp, tile=places.tile, overlap=0)  # refuses what is much finer than the slide
         annotated_by_task = _annotations_by_task(slide, item, places, specs)
         xy, labels = _choose_tiles(slide, places, specs, annotated_by_task, number)
-    patches = {
+    by_tile = {
         spec.task: tile_targets(spec, annotated_by_task[spec.task], xy, places.tile)
         for spec in specs
         if spec.kind in TILE_LEVEL_KINDS and spec.task in annotated_by_task
     }
-    drawn = {task: annotated for task, annotated in annotated_by_task.items() if task not in patches}
+    drawn = {task: annotated for task, annotated in annotated_by_task.items() if task not in by_tile}
     labels = np.where(labels < 0, np.int32(item.label), labels) if not specs else labels
-    return _Prepared(item, scale, xy, labels, patches, drawn)
+    return _Prepared(item, scale, xy, labels, by_tile, drawn)
 
 
 def _annotations_by_task(
@@ -367,14 +367,15 @@ def slides_of_table(
     ``labels`` int32[rows]: what balancing goes by. Raises ManifestError with the row."""
     uris, columns = table.table.column(uri), table.table
     mpps = columns.column(mpp) if mpp else ("",) * len(uris)
-    notes = columns.column(annotations) if annotations else ("",) * len(uris)
+    annotation_files = columns.column(annotations) if annotations else ("",) * len(uris)
     found = []
     for row, place in enumerate(uris):
         if not place:
             raise columns.wrong(row, f"column {uri!r} is empty: name the slide's file")
         item = SlideItem(
             table.slides[row], _resolve_under(root, place), _cell_mpp(table, row, mpps[row]),
-            _resolve_under(root, notes[row]) if notes[row] else None, table.groups[row], table.of(row),
+            _resolve_under(root, annotation_files[row]) if annotation_files[row] else None,
+            table.groups[row], table.of(row),
             int(labels[row]) if labels is not None else UNKNOWN,
         )  # fmt: skip
         found.append(item)
@@ -397,8 +398,8 @@ def _cell_mpp(table: SlideTable, row: int, cell: str) -> float | None:
     return value
 
 
-def dry_run_slides(items: Sequence[SlideItem], buckets: Buckets, pool: SlidePool | None = None) -> DryRun:
-    """What a bucket table makes of the annotations of slides; areas in mm² where ``pool`` may open the slides."""
+def dry_run_slides(items: Sequence[SlideItem], buckets: Buckets, pool: SlidePool | None = None) -> BucketReport:
+    """Report how a bucket table sorts the annotations of slides; areas in mm² where ``pool`` may open the slides."""
 
     def resolution(item: SlideItem) -> float | None:
         if pool is None:

@@ -1,4 +1,4 @@
-"""Which items are learnt from, which choose the model, which judge it; and a check that nothing is on two sides.
+"""Splits into training, validation and test items, and a check that nothing is on two sides.
 
 Groups (patients, slides) are never divided. Labels are spread as evenly as whole groups allow. The same seed and items
 give the same split, whatever their order in the file.
@@ -172,8 +172,9 @@ class Leak:
 def find_leaks(
     parts: Mapping[str, Sequence[tuple[ItemIndex, I64]]], pictures: Mapping[str, str] | None = None
 ) -> tuple[Leak, ...]:
-    """What is on more than one side. ``parts``: name -> the items (index, numbers) of every source that are in it, so
-    that two sources with one patient are found too; ``pictures``: key -> hash of its picture (`picture_hashes`)."""
+    """Find items that are on more than one side. ``parts``: name -> the items (index, numbers) of every source that are
+    in it, so that two sources with one patient are found too; ``pictures``: key -> hash of its picture
+    (`picture_hashes`)."""
     seen: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for part, members in parts.items():
         for index, numbers in members:

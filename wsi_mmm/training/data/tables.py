@@ -131,7 +131,7 @@ def _cell_text(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TableTask:
-    """What a task of ``kind`` learns from which ``columns``.
+    """The ``columns`` that hold the targets of a task of ``kind``.
 
     classify: one column that holds one of ``labels``. multilabel: one column per label (yes or no), or one column of
     labels joined by ``separator``. regress: a column per value. survive: the time, then whether the event happened.
@@ -180,7 +180,7 @@ def slide_table(
     group: str | None = None,
     split: str | None = None,
 ) -> SlideTable:
-    """What the rows say. Raises ManifestError with the row for a slide without name or listed twice, a label that the
+    """Parse the rows. Raises ManifestError with the row for a slide without name or listed twice, a label that the
     task does not have, a number that is none, a negative time."""
     slides = table.column(slide)
     seen: dict[str, int] = {}

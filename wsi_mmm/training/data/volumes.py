@@ -18,7 +18,7 @@ from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data.base import ItemIndex
 from wsi_mmm.training.data.folders import mapped
-from wsi_mmm.training.data.images import Pictures, below
+from wsi_mmm.training.data.images import ImageItems, below
 from wsi_mmm.types import F32, U8
 
 MAX_VOXELS = 1 << 30
@@ -47,7 +47,7 @@ def nifti_slices(
     axis: int = 2,
     values: Mapping[int, int] | None = None,
     window: IntensityWindow = AUTO,
-) -> Pictures:
+) -> ImageItems:
     """Slices along ``axis`` of every NIfTI volume below ``images``; ``labels`` holds label volumes of the same names.
 
     ``values``: voxel value -> class index (-1: unknown); None: the value is the class. Grey becomes three equal
@@ -77,7 +77,7 @@ def nifti_slices(
         return {task: mapped(whole, table, other)}
 
     index = ItemIndex(keys, [below(images, uri) for uri, _ in places], np.full(len(keys), -1, np.int32))
-    return Pictures(name, (task,), index, image, targets)
+    return ImageItems(name, (task,), index, image, targets)
 
 
 def dicom_slices(
@@ -87,7 +87,7 @@ def dicom_slices(
     task: str,
     label: Callable[[str], Target] | None = None,
     window: IntensityWindow = AUTO,
-) -> Pictures:
+) -> ImageItems:
     """DICOM files (one slice each) below ``images``; the group is the patient (or series) that the file names.
 
     ``label``: patient -> truth of its slices (a class, say); None: without truth. Files of other kinds are left out.
@@ -107,7 +107,7 @@ def dicom_slices(
         return {} if label is None else {task: label(groups[number])}
 
     index = ItemIndex([below(images, uri) for uri in uris], groups, np.full(len(uris), -1, np.int32))
-    return Pictures(name, (task,), index, image, targets)
+    return ImageItems(name, (task,), index, image, targets)
 
 
 def grey(values: npt.NDArray[Any], window: IntensityWindow, whole: npt.NDArray[Any]) -> U8:
