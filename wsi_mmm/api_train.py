@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from wsi_mmm.training.config import TrainConfig
-    from wsi_mmm.training.data.buckets import DryRun
+    from wsi_mmm.training.data.buckets import BucketReport
     from wsi_mmm.training.fewshot_run import Fitted
     from wsi_mmm.training.fit import StepReport
     from wsi_mmm.training.fractions import Curve
@@ -54,7 +54,8 @@ def train(
 
 
 def prepare_training(config: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> Prepared:
-    """Prepare what ``train`` would learn from: data sets opened and divided (``.summary()``), the model as it begins."""
+    """Prepare what ``train`` would learn from: data sets opened and divided (``.summary()``), the model as it
+    begins."""
     from wsi_mmm.training import job
 
     return job.prepare(_training(config, settings), _slides_named)
@@ -62,7 +63,7 @@ def prepare_training(config: str | Path | Mapping[str, Any], settings: Sequence[
 
 def read_annotations(
     config: str | Path | Mapping[str, Any], settings: Sequence[str] = ()
-) -> dict[str, dict[str, DryRun]]:
+) -> dict[str, dict[str, BucketReport]]:
     """Data set -> task -> what its bucket table makes of the annotations (``.table()``, ``.as_json()``); learns nothing
     and opens no data set, so that a table can be mended that leaves nothing to learn from."""
     from wsi_mmm.training import job

@@ -16,7 +16,7 @@ from wsi_mmm.cli.progress import duration
 from wsi_mmm.errors import OptionError
 
 if TYPE_CHECKING:
-    from wsi_mmm.training.data.buckets import DryRun
+    from wsi_mmm.training.data.buckets import BucketReport
     from wsi_mmm.training.fit import StepReport
     from wsi_mmm.training.fractions import Curve
     from wsi_mmm.training.job import Prepared, TrainingListener
@@ -129,7 +129,7 @@ def _show_curve(curve: Curve) -> None:
         say(line)
 
 
-def _show_annotations(found: Mapping[str, Mapping[str, DryRun]]) -> None:
+def _show_annotations(found: Mapping[str, Mapping[str, BucketReport]]) -> None:
     for data, tables in found.items():
         for task, one in tables.items():
             if flags.json:
