@@ -18,7 +18,7 @@ from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.training import fit as fitting
 from wsi_mmm.training.colour import Augment
 from wsi_mmm.training.data.base import Sample
-from wsi_mmm.training.fit import Callbacks, FitPlan, Progress, fit
+from wsi_mmm.training.fit import Callbacks, FitPlan, StepReport, fit
 from wsi_mmm.training.loader import (
     READ_AHEAD,
     DataFeed,
@@ -296,7 +296,7 @@ def trained(folder: str, stop_at: int | None = None) -> tuple[torch.Tensor, list
     feed = DataFeed(replace(source, samples=samples, tasks=("t0", "t1")), 4)
     losses: list[float] = []
 
-    def watch(progress: Progress) -> None:
+    def watch(progress: StepReport) -> None:
         losses.append(progress.losses["t0"])
         if progress.step == stop_at:
             raise KeyboardInterrupt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapely.geometry import FractionResult, Polygon, box
+from shapely.geometry import Point, Polygon, box
 
 from wsi_mmm.annotations import Shape, Shapes
 from wsi_mmm.training.data.buckets import IGNORE, USE, Buckets, Rule
@@ -40,7 +40,7 @@ def at(*xy: tuple[int, int]) -> I64:
 def cells(count: int, seed: int = 0, side: int = 256) -> list[tuple[str, Polygon]]:
     rng = np.random.default_rng(seed)
     xy = rng.uniform(0, side, (count, 2))
-    return [("M" if i % 5 == 0 else "C", FractionResult(*p).buffer(rng.uniform(2, 7))) for i, p in enumerate(xy)]
+    return [("M" if i % 5 == 0 else "C", Point(*p).buffer(rng.uniform(2, 7))) for i, p in enumerate(xy)]
 
 
 def test_instances_keep_their_numbers_across_tiles() -> None:

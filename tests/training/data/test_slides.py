@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from shapely.geometry import FractionResult, Polygon, box, mapping
+from shapely.geometry import Point, Polygon, box, mapping
 
 from conftest import RealData
 from helpers.faulty import Faulty
@@ -147,7 +147,7 @@ def test_places_round_objects_are_drawn_by_their_seed(tiny_slide: Path, nuclei: 
     assert list(one.index.keys) == list(two.index.keys) != list(other.index.keys)
     assert (one.index.labels == 0).all() and 20 < len(one.index) <= 30
     dots = Path(nuclei).with_name("dots.geojson")
-    notes = geojson(dots, [("nucleus", FractionResult(400, 300)), ("nucleus", FractionResult(900, 700))])
+    notes = geojson(dots, [("nucleus", Point(400, 300)), ("nucleus", Point(900, 700))])
     found = the_tiles(tiny_slide, notes, TileSampling(0.5, tile=64, dot_um=4.0, by="objects", per_slide=9), spec)
     boxes = found.read([0], 64)[0].targets["n"]
     assert isinstance(boxes, Boxes)
@@ -304,7 +304,7 @@ def test_nuclei_that_a_run_wrote_are_learnt_from(real_data: RealData, tmp_path: 
     """Detections of a real slide, made up on a grid, come back as instances with their pixels."""
     path = real_data.slide("metaplasia_HE.svs")
     rng = np.random.default_rng(0)
-    shapes = [("nucleus", FractionResult(*xy).buffer(12)) for xy in rng.uniform(4000, 8000, (400, 2))]
+    shapes = [("nucleus", Point(*xy).buffer(12)) for xy in rng.uniform(4000, 8000, (400, 2))]
     notes = geojson(tmp_path / "m.geojson", shapes)
     source = the_tiles(
         path,
