@@ -187,7 +187,7 @@ def dicom(path: Path, patient: str) -> None:
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3"
     data = FileDataset("s", {}, file_meta=meta, preamble=b"\0" * 128)
     data.SOPClassUID, data.SOPInstanceUID, data.PatientID = pydicom.uid.CTImageStorage, "1.2.3", patient
-    data.Rows, data.TaskColumns, data.SamplesPerPixel, data.BitsAllocated = 2, 2, 1, 16
+    data.Rows, data.Columns, data.SamplesPerPixel, data.BitsAllocated = 2, 2, 1, 16
     data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 15, 0
     data.PhotometricInterpretation = "MONOCHROME2"
     data.PixelData = np.array([[0, 50], [100, 900]], np.uint16).tobytes()

@@ -226,7 +226,7 @@ def test_slices_of_dicom_files(tmp_path: Path) -> None:
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3"
     data = FileDataset("s", {}, file_meta=meta, preamble=b"\0" * 128)
     data.SOPClassUID, data.SOPInstanceUID, data.PatientID = pydicom.uid.CTImageStorage, "1.2.3", "patient 1"
-    data.Rows, data.TaskColumns, data.SamplesPerPixel, data.BitsAllocated = 2, 2, 1, 16
+    data.Rows, data.Columns, data.SamplesPerPixel, data.BitsAllocated = 2, 2, 1, 16
     data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 15, 0
     data.PhotometricInterpretation = "MONOCHROME2"
     data.RescaleSlope, data.RescaleIntercept, data.WindowCenter, data.WindowWidth = "1", "-1000", "0", "200"

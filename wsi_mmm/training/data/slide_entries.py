@@ -193,18 +193,18 @@ class Tabled(ConfigTable):
     mpp: str | None = None
     split: str | None = None
     root: str = ""
-    target: dict[str, TaskColumns] = Field(min_length=1)
+    truth: dict[str, TaskColumns] = Field(min_length=1)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks that it knows something about."""
-        return tuple(self.target)
+        return tuple(self.truth)
 
     def read(self, place: DataContext) -> tuple[SlideTable, I32]:
         """The rows, and the class int32[rows] that balancing goes by: of the first task."""
         tasks = [
             TableTask(name, place.tasks[name].kind, one.columns, place.tasks[name].classes, one.values, one.separator)
-            for name, one in self.target.items()
+            for name, one in self.truth.items()
         ]
         table = tables.slide_table(tables.read_table(self.table), tasks, slide=self.id, group=self.patient)
         return table, balance_labels(tasks[0].kind, table.targets[tasks[0].task])

@@ -172,7 +172,7 @@ def _read_dicom(uri: str) -> tuple[npt.NDArray[Any], IntensityWindow]:
     """Values (rescaled, of one frame) and the window that the file names."""
     data = _read_header(uri, stop=False)
     try:
-        size = int(data.Rows) * int(data.TaskColumns) * int(data.get("NumberOfFrames", 1) or 1)
+        size = int(data.Rows) * int(data.Columns) * int(data.get("NumberOfFrames", 1) or 1)
         if size > MAX_VOXELS or int(data.get("NumberOfFrames", 1) or 1) != 1:
             raise InputError(f"{store.redact(uri)} holds several frames; whole-slide DICOM is read as a slide")
         values = data.pixel_array
