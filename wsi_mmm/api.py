@@ -20,7 +20,6 @@ from wsi_mmm.engine.monitoring.recall import recall
 from wsi_mmm.engine.monitoring.run_report import RunReport
 from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.engine.units import Executor
-from wsi_mmm.errors import OutputError
 from wsi_mmm.requests import Slides, checked_here, encoder_recipe, model_recipe, order_of
 from wsi_mmm.slides import Slide
 from wsi_mmm.types import Batch
@@ -254,17 +253,13 @@ def export_model(
 def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | None = None, **options: Any) -> RunReport:
     """Generate a seeded synthetic slide under ``output`` and run the default model on it."""
     from wsi_mmm.slides.fake import synthetic_slide
+    from wsi_mmm.storage.atomic import atomic_file
 
     folder = Path(output)
     path = folder / "synthetic.tiff"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
     if not path.exists():
-        half = path.with_name(".synthetic.part.tiff")  # a drawing that is cut short is no slide
-        synthetic_slide(half, seed=seed)
-        half.replace(path)
+        with atomic_file(path) as half:  # a drawing that is cut short is no slide
+            synthetic_slide(half, seed=seed)
     return run(str(path), output=folder / "results", progress=progress, **options)
 
 

@@ -15,6 +15,7 @@ from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.run import RunRequest
 from wsi_mmm.engine.units import Placement, SlideTask
 from wsi_mmm.errors import OptionError
+from wsi_mmm.host_tuning import cpu_count
 from wsi_mmm.inputs import expand_inputs, leads_away
 from wsi_mmm.model.fetched import fetched
 from wsi_mmm.model.weights import check_file, check_weights
@@ -111,6 +112,8 @@ def order_of(
     """Which slides go where, by which recipe. OptionError, ManifestError, OutputError."""
     if not isinstance(workers, int) or workers < 0:
         raise OptionError(f"workers must be a whole number of 0 or more, not {workers!r}")
+    if workers and recipe.threads is None:  # they share this machine's processors
+        recipe = replace(recipe, threads=max(1, cpu_count() // workers))
     items = [slides] if isinstance(slides, str | Path | SlideSpec) else list(slides)
     specs = expand_inputs(items, mpp=options.get("mpp_override"))
     out = str(output).rstrip("/")

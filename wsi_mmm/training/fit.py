@@ -1,7 +1,7 @@
 """The training loop: flat, the same on one process or many ranks, stopped and resumed at any step.
 
 A step is: its micro-batches, the strategy (forward, losses, gradients of all ranks), one move of the weights. What can
-go wrong has a name: items that cannot be read are counted and told (`Progress.failed`), NaN is NotFinite or a skipped
+go wrong has a name: items that cannot be read are counted and told (`StepReport.failed`), NaN is NotFinite or a skipped
 step, a full disk OutputError with the earlier checkpoint whole, another rank's end ClusterError, Ctrl-C Cancelled after
 a checkpoint.
 """
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from wsi_mmm.errors import Cancelled, ConfigError, InputError, NotFinite
-from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.training import optim, state
@@ -188,8 +187,6 @@ def _start_run(
     callbacks: Callbacks,
     ranks: Ranks,
 ) -> _Run:
-    if ranks.device.type == "cpu":
-        keep_memory()
     model.to(device=ranks.device)
     model.to(memory_format=torch.channels_last)
     optim.begin(model, plan.optim)

@@ -50,7 +50,7 @@ def figures(
 
 
 def _iter_groups(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
-    """Neighbours that can be looked at together: pictures of one size with truths of the same tasks. Bags go alone."""
+    """Neighbours that can be looked at together: pictures of one size with targets of the same tasks. Bags go alone."""
     group: list[Sample] = []
     for sample in samples:
         if group and (len(group) == _TOGETHER or _group_key(sample) != _group_key(group[0]) or _is_bag(sample)):

@@ -1,4 +1,4 @@
-"""Geometric change as one affine per picture, the same for its pixels and its truth.
+"""Geometric change as one affine per picture, the same for its pixels and its target.
 
 ``theta`` float32[2, 3] takes crop px to sample px: (x, y) = theta[:, :2] @ (u, v) + theta[:, 2]; px edges are integers,
 so the middle of px k is k + 0.5. Turns by right angles, flips and whole shifts copy pixels and labels exactly. Beyond
@@ -224,11 +224,11 @@ def _sample_pixels(pixels: Tensor, x: Tensor, y: Tensor, *, level: int) -> Tenso
     return light.clamp_(0.0, 1.0).contiguous(memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------- truth, in numpy
+# ---------------------------------------------------------------- target, in numpy
 
 
 def warp_target(kind: str, target: Target, theta: F32, size: int, *, visible: float = VISIBLE) -> Target:
-    """The truth of the crop: label maps and masks by nearest px, unknown beyond the sample; boxes moved and clipped,
+    """The target of the crop: label maps and masks by nearest px, unknown beyond the sample; boxes moved and clipped,
     unknown where less than ``visible`` of one shows; what is no picture stays as it is. ``theta`` float32[2, 3]."""
     if kind in ("segment", "instances", "multisegment"):
         return _warp_labels(np.asarray(target), theta, size)
@@ -238,7 +238,7 @@ def warp_target(kind: str, target: Target, theta: F32, size: int, *, visible: fl
 
 
 def unknown_target(kind: str, classes: int, size: int) -> Target:
-    """Nothing is known of a crop: a truth of the right shape that is not learnt from."""
+    """Nothing is known of a crop: a target of the right shape that is not learnt from."""
     if kind in ("segment", "instances"):
         return np.full((size, size), -1, np.int32)
     if kind == "multisegment":

@@ -75,7 +75,7 @@ def annotations_for_task(
 
 
 def tile_targets(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, tile: int) -> list[Target]:
-    """Of a patch kind: the truth of each tile of ``tile`` target px."""
+    """Of a patch kind: the target of each tile of ``tile`` target px."""
     share = spec.min_share
     if spec.kind == "classify":
         return list(regions.tile_labels(annotated, xy, tile, share).tolist())
@@ -86,7 +86,7 @@ def tile_targets(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, t
 
 
 def map_targets(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, size: int) -> Sequence[Target]:
-    """Of a map kind: the truth of each square of ``size`` px at target px ``xy``, in its own px."""
+    """Of a map kind: the target of each square of ``size`` px at target px ``xy``, in its own px."""
     some = max(1, _PX // size**2)  # few enough at a time to stay in the processor's cache: five times faster
     parts = (_map_targets(spec, annotated, xy[start : start + some], size) for start in range(0, len(xy), some))
     return [target for part in parts for target in part]

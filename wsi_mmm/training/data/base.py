@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from wsi_mmm.slides.base import Fetched
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.types import F32, I32, I64, U8
+
+FetchedItems = Mapping[int, Fetched | None]
+"""What `SlideSource.fetch` brought, by an id of the source: None where fetching failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """An item as read. ``pixels`` uint8[h, w, 3] RGB; of a bag of tiles uint8[k, s, s, 3]; of a bag of features None
-    and ``vectors`` float32[k, D]. ``xy`` int64[k, 2]: level-0 px of a bag's tiles. ``truths``: task name -> truth in
+    and ``vectors`` float32[k, D]. ``xy`` int64[k, 2]: level-0 px of a bag's tiles. ``targets``: task name -> target in
     this sample's own px; a task that is absent knows nothing of it. ``failed``: why it could not be read ("" when it
     could): it is left out of the batch and counted, never trained on as white."""
 
@@ -59,5 +63,21 @@ class DataSource(Protocol):
 
     def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
         """These items, in this order. Sources that cut pictures out of slides or larger images give ``size`` px
-        squares round the item (its place may lie nearer to the edge: then white, truth unknown, beyond it); whole
+        squares round the item (its place may lie nearer to the edge: then white, target unknown, beyond it); whole
         images are given whole. Raises StorageError or InputError only when going on is pointless."""
+
+
+@runtime_checkable
+class SlideSource(DataSource, Protocol):
+    """A DataSource that reads tiles of slides, so that bytes can be fetched before they are decoded."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading some of its slides waits for a network."""
+
+    def fetch(self, numbers: Sequence[int], size: int) -> FetchedItems:
+        """Fetch from slides far away what ``read`` of the same items needs, by an id of its own. What cannot be fetched
+        is None: ``read`` tries again, and says why it fails."""
+
+    def read(self, numbers: Sequence[int], size: int, fetched: FetchedItems | None = None) -> list[Sample]:
+        """As a Source; bytes in ``fetched`` are not fetched again."""

@@ -155,7 +155,7 @@ class PatientTable(ConfigTable):
     separator: str = ";"
 
     def targets(self, card: TaskCard) -> dict[str, Target]:
-        """Patient -> the truth of the task. ManifestError names a wrong row."""
+        """Patient -> the target of the task. ManifestError names a wrong row."""
         task = TableTask(card.name, card.kind, self.columns, card.classes, self.values, self.separator)
         found = slide_table(read_table(self.table), [task], slide=self.patient)
         return dict(zip(found.slides, found.targets[card.name], strict=True))
@@ -163,7 +163,7 @@ class PatientTable(ConfigTable):
 
 class Dicom(DatasetEntry):
     """DICOM files below ``images``, a slice each, grouped by the patient that they name. ``patients``: what is known of
-    these (none: a task without truth). ``window``: values shown black and white (none: as the file says)."""
+    these (none: a task without target). ``window``: values shown black and white (none: as the file says)."""
 
     kind: Literal["dicom"]
     task: str

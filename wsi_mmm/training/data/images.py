@@ -53,10 +53,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class ImageItems:
-    """A Source of whole pictures. ``image``: item -> uint8[h, w, 3]; ``truths``: item, (h, w) -> truth by task.
+    """A Source of whole pictures. ``image``: item -> uint8[h, w, 3]; ``targets``: item, (h, w) -> target by task.
 
     Both may raise InputError or StorageError: then the item is a failed sample. ``factor``: px of the model's
-    resolution per px of the file; pixels and truth are resampled by it.
+    resolution per px of the file; pixels and target are resampled by it.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Objects of a slide -> truth of its tiles: an instance per px, or boxes; and the tiles that cover the objects."""
+"""Objects of a slide -> target of its tiles: an instance per px, or boxes; and the tiles that cover the objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Regions of a slide -> truth of its tiles: one label, several, numbers, or a label per px.
+"""Regions of a slide -> target of its tiles: one label, several, numbers, or a label per px.
 
 What is known: inside use-regions everything (what is not annotated there is background), outside them nothing. On a
 slide without use-regions only what the shapes say, or everything where the slide is declared ``complete``. Shapes of

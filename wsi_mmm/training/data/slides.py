@@ -1,10 +1,11 @@
-"""Slides as a Source: items are places, read many at a time by the road of `run`, with truth from annotations, from
+"""Slides as a Source: items are places, read many at a time by the road of `run`, with target from annotations, from
 tables, or both."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -15,10 +16,11 @@ import numpy as np
 from wsi_mmm.annotations import Shapes, parse_shapes
 from wsi_mmm.errors import ConfigError, InputError, ManifestError, WsiError
 from wsi_mmm.slides import Slide
+from wsi_mmm.slides.base import Fetched, TileReader
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import level0_boxes, make_grid
-from wsi_mmm.tiles.stream import read_tiles
+from wsi_mmm.tiles.stream import is_far, read_tiles
 from wsi_mmm.tiles.tissue import MIN_TISSUE, select_tiles, tissue_mask
 from wsi_mmm.training.data.annotation_targets import (
     TILE_LEVEL_KINDS,
@@ -28,7 +30,7 @@ from wsi_mmm.training.data.annotation_targets import (
     map_targets,
     tile_targets,
 )
-from wsi_mmm.training.data.base import ItemIndex, Sample
+from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
 from wsi_mmm.training.data.buckets import BucketReport, Buckets, dry_run
 from wsi_mmm.training.data.objects import drawn_places
 from wsi_mmm.training.data.pool import SlidePool
@@ -37,13 +39,14 @@ from wsi_mmm.training.data.shapes_index import index_shapes
 from wsi_mmm.training.data.tables import SlideTable
 from wsi_mmm.types import I32, I64, Mask, Tiles
 
+_log = logging.getLogger(__name__)
 _OPENING = 4  # slides prepared at a time
 
 
 @dataclass(frozen=True, slots=True)
 class SlideItem:
     """A slide to learn from. ``mpp`` overrides what it says; ``annotations``: path or URI of its GeoJSON or ASAP XML;
-    ``group``: its patient ("": the slide by itself); ``truths``: what is known of the whole slide, by task, and
+    ``group``: its patient ("": the slide by itself); ``targets``: what is known of the whole slide, by task, and
     ``label`` the class of it that balancing goes by where tiles have none."""
 
     id: str
@@ -59,11 +62,11 @@ class SlideItem:
 class TileSampling:
     """How tiles of ``tile`` px at ``mpp`` are chosen as items.
 
-    ``by`` "grid": of a grid from the slide's corner with ``stride`` (0: the tile's side), those that the first lesson
-    can learn from; without lessons, those with at least ``min_tissue`` tissue. ``by`` "objects": ``per_slide`` tiles
-    drawn round the objects of the first lesson, every class alike. ``per_slide``: at most so many (0: all), drawn by
-    ``seed``. ``dot_um``: radius of the disc that a point stands for (0: points are left out).
-    """
+    ``by`` "grid": of a grid from the slide's corner with ``stride`` (0: the tile's side), those that the first
+    annotation target can learn from; without annotation targets, those with at least ``min_tissue`` tissue. ``by``
+    "objects": ``per_slide`` tiles drawn round the objects of the first annotation target, every class alike.
+    ``per_slide``: at most so many (0: all), drawn by ``seed``. ``dot_um``: radius of the disc that a point stands for
+    (0: points are left out). """
 
     mpp: float
     tile: int = 256
@@ -83,8 +86,8 @@ class TileSampling:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A slide with its places ``xy`` int64[n, 2] (target px), classes for balancing, truths of patch tasks by item,
-    and sheets of the tasks whose truth is drawn when it is read."""
+    """A slide with its places ``xy`` int64[n, 2] (target px), classes for balancing, targets of patch tasks by item,
+    and sheets of the tasks whose target is drawn when it is read."""
 
     item: SlideItem
     scale: tuple[float, float]
@@ -92,6 +95,11 @@ class _Prepared:
     labels: I32
     by_tile: Mapping[str, Sequence[Target]]
     annotated_by_task: Mapping[str, SlideAnnotations]
+    remote: bool
+
+    def tiles(self, local: I64, tile: int, size: int) -> Tiles:
+        """Return the squares of ``size`` px round the middles of its items ``local``, tiles of ``tile`` px."""
+        return Tiles(self.xy[local] + (tile - size) // 2, size, *self.scale)
 
 
 @dataclass(frozen=True)
@@ -113,32 +121,51 @@ class SlideTiles:
         """Tiles by slide."""
         return {one.item.id: len(one.xy) for one in self.slides}
 
-    def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
+    @property
+    def remote(self) -> bool:
+        """Whether reading some of its slides waits for a network."""
+        return any(slide.remote for slide in self.slides)
+
+    def fetch(self, numbers: Sequence[int], size: int) -> dict[int, Fetched | None]:
+        """Fetch what ``read`` of the same items needs, by slide; see `SlideSource`."""
+        found: dict[int, Fetched | None] = {}
+        for number, _, local in self._items_by_slide(numbers):
+            slide = self.slides[number]
+            if slide.remote:
+                found[number] = fetch_tiles(self.pool, slide.item, slide.tiles(local, self.tile, size))
+        return found
+
+    def read(self, numbers: Sequence[int], size: int, fetched: FetchedItems | None = None) -> list[Sample]:
         """Squares of ``size`` px round the middles of these items, slide by slide, in the order of ``numbers``.
 
         Truth per px and boxes are those of the square; labels and numbers those of the item's own tile, whatever
         ``size`` is.
         """
-        asked = np.asarray(numbers, np.int64)
-        owner = np.searchsorted(self.starts, asked, "right") - 1
-        found: list[Sample | None] = [None] * len(asked)
-        for slide in np.unique(owner).tolist():
-            at = np.flatnonzero(owner == slide)
-            samples = self._read_samples(self.slides[slide], asked[at] - self.starts[slide], asked[at], size)
+        found: list[Sample | None] = [None] * len(numbers)
+        for slide, at, local in self._items_by_slide(numbers):
+            samples = self._read_samples(slide, local, size, (fetched or {}).get(slide))
             for position, sample in zip(at.tolist(), samples, strict=True):
                 found[position] = sample
         return [sample for sample in found if sample is not None]
 
-    def _read_samples(self, slide: _Prepared, local: I64, numbers: I64, size: int) -> list[Sample]:
-        keys = [self.index.keys[number] for number in numbers.tolist()]
-        corners = slide.xy[local] + (self.tile - size) // 2
-        tiles = Tiles(corners, size, *slide.scale)
+    def _items_by_slide(self, numbers: Sequence[int]) -> Iterator[tuple[int, I64, I64]]:
+        """Yield the number of each slide, the positions of its items in ``numbers``, and their numbers in the slide."""
+        items = np.asarray(numbers, np.int64)
+        owner = np.searchsorted(self.starts, items, "right") - 1
+        for slide in np.unique(owner).tolist():
+            at = np.flatnonzero(owner == slide)
+            yield slide, at, items[at] - self.starts[slide]
+
+    def _read_samples(self, number: int, local: I64, size: int, fetched: Fetched | None) -> list[Sample]:
+        slide = self.slides[number]
+        keys = [self.index.keys[item] for item in (local + self.starts[number]).tolist()]
+        tiles = slide.tiles(local, self.tile, size)
         try:
             with self.pool.reader(slide.item.uri, slide.item.mpp, tiles) as reader:
-                pixels, failed = read_tiles(reader, tiles)
+                pixels, failed = read_tiles(reader, tiles, fetched)
         except WsiError as error:
             return [Sample(key, failed=str(error)) for key in keys]
-        targets = self._read_targets(slide, local, corners, size)
+        targets = self._read_targets(slide, local, tiles.xy, size)
         reasons = _rejection_reasons(slide.item, tiles, failed)
         return [
             Sample(key, failed=reason) if reason else Sample(key, pixels=pixels[n], targets=targets[n])
@@ -157,6 +184,17 @@ class SlideTiles:
             for targets, value in zip(found, values, strict=True):
                 targets[spec.task] = value
         return found
+
+
+def fetch_tiles(pool: SlidePool, item: SlideItem, tiles: Tiles) -> Fetched | None:
+    """Fetch what ``tiles`` of a slide need; None when that fails: reading them tries again, and says why."""
+    try:
+        with pool.reader(item.uri, item.mpp, tiles) as reader:
+            if isinstance(reader, TileReader) and reader.remote:
+                return reader.fetch([tiles])
+    except WsiError as error:
+        _log.debug("fetching ahead from %s failed: %s", item.id, error)
+    return None
 
 
 def _rejection_reasons(item: SlideItem, tiles: Tiles, failed: Mask) -> list[str]:
@@ -178,7 +216,7 @@ def slide_tiles(
     pool: SlidePool | None = None,
     keep_going: bool = False,
 ) -> SlideTiles:
-    """Tiles of ``items`` at ``places`` with the truth of ``lessons`` and of the slides themselves.
+    """Tiles of ``items`` at ``places`` with the target of ``specs`` and of the slides themselves.
 
     Every slide is opened and its annotations are read once. A slide that cannot be is an error, or with ``keep_going``
     one of ``broken``. Raises InputError when no tile is left, two slides have one id, or one task is taught twice.
@@ -250,6 +288,7 @@ def _prepare_slide(
         make_grid(slide.info, places.mpp, tile=places.tile, overlap=0)  # refuses what is much finer than the slide
         annotated_by_task = _annotations_by_task(slide, item, places, specs)
         xy, labels = _choose_tiles(slide, places, specs, annotated_by_task, number)
+        remote = is_far(slide.reader)
     by_tile = {
         spec.task: tile_targets(spec, annotated_by_task[spec.task], xy, places.tile)
         for spec in specs
@@ -257,13 +296,13 @@ def _prepare_slide(
     }
     drawn = {task: annotated for task, annotated in annotated_by_task.items() if task not in by_tile}
     labels = np.where(labels < 0, np.int32(item.label), labels) if not specs else labels
-    return _Prepared(item, scale, xy, labels, by_tile, drawn)
+    return _Prepared(item, scale, xy, labels, by_tile, drawn, remote)
 
 
 def _annotations_by_task(
     slide: Slide, item: SlideItem, places: TileSampling, specs: Sequence[AnnotationTarget]
 ) -> dict[str, SlideAnnotations]:
-    """Every lesson's view of the annotations, which are parsed and indexed once."""
+    """Every annotation target's view of the annotations, which are parsed and indexed once."""
     if not specs or item.annotations is None:
         return {}
     values = list(dict.fromkeys(value for spec in specs for value in spec.values))

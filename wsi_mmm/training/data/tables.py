@@ -1,6 +1,6 @@
-"""Tables with a row per slide (CSV, TSV, Parquet) -> truth of slides, patients and splits.
+"""Tables with a row per slide (CSV, TSV, Parquet) -> target of slides, patients and splits.
 
-An unknown cell is unknown truth. A cell that should be a label or a number and is not is an error that names its row.
+An unknown cell is unknown target. A cell that should be a label or a number and is not is an error that names its row.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _cell_text(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
-# ---------------------------------------------------------------- truth
+# ---------------------------------------------------------------- target
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ class TableTask:
 @dataclass(frozen=True, slots=True)
 class SlideTable:
     """Per row: the slide's id, its patient (the slide itself where none is given), its split ("": none given), and the
-    truths by task. ``table``: where further columns are found."""
+    targets by task. ``table``: where further columns are found."""
 
     slides: tuple[str, ...]
     groups: tuple[str, ...]
@@ -168,7 +168,7 @@ class SlideTable:
     table: Table
 
     def of(self, row: int) -> dict[str, Target]:
-        """All truths of a row."""
+        """All targets of a row."""
         return {task: targets[row] for task, targets in self.targets.items()}
 
 

@@ -90,7 +90,7 @@ def dicom_slices(
 ) -> ImageItems:
     """DICOM files (one slice each) below ``images``; the group is the patient (or series) that the file names.
 
-    ``label``: patient -> truth of its slices (a class, say); None: without truth. Files of other kinds are left out.
+    ``label``: patient -> target of its slices (a class, say); None: without target. Files of other kinds are left out.
     """
     uris = [uri for uri in sorted(store.list_uris(images)) if _is_dicom(uri)]
     if not uris:
