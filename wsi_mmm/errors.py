@@ -10,6 +10,8 @@
     │   ├── MppUnknown           the slide does not say its resolution
     │   ├── ManifestError        a row or column of a manifest is wrong
     │   ├── AnnotationError      GeoJSON or XML that cannot be read as shapes
+    │   ├── OptionError          an option, an argument or a combination of them is wrong
+    │   ├── ConfigError          a settings or training file, or an environment variable, is wrong
     │   ├── RecipeError          an option or a combination of options is wrong (mpp, tile size, unknown task)
     │   └── JobError             a job of the EMPAIA platform cannot be done as asked; worded for a pathologist
     ├── StorageError             fetching or writing bytes failed
@@ -59,6 +61,14 @@ class ManifestError(InputError):
 
 class AnnotationError(InputError):
     """An annotation file cannot be read as shapes."""
+
+
+class OptionError(InputError):
+    """An option, an argument or a combination of them is wrong."""
+
+
+class ConfigError(InputError):
+    """A settings or training file, or an environment variable, is wrong."""
 
 
 class RecipeError(InputError):
