@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from wsi_mmm.api_train import fit_head, prepare_training, read_annotations, train, train_fractions
 from wsi_mmm.config import user_cache, visible_gpus
@@ -66,7 +66,7 @@ def run(
         **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
             ``tissue``, ``regions``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``cache_quota``,
             ``reader``, ``features``, ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``overlay``,
-            ``runtime``, ``decode``, ``placement``.
+            ``runtime``, ``placement``.
 
     Returns:
         A RunReport: one row per slide, ``exit_code`` 0 only if every slide succeeded. A slide that fails does not stop
@@ -232,28 +232,23 @@ def export_model(
     tasks: str | Sequence[str] | None = None,
     weights: str | None = None,
     tile_size: int | None = None,
-    to: Literal["onnx", "pt2"] = "onnx",
 ) -> Exported:
-    """Write a model as one file; gives ``.path``, ``.tasks``, ``.side`` (None: any), ``.difference`` from the model.
+    """Write a model as one ONNX file; gives its ``.path``, ``.tasks``, ``.side`` (None: any) and ``.difference``.
 
-    ``model``: as for ``embed``, with ``weights``; ``tasks``: None: all; ``tile_size``: fix it at so many px; ``to``:
-    "onnx", or "pt2" for a program of torch.export. MissingPackage without the extra ``onnx``; ModelError when it cannot
-    be translated or gives other answers.
+    ``model``: as for ``embed``, with ``weights``; ``tasks``: None: all; ``tile_size``: fix it at so many px.
+    MissingPackage without the extra ``onnx``; ModelError when it cannot be translated or gives other answers.
     """
     from wsi_mmm.model.checkpoint import load_encoder
     from wsi_mmm.model.fetched import fetched
     from wsi_mmm.model.fold import folded
     from wsi_mmm.model.identity import check_runtime, is_model
     from wsi_mmm.model.onnx import export_onnx
-    from wsi_mmm.model.pt2 import export_pt2
 
-    if to == "onnx":
-        check_runtime("onnx")
+    check_runtime("onnx")
     here = fetched(str(model), user_cache())
     loaded = load_model(here) if is_model(here) else load_encoder(here, weights)
     names = [tasks] if isinstance(tasks, str) else tasks
-    write = export_onnx if to == "onnx" else export_pt2
-    return write(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
+    return export_onnx(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
 
 
 def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | None = None, **options: Any) -> RunReport:

@@ -27,7 +27,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("tile_size", "overlap", "batch_size", "block_tiles", "threads"), (Integral, "a whole number")),
     **dict.fromkeys(("mpp", "mpp_override", "min_tissue"), (Real, "a number")),
     **dict.fromkeys(("features", "save_maps", "bounds_offset", "gzip", "force", "overlay"), (bool, "true or false")),
-    **dict.fromkeys(("device", "reader", "runtime", "cache_tiles", "decode", "placement"), (str, "a word")),
+    **dict.fromkeys(("device", "reader", "runtime", "cache_tiles", "placement"), (str, "a word")),
     "cache_quota": (Integral, "a size such as 50GB"),
     **dict.fromkeys(("tissue", "regions", "cache", "tls"), (str, "a path or a word")),
 }
@@ -133,10 +133,6 @@ def _placement(word: str | None, recipe: Recipe) -> Placement:
             if known == "pool" and recipe.cache is None:
                 raise RecipeError(
                     "with placement pool tiles go through a cache that all workers see: name it with --cache"
-                )
-            if known == "pool" and recipe.decode == "device":
-                raise RecipeError(
-                    "tiles that the device decodes are not cached: drop --placement pool or --decode device"
                 )
             return cast("Placement", known)
     raise RecipeError(f"placement is beside, pool or auto, not {word!r}")

@@ -125,57 +125,6 @@ class Canvas:
 
 
 @dataclass(frozen=True, slots=True)
-class Averages:
-    """One axis of a picture: pixel k is the sum over t of ``weight[k, t]`` / 256 of source px ``first[k] + t``.
-
-    ``first`` int64[n], ``weight`` int32[n, taps], each row of which sums to 256. Where a weight is 0 its source px need
-    not exist.
-    """
-
-    first: I64
-    weight: I32
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """Tiles made from one canvas of whole native tiles, ``across`` x ``down`` of them, white where none is put.
-
-    ``native`` int64[m]: positions in ``Encoded.natives``; ``cell`` int64[m, 2]: their (row, column) in the canvas. From
-    source px (y, x) ``edge`` on the canvas is white: the slide ends there. ``axes`` (y, x): how the canvas is averaged;
-    None: its pixels are taken as they are. ``tiles`` int64[k]: which tiles; ``corner`` int64[k, 2]: where (y, x) they
-    lie in the averaged picture.
-    """
-
-    down: int
-    across: int
-    native: I64
-    cell: I64
-    edge: tuple[int, int]
-    axes: tuple[Averages, Averages] | None
-    tiles: I64
-    corner: I64
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """``count`` tiles of ``size`` px as compressed native tiles, and how to make them of these.
-
-    ``natives``: whole baseline JPEG streams of YCbCr, each ``height`` x ``width`` px, or their pixels uint8[height,
-    width, 3] where only the reader's codec can decode them; ``boxes`` int64[m, 4]: their level-0 rectangles
-    (x0, y0, x1, y1). ``failed`` int64[f, 4]: those of native tiles that cannot be decoded; they are white.
-    """
-
-    count: int
-    size: int
-    height: int
-    width: int
-    natives: tuple[bytes | U8, ...]
-    boxes: I64
-    patches: tuple[Patch, ...]
-    failed: I64
-
-
-@dataclass(frozen=True, slots=True)
 class Grid:
     """The target grid of one slide: ``columns`` x ``rows`` tiles of ``tile`` target px, ``stride`` apart.
 
@@ -208,16 +157,6 @@ class Batch:
     """
 
     pixels: U8
-    xy: I64
-    index: I64
-    failed: Mask
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedBatch:
-    """A Batch whose pixels are still to be decoded: ``encoded`` in place of ``pixels``."""
-
-    encoded: Encoded
     xy: I64
     index: I64
     failed: Mask

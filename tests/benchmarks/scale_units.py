@@ -17,7 +17,6 @@ import numpy as np
 
 from wsi_mmm.engine.plan import SlidePlan
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.stages.decoding import Choice
 from wsi_mmm.engine.units import Kind, SlideTask, UnitResult, WorkUnit
 from wsi_mmm.timing import Lap, worker
 from wsi_mmm.types import Grid, Level, SlideInfo
@@ -92,7 +91,7 @@ def plan(task: SlideTask) -> SlidePlan:
     grid = Grid(TILE, OVERLAP, columns, rows, width, height, 1.0, 1.0, 0.5)
     entry = f"{task.output}/.work/{'0' * 32}/cache/{'f' * 32}/{'0' * 32}"
     # Halo and overlap as the default model has them: a block is interpreted when those round it are in.
-    return SlidePlan(task, info, grid, index, np.ones(len(index), np.float32), entry, 140, 2, 0.5, decode=Choice())
+    return SlidePlan(task, info, grid, index, np.ones(len(index), np.float32), entry, 140, 2, 0.5)
 
 
 # ---------------------------------------------------------------- units
@@ -149,7 +148,7 @@ def _published(task: SlideTask) -> dict[str, Any]:
     """What slide.json says."""
     return {
         "format": "wsi-mmm-slide/1", "id": task.id, "uri": task.uri, "status": "done", "recipe": task.recipe.public(),
-        "fingerprint": "f" * 32, "reader": "tiff", "decode": "cpu", "vendor": "aperio", "mpp_effective": 0.5,
+        "fingerprint": "f" * 32, "reader": "tiff", "vendor": "aperio", "mpp_effective": 0.5,
         "tiles": 784, "objects": {"nuclei": 5000},
         "classes": {"nuclei": {"nucleus": 5000}, "stain": {"H&E": 784, "IHC": 0, "Giemsa": 0, "other": 0}},
         "files": {name: f"{name}.out" for name in ("geojson", "overlay", "tiles", "features")},

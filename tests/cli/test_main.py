@@ -153,7 +153,7 @@ def test_every_flag_of_run_reaches_the_api(api: FakeApi) -> None:
     """Each flag arrives under its name, with its type."""
     line = (
         "run a.svs -o out -m m --task t --task u --mag 20 --tile-size 256 --overlap 32 --tissue none "
-        "--mpp-override 0.3 --reader tiff --skip-errors --cache c --maps --no-gzip --bounds-offset "
+        "--mpp-override 0.3 --reader tiff --cache c --maps --no-gzip --bounds-offset "
         "--batch-size 8 --workers 2 --threads 1 --device cpu --runtime bf16 --scheduler tcp://h:1 --force "
         "--log-file run.jsonl --log-level debug --metrics-port 9464 --traces"
     )

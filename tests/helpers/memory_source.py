@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data.base import Index, Sample
 from wsi_mmm.types import F32, I32, I64, U8
 
@@ -54,14 +54,14 @@ def discs(seed: int, height: int, width: int) -> tuple[U8, I32]:
 
 
 def picture_source(
-    name: str, count: int, *, size: int = 96, truths: Mapping[str, Truth] | None = None, **more: object
+    name: str, count: int, *, size: int = 96, truths: Mapping[str, Target] | None = None, **more: object
 ) -> MemorySource:
     """Pictures of discs; ``truths`` of all of them (a task called "discs" gets the labels, "class" the item's number
     modulo 3)."""
     samples, known = [], dict(truths or {})
     for i in range(count):
         pixels, labels = discs(i, size, size)
-        own: dict[str, Truth] = {"discs": labels, "class": i % 3}
+        own: dict[str, Target] = {"discs": labels, "class": i % 3}
         samples.append(Sample(f"{name}-{i}", pixels, truths={**{k: own.get(k, v) for k, v in known.items()}}))
     made = MemorySource(name, tuple(samples), tuple(i % 3 for i in range(count)), tuple(known))
     return replace(made, **more)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from wsi_mmm.model.card import BagCard, DecoderCard, EncoderCard, ModelCard, Nec
 from wsi_mmm.model.checkpoint import build_model
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task, make_task
-from wsi_mmm.tasks.truth import Boxes, Survival
+from wsi_mmm.tasks.targets import Boxes, Survival
 from wsi_mmm.training.loader import TrainBatch
 
 SIZE = 64

@@ -7,7 +7,7 @@ import pytest
 
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import TaskCard
-from wsi_mmm.tasks import kinds, make_task
+from wsi_mmm.tasks import TASK_KINDS, make_task
 
 CARD = TaskCard(
     name="stain", kind="classify", head="vector", outputs=2, classes=("a", "b"), colors=((1, 2, 3), (4, 5, 6))
@@ -43,7 +43,7 @@ def test_figures_are_of_what_is_known() -> None:
 
 def test_the_registry_names_its_kinds_and_refuses_what_does_not_fit() -> None:
     """Unknown kind, unknown parameter, wrong head or number of outputs: one line each."""
-    assert {"classify", "instances", "multilabel", "regress", "segment", "survive"} <= set(kinds())
+    assert {"classify", "instances", "multilabel", "regress", "segment", "survive"} <= set(TASK_KINDS)
     for change, words in (
         ({"kind": "dream"}, "unknown kind 'dream'"),
         ({"params": {"depth": 1}}, "does not know"),

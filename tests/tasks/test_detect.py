@@ -17,7 +17,7 @@ from wsi_mmm.model.card import TaskCard
 from wsi_mmm.outputs.ragged import concat
 from wsi_mmm.tasks import View, make_task, metrics_boxes, peaks
 from wsi_mmm.tasks.detect import Detect
-from wsi_mmm.tasks.truth import Boxes
+from wsi_mmm.tasks.targets import Boxes
 from wsi_mmm.types import F64, U8, Objects
 
 CARD = TaskCard(
@@ -232,7 +232,7 @@ def test_average_precision_is_that_of_pycocotools(seed: int) -> None:
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
     rng = np.random.default_rng(seed)
     pairs = [_noisy(rng) for _ in range(5)]
-    ours = [metrics_boxes.average_precision(metrics_boxes.judge(pairs, kind)) for kind in (0, 1)]
+    ours = [metrics_boxes.average_precision(metrics_boxes.match_boxes(pairs, kind)) for kind in (0, 1)]
     truths, found = coco.COCO(), []
     annotations = []
     for image, (truth, boxes_) in enumerate(pairs):
@@ -263,7 +263,7 @@ def test_average_precision_is_that_of_pycocotools(seed: int) -> None:
     assert min(ours) > 0.2 and max(ours) < 0.98
 
 
-def _noisy(rng: np.random.Generator) -> tuple[Boxes, peaks.Found]:
+def _noisy(rng: np.random.Generator) -> tuple[Boxes, peaks.FoundBoxes]:
     """True boxes, two unknown areas, and detections: most true ones shifted, some doubled, others out of the air."""
     truth = boxes(rng, 40, 512)
     shift = rng.normal(0, 2.5, (40, 4))
@@ -280,4 +280,4 @@ def _noisy(rng: np.random.Generator) -> tuple[Boxes, peaks.Found]:
     whole = Boxes(
         np.concatenate([truth.xyxy, areas]), np.concatenate([truth.labels, [-1, -1]]).astype(np.int32), 512, 512
     )
-    return whole, peaks.Found(np.zeros((len(xyxy), 2), np.int64), xyxy, score, kind)
+    return whole, peaks.FoundBoxes(np.zeros((len(xyxy), 2), np.int64), xyxy, score, kind)

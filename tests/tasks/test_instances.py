@@ -118,7 +118,7 @@ def test_perfect_maps_give_back_touching_discs() -> None:
     truth = discs(rng, 400, 400, 60)
     found = TASK.labels(maps_of(truth, rng))
     large = np.bincount(truth.ravel())[truth] >= 60
-    figures = metrics.match(np.where(large, truth, 0), found).figures()
+    figures = metrics.match(np.where(large, truth, 0), found).quality()
     assert figures["recall"] > 0.9
 
 
@@ -198,10 +198,10 @@ def test_aggregated_jaccard_counts_what_was_missed() -> None:
     """Nothing found is 0, not perfect; a missed object adds its own area only; a false one its own."""
     truth = np.zeros((8, 8), np.int32)
     truth[:2, :2], truth[4:, 4:] = 1, 2
-    assert metrics.match(truth, np.zeros_like(truth)).figures()["aji"] == 0.0
-    assert metrics.match(np.zeros_like(truth), truth).figures()["aji"] == 0.0
-    assert metrics.match(truth, np.where(truth == 1, 5, 0)).figures()["aji"] == 4 / (4 + 16)
+    assert metrics.match(truth, np.zeros_like(truth)).quality()["aji"] == 0.0
+    assert metrics.match(np.zeros_like(truth), truth).quality()["aji"] == 0.0
+    assert metrics.match(truth, np.where(truth == 1, 5, 0)).quality()["aji"] == 4 / (4 + 16)
     stray = np.where(truth == 1, 5, 0)
     stray[0, 4:] = 6
-    assert metrics.match(truth, stray).figures()["aji"] == 4 / (4 + 16 + 4)
-    assert metrics.match(truth, truth).figures()["aji"] == 1.0
+    assert metrics.match(truth, stray).quality()["aji"] == 4 / (4 + 16 + 4)
+    assert metrics.match(truth, truth).quality()["aji"] == 1.0

@@ -62,7 +62,7 @@ def test_what_cannot_be_settled_is_left_out() -> None:
         "spearman": scores.spearman(flat, flat), "concordance": scores.concordance(flat, ~one, flat),
         "none": scores.concordance(flat[:0], one[:0], flat[:0]), "mae": 0.0,
     }  # fmt: skip
-    assert scores.settled(figures) == {"mae": 0.0}
+    assert scores.known_metrics(figures) == {"mae": 0.0}
     assert scores.mean([0.5, float("nan"), 1.0]) == 0.75
 
 

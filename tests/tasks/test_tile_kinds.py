@@ -12,7 +12,7 @@ from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.model.heads import HeadSpec
 from wsi_mmm.tasks import Task, make_task
-from wsi_mmm.tasks.truth import Survival
+from wsi_mmm.tasks.targets import Survival
 
 NAN = float("nan")
 

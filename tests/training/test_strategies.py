@@ -18,7 +18,7 @@ from torch import Tensor
 from helpers.training import BAGS, KINDS, batch, tiny
 from wsi_mmm.errors import NotFinite, RecipeError
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.tasks import Task, kinds
+from wsi_mmm.tasks import TASK_KINDS, Task
 from wsi_mmm.training.forward import Bench
 from wsi_mmm.training.loader import TrainBatch
 from wsi_mmm.training.strategies import (
@@ -33,7 +33,7 @@ from wsi_mmm.training.strategies import (
     project,
 )
 
-EVERY = sorted([*kinds(), *BAGS])
+EVERY = sorted([*TASK_KINDS, *BAGS])
 PAIRS = [  # the fast suite has each kind twice, the slow one every pair
     pytest.param(pair, marks=() if pair[1] in (EVERY[(EVERY.index(pair[0]) + 1) % len(EVERY)],) else pytest.mark.slow)
     for pair in itertools.combinations_with_replacement(EVERY, 2)
@@ -67,7 +67,7 @@ def step_of(pair: Sequence[str], tasks: Mapping[str, Task], names: tuple[str, st
 
 def test_every_registered_kind_can_be_tested() -> None:
     """The helpers know a card and a truth of each kind in the registry."""
-    assert set(kinds()) <= set(KINDS)
+    assert set(TASK_KINDS) <= set(KINDS)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from wsi_mmm.errors import RecipeError
-from wsi_mmm.tasks.truth import Boxes, Survival
+from wsi_mmm.tasks.targets import Boxes, Survival
 from wsi_mmm.training import warp
 from wsi_mmm.training.warp import NO_CHANGE, Change, cut, draw_thetas, padded, reach, warp_pixels, warp_truth, widened
 from wsi_mmm.types import F32, I32, U8
@@ -170,7 +170,7 @@ def test_what_is_no_picture_stays() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unknown_truths_are_unknown(kind: str) -> None:
-    """Each kind's unknown, as `tasks.truth` says, and of the crop's shape."""
+    """Each kind's unknown, as `tasks.targets` says, and of the crop's shape."""
     truth = warp.unknown_truth(kind, 3, 8)
     if isinstance(truth, Survival):
         assert math.isnan(truth.time)

@@ -115,16 +115,13 @@ def _version(name: str) -> str | None:
 
 
 def device() -> Finding:
-    """What ``--device auto`` would take, and ``--decode auto``."""
+    """What ``--device auto`` would take."""
     import torch
-
-    from wsi_mmm.model.device_decode import ability
 
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
-        able = f"{ability(torch.device('cuda'))}; each slide is measured before it is used for that"
-        return Finding("ok", "device", f"cuda ({torch.cuda.device_count()}): {', '.join(sorted(names))}; {able}")
-    detail = f"cpu, torch {torch.__version__}, JPEG tiles decoded by the readers' threads"
+        return Finding("ok", "device", f"cuda ({torch.cuda.device_count()}): {', '.join(sorted(names))}")
+    detail = f"cpu, torch {torch.__version__}"
     if shutil.which("nvidia-smi"):
         fix = "install a torch build for this driver's CUDA version"
         return Finding("warn", "device", f"{detail}; nvidia-smi is here but torch sees no GPU", fix)

@@ -96,19 +96,11 @@ def _short(value: object) -> str:
 models_app.command("show", epilog=EXIT_CODES)(guarded(show))
 
 
-class ModelFormat(StrEnum):
-    """What models are exported to."""
-
-    onnx = "onnx"
-    pt2 = "pt2"
-
-
 def export_model(
     name: Annotated[str, typer.Argument(help="Packaged model, model folder, timm name or hf-hub: id.")] = "default",
-    to: Annotated[ModelFormat, typer.Option("--to", help="onnx, or pt2 for torch.export.")] = ModelFormat.onnx,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write. (default: NAME.onnx or .pt2)", metavar="FILE"),
+        typer.Option("--output", "-o", help="File to write. (default: NAME.onnx)", metavar="FILE"),
     ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="Task to include, repeatable. (default: all)", metavar="NAME")
@@ -120,18 +112,17 @@ def export_model(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model for other tools: pixels uint8[n, h, w, 3] in, features and one answer per task out.
+    """Write a model as ONNX for other tools: pixels uint8[n, h, w, 3] in, features and one answer per task out.
 
     \b
     Examples:
       wsi-mmm models export default -o default.onnx
       wsi-mmm models export my-model/ --task nuclei -o nuclei.onnx
-      wsi-mmm models export my-model/ --to pt2
     """
     from wsi_mmm.api import export_model as write
 
-    target = output or Path(f"{PurePosixPath(name).name}.{to.value}")
-    done = write(name, output=target, tasks=tasks, weights=weights, tile_size=tile_size, to=to.value)
+    target = output or Path(f"{PurePosixPath(name).name}.onnx")
+    done = write(name, output=target, tasks=tasks, weights=weights, tile_size=tile_size)
     if flags.json:
         say_json(done)
     size = f"{done.side} px only" if done.side else "any multiple of 32 px"

@@ -73,14 +73,6 @@ MppOverride = Annotated[
 Reader = Annotated[
     str | None, typer.Option(help="Force a reader: tiff, openslide or tiffslide.", rich_help_panel=SLIDES)
 ]
-SkipErrors = Annotated[
-    bool,
-    typer.Option(
-        "--skip-errors",
-        help="Accepted for scripts of other tools: a slide that fails never stops the others.",
-        rich_help_panel=SLIDES,
-    ),
-]
 Batch = Annotated[int | None, typer.Option(help="Tiles per batch; changes speed only.", rich_help_panel=HOW)]
 Workers = Annotated[
     int | None,
@@ -95,14 +87,6 @@ Runtime = Annotated[
     typer.Option(
         help="How the model runs: eager, compile, bf16 or onnx; the numbers differ a little. (default: eager)",
         rich_help_panel=HOW,
-    ),
-]
-Decode = Annotated[
-    str | None,
-    typer.Option(
-        help="Where JPEG tiles are decoded: cpu, device (the model's), or auto (on a GPU, where it measures faster).",
-        rich_help_panel=HOW,
-        metavar="WHERE",
     ),
 ]
 Scheduler = Annotated[

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_mmm.engine.stages.decoding import Choice
 from wsi_mmm.engine.units import Kind, SlideTask, WorkUnit, pack
 from wsi_mmm.tiles.grid import blocks
 from wsi_mmm.types import F32, I64, Grid, SlideInfo
@@ -17,7 +16,7 @@ class SlidePlan:
     """One slide, planned: its grid and the tiles ``index`` int64[n, 2] (row, column) that hold tissue.
 
     ``tissue`` float32[n]: share of each tile that is tissue. ``entry``: URI of the cache entry its values rest in.
-    ``maps``: some task answers per pixel, so blocks are interpreted. ``decode``: where native tiles are decoded.
+    ``maps``: some task answers per pixel, so blocks are interpreted.
     """
 
     slide: SlideTask
@@ -30,7 +29,6 @@ class SlidePlan:
     stride: int
     mpp_effective: float
     maps: bool = True
-    decode: Choice = field(default_factory=Choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,4 +134,4 @@ def _meeting(grid: Grid, start: int, stop: int) -> tuple[int, int]:
 
 
 def _work(kind: Kind, plan: SlidePlan, block: tuple[int, int], tiles: I64) -> WorkUnit:
-    return WorkUnit(kind, plan.slide, block, pack(tiles), plan.grid, plan.entry, plan.decode.on)
+    return WorkUnit(kind, plan.slide, block, pack(tiles), plan.grid, plan.entry)

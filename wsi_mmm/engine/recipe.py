@@ -17,7 +17,7 @@ RESULT_FORMAT = 3  # raised when the same recipe would give other objects or oth
 _VALUES = ("model_hash", "tasks", "mpp", "tile", "overlap", "features", "runtime")
 _SHOWN = (
     "model", "model_hash", "tasks", "mpp", "tile", "overlap", "tissue", "min_tissue", "features", "encoder",
-    "save_maps", "bounds_offset", "gzip", "runtime", "decode", "regions", "overlay",
+    "save_maps", "bounds_offset", "gzip", "runtime", "regions", "overlay",
 )  # fmt: skip
 
 
@@ -48,7 +48,6 @@ class Recipe:
     bounds_offset: bool = False
     gzip: bool = True
     runtime: str = "eager"
-    decode: str = "auto"
     regions: str | None = None
     overlay: bool = True
 
@@ -81,19 +80,12 @@ class Recipe:
             raise RecipeError(f"cache_tiles is auto, on or off, not {self.cache_tiles!r}")
         if self.cache_tiles == "on" and self.cache is None:
             raise RecipeError("tiles can only be cached where there is a cache: name a folder with --cache")
-        self._check_decode()
         if not 0 <= self.min_tissue <= 1:
             raise RecipeError(f"min_tissue is a share between 0 and 1, not {self.min_tissue}")
         if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", self.device):
             raise RecipeError(f"there is no device {self.device!r}; choose auto, cpu, cuda or cuda:N")
         if self.runtime not in RUNTIMES:
             raise RecipeError(f"there is no runtime {self.runtime!r}; choose one of: {', '.join(RUNTIMES)}")
-
-    def _check_decode(self) -> None:
-        if self.decode not in ("auto", "cpu", "device"):
-            raise RecipeError(f"decode is auto, cpu or device, not {self.decode!r}")
-        if self.decode == "device" and self.cache_tiles == "on":
-            raise RecipeError("tiles that the device decodes are not cached: drop --cache-tiles on or --decode device")
 
     def _check_maps(self) -> None:
         """Maps of neighbouring tiles must lie on one grid of map pixels (strides up to 8, encoders down to 32)."""
@@ -102,26 +94,21 @@ class Recipe:
         if not 0 <= self.overlap <= self.tile // 2 or self.overlap % 8:
             raise RecipeError(f"overlap must be a multiple of 8 px and at most half a tile, not {self.overlap}")
 
-    def forward_hash(self, kind: str, scale: tuple[float, float], decode: str = "cpu", reader: str = "") -> str:
+    def forward_hash(self, kind: str, scale: tuple[float, float], reader: str = "") -> str:
         """Hash of what the network's values depend on.
 
         ``kind``: the kind of device ("cpu", "cuda"); ``scale``: level-0 px per target px (x, y), which a user who
-        corrects a slide's mpp changes; ``decode``: where the slide's tiles are decoded in the end, "cpu" or "device";
+        corrects a slide's mpp changes;
         ``reader``: the reader that opened the slide, because readers differ in the levels and scales they read.
         """
-        place = {"decode": decode} if decode != "cpu" else {}
-        facts = {"device": kind, "block_tiles": self.block_tiles, "scale": scale, "reader": reader, **place}
+        facts = {"device": kind, "block_tiles": self.block_tiles, "scale": scale, "reader": reader}
         return self._hash(facts, _VALUES)
 
     def result_hash(self, reader: str = "") -> str:
-        """Hash of what the published objects depend on; ``reader``: the reader that opened the slide.
-
-        What "auto" chose to decode with is compared apart, for it is known only when the slide was looked at.
-        """
+        """Hash of what the published objects depend on; ``reader``: the reader that opened the slide."""
         tissue = self.tissue if self.tissue in ("auto", "none") else "file"  # its content is compared apart
         files = {"save_maps": self.save_maps, "gzip": self.gzip, "bounds": self.bounds_offset}
-        place: dict[str, Any] = {"decode": self.decode} if self.decode == "device" else {}
-        place |= {"regions": "file"} if self.regions else {}
+        place: dict[str, Any] = {"regions": "file"} if self.regions else {}
         place |= {} if self.overlay else {"overlay": False}
         return self._hash({"tissue": tissue, "reader": reader, **files, **place}, (*_VALUES, "min_tissue"))
 

@@ -56,10 +56,7 @@ class SlideTask:
 
 @dataclass(frozen=True, slots=True)
 class WorkUnit:
-    """One thing to do. ``block`` (row, column) of the block grid; ``tiles`` packs int32 (row, column) pairs.
-
-    ``decode``: where its native tiles are decoded, "cpu" or "device".
-    """
+    """One thing to do. ``block`` (row, column) of the block grid; ``tiles`` packs int32 (row, column) pairs."""
 
     kind: Kind
     slide: SlideTask
@@ -67,7 +64,6 @@ class WorkUnit:
     tiles: bytes = b""
     grid: Grid | None = None
     entry: str = ""
-    decode: str = "cpu"
 
     @property
     def name(self) -> str:

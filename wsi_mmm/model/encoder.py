@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import timm
 from torch import Tensor, nn
 from torch.nn import functional
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.lean import without_compiler
-
-with without_compiler():
-    import timm
 
 _VIT_STRIDES = (4, 8, 16, 32)
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 import copy
 
 import torch
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from wsi_mmm.model.lean import without_compiler
 from wsi_mmm.model.multitask import MultiTaskModel
-
-with without_compiler():
-    from timm.layers.conv2d_same import Conv2dSame
-    from timm.layers.norm_act import BatchNormAct2d
 
 TOLERANCE = 1e-4
 """Largest difference between the answers of the folded and the plain model, as a share of the largest answer."""

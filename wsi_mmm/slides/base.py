@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 from wsi_mmm.errors import MppUnknown, RecipeError, SlideDamaged
-from wsi_mmm.types import I64, U8, Block, Canvas, Encoded, SlideInfo, Tiles
+from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
 
 _MAX_REGION = 1 << 30
 
@@ -71,20 +71,6 @@ class TileReader(Reader, Protocol):
 
         Return int64[m, 4], the level-0 rectangles that could not be decoded (white). What is not in ``fetched`` is
         fetched. Raises StorageError.
-        """
-
-
-@runtime_checkable
-class EncodedReader(TileReader, Protocol):
-    """A TileReader whose native tiles another decoder can decode, on an accelerator."""
-
-    def obstacle(self, tiles: Tiles) -> str:
-        """Why tiles of this size and scale cannot be handed over compressed; empty when they can, wherever they lie."""
-
-    def read_encoded(self, tiles: Tiles, fetched: Fetched | None = None) -> Encoded:
-        """Bring what ``tiles`` are made of; native tiles that are damaged are found out and listed in ``failed``.
-
-        Decoded and averaged they are the area average of level 0. Raises StorageError.
         """
 
 

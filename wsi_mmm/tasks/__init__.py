@@ -1,5 +1,24 @@
-"""Tasks: `make_task` builds one from its card by kind. A new kind is a new file and one line in
-`PIXEL_KINDS` or `TILE_KINDS`."""
+"""Tasks: `make_task` builds one from its card. A new kind is a new file and one line in `TASK_KINDS`.
+
+Kinds, the heads they need, and the parameters of their cards (numbers; ``<class>``: a class of the card):
+
+============  ===========  =====================================================================================
+kind          head         parameters
+============  ===========  =====================================================================================
+classify      vector, bag  ``smoothing`` (0.02), ``weight:<class>`` (1)
+detect        dense        ``threshold`` (90) byte of a centre, ``overlap`` (0.4), ``size`` (16) usual side in target px
+instances     map          those of `grouping.Rules`
+multilabel    vector, bag  ``smoothing`` (0), ``weight:<class>`` (1) of tiles that have the label
+multisegment  map          ``threshold`` (128) byte from which px are drawn, ``weight:<class>`` (1)
+reconstruct   image        ``patch`` (16) side of hidden squares in px, ``share`` (0.5) of them (0: grey instead),
+                           ``centre`` (0.7) and ``spread`` (0.2) of the px drawn
+regress       vector, bag  ``centre`` (0), ``spread`` (1), ``centre:<class>``, ``spread:<class>``, ``huber`` (0)
+segment       map          ``background`` (0; -1: none) class that is not drawn, ``smoothing`` (0.02),
+                           ``weight:<class>`` (1)
+survive       vector, bag  ``bins`` (0: Cox) intervals up to ``horizon``, or up to each of ``edge:1`` ..
+                           ``edge:<bins>``; ``efron`` (1; 0: Breslow) for ties of Cox
+============  ===========  =====================================================================================
+"""
 
 from __future__ import annotations
 
@@ -7,38 +26,49 @@ from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks.base import Task as Task
 from wsi_mmm.tasks.base import View as View
-from wsi_mmm.tasks.pixel_kinds import PIXEL_KINDS
-from wsi_mmm.tasks.tile_kinds import TILE_KINDS
+from wsi_mmm.tasks.classify import Classify
+from wsi_mmm.tasks.detect import Detect
+from wsi_mmm.tasks.instances import Instances
+from wsi_mmm.tasks.multilabel import Multilabel
+from wsi_mmm.tasks.multisegment import Multisegment
+from wsi_mmm.tasks.reconstruct import Reconstruct
+from wsi_mmm.tasks.regress import Regress
+from wsi_mmm.tasks.segment import Segment
+from wsi_mmm.tasks.survive import Survive
 from wsi_mmm.types import TaskInfo
 
-__all__ = ["Task", "View", "kinds", "make_task"]
+__all__ = ["TASK_KINDS", "Task", "View", "make_task"]
+
+TASK_KINDS: dict[str, type[Task]] = {
+    "classify": Classify,
+    "detect": Detect,
+    "instances": Instances,
+    "multilabel": Multilabel,
+    "multisegment": Multisegment,
+    "reconstruct": Reconstruct,
+    "regress": Regress,
+    "segment": Segment,
+    "survive": Survive,
+}
 
 
 def make_task(card: TaskCard) -> Task:
     """The task that ``card`` describes. ModelError if its kind or one of its parameters is unknown."""
-    if card.kind not in kinds():
-        raise ModelError(f"task '{card.name}' is of the unknown kind '{card.kind}'; known: {', '.join(kinds())}")
-    info = TaskInfo(card.name, card.kind, card.classes, card.colors)
+    kind = TASK_KINDS.get(card.kind)
+    if kind is None:
+        known = ", ".join(sorted(TASK_KINDS))
+        raise ModelError(f"task '{card.name}' is of the unknown kind '{card.kind}'; known: {known}")
+    scope = next((scope for scope, head in kind.heads.items() if head == card.head), None)
+    if scope is None:
+        first, *others = (f"'{head}'" for head in kind.heads.values())
+        needed = f"{first} head{' (or ' + ', '.join(others) + ')' if others else ''}"
+        raise ModelError(f"task '{card.name}' of kind '{card.kind}' needs a {needed}, not '{card.head}'")
     try:
-        if card.kind in TILE_KINDS:
-            task = TILE_KINDS[card.kind](info, card.params, "bag" if card.head == "bag" else "tile")
-        else:
-            task = PIXEL_KINDS[card.kind][1](info, card.params)
+        task = kind.from_params(TaskInfo(card.name, card.kind, card.classes, card.colors), card.params, scope)
     except TypeError as error:
         raise ModelError(f"task '{card.name}' has a parameter that '{card.kind}' does not know: {error}") from error
-    head = PIXEL_KINDS[card.kind][0] if task.scope == "pixel" else _HEADS[task.scope]
-    if card.head != head:
-        raise ModelError(f"task '{card.name}' of kind '{card.kind}' needs a '{head}' head, not '{card.head}'")
     if card.outputs != task.channels:
         raise ModelError(
             f"task '{card.name}' needs {task.channels} outputs for its classes, its card says {card.outputs}"
         )
     return task
-
-
-def kinds() -> tuple[str, ...]:
-    """Names of the registered kinds."""
-    return tuple(sorted({*PIXEL_KINDS, *TILE_KINDS}))
-
-
-_HEADS = {"tile": "vector", "bag": "bag"}

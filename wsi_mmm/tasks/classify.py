@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from wsi_mmm.tasks import scores
-from wsi_mmm.tasks.answers import as_answer, shares
-from wsi_mmm.tasks.base import Answer, Scope, Truth, View
+from wsi_mmm.tasks.base import AnyTarget, Quantised, Scope, View
+from wsi_mmm.tasks.params import Params, class_weights, smoothing_share
+from wsi_mmm.tasks.quantise import probabilities_of, quantise_probabilities
 from wsi_mmm.types import F32, U8, Objects, TaskInfo
 
 if TYPE_CHECKING:
@@ -32,17 +33,25 @@ class Classify:
     smoothing: float = 0.02
     weights: tuple[float, ...] | None = None
 
+    heads: ClassVar[Mapping[Scope, str]] = {"tile": "vector", "bag": "bag"}
+
+    @classmethod
+    def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
+        """The task of a card; see `wsi_mmm.tasks` for its parameters."""
+        smoothing = smoothing_share(info, params, 0.02)
+        return cls(info, len(info.classes), scope, smoothing=smoothing, weights=class_weights(info, params))
+
     def head(self, spec: HeadSpec) -> nn.Module:
         """Logits float[n, classes]."""
         from wsi_mmm.model.heads import build_head
 
         return build_head("bag" if self.scope == "bag" else "vector", spec, self.channels)
 
-    def target(self, truth: Truth) -> Tensor:
+    def target(self, value: AnyTarget) -> Tensor:
         """A class index (negative: unknown) -> int64 scalar."""
         import torch
 
-        return torch.tensor(max(int(truth), -1))
+        return torch.tensor(max(int(value), -1))
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross entropy in units of ln(classes)."""
@@ -54,9 +63,9 @@ class Classify:
         """Softmax as 0..255; of bags as float32."""
         import torch
 
-        return as_answer(torch.softmax(logits.float(), dim=1), self.scope)
+        return quantise_probabilities(torch.softmax(logits.float(), dim=1), self.scope)
 
-    def metrics(self, pairs: Iterable[tuple[Truth, Answer]]) -> dict[str, float]:
+    def metrics(self, pairs: Iterable[tuple[AnyTarget, Quantised]]) -> dict[str, float]:
         """accuracy, balanced_accuracy, f1 (macro), auroc (one against the rest, mean over classes) and ap (likewise).
 
         Of pairs whose truth is known; what they cannot settle is left out.
@@ -64,10 +73,10 @@ class Classify:
         known = [(int(t), v) for t, v in pairs if int(t) >= 0]
         if not known:
             return {}
-        truth, chance = np.array([t for t, _ in known], np.int64), shares(np.stack([v for _, v in known]))
-        table = scores.confusion(truth, np.argmax(chance, axis=1), self.channels)
-        each = [(truth == c, chance[:, c]) for c in range(self.channels)]
-        return scores.settled({
+        target, chance = np.array([t for t, _ in known], np.int64), probabilities_of(np.stack([v for _, v in known]))
+        table = scores.confusion(target, np.argmax(chance, axis=1), self.channels)
+        each = [(target == c, chance[:, c]) for c in range(self.channels)]
+        return scores.known_metrics({
             "accuracy": scores.accuracy(table),
             "balanced_accuracy": scores.balanced_accuracy(table),
             "f1": scores.f1_macro(table),
@@ -79,7 +88,7 @@ class Classify:
         """Tile tasks draw no objects."""
         raise TypeError(f"task '{self.info.name}' answers per {self.scope}; use table()")
 
-    def table(self, values: Answer) -> Mapping[str, npt.NDArray[Any]]:
+    def table(self, values: Quantised) -> Mapping[str, npt.NDArray[Any]]:
         """[n, classes] -> ``<task>`` int32[n] likeliest class (-1: none, every value is 0) and ``<task>:<class>``
         float32[n] probabilities, which add up to 1."""
         total = values.sum(axis=1, dtype=np.int64 if values.dtype == np.uint8 else np.float64)

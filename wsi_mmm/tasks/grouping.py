@@ -40,7 +40,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MapWindow:
     """Absolute map px of the window's first px, and size of the slide in map px (rounded up) and in target px."""
 
     row: int
@@ -49,7 +49,7 @@ class Place:
     columns: int
 
 
-def cast_votes(maps: U8, mask: Mask, place: Place, hops: int) -> tuple[npt.NDArray[np.intp], Mask]:
+def cast_votes(maps: U8, mask: Mask, window: MapWindow, hops: int) -> tuple[npt.NDArray[np.intp], Mask]:
     """Where each px of ``mask`` says its object's centre is: flat window index int[k], and which lie in the window.
 
     A vote follows the offsets ``hops`` times, asking again where it lands on an object, but never strays more than
@@ -58,8 +58,8 @@ def cast_votes(maps: U8, mask: Mask, place: Place, hops: int) -> tuple[npt.NDArr
     """
     ys, xs = np.nonzero(mask)
     dy, dx = (maps[c].astype(np.int32) - ZERO for c in (3, 2))
-    low_y, high_y = -place.row * STEPS, (place.rows - 1 - place.row) * STEPS
-    low_x, high_x = -place.column * STEPS, (place.columns - 1 - place.column) * STEPS
+    low_y, high_y = -window.row * STEPS, (window.rows - 1 - window.row) * STEPS
+    low_x, high_x = -window.column * STEPS, (window.columns - 1 - window.column) * STEPS
     y, x = ys * STEPS, xs * STEPS
     first_y, first_x = y, x
     row, column, seen = ys, xs, np.ones(len(ys), np.bool_)
@@ -85,21 +85,21 @@ def smooth(votes: I32) -> I32:
     return inner
 
 
-def find_centres(score: I32, threshold: int, place: Place) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def find_centres(score: I32, threshold: int, window: MapWindow) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Rows and columns of px of at least ``threshold`` that beat every other px of their neighbourhood.
 
     Among equal scores the px with the smaller absolute (row mod 16, column mod 16) wins.
     """
     height, width = score.shape
-    rows = 15 - ((np.arange(height) + place.row) & 15)
-    columns = 15 - ((np.arange(width) + place.column) & 15)
+    rows = 15 - ((np.arange(height) + window.row) & 15)
+    columns = 15 - ((np.arange(width) + window.column) & 15)
     key = score.astype(np.int64) * 256 + (rows[:, None] * 16 + columns[None, :])
     best = ndimage.maximum_filter(key, size=2 * PEAK + 1, mode="constant", cval=0)
     y, x = np.nonzero((key == best) & (score >= threshold))
     return y, x
 
 
-def _displacements() -> list[tuple[int, int]]:
+def _disc_offsets() -> list[tuple[int, int]]:
     """All (dy, dx) of a disc of `REACH` px, farthest first; equal distances in a fixed order."""
     reach = range(-REACH, REACH + 1)
     ranked = sorted(
@@ -108,7 +108,7 @@ def _displacements() -> list[tuple[int, int]]:
     return [(y, x) for _, y, x in ranked]
 
 
-_DISC = _displacements()
+_DISC = _disc_offsets()
 
 
 def nearest_centre(rows: I64, columns: I64, shape: tuple[int, int]) -> I32:
@@ -163,25 +163,25 @@ def largest_parts(labels: I32, least: int) -> I32:
     owner = np.zeros(count, np.int64)
     owner[flat] = labels.ravel()
     number = np.arange(1, count)
-    order = number[np.lexsort((number, -area[1:], owner[1:]))]
-    first = np.ones(len(order), np.bool_)
-    first[1:] = owner[order][1:] != owner[order][:-1]
-    chosen = order[first & (area[order] >= least)]
+    ranking = number[np.lexsort((number, -area[1:], owner[1:]))]
+    first = np.ones(len(ranking), np.bool_)
+    first[1:] = owner[ranking][1:] != owner[ranking][:-1]
+    chosen = ranking[first & (area[ranking] >= least)]
     table = np.zeros(count, np.int32)
     table[chosen] = owner[chosen]
     kept: I32 = table[parts]
     return kept
 
 
-def score_map(maps: U8, mask: Mask, place: Place, rules: Rules) -> tuple[I32, npt.NDArray[np.intp], Mask]:
+def score_map(maps: U8, mask: Mask, window: MapWindow, rules: Rules) -> tuple[I32, npt.NDArray[np.intp], Mask]:
     """Smoothed votes int32[h, w], each weighing by the depth of the px it comes from, and where every px votes for."""
-    votes, seen = cast_votes(maps, mask, place, rules.hops)
+    votes, seen = cast_votes(maps, mask, window, rules.hops)
     weights = np.maximum(maps[1][mask][seen].astype(np.int32) - rules.core, 0) >> 2  # at most 63: sums stay far below
     counts = np.bincount(votes[seen], weights=weights, minlength=mask.size)  # 2**31 (and are exact in float64)
     return smooth(counts.reshape(mask.shape).astype(np.int32)), votes, seen
 
 
-def group(maps: U8, place: Place, rules: Rules) -> tuple[I32, I64]:
+def group(maps: U8, window: MapWindow, rules: Rules) -> tuple[I32, I64]:
     """Objects of a window of maps uint8[4, h, w] (foreground, depth, dx, dy).
 
     Returns labels int32[2h, 2w] on target px (0: none; label k belongs to centre k - 1, small objects are left out) and
@@ -190,13 +190,13 @@ def group(maps: U8, place: Place, rules: Rules) -> tuple[I32, I64]:
     `PEAK` + `SMOOTH` of it; they come from `SPAN` away at most, along ways that keep within `SPAN` of their beginning.
     """
     mask = maps[0] >= rules.foreground
-    mask[max(0, place.rows - place.row) :] = False
-    mask[:, max(0, place.columns - place.column) :] = False
-    score, votes, seen = score_map(maps, mask, place, rules)
-    rows, columns = find_centres(score, rules.votes, place)
+    mask[max(0, window.rows - window.row) :] = False
+    mask[:, max(0, window.columns - window.column) :] = False
+    score, votes, seen = score_map(maps, mask, window, rules)
+    rows, columns = find_centres(score, rules.votes, window)
     near = nearest_centre(rows, columns, mask.shape)
     labels = np.zeros(mask.shape, np.int32)
     labels[mask] = np.where(seen, near.ravel()[votes], 0)
     inside = double(maps[0]) >= 16 * rules.foreground
     fine = largest_parts(double_labels(labels, inside), rules.area)
-    return fine, np.stack([rows + place.row, columns + place.column], axis=1).astype(np.int64)
+    return fine, np.stack([rows + window.row, columns + window.column], axis=1).astype(np.int64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wsi_mmm.tasks.losses_tile import nothing
+from wsi_mmm.tasks.losses_tile import zero_loss
 
 PRIOR = -2.5
 """Added to the logits of centres: most px are none, so that an untrained head says 0.08, not one half."""
@@ -26,10 +26,10 @@ def pixel_classes_loss(
     """
     count, known = logits.shape[1], target >= 0
     if count < 2 or not bool(known.any()):
-        return nothing(logits)
+        return zero_loss(logits)
     weigh = None if weights is None else logits.new_tensor(weights)
     if weigh is not None and not bool(weigh[target[known].long()].any()):
-        return nothing(logits)
+        return zero_loss(logits)
     wanted = target.long().clamp_min(-1)
     found = functional.cross_entropy(logits, wanted, weight=weigh, ignore_index=-1, label_smoothing=smoothing)
     return found / math.log(count)
@@ -48,7 +48,7 @@ def masks_loss(logits: Tensor, target: Tensor, *, weights: tuple[float, ...] | N
         weigh = weigh * (1.0 + (logits.new_tensor(weights).view(1, -1, 1, 1) - 1.0) * share)
     total = weigh.sum((0, 2, 3))
     if not bool((total > 0).any()):
-        return nothing(logits)
+        return zero_loss(logits)
     each = functional.binary_cross_entropy_with_logits(logits, share, reduction="none")
     per_class = (each * weigh).sum((0, 2, 3)) / total.clamp_min(torch.finfo(total.dtype).tiny)
     return per_class[total > 0].mean() / math.log(2.0)
@@ -71,13 +71,13 @@ def centres_loss(logits: Tensor, heat: Tensor) -> Tensor:
     """
     known = ~torch.isnan(heat)
     if not bool(known.any()):
-        return nothing(logits)
+        return zero_loss(logits)
     heat = torch.where(known, heat, 0.0).to(logits.dtype)
-    found = _focal(logits + PRIOR, heat, known)
-    return found / _focal(torch.full_like(logits, PRIOR), heat, known).detach()
+    found = _focal_sum(logits + PRIOR, heat, known)
+    return found / _focal_sum(torch.full_like(logits, PRIOR), heat, known).detach()
 
 
-def _focal(logits: Tensor, heat: Tensor, known: Tensor) -> Tensor:
+def _focal_sum(logits: Tensor, heat: Tensor, known: Tensor) -> Tensor:
     chance = torch.sigmoid(logits)
     hit = -functional.logsigmoid(logits) * (1.0 - chance) ** 2
     clear = -functional.logsigmoid(-logits) * chance**2 * (1.0 - heat) ** 4
@@ -89,7 +89,7 @@ def sides_loss(logits: Tensor, sides: Tensor, weight: Tensor) -> Tensor:
     per object: in octaves, the same for small and large objects."""
     total = weight.sum()
     if not bool(total > 0):
-        return nothing(logits)
+        return zero_loss(logits)
     error = functional.smooth_l1_loss(logits, sides.to(logits.dtype), reduction="none", beta=0.1).mean(1)
     return (error * weight).sum() / total
 
@@ -100,8 +100,52 @@ def pixels_loss(logits: Tensor, target: Tensor, *, least: float = 0.05) -> Tenso
     wanted, weight = target[:, :3].to(logits.dtype), target[:, 3:].to(logits.dtype)
     total = weight.sum()
     if not bool(total > 0):
-        return nothing(logits)
+        return zero_loss(logits)
     mean = (wanted * weight).sum((0, 2, 3), keepdim=True) / total
     spread = ((wanted - mean) ** 2 * weight).sum() / (3 * total)
     error = ((logits - wanted) ** 2 * weight).sum() / (3 * total)
     return error / spread.clamp_min(least**2)
+
+
+# ---------------------------------------------------------------- instances
+
+
+def instances_loss(logits: Tensor, target: Tensor, *, unit: float) -> Tensor:
+    """``logits`` float[n, 4, h, w], ``target`` float[n, 5, h, w] as `Instances.target` makes it.
+
+    Map px whose first channel is NaN are left out; so are pictures that have nothing else.
+    """
+    some = ~torch.isnan(target[:, 0]).flatten(1).all(1)
+    if not bool(some.any()):
+        return logits.sum() * 0.0
+    logits, target = logits[some], target[some]
+    known = ~torch.isnan(target[:, 0])
+    target = torch.where(known[:, None], target, 0.0)
+    parts = (
+        0.30 * foreground_loss(logits[:, 0], target[:, 0], known),
+        0.60 * depth_loss(logits[:, 1], target[:, 1], known),
+        0.15 * offset_loss(logits[:, 2:] * unit, target[:, 2:4], target[:, 4]),
+    )
+    return torch.stack(parts).sum()
+
+
+def foreground_loss(logits: Tensor, soft: Tensor, known: Tensor) -> Tensor:
+    """Cross entropy plus 0.7 Dice (per picture, smoothed so that empty pictures count little) over ``known`` px."""
+    entropy = functional.binary_cross_entropy_with_logits(logits[known], soft[known])
+    chance = torch.sigmoid(logits) * known
+    overlap = 2.0 * (chance * soft).sum((1, 2)) + 20.0
+    dice = 1.0 - overlap / (chance.sum((1, 2)) + soft.sum((1, 2)) + 20.0)
+    return entropy + 0.7 * dice.mean()
+
+
+def depth_loss(logits: Tensor, depth: Tensor, known: Tensor) -> Tensor:
+    """Cross entropy against the soft depth, less its own entropy (so that 0 is reached), heavier inside objects."""
+    plain = functional.binary_cross_entropy_with_logits(logits, depth, reduction="none")
+    least = functional.binary_cross_entropy(depth, depth, reduction="none")
+    return ((plain - least) * (1.0 + 3.0 * (depth > 0)))[known].mean()
+
+
+def offset_loss(found: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """Weighted smooth L1 in target px of both components, per px of weight > 0."""
+    error = functional.smooth_l1_loss(found, wanted, reduction="none").sum(1)
+    return (error * weight).sum() / (weight > 0).sum().clamp_min(1)

@@ -17,7 +17,7 @@ HUBER_UNIT = 0.42466022
 """Mean of the Huber loss (delta 1) of a standard normal: erf(1/sqrt 2) + phi(1) - 1/2, phi its density."""
 
 
-def nothing(logits: Tensor) -> Tensor:
+def zero_loss(logits: Tensor) -> Tensor:
     """A loss of 0 whose gradients are zeros."""
     return logits.sum() * 0.0
 
@@ -33,11 +33,11 @@ def classes_loss(
     known = target >= 0
     count = logits.shape[1]
     if count < 2 or not bool(known.any()):
-        return nothing(logits)
+        return zero_loss(logits)
     chance, true = functional.log_softmax(logits[known], dim=1), target[known].long()
     each = -(1.0 - smoothing) * chance.gather(1, true[:, None])[:, 0] - smoothing * chance.mean(dim=1)
     weigh = torch.ones_like(each) if weights is None else each.new_tensor(weights)[true]
-    return _mean(each, weigh, logits) / math.log(count)
+    return _weighted_mean(each, weigh, logits) / math.log(count)
 
 
 def labels_loss(
@@ -50,14 +50,14 @@ def labels_loss(
     """
     known = ~torch.isnan(target)
     if not bool(known.any()):
-        return nothing(logits)
+        return zero_loss(logits)
     share = torch.where(known, target, 0.0).to(logits.dtype)
     weigh = known.to(logits.dtype)
     if weights is not None:
         weigh = weigh * (1.0 + (logits.new_tensor(weights) - 1.0) * share)
     soft = share * (1.0 - smoothing) + 0.5 * smoothing
     each = functional.binary_cross_entropy_with_logits(logits, soft, reduction="none")
-    return _mean(each, weigh, logits) / math.log(2.0)
+    return _weighted_mean(each, weigh, logits) / math.log(2.0)
 
 
 def values_loss(logits: Tensor, target: Tensor, *, huber: bool = False) -> Tensor:
@@ -68,7 +68,7 @@ def values_loss(logits: Tensor, target: Tensor, *, huber: bool = False) -> Tenso
     """
     known = ~torch.isnan(target)
     if not bool(known.any()):
-        return nothing(logits)
+        return zero_loss(logits)
     found, wanted = logits[known], target[known].to(logits.dtype)
     if huber:
         return functional.huber_loss(found, wanted) / HUBER_UNIT
@@ -86,22 +86,22 @@ def cox_loss(logits: Tensor, target: Tensor, *, efron: bool = True) -> Tensor:
     """
     known = ~torch.isnan(target[:, 0])
     if not bool(known.any()):
-        return nothing(logits)
+        return zero_loss(logits)
     risk, time, event = logits[known, 0], target[known, 0], target[known, 1] > 0.5
-    worst = _partial(torch.zeros_like(risk), time, event, efron=efron)
+    worst = _partial_likelihood(torch.zeros_like(risk), time, event, efron=efron)
     if float(worst) <= 0.0:
-        return nothing(logits)
-    return _partial(risk, time, event, efron=efron) / worst
+        return zero_loss(logits)
+    return _partial_likelihood(risk, time, event, efron=efron) / worst
 
 
-def _partial(risk: Tensor, time: Tensor, event: Tensor, *, efron: bool) -> Tensor:
+def _partial_likelihood(risk: Tensor, time: Tensor, event: Tensor, *, efron: bool) -> Tensor:
     """-log partial likelihood: per event, log of the summed hazards of those still at risk, less its own risk.
 
     Efron takes from the d tied events of a time the share l / d of their own hazards, l = 0 .. d - 1.
     """
-    order = torch.argsort(time, descending=True, stable=True)
-    risk, event = risk[order], event[order]
-    _, group, sizes = torch.unique_consecutive(time[order], return_inverse=True, return_counts=True)
+    by_time = torch.argsort(time, descending=True, stable=True)
+    risk, event = risk[by_time], event[by_time]
+    _, group, sizes = torch.unique_consecutive(time[by_time], return_inverse=True, return_counts=True)
     at_risk = torch.logcumsumexp(risk, 0)[sizes.cumsum(0) - 1]  # per time: all whose time is not earlier
     risk, group = risk[event], group[event]
     each = at_risk[group] - risk
@@ -128,12 +128,12 @@ def hazards_loss(logits: Tensor, target: Tensor, *, edges: tuple[float, ...]) ->
     place = torch.searchsorted(ends, time.contiguous())
     at_risk = torch.where(event, number <= place, time >= middles) & ~torch.isnan(time)
     if not bool(at_risk.any()):
-        return nothing(logits)
+        return zero_loss(logits)
     wanted = (event & (number == place)).to(logits.dtype)
     return functional.binary_cross_entropy_with_logits(logits[at_risk], wanted[at_risk]) / math.log(2.0)
 
 
-def _mean(each: Tensor, weigh: Tensor, logits: Tensor) -> Tensor:
+def _weighted_mean(each: Tensor, weigh: Tensor, logits: Tensor) -> Tensor:
     """Weighted mean; nothing when no weight is left."""
     total = weigh.sum()
-    return (each * weigh).sum() / total if bool(total > 0) else nothing(logits)
+    return (each * weigh).sum() / total if bool(total > 0) else zero_loss(logits)

@@ -31,26 +31,26 @@ class Matches:
             self.aji_union + other.aji_union,
         )
 
-    def figures(self) -> dict[str, float]:
+    def quality(self) -> dict[str, float]:
         """f1, precision and recall at the IoU of the match; pq (Kirillov 2019); aji (Kumar 2017)."""
         found, true = self.matched + self.extra, self.matched + self.missed
         return {
-            "f1": _ratio(2 * self.matched, found + true),
-            "precision": _ratio(self.matched, found),
-            "recall": _ratio(self.matched, true),
-            "pq": _ratio(2 * self.iou, found + true),
-            "aji": _ratio(self.aji_intersection, self.aji_union),
+            "f1": ratio_or_one(2 * self.matched, found + true),
+            "precision": ratio_or_one(self.matched, found),
+            "recall": ratio_or_one(self.matched, true),
+            "pq": ratio_or_one(2 * self.iou, found + true),
+            "aji": ratio_or_one(self.aji_intersection, self.aji_union),
         }
 
 
-def match(truth: I32, found: I32, iou: float = 0.5) -> Matches:
+def match(target: I32, found: I32, iou: float = 0.5) -> Matches:
     """Compare two label images; pairs match when intersection over union is above ``iou`` (>= 0.5: one to one)."""
-    table, true_area, found_area = _overlaps(truth, found)
+    table, true_area, found_area = _overlap_table(target, found)
     union = true_area[:, None] + found_area[None, :] - table
     ratio: F64 = table / np.maximum(union, 1)
     hits = ratio > iou
     matched = int(hits.sum())
-    inter, joint = _aji(table, union, true_area, found_area)
+    inter, joint = _jaccard_sums(table, union, true_area, found_area)
     return Matches(matched, len(found_area) - matched, len(true_area) - matched, float(ratio[hits].sum()), inter, joint)
 
 
@@ -59,9 +59,9 @@ def total(matches: Iterable[Matches]) -> Matches:
     return sum(matches, Matches())
 
 
-def _overlaps(truth: I32, found: I32) -> tuple[I64, I64, I64]:
+def _overlap_table(target: I32, found: I32) -> tuple[I64, I64, I64]:
     """Intersection int64[n true, n found] and the areas, background left out, labels made contiguous."""
-    true_ids, t = np.unique(truth, return_inverse=True)
+    true_ids, t = np.unique(target, return_inverse=True)
     found_ids, f = np.unique(found, return_inverse=True)
     size = len(true_ids) * len(found_ids)
     table = np.bincount((t.ravel() * len(found_ids) + f.ravel()), minlength=size).reshape(len(true_ids), -1)
@@ -69,7 +69,7 @@ def _overlaps(truth: I32, found: I32) -> tuple[I64, I64, I64]:
     return table[true_ids > 0][:, found_ids > 0], true_area[true_ids > 0], found_area[found_ids > 0]
 
 
-def _aji(table: I64, union: I64, true_area: I64, found_area: I64) -> tuple[int, int]:
+def _jaccard_sums(table: I64, union: I64, true_area: I64, found_area: I64) -> tuple[int, int]:
     """Aggregated Jaccard index (Kumar 2017): intersections and unions of each true object with its best found one.
 
     A true object that nothing overlaps adds its own area to the unions, as does every found one that is nobody's best.
@@ -84,6 +84,6 @@ def _aji(table: I64, union: I64, true_area: I64, found_area: I64) -> tuple[int, 
     return int(shared.sum()), int(unions.sum() + found_area[unused].sum())
 
 
-def _ratio(a: float, b: float) -> float:
+def ratio_or_one(a: float, b: float) -> float:
     """a / b; 1 when there was nothing to find and nothing was found."""
     return float(a / b) if b else 1.0

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from wsi_mmm.tasks import scores
-from wsi_mmm.tasks.answers import as_answer, shares, vectors_of
-from wsi_mmm.tasks.base import Answer, Scope, Truth, View
+from wsi_mmm.tasks.base import AnyTarget, Quantised, Scope, View
+from wsi_mmm.tasks.params import Params, class_weights, smoothing_share
+from wsi_mmm.tasks.quantise import probabilities_of, quantise_probabilities, stack_targets
 from wsi_mmm.types import U8, Objects, TaskInfo
 
 if TYPE_CHECKING:
@@ -32,17 +33,25 @@ class Multilabel:
     smoothing: float = 0.0
     weights: tuple[float, ...] | None = None
 
+    heads: ClassVar[Mapping[Scope, str]] = {"tile": "vector", "bag": "bag"}
+
+    @classmethod
+    def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
+        """The task of a card; see `wsi_mmm.tasks` for its parameters."""
+        smoothing = smoothing_share(info, params, 0.0)
+        return cls(info, len(info.classes), scope, smoothing=smoothing, weights=class_weights(info, params))
+
     def head(self, spec: HeadSpec) -> nn.Module:
         """Logits float[n, labels]."""
         from wsi_mmm.model.heads import build_head
 
         return build_head("bag" if self.scope == "bag" else "vector", spec, self.channels)
 
-    def target(self, truth: Truth) -> Tensor:
+    def target(self, value: AnyTarget) -> Tensor:
         """float32[K], 0 or 1 or a probability (NaN: unknown), as it is."""
         import torch
 
-        return torch.from_numpy(vectors_of([truth], self.channels)[0])
+        return torch.from_numpy(stack_targets([value], self.channels)[0])
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Binary cross entropy in units of ln 2."""
@@ -54,9 +63,9 @@ class Multilabel:
         """Sigmoid as 0..255; of bags as float32."""
         import torch
 
-        return as_answer(torch.sigmoid(logits.float()), self.scope)
+        return quantise_probabilities(torch.sigmoid(logits.float()), self.scope)
 
-    def metrics(self, pairs: Iterable[tuple[Truth, Answer]]) -> dict[str, float]:
+    def metrics(self, pairs: Iterable[tuple[AnyTarget, Quantised]]) -> dict[str, float]:
         """Means over labels of what is known of each: ap (mean average precision), auroc, f1 and accuracy at 0.5.
 
         Truths count as present from a probability of 0.5 on; what cannot be settled is left out.
@@ -64,26 +73,29 @@ class Multilabel:
         both = list(pairs)
         if not both:
             return {}
-        truth, chance = vectors_of([t for t, _ in both], self.channels), shares(np.stack([v for _, v in both]))
-        figures: dict[str, list[float]] = {"ap": [], "auroc": [], "f1": [], "accuracy": []}
+        target, chance = (
+            stack_targets([t for t, _ in both], self.channels),
+            probabilities_of(np.stack([v for _, v in both])),
+        )
+        by_metric: dict[str, list[float]] = {"ap": [], "auroc": [], "f1": [], "accuracy": []}
         for c in range(self.channels):
-            known = ~np.isnan(truth[:, c])
-            present, score = truth[known, c] >= 0.5, chance[known, c]
+            known = ~np.isnan(target[:, c])
+            present, score = target[known, c] >= 0.5, chance[known, c]
             said = score >= 0.5
-            figures["ap"].append(scores.average_precision(present, score))
-            figures["auroc"].append(scores.auroc(present, score))
-            figures["f1"].append(scores.f1(present, said))
-            figures["accuracy"].append(float((present == said).mean()) if known.any() else float("nan"))
-        return scores.settled({name: scores.mean(values) for name, values in figures.items()})
+            by_metric["ap"].append(scores.average_precision(present, score))
+            by_metric["auroc"].append(scores.auroc(present, score))
+            by_metric["f1"].append(scores.f1(present, said))
+            by_metric["accuracy"].append(float((present == said).mean()) if known.any() else float("nan"))
+        return scores.known_metrics({name: scores.mean(values) for name, values in by_metric.items()})
 
     def interpret(self, window: U8, view: View) -> Objects:
         """Tile tasks draw no objects."""
         raise TypeError(f"task '{self.info.name}' answers per {self.scope}; use table()")
 
-    def table(self, values: Answer) -> Mapping[str, npt.NDArray[Any]]:
+    def table(self, values: Quantised) -> Mapping[str, npt.NDArray[Any]]:
         """[n, labels] -> ``<task>`` int32[n] the likeliest label of at least a half (-1: none) and ``<task>:<label>``
         float32[n] probabilities."""
-        chance = shares(values)
+        chance = probabilities_of(values)
         best = np.argmax(chance, axis=1)
         clear = chance[np.arange(len(chance)), best] >= 0.5
         named = {f"{self.info.name}:{name}": chance[:, i] for i, name in enumerate(self.info.classes)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from wsi_mmm.outputs.ragged import concat, sort_by_anchor
-from wsi_mmm.tasks.base import Answer, Scope, Truth, View, check_view
+from wsi_mmm.tasks.base import AnyTarget, Quantised, Scope, View, check_view
+from wsi_mmm.tasks.params import Params, check_names, class_names, class_weights, number_within
 from wsi_mmm.tasks.regions import core_part, draw_regions
 from wsi_mmm.types import U8, Objects, TaskInfo
 
@@ -36,17 +37,26 @@ class Multisegment:
     stride: int = 2
     halo: int = 0
 
+    heads: ClassVar[Mapping[Scope, str]] = {"pixel": "map"}
+
+    @classmethod
+    def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
+        """The task of a card; see `wsi_mmm.tasks` for its parameters."""
+        check_names(params, ("threshold", *class_names("weight", info)))
+        threshold = int(number_within(info, params, "threshold", 128, (1, 255)))
+        return cls(info, len(info.classes), threshold, class_weights(info, params))
+
     def head(self, spec: HeadSpec) -> nn.Module:
         """Logits float[n, classes, h, w]."""
         from wsi_mmm.model.heads import build_head
 
         return build_head("map", spec, self.channels)
 
-    def target(self, truth: Truth) -> Tensor:
+    def target(self, value: AnyTarget) -> Tensor:
         """int8[K, h, w] (1, 0, negative: unknown) -> int8[K, h / 2, w / 2], the lower right px of each 2 x 2."""
         import torch
 
-        masks = np.asarray(truth, np.int8)[:, self.stride // 2 :: self.stride, self.stride // 2 :: self.stride]
+        masks = np.asarray(value, np.int8)[:, self.stride // 2 :: self.stride, self.stride // 2 :: self.stride]
         return torch.from_numpy(np.clip(masks, -1, 1))
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -61,11 +71,11 @@ class Multisegment:
 
         return (torch.sigmoid(logits.float()) * 255.0).round().to(torch.uint8)
 
-    def metrics(self, pairs: Iterable[tuple[Truth, Answer]]) -> dict[str, float]:
+    def metrics(self, pairs: Iterable[tuple[AnyTarget, Quantised]]) -> dict[str, float]:
         """Mean over the classes that occur of intersection over union (mean_iou) and of Dice (mean_dice); 1 if none."""
         common, wanted, found = np.zeros((3, self.channels), np.int64)
-        for truth, maps in pairs:
-            target = self.target(truth).numpy()
+        for value, maps in pairs:
+            target = self.target(value).numpy()
             drawn = (maps >= self.threshold) & (target >= 0)
             common += (drawn & (target > 0)).sum((1, 2))
             wanted += (target > 0).sum((1, 2))
@@ -83,6 +93,6 @@ class Multisegment:
         each = [draw_regions(mask * np.int32(k + 1), view, self.stride, self.info.name) for k, mask in enumerate(drawn)]
         return sort_by_anchor(concat(each))
 
-    def table(self, values: Answer) -> Mapping[str, npt.NDArray[Any]]:
+    def table(self, values: Quantised) -> Mapping[str, npt.NDArray[Any]]:
         """Pixel tasks have no tile table."""
         return {}

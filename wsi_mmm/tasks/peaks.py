@@ -29,7 +29,7 @@ SIDES: F64 = LEAST * 2.0 ** (np.arange(256) / OCTAVE)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundBoxes:
     """k boxes, sorted by (y, x) of their centre: ``anchor`` int64[k, 2] (y, x) target px of the middle of the centre's
     map px, ``xyxy`` float64[k, 4] target px, ``score`` and ``kind`` (class) int32[k]."""
 
@@ -38,27 +38,27 @@ class Found:
     score: I32
     kind: I32
 
-    def where(self, keep: Mask | I64) -> Found:
+    def where(self, keep: Mask | I64) -> FoundBoxes:
         """Those chosen."""
-        return Found(self.anchor[keep], self.xyxy[keep], self.score[keep], self.kind[keep])
+        return FoundBoxes(self.anchor[keep], self.xyxy[keep], self.score[keep], self.kind[keep])
 
 
-def boxes_of(maps: U8, corner: tuple[int, int], *, threshold: int, overlap: float) -> Found:
+def boxes_of(maps: U8, corner: tuple[int, int], *, threshold: int, overlap: float) -> FoundBoxes:
     """Boxes of a window of maps uint8[K + 4, h, w] (centres per class; left, top, right, bottom).
 
     ``corner``: absolute map px (row, column) of the window's first px. Centres have at least ``threshold``; of two
     boxes of any classes whose intersection over union is above ``overlap`` the one with the better centre stays, even
     if a third suppresses that: a rule that looks no further than `REACH`.
     """
-    found = _candidates(maps, corner, threshold)
+    found = _find_peaks(maps, corner, threshold)
     lost = np.zeros(len(found.score), np.bool_)
-    for first, second in _near(found):
-        worse = np.where(_better(found, first, second), second, first)
+    for first, second in _near_pairs(found):
+        worse = np.where(_first_is_better(found, first, second), second, first)
         lost[worse[iou(found.xyxy[first], found.xyxy[second]) > overlap]] = True
     return found.where(~lost)
 
 
-def _candidates(maps: U8, corner: tuple[int, int], threshold: int) -> Found:
+def _find_peaks(maps: U8, corner: tuple[int, int], threshold: int) -> FoundBoxes:
     """Px that beat their neighbours; of equals the upper, then the left one wins."""
     heat = maps[:-4]
     score = heat.max(axis=0).astype(np.int64)
@@ -69,10 +69,10 @@ def _candidates(maps: U8, corner: tuple[int, int], threshold: int) -> Found:
     anchor = np.stack([rows[y], columns[x]], axis=1) * STRIDE + STRIDE // 2
     left, top, right, bottom = (SIDES[maps[c - 4, y, x]] for c in range(4))
     xyxy = np.stack([anchor[:, 1] - left, anchor[:, 0] - top, anchor[:, 1] + right, anchor[:, 0] + bottom], axis=1)
-    return Found(anchor, xyxy, score[y, x].astype(np.int32), np.argmax(heat[:, y, x], axis=0).astype(np.int32))
+    return FoundBoxes(anchor, xyxy, score[y, x].astype(np.int32), np.argmax(heat[:, y, x], axis=0).astype(np.int32))
 
 
-def _near(found: Found) -> Iterator[tuple[I64, I64]]:
+def _near_pairs(found: FoundBoxes) -> Iterator[tuple[I64, I64]]:
     """Pairs of numbers of boxes that may overlap, each pair once, in pieces of bounded size.
 
     A box holds its centre, so centres of overlapping boxes are no farther apart than the two's longest sides: small
@@ -95,7 +95,7 @@ def _near(found: Found) -> Iterator[tuple[I64, I64]]:
                     yield first[once], second[once]
 
 
-def _better(found: Found, first: I64, second: I64) -> Mask:
+def _first_is_better(found: FoundBoxes, first: I64, second: I64) -> Mask:
     """Whether the first of each pair has the better centre; of equals the one that comes first by (y, x)."""
     a, b = found.score[first], found.score[second]
     better: Mask = (a > b) | ((a == b) & (first < second))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from wsi_mmm.outputs import ragged
-from wsi_mmm.tasks.base import Answer, Scope, Truth, View
+from wsi_mmm.tasks.base import AnyTarget, Quantised, Scope, View
+from wsi_mmm.tasks.params import Params, check_names, number_within
 from wsi_mmm.types import U8, Objects, TaskInfo
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Reconstruct:
     the head says, of RGB in [0, 1]."""
 
     info: TaskInfo
-    patch: int = 16
+    side: int = 16
     share: float = 0.5
     centre: float = 0.7
     spread: float = 0.2
@@ -38,6 +39,20 @@ class Reconstruct:
     stride: int = 1
     channels: int = 3
     halo: int = 0
+
+    heads: ClassVar[Mapping[Scope, str]] = {"pixel": "image"}
+
+    @classmethod
+    def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
+        """The task of a card; see `wsi_mmm.tasks` for its parameters."""
+        check_names(params, ("patch", "share", "centre", "spread"))
+        return cls(
+            info,
+            int(number_within(info, params, "patch", 16, (1, 4096))),
+            number_within(info, params, "share", 0.5, (0.0, 1.0)),
+            centre=number_within(info, params, "centre", 0.7, (0.0, 1.0)),
+            spread=number_within(info, params, "spread", 0.2, (1e-3, 10.0)),
+        )
 
     def head(self, spec: HeadSpec) -> nn.Module:
         """float[n, 3, h, w]: normalised px."""
@@ -55,38 +70,38 @@ class Reconstruct:
         n, _, height, width = pixels.shape
         if self.share == 0:
             grey = pixels.mean(1, keepdim=True).expand_as(pixels)
-            return grey, self._normalised(pixels, torch.ones_like(pixels[:, :1]))
-        rows, columns = -(-height // self.patch), -(-width // self.patch)
+            return grey, self._normalise_pixels(pixels, torch.ones_like(pixels[:, :1]))
+        rows, columns = -(-height // self.side), -(-width // self.side)
         dice = torch.Generator().manual_seed(seed)  # on the CPU: the same squares on any device
         rank = torch.rand(n, rows * columns, generator=dice).argsort(1).argsort(1)
-        squares = (rank < max(1, round(self.share * rows * columns))).view(n, 1, rows, columns)
-        fine = squares.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)[:, :, :height, :width]
+        chosen = (rank < max(1, round(self.share * rows * columns))).view(n, 1, rows, columns)
+        fine = chosen.repeat_interleave(self.side, 2).repeat_interleave(self.side, 3)[:, :, :height, :width]
         hidden = fine.to(pixels.device)
         shown = torch.where(hidden, pixels.mean((2, 3), keepdim=True), pixels)
-        return shown, self._normalised(pixels, hidden.to(pixels.dtype))
+        return shown, self._normalise_pixels(pixels, hidden.to(pixels.dtype))
 
-    def _normalised(self, pixels: Tensor, weight: Tensor) -> Tensor:
+    def _normalise_pixels(self, pixels: Tensor, weight: Tensor) -> Tensor:
         """float[n, 4, h, w]: normalised px, and which of them count."""
         import torch
 
         return torch.cat([(pixels - self.centre) / self.spread, weight], dim=1)
 
-    def target(self, truth: Truth) -> Tensor:
+    def target(self, value: AnyTarget) -> Tensor:
         """None: float32[0], a place holder for what `hide` gives; a picture uint8[h, w, 3]: float32[4, h, w] of it, all
         px counting."""
         import torch
 
-        if truth is None:
+        if value is None:
             return torch.zeros(0)
-        pixels = torch.from_numpy(np.asarray(truth, np.float32) / np.float32(255)).permute(2, 0, 1)
-        return self._normalised(pixels[None], torch.ones(1, 1, *pixels.shape[1:]))[0]
+        pixels = torch.from_numpy(np.asarray(value, np.float32) / np.float32(255)).permute(2, 0, 1)
+        return self._normalise_pixels(pixels[None], torch.ones(1, 1, *pixels.shape[1:]))[0]
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Squared error of the px that count (hidden ones), 1 for drawing their mean."""
         from wsi_mmm.tasks.losses_dense import pixels_loss
-        from wsi_mmm.tasks.losses_tile import nothing
+        from wsi_mmm.tasks.losses_tile import zero_loss
 
-        return pixels_loss(logits, target) if target.ndim == 4 else nothing(logits)
+        return pixels_loss(logits, target) if target.ndim == 4 else zero_loss(logits)
 
     def quantise(self, logits: Tensor) -> Tensor:
         """RGB uint8[n, 3, h, w]."""
@@ -95,13 +110,13 @@ class Reconstruct:
         rgb = (logits.float() * self.spread + self.centre) * 255.0
         return rgb.round().clamp(0.0, 255.0).to(torch.uint8)
 
-    def metrics(self, pairs: Iterable[tuple[Truth, Answer]]) -> dict[str, float]:
+    def metrics(self, pairs: Iterable[tuple[AnyTarget, Quantised]]) -> dict[str, float]:
         """psnr in dB: 10 log10(255^2 / mean squared error), of pictures uint8[h, w, 3] against drawn uint8[3, h, w],
         the mean over those that are given and not drawn exactly."""
         errors = [
-            float(np.mean((np.asarray(truth, np.float64).transpose(2, 0, 1) - drawn) ** 2))
-            for truth, drawn in pairs
-            if truth is not None
+            float(np.mean((np.asarray(value, np.float64).transpose(2, 0, 1) - drawn) ** 2))
+            for value, drawn in pairs
+            if value is not None
         ]
         some = [10.0 * np.log10(255.0**2 / error) for error in errors if error > 0]
         return {"psnr": float(np.mean(some))} if some else {}
@@ -110,6 +125,6 @@ class Reconstruct:
         """Nothing."""
         return ragged.empty(self.info.name)
 
-    def table(self, values: Answer) -> Mapping[str, npt.NDArray[Any]]:
+    def table(self, values: Quantised) -> Mapping[str, npt.NDArray[Any]]:
         """Pixel tasks have no tile table."""
         return {}

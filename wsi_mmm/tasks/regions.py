@@ -29,12 +29,12 @@ def draw_regions(labels: I32, view: View, stride: int, task: str) -> Objects:
         Frame(x, y, stride, view.scale_x, view.scale_y),
         task=task,
         class_index=rings.labels - 1,
-        anchor=_anchors(rings.coords[first], (y, x), stride),
+        anchor=_first_corners(rings.coords[first], (y, x), stride),
     )
     np.minimum(objects.coords, (view.width * view.scale_x, view.height * view.scale_y), out=objects.coords)
     return objects
 
 
-def _anchors(corners: npt.NDArray[np.float64], origin: tuple[int, int], stride: int) -> I64:
+def _first_corners(corners: npt.NDArray[np.float64], origin: tuple[int, int], stride: int) -> I64:
     """(y, x) target px of the px at the top-left corner that each exterior begins with."""
     return corners[:, ::-1].astype(np.int64) * stride + np.array(origin, np.int64)

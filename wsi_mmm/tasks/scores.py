@@ -17,64 +17,64 @@ from wsi_mmm.types import F64, I64, Mask
 Scores = npt.NDArray[np.floating[Any]]
 
 
-def settled(figures: Mapping[str, float]) -> dict[str, float]:
+def known_metrics(values: Mapping[str, float]) -> dict[str, float]:
     """Those of ``figures`` that are numbers."""
-    return {name: float(value) for name, value in figures.items() if not np.isnan(value)}
+    return {name: float(value) for name, value in values.items() if not np.isnan(value)}
 
 
-def mean(figures: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
     """The mean of those that are numbers, NaN when none is."""
-    known = [value for value in figures if not np.isnan(value)]
+    known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
 
 
 # ---------------------------------------------------------------- classes
 
 
-def confusion(truth: I64, found: I64, classes: int) -> I64:
+def confusion(target: I64, found: I64, classes: int) -> I64:
     """Counts int64[true class, found class]."""
-    return np.bincount(truth * classes + found, minlength=classes * classes).reshape(classes, classes)
+    return np.bincount(target * classes + found, minlength=classes * classes).reshape(classes, classes)
 
 
 def accuracy(table: I64) -> float:
     """Share on the diagonal."""
-    return _ratio(np.trace(table), table.sum())
+    return _ratio_or_nan(np.trace(table), table.sum())
 
 
 def balanced_accuracy(table: I64) -> float:
     """Mean share found of the classes that occur."""
-    return mean(_ratio(hit, total) for hit, total in zip(np.diag(table), table.sum(axis=1), strict=True))
+    return mean(_ratio_or_nan(hit, total) for hit, total in zip(np.diag(table), table.sum(axis=1), strict=True))
 
 
 def f1_macro(table: I64) -> float:
     """Mean of 2 tp / (2 tp + fp + fn) over the classes that occur or were said to."""
     both = table.sum(axis=0) + table.sum(axis=1)
-    return mean(_ratio(2 * hit, total) for hit, total in zip(np.diag(table), both, strict=True))
+    return mean(_ratio_or_nan(2 * hit, total) for hit, total in zip(np.diag(table), both, strict=True))
 
 
-def f1(truth: Mask, found: Mask) -> float:
+def f1(target: Mask, found: Mask) -> float:
     """2 tp / (2 tp + fp + fn); NaN when nothing holds and nothing was said."""
-    return _ratio(2 * int((truth & found).sum()), int(truth.sum()) + int(found.sum()))
+    return _ratio_or_nan(2 * int((target & found).sum()), int(target.sum()) + int(found.sum()))
 
 
-def auroc(truth: Mask, score: Scores) -> float:
+def auroc(target: Mask, score: Scores) -> float:
     """Chance that a positive scores above a negative, ties half (Mann and Whitney); NaN without both."""
-    positive = int(truth.sum())
-    negative = len(truth) - positive
+    positive = int(target.sum())
+    negative = len(target) - positive
     if not positive or not negative:
         return float("nan")
-    ranks = _ranks(score)
-    return float((ranks[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    ranks = _mean_ranks(score)
+    return float((ranks[target].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
-def average_precision(truth: Mask, score: Scores) -> float:
+def average_precision(target: Mask, score: Scores) -> float:
     """Sum over thresholds of precision times the gain in recall, equal scores together; NaN without a positive."""
-    positive = int(truth.sum())
+    positive = int(target.sum())
     if not positive:
         return float("nan")
-    order = np.argsort(-score, kind="stable")
-    hits = np.cumsum(truth[order])
-    last = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)  # the end of each run of equal scores
+    by_score = np.argsort(-score, kind="stable")
+    hits = np.cumsum(target[by_score])
+    last = np.append(np.flatnonzero(np.diff(score[by_score])), len(by_score) - 1)  # the end of each run of equal scores
     precision, gain = hits[last] / (last + 1), np.diff(hits[last], prepend=0) / positive
     return float((precision * gain).sum())
 
@@ -82,22 +82,22 @@ def average_precision(truth: Mask, score: Scores) -> float:
 # ---------------------------------------------------------------- values
 
 
-def mean_absolute_error(truth: F64, found: F64) -> float:
+def mean_absolute_error(target: F64, found: F64) -> float:
     """Mean of |truth - found|."""
-    return float(np.abs(truth - found).mean()) if len(truth) else float("nan")
+    return float(np.abs(target - found).mean()) if len(target) else float("nan")
 
 
-def r2(truth: F64, found: F64) -> float:
+def r2(target: F64, found: F64) -> float:
     """1 - residual / total sum of squares; NaN when the truth does not vary."""
-    total = ((truth - truth.mean()) ** 2).sum() if len(truth) else 0.0
-    return float(1.0 - ((truth - found) ** 2).sum() / total) if total > 0 else float("nan")
+    total = ((target - target.mean()) ** 2).sum() if len(target) else 0.0
+    return float(1.0 - ((target - found) ** 2).sum() / total) if total > 0 else float("nan")
 
 
-def spearman(truth: F64, found: F64) -> float:
+def spearman(target: F64, found: F64) -> float:
     """Correlation of ranks, equal values sharing the mean of theirs; NaN when either does not vary."""
-    if len(truth) < 2:
+    if len(target) < 2:
         return float("nan")
-    a, b = (_ranks(values) - (len(values) + 1) / 2 for values in (truth, found))
+    a, b = (_mean_ranks(values) - (len(values) + 1) / 2 for values in (target, found))
     scale = np.sqrt((a**2).sum() * (b**2).sum())
     return float((a * b).sum() / scale) if scale > 0 else float("nan")
 
@@ -111,9 +111,9 @@ def concordance(time: F64, event: Mask, risk: F64) -> float:
     Pairs are comparable when the earlier time is an event, or at equal times exactly one of the two is. Equal risks
     count half (as in lifelines and scikit-survival). NaN without a comparable pair. O(n log^2 n).
     """
-    order = np.lexsort((~event, time))  # by time, events before the others of their time
-    time, event = time[order], event[order]
-    rank = np.unique(risk[order], return_inverse=True)[1].astype(np.int64)
+    by_time = np.lexsort((~event, time))  # by time, events before the others of their time
+    time, event = time[by_time], event[by_time]
+    rank = np.unique(risk[by_time], return_inverse=True)[1].astype(np.int64)
     late = _after_events(time, event)
     comparable = (len(time) - late).sum()
     if not comparable:
@@ -159,7 +159,7 @@ def _count_behind(rank: I64, start: I64, value: I64) -> tuple[I64, I64]:
     return below, equal
 
 
-def _ranks(values: Scores) -> F64:
+def _mean_ranks(values: Scores) -> F64:
     """float64[n]: place of each in their order, from 1; equals share the mean of theirs."""
     from scipy.stats import rankdata  # a second to import, which a run that judges nothing need not wait for
 
@@ -167,5 +167,5 @@ def _ranks(values: Scores) -> F64:
     return ranks
 
 
-def _ratio(a: Any, b: Any) -> float:
+def _ratio_or_nan(a: Any, b: Any) -> float:
     return float(a / b) if b else float("nan")

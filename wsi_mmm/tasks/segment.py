@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from wsi_mmm.tasks.base import Answer, Scope, Truth, View, check_view
+from wsi_mmm.tasks.base import AnyTarget, Quantised, Scope, View, check_view
+from wsi_mmm.tasks.params import Params, check_names, class_names, class_weights, number_within
 from wsi_mmm.tasks.regions import core_part, draw_regions
 from wsi_mmm.types import I32, U8, Objects, TaskInfo
 
@@ -35,17 +36,31 @@ class Segment:
     stride: int = 2
     halo: int = 0
 
+    heads: ClassVar[Mapping[Scope, str]] = {"pixel": "map"}
+
+    @classmethod
+    def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
+        """The task of a card; see `wsi_mmm.tasks` for its parameters."""
+        check_names(params, ("background", "smoothing", *class_names("weight", info)))
+        return cls(
+            info,
+            len(info.classes),
+            background=int(params.get("background", 0)),
+            smoothing=number_within(info, params, "smoothing", 0.02, (0.0, 0.99)),
+            weights=class_weights(info, params),
+        )
+
     def head(self, spec: HeadSpec) -> nn.Module:
         """Logits float[n, classes, h, w]."""
         from wsi_mmm.model.heads import build_head
 
         return build_head("map", spec, self.channels)
 
-    def target(self, truth: Truth) -> Tensor:
+    def target(self, value: AnyTarget) -> Tensor:
         """int32[h, w] class indices (negative: unknown) -> int64[h / 2, w / 2], the lower right px of each 2 x 2."""
         import torch
 
-        labels = np.maximum(np.asarray(truth, np.int64), -1)
+        labels = np.maximum(np.asarray(value, np.int64), -1)
         return torch.from_numpy(np.ascontiguousarray(labels[self.stride // 2 :: self.stride, 1 :: self.stride]))
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -60,11 +75,11 @@ class Segment:
 
         return (torch.softmax(logits.float(), dim=1) * 255.0).round().to(torch.uint8)
 
-    def metrics(self, pairs: Iterable[tuple[Truth, Answer]]) -> dict[str, float]:
+    def metrics(self, pairs: Iterable[tuple[AnyTarget, Quantised]]) -> dict[str, float]:
         """Mean intersection over union of the classes that occur, and pixel accuracy."""
         table = np.zeros((self.channels, self.channels), np.int64)
-        for truth, maps in pairs:
-            wanted = self.target(truth).numpy()
+        for value, maps in pairs:
+            wanted = self.target(value).numpy()
             known = wanted >= 0
             both = wanted[known] * self.channels + np.argmax(maps, axis=0)[known]
             table += np.bincount(both, minlength=table.size).reshape(table.shape)
@@ -88,6 +103,6 @@ class Segment:
         check_view(window, view, self.stride)
         return draw_regions(self.classes_of(window, view), view, self.stride, self.info.name)
 
-    def table(self, values: Answer) -> Mapping[str, npt.NDArray[Any]]:
+    def table(self, values: Quantised) -> Mapping[str, npt.NDArray[Any]]:
         """Pixel tasks have no tile table."""
         return {}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from wsi_mmm.errors import ModelError
 from wsi_mmm.tasks import scores
-from wsi_mmm.tasks.base import Answer, Scope, Truth, View
+from wsi_mmm.tasks.base import AnyTarget, Quantised, Scope, View
+from wsi_mmm.tasks.params import Params, check_names
 from wsi_mmm.types import F64, U8, Objects, TaskInfo
 
 if TYPE_CHECKING:
@@ -34,6 +36,24 @@ class Survive:
     halo: int = 0
     efron: bool = True
 
+    heads: ClassVar[Mapping[Scope, str]] = {"tile": "vector", "bag": "bag"}
+
+    @classmethod
+    def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
+        """The task of a card; see `wsi_mmm.tasks` for its parameters."""
+        if len(info.classes) != 1:
+            raise ModelError(
+                f"task '{info.name}': 'survive' takes exactly one class, the event, not {len(info.classes)}"
+            )
+        bins = int(params.get("bins", 0))
+        named = [f"edge:{i + 1}" for i in range(bins)]
+        check_names(params, ("bins", "horizon", "efron", *named))
+        horizon = params.get("horizon", 0.0)
+        edges = tuple(float(params.get(name, horizon * (i + 1) / bins)) for i, name in enumerate(named))
+        if any(b <= a for a, b in zip((0.0, *edges), edges, strict=False)):
+            raise ModelError(f"task '{info.name}': give 'horizon' above 0, or rising 'edge:1' to 'edge:{bins}'")
+        return cls(info, edges, scope, efron=bool(params.get("efron", 1)))
+
     @property
     def channels(self) -> int:
         """One, or the number of intervals."""
@@ -45,11 +65,11 @@ class Survive:
 
         return build_head("bag" if self.scope == "bag" else "vector", spec, self.channels)
 
-    def target(self, truth: Truth) -> Tensor:
+    def target(self, value: AnyTarget) -> Tensor:
         """`Survival` -> float32[2]: time (NaN: unknown) and 1 where the event happened."""
         import torch
 
-        return torch.tensor([float(truth.time), float(truth.event)], dtype=torch.float32)
+        return torch.tensor([float(value.time), float(value.event)], dtype=torch.float32)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cox: the batch is the risk set, so it should hold many items. Discrete: items on their own."""
@@ -65,7 +85,7 @@ class Survive:
 
         return logsigmoid(-logits.float()).cumsum(1).exp() if self.edges else logits.float()
 
-    def risk(self, values: Answer) -> F64:
+    def risk(self, values: Quantised) -> F64:
         """One number per item, higher for earlier events: the log hazard, or the expected share of the time up to the
         last edge that is lost (1 less the area under the survival curve taken as steps)."""
         if not self.edges:
@@ -74,14 +94,14 @@ class Survive:
         lost: F64 = 1.0 - values.astype(np.float64) @ (widths / self.edges[-1])
         return lost
 
-    def metrics(self, pairs: Iterable[tuple[Truth, Answer]]) -> dict[str, float]:
+    def metrics(self, pairs: Iterable[tuple[AnyTarget, Quantised]]) -> dict[str, float]:
         """concordance (Harrell) of the pairs whose time is known; left out when none are comparable."""
         known = [(t, v) for t, v in pairs if not np.isnan(t.time)]
         if not known:
             return {}
         time = np.array([t.time for t, _ in known], np.float64)
         event = np.array([t.event for t, _ in known], np.bool_)
-        return scores.settled(
+        return scores.known_metrics(
             {"concordance": scores.concordance(time, event, self.risk(np.stack([v for _, v in known])))}
         )
 
@@ -89,7 +109,7 @@ class Survive:
         """Tile tasks draw no objects."""
         raise TypeError(f"task '{self.info.name}' answers per {self.scope}; use table()")
 
-    def table(self, values: Answer) -> Mapping[str, npt.NDArray[Any]]:
+    def table(self, values: Quantised) -> Mapping[str, npt.NDArray[Any]]:
         """[n, channels] -> ``<task>`` float32[n] `risk`; discrete also ``<task>:S(<edge>)`` survival to each edge."""
         columns: dict[str, npt.NDArray[Any]] = {self.info.name: self.risk(values).astype(np.float32)}
         columns |= {f"{self.info.name}:S({edge:g})": values[:, i] for i, edge in enumerate(self.edges)}

@@ -21,11 +21,11 @@ import numpy as np
 
 from wsi_mmm.errors import RecipeError
 from wsi_mmm.host_tuning import keep_memory
-from wsi_mmm.slides.base import EncodedReader, Fetched, Reader, TileReader
+from wsi_mmm.slides.base import Fetched, Reader, TileReader
 from wsi_mmm.slides.resample.cut import fill_tiles
 from wsi_mmm.tiles.grid import BlockTiles, any_overlap, blocks, level0_boxes, tile_xy, tiles_at
 from wsi_mmm.timing import spent
-from wsi_mmm.types import I64, U8, Batch, EncodedBatch, Grid, Mask, Tiles
+from wsi_mmm.types import I64, U8, Batch, Grid, Mask, Tiles
 
 READ_AHEAD = 1
 """Blocks (full ones, or as many tiles) that may wait, read, beyond those that the threads are reading."""
@@ -65,14 +65,6 @@ def read_block(reader: Reader, grid: Grid, block: BlockTiles, fetched: Fetched |
 def _read_into(reader: Reader, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None) -> Mask:
     """Write tiles to ``out``; return bool[n], the tiles that hold pixels that could not be decoded."""
     return any_overlap(level0_boxes(tiles), fill_tiles(reader, tiles, out, fetched))
-
-
-def read_encoded(reader: EncodedReader, grid: Grid, block: BlockTiles, fetched: Fetched | None = None) -> EncodedBatch:
-    """The tiles of one block, in its order, still compressed. The reader has no `obstacle` to them."""
-    tiles = tiles_at(grid, block.index)
-    encoded = reader.read_encoded(tiles, fetched)
-    failed = any_overlap(level0_boxes(tiles), encoded.failed)
-    return EncodedBatch(encoded, tile_xy(grid, block.index), block.index, failed)
 
 
 # ---------------------------------------------------------------- fetching ahead of use

@@ -21,8 +21,8 @@ from wsi_mmm.model.card import (
     SqueezerCard,
     TaskCard,
 )
-from wsi_mmm.tasks.pixel_kinds import PIXEL_KINDS
-from wsi_mmm.tasks.tile_kinds import TILE_KINDS
+from wsi_mmm.tasks import TASK_KINDS
+from wsi_mmm.tasks.base import Scope
 from wsi_mmm.training.colour import Augment
 from wsi_mmm.training.data.entries import DataEntry
 from wsi_mmm.training.data.entry import Part
@@ -97,9 +97,8 @@ class TaskPart(Part):
     @field_validator("kind")
     @classmethod
     def _check_kind(cls, kind: str) -> str:
-        known = sorted({*PIXEL_KINDS, *TILE_KINDS})
-        if kind not in known:
-            raise ValueError(f"there is no kind '{kind}'; known: {', '.join(known)}")
+        if kind not in TASK_KINDS:
+            raise ValueError(f"there is no kind '{kind}'; known: {', '.join(sorted(TASK_KINDS))}")
         return kind
 
 
@@ -238,16 +237,15 @@ def task_card(part: TaskPart, first: int, count: int) -> TaskCard:
     """``part`` with its head, outputs and colours, as classes ``first`` onwards of ``count`` of all tasks."""
     colors = part.colors or tuple(_default_colour(first + i, count) for i in range(len(part.classes)))
     info = TaskInfo(part.name, part.kind, part.classes, colors)
-    if part.kind in TILE_KINDS:
-        head: str = "bag" if part.scope == "bag" else "vector"
-        outputs = TILE_KINDS[part.kind](info, part.params, part.scope).channels
-    elif part.scope == "bag":
+    kind = TASK_KINDS[part.kind]
+    if part.scope == "bag" and "bag" not in kind.heads:
         raise RecipeError(f"task '{part.name}': '{part.kind}' answers for pixels, not for bags")
-    else:
-        head, build = PIXEL_KINDS[part.kind]
-        outputs = build(info, part.params).channels
-    facts = {"name": part.name, "kind": part.kind, "head": head, "outputs": outputs, "classes": part.classes}
-    return TaskCard.model_validate({**facts, "colors": colors, "params": dict(part.params)})
+    scope: Scope = part.scope if part.scope in kind.heads else "pixel"
+    outputs = kind.from_params(info, part.params, scope).channels
+    return TaskCard.model_validate({
+        "name": part.name, "kind": part.kind, "head": kind.heads[scope], "outputs": outputs, "classes": part.classes,
+        "colors": colors, "params": dict(part.params),
+    })  # fmt: skip
 
 
 def _default_colour(number: int, count: int) -> Color:

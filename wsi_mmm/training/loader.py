@@ -21,7 +21,7 @@ from wsi_mmm.errors import RecipeError
 from wsi_mmm.host_tuning import keep_memory, short_turns
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.colour import NO_AUGMENT, Augment, recolour
 from wsi_mmm.training.data.base import Sample, Source
 from wsi_mmm.training.policy import Draw, FeedSize, Policy, key_of, of_rank, plan_step
@@ -378,7 +378,7 @@ def _crop_target(task: Task, sample: Sample, thetas: F32, size: int) -> Tensor:
     """The target of one item; made with the kind's margin, then cut to the crop."""
     kind, margin = task.info.kind, MARGINS.get(task.info.kind, 0)
     wide = size + 2 * margin
-    truth: Truth = sample.truths.get(task.info.name)
+    truth: Target = sample.truths.get(task.info.name)
     if truth is None:
         truth = unknown_truth(kind, len(task.info.classes), wide)
     elif _bag_size(sample) is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from wsi_mmm.errors import RecipeError
-from wsi_mmm.tasks.truth import Boxes, Survival, Truth
+from wsi_mmm.tasks.targets import Boxes, Survival, Target
 from wsi_mmm.types import F32, F64, I64, U8, Mask
 
 VISIBLE = 0.35
@@ -227,7 +227,7 @@ def _sample_pixels(pixels: Tensor, x: Tensor, y: Tensor, *, level: int) -> Tenso
 # ---------------------------------------------------------------- truth, in numpy
 
 
-def warp_truth(kind: str, truth: Truth, theta: F32, size: int, *, visible: float = VISIBLE) -> Truth:
+def warp_truth(kind: str, truth: Target, theta: F32, size: int, *, visible: float = VISIBLE) -> Target:
     """The truth of the crop: label maps and masks by nearest px, unknown beyond the sample; boxes moved and clipped,
     unknown where less than ``visible`` of one shows; what is no picture stays as it is. ``theta`` float32[2, 3]."""
     if kind in ("segment", "instances", "multisegment"):
@@ -237,7 +237,7 @@ def warp_truth(kind: str, truth: Truth, theta: F32, size: int, *, visible: float
     return truth
 
 
-def unknown_truth(kind: str, classes: int, size: int) -> Truth:
+def unknown_truth(kind: str, classes: int, size: int) -> Target:
     """Nothing is known of a crop: a truth of the right shape that is not learnt from."""
     if kind in ("segment", "instances"):
         return np.full((size, size), -1, np.int32)
@@ -274,7 +274,7 @@ def _inside_mask(x: I64, y: I64, shape: Sequence[int]) -> Mask:
     return inside
 
 
-def _warp_labels(labels: np.ndarray[tuple[int, ...], np.dtype[np.generic]], theta: F32, size: int) -> Truth:
+def _warp_labels(labels: np.ndarray[tuple[int, ...], np.dtype[np.generic]], theta: F32, size: int) -> Target:
     """[..., h, w] -> [..., size, size] of the same type, -1 beyond."""
     x, y = places(theta, size)
     height, width = labels.shape[-2:]

@@ -13,7 +13,6 @@ from helpers.plans import plan_of
 from wsi_mmm.cache.shard import SHARD
 from wsi_mmm.engine.plan import SlidePlan, forward_units
 from wsi_mmm.engine.scheduler import open_street
-from wsi_mmm.engine.stages.decoding import Choice
 from wsi_mmm.engine.stages.extract import SIDE, Rates, extract_units, squares_under, through_pool
 from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
 
@@ -51,14 +50,13 @@ def test_a_forward_waits_for_the_squares_under_its_tiles(plan: SlidePlan) -> Non
 
 
 def test_tiles_go_through_a_cache_only_where_there_is_one() -> None:
-    """Not without --cache, not where the device decodes, not on empty glass."""
+    """Not without --cache, not on empty glass."""
     plan = plan_of(600, 600, 2, 8, 1.0, 0)
     assert through_pool(plan) is None
     cached = replace(plan, slide=replace(plan.slide, recipe=replace(plan.slide.recipe, cache="/c")))
     pooled = through_pool(cached)
     assert pooled is not None and pooled.slide.recipe.cache_tiles == "on"
     assert pooled.slide.recipe.result_hash() == cached.slide.recipe.result_hash()
-    assert through_pool(replace(cached, decode=Choice("device", ""))) is None
     assert through_pool(replace(cached, index=cached.index[:0])) is None
 
 

@@ -16,7 +16,7 @@ from wsi_mmm.outputs.exports import export, write_features
 from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.fake import synthetic_slide
-from wsi_mmm.tasks.truth import Survival
+from wsi_mmm.tasks.targets import Survival
 from wsi_mmm.tiles.grid import make_grid, tile_xy
 from wsi_mmm.training.data.bags import (
     BagItem,

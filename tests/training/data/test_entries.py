@@ -17,7 +17,7 @@ from helpers.lessons import discs, geojson, patches, save
 from wsi_mmm.errors import InputError, RecipeError
 from wsi_mmm.outputs.exports import write_features
 from wsi_mmm.slides.fake import SyntheticTruth
-from wsi_mmm.tasks.truth import Boxes, Survival
+from wsi_mmm.tasks.targets import Boxes, Survival
 from wsi_mmm.training.config import TrainConfig, parse
 from wsi_mmm.training.data.base import Sample, Source
 from wsi_mmm.training.job import place_of, read_annotations

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from wsi_mmm.errors import InputError
-from wsi_mmm.tasks.truth import Boxes
+from wsi_mmm.tasks.targets import Boxes
 from wsi_mmm.training.data import images, volumes
 from wsi_mmm.training.data.coco import coco
 from wsi_mmm.training.data.folders import class_folders, image_class_masks, image_instances, image_masks

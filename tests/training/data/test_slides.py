@@ -21,7 +21,7 @@ from wsi_mmm.errors import AnnotationError, InputError, ManifestError, RecipeErr
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.fake import SyntheticTruth
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Boxes
+from wsi_mmm.tasks.targets import Boxes
 from wsi_mmm.training.data.base import Source
 from wsi_mmm.training.data.buckets import USE, Buckets, Rule, same_names
 from wsi_mmm.training.data.lessons import Lesson

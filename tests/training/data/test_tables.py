@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from wsi_mmm.errors import ManifestError, RecipeError
-from wsi_mmm.tasks.truth import Survival
+from wsi_mmm.tasks.targets import Survival
 from wsi_mmm.training.data.tables import TableTask, balance_labels, read_table, slide_table
 
 TEXT = """slide,patient,fold,grade,msi,tils,er,pr,sites,months,died

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.stages import ahead, context, steps
+from wsi_mmm.engine.stages import context, steps
 from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
 from wsi_mmm.errors import WsiError
 from wsi_mmm.host_tuning import short_turns
@@ -51,18 +51,17 @@ class ThreadsExecutor:
     def start(self, unit: WorkUnit) -> None:
         """Send a work on its way through the pools."""
         self._flying["forward" if unit.kind == "forward" else "other"] += 1
-        self._load(unit)
+        self._load()
         if unit.kind == "forward":
             stations = [(self._reading, steps.read), (self._computing, steps.compute), (self._finishing, steps.write)]
             self._chain(unit, unit, stations)
         else:
             self._chain(unit, unit, [(self._finishing, steps.perform)])
 
-    def _load(self, first: WorkUnit) -> None:
+    def _load(self) -> None:
         """Load the model, which takes as long as finding the tissue of the first slide: do both at once."""
         if self._recipe is not None:
             recipe, self._recipe = self._recipe, None
-            ahead.begin(first.slide)  # before there are threads
             self._computing.submit(_quietly, context.runner_of, recipe)
 
     def _chain(self, unit: WorkUnit, value: Any, stations: list[tuple[ThreadPoolExecutor, Any]]) -> None:
@@ -99,7 +98,6 @@ class ThreadsExecutor:
         for pool in (self._reading, self._computing, self._finishing):
             pool.shutdown(wait=True, cancel_futures=cancel)
         self._turns.close()
-        ahead.end()
         context.release(models=False)
 
 

@@ -54,16 +54,16 @@ def packed(unit: WorkUnit, key: str) -> bytes:
     """A work as it is sent; ``key``: that of its recipe."""
     slide, grid = unit.slide, unit.grid
     place = [slide.id, slide.uri, slide.output, slide.mpp, slide.mask, slide.error, slide.reader]
-    rest = [unit.block, _shrunk(unit.tiles), grid and astuple(grid), unit.entry, unit.decode]
+    rest = [unit.block, _shrunk(unit.tiles), grid and astuple(grid), unit.entry]
     return json.dumps([key, unit.kind, place, *rest], separators=(",", ":")).encode()
 
 
 def unpacked(data: bytes, find: Find) -> WorkUnit:
     """The work that was `packed`, equal to it."""
-    key, kind, place, block, tiles, grid, entry, decode = json.loads(data)
+    key, kind, place, block, tiles, grid, entry = json.loads(data)
     name, uri, output, mpp, mask, error, reader = place
     slide = SlideTask(name, uri, output, recipe_of(key, find), mpp, mask, error, reader)
-    return WorkUnit(kind, slide, tuple(block), _grown(tiles), Grid(*grid) if grid else None, entry, decode)
+    return WorkUnit(kind, slide, tuple(block), _grown(tiles), Grid(*grid) if grid else None, entry)
 
 
 # ---------------------------------------------------------------- tiles

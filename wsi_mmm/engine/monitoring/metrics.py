@@ -138,11 +138,7 @@ class _Silent(WSGIRequestHandler):
 
 @contextmanager
 def serving(port: int) -> Iterator[Hooks]:
-    """Serve the metrics of a run at ``http://127.0.0.1:port/metrics``. Raises MissingPackage, RecipeError.
-
-    The port is taken at once; its thread begins with the first unit, for a process with one thread begins sooner
-    (see ``ahead``).
-    """
+    """Serve the metrics of a run at ``http://127.0.0.1:port/metrics``. Raises MissingPackage, RecipeError."""
     try:
         from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
     except ImportError as error:
@@ -156,16 +152,10 @@ def serving(port: int) -> Iterator[Hooks]:
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(f"metrics cannot be served on port {port}: {reason}; choose another port") from error
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="wsi-mmm-metrics", daemon=True)
-
-    def watch(thing: WorkUnit | UnitResult) -> None:
-        if thread.ident is None:
-            thread.start()
-        book.watch(thing)
-
+    thread.start()
     try:
-        yield Hooks(book.hear, watch)
+        yield Hooks(book.hear, book.watch)
     finally:
-        if thread.ident is not None:
-            server.shutdown()
-            thread.join()
+        server.shutdown()
+        thread.join()
         server.server_close()

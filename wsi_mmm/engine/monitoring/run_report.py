@@ -152,7 +152,6 @@ def _extra(state: SlideState, facts: dict[str, Any], *, resumed: bool) -> dict[s
         "device": ", ".join(sorted(state.devices)) or None,
         "encoder": [json.loads(facts) for facts in sorted(set(state.encoders.values()))],
         **({"tile_cache": state.tile_cache} if state.tile_cache else {}),
-        "decode": state.plan.decode.words if state.plan else facts.get("decode"),
         "reader": facts.get("reader") or (state.plan.info.reader if state.plan else None),
         **({"traceback": state.traceback} if state.traceback else {}),  # only for faults that are not the user's
     }

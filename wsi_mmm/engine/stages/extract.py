@@ -46,7 +46,7 @@ class Rates:
 def through_pool(plan: SlidePlan) -> SlidePlan | None:
     """The plan with tiles that go through the cache; None where there is none, or the model's device decodes."""
     recipe = plan.slide.recipe
-    if recipe.cache is None or plan.decode.on != "cpu" or not len(plan.index):
+    if recipe.cache is None or not len(plan.index):
         return None
     return replace(plan, slide=replace(plan.slide, recipe=replace(recipe, cache_tiles="on")))
 

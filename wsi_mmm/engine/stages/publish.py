@@ -308,7 +308,7 @@ def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]
         "format": "wsi-mmm-slide/1", "wsi_mmm_version": __version__, "id": plan.slide.id,
         "uri": store.redact(plan.slide.uri), "status": "partial" if partial else "done" if len(plan.index) else "empty",
         "result_hash": plan.slide.result_hash(), "region": region_hash(plan.slide), "recipe": recipe.published(),
-        "fingerprint": info.fingerprint, "reader": info.reader, "decode": plan.decode.on,
+        "fingerprint": info.fingerprint, "reader": info.reader,
         "vendor": info.vendor, "width": info.width, "height": info.height, "mpp_x": info.mpp_x, "mpp_y": info.mpp_y,
         "mpp_requested": recipe.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),
         "objects": done.counts, "classes": done.classes, "repaired": done.repaired, "dropped": done.dropped,

@@ -20,20 +20,19 @@ from wsi_mmm.cache import ArraySpec, Entry
 from wsi_mmm.engine.monitoring.workers import count_here
 from wsi_mmm.engine.plan import SlidePlan, Span, core_of, window_of
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.stages import ahead, context, decoding, workdir
+from wsi_mmm.engine.stages import context, workdir
 from wsi_mmm.engine.stages.regions import region_hash, restricted
 from wsi_mmm.engine.units import Kind, SlideTask, UnitResult, WorkUnit
 from wsi_mmm.errors import ManifestError, OutputError
 from wsi_mmm.model.identity import device_kind
 from wsi_mmm.outputs import polygons
 from wsi_mmm.slides import Slide
-from wsi_mmm.slides.base import EncodedReader
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.blend import blend, window_weights
-from wsi_mmm.tiles.grid import BlockTiles, make_grid, tile_size_level0, tiles_at
-from wsi_mmm.tiles.stream import read_block, read_encoded
-from wsi_mmm.tiles.tissue import select_tiles, tissue_share
-from wsi_mmm.types import F32, I64, U8, Batch, EncodedBatch, Grid, Objects
+from wsi_mmm.tiles.grid import BlockTiles, make_grid, tile_size_level0
+from wsi_mmm.tiles.stream import read_block
+from wsi_mmm.tiles.tissue import select_tiles, tissue_mask, tissue_share
+from wsi_mmm.types import F32, I64, U8, Batch, Grid, Objects
 
 if TYPE_CHECKING:
     from wsi_mmm.model.runner import RunOutput
@@ -59,27 +58,20 @@ def plan(unit: WorkUnit) -> UnitResult:
             if not store.exists(workdir.plan_uri(task)):
                 remove_scratch(task)  # what is left when a run ends while it tidies up
             return UnitResult("plan", task.id, (0, 0), "cached", payload=done)
-        planned, spent = _plan(task, slide)
+        planned = _plan(task, slide)
         workdir.save_plan(planned)
         seconds = {"plan": time.perf_counter() - started}
-        return _receipt(unit, slide, tiles=len(planned.index), stages=seconds, payload=planned, **spent)
+        return _receipt(unit, slide, tiles=len(planned.index), stages=seconds, payload=planned)
 
 
-def _plan(task: SlideTask, slide: Slide) -> tuple[SlidePlan, dict[str, Any]]:
-    """The plan, and what a receipt is to say of another process that helped."""
+def _plan(task: SlideTask, slide: Slide) -> SlidePlan:
+    """The plan of a slide: its grid and the tiles that hold tissue."""
     recipe = task.recipe
     slide.scale(recipe.mpp)  # says what to do when the slide does not know its mpp
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
-    tissue = ahead.tissue_of(slide, task)
-    index = restricted(task, grid, select_tiles(grid, tissue.mask, min_tissue=recipe.min_tissue))
-    choice = _kept_choice(task) or decoding.choose(recipe, slide.reader, tiles_at(grid, index))
-    return _assembled(task, slide, index, tissue_share(grid, tissue.mask, index), choice), tissue.spent
-
-
-def _kept_choice(task: SlideTask) -> decoding.Choice | None:
-    """What was measured when this slide was begun: measured anew it might be otherwise, and the work done be lost."""
-    measured = task.recipe.decode == "auto" and device_kind(task.recipe.device) == "cuda"
-    return workdir.load_plan(task)[2] if measured and store.exists(workdir.plan_uri(task)) else None
+    mask = tissue_mask(slide, task.mask or recipe.tissue)
+    index = restricted(task, grid, select_tiles(grid, mask, min_tissue=recipe.min_tissue))
+    return _assembled(task, slide, index, tissue_share(grid, mask, index))
 
 
 def replan(task: SlideTask, slide: Slide) -> SlidePlan:
@@ -87,19 +79,19 @@ def replan(task: SlideTask, slide: Slide) -> SlidePlan:
     return _assembled(task, slide, *workdir.load_plan(task))
 
 
-def _assembled(task: SlideTask, slide: Slide, index: I64, share: F32, choice: decoding.Choice) -> SlidePlan:
+def _assembled(task: SlideTask, slide: Slide, index: I64, share: F32) -> SlidePlan:
     recipe = task.recipe
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     tasks = [t for t in context.tasks_of(recipe) if t.scope == "pixel"]
     root = recipe.cache or store.join(task.scratch, "cache")
-    name = recipe.forward_hash(device_kind(recipe.device), (grid.scale_x, grid.scale_y), choice.on, task.reader)
+    name = recipe.forward_hash(device_kind(recipe.device), (grid.scale_x, grid.scale_y), task.reader)
     entry = store.join(root, slide.info.fingerprint, name)
     return SlidePlan(
         task, slide.info, grid, index, share, entry,
         halo=max([t.halo for t in tasks], default=0),
         stride=int(np.lcm.reduce([t.stride for t in tasks] or [1])),
         mpp_effective=grid.scale_x * (slide.info.mpp_x or 0.0),
-        maps=bool(tasks), decode=choice,
+        maps=bool(tasks),
     )  # fmt: skip
 
 
@@ -113,8 +105,6 @@ def published(task: SlideTask, fingerprint: str, region: str) -> dict[str, Any] 
         other = f"{store.redact(task.output)} holds the results of another slide ({found.get('uri')})"
         raise OutputError(f"{other}; choose another --output, or --force to replace them")
     same = found and (found.get("result_hash"), found.get("region")) == (task.result_hash(), region)
-    if found and task.recipe.decode == "cpu" and found.get("decode", "cpu") != "cpu":
-        same = False  # "auto" had it decoded on the device
     return found if found and same and found.get("status") in ("done", "empty") else None
 
 
@@ -154,7 +144,7 @@ class Loaded:
     """A forward work with its pixels, or with the receipt of an earlier run."""
 
     unit: WorkUnit
-    batch: Batch | EncodedBatch | None
+    batch: Batch | None
     result: dict[str, Any] | None
     seconds: float
     laps: tuple[timing.Lap, ...] = ()
@@ -169,7 +159,6 @@ class Computed:
     busy: tuple[float, float] | None
     device: str = ""
     encoder: str = ""
-    decoding: float = 0.0
 
 
 def read(unit: WorkUnit) -> Loaded:
@@ -191,10 +180,8 @@ def _read(unit: WorkUnit) -> Loaded:
     return Loaded(unit, batch, None, time.perf_counter() - started)
 
 
-def _batch(unit: WorkUnit, slide: Slide, grid: Grid) -> Batch | EncodedBatch:
+def _batch(unit: WorkUnit, slide: Slide, grid: Grid) -> Batch:
     block = BlockTiles(*unit.block, unit.index())
-    if unit.decode == "device" and isinstance(slide.reader, EncodedReader):
-        return read_encoded(slide.reader, grid, block)
     return read_block(context.reader_of(slide, unit.slide, grid, block.index) or slide.reader, grid, block)
 
 
@@ -210,14 +197,10 @@ def _compute(loaded: Loaded) -> Computed:
         return Computed(loaded, None, None)
     recipe = loaded.unit.slide.recipe
     runner = context.runner_of(recipe)
-    begun = time.time()
-    with timing.spent("decode"):
-        batch, pixels = decoding.decoded(loaded.batch, _grid(loaded.unit), runner.device)
-    loaded = replace(loaded, batch=batch)
     started = time.time()
-    output = runner.run(pixels, list(recipe.tasks))
+    output = runner.run(loaded.batch.pixels, list(recipe.tasks))
     facts = json.dumps(runner.facts())
-    return Computed(loaded, output, (started, time.time()), str(runner.device), facts, decoding=started - begun)
+    return Computed(loaded, output, (started, time.time()), str(runner.device), facts)
 
 
 def write(computed: Computed) -> UnitResult:
@@ -239,7 +222,6 @@ def _write(computed: Computed) -> UnitResult:
         entry.put_receipt(_block_name(unit), {"tiles": unit.tiles.hex(), "failed": failed})
         busy = computed.busy or (0.0, 0.0)
         stages = {"read": loaded.seconds, "model": busy[1] - busy[0], "write": time.perf_counter() - started}
-        stages |= {"decode": computed.decoding} if unit.decode == "device" else {}
         status = "partial" if failed else "ok"
         facts = {
             "tiles": len(unit.index()),
@@ -277,7 +259,7 @@ def features_spec(size: int) -> ArraySpec:
     return ArraySpec("features", (size,), "float32")
 
 
-def _failed_tiles(batch: Batch | EncodedBatch, grid: Grid) -> tuple[tuple[int, int, int, int], ...]:
+def _failed_tiles(batch: Batch, grid: Grid) -> tuple[tuple[int, int, int, int], ...]:
     size = tile_size_level0(grid)
     return tuple((int(x), int(y), *size) for x, y in batch.xy[batch.failed])
 

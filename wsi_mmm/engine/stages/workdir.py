@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from wsi_mmm.engine.plan import SlidePlan
-from wsi_mmm.engine.stages.decoding import Choice
 from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.errors import StorageError
 from wsi_mmm.storage import store
@@ -47,16 +46,14 @@ def load_part(slide: SlideTask, task: str, block: tuple[int, int]) -> Objects:
 
 
 def save_plan(plan: SlidePlan) -> None:
-    """Write down which tiles a slide's results are made of, and where they are decoded."""
-    decode = np.array([plan.decode.on, plan.decode.words])
-    _save(plan_uri(plan.slide), {"index": plan.index, "tissue": plan.tissue, "decode": decode})
+    """Write down which tiles a slide's results are made of."""
+    _save(plan_uri(plan.slide), {"index": plan.index, "tissue": plan.tissue})
 
 
-def load_plan(slide: SlideTask) -> tuple[I64, F32, Choice]:
-    """Tiles int64[n, 2] (row, column), their tissue share float32[n], and where they are decoded."""
+def load_plan(slide: SlideTask) -> tuple[I64, F32]:
+    """Tiles int64[n, 2] (row, column) and their tissue share float32[n]."""
     arrays = _load(plan_uri(slide))
-    on, words = arrays["decode"].tolist() if "decode" in arrays else ("cpu", "")
-    return arrays["index"], arrays["tissue"], Choice("device" if on == "device" else "cpu", str(words))
+    return arrays["index"], arrays["tissue"]
 
 
 def read_json(uri: str) -> dict[str, Any] | None:

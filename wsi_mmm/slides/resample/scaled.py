@@ -145,18 +145,6 @@ def taps_of(block: Block, source: Source) -> tuple[Taps, Taps] | None:
     return y.taps(0, block.height, source.height), x.taps(0, block.width, source.width)
 
 
-def axes_of(block: Block, source: Source) -> tuple[Taps, Taps] | None:
-    """Return how the block's rows and columns are averaged, beyond the slide too; None where pixels are copied.
-
-    Not for scales that enlarge.
-    """
-    x = _axis(block.x, block.width, block.scale_x / source.downsample_x, block.origin_x / source.downsample_x)
-    y = _axis(block.y, block.height, block.scale_y / source.downsample_y, block.origin_y / source.downsample_y)
-    if x.copies() and y.copies():
-        return None
-    return y.taps(0, block.height, source.height), x.taps(0, block.width, source.width)
-
-
 def merge_failed(failed: Sequence[I64]) -> I64:
     """Return the distinct rectangles, sorted by (y0, x0)."""
     some = [f for f in failed if len(f)]

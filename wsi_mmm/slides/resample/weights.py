@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wsi_mmm.types import I64, U8, Averages
+from wsi_mmm.types import I64, U8
 
 _ONE = 1 << 16
 _WEIGHT = 256  # sum of the weights of one output pixel along one axis
@@ -55,12 +55,6 @@ def taps(start: int, count: int, scale: float, origin: float = 0.0) -> Taps:
     before = (np.maximum(index << 16, low) - low) * _WEIGHT
     weight = (after + total // 2) // total - (before + total // 2) // total
     return _without_zeros(offsets, index, weight)
-
-
-def averages(axis: Taps, origin: int) -> Averages:
-    """The taps with equally many weights for every pixel, source px counted from ``origin``."""
-    first, weight = _dense(axis)
-    return Averages(first - origin, weight.astype(np.int32))
 
 
 def reach(start: I64, count: int, scale: float) -> tuple[I64, I64]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from wsi_mmm.slides.tiff.metadata import COMPRESSIONS, Plane
+from wsi_mmm.slides.tiff.metadata import Plane
 from wsi_mmm.types import U8
 
 # APP14 'Adobe', version 100, no flags, then the colour transform: 0 = none (RGB), 1 = YCbCr.
@@ -92,45 +92,6 @@ def _completed(plane: Plane) -> Callable[[Buffer], bytes]:
         return head + (_without_colour_markers(raw) if rgb or not raw.startswith(_JFIF) else raw[2:])
 
     return complete
-
-
-def foreign_obstacle(plane: Plane) -> str:
-    """Why no other decoder than ours gets a plane's tiles; empty when `streams` tells tile by tile."""
-    if plane.compression != 7 or not plane.tiled:
-        return f"compressed with {COMPRESSIONS[plane.compression]}" if plane.tiled else "stored in strips"
-    if plane.photometric != 6 or plane.samples != 3:
-        return "its JPEG tiles are not stored as YCbCr"
-    return "" if 8 in shrinks(plane) else f"its tiles have {plane.tile_width} x {plane.tile_height} px"
-
-
-def streams(plane: Plane) -> Callable[[Buffer], bytes | None]:
-    """Return what makes a tile a whole stream for any baseline decoder; None: a stream that is not plain enough."""
-    complete = _completed(plane)
-
-    def stream(data: Buffer) -> bytes | None:
-        whole = complete(data)
-        return whole if _baseline(whole, plane) else None
-
-    return stream
-
-
-def _baseline(raw: bytes, plane: Plane) -> bool:
-    """Tell whether a stream is baseline, of 8 bits, of three components and the tile's size, and surely YCbCr.
-
-    ITU-T T.81 B.2 (markers), T.872 6.5.3 (the colour transform of APP14).
-    """
-    at = 2
-    while at + 20 <= len(raw) and raw[at] == 0xFF:
-        marker, begin = raw[at + 1], at + 4
-        if marker == 0xC0:
-            size = plane.tile_height.to_bytes(2, "big") + plane.tile_width.to_bytes(2, "big")
-            named_rgb = raw[begin + 6 : begin + 15 : 3] == b"RGB"  # which some decoders go by
-            return raw[begin : begin + 6] == b"\x08" + size + b"\x03" and not named_rgb
-        odd_frame = 0xC1 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
-        if odd_frame or marker == 0xDA or (marker == 0xEE and raw[begin : begin + 5] == b"Adobe" and raw[at + 15] != 1):
-            return False
-        at = begin - 2 + int.from_bytes(raw[at + 2 : begin], "big")
-    return False
 
 
 def _tables(plane: Plane) -> bytes:

@@ -38,16 +38,13 @@ from wsi_mmm.slides.tiff.codecs import (
     Buffer,
     UndecodableError,
     decoder,
-    foreign_obstacle,
     most_bytes,
     shrinks,
-    streams,
 )
 from wsi_mmm.slides.tiff.directories import Directory, read_directories, table
-from wsi_mmm.slides.tiff.encoded import encode, scale_obstacle
 from wsi_mmm.slides.tiff.metadata import COMPRESSIONS, Plane, TiffSlide, describe
 from wsi_mmm.storage.store import ByteStore, redact
-from wsi_mmm.types import I64, U8, Block, Canvas, Encoded, SlideInfo, Tiles
+from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
 
 _EXACT_JPEG, _EXACT = 16.0, 8.0  # level-0 px per target px up to which level 0 is read (see scaled.py)
 _FETCH_BYTES = 32 << 20  # compressed bytes held at a time
@@ -102,25 +99,6 @@ class TiffReader:
                 some = replace(tiles, xy=tiles.xy[at])
                 failed.append(read(some, [out[i] for i in at.tolist()], tiling, fetched))
         return merge_failed(failed)
-
-    def obstacle(self, tiles: Tiles) -> str:
-        """Why tiles of this size and scale cannot be decoded elsewhere; empty when they can."""
-        return foreign_obstacle(self._planes[0]) or scale_obstacle(tiles)
-
-    def read_encoded(self, tiles: Tiles, fetched: Fetched | None = None) -> Encoded:
-        """Bring the level-0 tiles under ``tiles`` compressed, those that are damaged found out. Raises StorageError."""
-        tiling = self._tiling(self._sources[0])
-        natives: dict[int, bytes | U8] = {}
-        boxes: dict[int, Window] = {}
-        failed = []
-        for number, native in self._compressed(needed_numbers(tiles, tiling).tolist(), fetched):
-            box = level0_rect(self.info, tiling.source, tiling.window((0, 1, number)))
-            if isinstance(native, str):
-                failed.append(box)
-            elif native is not None:
-                natives[number], boxes[number] = native, box
-        of = np.array([*boxes.values()], np.int64).reshape(-1, 4)
-        return encode(tiles, tiling, natives, of, np.array(failed, np.int64).reshape(-1, 4))
 
     def stats(self) -> ReadStats:
         """Return the cumulative cost."""
@@ -210,24 +188,6 @@ class TiffReader:
                 except UndecodableError as error:
                     tile = str(error)
                 yield number, tile
-        self._count(len(numbers))
-
-    def _compressed(
-        self, numbers: Sequence[int], fetched: Fetched | None
-    ) -> Iterator[tuple[int, bytes | U8 | str | None]]:
-        """Level-0 tiles as whole streams, or what `_tile` has to say of them.
-
-        Other decoders pass over damage that ours reports, so each tile is decoded here too, to an eighth of its size:
-        half of the work.
-        """
-        stream, full = streams(self._planes[0]), self._sources[0]
-        small = [source for source in self._sources if source.level == 0][-1]
-        for number, raw in zip(numbers, self._bytes(0, numbers, fetched), strict=True):
-            try:
-                look = self._tile(small, number, raw)
-                yield number, (stream(raw) or self._tile(full, number, raw)) if isinstance(look, np.ndarray) else look
-            except UndecodableError as error:
-                yield number, str(error)
         self._count(len(numbers))
 
     def _count(self, tiles: int) -> None:

@@ -18,7 +18,7 @@ from wsi_mmm.cache import Entry
 from wsi_mmm.errors import InputError, StorageError, WsiError
 from wsi_mmm.outputs.exports import MAX_VALUES, Features, read_features
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import tile_xy
 from wsi_mmm.tiles.stream import read_tiles
 from wsi_mmm.training.data.base import Index, Sample
@@ -40,7 +40,7 @@ class BagItem:
     id: str
     uri: str
     group: str = ""
-    truths: Mapping[str, Truth] = field(default_factory=dict)
+    truths: Mapping[str, Target] = field(default_factory=dict)
     label: int = UNKNOWN
     grid: Grid | None = None
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.types import F32, I32, I64, U8
 
 
@@ -25,7 +25,7 @@ class Sample:
     pixels: U8 | None = None
     vectors: F32 | None = None
     xy: I64 | None = None
-    truths: Mapping[str, Truth] = field(default_factory=dict)
+    truths: Mapping[str, Target] = field(default_factory=dict)
     failed: str = ""
 
 

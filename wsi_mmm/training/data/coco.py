@@ -13,7 +13,7 @@ import numpy as np
 from wsi_mmm.errors import InputError, MissingPackage
 from wsi_mmm.storage import store
 from wsi_mmm.storage.limits import parsed_json
-from wsi_mmm.tasks.truth import Boxes, Truth
+from wsi_mmm.tasks.targets import Boxes, Target
 from wsi_mmm.training.data.base import Index
 from wsi_mmm.training.data.images import MAX_PX, MAX_SIDE, Origin, Pictures, read_image
 from wsi_mmm.types import I32
@@ -45,7 +45,7 @@ def coco(
     found = [by_picture[p.get("id")] for p in pictures]
     labels = [_most_common_class(numbers, some) for some in found]
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {task: boxes(found[n], numbers, shape) if kind == "detect" else outlines(found[n], shape)}
 
     index = Index(keys, origin.groups(keys), np.array(labels, np.int32))

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from wsi_mmm.errors import RecipeError
 from wsi_mmm.model.card import TaskCard
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data import folders, volumes
 from wsi_mmm.training.data.base import Index, Source
 from wsi_mmm.training.data.coco import coco
@@ -154,7 +154,7 @@ class PatientTable(Part):
     values: dict[str, str] = Field(default_factory=dict)
     separator: str = ";"
 
-    def truths(self, card: TaskCard) -> dict[str, Truth]:
+    def truths(self, card: TaskCard) -> dict[str, Target]:
         """Patient -> the truth of the task. ManifestError names a wrong row."""
         task = TableTask(card.name, card.kind, self.columns, card.classes, self.values, self.separator)
         found = slide_table(read_table(self.table), [task], slide=self.patient)

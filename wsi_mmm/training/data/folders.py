@@ -9,7 +9,7 @@ import numpy as np
 
 from wsi_mmm.errors import InputError
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data.base import Index
 from wsi_mmm.training.data.images import Origin, Pictures, below, pictures_below, read_image, read_labels
 from wsi_mmm.types import I32
@@ -74,7 +74,7 @@ def image_masks(
     pairs = _match_files(origin, images, masks)
     table = dict(values) if values is not None else {**{i: i for i in range(classes)}, IGNORE: -1}
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {task: mapped(_read_labels(pairs[n][1], shape), table, pairs[n][1])}
 
     return _paired_images(origin, images, pairs, task=task, truths=truths)
@@ -97,7 +97,7 @@ def image_class_masks(
             f"data '{origin.name}': no masks below {store.redact(masks)}/<class>; classes: {', '.join(classes)}"
         )
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         out = np.full((len(classes), *shape), -1, np.int8)
         for k, found in enumerate(by_class):
             uri = found.get(_path_stem(below(images, uris[n])))
@@ -116,7 +116,7 @@ def image_instances(origin: Origin, images: str, labels: str, *, task: str) -> P
     """Pictures below ``images`` with an instance image (0 background, a number per object) below ``labels``."""
     pairs = _match_files(origin, images, labels)
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {task: _read_labels(pairs[n][1], shape)}
 
     return _paired_images(origin, images, pairs, task=task, truths=truths)
@@ -138,7 +138,7 @@ def _paired_images(
     pairs: Sequence[tuple[str, str]],
     *,
     task: str,
-    truths: Callable[[int, tuple[int, int]], Mapping[str, Truth]],
+    truths: Callable[[int, tuple[int, int]], Mapping[str, Target]],
 ) -> Pictures:
     keys = [below(root, image) for image, _ in pairs]
     index = Index(keys, origin.groups(keys), np.full(len(keys), -1, np.int32))

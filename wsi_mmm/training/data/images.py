@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from wsi_mmm.errors import InputError, StorageError, WsiError
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data.base import Index, Sample
 from wsi_mmm.types import I32, U8
 
@@ -63,7 +63,7 @@ class Pictures:
     tasks: tuple[str, ...]
     index: Index
     image: Callable[[int], U8]
-    truths: Callable[[int, tuple[int, int]], Mapping[str, Truth]]
+    truths: Callable[[int, tuple[int, int]], Mapping[str, Target]]
     factor: float = 1.0
 
     def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
@@ -90,9 +90,9 @@ def resampled(pixels: U8, factor: float) -> U8:
     return np.asarray(Image.fromarray(pixels).resize(size, method))
 
 
-def resampled_truth(truth: Truth, factor: float) -> Truth:
+def resampled_truth(truth: Target, factor: float) -> Target:
     """Label images int[..., h, w] by nearest neighbour, boxes by arithmetic; what has no place stays as it is."""
-    from wsi_mmm.tasks.truth import Boxes
+    from wsi_mmm.tasks.targets import Boxes
 
     if isinstance(truth, Boxes):
         height, width = (max(1, round(side * factor)) for side in (truth.height, truth.width))

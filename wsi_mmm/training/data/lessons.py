@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wsi_mmm.errors import RecipeError
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data import objects, regions
 from wsi_mmm.training.data.buckets import Buckets
 from wsi_mmm.training.data.regions import UNKNOWN, Sheet
@@ -64,7 +64,7 @@ def sheet_of(lesson: Lesson, index: ShapeIndex, *, scale: tuple[float, float], s
     )
 
 
-def patch_truths(lesson: Lesson, sheet: Sheet, xy: I64, tile: int) -> list[Truth]:
+def patch_truths(lesson: Lesson, sheet: Sheet, xy: I64, tile: int) -> list[Target]:
     """Of a patch kind: the truth of each tile of ``tile`` target px."""
     share = lesson.min_share
     if lesson.kind == "classify":
@@ -75,14 +75,14 @@ def patch_truths(lesson: Lesson, sheet: Sheet, xy: I64, tile: int) -> list[Truth
     return list(np.ascontiguousarray(regions.patch_values(sheet, xy, tile, share)[:, sheet_values]))
 
 
-def map_truths(lesson: Lesson, sheet: Sheet, xy: I64, size: int) -> Sequence[Truth]:
+def map_truths(lesson: Lesson, sheet: Sheet, xy: I64, size: int) -> Sequence[Target]:
     """Of a map kind: the truth of each square of ``size`` px at target px ``xy``, in its own px."""
     some = max(1, _PX // size**2)  # few enough at a time to stay in the processor's cache: five times faster
     parts = (_map_truths(lesson, sheet, xy[start : start + some], size) for start in range(0, len(xy), some))
     return [truth for part in parts for truth in part]
 
 
-def _map_truths(lesson: Lesson, sheet: Sheet, xy: I64, size: int) -> Sequence[Truth]:
+def _map_truths(lesson: Lesson, sheet: Sheet, xy: I64, size: int) -> Sequence[Target]:
     squares = sheet.squares(xy, size)
     if lesson.kind == "segment":
         return list(regions.class_maps(sheet, squares))
@@ -104,7 +104,7 @@ def choose(lesson: Lesson, sheet: Sheet, xy: I64, tile: int) -> tuple[Mask, I32]
     return np.asarray(share(sheet, xy, tile) >= lesson.min_share, bool), regions.common_labels(sheet, xy, tile)
 
 
-def _choose_patches(lesson: Lesson, truths: list[Truth]) -> tuple[Mask, I32]:
+def _choose_patches(lesson: Lesson, truths: list[Target]) -> tuple[Mask, I32]:
     if lesson.kind == "classify":
         labels = np.array(truths, np.int32)
         return labels >= 0, labels

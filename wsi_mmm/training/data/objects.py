@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from wsi_mmm.tasks.truth import Boxes
+from wsi_mmm.tasks.targets import Boxes
 from wsi_mmm.training.data.raster import Squares
 from wsi_mmm.training.data.regions import UNKNOWN, Sheet, looked_at, looked_at_share, paint_over
 from wsi_mmm.types import F32, F64, I32, I64, Mask

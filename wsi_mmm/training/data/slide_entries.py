@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 
 from wsi_mmm.errors import InputError, RecipeError
 from wsi_mmm.model.card import TaskCard
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.tissue import MIN_TISSUE
 from wsi_mmm.training.data import bags, tables
 from wsi_mmm.training.data.base import Index, Source
@@ -128,7 +128,7 @@ class Slides(Tiled):
             notes = None if self.annotations is None else beside(uri, self.annotations, needed=self.needed)
             if notes is None and self.annotations is not None:
                 continue
-            known: Mapping[str, Truth] = dict.fromkeys(self.task) if self.annotations is None else {}
+            known: Mapping[str, Target] = dict.fromkeys(self.task) if self.annotations is None else {}
             found.append(SlideItem(name, uri, mpp or self.mpp_override, notes, self._matched_group(name), known))
         if not found:
             raise InputError(

@@ -16,7 +16,7 @@ from wsi_mmm.annotations import Shapes, parse_shapes
 from wsi_mmm.errors import InputError, ManifestError, RecipeError, WsiError
 from wsi_mmm.slides import Slide
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import level0_boxes, make_grid
 from wsi_mmm.tiles.stream import read_tiles
 from wsi_mmm.tiles.tissue import MIN_TISSUE, select_tiles, tissue_mask
@@ -44,7 +44,7 @@ class SlideItem:
     mpp: float | None = None
     annotations: str | None = None
     group: str = ""
-    truths: Mapping[str, Truth] = field(default_factory=dict)
+    truths: Mapping[str, Target] = field(default_factory=dict)
     label: int = UNKNOWN
 
 
@@ -83,7 +83,7 @@ class _Prepared:
     scale: tuple[float, float]
     xy: I64
     labels: I32
-    patches: Mapping[str, Sequence[Truth]]
+    patches: Mapping[str, Sequence[Target]]
     sheets: Mapping[str, Sheet]
 
 
@@ -138,11 +138,11 @@ class SlideTiles:
             for n, (key, reason) in enumerate(zip(keys, reasons, strict=True))
         ]
 
-    def _read_targets(self, slide: _Prepared, local: I64, corners: I64, size: int) -> list[dict[str, Truth]]:
-        found: list[dict[str, Truth]] = [dict(slide.item.truths) for _ in local]
+    def _read_targets(self, slide: _Prepared, local: I64, corners: I64, size: int) -> list[dict[str, Target]]:
+        found: list[dict[str, Target]] = [dict(slide.item.truths) for _ in local]
         for lesson in self.lessons:
             if lesson.task in slide.patches:
-                values: Sequence[Truth] = [slide.patches[lesson.task][n] for n in local.tolist()]
+                values: Sequence[Target] = [slide.patches[lesson.task][n] for n in local.tolist()]
             elif lesson.task in slide.sheets:
                 values = map_truths(lesson, slide.sheets[lesson.task], corners, size)
             else:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from wsi_mmm.errors import ManifestError, RecipeError
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Survival, Truth
+from wsi_mmm.tasks.targets import Survival, Target
 from wsi_mmm.types import I32
 
 UNKNOWN = frozenset(("", "na", "n/a", "nan", "null", "none", "unknown", "?"))
@@ -164,10 +164,10 @@ class SlideTable:
     slides: tuple[str, ...]
     groups: tuple[str, ...]
     splits: tuple[str, ...]
-    truths: Mapping[str, tuple[Truth, ...]]
+    truths: Mapping[str, tuple[Target, ...]]
     table: Table
 
-    def of(self, row: int) -> dict[str, Truth]:
+    def of(self, row: int) -> dict[str, Target]:
         """All truths of a row."""
         return {task: truths[row] for task, truths in self.truths.items()}
 
@@ -198,9 +198,9 @@ def slide_table(
     return SlideTable(slides, groups, splits, {task.task: _column_targets(table, task) for task in tasks}, table)
 
 
-def _column_targets(table: Table, task: TableTask) -> tuple[Truth, ...]:
+def _column_targets(table: Table, task: TableTask) -> tuple[Target, ...]:
     columns = [table.column(name) for name in task.columns]
-    readers: dict[str, Callable[[int, tuple[str, ...]], Truth]] = {
+    readers: dict[str, Callable[[int, tuple[str, ...]], Target]] = {
         "classify": partial(_class_target, table, task),
         "multilabel": partial(_label_targets, table, task),
         "regress": partial(_value_targets, table, task),
@@ -220,7 +220,7 @@ def _class_target(table: Table, task: TableTask, row: int, cells: tuple[str, ...
     raise table.wrong(row, f"column {task.columns[0]!r} holds {cell!r}, which is none of {known}: correct or map it")
 
 
-def _label_targets(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Truth:
+def _label_targets(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Target:
     if len(task.columns) == len(task.labels) and (len(cells) > 1 or _is_flag(cells[0])):
         pairs = zip(task.columns, cells, strict=True)
         return np.array([_parse_flag(table, row, column, cell) for column, cell in pairs], np.float32)
@@ -247,7 +247,7 @@ def _parse_flag(table: Table, row: int, column: str, cell: str) -> float:
     )
 
 
-def _value_targets(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Truth:
+def _value_targets(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Target:
     pairs = zip(task.columns, cells, strict=True)
     return np.array([_parse_float(table, row, column, cell) for column, cell in pairs], np.float32)
 
@@ -273,13 +273,13 @@ def _survival_target(table: Table, task: TableTask, row: int, cells: tuple[str, 
     return Survival(time if known else math.nan, bool(known and event))
 
 
-def balance_labels(kind: str, truths: Sequence[Truth]) -> I32:
+def balance_labels(kind: str, truths: Sequence[Target]) -> I32:
     """int32[n]: what balancing and stratifying go by: the class, the first label that holds, whether the event
     happened; -1 where that is unknown or there is nothing of the kind."""
     return np.array([_balancing_class(truth) if kind != "regress" else -1 for truth in truths], np.int32)
 
 
-def _balancing_class(truth: Truth) -> int:
+def _balancing_class(truth: Target) -> int:
     if isinstance(truth, int):
         return max(truth, -1)
     if isinstance(truth, Survival):

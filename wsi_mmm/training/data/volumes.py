@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from wsi_mmm.errors import InputError, MissingPackage
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.truth import Truth
+from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data.base import Index
 from wsi_mmm.training.data.folders import mapped
 from wsi_mmm.training.data.images import Pictures, below
@@ -64,7 +64,7 @@ def nifti_slices(
         uri, n = places[number]
         return grey(np.take(volumes(uri), n, axis=axis), window, volumes(uri))
 
-    def truths(number: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+    def truths(number: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         if labels is None:
             return {}
         uri, n = places[number]
@@ -85,7 +85,7 @@ def dicom_slices(
     images: str,
     *,
     task: str,
-    label: Callable[[str], Truth] | None = None,
+    label: Callable[[str], Target] | None = None,
     window: Window = AUTO,
 ) -> Pictures:
     """DICOM files (one slice each) below ``images``; the group is the patient (or series) that the file names.
@@ -103,7 +103,7 @@ def dicom_slices(
             values if values.dtype == np.uint8 and values.ndim == 3 else grey(values, _window_or(window, own), values)
         )
 
-    def truths(number: int, shape: tuple[int, int]) -> Mapping[str, Truth]:
+    def truths(number: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {} if label is None else {task: label(groups[number])}
 
     index = Index([below(images, uri) for uri in uris], groups, np.full(len(uris), -1, np.int32))

@@ -1,7 +1,7 @@
-"""What is known of a picture: the truth that a task's ``target`` takes, by kind of task. No torch here.
+"""Targets as data sets hold them, by kind of task: a task's ``target`` makes tensors of them. No torch here.
 
 =================  ==================================================================  =======================
-kind               truth of one picture (``bag``: of one bag)                          unknown
+kind               target of one image (or of one bag)                                 unknown
 =================  ==================================================================  =======================
 classify           int class index                                                     negative
 multilabel         float32[K], 0 or 1 (or a probability)                               NaN
@@ -11,7 +11,7 @@ segment            int32[h, w] class index                                      
 multisegment       int8[K, h, w], 1 or 0                                               -1
 instances          int32[h, w], 0 background, every object a number of its own         negative
 detect             `Boxes`                                                             boxes labelled -1
-reconstruct        None: the picture itself                                            -
+reconstruct        None: the image itself                                              -
 =================  ==================================================================  =======================
 """
 
@@ -45,4 +45,4 @@ class Boxes:
     width: int
 
 
-Truth: TypeAlias = int | float | npt.NDArray[np.generic] | Survival | Boxes | None
+Target: TypeAlias = int | float | npt.NDArray[np.generic] | Survival | Boxes | None
