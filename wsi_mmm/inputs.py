@@ -14,8 +14,9 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from wsi_mmm.config import SlideSpec, positive_mpp
-from wsi_mmm.errors import InputError, ManifestError, RecipeError, SlideNotFound, StorageError
+from wsi_mmm.config import SlideSpec
+from wsi_mmm.errors import InputError, ManifestError, OptionError, SlideNotFound, StorageError
+from wsi_mmm.options import positive_mpp
 from wsi_mmm.slides.dicom import one_per_series
 from wsi_mmm.storage import store
 
@@ -218,7 +219,7 @@ def _row_spec(row: Mapping[str, str], columns: Columns, where: tuple[str, int, s
         raise ManifestError(f"{name}: row {number}, column {columns.slide!r}: empty; it names the slide")
     try:
         mpp = positive_mpp(cell(columns.mpp)) if cell(columns.mpp) else None
-    except RecipeError as error:
+    except OptionError as error:
         raise ManifestError(f"{name}: row {number}, column {columns.mpp!r}: {error}") from error
     mask = cell(columns.mask)
     return SlideSpec(_beside(uri, manifest), cell(columns.id), mpp, _beside(mask, manifest) if mask else None)

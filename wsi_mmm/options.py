@@ -1,25 +1,26 @@
 """Every option of a run, once: name, type, default, help, flag, the check of its value, and what it affects.
 
-Derived from `RunOptions`: the flags of ``wsi-mmm run`` and ``embed``, the names that a settings file may use, the checks
-of every caller, what the hashes of a recipe cover, what reports show, and the table in docs/cli.md. To add an option,
-add a field to `RunOptions` and, for Python callers, the same name to `RunKeywords`.
+Derived from `RunOptions`: the flags of ``wsi-mmm run`` and ``embed``, the names that a settings file may use, the
+checks of every caller, the options that the hashes of a recipe cover and that reports show, and the table in
+docs/cli.md. To add an option, add a field to `RunOptions` and, for Python callers, the same name to `RunKeywords`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, cast
+from typing import Any, Literal, TypedDict, TypeVar
 
 from wsi_mmm.errors import OptionError
 
 T = TypeVar("T")
 Affects = Literal["values", "result"]
 CommandName = Literal["run", "embed"]
+Placement = Literal["beside", "pool"]
 ValueCheck = Callable[[str, Any], str]
 """What is wrong with the value of a named option, in words; empty when it is right."""
 
@@ -42,7 +43,7 @@ class Option:
     """
 
     name: str
-    type: type
+    value_type: type
     default: Any
     help: str
     flags: tuple[str, ...] = ()
@@ -77,7 +78,7 @@ def positive_mpp(value: str | float) -> float:
 
 
 def resolution(mpp: float | None, mag: float | None) -> float | None:
-    """Return the resolution asked for, as ``mpp`` or as a nominal magnification (10 / magnification: 20x is 0.5 mpp)."""
+    """Return the mpp asked for, as such or as a nominal magnification (10 / magnification: 20x is 0.5 mpp)."""
     if mag is None:
         return mpp
     if mpp is not None:
@@ -137,7 +138,7 @@ def _switch_word(value: object) -> object:
 
 def _option(default: T, words: str, *flags: str, **rest: Any) -> T:
     """A field of `RunOptions` with what else there is to say of it."""
-    return cast("T", field(default=default, metadata={"help": words, "flags": flags, **rest}))
+    return field(default=default, metadata={"help": words, "flags": flags, **rest})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,8 +181,8 @@ class RunOptions:
         panel=SLIDES, affects=CHANGES_VALUES, per="slide",
     )  # fmt: skip
     cache: str | None = _option(
-        None, "Folder or s3:// prefix that keeps features and maps between runs. (environment: WSI_MMM_CACHE)", "--cache",
-        panel=WHERE, takes="a path or a word",
+        None, "Folder or s3:// prefix that keeps features and maps between runs. (environment: WSI_MMM_CACHE)",
+        "--cache", panel=WHERE, takes="a path or a word",
     )  # fmt: skip
     cache_tiles: str = _option(
         "auto", "Keep read tiles in --cache too: on, off, or auto (where a measurement says that it pays).",
@@ -202,7 +203,11 @@ class RunOptions:
         panel=WHERE, affects=CHANGES_RESULT, commands=("run",), flag_value=False,
     )  # fmt: skip
     overlay: bool = _option(
-        True, "Draw overlay.png, which reads the slide once more.", panel=WHERE, affects=CHANGES_RESULT, commands=("run",)
+        True,
+        "Draw overlay.png, which reads the slide once more.",
+        panel=WHERE,
+        affects=CHANGES_RESULT,
+        commands=("run",),
     )
     bounds_offset: bool = _option(
         False, "Coordinates relative to the scanned area, for viewers that crop to it (see docs/outputs.md).",
@@ -234,9 +239,9 @@ class RunOptions:
         None, "Folder of ca.crt, tls.crt, tls.key for a tls:// scheduler.", "--tls",
         metavar="FOLDER", per="run", takes="a path or a word", see="[security](security.md)",
     )  # fmt: skip
-    placement: str = _option(
-        "beside", "Who reads tiles: workers that run the model (beside), or others, into --cache (pool).", "--placement",
-        metavar="WHERE", per="run", check=_one_of("beside", "pool"), see="[cluster](cluster.md)",
+    placement: Placement = _option(  # noqa: RUF009  (a field)
+        "beside", "Who reads tiles: workers that run the model (beside), or others, into --cache (pool).",
+        "--placement", metavar="WHERE", per="run", check=_one_of("beside", "pool"), see="[cluster](cluster.md)",
     )  # fmt: skip
     force: bool = _option(False, "Redo what is already done.", "--force")
 
@@ -276,76 +281,76 @@ class RunKeywords(TypedDict, total=False):
     device: str | None
     runtime: Literal["eager", "compile", "bf16", "onnx"] | None
     tls: str | Path | None
-    placement: Literal["beside", "pool"] | None
+    placement: Placement | None
     force: bool | None
 
 
-_TYPES: dict[str, type] = {"float": float, "int": int, "bool": bool, "str": str}
+_TYPES: dict[str, type] = {"float": float, "int": int, "bool": bool, "str": str, "Placement": str}
 
 RUN_OPTIONS: tuple[Option, ...] = tuple(
-    Option(name=one.name, type=_TYPES[str(one.type).removesuffix(" | None")], default=one.default, **one.metadata)
+    Option(name=one.name, value_type=_TYPES[str(one.type).removesuffix(" | None")], default=one.default, **one.metadata)
     for one in fields(RunOptions)
 )
 """The fields of `RunOptions` with all that is said of them."""
 
 _FIRST: tuple[Option, ...] = (
     Option(
-        name="output", type=str, default=None, help="Folder or s3:// prefix of the results.", flags=("--output", "-o"),
+        name="output", value_type=str, default=None, help="Folder or s3:// prefix of the results.", flags=("--output", "-o"),
         panel=WHERE, per="command", settings=False,
     ),
     Option(
-        name="model", type=str, default=None, help="Packaged model or model folder, s3:// too. (default: default)",
+        name="model", value_type=str, default=None, help="Packaged model or model folder, s3:// too. (default: default)",
         flags=("--model", "-m"), panel=WHAT, affects=CHANGES_VALUES, per="command", commands=("run",),
     ),
     Option(
-        name="encoder", type=str, default=None, flags=("--encoder", "--model", "-m"), panel=WHAT,
+        name="encoder", value_type=str, default=None, flags=("--encoder", "--model", "-m"), panel=WHAT,
         help="timm name, hf-hub: id, or model folder, s3:// too. (default: the default model's encoder)",
         affects=CHANGES_VALUES, per="command", commands=("embed",),
     ),
     Option(
-        name="tasks", type=str, default=None, help="Task of the model, repeatable. (default: all)", flags=("--task",),
+        name="tasks", value_type=str, default=None, help="Task of the model, repeatable. (default: all)", flags=("--task",),
         panel=WHAT, metavar="NAME", affects=CHANGES_VALUES, per="command", commands=("run",), several=True,
     ),
     Option(
-        name="weights", type=str, default=None, help="Local .safetensors weights of the encoder, or 'random'.",
+        name="weights", value_type=str, default=None, help="Local .safetensors weights of the encoder, or 'random'.",
         flags=("--weights",), panel=WHAT, affects=CHANGES_VALUES, per="command", commands=("embed",),
     ),
 )  # fmt: skip
 _LAST: tuple[Option, ...] = (
     Option(
-        name="mag", type=float, default=None, help="The same as a nominal magnification: 20 means --mpp 0.5.",
+        name="mag", value_type=float, default=None, help="The same as a nominal magnification: 20 means --mpp 0.5.",
         flags=("--mag",), panel=WHAT, affects=CHANGES_VALUES, after="mpp", per="command",
         settings=False,
     ),
     Option(
-        name="detach", type=bool, default=False, flags=("--detach",), commands=("run",), after="placement",
+        name="detach", value_type=bool, default=False, flags=("--detach",), commands=("run",), after="placement",
         help="Leave the job to the --scheduler and say its id; see 'wsi-mmm jobs'.", see="[cluster](cluster.md)",
         per="command", settings=False,
     ),
     Option(
-        name="dry_run", type=bool, default=False, flags=("--dry-run",),
+        name="dry_run", value_type=bool, default=False, flags=("--dry-run",),
         help="Check options, model and every slide; compute nothing.", per="command", settings=False,
     ),
     Option(
-        name="config", type=Path, default=None, flags=("--config",), metavar="FILE",
+        name="config", value_type=Path, default=None, flags=("--config",), metavar="FILE",
         help="TOML file of these options; flags win over it.", per="command", settings=False,
     ),
 )  # fmt: skip
 OBSERVE_OPTIONS: tuple[Option, ...] = (
     Option(
-        name="log_file", type=str, default=None, help="Add what happens to this file, a JSON object per line.",
+        name="log_file", value_type=str, default=None, help="Add what happens to this file, a JSON object per line.",
         flags=("--log-file",), panel=WATCH, per="command", takes="a path", see="[watching a run](observing.md)",
     ),
     Option(
-        name="log_level", type=str, default=None, flags=("--log-level",), panel=WATCH, per="command",
+        name="log_level", value_type=str, default=None, flags=("--log-level",), panel=WATCH, per="command",
         help="debug (every unit of work), info, warning or error; without --log-file to stderr. (default: info)",
     ),
     Option(
-        name="metrics_port", type=int, default=None, help="Serve Prometheus metrics on this port of this machine.",
+        name="metrics_port", value_type=int, default=None, help="Serve Prometheus metrics on this port of this machine.",
         flags=("--metrics-port",), panel=WATCH, per="command",
     ),
     Option(
-        name="traces", type=bool, default=False, help="Send OpenTelemetry traces, as the OTEL_ variables say.",
+        name="traces", value_type=bool, default=False, help="Send OpenTelemetry traces, as the OTEL_ variables say.",
         flags=("--traces",), panel=WATCH, per="command", takes="true, false or the name of an exporter",
         accepts=(str,),
     ),
@@ -383,12 +388,13 @@ def recipe_names(affects: Affects | None = None) -> list[str]:
     return [o.name for o in RUN_OPTIONS if o.per == "recipe" and (affects is None or affects in o.affects)]
 
 
-def make_options(given: Mapping[str, Any]) -> RunOptions:
+def make_options(given: RunKeywords, *, workers: int = 0, scheduler: str | None = None) -> RunOptions:
     """Return the options that a caller gave by name, None meaning the default. OptionError names the known ones."""
     for name in given:
-        if name not in {option.name for option in RUN_OPTIONS}:
+        if name not in RunKeywords.__annotations__:
             raise OptionError(f"unknown option {name!r}; known: {', '.join(sorted(RunKeywords.__annotations__))}")
-    return RunOptions(**{name: value for name, value in given.items() if value is not None})
+    named: dict[str, Any] = {"workers": workers, "scheduler": scheduler, **given}
+    return RunOptions(**{name: value for name, value in named.items() if value is not None})
 
 
 _PLAIN: dict[type, tuple[type, str]] = {
@@ -398,14 +404,14 @@ _PLAIN: dict[type, tuple[type, str]] = {
 
 def check_value(option: Option, value: Any) -> Any:
     """Return the value of an option as a plain int, float, bool or str. OptionError says what it must be."""
-    value = str(value) if isinstance(value, Path) and option.type is str else value
+    value = str(value) if isinstance(value, Path) and option.value_type is str else value
     if option.accepts and isinstance(value, option.accepts):
         return value
-    kind, words = _PLAIN[option.type]
+    kind, words = _PLAIN[option.value_type]
     value = option.parse(value) if option.parse else value
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise OptionError(f"option {option.name} must be {option.takes or words}, not {value!r}")
-    value = option.type(value)
+    value = option.value_type(value)
     if option.check is not None and (wrong := option.check(option.name, value)):
         raise OptionError(wrong)
     return value

@@ -234,7 +234,7 @@ class Scheduler:
 
     def _forwarded(self, state: SlideState, result: UnitResult) -> None:
         state.tiles += result.tiles
-        if result.status != "cached" and state.plan and state.plan.slide.recipe.cache_tiles != "on":
+        if result.status != "cached" and state.plan and state.plan.slide.recipe.options.cache_tiles != "on":
             spent = result.stages.get("read", 0.0), result.stages.get("model", 0.0)
             self.read = [a + b for a, b in zip(self.read, (result.tiles, *spent), strict=True)]
         state.cache_hits += result.tiles if result.status == "cached" else 0

@@ -55,7 +55,7 @@ def test_tiles_go_through_a_cache_only_where_there_is_one() -> None:
     assert through_pool(plan) is None
     cached = replace(plan, slide=replace(plan.slide, recipe=replace(plan.slide.recipe, cache="/c")))
     pooled = through_pool(cached)
-    assert pooled is not None and pooled.slide.recipe.cache_tiles == "on"
+    assert pooled is not None and pooled.slide.recipe.options.cache_tiles == "on"
     assert pooled.slide.recipe.result_hash() == cached.slide.recipe.result_hash()
     assert through_pool(replace(cached, index=cached.index[:0])) is None
 
