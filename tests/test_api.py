@@ -10,7 +10,7 @@ import pytest
 import wsi_mmm
 from wsi_mmm import requests
 from wsi_mmm.engine.output_lock import claimed
-from wsi_mmm.errors import OutputError, RecipeError
+from wsi_mmm.errors import OptionError, OutputError
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,8 @@ from wsi_mmm.errors import OutputError, RecipeError
     ],
 )
 def test_a_wrong_option_is_said_before_anything_runs(options: dict[str, Any], words: str, tmp_path: Path) -> None:
-    """RecipeError names the option, what it must be and what was given; nothing is written."""
-    with pytest.raises(RecipeError) as caught:
+    """OptionError names the option, what it must be and what was given; nothing is written."""
+    with pytest.raises(OptionError) as caught:
         wsi_mmm.run("a.svs", output=tmp_path / "out", **options)
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -40,7 +40,7 @@ def test_a_wrong_option_is_said_before_anything_runs(options: dict[str, Any], wo
 
 def test_an_unknown_export_is_said_before_anything_runs(tmp_path: Path) -> None:
     """Not after the features of a thousand slides."""
-    with pytest.raises(RecipeError, match="unknown export 'csv'"):
+    with pytest.raises(OptionError, match="unknown export 'csv'"):
         wsi_mmm.embed("a.svs", output=tmp_path / "out", export="csv")
     assert not (tmp_path / "out").exists()
 

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from wsi_mmm.config import SlideSpec
-from wsi_mmm.errors import InputError, ManifestError, OptionError, SlideNotFound, StorageError
+from wsi_mmm.errors import InputError, ManifestError, NotFound, OptionError, SlideNotFound, StorageError
 from wsi_mmm.options import positive_mpp
 from wsi_mmm.slides.dicom import one_per_series
 from wsi_mmm.storage import store
@@ -185,7 +185,7 @@ def _row(header: Sequence[str], cells: Sequence[str], where: str) -> dict[str, s
 def _manifest_text(uri: str, name: str) -> str:
     try:
         return store.read_bytes(_path(uri) if store.is_local(uri) else uri).decode("utf-8-sig")
-    except SlideNotFound as error:
+    except NotFound as error:
         raise ManifestError(f"no manifest at {store.redact(uri)}") from error
     except (StorageError, UnicodeDecodeError) as error:
         raise ManifestError(f"{name} cannot be read as UTF-8 text ({error})") from error

@@ -137,7 +137,7 @@ def _switch_word(value: object) -> object:
 
 
 def _option(default: T, words: str, *flags: str, **rest: Any) -> T:
-    """A field of `RunOptions` with what else there is to say of it."""
+    """A field of `RunOptions`, with the rest of its `Option`."""
     return field(default=default, metadata={"help": words, "flags": flags, **rest})
 
 
@@ -293,66 +293,66 @@ RUN_OPTIONS: tuple[Option, ...] = tuple(
 )
 """The fields of `RunOptions` with all that is said of them."""
 
+
+def _command_option(name: str, value_type: type, words: str, *flags: str, **rest: Any) -> Option:
+    """An option that the command line has and `RunOptions` has not."""
+    default = False if value_type is bool else None
+    return Option(name=name, value_type=value_type, default=default, help=words, flags=flags, per="command", **rest)
+
+
 _FIRST: tuple[Option, ...] = (
-    Option(
-        name="output", value_type=str, default=None, help="Folder or s3:// prefix of the results.", flags=("--output", "-o"),
-        panel=WHERE, per="command", settings=False,
+    _command_option(
+        "output", str, "Folder or s3:// prefix of the results.", "--output", "-o", panel=WHERE, settings=False
     ),
-    Option(
-        name="model", value_type=str, default=None, help="Packaged model or model folder, s3:// too. (default: default)",
-        flags=("--model", "-m"), panel=WHAT, affects=CHANGES_VALUES, per="command", commands=("run",),
+    _command_option(
+        "model", str, "Packaged model or model folder, s3:// too. (default: default)", "--model", "-m",
+        panel=WHAT, affects=CHANGES_VALUES, commands=("run",),
     ),
-    Option(
-        name="encoder", value_type=str, default=None, flags=("--encoder", "--model", "-m"), panel=WHAT,
-        help="timm name, hf-hub: id, or model folder, s3:// too. (default: the default model's encoder)",
-        affects=CHANGES_VALUES, per="command", commands=("embed",),
+    _command_option(
+        "encoder", str, "timm name, hf-hub: id, or model folder, s3:// too. (default: the default model's encoder)",
+        "--encoder", "--model", "-m", panel=WHAT, affects=CHANGES_VALUES, commands=("embed",),
     ),
-    Option(
-        name="tasks", value_type=str, default=None, help="Task of the model, repeatable. (default: all)", flags=("--task",),
-        panel=WHAT, metavar="NAME", affects=CHANGES_VALUES, per="command", commands=("run",), several=True,
+    _command_option(
+        "tasks", str, "Task of the model, repeatable. (default: all)", "--task",
+        panel=WHAT, metavar="NAME", affects=CHANGES_VALUES, commands=("run",), several=True,
     ),
-    Option(
-        name="weights", value_type=str, default=None, help="Local .safetensors weights of the encoder, or 'random'.",
-        flags=("--weights",), panel=WHAT, affects=CHANGES_VALUES, per="command", commands=("embed",),
+    _command_option(
+        "weights", str, "Local .safetensors weights of the encoder, or 'random'.", "--weights",
+        panel=WHAT, affects=CHANGES_VALUES, commands=("embed",),
     ),
 )  # fmt: skip
 _LAST: tuple[Option, ...] = (
-    Option(
-        name="mag", value_type=float, default=None, help="The same as a nominal magnification: 20 means --mpp 0.5.",
-        flags=("--mag",), panel=WHAT, affects=CHANGES_VALUES, after="mpp", per="command",
-        settings=False,
+    _command_option(
+        "mag", float, "The same as a nominal magnification: 20 means --mpp 0.5.", "--mag",
+        panel=WHAT, affects=CHANGES_VALUES, after="mpp", settings=False,
     ),
-    Option(
-        name="detach", value_type=bool, default=False, flags=("--detach",), commands=("run",), after="placement",
-        help="Leave the job to the --scheduler and say its id; see 'wsi-mmm jobs'.", see="[cluster](cluster.md)",
-        per="command", settings=False,
+    _command_option(
+        "detach", bool, "Leave the job to the --scheduler and say its id; see 'wsi-mmm jobs'.", "--detach",
+        commands=("run",), after="placement", see="[cluster](cluster.md)", settings=False,
     ),
-    Option(
-        name="dry_run", value_type=bool, default=False, flags=("--dry-run",),
-        help="Check options, model and every slide; compute nothing.", per="command", settings=False,
+    _command_option(
+        "dry_run", bool, "Check options, model and every slide; compute nothing.", "--dry-run", settings=False
     ),
-    Option(
-        name="config", value_type=Path, default=None, flags=("--config",), metavar="FILE",
-        help="TOML file of these options; flags win over it.", per="command", settings=False,
+    _command_option(
+        "config", Path, "TOML file of these options; flags win over it.", "--config", metavar="FILE", settings=False
     ),
 )  # fmt: skip
 OBSERVE_OPTIONS: tuple[Option, ...] = (
-    Option(
-        name="log_file", value_type=str, default=None, help="Add what happens to this file, a JSON object per line.",
-        flags=("--log-file",), panel=WATCH, per="command", takes="a path", see="[watching a run](observing.md)",
+    _command_option(
+        "log_file", str, "Add what happens to this file, a JSON object per line.", "--log-file",
+        panel=WATCH, takes="a path", see="[watching a run](observing.md)",
     ),
-    Option(
-        name="log_level", value_type=str, default=None, flags=("--log-level",), panel=WATCH, per="command",
-        help="debug (every unit of work), info, warning or error; without --log-file to stderr. (default: info)",
+    _command_option(
+        "log_level", str,
+        "debug (every unit of work), info, warning or error; without --log-file to stderr. (default: info)",
+        "--log-level", panel=WATCH,
     ),
-    Option(
-        name="metrics_port", value_type=int, default=None, help="Serve Prometheus metrics on this port of this machine.",
-        flags=("--metrics-port",), panel=WATCH, per="command",
+    _command_option(
+        "metrics_port", int, "Serve Prometheus metrics on this port of this machine.", "--metrics-port", panel=WATCH
     ),
-    Option(
-        name="traces", value_type=bool, default=False, help="Send OpenTelemetry traces, as the OTEL_ variables say.",
-        flags=("--traces",), panel=WATCH, per="command", takes="true, false or the name of an exporter",
-        accepts=(str,),
+    _command_option(
+        "traces", bool, "Send OpenTelemetry traces, as the OTEL_ variables say.", "--traces",
+        panel=WATCH, takes="true, false or the name of an exporter", accepts=(str,),
     ),
 )  # fmt: skip
 """The fields of `Observe`, as the command line and settings files give them."""

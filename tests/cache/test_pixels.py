@@ -17,7 +17,7 @@ import zarr
 from wsi_mmm.cache import CachedReader
 from wsi_mmm.cache.quota import Quota, bytes_of, stored_shards, trim
 from wsi_mmm.cache.shard import CHUNK, SHARD
-from wsi_mmm.errors import OutputError, RecipeError
+from wsi_mmm.errors import OptionError, OutputError
 from wsi_mmm.slides.base import Fetched
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.tiles.grid import make_grid
@@ -352,5 +352,5 @@ def test_sizes_in_words(text: str | int, size: int) -> None:
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "12 parsecs", "1e9"])
 def test_other_words_are_no_size(text: str) -> None:
     """The error names the way to write it."""
-    with pytest.raises(RecipeError, match="such as 50GB"):
+    with pytest.raises(OptionError, match="such as 50GB"):
         bytes_of(text)

@@ -6,7 +6,7 @@ import pytest
 
 from wsi_mmm.cli.observe import observed
 from wsi_mmm.engine.monitoring.observe import Observe
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import OptionError
 
 
 def test_options_of_watching_are_told_from_the_others() -> None:
@@ -36,5 +36,5 @@ def test_the_environment_says_where_traces_go(
 )
 def test_a_value_of_the_wrong_kind_is_named(name: str, value: object) -> None:
     """As a settings file may hold one."""
-    with pytest.raises(RecipeError, match=f"option {name} must be"):
+    with pytest.raises(OptionError, match=f"option {name} must be"):
         observed({name: value})

@@ -15,7 +15,7 @@ import zarr
 from PIL import Image
 
 from helpers.shapes import NUCLEI, ellipses, regions
-from wsi_mmm.errors import RecipeError, StorageError
+from wsi_mmm.errors import OptionError, StorageError
 from wsi_mmm.outputs import exports, ragged
 from wsi_mmm.outputs.density import Density
 from wsi_mmm.outputs.maps import write_map
@@ -151,7 +151,7 @@ def test_no_features_are_features_too(tmp_path: Path) -> None:
 
 def test_exports_that_cannot_be(features: tuple[str, np.ndarray, np.ndarray], tmp_path: Path) -> None:
     """An unknown format and a source that is none are named."""
-    with pytest.raises(RecipeError, match="known: h5, pt"):
+    with pytest.raises(OptionError, match="known: h5, pt"):
         exports.export(features[0], str(tmp_path / "f.csv"))
     with pytest.raises(StorageError, match=r"no features\.zarr"):
         exports.export(str(tmp_path / "nothing.zarr"), str(tmp_path / "f.h5"))

@@ -6,10 +6,9 @@ import pytest
 
 from helpers.faulty import Faulty
 from helpers.moto import moto_bucket
-from wsi_mmm.errors import StorageError
+from wsi_mmm.errors import StorageError, TransientCause, TransientError
 from wsi_mmm.storage import retry, store
 from wsi_mmm.storage.retry import TRIES, insisted
-from wsi_mmm.storage.translate import passing
 
 
 class Failing:
@@ -34,9 +33,9 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_may_pass_is_tried_again() -> None:
     """A few times, and then the last error is told."""
-    work = Failing(TRIES - 1, passing(StorageError("cut off")))
+    work = Failing(TRIES - 1, TransientError("cut off", TransientCause.SHORT_ANSWER))
     assert insisted(work) == 7 and work.calls == TRIES
-    work = Failing(TRIES, passing(StorageError("cut off")))
+    work = Failing(TRIES, TransientError("cut off", TransientCause.SHORT_ANSWER))
     with pytest.raises(StorageError, match="cut off"):
         insisted(work)
     assert work.calls == TRIES
@@ -48,7 +47,7 @@ def test_what_will_not_pass_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(StorageError, match="denied"):
         insisted(work)
     monkeypatch.setattr(retry, "SOON", -1.0)
-    slow = Failing(1, passing(StorageError("no answer")))
+    slow = Failing(1, TransientError("no answer", TransientCause.TIMEOUT))
     with pytest.raises(StorageError, match="no answer"):
         insisted(slow)
     assert (work.calls, slow.calls) == (1, 1)

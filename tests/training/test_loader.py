@@ -12,7 +12,7 @@ import torch
 
 from helpers.memory_source import COLOURS, MemorySource, bag_source, picture_source
 from helpers.training import tiny
-from wsi_mmm.errors import RecipeError, StorageError
+from wsi_mmm.errors import ConfigError, StorageError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.training import fit as fitting
@@ -235,9 +235,9 @@ def test_only_the_items_given_are_drawn() -> None:
 
 def test_feeds_that_teach_nothing_are_refused() -> None:
     """A feed whose source knows of no task of the model, or not of the one that it is to teach."""
-    with pytest.raises(RecipeError, match="nothing that"):
+    with pytest.raises(ConfigError, match="nothing that"):
         batches([Feed(picture_source("a", 3, truths={"other": 1}), 2)], TASKS, plan=PLAN, steps=range(1))
-    with pytest.raises(RecipeError, match="grade"):
+    with pytest.raises(ConfigError, match="grade"):
         batches([Feed(picture_source("a", 3, truths=KNOWN), 2, tasks=("grade",))], TASKS, plan=PLAN, steps=range(1))
     only = some(picture_source("a", 3, truths=KNOWN), tasks=("class",))[0]
     assert set(only.targets) == {"class"}

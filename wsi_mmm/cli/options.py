@@ -66,13 +66,9 @@ def add_flags(command: CommandName, *, output: str) -> Callable[[Command], Comma
 
 
 def _flag_parameter(option: Option, output: str) -> Parameter:
-    kind = (
-        list[option.value_type] | None
-        if option.several
-        else bool
-        if option.value_type is bool
-        else option.value_type | None
-    )
+    kind: Any = option.value_type
+    if kind is not bool:
+        kind = (list[kind] if option.several else kind) | None
     default = output if option.name == "output" else False if option.value_type is bool else None
     flag = typer.Option(*option.flags, help=option.help, rich_help_panel=option.panel, metavar=option.metavar)
     return Parameter(option.name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, flag], default=default)

@@ -29,7 +29,7 @@ from wsi_mmm.empaia.batches import Limits
 from wsi_mmm.empaia.client import AppApi
 from wsi_mmm.empaia.messages import INCOMPLETE, STOPPED, message_of
 from wsi_mmm.empaia.transport import Patience
-from wsi_mmm.errors import JobError, OutputError, OutputTaken, PlatformError, RecipeError, StorageError, WsiError
+from wsi_mmm.errors import JobError, OptionError, OutputError, OutputTaken, PlatformError, StorageError, WsiError
 from wsi_mmm.slides.service.app_api import SCHEME
 from wsi_mmm.storage import store
 
@@ -208,7 +208,7 @@ class _Work:
         from wsi_mmm import api
 
         if self._app.scheduler and not self._app.work:
-            raise RecipeError("on a cluster the work folder must be one that all workers see; name it with --work")
+            raise OptionError("on a cluster the work folder must be one that all workers see; name it with --work")
         _make(self._folder)
         if store.exists(store.join(self._folder, _MARK)):
             raise JobError(_AGAIN)

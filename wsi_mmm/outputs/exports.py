@@ -17,7 +17,7 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.errors import GroupNotFoundError
 
-from wsi_mmm.errors import MissingPackage, RecipeError, StorageError
+from wsi_mmm.errors import MissingPackage, OptionError, StorageError
 from wsi_mmm.outputs.maps import zarr_store
 from wsi_mmm.storage import store
 from wsi_mmm.storage.folders import published_folder
@@ -76,7 +76,7 @@ def export(source: str, target: str) -> None:
     """features.zarr at ``source`` -> ``target``, whose ending names the format (see `FORMATS`)."""
     name = target.rsplit(".", 1)[-1]
     if name not in FORMATS:
-        raise RecipeError(f"unknown export {name!r}; known: {', '.join(FORMATS)}")
+        raise OptionError(f"unknown export {name!r}; known: {', '.join(FORMATS)}")
     store.write_bytes(target, FORMATS[name](read_features(source)))
 
 

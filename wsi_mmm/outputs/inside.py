@@ -14,7 +14,7 @@ import numpy as np
 import shapely
 
 from wsi_mmm.annotations import parse_shapes
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import AnnotationError
 from wsi_mmm.outputs.polygons import CHUNK, Rounded, from_parts, round_valid, shapes
 from wsi_mmm.outputs.ragged import concat, part, take
 from wsi_mmm.types import F64, Mask, Objects
@@ -55,10 +55,10 @@ class Regions:
 
 
 def regions_of(data: bytes, name: str) -> Regions:
-    """The regions in the bytes of an annotation file of polygons in level-0 px. Raises AnnotationError, RecipeError."""
+    """The regions in the bytes of an annotation file of polygons in level-0 px. Raises AnnotationError."""
     found = parse_shapes(data, name)
     if not len(found):
-        raise RecipeError(f"{name}: no polygon is in it: draw the regions to work in, or leave --regions out")
+        raise AnnotationError(f"{name}: no polygon is in it: draw the regions to work in, or leave --regions out")
     area = shapely.union_all([shape.geometry for shape in found])
     shapely.prepare(area)
     return Regions(area)

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from wsi_mmm.errors import OutputError, SlideChanged, SlideNotFound, StorageError
+from wsi_mmm.errors import NotFound, OutputError, SlideChanged, StorageError
 from wsi_mmm.storage.ranges import Buffer, Counter, Merging, Range, Ranges, fetch_merged
 from wsi_mmm.storage.uris import local_path
 
@@ -79,11 +79,11 @@ def _network_mount(device: int) -> bool:
 
 
 def open_local(uri: str) -> LocalStore:
-    """Open a file. Raises SlideNotFound, StorageError."""
+    """Open a file. Raises NotFound, StorageError."""
     path = local_path(uri)
     with _reading(uri):
         if path.is_dir():
-            raise SlideNotFound(f"{uri} is a folder; give the file of one slide")
+            raise NotFound(f"{uri} is a folder; give the file of one slide")
         return LocalStore(uri, os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
 
 
@@ -140,7 +140,7 @@ def _reading(uri: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise SlideNotFound(f"{uri}: no such file; check the path") from error
+        raise NotFound(f"{uri}: no such file; check the path") from error
     except OSError as error:
         raise StorageError(f"{uri}: {_why(error, writing=False)}") from error
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from wsi_mmm.errors import StorageError
+from wsi_mmm.errors import TransientError
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -50,7 +50,7 @@ _here = Outage()
 
 
 def patiently(step: Callable[[A], B], value: A, *, stopped: threading.Event | None = None, outage: Outage = _here) -> B:
-    """``step(value)``, tried again while it raises a StorageError that may pass, for PATIENCE seconds.
+    """``step(value)``, tried again while it raises a TransientError, for PATIENCE seconds.
 
     Steps may be repeated. Gives up at once when ``stopped`` is set.
     """
@@ -58,9 +58,8 @@ def patiently(step: Callable[[A], B], value: A, *, stopped: threading.Event | No
     while True:
         try:
             found = step(value)
-        except StorageError as error:
-            away = outage.failed(time.monotonic()) if error.passing else 0.0
-            if not error.passing or away + wait > outage.patience or stopped.wait(wait):
+        except TransientError:
+            if outage.failed(time.monotonic()) + wait > outage.patience or stopped.wait(wait):
                 raise
             wait = min(LONGEST, 2 * wait)
         else:

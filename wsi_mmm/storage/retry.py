@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from wsi_mmm.errors import StorageError
+from wsi_mmm.errors import TransientError
 
 T = TypeVar("T")
 
@@ -17,7 +17,7 @@ SOON = 5.0  # seconds: what fails only after so long has been tried often enough
 
 
 def insisted(work: Callable[[], T]) -> T:
-    """What ``work`` gives, called again while it soon raises a StorageError that may pass.
+    """What ``work`` gives, called again while it soon raises a TransientError.
 
     For what is the same when it is done twice: reading, writing a whole object, deleting, listing. Libraries repeat
     what no answer came to; an answer that ends early, and a deletion (a POST, on S3), they do not.
@@ -26,8 +26,8 @@ def insisted(work: Callable[[], T]) -> T:
     for number in range(TRIES):
         try:
             return work()
-        except StorageError as error:
-            if not error.passing or number + 1 == TRIES or time.monotonic() - begun > SOON:
+        except TransientError:
+            if number + 1 == TRIES or time.monotonic() - begun > SOON:
                 raise
         time.sleep(random.uniform(0, PAUSE * 4.0**number))
     raise AssertionError("unreachable")

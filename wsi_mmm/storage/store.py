@@ -4,13 +4,11 @@ Local paths and ``file://`` (store_local), ``s3://`` and ``http(s)://`` over obs
 (store_fsspec). S3 takes the environment of the AWS tools: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_SESSION_TOKEN, AWS_REGION, AWS_PROFILE with the shared credentials file, AWS_NO_SIGN_REQUEST or AWS_SKIP_SIGNATURE
 for public buckets. WSI_MMM_STORAGE_TIMEOUT: seconds until a request is given up (30).
-Errors are SlideNotFound (reading), StorageError, SlideChanged and OutputError (writing); none shows a secret.
+Errors are NotFound (reading), StorageError, SlideChanged and OutputError (writing); none shows a secret.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 from wsi_mmm.storage import fsspec_files, local, objects
@@ -18,7 +16,7 @@ from wsi_mmm.storage.held import HEAD, HeldStore, held
 from wsi_mmm.storage.objects import object_store
 from wsi_mmm.storage.ranges import Buffer, Counter, Ranges
 from wsi_mmm.storage.retry import insisted
-from wsi_mmm.storage.translate import final
+from wsi_mmm.storage.translate import translated
 from wsi_mmm.storage.uris import is_local, join, local_path, redact
 from wsi_mmm.timing import spent
 
@@ -48,7 +46,7 @@ class ByteStore(Protocol):
 
 
 def open_store(uri: str) -> ByteStore:
-    """Open the object at ``uri`` for reading in ranges. Raises SlideNotFound, StorageError."""
+    """Open the object at ``uri`` for reading in ranges. Raises NotFound, StorageError."""
     if is_local(uri):
         return local.open_local(uri)
     if not objects.serves(uri):
@@ -57,7 +55,7 @@ def open_store(uri: str) -> ByteStore:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return the whole object. Raises SlideNotFound, StorageError."""
+    """Return the whole object. Raises NotFound, StorageError."""
     with spent("fetch"):
         return local.read_bytes(uri) if is_local(uri) else _remote(uri).read(uri)
 
@@ -110,10 +108,3 @@ class _Remote(Protocol):
 
 def _remote(uri: str) -> _Remote:
     return objects if objects.serves(uri) else fsspec_files
-
-
-@contextmanager
-def translated(uri: str, *, writing: bool = False) -> Iterator[None]:
-    """Turn what the library behind a remote ``uri`` raises into our errors: for Zarr, which calls it by itself."""
-    with final(uri, writing=writing):
-        yield

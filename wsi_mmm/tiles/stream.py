@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import OptionError
 from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.slides.base import Fetched, Reader, TileReader
 from wsi_mmm.slides.resample.cut import fill_tiles
@@ -206,12 +206,12 @@ def stream(
 
     Blocks come row-major, tiles row-major within a block. ``workers`` threads read ahead (0: read inline);
     at most ``workers + READ_AHEAD`` full blocks are held. Errors of the reader are raised here, in their turn.
-    Closing the iterator cancels what has not begun and leaves no thread behind. Raises RecipeError.
+    Closing the iterator cancels what has not begun and leaves no thread behind. Raises OptionError.
     """
     if batch_size < 1:
-        raise RecipeError(f"batch size is {batch_size}: give 1 or more")
+        raise OptionError(f"batch size is {batch_size}: give 1 or more")
     if workers < 0:
-        raise RecipeError(f"workers is {workers}: give 0 or more")
+        raise OptionError(f"workers is {workers}: give 0 or more")
     parts = blocks(grid, index, block_tiles)
     keep_memory()
     return _stream_batches(reader, grid, parts, batch_size=batch_size, workers=workers)

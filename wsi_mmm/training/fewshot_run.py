@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.errors import InputError, RecipeError
+from wsi_mmm.errors import InputError
 from wsi_mmm.model.checkpoint import load_encoder, load_model
 from wsi_mmm.model.identity import encoder_identity, is_model, model_identity
 from wsi_mmm.outputs.exports import Features
@@ -137,7 +137,7 @@ def _predict_slide(slide: str, features: Features, *, fitted: fewshot.Head, abou
 def _prediction_table(features: Features, found: F64, about: dict[str, Any]) -> bytes:
     n, side = len(features.vectors), int(features.attributes.get("patch_size_level0", 0))
     if side <= 0:
-        raise RecipeError("the features do not say how large their tiles are; embed the slides again")
+        raise InputError("the features do not say how large their tiles are; embed the slides again")
     task = str(about["task"])
     columns = {task: found.argmax(axis=1).astype(np.int32)}
     columns |= {f"{task}:{name}": found[:, k].astype(np.float32) for k, name in enumerate(about["classes"])}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from wsi_mmm.errors import Cancelled, InputError, NotFinite, RecipeError
+from wsi_mmm.errors import Cancelled, ConfigError, InputError, NotFinite
 from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
@@ -316,7 +316,7 @@ def _selected_metric(best: str, found: Figures) -> float:
     task, _, metric = best.partition(".")
     if metric not in found.get(task, {}):
         known = ", ".join(f"{t}.{m}" for t, metrics in found.items() for m in metrics)
-        raise RecipeError(f"best is '{best}', which validation does not give; it gives: {known or 'nothing'}")
+        raise ConfigError(f"best is '{best}', which validation does not give; it gives: {known or 'nothing'}")
     return found[task][metric]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.host_tuning import keep_memory, short_turns
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
@@ -186,7 +186,7 @@ def batches(
 
     The same for the same (seed, step) whatever the threads. At most ``threads + READ_AHEAD`` micro-batches are held
     beyond those given out. Errors of sources are raised here, in their turn. Closing the iterator cancels what is not
-    begun and leaves no thread behind. Raises RecipeError.
+    begun and leaves no thread behind. Raises ConfigError.
     """
     by_name = {feed.source.name: feed for feed in feeds}
     names = {name: names_of(feed, tasks) for name, feed in by_name.items()}
@@ -283,12 +283,12 @@ class _Sender:
 
 
 def names_of(feed: Feed, tasks: Mapping[str, Task]) -> tuple[str, ...]:
-    """The tasks that learn from ``feed``. Pictures can always be rebuilt. RecipeError when there are none."""
+    """The tasks that learn from ``feed``. Pictures can always be rebuilt. ConfigError when there are none."""
     known = {name for name, task in tasks.items() if task.info.kind == "reconstruct"} | set(feed.source.tasks)
     wanted = known & set(tasks) if feed.tasks is None else set(feed.tasks)
     wrong = sorted(wanted - (known & set(tasks)))
     if wrong or not wanted:
-        raise RecipeError(
+        raise ConfigError(
             f"feed '{feed.source.name}' knows of: {', '.join(sorted(feed.source.tasks)) or 'no task'}; "
             f"nothing that {', '.join(wrong or tasks)} can learn from: correct its tasks or leave it out"
         )

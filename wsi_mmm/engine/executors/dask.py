@@ -148,7 +148,6 @@ class DaskExecutor:
         }
         chosen = {"model": models or fit.values(), "read": readers or fit.values(), "rest": fit.values()}
         threads = {pool: sum(worker.threads for worker in chosen[pool]) for pool in POOLS}
-        self.pools = max((worker.threads for worker in chosen["model"]), default=1), bool(models or readers)
         jobs = max(1, self.jobs())
         return {pool: -(-AHEAD * threads[pool] // jobs) for pool in POOLS}
 

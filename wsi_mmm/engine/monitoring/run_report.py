@@ -17,7 +17,7 @@ from wsi_mmm.engine.monitoring.accounting import Seconds, TimeAccounting, rounde
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.scheduler import SlideState, busy_share
 from wsi_mmm.engine.units import SlideTask
-from wsi_mmm.errors import OutputError, RecipeError, StorageError
+from wsi_mmm.errors import OptionError, OutputError, StorageError
 from wsi_mmm.outputs import exports
 from wsi_mmm.outputs.report import SlideRow, report_html, report_json
 from wsi_mmm.outputs.slides_table import slides_csv, slides_parquet
@@ -191,11 +191,11 @@ def check_writable(output: str) -> None:
 
 
 def known_exports(formats: str | Sequence[str]) -> tuple[str, ...]:
-    """The export formats asked for; RecipeError names one that does not exist."""
+    """The export formats asked for; OptionError names one that does not exist."""
     wanted = (formats,) if isinstance(formats, str) else tuple(formats)
     for name in wanted:
         if name not in exports.FORMATS:
-            raise RecipeError(f"unknown export {name!r}; known: {', '.join(exports.FORMATS)}")
+            raise OptionError(f"unknown export {name!r}; known: {', '.join(exports.FORMATS)}")
     return wanted
 
 

@@ -12,7 +12,7 @@ from wsi_mmm.types import I64, Grid
 
 
 def asked_regions(task: SlideTask) -> Regions | None:
-    """The regions that work is restricted to, or None. AnnotationError, RecipeError, StorageError."""
+    """The regions that work is restricted to, or None. AnnotationError, StorageError."""
     where = task.recipe.options.regions
     return regions_of(store.read_bytes(where), store.redact(where)) if where else None
 

@@ -136,7 +136,7 @@ def _repeat_index(items: Sequence[BagItem] | Sequence[SlideItem], times: int) ->
 
 
 def read_item(item: BagItem) -> Features:
-    """All vectors of a slide. Raises StorageError, SlideNotFound."""
+    """All vectors of a slide. Raises StorageError, NotFound."""
     if item.grid is not None:
         return entry_features(item.uri, item.grid)
     if item.uri.lower().endswith((".h5", ".hdf5")):

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from wsi_mmm.annotations import Shapes, parse_shapes
-from wsi_mmm.errors import InputError, ManifestError, RecipeError, WsiError
+from wsi_mmm.errors import ConfigError, InputError, ManifestError, WsiError
 from wsi_mmm.slides import Slide
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
@@ -69,9 +69,9 @@ class Places:
 
     def __post_init__(self) -> None:
         if self.tile < 1 or not 0 <= self.stride <= self.tile:
-            raise RecipeError(f"tile {self.tile}, stride {self.stride}: give 1 or more, the stride up to the tile")
+            raise ConfigError(f"tile {self.tile}, stride {self.stride}: give 1 or more, the stride up to the tile")
         if self.by not in ("grid", "objects") or (self.by == "objects" and self.per_slide < 1):
-            raise RecipeError("places are chosen by 'grid', or by 'objects' with per_slide of 1 or more")
+            raise ConfigError("places are chosen by 'grid', or by 'objects' with per_slide of 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +208,7 @@ def _check_sampling(name: str, items: Sequence[SlideItem], places: Places, lesso
     if len(set(taught)) < len(taught):
         raise InputError(f"data '{name}': a task is listed twice among {', '.join(taught)}: keep one")
     if places.by == "objects" and not lessons:
-        raise RecipeError(f"data '{name}': places by objects need annotations: name a task, or choose by 'grid'")
+        raise ConfigError(f"data '{name}': places by objects need annotations: name a task, or choose by 'grid'")
 
 
 def check_ids(name: str, ids: Sequence[str]) -> None:
@@ -257,7 +257,7 @@ def _annotations_by_task(slide: Slide, item: SlideItem, places: Places, lessons:
 
 
 def read_shapes(uri: str, values: Sequence[str] = ()) -> Shapes:
-    """The shapes of an annotation file at a path or URI. Raises AnnotationError, StorageError, SlideNotFound."""
+    """The shapes of an annotation file at a path or URI. Raises AnnotationError, StorageError, NotFound."""
     return parse_shapes(store.read_bytes(uri), store.redact(uri), values)
 
 
@@ -297,7 +297,7 @@ def _candidate_tiles(slide: Slide, places: Places, sheet: Sheet) -> I64:
 
 
 def tissue_places(slide: Slide, places: Places) -> I64:
-    """Corners int64[n, 2] (x, y), target px, of the tiles of a slide's grid that hold tissue. Raises RecipeError."""
+    """Corners int64[n, 2] (x, y), target px, of the tiles of a slide's grid that hold tissue. Raises ConfigError."""
     stride = places.stride or places.tile
     grid = make_grid(slide.info, places.mpp, tile=places.tile, overlap=places.tile - stride)
     return select_tiles(grid, tissue_mask(slide), places.min_tissue)[:, ::-1] * stride
@@ -325,7 +325,7 @@ def beside(uri: str, pattern: str, *, needed: bool = True) -> str | None:
     try:
         found = pattern.format(folder=folder or ".", name=name, stem=PurePosixPath(name).stem)
     except (KeyError, IndexError, ValueError) as error:
-        raise RecipeError(f"annotation pattern {pattern!r}: use {{folder}}, {{name}} and {{stem}} only") from error
+        raise ConfigError(f"annotation pattern {pattern!r}: use {{folder}}, {{name}} and {{stem}} only") from error
     if store.exists(found):
         return found
     if needed:
