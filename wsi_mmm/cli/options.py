@@ -66,7 +66,7 @@ def add_flags(command: CommandName, *, output: str) -> Callable[[Command], Comma
 
 
 def _flag_parameter(option: Option, output: str) -> Parameter:
-    kind: Any = option.value_type
+    kind: Any = str if option.parse else option.value_type
     if kind is not bool:
         kind = (list[kind] if option.several else kind) | None
     default = output if option.name == "output" else False if option.value_type is bool else None
