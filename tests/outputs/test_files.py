@@ -14,7 +14,7 @@ import pytest
 import zarr
 from PIL import Image
 
-from helpers.shapes import NUCLEI, ellipses, regions
+from helpers.shapes import NUCLEI, centroids, ellipses, regions
 from wsi_mmm.errors import OptionError, StorageError
 from wsi_mmm.outputs import exports, ragged
 from wsi_mmm.outputs.density import Density
@@ -165,7 +165,7 @@ def test_density_counts_every_object_once() -> None:
     some = ellipses(500)
     density = Density(20_000, 10_000, classes=2)
     for piece in (ragged.part(some, 0, 200), ragged.part(some, 200, 500)):
-        density.add(ragged.centroids(piece), piece.class_index)
+        density.add(centroids(piece), piece.class_index)
     assert density.counts.sum(axis=(1, 2)).tolist() == np.bincount(some.class_index).tolist()
     fields = density.densest(900, 4)
     assert len(fields) == 4
@@ -176,7 +176,7 @@ def test_density_counts_every_object_once() -> None:
 def scene(width: int, height: int, fields: int) -> Scene:
     some = ellipses(300)
     density = Density(width, height)
-    density.add(ragged.centroids(some))
+    density.add(centroids(some))
     pixels = np.full((300, 300, 3), 230, np.uint8)
     areas = replace(ragged.scaled(regions(np.ones((3, 3))), 900, 900), task="tissue")
     return Scene(

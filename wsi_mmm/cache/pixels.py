@@ -34,7 +34,7 @@ from wsi_mmm.cache.shard import (
     unpack,
 )
 from wsi_mmm.errors import NotFound, StorageError
-from wsi_mmm.slides.base import Fetched, Reader, ReadStats, TileReader
+from wsi_mmm.slides.base import NOTHING_FETCHED, Fetched, Reader, ReadStats, TileReader
 from wsi_mmm.slides.resample.cut import cut_tiles, fill_tiles
 from wsi_mmm.slides.resample.scaled import merge_failed
 from wsi_mmm.storage import store as storage
@@ -105,7 +105,7 @@ class CachedReader:
     def fetch(self, tiles: Sequence[Tiles]) -> Fetched:
         """Bring what the shards under ``tiles`` need that are not in and that nobody here has asked for yet."""
         if not isinstance(self.inner, TileReader):
-            return Fetched(0, {})
+            return NOTHING_FETCHED
         if any(not self._same_scale(some) for some in tiles):
             return self.inner.fetch(tiles)
         under = {key for some in tiles for key in self._under(some)}
@@ -113,7 +113,7 @@ class CachedReader:
             keys = sorted(under - self._claimed)
             self._claimed.update(keys)
         keys = self._absent(keys)
-        return self.inner.fetch([self._as_tile(key) for key in keys]) if keys else Fetched(0, {})
+        return self.inner.fetch([self._as_tile(key) for key in keys]) if keys else NOTHING_FETCHED
 
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
         """Write the tiles to ``out``, as ``read`` would give them; return the level-0 rectangles that failed."""

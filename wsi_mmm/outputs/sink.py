@@ -17,7 +17,7 @@ BLOCK = 1 << 20  # bytes handed on at a time: fixed, so the compressed bytes do 
 LEVEL = 1  # gzip: 6 takes four times as long for a fifth less; measured in tests/benchmarks/bench_geojson.py
 
 
-class _Squeeze(Protocol):
+class _Compressor(Protocol):
     def compress(self, data: bytes, /) -> bytes: ...
     def flush(self) -> bytes: ...
 
@@ -41,12 +41,12 @@ class FileSink:
         self._buffer = bytearray()
         self._blocks: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
         self._error: OSError | None = None
-        self._squeeze: _Squeeze = zlib.compressobj(LEVEL, zlib.DEFLATED, 31) if gzip else _Plain()
+        self._compressor: _Compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, 31) if gzip else _Plain()
         with writing(str(self.path)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, self._temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
         self._file: BinaryIO = os.fdopen(descriptor, "wb")
-        self._thread = threading.Thread(target=self._drain, name="file-sink", daemon=True)
+        self._thread = threading.Thread(target=self._write_blocks, name="file-sink", daemon=True)
         self._thread.start()
 
     def write(self, data: bytes) -> None:
@@ -58,14 +58,14 @@ class FileSink:
         for start in range(0, whole, BLOCK):
             self._blocks.put(bytes(self._buffer[start : start + BLOCK]))
         del self._buffer[:whole]
-        self._check()
+        self._raise_error()
 
     def close(self) -> None:
         """Finish the file and put it in place."""
         try:
             self._blocks.put(bytes(self._buffer))
-            self._stop()
-            self._check()
+            self._stop_thread()
+            self._raise_error()
             with writing(str(self.path)):
                 self._file.close()
                 os.chmod(self._temporary, 0o644)
@@ -76,29 +76,29 @@ class FileSink:
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        self._stop()
+        self._stop_thread()
         with contextlib.suppress(OSError):  # a full disk fails once more when the file is closed
             self._file.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
 
-    def _stop(self) -> None:
+    def _stop_thread(self) -> None:
         if self._thread.is_alive():
             self._blocks.put(None)
             self._thread.join()
 
-    def _check(self) -> None:
+    def _raise_error(self) -> None:
         if self._error is not None:
             with writing(str(self.path)):
                 raise self._error
 
-    def _drain(self) -> None:
+    def _write_blocks(self) -> None:
         """The thread: goes on taking blocks after an error, so that the writer never waits for it in vain."""
         while (block := self._blocks.get()) is not None:
-            self._put(self._squeeze.compress(block))
-        self._put(self._squeeze.flush())
+            self._write_data(self._compressor.compress(block))
+        self._write_data(self._compressor.flush())
 
-    def _put(self, data: bytes) -> None:
+    def _write_data(self, data: bytes) -> None:
         if self._error is None:
             try:
                 self._file.write(data)

@@ -52,6 +52,9 @@ class Fetched:
     data: Mapping[int, bytes | memoryview]
 
 
+NOTHING_FETCHED = Fetched(0, {})
+
+
 @runtime_checkable
 class TileReader(Reader, Protocol):
     """A Reader that can bring bytes ahead of their use and decode straight into tiles.

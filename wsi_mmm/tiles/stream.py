@@ -116,6 +116,7 @@ class Prefetcher(Generic[Key, Data]):
         """Return what was fetched for ``key``, waiting for a fetch that is under way; None: read by yourself."""
         with self._lock:
             future = self._remove(key)
+            self._begin_fetches()
         try:
             with spent("fetch"):
                 return None if future is None else future.result()
@@ -128,6 +129,7 @@ class Prefetcher(Generic[Key, Data]):
         with self._lock:
             for key in [key for key in self._fetches if chosen(key)]:
                 self._remove(key)
+            self._begin_fetches()
 
     def close(self) -> None:
         """Fetch nothing more, and wait for the threads to end."""
@@ -144,7 +146,6 @@ class Prefetcher(Generic[Key, Data]):
         planned.keys.remove(key)
         if planned.future is not None and not planned.keys:
             self._held -= 1
-            self._begin_fetches()
         return planned.future
 
     def _begin_fetches(self) -> None:
