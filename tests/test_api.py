@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import wsi_mmm
-from wsi_mmm import requests
+from wsi_mmm import api, requests
 from wsi_mmm.engine.output_lock import claimed
 from wsi_mmm.errors import OptionError, OutputError
 from wsi_mmm.options import make_options
@@ -74,3 +74,13 @@ def test_a_slide_that_another_run_holds_fails_alone(tmp_path: Path) -> None:
     with claimed(str(tmp_path), ["a"]):
         rows = wsi_mmm.run(["a.svs", "b.svs"], output=tmp_path, tasks="stain").slides
     assert "another run" in (rows[0].error or "") and "no such file" in (rows[1].error or "")
+
+
+@pytest.mark.parametrize(("options", "threads"), [({"workers": 2}, 4), ({"workers": 2, "threads": 7}, 7), ({}, None)])
+def test_local_workers_share_the_processors(
+    options: dict[str, Any], threads: int | None, tiny_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers on eight cores run the model on four threads each; --threads wins."""
+    monkeypatch.setattr(requests, "cpu_count", lambda: 8)
+    made = api.order_run(tiny_slide, output=tmp_path, **options)
+    assert made.recipe.threads == threads and all(task.recipe.threads == threads for task in made.tasks)

@@ -13,6 +13,7 @@ from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.run import RunRequest
 from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.errors import OptionError
+from wsi_mmm.host_tuning import cpu_count
 from wsi_mmm.inputs import expand_inputs, leads_away
 from wsi_mmm.model.fetched import fetched
 from wsi_mmm.model.weights import check_file, check_weights
@@ -64,7 +65,8 @@ def _apply_options(base: Recipe, options: RunOptions) -> Recipe:
     if options.cache_quota is not None and not store.is_local(options.cache or "."):
         raise OptionError("a quota holds for a cache in a folder; give a bucket a lifecycle rule instead")
     tile = options.tile_size or base.tile
-    overlap = base.overlap if tile == base.tile else min(base.overlap, tile // 8 // 2 * 2)
+    overlap = base.overlap if options.tile_size is None else min(base.overlap, tile // 8 // 2 * 2)
+    share = max(1, cpu_count() // options.workers) if options.workers else None  # local workers share the processors
     return replace(
         base,
         mpp=options.mpp or base.mpp,
@@ -74,6 +76,7 @@ def _apply_options(base: Recipe, options: RunOptions) -> Recipe:
         user_cache=user_cache(),
         options=replace(
             options,
+            threads=options.threads or share,
             tissue=options.tissue if options.tissue in ("auto", "none") else _absolute(options.tissue),
             regions=options.regions and _absolute(options.regions),
             cache=options.cache and _absolute(options.cache),

@@ -12,7 +12,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
-import logging
 import queue
 import time
 import uuid
@@ -310,9 +309,6 @@ def workers_of(client: Client) -> dict[str, WorkerFacts]:
     return {name: WorkerFacts(facts["nthreads"], dict(facts.get("resources") or {})) for name, facts in found.items()}
 
 
-NOISY = ("distributed", *(f"distributed.{part}" for part in ("batched", "client", "comm", "core", "utils")))
-
-
 def connect(address: str, timeout: float = 10.0, *, tls: Tls | None = None) -> DaskExecutor:
     """The cluster at ``address``: tcp://host:port; with ``tls``, tls://host:port.
 
@@ -328,8 +324,6 @@ def client_of(cluster: Client | str, timeout: float = 10.0, *, tls: Tls | None =
     """A client of the scheduler at an address; a client is given back. ClusterError when nobody answers."""
     if not isinstance(cluster, str):
         return cluster
-    for name in NOISY:  # what they have to say is said in our words
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         kept = {"distributed.admin.low-level-log-length": SAID}
         with dask.config.set({"distributed.comm.timeouts.connect": timeout, **kept}):

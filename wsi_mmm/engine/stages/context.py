@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import resource
 import sys
@@ -127,9 +126,8 @@ def runner_of(recipe: Recipe) -> Runner:
 
 def _load(recipe: Recipe) -> Runner:
     try:
-        with _no_collection():
-            from wsi_mmm.model.checkpoint import load_encoder, load_model
-            from wsi_mmm.model.runner import Runner
+        from wsi_mmm.model.checkpoint import load_encoder, load_model
+        from wsi_mmm.model.runner import Runner
     except ImportError as error:
         raise MissingPackage(
             f"the worker on {os.uname().nodename} cannot run models: it has no package {error.name!r}; "
@@ -174,17 +172,6 @@ def _user_cache(recipe: Recipe) -> Path | None:
     with suppress(RuntimeError):
         return Path(recipe.user_cache).expanduser() if recipe.user_cache else None
     return None
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """torch and timm make a million objects that stay: looking for garbage among them is a fifth of importing."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def tasks_of(recipe: Recipe) -> list[Task]:
