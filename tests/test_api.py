@@ -82,5 +82,5 @@ def test_local_workers_share_the_processors(
 ) -> None:
     """Two workers on eight cores run the model on four threads each; --threads wins."""
     monkeypatch.setattr(requests, "cpu_count", lambda: 8)
-    made = api.order_run(tiny_slide, output=tmp_path, **options)
-    assert made.recipe.threads == threads and all(task.recipe.threads == threads for task in made.tasks)
+    made = api.run_request(tiny_slide, output=tmp_path, **options)
+    assert made.recipe.options.threads == threads and all(task.recipe.options.threads == threads for task in made.tasks)

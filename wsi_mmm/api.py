@@ -20,7 +20,6 @@ from wsi_mmm.engine.monitoring.recall import recall
 from wsi_mmm.engine.monitoring.run_report import RunReport
 from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.engine.units import Executor
-from wsi_mmm.errors import OutputError
 from wsi_mmm.options import RunKeywords, make_options
 from wsi_mmm.requests import Slides, check_runtime_here, encoder_recipe, model_recipe, request_run
 from wsi_mmm.slides import Slide
@@ -260,17 +259,13 @@ def demo(
 ) -> RunReport:
     """Generate a seeded synthetic slide under ``output`` and run the default model on it."""
     from wsi_mmm.slides.fake import synthetic_slide
+    from wsi_mmm.storage.atomic import atomic_file
 
     folder = Path(output)
     path = folder / "synthetic.tiff"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
     if not path.exists():
-        unfinished = path.with_name(".synthetic.part.tiff")
-        synthetic_slide(unfinished, seed=seed)
-        unfinished.replace(path)
+        with atomic_file(path) as unfinished:
+            synthetic_slide(unfinished, seed=seed)
     return run(str(path), output=folder / "results", progress=progress, **options)
 
 

@@ -195,10 +195,10 @@ class _Work:
     async def _answered(self, question: Asked) -> Any:
         """What is to be posted: the slide run through the engine."""
         from wsi_mmm.empaia.posting import Answer
-        from wsi_mmm.storage.outage import patiently
+        from wsi_mmm.storage.retry import retry_unit
 
         order = await _aside(lambda: self._order(question))
-        card, info, tissue = await _aside(lambda: patiently(partial(_looked_at, question=question), order))
+        card, info, tissue = await _aside(lambda: retry_unit(partial(_looked_at, question=question), order))
         await self._progress(_RUN)
         results = await self._run(order)
         return Answer(question, card, self._app.vendor, results, tissue, info)

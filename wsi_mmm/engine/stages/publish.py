@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +26,7 @@ from wsi_mmm.outputs.inside import Regions
 from wsi_mmm.outputs.maps import write_map
 from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.storage import store
+from wsi_mmm.storage.folders import published_file
 from wsi_mmm.tasks.base import Task
 from wsi_mmm.tiles.grid import tile_boxes, tile_size_level0, tile_xy
 from wsi_mmm.types import I64, Objects, TaskInfo
@@ -109,7 +107,7 @@ def _geojson(
     name = "result.geojson.gz" if task.recipe.options.gzip else "result.geojson"
     regions = {t.info.name: _regions(t, plan) for t in found if t.info.dissolves}
     counts = {name: len(objects) for name, objects in regions.items()}
-    with _local_file(store.join(task.output, name)) as path:
+    with published_file(store.join(task.output, name)) as path:
         with GeoJSONWriter(
             path, plan.info.fingerprint, [t.info for t in found], task.recipe.options.gzip, counts=counts
         ) as writer:
@@ -319,15 +317,3 @@ def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]
 def _write(task: SlideTask, name: str, data: bytes) -> str:
     store.write_bytes(store.join(task.output, name), data)
     return name
-
-
-@contextmanager
-def _local_file(uri: str) -> Iterator[Path]:
-    """A path to write ``uri`` at: itself when local, else a temporary file that is put at the end, whole."""
-    if store.is_local(uri):
-        yield store.local_path(uri)
-        return
-    with tempfile.TemporaryDirectory(prefix="wsi-mmm-") as folder:
-        path = Path(folder) / uri.rsplit("/", 1)[-1]
-        yield path
-        store.write_bytes(uri, path.read_bytes())
