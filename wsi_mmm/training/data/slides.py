@@ -66,7 +66,7 @@ class TileSampling:
     annotation target can learn from; without annotation targets, those with at least ``min_tissue`` tissue. ``by``
     "objects": ``per_slide`` tiles drawn round the objects of the first annotation target, every class alike.
     ``per_slide``: at most so many (0: all), drawn by ``seed``. ``dot_um``: radius of the disc that a point stands for
-    (0: points are left out). """
+    (0: points are left out)."""
 
     mpp: float
     tile: int = 256
