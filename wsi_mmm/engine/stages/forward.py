@@ -27,7 +27,7 @@ def read_tiles(ctx: UnitContext) -> Batch | None:
     """The tiles of a block; None when the cache already holds their values."""
     with ctx.step("read"):
         unit = ctx.unit
-        before = None if ctx.recipe.force else ctx.cache.receipt(block_name(unit.block))
+        before = None if ctx.recipe.options.force else ctx.cache.receipt(block_name(unit.block))
         if before and before.get("tiles") == unit.tiles.hex() and not before.get("failed"):
             return None
         index = unit.index()
@@ -46,7 +46,7 @@ def write_values(ctx: UnitContext, batch: Batch, output: RunOutput) -> ForwardRe
     failed = tuple((int(x), int(y), width, height) for x, y in batch.xy[batch.failed])
     with ctx.step("write"):
         cache = ctx.cache
-        if ctx.recipe.features or any(task.scope == "bag" for task in ctx.tasks):
+        if ctx.recipe.options.features or any(task.scope == "bag" for task in ctx.tasks):
             cache.write_block(features_spec(output.features.shape[1]), batch.index, output.features)
         for name, values in output.maps.items():
             cache.write_block(ArraySpec(f"maps/{name}", values.shape[1:], "uint8"), batch.index, values)
