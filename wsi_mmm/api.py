@@ -119,7 +119,7 @@ def submit(
     request = request_run(slides, model_recipe(str(model), tasks, asked), output)
     connected = client_of(client, tls=request.tls)
     if not detach:
-        executor = attach_executor(connected)
+        executor = partial(attach_executor, connected)
         return Job(lambda listener, stop: run_slides(request, executor, listener, stop, observe=observe))
     from wsi_mmm.engine.executors.dask_jobs import JobSpec, launch_job
 
