@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from wsi_mmm.api import order_run
+from wsi_mmm.api import run_request
 from wsi_mmm.engine.executors.serial import SerialExecutor
 from wsi_mmm.engine.executors.threads import ThreadsExecutor
 from wsi_mmm.engine.plan import forward_units, interpret_units
@@ -58,7 +58,7 @@ def make(request: pytest.FixtureRequest) -> Make:
 @pytest.fixture
 def wanted(tiny_slide: Path, tmp_path: Path) -> RunRequest:
     """A run over a tiny slide in blocks of one tile."""
-    return order_run(str(tiny_slide), output=tmp_path, tasks="nuclei", features=False, block_tiles=2, overlay=False)
+    return run_request(str(tiny_slide), output=tmp_path, tasks="nuclei", features=False, block_tiles=2, overlay=False)
 
 
 @pytest.fixture

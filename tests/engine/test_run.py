@@ -45,7 +45,7 @@ class Pretend:
 def request(output: Path, *names: str) -> tuple[RunRequest, SlidePlan]:
     plan = plan_of(300, 300, 2, 8, 1.0, 0)
     tasks = tuple(replace(plan.slide, id=name, output=f"{output}/{name}") for name in names)
-    return RunRequest(tasks, plan.slide.recipe, str(output), 0, None), plan
+    return RunRequest(tasks, plan.slide.recipe, str(output)), plan
 
 
 def test_a_run_greets_runs_every_slide_and_reports(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 import wsi_mmm
-from wsi_mmm.api import RunReport, order_run
+from wsi_mmm.api import RunReport, run_request
 from wsi_mmm.engine.events import Event, silent
 from wsi_mmm.engine.executors.serial import SerialExecutor
 from wsi_mmm.engine.run import run_slides
@@ -61,7 +61,7 @@ def test_a_cold_and_a_warm_cache_give_the_same_bytes(tiny_slide: Path, quiet_byt
 
 def test_the_serial_executor_gives_the_same_bytes(tiny_slide: Path, quiet_bytes: bytes, tmp_path: Path) -> None:
     """One thread, one unit at a time: the specification that threads and workers are held to."""
-    request = order_run(str(tiny_slide), output=tmp_path, block_tiles=2)
+    request = run_request(str(tiny_slide), output=tmp_path, block_tiles=2)
     [row] = run_slides(request, SerialExecutor(), silent).slides
     assert row.status == "done", row.error
     assert (tmp_path / row.id / "result.geojson.gz").read_bytes() == quiet_bytes

@@ -16,7 +16,7 @@ from wsi_mmm.engine.monitoring.run_report import RunReport, begin_report, outcom
 from wsi_mmm.engine.output_lock import TAKEN, claimed
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.scheduler import schedule
-from wsi_mmm.engine.units import Executor, Placement, SlideTask, UnitResult, WorkUnit
+from wsi_mmm.engine.units import Executor, SlideTask, UnitResult, WorkUnit
 from wsi_mmm.errors import OutputTaken, WsiError
 from wsi_mmm.storage import store
 
@@ -25,15 +25,12 @@ LISTED = 3  # slides of one folder of a bucket from which on the folder is liste
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """A run that has been checked: which slides, by which recipe, to which output, on what."""
+    """A run that has been checked: which slides, by which recipe, to which output."""
 
     tasks: tuple[SlideTask, ...]
     recipe: Recipe
     output: str
-    workers: int
-    scheduler: str | None
     tls: Tls | None = None
-    placement: Placement = "beside"
 
 
 def run_slides(
@@ -73,7 +70,7 @@ def run_slides(
                 hooks.watch(thing)
 
             scheduler = schedule(
-                largest_first(tasks) if able.many_workers else tasks, hooks.listener, request.placement
+                largest_first(tasks) if able.many_workers else tasks, hooks.listener, request.recipe.options.placement
             )
             try:
                 for state in scheduler.run(running, stop, watch):

@@ -7,7 +7,7 @@ the caller's own thread.
     from wsi_mmm.engine.executors.serial import SerialExecutor
     from wsi_mmm.engine.run import run_slides
 
-    run_slides(api.order_run("slide.svs", output="out"), SerialExecutor(), print)
+    run_slides(api.run_request("slide.svs", output="out"), SerialExecutor(), print)
 """
 
 from __future__ import annotations

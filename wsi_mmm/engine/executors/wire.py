@@ -11,11 +11,11 @@ import json
 import threading
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
-from wsi_mmm.engine.recipe import Recipe
+from wsi_mmm.engine.recipe import Recipe, recipe_from_json
 from wsi_mmm.engine.units import PlanResult, SlidePlan, SlideTask, UnitFacts, UnitResult, WorkUnit, pack_tiles
 from wsi_mmm.types import F32, I64, Grid
 
@@ -28,7 +28,7 @@ Find = Callable[[str], str | None]
 
 def recipe_json(recipe: Recipe) -> str:
     """A recipe as JSON; ``recipe_key`` is made from it."""
-    return json.dumps(asdict(recipe), sort_keys=True)
+    return json.dumps(recipe.to_json(), sort_keys=True)
 
 
 def recipe_key(text: str) -> str:
@@ -43,8 +43,7 @@ def load_recipe(key: str, find: Find) -> Recipe:
             text = find(key)
             if text is None:
                 raise LookupError(f"the recipe {key} is not known to the scheduler any more")
-            facts = json.loads(text)
-            _recipes[key] = Recipe(**{**facts, "tasks": tuple(facts["tasks"])})
+            _recipes[key] = recipe_from_json(json.loads(text))
         return _recipes[key]
 
 

@@ -58,11 +58,9 @@ class RunReport:
 
     @property
     def exit_code(self) -> int:
-        """What the command ends with."""
-        good = sum(row.status in ("done", "empty") for row in self.slides)
-        if good == len(self.names):
-            return 3 if self.unsaved else 0
-        return 3 if good or any(row.status == "partial" for row in self.slides) else 4
+        """The exit code of a command that ran this; slides that never ended count as failed."""
+        missing = ["failed"] * (len(self.names) - len(self.slides))
+        return exit_code([*(row.status for row in self.slides), *missing], saved=not self.unsaved)
 
     def add(self, state: SlideState) -> SlideRow:
         """Add the row of a slide that has ended."""
@@ -80,7 +78,7 @@ class RunReport:
     def _write_files(self) -> None:
         self.seconds = time.time() - self.started
         facts = {
-            "wsi_mmm_version": __version__, "versions": versions(), "recipe": self.recipe.public(),
+            "wsi_mmm_version": __version__, "versions": versions(), "recipe": self.recipe.to_json(),
             "recipe_hash": self.recipe.result_hash(),
             "argv": [store.redact(word) for word in sys.argv],
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
@@ -96,7 +94,7 @@ class RunReport:
     def _device_names(self) -> str:
         """What the model ran on; what was asked for when it ran nowhere (all slides resumed, failed or empty)."""
         used = {str(row.extra["device"]) for row in self.rows.values() if row.extra.get("device")}
-        return ", ".join(sorted(used)) or self.recipe.device
+        return ", ".join(sorted(used)) or self.recipe.options.device
 
     def _read_overlays(self) -> dict[str, bytes]:
         """The pictures of at most 200 slides: the page stays one that a browser opens."""
@@ -106,6 +104,13 @@ class RunReport:
             if row.status in ("done", "partial") and store.exists(uri):
                 found[row.id] = store.read_bytes(uri)
         return found
+
+
+def exit_code(statuses: Sequence[str], *, saved: bool = True) -> int:
+    """Return 0 when every slide succeeded (and the report was ``saved``), 4 when every one failed, else 3."""
+    if all(status in ("done", "empty") for status in statuses):
+        return 0 if saved else 3
+    return 4 if all(status == "failed" for status in statuses) else 3
 
 
 def begin_report(output: str, recipe: Recipe, tasks: Iterable[SlideTask]) -> RunReport:

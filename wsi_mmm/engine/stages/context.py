@@ -94,10 +94,10 @@ class UnitContext:
 
     def reader(self, tiles: Tiles) -> Reader:
         """The reader for ``tiles``: the slide's own, or the tile cache in front of it; open until the unit ends."""
-        recipe, caching = self.recipe, None
+        options, caching = self.recipe.options, None
         _ = self.slide  # opening it is timed
-        if recipe.cache is not None and recipe.cache_tiles != "off":
-            caching = TileCaching(recipe.cache, "on" if recipe.cache_tiles == "on" else "auto", recipe.cache_quota)
+        if options.cache is not None and options.cache_tiles != "off":
+            caching = TileCaching(options.cache, "on" if options.cache_tiles == "on" else "auto", options.cache_quota)
         return self._opened.enter_context(open_slides.reader(slide_key(self.task), tiles, caching))
 
     def tile_cache_text(self) -> str:
@@ -137,12 +137,13 @@ def unit_context(unit: WorkUnit, fetches: UnitFetches | None = None) -> Iterator
 
 def slide_key(task: SlideTask) -> SlideKey:
     """What `open_slides` opens for a task."""
-    return SlideKey(task.uri, task.mpp, task.recipe.reader)
+    return SlideKey(task.uri, task.mpp, task.recipe.options.reader)
 
 
 def load_runner(recipe: Recipe) -> Runner:
     """The model of a recipe on its device, loaded once per process by what it is, wherever it lies."""
-    key = (f"{recipe.model_hash}/{recipe.tasks}", recipe.device, recipe.threads, recipe.runtime)
+    options = recipe.options
+    key = (f"{recipe.model_hash}/{recipe.tasks}", options.device, options.threads, options.runtime)
     with timed("prepare"), _loading:
         if key not in _runners:
             _runners[key] = _make_runner(recipe)
@@ -162,9 +163,10 @@ def _make_runner(recipe: Recipe) -> Runner:
         model = load_encoder(recipe.model, weights=recipe.weights)
     else:
         model = load_model(_local_model(recipe))
+    options = recipe.options
     quantise = {task.info.name: task.quantise for task in recipe_tasks(recipe)}
     runner = Runner(
-        model, device=recipe.device, threads=recipe.threads, quantise=quantise, runtime=recipe.runtime, tune=True,
+        model, device=options.device, threads=options.threads, quantise=quantise, runtime=options.runtime, tune=True,
         cache=_user_cache(recipe),
     )  # fmt: skip
     runner.warm_up(recipe.tile, recipe.tasks)

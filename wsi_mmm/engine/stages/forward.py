@@ -37,7 +37,7 @@ def read_tiles(ctx: UnitContext) -> Batch | None:
 
 def is_computed(ctx: UnitContext) -> bool:
     """Return whether the cache holds the values of all tiles of the block."""
-    found = None if ctx.recipe.force else ctx.cache.receipt(block_name(ctx.unit.block))
+    found = None if ctx.recipe.options.force else ctx.cache.receipt(block_name(ctx.unit.block))
     return bool(found and found.get("tiles") == ctx.unit.tiles.hex() and not found.get("failed"))
 
 
@@ -53,7 +53,7 @@ def write_values(ctx: UnitContext, batch: Batch, output: RunOutput) -> ForwardRe
     failed = tuple((int(x), int(y), width, height) for x, y in batch.xy[batch.failed])
     with ctx.step("write"):
         cache = ctx.cache
-        if ctx.recipe.features or any(task.scope == "bag" for task in ctx.tasks):
+        if ctx.recipe.options.features or any(task.scope == "bag" for task in ctx.tasks):
             cache.write_block(features_spec(output.features.shape[1]), batch.index, output.features)
         for name, values in output.maps.items():
             cache.write_block(ArraySpec(f"maps/{name}", values.shape[1:], "uint8"), batch.index, values)

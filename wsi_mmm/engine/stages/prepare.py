@@ -25,19 +25,19 @@ def prepare(ctx: UnitContext) -> SlidePlan | SlideSummary:
     if task.error:
         raise ManifestError(task.error)
     workdir.remove_half_written(task)
-    if recipe.force:
+    if recipe.options.force:
         workdir.remove_scratch(task)
     slide = ctx.slide
     task = replace(task, reader=slide.info.reader)
-    done = None if recipe.force else published_before(task, slide.info.fingerprint)
+    done = None if recipe.options.force else published_before(task, slide.info.fingerprint)
     if done is not None:
         if not store.exists(workdir.plan_uri(task)):
             workdir.remove_scratch(task)  # left behind when a run ended while it tidied up
         return done
     slide.scale(recipe.mpp)  # explains what to do when the slide has no mpp
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
-    mask = tissue_mask(slide, task.mask or recipe.tissue)
-    index = select_tiles(grid, mask, min_tissue=recipe.min_tissue)
+    mask = tissue_mask(slide, task.mask or recipe.options.tissue)
+    index = select_tiles(grid, mask, min_tissue=recipe.options.min_tissue)
     if (regions := regions_of_interest(task)) is not None:
         index = index[regions.touched(tile_boxes(grid, index))]
     plan = _make_plan(ctx, task, index, tissue_share(grid, mask, index))
@@ -54,8 +54,8 @@ def _make_plan(ctx: UnitContext, task: SlideTask, index: I64, share: F32) -> Sli
     recipe, info = ctx.recipe, ctx.slide.info
     grid = make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     tasks = [t for t in ctx.tasks if t.scope == "pixel"]
-    root = recipe.cache or store.join(task.scratch, "cache")
-    name = recipe.forward_hash(device_kind(recipe.device), (grid.scale_x, grid.scale_y), task.reader)
+    root = recipe.options.cache or store.join(task.scratch, "cache")
+    name = recipe.forward_hash(device_kind(recipe.options.device), (grid.scale_x, grid.scale_y), task.reader)
     return SlidePlan(
         task, info, grid, index, share, store.join(root, info.fingerprint, name),
         halo=max([t.halo for t in tasks], default=0),
@@ -82,13 +82,13 @@ def published_before(task: SlideTask, fingerprint: str) -> SlideSummary | None:
 
 def regions_of_interest(task: SlideTask) -> Regions | None:
     """The regions that a run is restricted to, or None. Raises AnnotationError, OptionError, StorageError."""
-    where = task.recipe.regions
+    where = task.recipe.options.regions
     return regions_of(store.read_bytes(where), store.redact(where)) if where else None
 
 
 def region_hash(task: SlideTask) -> str:
     """Hash of the files that restrict a run to a part of the slide; empty when there is none."""
-    where = task.mask or task.recipe.tissue
+    where = task.mask or task.recipe.options.tissue
     files = [] if where in ("auto", "none") else [where]
-    files += [task.recipe.regions] if task.recipe.regions else []
+    files += [task.recipe.options.regions] if task.recipe.options.regions else []
     return "+".join(hashlib.sha256(store.read_bytes(file)).hexdigest()[:32] for file in files)

@@ -61,13 +61,13 @@ def publish(ctx: UnitContext) -> SlideSummary:
     if task.recipe.tasks:
         regions = regions_of_interest(task)
         _write_geojson(ctx, plan, tables, done, picture, regions)
-        if task.recipe.overlay:
+        if task.recipe.options.overlay:
             done.files["overlay"] = _write_file(task, "overlay.png", _draw_overlay(ctx, plan, picture, done, regions))
     table = _tiles_table(ctx, plan, tables, failed, done.answers)
     done.files["tiles"] = _write_file(task, "tiles.parquet", table)
-    if task.recipe.features and len(plan.index):
+    if task.recipe.options.features and len(plan.index):
         done.files["features"] = _write_features(ctx, plan)
-    if task.recipe.save_maps:
+    if task.recipe.options.save_maps:
         done.files["maps"] = _write_maps(ctx, plan)
         for name, shares in done.answers.attention.items():
             image = attention_png(slide.thumbnail(THUMBNAIL), plan.grid, plan.index, shares)
@@ -93,12 +93,12 @@ def _write_geojson(
 ) -> None:
     task = plan.slide
     found = [t for t in ctx.tasks if t.scope != "bag"]
-    name = "result.geojson.gz" if task.recipe.gzip else "result.geojson"
+    name = "result.geojson.gz" if task.recipe.options.gzip else "result.geojson"
     regions = {t.info.name: _merge_regions(t, plan) for t in found if t.info.dissolves}
     counts = {name: len(objects) for name, objects in regions.items()}
     with published_file(store.join(task.output, name)) as path:
         with GeoJSONWriter(
-            path, plan.info.fingerprint, [t.info for t in found], task.recipe.gzip, counts=counts
+            path, plan.info.fingerprint, [t.info for t in found], task.recipe.options.gzip, counts=counts
         ) as writer:
             for t in found:
                 before = writer.written
@@ -219,7 +219,7 @@ def _tile_rectangles(task: Task, plan: SlidePlan, values: Values) -> Objects:
 def _shift_to_bounds(objects: Objects, plan: SlidePlan) -> Objects:
     """Shifted into QuPath's cropped frame when the recipe asks for it."""
     info = plan.info
-    if not plan.slide.recipe.bounds_offset or not (info.bounds_x or info.bounds_y):
+    if not plan.slide.recipe.options.bounds_offset or not (info.bounds_x or info.bounds_y):
         return objects
     return replace(objects, coords=objects.coords - np.array([info.bounds_x, info.bounds_y], np.float64))
 
