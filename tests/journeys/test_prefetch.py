@@ -35,7 +35,8 @@ class Watched:
 
     def fetch(self, reader: TiffReader, tiles: Sequence[Tiles]) -> Fetched:
         if not threading.current_thread().name.startswith("wsi-mmm-fetch"):
-            self.alone += 1
+            with self.lock:
+                self.alone += 1
             return self.whole(reader, tiles)
         with self.lock:
             self.fetches, self.blocks, self.now = self.fetches + 1, self.blocks + len(tiles), self.now + 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsi_mmm.cache import Entry
+from wsi_mmm.cache import CacheEntry
 from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.units import SlideTask, UnitFacts, WorkUnit
@@ -37,7 +37,7 @@ _loading = threading.Lock()  # of its own: slides are opened and their tissue is
 _runners: dict[tuple[str, str, int | None, str], Runner] = {}
 _models: dict[tuple[str, str], str] = {}
 _tasks: dict[tuple[str, str, tuple[str, ...]], list[Task]] = {}
-_entries: OrderedDict[tuple[str, int], Entry] = OrderedDict()
+_entries: OrderedDict[tuple[str, int], CacheEntry] = OrderedDict()
 
 
 UnitFetches = Prefetcher[WorkUnit, Fetched | None]
@@ -78,7 +78,7 @@ class UnitContext:
         return self._slide
 
     @property
-    def cache(self) -> Entry:
+    def cache(self) -> CacheEntry:
         """The cache entry that holds the values of the slide."""
         return cache_entry(self.unit.entry, self.grid, self.recipe.block_tiles)
 
@@ -214,12 +214,12 @@ def recipe_tasks(recipe: Recipe) -> list[Task]:
     return _tasks[key]
 
 
-def cache_entry(uri: str, grid: Grid, block: int) -> Entry:
+def cache_entry(uri: str, grid: Grid, block: int) -> CacheEntry:
     """The cache entry at ``uri``, its arrays opened once per process; those used longest ago are forgotten."""
     key = (uri, block)
     with _lock:
         if key not in _entries:
-            _entries[key] = Entry(uri, grid.rows, grid.columns, block)
+            _entries[key] = CacheEntry(uri, grid.rows, grid.columns, block)
         _entries.move_to_end(key)
         while len(_entries) > KEPT_ENTRIES:
             _entries.popitem(last=False)

@@ -37,7 +37,7 @@ def read_tiles(ctx: UnitContext) -> Batch | None:
 
 def is_computed(ctx: UnitContext) -> bool:
     """Return whether the cache holds the values of all tiles of the block."""
-    found = None if ctx.recipe.options.force else ctx.cache.receipt(block_name(ctx.unit.block))
+    found = None if ctx.recipe.options.force else ctx.cache.block_record(block_name(ctx.unit.block))
     return bool(found and found.get("tiles") == ctx.unit.tiles.hex() and not found.get("failed"))
 
 
@@ -59,7 +59,7 @@ def write_values(ctx: UnitContext, batch: Batch, output: RunOutput) -> ForwardRe
             cache.write_block(ArraySpec(f"maps/{name}", values.shape[1:], "uint8"), batch.index, values)
         for name, values in output.tables.items():
             cache.write_block(ArraySpec(f"tables/{name}", values.shape[1:], str(values.dtype)), batch.index, values)
-        cache.put_receipt(block_name(ctx.unit.block), {"tiles": ctx.unit.tiles.hex(), "failed": failed})
+        cache.write_block_record(block_name(ctx.unit.block), {"tiles": ctx.unit.tiles.hex(), "failed": failed})
     return ForwardResult(
         ctx.facts(), len(batch.index), failed, device=str(ctx.runner.device), encoder=json.dumps(ctx.runner.facts()),
         tile_cache=ctx.tile_cache_text(),
