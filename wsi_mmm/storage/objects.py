@@ -111,7 +111,7 @@ def write(uri: str, data: bytes) -> None:
 
     def put_object() -> None:
         with translate_errors(uri, writing=True):
-            load_obstore().put_object(store, path, data, use_multipart=False)
+            load_obstore().put(store, path, data, use_multipart=False)
 
     retry_transient(put_object)
 
