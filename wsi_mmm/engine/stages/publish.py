@@ -61,12 +61,12 @@ def publish(unit: WorkUnit) -> UnitResult:
         if task.recipe.tasks:
             regions = asked_regions(task)
             _geojson(plan, tables, done, picture, regions)
-            if task.recipe.overlay:
+            if task.recipe.options.overlay:
                 done.files["overlay"] = _write(task, "overlay.png", _overlay(plan, picture, done, regions))
         done.files["tiles"] = _write(task, "tiles.parquet", _tiles(plan, tables, failed, done.answers))
-        if task.recipe.features and len(plan.index):
+        if task.recipe.options.features and len(plan.index):
             done.files["features"] = _features(plan, unit)
-        if task.recipe.save_maps:
+        if task.recipe.options.save_maps:
             done.files["maps"] = _maps(plan, unit)
             for name, shares in done.answers.attention.items():
                 drawn = attention_png(slide.thumbnail(THUMBNAIL), plan.grid, plan.index, shares)
@@ -104,12 +104,12 @@ def _geojson(
 ) -> None:
     task = plan.slide
     found = [t for t in context.tasks_of(task.recipe) if t.scope != "bag"]
-    name = "result.geojson.gz" if task.recipe.gzip else "result.geojson"
+    name = "result.geojson.gz" if task.recipe.options.gzip else "result.geojson"
     regions = {t.info.name: _regions(t, plan) for t in found if t.info.dissolves}
     counts = {name: len(objects) for name, objects in regions.items()}
     with published_file(store.join(task.output, name)) as path:
         with GeoJSONWriter(
-            path, plan.info.fingerprint, [t.info for t in found], task.recipe.gzip, counts=counts
+            path, plan.info.fingerprint, [t.info for t in found], task.recipe.options.gzip, counts=counts
         ) as writer:
             for t in found:
                 before = writer.written
@@ -224,7 +224,7 @@ def _squares(task: Task, plan: SlidePlan, values: Values) -> Objects:
 def _placed(objects: Objects, plan: SlidePlan) -> Objects:
     """Shifted into QuPath's cropped frame when the recipe asks for it."""
     info = plan.info
-    if not plan.slide.recipe.bounds_offset or not (info.bounds_x or info.bounds_y):
+    if not plan.slide.recipe.options.bounds_offset or not (info.bounds_x or info.bounds_y):
         return objects
     return replace(objects, coords=objects.coords - np.array([info.bounds_x, info.bounds_y], np.float64))
 
