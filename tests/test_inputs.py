@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from wsi_mmm import inputs
 from wsi_mmm.config import SlideSpec
-from wsi_mmm.errors import InputError, ManifestError, RecipeError, SlideNotFound
+from wsi_mmm.errors import InputError, ManifestError, OptionError, SlideNotFound
 from wsi_mmm.inputs import expand_inputs, read_manifest, safe_id, unique_specs
 
 
@@ -236,5 +236,5 @@ def test_a_resolution_for_all_yields_to_the_manifest(tmp_path: Path) -> None:
     """``mpp`` is for the slides of which the manifest says nothing."""
     specs = expand_inputs([manifest(tmp_path, "slide,mpp\na.svs,0.25\nb.svs,\n")], mpp=0.5)
     assert [spec.mpp for spec in specs] == [0.25, 0.5]
-    with pytest.raises(RecipeError):
+    with pytest.raises(OptionError):
         expand_inputs(["a.svs"], mpp=float("nan"))

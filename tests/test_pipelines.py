@@ -19,7 +19,7 @@ from shapely.geometry import box
 
 from helpers.lessons import MODEL, geojson, save
 from wsi_mmm import api
-from wsi_mmm.errors import InputError, RecipeError
+from wsi_mmm.errors import ConfigError, InputError
 from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.training.config import parse
 
@@ -193,7 +193,7 @@ def test_features_of_another_encoder_are_refused(slides: Path, tmp_path: Path) -
                        facts)  # fmt: skip
     raw = recipe("slide_bags.toml")
     settings = [f"data.bags.features={tmp_path}/{{slide}}/features.zarr", f"data.bags.slides.table={slides}/slides.csv"]
-    with pytest.raises(RecipeError, match=r"holds vectors of 7 numbers, the model makes 224: give the encoder"):
+    with pytest.raises(ConfigError, match=r"holds vectors of 7 numbers, the model makes 224: give the encoder"):
         api.prepare_training(raw, settings)
 
 

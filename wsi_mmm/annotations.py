@@ -6,16 +6,15 @@ and ASAP XML, plain, gzipped or zipped. What a file is, is decided by its bytes,
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import geojson
 import numpy as np
 import shapely
 from shapely.geometry import MultiPolygon, Polygon, shape
@@ -53,8 +52,8 @@ class Dot:
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """What a file holds: its polygons in file order, how many objects were no polygon, how many had to be repaired,
-    and the points among those that were none."""
+    """The contents of a file: its polygons in file order, the number of objects that were no polygon (``skipped``), of
+    polygons that had to be repaired, and the points among the objects that were none."""
 
     items: tuple[Shape, ...]
     skipped: int = 0
@@ -100,32 +99,19 @@ def parse_shapes(data: bytes, name: str, values: Sequence[str] = ()) -> Shapes:
     data = unpacked(data, name, _ENDINGS, AnnotationError).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not data:
         raise AnnotationError(f"{name}: the file is empty: export the annotations again")
-    with _no_collection():
-        found = _xml_objects(data, name) if data.startswith(b"<") else _geojson_objects(data, name, values)
-        return _shapes(found, name)
+    found = _xml_objects(data, name) if data.startswith(b"<") else _geojson_objects(data, name, values)
+    return _collect_shapes(found, name)
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Looking for garbage among millions of lists that are all in use is more than half of parsing."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
-
-
-def _shapes(found: Sequence[_Found], name: str) -> Shapes:
+def _collect_shapes(found: Sequence[_Found], name: str) -> Shapes:
     """Valid polygons, points, and what had to be left out."""
     polygons = np.array([one.polygon for one in found], object)
-    _check_places(polygons, found, name)
+    _check_extent(polygons, found, name)
     fine = shapely.is_valid(polygons) & (shapely.area(polygons) > 0)
     items, dots, skipped, repaired = [], [], 0, 0
     for one, good in zip(found, fine.tolist(), strict=True):
         dots += [Dot(x, y, one.class_name, one.values) for x, y in one.dots]
-        valid = one.polygon if good else _polygons(one.polygon)
+        valid = one.polygon if good else _valid_polygon(one.polygon)
         if valid is None:
             skipped += 1
             continue
@@ -134,7 +120,7 @@ def _shapes(found: Sequence[_Found], name: str) -> Shapes:
     return Shapes(tuple(items), skipped, repaired, tuple(dots))
 
 
-def _check_places(polygons: Any, found: Sequence[_Found], name: str) -> None:
+def _check_extent(polygons: Any, found: Sequence[_Found], name: str) -> None:
     """AnnotationError for what lies where no slide is: drawing it would take memory without bound."""
     reach = np.abs(shapely.bounds(polygons)).max(axis=1, initial=0.0)  # NaN for what is no polygon
     far = np.flatnonzero(reach > MAX_COORDINATE).tolist()
@@ -147,8 +133,8 @@ def shape_at(shapes: Shapes, points: F64) -> I64:
     """int64[n]: number of the first shape that holds each of ``points`` float64[n, 2] (x, y level-0 px); -1: none."""
     found = np.full(len(points), len(shapes), np.int64)
     tree = shapely.STRtree([item.geometry for item in shapes])
-    which, number = tree.query(shapely.points(points), predicate="intersects")
-    np.minimum.at(found, which, number)
+    asked, number = tree.query(shapely.points(points), predicate="intersects")
+    np.minimum.at(found, asked, number)
     return np.where(found < len(shapes), found, -1)
 
 
@@ -161,11 +147,11 @@ def rasterise(shapes: Shapes, size: tuple[int, int], *, scale_x: float, scale_y:
     for item in shapes:
         scaled = shapely.transform(item.geometry, lambda xy: xy / (scale_x, scale_y))
         for part in shapely.get_parts(scaled):
-            _fill(mask, part)
+            _fill_polygon(mask, part)
     return mask
 
 
-def _fill(mask: Mask, polygon: Polygon) -> None:
+def _fill_polygon(mask: Mask, polygon: Polygon) -> None:
     x0, y0, x1, y1 = (math.floor(side) for side in polygon.bounds)
     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1 + 1, mask.shape[1]), min(y1 + 1, mask.shape[0])
     if x1 <= x0 or y1 <= y0:
@@ -173,9 +159,9 @@ def _fill(mask: Mask, polygon: Polygon) -> None:
     window = mask[y0:y1, x0:x1]
     inside = np.zeros(window.shape, bool)
     # Pixel k is centred at k + 0.5 in these coordinates, and at k for skimage.
-    inside[_interior(polygon.exterior, x0, y0, window.shape)] = True
+    inside[_ring_pixels(polygon.exterior, x0, y0, window.shape)] = True
     for hole in polygon.interiors:
-        inside[_interior(hole, x0, y0, window.shape)] = False
+        inside[_ring_pixels(hole, x0, y0, window.shape)] = False
     window |= inside
     near = shapely.clip_by_rect(polygon.boundary, x0, y0, x1, y1)  # what lies outside takes no memory
     edge = shapely.get_coordinates(shapely.segmentize(near, 0.5)) - (x0, y0)
@@ -184,12 +170,12 @@ def _fill(mask: Mask, polygon: Polygon) -> None:
     window[y[keep], x[keep]] = True
 
 
-def _interior(ring: Any, x0: int, y0: int, size: tuple[int, int]) -> tuple[Any, ...]:
+def _ring_pixels(ring: Any, x0: int, y0: int, size: tuple[int, int]) -> tuple[Any, ...]:
     xy: F64 = shapely.get_coordinates(ring) - (x0 + 0.5, y0 + 0.5)
     return tuple(fill_polygon(xy[:, 1], xy[:, 0], size))  # type: ignore[no-untyped-call]
 
 
-def _polygons(geometry: Any) -> Polygon | MultiPolygon | None:
+def _valid_polygon(geometry: Any) -> Polygon | MultiPolygon | None:
     """``geometry`` itself when it is a valid polygon with area, its repaired polygon parts, or None."""
     if geometry is None or geometry.geom_type not in ("Polygon", "MultiPolygon") or geometry.is_empty:
         return None
@@ -205,7 +191,7 @@ def _polygons(geometry: Any) -> Polygon | MultiPolygon | None:
 
 def _geojson_objects(data: bytes, name: str, values: Sequence[str]) -> list[_Found]:
     """Every feature of a GeoJSON."""
-    features = _features(parsed_json(data, name, AnnotationError, "neither GeoJSON nor XML"), name)
+    features = _feature_list(parsed_json(data, name, AnnotationError, "neither GeoJSON nor XML"), name)
     if len(features) > MAX_OBJECTS:
         raise AnnotationError(f"{name}: more than {MAX_OBJECTS:,} objects: split it")
     for number, feature in enumerate(features):
@@ -215,10 +201,10 @@ def _geojson_objects(data: bytes, name: str, values: Sequence[str]) -> list[_Fou
     made = _plain_polygons(geometries)
     found = []
     for number, (feature, geometry) in enumerate(zip(features, geometries, strict=True)):
-        polygon = made[number] if number in made else _geometry(geometry, f"{name}: feature {number}")
+        polygon = made[number] if number in made else _read_geometry(geometry, f"{name}: feature {number}")
         properties = feature.get("properties")
-        numbers = tuple(_number(properties, key) for key in values)
-        found.append(_Found(polygon, _dots(geometry), _class_name(properties), numbers))
+        numbers = tuple(_read_number(properties, key) for key in values)
+        found.append(_Found(polygon, _finite_points(geometry), _class_name(properties), numbers))
     return found
 
 
@@ -247,30 +233,30 @@ def _one_ring(geometry: Any) -> list[Any] | None:
     return rings[0]
 
 
-def _dots(geometry: Any) -> tuple[tuple[float, float], ...]:
+def _finite_points(geometry: Any) -> tuple[tuple[float, float], ...]:
     """The points of a Point or MultiPoint that have two finite numbers; others are skipped."""
     kind = geometry.get("type") if isinstance(geometry, dict) else None
     if kind not in ("Point", "MultiPoint"):
         return ()
     found = geometry.get("coordinates")
     points = [found] if kind == "Point" else found if isinstance(found, list) else []
-    pairs = [(_float(one[0]), _float(one[1])) for one in points if isinstance(one, list) and len(one) >= 2]
+    pairs = [(_to_float(one[0]), _to_float(one[1])) for one in points if isinstance(one, list) and len(one) >= 2]
     return tuple(pair for pair in pairs if all(map(math.isfinite, pair)))
 
 
-def _number(properties: Any, key: str) -> float:
+def _read_number(properties: Any, key: str) -> float:
     """A property of that name, or a measurement (an object, or QuPath's older list of name and value); else NaN."""
     if not isinstance(properties, dict):
         return math.nan
     if key in properties:
-        return _float(properties[key])
+        return _to_float(properties[key])
     measurements = properties.get("measurements")
     if isinstance(measurements, list):
         measurements = {one.get("name"): one.get("value") for one in measurements if isinstance(one, dict)}
-    return _float(measurements.get(key)) if isinstance(measurements, dict) else math.nan
+    return _to_float(measurements.get(key)) if isinstance(measurements, dict) else math.nan
 
 
-def _float(value: Any) -> float:
+def _to_float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -279,7 +265,7 @@ def _float(value: Any) -> float:
         return math.inf
 
 
-def _features(root: Any, name: str) -> list[Any]:
+def _feature_list(root: Any, name: str) -> list[Any]:
     if isinstance(root, list):
         return root
     kind = root.get("type") if isinstance(root, dict) else None
@@ -294,25 +280,35 @@ def _features(root: Any, name: str) -> list[Any]:
     raise AnnotationError(f"{name}: JSON, but no FeatureCollection, Feature or array of Features: export it as GeoJSON")
 
 
-def _geometry(geometry: Any, where: str) -> Any:
+def _read_geometry(geometry: Any, where: str) -> Any:
     """A shapely geometry, or None for what is no polygon (points, lines, rings of fewer than three points)."""
     if geometry is None or (isinstance(geometry, dict) and geometry.get("type") not in ("Polygon", "MultiPolygon")):
         return None
     try:
-        if _degenerate(geometry):
+        if _is_degenerate(geometry):
             return None
         with np.errstate(invalid="ignore"):  # not finite: said below
             made = shape(geometry)
         finite = bool(np.isfinite(shapely.get_coordinates(made)).all())
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, shapely.errors.ShapelyError) as error:
-        raise AnnotationError(f"{where} has coordinates of no polygon ({error}): correct or remove it") from error
+        broken = _broken_rule(geometry) or error
+        raise AnnotationError(f"{where} has coordinates of no polygon ({broken}): correct or remove it") from error
     if not finite:
         raise AnnotationError(f"{where} has a coordinate that is not a finite number: correct or remove it")
     return made
 
 
-def _degenerate(geometry: Any) -> bool:
-    """Whether the exterior of a Polygon has fewer than three points: what one click in a viewer leaves behind."""
+def _broken_rule(geometry: Any) -> str:
+    """The rule of GeoJSON that a Polygon or MultiPolygon breaks, as the geojson library puts it; "": none."""
+    try:
+        made = getattr(geojson, geometry["type"])(geometry["coordinates"])
+        return str(made.errors() or "")[:200]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return str(error)[:200]
+
+
+def _is_degenerate(geometry: Any) -> bool:
+    """True if the exterior of a Polygon has fewer than three points: what one click in a viewer leaves behind."""
     coordinates = geometry["coordinates"]
     if geometry["type"] != "Polygon" or not isinstance(coordinates, list):
         return False
@@ -338,10 +334,10 @@ def _xml_objects(data: bytes, name: str) -> list[_Found]:
         raise AnnotationError(f"{name}: XML that cannot be parsed ({error}): export the annotations again") from error
     if root.tag != "ASAP_Annotations":
         raise AnnotationError(f"{name}: XML, but not of ASAP (<{root.tag}>): convert it to GeoJSON")
-    return [_asap(annotation, f"{name}: annotation {n}") for n, annotation in enumerate(root.iter("Annotation"))]
+    return [_asap_object(annotation, f"{name}: annotation {n}") for n, annotation in enumerate(root.iter("Annotation"))]
 
 
-def _asap(annotation: ET.Element, where: str) -> _Found:
+def _asap_object(annotation: ET.Element, where: str) -> _Found:
     group, kind = annotation.get("PartOfGroup"), annotation.get("Type")
     group = None if group == "None" else group
     drawn = kind in ("Polygon", "Spline", "Rectangle")

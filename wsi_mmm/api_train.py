@@ -42,7 +42,7 @@ def train(
         A Trained: ``.model`` (the folder that ``run`` takes), ``.val`` and ``.test`` (task -> metric -> figure).
 
     Raises:
-        RecipeError, InputError: before anything is learnt. NotFinite: a loss became NaN. OutputError: the disk is full.
+        OptionError, InputError: before anything is learnt. NotFinite: a loss became NaN. OutputError: the disk is full.
         Cancelled: on Ctrl-C, after a checkpoint.
     """
     from wsi_mmm.training import job
@@ -88,7 +88,7 @@ def train_fractions(
         A Curve: ``.rows()`` (percent, items, mean, deviation, values), ``.files``, ``.notes``.
 
     Raises:
-        as `train`; RecipeError when a folder holds a training of another configuration.
+        as `train`; OptionError when a folder holds a training of another configuration.
     """
     from wsi_mmm.training import fractions, job
 

@@ -1,12 +1,11 @@
-"""What the user asked for: one slide, settings files and the environment.
+"""One slide as a user names it, settings files and the environment.
 
-This is the only reader of TOML and of environment variables in the package (what object stores need excepted: it
-is read where the object store is opened, and nowhere else). Nothing is read at import time.
+This is the only module that reads TOML and environment variables, except that object stores read their own where they
+are opened. Nothing is read at import time.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import tomllib
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,45 +34,23 @@ class SlideSpec:
     error: str = ""
 
 
-def positive_mpp(value: str | float) -> float:
-    """``value`` as micrometres per pixel; RecipeError unless it is a finite number above zero."""
-    try:
-        mpp = float(value)
-    except ValueError as error:
-        raise RecipeError(f"mpp {value!r} is not a number; give micrometres per pixel, such as 0.25") from error
-    if not math.isfinite(mpp) or mpp <= 0:
-        raise RecipeError(f"mpp {value} is not possible; give micrometres per pixel above zero, such as 0.25")
-    return mpp
-
-
-def mpp_of(mpp: float | None, mag: float | None) -> float | None:
-    """The resolution asked for, given as ``mpp`` or as a nominal magnification (10 / magnification: 20x is 0.5 mpp)."""
-    if mag is None:
-        return mpp if mpp is None else positive_mpp(mpp)
-    if mpp is not None:
-        raise RecipeError("give --mpp or --mag, not both")
-    if not math.isfinite(mag) or mag <= 0:
-        raise RecipeError(f"magnification {mag} is not possible; give a number above zero, such as 20")
-    return 10.0 / mag
-
-
 def read_toml(path: str | Path) -> dict[str, object]:
-    """What a TOML file says; RecipeError when there is none, or what is wrong with it."""
+    """Return the contents of a TOML file; ConfigError when it is missing or cannot be read."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RecipeError(f"no settings file at {path}") from error
+        raise ConfigError(f"no settings file at {path}") from error
     except (OSError, RecursionError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path} is not a readable TOML file ({error})") from error
+        raise ConfigError(f"{path} is not a readable TOML file ({error})") from error
 
 
 def read_settings(path: str | Path, known: Iterable[str]) -> dict[str, object]:
-    """A flat TOML file of options; RecipeError names an unknown option or what is wrong with the file."""
+    """Return the options of a flat TOML file; ConfigError names an unknown option or the fault of the file."""
     settings = read_toml(path)
     names = sorted(known)
     unknown = sorted(set(settings) - set(names))
     if unknown:
-        raise RecipeError(f"{path}: unknown option {unknown[0]!r}; options are {', '.join(names)}")
+        raise ConfigError(f"{path}: unknown option {unknown[0]!r}; options are {', '.join(names)}")
     return settings
 
 
@@ -146,20 +123,20 @@ class EmpaiaJob:
 
 
 def empaia_job(environ: Mapping[str, str] | None = None) -> EmpaiaJob:
-    """The job that the ``EMPAIA_...`` variables name: APP_API, JOB_ID, TOKEN; RecipeError names what is wrong."""
+    """The job that the ``EMPAIA_...`` variables name: APP_API, JOB_ID, TOKEN; ConfigError names what is wrong."""
     source = os.environ if environ is None else environ
     names = ("EMPAIA_APP_API", "EMPAIA_JOB_ID", "EMPAIA_TOKEN")
     values = [source.get(name, "").strip() for name in names]
     missing = [name for name, value in zip(names, values, strict=True) if not value]
     if missing:
-        raise RecipeError(f"{missing[0]} is not set; the EMPAIA platform sets it when it starts an app")
+        raise ConfigError(f"{missing[0]} is not set; the EMPAIA platform sets it when it starts an app")
     api, job_id, token = values
     if urlsplit(api).scheme not in ("http", "https") or "@" in urlsplit(api).netloc or not urlsplit(api).netloc:
-        raise RecipeError("EMPAIA_APP_API is no http(s) address without a login")
+        raise ConfigError("EMPAIA_APP_API is no http(s) address without a login")
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", job_id):
-        raise RecipeError("EMPAIA_JOB_ID is no id of a job")
+        raise ConfigError("EMPAIA_JOB_ID is no id of a job")
     if not re.fullmatch(r"[!-~]+", token):
-        raise RecipeError("EMPAIA_TOKEN holds characters that no token has")
+        raise ConfigError("EMPAIA_TOKEN holds characters that no token has")
     return EmpaiaJob(api.rstrip("/"), job_id, token)
 
 

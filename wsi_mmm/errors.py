@@ -3,18 +3,22 @@
 ::
 
     WsiError                     base: one readable line that names the fix
-    ├── InputError               what the user gave cannot be used
-    │   ├── SlideNotFound        nothing at that URI
-    │   ├── NotASlide            the bytes are no slide that any reader knows
+    ├── InputError               something that the user gave cannot be used
+    │   ├── SlideNotFound        a slide was to be opened and nothing is at its URI
+    │   ├── NotASlide            no reader knows the format of the bytes
     │   ├── SlideDamaged         a slide, but truncated or inconsistent
     │   ├── MppUnknown           the slide does not say its resolution
     │   ├── ManifestError        a row or column of a manifest is wrong
-    │   ├── AnnotationError      GeoJSON or XML that cannot be read as shapes
-    │   ├── RecipeError          an option or a combination of options is wrong (mpp, tile size, unknown task)
+    │   ├── AnnotationError      annotations, regions or a tissue mask cannot be used
+    │   ├── OptionError          an option, an argument or a combination of them is wrong
+    │   ├── ConfigError          a settings or training file, or an environment variable, is wrong
     │   └── JobError             a job of the EMPAIA platform cannot be done as asked; worded for a pathologist
     ├── StorageError             fetching or writing bytes failed
+    │   ├── NotFound             no object at that URI
+    │   ├── TransientError       a failure that may pass; ``cause`` says why
     │   ├── SlideChanged         the object changed while it was read
     │   └── OutputError          the output cannot be written (permission, disk full)
+    │       └── OutputTaken      another run is working on the same output
     ├── ModelError               a model file is missing, broken or does not fit
     ├── MissingPackage           an optional package is needed and not installed
     ├── ClusterError             the scheduler, its workers or another rank cannot do the work
@@ -28,21 +32,23 @@ The text of an error never holds a secret: URIs are shown without credentials or
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 
 class WsiError(Exception):
     """Base of the tree. ``str(error)`` is one line a user can act on."""
 
 
 class InputError(WsiError):
-    """What the user gave cannot be used."""
+    """Something that the user gave cannot be used."""
 
 
 class SlideNotFound(InputError):
-    """Nothing can be read at that URI."""
+    """A slide was to be opened, and there is nothing at its URI."""
 
 
 class NotASlide(InputError):
-    """The bytes are no slide that any reader knows."""
+    """No reader knows the format of the bytes."""
 
 
 class SlideDamaged(InputError):
@@ -58,11 +64,15 @@ class ManifestError(InputError):
 
 
 class AnnotationError(InputError):
-    """An annotation file cannot be read as shapes."""
+    """Annotations, regions or a tissue mask cannot be used."""
 
 
-class RecipeError(InputError):
-    """An option, or a combination of options, is wrong."""
+class OptionError(InputError):
+    """An option, an argument or a combination of them is wrong."""
+
+
+class ConfigError(InputError):
+    """A settings or training file, or an environment variable, is wrong."""
 
 
 class JobError(InputError):
@@ -70,9 +80,34 @@ class JobError(InputError):
 
 
 class StorageError(WsiError):
-    """Fetching or writing bytes failed. ``passing``: the same may succeed in a minute (the network, a busy server)."""
+    """Fetching or writing bytes failed."""
 
-    passing = False
+
+class NotFound(StorageError):
+    """There is no object at that URI."""
+
+
+class TransientCause(StrEnum):
+    """Why a request failed that may succeed later."""
+
+    UNREACHABLE = "unreachable"  # no connection, or the name cannot be resolved
+    TIMEOUT = "timeout"
+    SHORT_ANSWER = "short answer"  # the body ended early
+    BROKEN_CONNECTION = "broken connection"
+    OVERLOADED = "overloaded"  # 502, 503, 504
+    TOO_MANY_REQUESTS = "too many requests"  # 429
+    SERVER_ERROR = "server error"  # 500 and the rest of 5xx
+
+
+class TransientError(StorageError):
+    """A failure that may pass (the network, a busy server). Retry rules look at ``cause``, never at the text."""
+
+    def __init__(self, text: str, cause: TransientCause) -> None:
+        super().__init__(text, cause)  # both, so that it can be pickled
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class SlideChanged(StorageError):
@@ -100,7 +135,7 @@ class ClusterError(WsiError):
 
 
 class PlatformError(WsiError):
-    """The EMPAIA platform refused something, or does not answer. ``status``: of HTTP; 0: there was no answer."""
+    """The EMPAIA platform refused something, or does not answer. ``status``: the HTTP status; 0 without an answer."""
 
     status = 0
 

@@ -14,8 +14,9 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from wsi_mmm.config import SlideSpec, positive_mpp
-from wsi_mmm.errors import InputError, ManifestError, RecipeError, SlideNotFound, StorageError
+from wsi_mmm.config import SlideSpec
+from wsi_mmm.errors import InputError, ManifestError, NotFound, OptionError, SlideNotFound, StorageError
+from wsi_mmm.options import positive_mpp
 from wsi_mmm.slides.dicom import one_per_series
 from wsi_mmm.storage import store
 
@@ -184,7 +185,7 @@ def _row(header: Sequence[str], cells: Sequence[str], where: str) -> dict[str, s
 def _manifest_text(uri: str, name: str) -> str:
     try:
         return store.read_bytes(_path(uri) if store.is_local(uri) else uri).decode("utf-8-sig")
-    except SlideNotFound as error:
+    except NotFound as error:
         raise ManifestError(f"no manifest at {store.redact(uri)}") from error
     except (StorageError, UnicodeDecodeError) as error:
         raise ManifestError(f"{name} cannot be read as UTF-8 text ({error})") from error
@@ -218,7 +219,7 @@ def _row_spec(row: Mapping[str, str], columns: Columns, where: tuple[str, int, s
         raise ManifestError(f"{name}: row {number}, column {columns.slide!r}: empty; it names the slide")
     try:
         mpp = positive_mpp(cell(columns.mpp)) if cell(columns.mpp) else None
-    except RecipeError as error:
+    except OptionError as error:
         raise ManifestError(f"{name}: row {number}, column {columns.mpp!r}: {error}") from error
     mask = cell(columns.mask)
     return SlideSpec(_beside(uri, manifest), cell(columns.id), mpp, _beside(mask, manifest) if mask else None)

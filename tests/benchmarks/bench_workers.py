@@ -7,7 +7,7 @@
 of them and with two, by turns, after a run that loads the model. Beside it the limit of the machine: the same model on
 pixels that are in memory, in one process and in two at once. Objects must be the same.
 ``placement``: a slide whose codec is slow (``--j2k``) by two workers, without a cache: both read and run the model
-(beside); one reads, one runs the model (pool); the run's own choice (auto). Each begins with an empty cache.
+(beside); one reads, one runs the model (pool). Each begins with an empty cache.
 ``fair``: a job of all ``--slides``, and another one of them that comes when the first has a tenth of its tiles, on two
 workers: the tiles that each got while both were at work, and that both end with the same objects. Bar: neither has less
 than two fifths of them.
@@ -132,10 +132,9 @@ def workers(slides: Sequence[Path], rounds: int, folder: Path) -> bool:
 
 
 def placements(slide: Path, mpp: float | None, rounds: int, folder: Path) -> bool:
-    """The three of them on one slide; whether the objects are the same."""
+    """Both of them on one slide; whether the objects are the same."""
     ways = {
         "beside": ((), ()), "pool": (("--resources", "GPU=1"), ("--resources", "CPU=1")),
-        "auto": (("--resources", "GPU=1"), ("--resources", "CPU=1")),
     }  # fmt: skip
     took: dict[str, list[float]] = {way: [] for way in ways}
     seen: set[tuple[tuple[str, str], ...]] = set()

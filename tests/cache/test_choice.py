@@ -13,7 +13,7 @@ import wsi_mmm
 from wsi_mmm.cache import CachedReader, Choice, choose
 from wsi_mmm.cache.choice import pays
 from wsi_mmm.cache.quota import stored_shards
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import OptionError
 from wsi_mmm.slides.base import Fetched
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.types import I64, U8, Block, Tiles
@@ -105,5 +105,5 @@ def test_wrong_options_are_said_before_a_run(tiny_slide: Path, tmp_path: Path) -
         ({"cache": str(tmp_path), "cache_quota": "much"}, "such as 50GB"),
         ({"cache": "s3://bucket/cache", "cache_quota": "5GB"}, "lifecycle"),
     ):
-        with pytest.raises(RecipeError, match=words):
+        with pytest.raises(OptionError, match=words):
             wsi_mmm.run(tiny_slide, output=tmp_path / "out", **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 from helpers.area import area_average
 from helpers.empaia_platform import FakePlatform, served
 from helpers.wsi_service import FakeService, described
-from wsi_mmm.slides.base import Reader, Slide
+from wsi_mmm.slides.base import Reader, Slide, TileReader
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.slides.registry import READERS
 from wsi_mmm.slides.service.app_api import open_app_slide
-from wsi_mmm.types import U8, Block
+from wsi_mmm.tiles.stream import read_tiles
+from wsi_mmm.types import U8, Block, Tiles
 
 Open = Callable[[], Reader]
 NAMES = ("array", "tiff", "openslide", "tiffslide", "wsi-service", "app-api")
@@ -132,6 +134,22 @@ def test_native_tiles_are_decoded_once_while_memory_lasts(reader: Reader) -> Non
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(reader.read, blocks))
     assert reader.stats().tiles_decoded <= 6 * 5
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.9011, 4.0])
+def test_tiles_are_those_of_blocks_whether_fetched_before_or_not(reader: Reader, scale: float) -> None:
+    """Read together, one by one, and from bytes that were fetched for all: the same pixels; nothing is fetched anew."""
+    side = np.arange(0, int(1100 / scale), 130)
+    tiles = Tiles(np.stack(np.meshgrid(side, side), -1).reshape(-1, 2), 150, scale, scale, 20)
+    ahead = None
+    if isinstance(reader, TileReader):
+        fetched = reader.fetch([replace(tiles, xy=tiles.xy[:7]), replace(tiles, xy=tiles.xy[7:])])
+        before = reader.stats().bytes_read
+        ahead, failed = read_tiles(reader, tiles, fetched)
+        assert reader.stats().bytes_read == before and not failed.any()
+    want = [reader.read(Block(x, y, 150, 150, scale, scale)).pixels for x, y in tiles.xy.tolist()]
+    assert np.array_equal(read_tiles(reader, tiles)[0], want)
+    assert ahead is None or np.array_equal(ahead, want)
 
 
 def test_thumbnail_and_region_of_a_slide(reader: Reader, top: U8) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from helpers.faulty import KINDS, Faulty
 from helpers.moto import moto_server
-from wsi_mmm.errors import SlideChanged, SlideNotFound, StorageError
+from wsi_mmm.errors import NotFound, SlideChanged, StorageError
 from wsi_mmm.slides import open_slide
 from wsi_mmm.storage import store
 
@@ -140,7 +140,7 @@ def test_bytes_and_requests_are_counted(opened: store.ByteStore) -> None:
 
 def test_a_missing_object_is_not_found(kind: Kind) -> None:
     """The error shows the address without its query, and no secret."""
-    with pytest.raises(SlideNotFound) as caught:
+    with pytest.raises(NotFound) as caught:
         store.open_store(kind.uri)
     assert "hidden" not in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -240,7 +240,7 @@ def test_what_will_not_change_is_asked_once(status: str, monkeypatch: pytest.Mon
     with Faulty(files={"/a": DATA}) as web:
         opened = store.open_store(f"{web.url}/a")
         monkeypatch.setattr(Faulty, "_file", refuse)
-        with pytest.raises((StorageError, SlideNotFound)):
+        with pytest.raises(StorageError):
             opened.get_ranges([(1_000_000, 10)])
     assert asked == ["GET"]
 

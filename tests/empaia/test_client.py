@@ -17,7 +17,7 @@ from wsi_mmm.empaia.bodies import Annotation, Collection, Point, Primitive, Wsi
 from wsi_mmm.empaia.client import AppApi, Mode
 from wsi_mmm.empaia.pixelmaps import MapLevel, Pixelmap, tile_bytes
 from wsi_mmm.empaia.transport import Patience, Transport
-from wsi_mmm.errors import OutputError, PlatformError, RecipeError
+from wsi_mmm.errors import ConfigError, OutputError, PlatformError
 
 WSI = Wsi("b10648a7-340d-43fc-a2d9-4d91cc86f33f", 10_000, 10_000, 499.0)
 QUICK = Patience(total=5.0, connect=2.0, attempts=3, pause=0.01)
@@ -262,5 +262,5 @@ def test_a_job_comes_from_the_environment(name: str, value: str) -> None:
     good = {"EMPAIA_APP_API": "http://api/", "EMPAIA_JOB_ID": "j-1", "EMPAIA_TOKEN": TOKEN}
     job = empaia_job(good)
     assert (job.api, job.id, job.token) == ("http://api", "j-1", TOKEN) and TOKEN not in repr(job)
-    with pytest.raises(RecipeError, match=f"EMPAIA_{name}"):
+    with pytest.raises(ConfigError, match=f"EMPAIA_{name}"):
         empaia_job({**good, f"EMPAIA_{name}": value})

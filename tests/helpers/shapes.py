@@ -6,12 +6,23 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
+import shapely
 
 from wsi_mmm.outputs import ragged
-from wsi_mmm.outputs.polygons import Frame, to_objects, trace
+from wsi_mmm.outputs.polygons import Frame, shapes, to_objects, trace
 from wsi_mmm.types import Objects, TaskInfo
 
 NUCLEI = TaskInfo("nuclei", "instances", ("nucleus", 'Ärger "%d"'), ((60, 120, 220), (220, 60, 60)))
+
+
+def areas(objects: Objects) -> npt.NDArray[np.float64]:
+    """float64[n]: area of each object, holes taken out."""
+    return shapely.area(shapes(objects))
+
+
+def centroids(objects: Objects) -> npt.NDArray[np.float64]:
+    """float64[n, 2]: centroid (x, y) of each object."""
+    return shapely.get_coordinates(shapely.centroid(shapes(objects)))
 
 
 def regions(labels: npt.ArrayLike, x0: int = 0, y0: int = 0) -> Objects:
@@ -19,7 +30,7 @@ def regions(labels: npt.ArrayLike, x0: int = 0, y0: int = 0) -> Objects:
     rings = trace(np.asarray(labels, np.int32), "exact")
     anchor = np.zeros((len(rings), 2), np.int64)
     found = to_objects(rings, Frame(x0, y0), task="tissue", class_index=rings.labels - 1, anchor=anchor)
-    return replace(found, measurements={"pixels": ragged.areas(found)})
+    return replace(found, measurements={"pixels": areas(found)})
 
 
 def polygons(*rings: npt.ArrayLike, **measurements: npt.ArrayLike) -> Objects:

@@ -137,7 +137,7 @@ def test_the_slides_are_told_apart(quiet: tuple[Path, RunReport]) -> None:
     assert json.loads((folder / "out" / "high" / "slide.json").read_text())["answers"] == high
     rows = json.loads((folder / "out" / "report.json").read_text())["slides"]
     assert {row["id"]: row["answers"] for row in rows} == answers(report)
-    assert "Said of the slide" in (folder / "out" / "report.html").read_text()
+    assert "Predictions for the slide" in (folder / "out" / "report.html").read_text()
 
 
 def test_the_slides_table_has_a_row_per_slide(quiet: tuple[Path, RunReport]) -> None:

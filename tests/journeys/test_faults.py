@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import wsi_mmm
-from wsi_mmm.errors import ClusterError, ModelError, OutputError, RecipeError
+from wsi_mmm.errors import ClusterError, ModelError, OptionError, OutputError
 
 
 def command(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -129,10 +129,10 @@ def test_a_slide_without_mpp_names_the_fix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mpp", [0, -1.0, float("nan"), float("inf")])
 def test_an_impossible_mpp_is_refused_before_anything_runs(mpp: float, tiny_slide: Path, tmp_path: Path) -> None:
-    """mpp 0, negative, NaN or infinite raises RecipeError."""
-    with pytest.raises(RecipeError, match="mpp"):
+    """mpp 0, negative, NaN or infinite raises OptionError."""
+    with pytest.raises(OptionError, match="mpp"):
         wsi_mmm.run(tiny_slide, output=tmp_path, mpp=mpp)
-    with pytest.raises(RecipeError, match="mpp"):
+    with pytest.raises(OptionError, match="mpp"):
         wsi_mmm.run(tiny_slide, output=tmp_path, mpp_override=mpp)
 
 
@@ -177,8 +177,8 @@ def test_a_full_disk_fails_in_words(tiny_slide: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_task_names_the_known_ones(tiny_slide: Path, tmp_path: Path) -> None:
-    """RecipeError lists the model's tasks."""
-    with pytest.raises(RecipeError, match=r"'nucleus'.*nuclei"):
+    """OptionError lists the model's tasks."""
+    with pytest.raises(OptionError, match=r"'nucleus'.*nuclei"):
         wsi_mmm.run(tiny_slide, output=tmp_path, tasks=["nucleus"])
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import wsi_mmm
 from helpers.cluster import PlainCluster
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import OptionError
 
 
 def test_tiles_that_went_through_the_cache_give_the_same_bytes(
@@ -23,10 +23,11 @@ def test_tiles_that_went_through_the_cache_give_the_same_bytes(
 
 def test_a_pool_needs_a_cache(tiny_slide: Path, tmp_path: Path) -> None:
     """The error names the option; so does that of a word which is no placement."""
-    with pytest.raises(RecipeError, match="--cache"):
+    with pytest.raises(OptionError, match="--cache"):
         wsi_mmm.run(tiny_slide, output=tmp_path, placement="pool")
-    with pytest.raises(RecipeError, match="beside, pool or auto"):
-        wsi_mmm.run(tiny_slide, output=tmp_path, placement="moon")
+    for word in ("moon", "auto"):
+        with pytest.raises(OptionError, match="placement is beside or pool"):
+            wsi_mmm.run(tiny_slide, output=tmp_path, placement=word)
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ import pytest
 import zarr
 from PIL import Image
 
-from helpers.shapes import NUCLEI, ellipses, regions
-from wsi_mmm.errors import RecipeError, StorageError
+from helpers.shapes import NUCLEI, centroids, ellipses, regions
+from wsi_mmm.errors import OptionError, StorageError
 from wsi_mmm.outputs import exports, ragged
 from wsi_mmm.outputs.density import Density
 from wsi_mmm.outputs.maps import write_map
@@ -151,7 +151,7 @@ def test_no_features_are_features_too(tmp_path: Path) -> None:
 
 def test_exports_that_cannot_be(features: tuple[str, np.ndarray, np.ndarray], tmp_path: Path) -> None:
     """An unknown format and a source that is none are named."""
-    with pytest.raises(RecipeError, match="known: h5, pt"):
+    with pytest.raises(OptionError, match="known: h5, pt"):
         exports.export(features[0], str(tmp_path / "f.csv"))
     with pytest.raises(StorageError, match=r"no features\.zarr"):
         exports.export(str(tmp_path / "nothing.zarr"), str(tmp_path / "f.h5"))
@@ -165,7 +165,7 @@ def test_density_counts_every_object_once() -> None:
     some = ellipses(500)
     density = Density(20_000, 10_000, classes=2)
     for piece in (ragged.part(some, 0, 200), ragged.part(some, 200, 500)):
-        density.add(ragged.centroids(piece), piece.class_index)
+        density.add(centroids(piece), piece.class_index)
     assert density.counts.sum(axis=(1, 2)).tolist() == np.bincount(some.class_index).tolist()
     fields = density.densest(900, 4)
     assert len(fields) == 4
@@ -176,7 +176,7 @@ def test_density_counts_every_object_once() -> None:
 def scene(width: int, height: int, fields: int) -> Scene:
     some = ellipses(300)
     density = Density(width, height)
-    density.add(ragged.centroids(some))
+    density.add(centroids(some))
     pixels = np.full((300, 300, 3), 230, np.uint8)
     areas = replace(ragged.scaled(regions(np.ones((3, 3))), 900, 900), task="tissue")
     return Scene(

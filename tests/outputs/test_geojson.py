@@ -121,7 +121,7 @@ def test_a_full_disk_is_said_in_words(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(self: sink.FileSink, data: bytes) -> None:
         self._error = OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sink.FileSink, "_put", full)
+    monkeypatch.setattr(sink.FileSink, "_write_data", full)
     with pytest.raises(OutputError, match="disk is full"):
         write(tmp_path / "a.geojson", ellipses(10))
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ import pytest
 import shapely
 
 import wsi_mmm
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import AnnotationError
 from wsi_mmm.outputs.inside import regions_of
 from wsi_mmm.outputs.polygons import shapes
 from wsi_mmm.types import Objects
@@ -64,7 +64,7 @@ def test_areas_are_cut() -> None:
 
 def test_a_file_without_polygons_is_refused() -> None:
     """The error says what to draw."""
-    with pytest.raises(RecipeError, match="no polygon"):
+    with pytest.raises(AnnotationError, match="no polygon"):
         regions_of(b'{"type":"Point","coordinates":[1,2]}', "r")
 
 

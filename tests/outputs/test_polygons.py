@@ -8,7 +8,7 @@ import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.shapes import ellipses, polygons, regions
+from helpers.shapes import areas, ellipses, polygons, regions
 from wsi_mmm.outputs import ragged
 from wsi_mmm.outputs.polygons import clip, round_valid, shapes, simplify
 
@@ -23,7 +23,7 @@ def test_rounded_geometry_is_valid(seed: int, corners: int, size: float) -> None
     done = round_valid(some)
     assert shapely.is_valid(shapes(done.objects)).all()
     np.testing.assert_array_equal(np.round(done.objects.coords, 2), done.objects.coords)
-    assert (ragged.areas(done.objects) > 0).all()
+    assert (areas(done.objects) > 0).all()
     assert len(np.unique(done.objects.anchor, axis=0)) + done.dropped == len(some)
     assert (np.diff(done.objects.anchor[:, 0]) >= 0).all()
 
@@ -61,7 +61,7 @@ def test_clip_cuts_at_the_edge_and_keeps_the_rest() -> None:
     some = polygons(box, *(np.add(box, move) for move in ((8, 0), (20, 0), (2, 2))))
     done = clip(some, 10, 10)
     assert done.anchor[:, 0].tolist() == [0, 1, 3]
-    assert ragged.areas(done).tolist() == [16, 8, 16]
+    assert areas(done).tolist() == [16, 8, 16]
     assert clip(polygons(box), 10, 10).coords.tolist() == box.tolist()
 
 
@@ -85,12 +85,3 @@ def test_take_and_concat_are_inverse() -> None:
     both = ragged.concat([polygons([(0, 0), (1, 0), (1, 1)], a=[1.0]), polygons([(0, 0), (1, 0), (1, 1)])])
     np.testing.assert_array_equal(both.measurements["a"], [1.0, np.nan])
     assert ragged.take(some, np.array([False, True])).class_index.tolist() == [1]
-
-
-def test_figures_of_objects() -> None:
-    """Areas leave holes out, perimeters count them, bounds and centroids are those of the exterior."""
-    some = regions(RING)
-    assert ragged.areas(some).tolist() == [12, 1]
-    assert ragged.perimeters(some).tolist() == [16 + 8, 4]
-    assert ragged.bounds(some).tolist() == [[0, 0, 4, 4], [2, 2, 3, 3]]
-    assert ragged.centroids(some).tolist() == [[2, 2], [2.5, 2.5]]

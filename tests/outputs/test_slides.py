@@ -44,10 +44,10 @@ def test_slides_keep_their_order_and_what_is_not_known_is_empty() -> None:
 def test_the_report_says_what_was_said_of_a_slide() -> None:
     """Escaped, with a dash for what is not known; nothing where no bag task was asked."""
     page = report_html({}, ROWS[:1]).decode()
-    assert "Said of the slide" in page
+    assert "Predictions for the slide" in page
     assert "<b>grade</b> a &quot;b&quot;, c" in page
     assert "<b>age</b> –" in page
-    assert "Said of the slide" not in report_html({}, ROWS[1:2]).decode()
+    assert "Predictions for the slide" not in report_html({}, ROWS[1:2]).decode()
 
 
 def test_attention_is_drawn_where_the_tiles_are() -> None:

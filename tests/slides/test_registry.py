@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from helpers.made_slides import Made, overwrite, tile_at
-from wsi_mmm.errors import NotASlide, RecipeError, SlideDamaged
+from wsi_mmm.errors import NotASlide, OptionError, SlideDamaged
 from wsi_mmm.slides import open_slide
 from wsi_mmm.types import Block
 
@@ -27,7 +27,7 @@ def test_a_reader_can_be_forced_and_unknown_names_list_the_choices(small_slide: 
     for name in ("tiff", "openslide", "tiffslide"):
         with open_slide(str(small_slide.path), reader=name) as slide:
             assert slide.info.reader == name
-    with pytest.raises(RecipeError, match="tiff, openslide, tiffslide"):
+    with pytest.raises(OptionError, match="tiff, openslide, tiffslide"):
         open_slide(str(small_slide.path), reader="magick")
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_mmm.errors import OutputError, SlideChanged, SlideNotFound, StorageError
+from wsi_mmm.errors import NotFound, OutputError, SlideChanged, StorageError
 from wsi_mmm.storage import objects, store
 from wsi_mmm.storage.ranges import Merging, fetch_merged, plan
 
@@ -124,14 +124,14 @@ def test_writing_below_a_file_names_the_mistake(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_not_found(tmp_path: Path) -> None:
-    """Reading what is not there is SlideNotFound."""
-    with pytest.raises(SlideNotFound):
+    """Reading what is not there is NotFound."""
+    with pytest.raises(NotFound):
         store.read_bytes(str(tmp_path / "none"))
 
 
 def test_an_unknown_scheme_names_those_that_work() -> None:
     """A typing error in the scheme is told."""
-    with pytest.raises(SlideNotFound, match="s3://"):
+    with pytest.raises(NotFound, match="s3://"):
         store.open_store("s4://bucket/key")
 
 

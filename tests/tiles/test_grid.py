@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_mmm.errors import MppUnknown, RecipeError
+from wsi_mmm.errors import MppUnknown, OptionError
 from wsi_mmm.tiles.grid import blocks, make_grid, tile_boxes, tile_size_level0, tile_xy
 from wsi_mmm.types import Grid, Level, SlideInfo
 
@@ -109,7 +109,7 @@ def test_pixels_that_are_not_square_scale_each_axis_by_itself() -> None:
 )
 def test_nonsense_is_refused_in_one_line_that_names_it(options: dict[str, float], named: str) -> None:
     mpp = options.pop("mpp", 0.5)
-    with pytest.raises(RecipeError, match=named) as caught:
+    with pytest.raises(OptionError, match=named) as caught:
         make_grid(info(40_000, 30_000), mpp, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
@@ -143,8 +143,8 @@ def test_blocks_hold_each_selected_tile_once_in_order(rows: int, columns: int, s
 def test_blocks_refuse_what_is_outside_the_grid() -> None:
     """A tile selected on another grid is no silent white tile."""
     grid = make_grid(info(100, 100), 0.25, tile=10, overlap=0)
-    with pytest.raises(RecipeError, match="outside"):
+    with pytest.raises(OptionError, match="outside"):
         blocks(grid, np.array([[0, 10]]), 4)
-    with pytest.raises(RecipeError, match="block_tiles"):
+    with pytest.raises(OptionError, match="block_tiles"):
         blocks(grid, np.array([[0, 0]]), 0)
     assert blocks(grid, np.zeros((0, 2), np.int64), 4) == []

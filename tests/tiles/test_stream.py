@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from wsi_mmm.errors import RecipeError, StorageError
+from wsi_mmm.errors import OptionError, StorageError
 from wsi_mmm.slides.base import Fetched, ReadStats
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.slides.resample.cut import cut_tiles
@@ -216,5 +216,5 @@ def test_nothing_selected_is_an_empty_stream() -> None:
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"workers": -1}, {"block_tiles": 0}])
 def test_nonsense_is_refused_before_the_first_batch(options: dict[str, int]) -> None:
     reader, grid, index = a_grid()
-    with pytest.raises(RecipeError):
+    with pytest.raises(OptionError):
         stream(reader, grid, index, **options)  # type: ignore[arg-type]

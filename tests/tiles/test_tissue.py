@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 from conftest import RealData
-from wsi_mmm.errors import AnnotationError, RecipeError
+from wsi_mmm.errors import AnnotationError, OptionError
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.base import ReadStats, Slide
 from wsi_mmm.slides.fake import ArrayReader
@@ -239,11 +239,11 @@ def test_what_is_no_mask_of_the_slide_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.geojson").write_text('{"type": "FeatureCollection", "features": []}')
     (tmp_path / "broken.geojson").write_text('{"type": ')
     for name, error, named in [
-        ("square.png", RecipeError, "aspect"),
-        ("text.png", RecipeError, "no GeoJSON"),
-        ("empty.geojson", RecipeError, "no polygon"),
+        ("square.png", AnnotationError, "aspect"),
+        ("text.png", AnnotationError, "no GeoJSON"),
+        ("empty.geojson", AnnotationError, "no polygon"),
         ("broken.geojson", AnnotationError, "neither GeoJSON"),
-        ("otsu", RecipeError, "neither 'auto'"),
+        ("otsu", OptionError, "neither 'auto'"),
     ]:
         with pytest.raises(error, match=named) as caught:
             tissue_mask(slide, str(tmp_path / name))
@@ -282,7 +282,7 @@ def test_a_share_out_of_range_is_refused() -> None:
     slide = array_slide(np.zeros((10, 10, 3), np.uint8))
     grid = make_grid(slide.info, 8.0, tile=4, overlap=0)
     for share in (-0.1, 1.1, float("nan")):
-        with pytest.raises(RecipeError, match="min_tissue"):
+        with pytest.raises(OptionError, match="min_tissue"):
             select_tiles(grid, tissue_mask(slide, "none"), share)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.training.augment import EOSIN, HEMATOXYLIN, from_od, to_od
 from wsi_mmm.training.colour import NO_AUGMENT, Augment, recolour
 
@@ -103,9 +103,9 @@ def test_saturation_keeps_grey_grey() -> None:
 def test_what_makes_no_sense_is_refused() -> None:
     """Shares beyond 1, negative or absurd strengths, JPEG away from the CPU."""
     for bad in ({"blur": 1.5}, {"stain": -1.0}, {"contrast": 50.0}, {"gamma": float("nan")}):
-        with pytest.raises(RecipeError):
+        with pytest.raises(ConfigError):
             Augment(**bad)
-    with pytest.raises(RecipeError, match="jpeg"):
+    with pytest.raises(ConfigError, match="jpeg"):
         recolour(torch.empty(1, 3, 8, 8, device="meta"), Augment(jpeg=0.5), seed=0)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.lessons import ENCODER
 from wsi_mmm.cli.train import EXAMPLE
-from wsi_mmm.errors import ModelError, RecipeError
+from wsi_mmm.errors import ConfigError, ModelError, OptionError
 from wsi_mmm.training.config import TrainConfig, json_schema, model_card, parse
 
 
@@ -69,7 +69,7 @@ def test_settings_are_put_on_top() -> None:
 )
 def test_a_setting_that_fits_nowhere_is_named(setting: str, words: str) -> None:
     """One line with the setting and what to write instead."""
-    with pytest.raises(RecipeError, match=words):
+    with pytest.raises((OptionError, ConfigError), match=words):
         parse(small(steps=5), [setting])
 
 
@@ -101,7 +101,7 @@ def test_a_setting_that_fits_nowhere_is_named(setting: str, words: str) -> None:
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_its_fix(raw: dict[str, Any], words: str) -> None:
     """One line that says where and what to write instead."""
-    with pytest.raises(RecipeError, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         parse(raw, source="my.toml")
     assert "\n" not in str(caught.value)
 
@@ -119,7 +119,7 @@ def test_a_task_that_cannot_be_is_named(task: dict[str, Any], words: str) -> Non
     scope = "bags" if task.get("scope") == "bag" else "class-folders"
     whole = bags("bag", "bags") if scope == "bags" else small()
     config = parse({**whole, "task": [{"name": "t", **task}]})
-    with pytest.raises((RecipeError, ModelError), match=words):
+    with pytest.raises((ConfigError, ModelError), match=words):
         config.task_cards()
 
 

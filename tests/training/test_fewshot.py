@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from wsi_mmm.errors import InputError, ManifestError, ModelError, RecipeError
+from wsi_mmm.errors import InputError, ManifestError, ModelError, OptionError
 from wsi_mmm.model.card import DecoderCard, EncoderCard, ModelCard
 from wsi_mmm.model.checkpoint import build_model, load_model
 from wsi_mmm.outputs.exports import write_features
@@ -57,7 +57,7 @@ def test_what_cannot_be_learnt_is_one_line() -> None:
     data = planted(30, 2)
     with pytest.raises(InputError, match="without any: c"):
         fewshot.fit("linear", Labelled(data.vectors, data.labels, data.groups, ("a", "b", "c")))
-    with pytest.raises(RecipeError, match="linear, knn, gbm"):
+    with pytest.raises(OptionError, match="linear, knn, gbm"):
         fewshot.fit("svm", data)
     assert fewshot.fit("linear", Labelled(data.vectors, data.labels, ["g"] * 30, ("a", "b")))[1]["folds"] == 0
 

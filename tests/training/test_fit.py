@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from helpers.training import SIZE, batch, tiny
-from wsi_mmm.errors import Cancelled, InputError, ModelError, NotFinite, OutputError, RecipeError
+from wsi_mmm.errors import Cancelled, ConfigError, InputError, ModelError, NotFinite, OutputError
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.training.data.base import Sample
@@ -264,7 +264,7 @@ def test_training_stops_when_nothing_gets_better() -> None:
     seen: list[int] = []
     known = [replace(sample, truths={"t0": -1}) for sample in samples()]  # accuracy of nothing: always the same
     plan = replace(PLAN, steps=50, validate_every=1, best="t1.miou", patience=3)
-    with pytest.raises(RecipeError, match=r"best is 't1\.miou', which validation does not give"):
+    with pytest.raises(ConfigError, match=r"best is 't1\.miou', which validation does not give"):
         train(plan, validation=lambda: known)
     always = [replace(sample, truths={"t1": np.zeros_like(sample.truths["t1"])}) for sample in samples()]
     name = _first_metric(always)

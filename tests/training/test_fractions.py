@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from helpers.lessons import joint
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError, OptionError
 from wsi_mmm.training import fractions
 from wsi_mmm.training.config import parse
 from wsi_mmm.training.fractions import Curve, Point, train_fractions
@@ -50,9 +50,9 @@ def test_each_share_is_trained_once_and_summed_up(tmp_path: Path, monkeypatch: p
     assert again.rows() == curve.rows()
     assert again.notes == ("no plot: it needs matplotlib, pip install 'wsi-mmm[plot]'",)
 
-    with pytest.raises(RecipeError, match=r"another configuration \(optim differ\): choose another out"):
+    with pytest.raises(ConfigError, match=r"another configuration \(optim differ\): choose another out"):
         train_fractions(parse(joint(tmp_path), ["steps=1", "seed=3", "optim.rate=0.5"]), [50], seeds=1)
-    with pytest.raises(RecipeError, match=r"gives no figure 'disc\.nothing'; it gives: tissue\.accuracy"):
+    with pytest.raises(ConfigError, match=r"gives no figure 'disc\.nothing'; it gives: tissue\.accuracy"):
         train_fractions(config, [50], seeds=1, metric="disc.nothing")
     older = json.loads((tmp_path / "run" / names[0] / "result.json").read_text())
     del older["configuration"]["model"]["crop"]  # an option that there was not yet
@@ -66,7 +66,7 @@ def test_each_share_is_trained_once_and_summed_up(tmp_path: Path, monkeypatch: p
     )
     assert not lines
     (tmp_path / "run" / names[0] / "result.json").write_text("{")
-    with pytest.raises(RecipeError, match="is damaged; remove it"):
+    with pytest.raises(ConfigError, match="is damaged; remove it"):
         train_fractions(config, [50], seeds=1)
 
 
@@ -74,7 +74,7 @@ def test_shares_that_cannot_be_are_named(tmp_path: Path) -> None:
     """Percents and seeds are checked before anything is trained."""
     config = parse(joint(tmp_path))
     for percents, seeds in (([], 1), ([0.0], 1), ([101], 1), ([10], 0)):
-        with pytest.raises(RecipeError, match=r"percents above 0|give 1 or more"):
+        with pytest.raises(OptionError, match=r"percents above 0|give 1 or more"):
             train_fractions(config, percents, seeds=seeds)
 
 

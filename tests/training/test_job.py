@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers.lessons import DECODER, ENCODER, SIZE, disc_task, discs, joint, patches, tissue_task
-from wsi_mmm.errors import InputError, ModelError, OutputError, RecipeError
+from wsi_mmm.errors import ConfigError, InputError, ManifestError, ModelError, OutputError
 from wsi_mmm.model.checkpoint import load_model
 from wsi_mmm.training import job
 from wsi_mmm.training.config import parse
@@ -65,10 +65,10 @@ def test_a_table_says_who_is_on_which_side(tmp_path: Path) -> None:
         assert "p0" in sides["train"] and "p1" in sides["test"] and not any("p2" in some for some in sides.values())
         assert sum("p3" in some for some in sides.values()) == 1
     table.write_text("slide,patient,part,x\ns1,p0,train,a\ns2,p0,test,a\n")
-    with pytest.raises(RecipeError, match="the split column divides"):
+    with pytest.raises(ManifestError, match="the split column divides"):
         fixed_parts(config)
     table.write_text("slide,patient,part,x\ns1,p0,maybe,a\n")
-    with pytest.raises(RecipeError, match="give train, val, test or nothing"):
+    with pytest.raises(ManifestError, match="give train, val, test or nothing"):
         fixed_parts(config)
 
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_divided_is_said_before_anything_is_learnt(
     tmp_path: Path, settings: Sequence[str], words: str
 ) -> None:
     """One line that names the option; no folder is made."""
-    with pytest.raises((RecipeError, OutputError), match=words):
+    with pytest.raises((ConfigError, OutputError), match=words):
         train(parse(joint(tmp_path), settings))
     assert not (tmp_path / "run").exists()
 
@@ -123,7 +123,7 @@ def test_a_data_set_without_items_is_named(tmp_path: Path) -> None:
     """A data set that is one patient, who was held out, has nothing to learn from; nor has an empty folder."""
     raw = joint(tmp_path, split={"val": 0.8})
     raw["data"][1]["group"] = "(p)[0-9]"
-    with pytest.raises(RecipeError, match=r"data 'discs' has no item to learn from: .*smaller split\.val"):
+    with pytest.raises(ConfigError, match=r"data 'discs' has no item to learn from: .*smaller split\.val"):
         prepare(parse(raw))
     for path in (tmp_path / "discs" / "images").glob("*.png"):
         path.unlink()

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from helpers.faulty import Faulty
 from helpers.memory_source import COLOURS, MemorySource, bag_source, picture_source
 from helpers.training import tiny
-from wsi_mmm.errors import RecipeError, StorageError
+from wsi_mmm.errors import ConfigError, StorageError
 from wsi_mmm.model.card import TaskCard
+from wsi_mmm.slides.base import Fetched
+from wsi_mmm.slides.tiff.reader import TiffReader
 from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.training import fit as fitting
 from wsi_mmm.training.colour import Augment
-from wsi_mmm.training.data.base import Sample
+from wsi_mmm.training.data.base import FetchedItems, Sample
+from wsi_mmm.training.data.slides import Places, SlideItem, SlideTiles, slide_tiles
 from wsi_mmm.training.fit import Callbacks, FitPlan, Progress, fit
-from wsi_mmm.training.loader import READ_AHEAD, Feed, LoadPlan, Tally, TrainBatch, batches, look_of, pictures
+from wsi_mmm.training.loader import FETCHES, READ_AHEAD, Feed, LoadPlan, Tally, TrainBatch, batches, look_of, pictures
 from wsi_mmm.training.optim import OptimPlan
 from wsi_mmm.training.policy import key_of
 from wsi_mmm.training.warp import NO_CHANGE, Change
+from wsi_mmm.types import Tiles
 
 
 def task(name: str, kind: str, head: str, classes: int = 4) -> Task:
@@ -235,9 +242,9 @@ def test_only_the_items_given_are_drawn() -> None:
 
 def test_feeds_that_teach_nothing_are_refused() -> None:
     """A feed whose source knows of no task of the model, or not of the one that it is to teach."""
-    with pytest.raises(RecipeError, match="nothing that"):
+    with pytest.raises(ConfigError, match="nothing that"):
         batches([Feed(picture_source("a", 3, truths={"other": 1}), 2)], TASKS, plan=PLAN, steps=range(1))
-    with pytest.raises(RecipeError, match="grade"):
+    with pytest.raises(ConfigError, match="grade"):
         batches([Feed(picture_source("a", 3, truths=KNOWN), 2, tasks=("grade",))], TASKS, plan=PLAN, steps=range(1))
     only = some(picture_source("a", 3, truths=KNOWN), tasks=("class",))[0]
     assert set(only.targets) == {"class"}
@@ -307,3 +314,73 @@ def test_a_training_that_is_fed_so_learns_and_resumes(tmp_path: Path) -> None:
         trained(str(tmp_path / "b"), stop_at=7)
     again, rest = trained(str(tmp_path / "b"))
     assert len(rest) == 24 - 6 and torch.equal(again, whole)
+
+
+@dataclass
+class CountedSource:
+    """A source that counts its fetches, and how many are under way at once."""
+
+    inner: SlideTiles
+    now: int = 0
+    most: int = 0
+    fetched: list[list[int]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    remote = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def fetch(self, numbers: Sequence[int], size: int) -> FetchedItems:
+        with self.lock:
+            self.fetched.append(list(numbers))
+            self.now += 1
+            self.most = max(self.most, self.now)
+        found = self.inner.fetch(numbers, size)
+        with self.lock:
+            self.now -= 1
+        return found
+
+    def read(self, numbers: Sequence[int], size: int, fetched: FetchedItems | None = None) -> list[Sample]:
+        assert fetched is not None
+        return self.inner.read(numbers, size, fetched)
+
+
+def slide_feed(uri: str) -> Feed:
+    return Feed(slide_tiles("d", [SlideItem("s", uri, truths={"class": 1})], Places(0.5, tile=64)), 3)
+
+
+def test_far_slides_are_fetched_ahead_and_give_the_same_batches(tiny_slide: Path) -> None:
+    """The bytes of coming draws are fetched side by side, of each draw once; no thread is left."""
+    plan, steps = LoadPlan(64, seed=2, threads=2), range(10)
+    near = list(batches([slide_feed(str(tiny_slide))], TASKS, plan=plan, steps=steps))
+    with Faulty(files={"/s.tiff": tiny_slide}) as web:
+        far = slide_feed(f"{web.url}/s.tiff")
+        assert isinstance(far.source, SlideTiles) and far.source.remote
+        source = CountedSource(far.source)
+        web.delay = 0.03
+        got = list(batches([Feed(source, 3)], TASKS, plan=plan, steps=steps))
+        drawn = batches([Feed(source, 3)], TASKS, plan=plan, steps=range(100))
+        next(drawn)
+        drawn.close()  # type: ignore[attr-defined]
+    assert all(same(x, y) for one, two in zip(near, got, strict=True) for x, y in zip(one, two, strict=True))
+    assert source.most > 2 and len(source.fetched) <= 10 + 1 + 2 + READ_AHEAD + FETCHES
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("wsi-mmm-")]
+
+
+def test_a_fetch_that_fails_fails_no_batch(tiny_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its items are then read by themselves."""
+    plan, steps, failures = LoadPlan(64, threads=1), range(4), iter([True] * 3)
+    near = list(batches([slide_feed(str(tiny_slide))], TASKS, plan=plan, steps=steps))
+    whole = TiffReader.fetch
+
+    def failing(reader: TiffReader, tiles: Sequence[Tiles]) -> Fetched:
+        if threading.current_thread().name.startswith("wsi-mmm-fetch") and next(failures, False):
+            raise StorageError("the cable was pulled")
+        return whole(reader, tiles)
+
+    with Faulty(files={"/s.tiff": tiny_slide}) as web:
+        far = slide_feed(f"{web.url}/s.tiff")
+        monkeypatch.setattr(TiffReader, "fetch", failing)
+        got = list(batches([far], TASKS, plan=plan, steps=steps))
+    assert next(failures, None) is None
+    assert all(same(x, y) for one, two in zip(near, got, strict=True) for x, y in zip(one, two, strict=True))

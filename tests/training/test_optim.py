@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from helpers.training import batch, tiny
-from wsi_mmm.errors import NotFinite, RecipeError
+from wsi_mmm.errors import ConfigError, NotFinite
 from wsi_mmm.model.layers import depth_of, layers
 from wsi_mmm.training import optim
 from wsi_mmm.training.forward import Bench
@@ -75,7 +75,7 @@ def test_frozen_depths_neither_move_nor_count() -> None:
 def test_a_model_without_anything_to_learn_is_refused() -> None:
     """Freezing the heads, too, is an error that names the number of depths."""
     model, _ = tiny(["classify"])
-    with pytest.raises(RecipeError, match=f"the model has {depth_of(model)} depths"):
+    with pytest.raises(ConfigError, match=f"the model has {depth_of(model)} depths"):
         optim.begin(model, OptimPlan(frozen=99))
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.training import policy as policies
 from wsi_mmm.training.policy import Draw, FeedSize, Policy, fraction_of, of_rank, plan_step
 
@@ -164,9 +164,9 @@ def test_what_cannot_be_planned_is_refused() -> None:
         ([], "balanced"),
         ([feed, FeedSize("b", 3, 1, weight=0.001)], "balanced"),
     ):
-        with pytest.raises(RecipeError):
+        with pytest.raises(ConfigError):
             plan_step(feeds, policy=policy, seed=0, step=0)  # type: ignore[arg-type]
-    with pytest.raises(RecipeError):
+    with pytest.raises(ConfigError):
         fraction_of(np.zeros(3, np.int32), 0.0, seed=0)
-    with pytest.raises(RecipeError):
+    with pytest.raises(ConfigError):
         of_rank((), 2, 2)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from helpers.training import BAGS, KINDS, batch, tiny
-from wsi_mmm.errors import NotFinite, RecipeError
+from wsi_mmm.errors import ConfigError, NotFinite
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import TASK_KINDS, Task
 from wsi_mmm.training.forward import Bench
@@ -153,8 +153,8 @@ def test_dropout_belongs_to_the_batch() -> None:
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    """RecipeError lists the known ones."""
-    with pytest.raises(RecipeError, match=r"'magic'.*accumulate.*pcgrad"):
+    """ConfigError lists the known ones."""
+    with pytest.raises(ConfigError, match=r"'magic'.*accumulate.*pcgrad"):
         make_strategy(StrategyPlan("magic"), ["a"])
 
 
@@ -231,7 +231,7 @@ def test_gradnorm_needs_an_encoder_that_learns() -> None:
     """A frozen encoder has nothing to balance at."""
     model, tasks = tiny(["classify", "segment"])
     model.encoder.requires_grad_(False)
-    with pytest.raises(RecipeError, match="frozen"):
+    with pytest.raises(ConfigError, match="frozen"):
         run(model, tasks, [batch(tasks, {"t0": "classify"}, seed=1)], "gradnorm")
 
 

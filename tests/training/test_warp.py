@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.tasks.targets import Boxes, Survival
 from wsi_mmm.training import warp
 from wsi_mmm.training.warp import NO_CHANGE, Change, cut, draw_thetas, padded, reach, warp_pixels, warp_truth, widened
@@ -245,7 +245,7 @@ def test_what_is_cut_is_all_that_is_needed() -> None:
 @pytest.mark.parametrize("bad", [{"angle": -1.0}, {"scale": 8.0}, {"shift": 1.5}, {"angle": float("nan")}])
 def test_changes_that_make_no_sense_are_refused(bad: dict[str, float]) -> None:
     """Negative or absurd amounts."""
-    with pytest.raises(RecipeError, match="change: angle"):
+    with pytest.raises(ConfigError, match="change: angle"):
         Change(**bad)  # type: ignore[arg-type]
 
 

@@ -33,8 +33,8 @@ from wsi_mmm.cache.shard import (
     read_index,
     unpack,
 )
-from wsi_mmm.errors import SlideNotFound, StorageError
-from wsi_mmm.slides.base import Fetched, Reader, ReadStats, TileReader
+from wsi_mmm.errors import NotFound, StorageError
+from wsi_mmm.slides.base import NOTHING_FETCHED, Fetched, Reader, ReadStats, TileReader
 from wsi_mmm.slides.resample.cut import cut_tiles, fill_tiles
 from wsi_mmm.slides.resample.scaled import merge_failed
 from wsi_mmm.storage import store as storage
@@ -105,7 +105,7 @@ class CachedReader:
     def fetch(self, tiles: Sequence[Tiles]) -> Fetched:
         """Bring what the shards under ``tiles`` need that are not in and that nobody here has asked for yet."""
         if not isinstance(self.inner, TileReader):
-            return Fetched(0, {})
+            return NOTHING_FETCHED
         if any(not self._same_scale(some) for some in tiles):
             return self.inner.fetch(tiles)
         under = {key for some in tiles for key in self._under(some)}
@@ -113,7 +113,7 @@ class CachedReader:
             keys = sorted(under - self._claimed)
             self._claimed.update(keys)
         keys = self._absent(keys)
-        return self.inner.fetch([self._as_tile(key) for key in keys]) if keys else Fetched(0, {})
+        return self.inner.fetch([self._as_tile(key) for key in keys]) if keys else NOTHING_FETCHED
 
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
         """Write the tiles to ``out``, as ``read`` would give them; return the level-0 rectangles that failed."""
@@ -227,7 +227,7 @@ class CachedReader:
             index, chunks = _opened(place, [number for number, _ in wanted])
             for data, (_, target) in zip(chunks, wanted, strict=True):
                 unpack(data, target)
-        except (SlideNotFound, DamagedShardError):  # what it is made from is still there
+        except (NotFound, DamagedShardError):  # what it is made from is still there
             return None
         with self._lock:
             self.hits += 1
@@ -285,7 +285,7 @@ class CachedReader:
 
 
 def _opened(uri: str, numbers: Sequence[int]) -> tuple[Index, list[Buffer]]:
-    """Index and chunks of a shard. Raises SlideNotFound, DamagedShardError, StorageError."""
+    """Index and chunks of a shard. Raises NotFound, DamagedShardError, StorageError."""
     if not storage.is_local(uri):
         data = memoryview(storage.read_bytes(uri))  # one request
         index = read_index(data, len(data))
@@ -294,7 +294,7 @@ def _opened(uri: str, numbers: Sequence[int]) -> tuple[Index, list[Buffer]]:
         with open(storage.local_path(uri), "rb", buffering=0) as file:
             return _parts(file.fileno(), numbers)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise SlideNotFound(uri) from error
+        raise NotFound(uri) from error
     except OSError as error:
         raise StorageError(f"cannot read the cache at {uri}: {error.strerror}; check the disk") from error
 

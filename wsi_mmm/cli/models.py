@@ -11,7 +11,7 @@ import typer
 
 from wsi_mmm.cli.console import EXIT_CODES, Debug, Json, facts, flags, guarded, say, say_json, table
 from wsi_mmm.config import user_cache
-from wsi_mmm.errors import InputError, SlideNotFound
+from wsi_mmm.errors import InputError
 
 if TYPE_CHECKING:
     from wsi_mmm.model.card import ModelCard
@@ -185,7 +185,7 @@ def targets(sources: Sequence[str], ending: str, output: str | None) -> list[tup
 
 
 def feature_stores(source: str) -> list[str]:
-    """Every features.zarr at or below ``source``, sorted; SlideNotFound when there is none."""
+    """Every features.zarr at or below ``source``, sorted; InputError when there is none."""
     from wsi_mmm.storage import store
 
     mark = "/zarr.json"
@@ -194,5 +194,5 @@ def feature_stores(source: str) -> list[str]:
     else:
         found = [uri.removesuffix(mark) for uri in store.list_uris(source) if uri.endswith("/features.zarr" + mark)]
     if not found:
-        raise SlideNotFound(f"no features.zarr at {store.redact(source)}; wsi-mmm embed makes them")
+        raise InputError(f"no features.zarr at {store.redact(source)}; wsi-mmm embed makes them")
     return found

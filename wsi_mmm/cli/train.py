@@ -13,7 +13,7 @@ import typer
 
 from wsi_mmm.cli.console import Debug, Json, flags, say, say_json, table
 from wsi_mmm.cli.progress import duration
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import OptionError
 
 if TYPE_CHECKING:
     from wsi_mmm.training.data.buckets import DryRun
@@ -80,7 +80,7 @@ def train(
         sys.stdout.write(EXAMPLE)
         return
     if config is None:
-        raise RecipeError("give a configuration; wsi-mmm train --example prints one to begin with")
+        raise OptionError("give a configuration; wsi-mmm train --example prints one to begin with")
     from wsi_mmm import api
 
     if dry_run:
@@ -113,7 +113,7 @@ def _percents(text: str) -> list[float]:
     try:
         return [float(part.strip().removesuffix("%")) for part in text.split(",")]
     except ValueError as error:
-        raise RecipeError(f"--fractions {text}: give percents with commas, such as 1,10,50,100") from error
+        raise OptionError(f"--fractions {text}: give percents with commas, such as 1,10,50,100") from error
 
 
 def _show_curve(curve: Curve) -> None:

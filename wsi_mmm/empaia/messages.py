@@ -5,14 +5,16 @@ from __future__ import annotations
 from wsi_mmm.errors import (
     Cancelled,
     ClusterError,
+    ConfigError,
     JobError,
     MissingPackage,
     ModelError,
     MppUnknown,
     NotASlide,
+    NotFound,
+    OptionError,
     OutputError,
     PlatformError,
-    RecipeError,
     SlideDamaged,
     SlideNotFound,
     StorageError,
@@ -25,12 +27,12 @@ _TELL = "please tell whoever runs it."
 _WORDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
     (Cancelled, STOPPED),
     (MppUnknown, "The slide does not say its resolution (the size of a pixel), so it cannot be analysed."),
-    (SlideNotFound, "The slide cannot be found any more."),
+    ((SlideNotFound, NotFound), "The slide cannot be found any more."),
     ((NotASlide, SlideDamaged), "The slide is damaged, or of a kind that cannot be read."),
     (OutputError, f"The app has no room to write to, or its results cannot be sent; {_TELL}"),
     (StorageError, "The slide could not be fetched from the platform; please try again later."),
     (ClusterError, "The computers that do the work cannot be reached; please try again later."),
-    ((ModelError, MissingPackage, RecipeError), f"The app is not set up correctly; {_TELL}"),
+    ((ModelError, MissingPackage, OptionError, ConfigError), f"The app is not set up correctly; {_TELL}"),
 )
 
 

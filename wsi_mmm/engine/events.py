@@ -48,12 +48,6 @@ class WatchedExecutor:
     def __init__(self, inner: Executor, *watches: Watch) -> None:
         self.inner, self.watches = inner, watches
 
-    @property
-    def pools(self) -> tuple[int, bool]:
-        """What the inner one says of its workers, see `Street.pools`."""
-        found: tuple[int, bool] = getattr(self.inner, "pools", (1, False))
-        return found
-
     def room(self, kind: Kind) -> int:
         """How many more works of this kind may be started now."""
         return self.inner.room(kind)

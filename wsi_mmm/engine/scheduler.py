@@ -16,7 +16,7 @@ from typing import Any
 from wsi_mmm.engine.events import Event, Listener, silent
 from wsi_mmm.engine.monitoring.busy import BusyTimes
 from wsi_mmm.engine.plan import SlidePlan, forward_units, interpret_units, needed_blocks
-from wsi_mmm.engine.stages.extract import Rates, extract_units, squares_under, through_pool
+from wsi_mmm.engine.stages.extract import extract_units, squares_under, through_pool
 from wsi_mmm.engine.units import Executor, Kind, Placement, SlideTask, UnitResult, WorkUnit
 from wsi_mmm.errors import Cancelled
 
@@ -24,7 +24,6 @@ from wsi_mmm.errors import Cancelled
 ORDER: tuple[Kind, ...] = ("publish", "interpret", "forward", "extract", "plan")
 POLL = 0.5  # seconds between looks at whether the user wants to stop
 AHEAD = 2  # slides planned at once beyond those that keep the executor full
-MEASURED = 64  # tiles that were read beside the model before it is judged whether that pays
 GUESS = 4.0  # forwards of a slide, until some are known
 
 
@@ -85,8 +84,6 @@ class Scheduler:
     planned: int = 0  # ever
     forwards: int = 0  # of all those plans
     placement: Placement = "beside"
-    pools: tuple[int, bool] = (1, False)  # threads of a worker that runs models; whether there are others that read
-    read: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # tiles, seconds of reading, of the model
     flying: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})  # forward or not
 
     def run(self, executor: Executor, stop: threading.Event | None = None) -> Iterator[SlideState]:
@@ -110,7 +107,6 @@ class Scheduler:
                 yield state
 
     def _start(self, executor: Executor) -> None:
-        self.pools = getattr(executor, "pools", self.pools)
         self._open_slides(executor)
         for kind in ORDER:
             queue = self.ready[kind]
@@ -182,14 +178,15 @@ class Scheduler:
         if result.status == "cached":
             state.status, state.payload = "skipped", result.payload
             return
-        plan = state.plan = self._placed(result.payload)
+        pooled = through_pool(result.payload) if self.placement == "pool" else None
+        plan = state.plan = pooled or result.payload
         units = forward_units(plan)
         self.forwards += len(units)
         state.forward_left = {unit.block for unit in units}
-        if plan is result.payload:
-            self.ready["forward"].extend(units)
-        else:
+        if pooled:
             self._extract_first(state, plan, units)
+        else:
+            self.ready["forward"].extend(units)
         if plan.maps:
             for unit in interpret_units(plan):
                 needs = needed_blocks(unit)
@@ -199,21 +196,6 @@ class Scheduler:
         state.interpret_left = len(state.waiting)
         self.listener(Event("plan", state.task.id, 0, len(plan.index), f"{len(plan.index)} tiles"))
         self._maybe_publish(state)
-
-    def _placed(self, plan: SlidePlan) -> SlidePlan:
-        """The plan, or another one when the slide's tiles are to go through the cache: asked for, or by measurement."""
-        threads, apart = self.pools
-        if self.placement == "beside" or (self.placement == "auto" and not apart):
-            return plan
-        pooled = through_pool(plan)
-        if pooled is None or self.placement == "pool":
-            return pooled or plan
-        tiles, read, model = self.read
-        if tiles < MEASURED:
-            return plan
-        rates = Rates(read / tiles, model / tiles, threads)
-        self.listener(Event("stage", plan.slide.id, message=rates.words))
-        return pooled if rates.pool else plan
 
     def _extract_first(self, state: SlideState, plan: SlidePlan, units: list[WorkUnit]) -> None:
         """The forwards wait until the shards under their tiles are in."""
@@ -234,9 +216,6 @@ class Scheduler:
 
     def _forwarded(self, state: SlideState, result: UnitResult) -> None:
         state.tiles += result.tiles
-        if result.status != "cached" and state.plan and state.plan.slide.recipe.cache_tiles != "on":
-            spent = result.stages.get("read", 0.0), result.stages.get("model", 0.0)
-            self.read = [a + b for a, b in zip(self.read, (result.tiles, *spent), strict=True)]
         state.cache_hits += result.tiles if result.status == "cached" else 0
         if result.payload and not state.tile_cache:
             state.tile_cache = str(result.payload)
@@ -290,8 +269,7 @@ def _count(state: SlideState, result: UnitResult) -> None:
 def open_street(tasks: Iterable[SlideTask], listener: Listener = silent, placement: Placement = "beside") -> Scheduler:
     """A street on which every slide is still to come, in the order given.
 
-    ``placement``: tiles are read by the workers that run the model ("beside"), by others into the cache ("pool"), or as
-    measured ("auto"). Without a cache they are read beside the model.
+    ``placement``: tiles are read by the workers that run the model ("beside"), or by others into the cache ("pool").
     """
     upcoming = deque(tasks)
     return Scheduler(upcoming, listener, len(upcoming), placement=placement)

@@ -17,7 +17,7 @@ from wsi_mmm.timing import Lap
 from wsi_mmm.types import I64, Grid
 
 Kind = Literal["plan", "extract", "forward", "interpret", "publish"]
-Placement = Literal["beside", "pool", "auto"]
+Placement = Literal["beside", "pool"]
 Status = Literal["ok", "partial", "failed", "cached"]
 
 

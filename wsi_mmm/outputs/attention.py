@@ -1,4 +1,4 @@
-"""attention-<task>.png: the slide, paled, with how much each tile had to say for a bag task."""
+"""attention-<task>.png: the slide, paled, with the attention weight of each tile in a bag task."""
 
 from __future__ import annotations
 

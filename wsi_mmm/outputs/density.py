@@ -1,4 +1,4 @@
-"""Where on the slide the objects are: counts on a coarse grid, fed in pieces, and its densest fields."""
+"""Counts of objects on a coarse grid over the slide, added part by part, and its densest fields."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.errors import GroupNotFoundError
 
-from wsi_mmm.errors import MissingPackage, RecipeError, StorageError
+from wsi_mmm.errors import MissingPackage, OptionError, StorageError
 from wsi_mmm.outputs.maps import zarr_store
 from wsi_mmm.storage import store
 from wsi_mmm.storage.folders import published_folder
@@ -29,8 +29,8 @@ MAX_VALUES = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
-class Features:
-    """``vectors`` float32[n, D], ``coords`` int64[n, 2] level-0 (x, y), and what the attributes say."""
+class SlideFeatures:
+    """``vectors`` float32[n, D], ``coords`` int64[n, 2] level-0 (x, y), and the attributes of the store."""
 
     vectors: F32
     coords: I64
@@ -54,17 +54,17 @@ def write_features(uri: str, features: F32, coords: I64, attributes: Mapping[str
                 array[:] = values
 
 
-def read_features(uri: str) -> Features:
-    """What `write_features` wrote. StorageError when it is not there or not that."""
+def read_features(uri: str) -> SlideFeatures:
+    """The features that `write_features` wrote. StorageError if there are none."""
     try:
         group = zarr.open_group(zarr_store(uri), mode="r")
-        vectors, coords = (_values(group, name) for name in ("features", "coords"))
-        return Features(vectors, coords, dict(group.attrs))
+        vectors, coords = (_read_array(group, name) for name in ("features", "coords"))
+        return SlideFeatures(vectors, coords, dict(group.attrs))
     except (GroupNotFoundError, KeyError, FileNotFoundError, ValueError) as error:
         raise StorageError(f"{store.redact(uri)} is no features.zarr; wsi-mmm embed makes them") from error
 
 
-def _values(group: zarr.Group, name: str) -> Any:
+def _read_array(group: zarr.Group, name: str) -> Any:
     """A whole array [n, D]; ValueError for one that claims more than a slide has: chunks left out take no file."""
     array = group[name]
     if not isinstance(array, zarr.Array) or array.ndim != 2 or array.size > MAX_VALUES:
@@ -76,14 +76,11 @@ def export(source: str, target: str) -> None:
     """features.zarr at ``source`` -> ``target``, whose ending names the format (see `FORMATS`)."""
     name = target.rsplit(".", 1)[-1]
     if name not in FORMATS:
-        raise RecipeError(f"unknown export {name!r}; known: {', '.join(FORMATS)}")
+        raise OptionError(f"unknown export {name!r}; known: {', '.join(FORMATS)}")
     store.write_bytes(target, FORMATS[name](read_features(source)))
 
 
-export_features = export
-
-
-def as_h5(features: Features) -> bytes:
+def as_h5(features: SlideFeatures) -> bytes:
     """HDF5 as TRIDENT and CLAM read it: ``coords`` with the attributes, ``features``."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
@@ -95,7 +92,7 @@ def as_h5(features: Features) -> bytes:
     return buffer.getvalue()
 
 
-def as_pt(features: Features) -> bytes:
+def as_pt(features: SlideFeatures) -> bytes:
     """The tensor float32[n, D] that CLAM reads with ``torch.load``."""
     try:
         import torch
@@ -106,7 +103,7 @@ def as_pt(features: Features) -> bytes:
     return buffer.getvalue()
 
 
-def as_h5ad(features: Features) -> bytes:
+def as_h5ad(features: SlideFeatures) -> bytes:
     """AnnData: X is the features, ``obsm["spatial"]`` the middle of each tile, ``uns["wsi_mmm"]`` the attributes."""
     try:
         anndata = importlib.import_module("anndata")  # optional, untyped
@@ -120,4 +117,4 @@ def as_h5ad(features: Features) -> bytes:
         return path.read_bytes()
 
 
-FORMATS: dict[str, Callable[[Features], bytes]] = {"h5": as_h5, "pt": as_pt, "h5ad": as_h5ad}
+FORMATS: dict[str, Callable[[SlideFeatures], bytes]] = {"h5": as_h5, "pt": as_pt, "h5ad": as_h5ad}

@@ -54,7 +54,7 @@ class GeoJSONWriter:
         self.repaired = 0
         self.dropped = 0
         self.written = 0
-        self._tails = {task.name: _tails(task, (counts or {}).get(task.name, 0)) for task in tasks}
+        self._property_texts = {task.name: _property_texts(task, (counts or {}).get(task.name, 0)) for task in tasks}
         self._names = {task.name: uuid.uuid5(NAMESPACE, f"{slide_fingerprint}/{task.name}").bytes for task in tasks}
         self._sink = FileSink(path, gzip=gzip)
         self._sink.write(b'{"type":"FeatureCollection","features":[')
@@ -62,7 +62,7 @@ class GeoJSONWriter:
     def write(self, objects: Objects) -> None:
         """Append objects of one of the writer's tasks, in their order."""
         starts = range(0, len(objects), _CHUNK)
-        for rounded in _ahead(part(objects, start, min(start + _CHUNK, len(objects))) for start in starts):
+        for rounded in _round_ahead(part(objects, start, min(start + _CHUNK, len(objects))) for start in starts):
             self._write_chunk(rounded)
 
     def _write_chunk(self, rounded: Rounded) -> None:
@@ -71,10 +71,10 @@ class GeoJSONWriter:
         safe = rounded.objects
         if not len(safe):
             return
-        tails = self._tails[safe.task]
+        tails = self._property_texts[safe.task]
         geometries = coordinate_texts(safe)
         rows = zip(
-            _ids(self._names[safe.task], geometries),
+            _object_ids(self._names[safe.task], geometries),
             geometries,
             [tails[k] for k in safe.class_index.tolist()],
             _measurement_texts(safe.measurements, len(safe)),
@@ -109,8 +109,8 @@ class GeoJSONWriter:
             self.abort()
 
 
-def _ahead(chunks: Iterable[Objects]) -> Iterator[Rounded]:
-    """`round_valid` of each chunk, one ahead in a thread: GEOS works beside Python."""
+def _round_ahead(chunks: Iterable[Objects]) -> Iterator[Rounded]:
+    """`round_valid` of each chunk, one ahead in a thread: GEOS, 60 % of the work, runs beside Python."""
     with ThreadPoolExecutor(1, "round") as pool:
         waiting: Future[Rounded] | None = None
         for chunk in chunks:
@@ -122,20 +122,20 @@ def _ahead(chunks: Iterable[Objects]) -> Iterator[Rounded]:
             yield waiting.result()
 
 
-def _tails(task: TaskInfo, count: int) -> list[bytes]:
+def _property_texts(task: TaskInfo, count: int) -> list[bytes]:
     """Per class: objectType and classification, as they stand in ``properties``; the last one has no class (-1)."""
     kind = object_type(task.kind, count)
     pairs = zip(task.classes, task.colors, strict=True)
     classifications = [{"name": name, "color": [int(c) for c in color]} for name, color in pairs]
-    named = [f'"objectType":"{kind}","classification":{_json(c)}'.encode() for c in classifications]
+    named = [f'"objectType":"{kind}","classification":{_compact_json(c)}'.encode() for c in classifications]
     return [*named, f'"objectType":"{kind}"'.encode()]
 
 
-def _json(value: object) -> str:
+def _compact_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _ids(namespace: bytes, geometries: Sequence[bytes]) -> list[bytes]:
+def _object_ids(namespace: bytes, geometries: Sequence[bytes]) -> list[bytes]:
     """``uuid.uuid5(namespace, geometry)`` as text, without an object per UUID."""
     digests = b"".join([hashlib.sha1(namespace + g, usedforsecurity=False).digest() for g in geometries])
     raw = np.frombuffer(digests, np.uint8).reshape(-1, 20)[:, :16].copy()
@@ -151,7 +151,7 @@ def _measurement_texts(measurements: Mapping[str, F64], count: int) -> list[byte
     if not measurements:
         return [b""] * count
     table = np.stack([np.asarray(values, np.float64) for values in measurements.values()], axis=1)
-    cells = [f"{_json(name)}:".replace("%", "%%") + "%.8g" for name in measurements]
+    cells = [f"{_compact_json(name)}:".replace("%", "%%") + "%.8g" for name in measurements]
     template = ',"measurements":{' + ",".join(cells) + "}\n"
     texts = (template * count % tuple(table.ravel().tolist())).encode().split(b"\n")[:-1]
     finite = np.isfinite(table)

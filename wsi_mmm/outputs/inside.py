@@ -1,6 +1,6 @@
-"""Regions of interest: which tiles touch them, and which findings lie in them.
+"""Regions of interest: the tiles that touch them, and the objects that lie in them.
 
-The rule for findings: a single object counts as inside when the centroid of its outline, as it is published, lies in a
+The rule for objects: a single object counts as inside when the centroid of its outline, as it is published, lies in a
 region or on its border (as QuPath counts detections inside an annotation); it is kept whole. Areas are cut along the
 regions. Regions that overlap count as one.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import shapely
 
 from wsi_mmm.annotations import parse_shapes
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import AnnotationError
 from wsi_mmm.outputs.polygons import CHUNK, Rounded, from_parts, round_valid, shapes
 from wsi_mmm.outputs.ragged import concat, part, take
 from wsi_mmm.types import F64, Mask, Objects
@@ -22,12 +22,12 @@ from wsi_mmm.types import F64, Mask, Objects
 
 @dataclass(frozen=True, slots=True)
 class Regions:
-    """Where work was asked for: a prepared shapely geometry of level-0 px."""
+    """The regions of interest of a slide as one prepared shapely geometry of level-0 px."""
 
     area: Any
 
     def touched(self, boxes: F64) -> Mask:
-        """bool[n]: which rectangles float64[n, 4] (x0, y0, x1, y1) share area with a region; an edge is none."""
+        """bool[n]: the rectangles float64[n, 4] (x0, y0, x1, y1) that share area with a region; an edge is none."""
         found = np.zeros(len(boxes), np.bool_)
         for start in range(0, len(boxes), CHUNK):
             some = shapely.box(*boxes[start : start + CHUNK].T)
@@ -46,19 +46,19 @@ class Regions:
 
     def cut(self, objects: Objects) -> Objects:
         """Areas cut along the regions, in their order; one cut in several keeps them all."""
-        pieces = [part(objects, start, min(start + CHUNK, len(objects))) for start in range(0, len(objects), CHUNK)]
-        if not pieces:
+        chunks = [part(objects, start, min(start + CHUNK, len(objects))) for start in range(0, len(objects), CHUNK)]
+        if not chunks:
             return objects
         return concat(
-            [from_parts(some, shapely.intersection(shapely.make_valid(shapes(some)), self.area)) for some in pieces]
+            [from_parts(some, shapely.intersection(shapely.make_valid(shapes(some)), self.area)) for some in chunks]
         )
 
 
 def regions_of(data: bytes, name: str) -> Regions:
-    """The regions in the bytes of an annotation file of polygons in level-0 px. Raises AnnotationError, RecipeError."""
+    """The regions in the bytes of an annotation file of polygons in level-0 px. Raises AnnotationError."""
     found = parse_shapes(data, name)
     if not len(found):
-        raise RecipeError(f"{name}: no polygon is in it: draw the regions to work in, or leave --regions out")
+        raise AnnotationError(f"{name}: no polygon is in it: draw the regions to work in, or leave --regions out")
     area = shapely.union_all([shape.geometry for shape in found])
     shapely.prepare(area)
     return Regions(area)

@@ -1,4 +1,4 @@
-"""Blended maps of pixel tasks as Zarr v3, for whoever wants to see what the objects were made of."""
+"""Blended maps of pixel tasks as Zarr v3: the probabilities that objects were made from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARD = 2048
 
 
 class MapTask(Protocol):
-    """What a map file says of the task it belongs to."""
+    """The facts about its task that a map file needs."""
 
     @property
     def info(self) -> TaskInfo: ...
@@ -28,10 +28,10 @@ class MapTask(Protocol):
     def stride(self) -> int: ...
 
 
-def write_map(uri: str, task: MapTask, grid: Grid, pieces: Iterable[tuple[tuple[int, int], U8]]) -> None:
-    """One array uint8[C, H, W] at ``uri``, map px = ``task.stride`` target px; px that no piece covers are 0.
+def write_map(uri: str, task: MapTask, grid: Grid, blocks: Iterable[tuple[tuple[int, int], U8]]) -> None:
+    """One array uint8[C, H, W] at ``uri``, map px = ``task.stride`` target px; px that no block covers are 0.
 
-    ``pieces``: corner (y, x) in map px and uint8[C, h, w]; what lies beyond the slide is cut off. Attributes: task,
+    ``blocks``: corner (y, x) in map px and uint8[C, h, w]; what lies beyond the slide is cut off. Attributes: task,
     kind, classes, mpp (of a map px), scale_x, scale_y (level-0 px per map px), value_scale (255 means 1.0).
     """
     height, width = (-(-size // task.stride) for size in (grid.height, grid.width))
@@ -45,15 +45,15 @@ def write_map(uri: str, task: MapTask, grid: Grid, pieces: Iterable[tuple[tuple[
             fill_value=0,
             compressors=BloscCodec(cname="zstd", clevel=3, shuffle="noshuffle"),
             dimension_names=("channel", "y", "x"),
-            attributes=_attributes(task, grid),
+            attributes=_map_attributes(task, grid),
         )
-        for (y, x), piece in pieces:
-            part = piece[:, : height - y, : width - x]
+        for (y, x), block in blocks:
+            part = block[:, : height - y, : width - x]
             if part.size and part.any():
                 array[:, y : y + part.shape[1], x : x + part.shape[2]] = part
 
 
-def _attributes(task: MapTask, grid: Grid) -> dict[str, Any]:
+def _map_attributes(task: MapTask, grid: Grid) -> dict[str, Any]:
     return {
         "task": task.info.name,
         "kind": task.info.kind,

@@ -1,6 +1,6 @@
 """`merge_regions`: regions that block borders cut apart become whole again, as if there had been no blocks.
 
-Outlines are directed edges on whole pixels with the region on one side. Where two pieces of one class meet at a
+Outlines are directed edges on whole pixels with the region on one side. Where two fragments of one class meet at a
 seam, their edges run over each other in opposite directions and cancel; what is left are the outlines of the whole.
 """
 
@@ -14,7 +14,6 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from wsi_mmm.outputs.cycles import cycles, first_of_each, split_touching, walk
 from wsi_mmm.outputs.ragged import (
     concat,
     drop_points,
@@ -25,6 +24,7 @@ from wsi_mmm.outputs.ragged import (
     take,
     take_rings,
 )
+from wsi_mmm.outputs.trace import find_rings, first_edges, split_touching, walk_rings
 from wsi_mmm.types import F64, I32, I64, Mask, Objects
 
 _EAST, _SOUTH, _WEST, _NORTH = range(4)
@@ -33,15 +33,15 @@ _STEP = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)], np.int64)
 
 @dataclass(frozen=True, slots=True)
 class _Segments:
-    """k axis-parallel directed edges: ``tail`` int64[k, 2] (x, y), ``length``, ``direction`` 0..3, own ``piece``."""
+    """k axis-parallel directed edges: ``tail`` int64[k, 2] (x, y), ``length``, ``direction`` 0..3, own ``fragment``."""
 
     tail: I64
     length: I64
     direction: I64
-    piece: I64
+    fragment: I64
 
     def where(self, keep: Mask) -> _Segments:
-        return _Segments(self.tail[keep], self.length[keep], self.direction[keep], self.piece[keep])
+        return _Segments(self.tail[keep], self.length[keep], self.direction[keep], self.fragment[keep])
 
     @property
     def head(self) -> I64:
@@ -57,23 +57,23 @@ def merge_regions(parts: Sequence[Objects]) -> Objects:
     ``anchor``, which is the (y, x) of that corner of the exterior. Measurements are summed: give counts, not means.
     """
     parts = [some for some in parts if len(some)] or list(parts[:1])
-    pieces = concat(parts)
-    if not len(pieces):
-        return pieces
-    segments = _segments(pieces)
-    left, pairs = _cancel(segments, _on_seams(segments, parts), pieces.class_index)
-    group = _components(pairs, len(pieces))
+    fragments = concat(parts)
+    if not len(fragments):
+        return fragments
+    segments = _outline_edges(fragments)
+    left, pairs = _cancel_seams(segments, _on_seams(segments, parts), fragments.class_index)
+    group = _connected_fragments(pairs, len(fragments))
     alone = np.bincount(group)[group] == 1
-    done = [take(pieces, alone)]
+    done = [take(fragments, alone)]
     if not alone.all():
-        done.append(_rebuild(left.where(~alone[left.piece]), pieces, group))
+        done.append(_rebuild_regions(left.where(~alone[left.fragment]), fragments, group))
     return sort_by_anchor(canonical(concat(done)))
 
 
 def canonical(objects: Objects) -> Objects:
     """The one way to write down each polygon of whole-pixel coordinates (see `merge_regions`); anchors recomputed."""
-    corners = drop_points(objects, _turns(objects) != 0)
-    rotated = replace(corners, coords=corners.coords[_rotation(corners)])
+    corners = drop_points(objects, _turn_directions(objects) != 0)
+    rotated = replace(corners, coords=corners.coords[_first_corner_rotation(corners)])
     first = rotated.coords[rotated.ring_offsets[:-1]]
     owner = np.repeat(np.arange(len(rotated)), np.diff(rotated.object_offsets))
     hole = np.ones(len(owner), np.bool_)
@@ -83,16 +83,16 @@ def canonical(objects: Objects) -> Objects:
     return replace(ordered, anchor=np.floor(starts[:, ::-1]).astype(np.int64))
 
 
-def _segments(pieces: Objects) -> _Segments:
-    points = np.rint(pieces.coords).astype(np.int64)
-    step = points[following_points(pieces)] - points
+def _outline_edges(fragments: Objects) -> _Segments:
+    points = np.rint(fragments.coords).astype(np.int64)
+    step = points[following_points(fragments)] - points
     upright = np.where(step[:, 1] > 0, _SOUTH, _NORTH)
     direction = np.where(step[:, 0] > 0, _EAST, np.where(step[:, 0] < 0, _WEST, upright))
-    rings = np.repeat(np.arange(len(pieces)), np.diff(pieces.object_offsets))
-    piece = np.repeat(rings, np.diff(pieces.ring_offsets))
-    if (points != pieces.coords).any() or ((step != 0).sum(axis=1) != 1).any():
+    rings = np.repeat(np.arange(len(fragments)), np.diff(fragments.object_offsets))
+    fragment = np.repeat(rings, np.diff(fragments.ring_offsets))
+    if (points != fragments.coords).any() or ((step != 0).sum(axis=1) != 1).any():
         raise ValueError("regions to merge must have axis-parallel outlines on whole target pixels")
-    return _Segments(points, np.abs(step).sum(axis=1), direction, piece)
+    return _Segments(points, np.abs(step).sum(axis=1), direction, fragment)
 
 
 def _on_seams(segments: _Segments, parts: Sequence[Objects]) -> Mask:
@@ -106,20 +106,20 @@ def _on_seams(segments: _Segments, parts: Sequence[Objects]) -> Mask:
     return np.asarray((at == low[rows, across]) | (at == high[rows, across]))
 
 
-def _cancel(segments: _Segments, seam: Mask, class_index: I32) -> tuple[_Segments, I64]:
-    """(the edges that remain, int64[k, 2] pieces whose edges cancelled somewhere)."""
+def _cancel_seams(segments: _Segments, seam: Mask, class_index: I32) -> tuple[_Segments, I64]:
+    """(the edges that remain, int64[k, 2] fragments whose edges cancelled somewhere)."""
     remaining, pairs = [segments.where(~seam)], [np.empty((0, 2), np.int64)]
     for axis in (0, 1):
         some = segments.where(seam & (segments.direction % 2 == axis))
-        left, met = _sweep(some, axis, class_index)
+        left, met = _cancel_along(some, axis, class_index)
         remaining.append(left)
         pairs.append(met)
-    names = ("tail", "length", "direction", "piece")
+    names = ("tail", "length", "direction", "fragment")
     joined = _Segments(*(np.concatenate([getattr(part, name) for part in remaining]) for name in names))
     return joined, np.concatenate(pairs)
 
 
-def _sweep(some: _Segments, axis: int, class_index: I32) -> tuple[_Segments, I64]:
+def _cancel_along(some: _Segments, axis: int, class_index: I32) -> tuple[_Segments, I64]:
     """Cancel edges along ``axis`` (0: x, 1: y) of one class on one line that run over each other.
 
     Between two neighbouring ends on a line either one edge runs (it stays), or two (they cancel), or none: running
@@ -127,60 +127,61 @@ def _sweep(some: _Segments, axis: int, class_index: I32) -> tuple[_Segments, I64
     """
     forward = some.direction < 2  # east or south
     low = np.minimum(some.tail, some.head)[:, axis]
-    line = some.tail[:, 1 - axis] * (int(class_index.max()) + 1) + class_index[some.piece]
+    line = some.tail[:, 1 - axis] * (int(class_index.max()) + 1) + class_index[some.fragment]
     position = np.concatenate([low, low + some.length])
     lines = np.concatenate([line, line])
-    order = np.lexsort((position, lines))
-    facts = np.stack([np.ones_like(low), forward, some.piece * forward, some.piece * ~forward], axis=1).astype(np.int64)
-    running = np.cumsum(np.concatenate([facts, -facts])[order], axis=0)[:-1]
-    length = np.diff(position[order])
-    same_line = np.diff(lines[order]) == 0
+    ranking = np.lexsort((position, lines))
+    owners = some.fragment * forward, some.fragment * ~forward
+    facts = np.stack([np.ones_like(low), forward, *owners], axis=1).astype(np.int64)
+    running = np.cumsum(np.concatenate([facts, -facts])[ranking], axis=0)[:-1]
+    length = np.diff(position[ranking])
+    same_line = np.diff(lines[ranking]) == 0
     one, two = (same_line & (length > 0) & (running[:, 0] == k) for k in (1, 2))
     stays_forward = running[one, 1] > 0
     tail = np.empty((int(one.sum()), 2), np.int64)
-    start = position[order][:-1][one]
+    start = position[ranking][:-1][one]
     tail[:, axis] = np.where(stays_forward, start, start + length[one])
-    tail[:, 1 - axis] = lines[order][:-1][one] // (int(class_index.max()) + 1)
+    tail[:, 1 - axis] = lines[ranking][:-1][one] // (int(class_index.max()) + 1)
     direction = axis + 2 * (~stays_forward).astype(np.int64)
     return _Segments(tail, length[one], direction, running[one, 2] + running[one, 3]), running[two][:, 2:]
 
 
-def _components(pairs: I64, count: int) -> I32:
+def _connected_fragments(pairs: I64, count: int) -> I32:
     graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     return np.asarray(connected_components(graph.tocsr(), directed=False)[1])
 
 
-def _rebuild(segments: _Segments, pieces: Objects, group: I32) -> Objects:
+def _rebuild_regions(segments: _Segments, fragments: Objects, group: I32) -> Objects:
     """Rings and regions from the edges that remain."""
-    following, corner = _chain(segments, pieces.class_index)
-    count, ring = cycles(following)
+    following, corner = _link_edges(segments, fragments.class_index)
+    count, ring = find_rings(following)
     following, count, ring = split_touching(following, count, ring, head=corner, among=np.arange(len(ring)))
-    start = first_of_each(ring, count)
+    start = first_edges(ring, count)
     hole = _twice_area(segments, ring, count) < 0
-    owner = group[segments.piece[start]]
+    owner = group[segments.fragment[start]]
     rank = np.lexsort((hole, owner))
-    order = walk(following, start[rank])
+    edge_index = walk_rings(following, start[rank])
     exterior = np.flatnonzero(~hole[rank])
     region = owner[rank][exterior]
-    lead = segments.piece[start[rank][exterior]]
+    lead = segments.fragment[start[rank][exterior]]
     totals = {
-        name: np.asarray(np.bincount(group, weights=values, minlength=len(pieces)), np.float64)[region]
-        for name, values in pieces.measurements.items()
+        name: np.asarray(np.bincount(group, weights=values, minlength=len(fragments)), np.float64)[region]
+        for name, values in fragments.measurements.items()
     }
     return Objects(
-        pieces.task,
-        segments.tail[order].astype(np.float64),
+        fragments.task,
+        segments.tail[edge_index].astype(np.float64),
         offsets_of(np.bincount(ring, minlength=count)[rank]),
         np.append(exterior, count).astype(np.int64),
-        pieces.class_index[lead],
-        pieces.anchor[lead],
+        fragments.class_index[lead],
+        fragments.anchor[lead],
         totals,
     )
 
 
-def _chain(segments: _Segments, class_index: I32) -> tuple[I32, I64]:
+def _link_edges(segments: _Segments, class_index: I32) -> tuple[I32, I64]:
     """(the edge that follows each edge, the corner it ends in). Where two regions meet diagonally, turn inwards."""
-    head, tail = _corners(segments.head, segments, class_index), _corners(segments.tail, segments, class_index)
+    head, tail = (_corner_numbers(ends, segments, class_index) for ends in (segments.head, segments.tail))
     arriving = np.lexsort(((segments.direction + 1) % 4, head))
     leaving = np.lexsort((segments.direction, tail))
     if (head[arriving] != tail[leaving]).any():
@@ -190,12 +191,12 @@ def _chain(segments: _Segments, class_index: I32) -> tuple[I32, I64]:
     return following, head
 
 
-def _corners(points: I64, segments: _Segments, class_index: I32) -> I64:
+def _corner_numbers(points: I64, segments: _Segments, class_index: I32) -> I64:
     """A number per (class, point)."""
     low = segments.tail.min(axis=0)
     wide = segments.tail[:, 0].max() - low[0] + 1
     classes = int(class_index.max()) + 1
-    number: I64 = ((points[:, 1] - low[1]) * wide + points[:, 0] - low[0]) * classes + class_index[segments.piece]
+    number: I64 = ((points[:, 1] - low[1]) * wide + points[:, 0] - low[0]) * classes + class_index[segments.fragment]
     return number
 
 
@@ -208,7 +209,7 @@ def _twice_area(segments: _Segments, ring: I32, count: int) -> F64:
     return np.asarray(np.bincount(ring, weights=cross.astype(np.float64), minlength=count), np.float64)
 
 
-def _turns(objects: Objects) -> F64:
+def _turn_directions(objects: Objects) -> F64:
     """Cross product of the steps before and after each point: 0 where the outline goes straight on."""
     points = objects.coords
     before, after = points - points[preceding_points(objects)], points[following_points(objects)] - points
@@ -216,8 +217,8 @@ def _turns(objects: Objects) -> F64:
     return turn
 
 
-def _rotation(objects: Objects) -> I64:
-    """Order of the points that lets each ring begin at its topmost, then leftmost corner."""
+def _first_corner_rotation(objects: Objects) -> I64:
+    """The order of the points that lets each ring begin at its topmost, then leftmost corner."""
     lengths = np.diff(objects.ring_offsets)
     ring = np.repeat(np.arange(len(lengths)), lengths)
     starts = objects.ring_offsets[:-1]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from wsi_mmm.types import I64, Objects
 
-Words = npt.NDArray[np.uint32]
+TextWords = npt.NDArray[np.uint32]
 
 _LIMIT = 10_000_000 * 100  # hundredths
 
@@ -25,12 +25,12 @@ def coordinate_texts(objects: Objects) -> list[bytes]:
     closed = np.insert(np.arange(len(objects.coords)), objects.ring_offsets[1:], objects.ring_offsets[:-1])
     ring_ends = objects.ring_offsets[1:] + np.arange(len(objects.ring_offsets) - 1)
     values = np.rint(objects.coords * 100).astype(np.int64)[closed]
-    text = _fast if values.min() >= 0 and values.max() < _LIMIT else _any
+    text = _texts_by_table if values.min() >= 0 and values.max() < _LIMIT else _texts_one_by_one
     return text(values, ring_ends, ring_ends[objects.object_offsets[1:] - 1])
 
 
-def _fast(values: I64, ring_ends: I64, object_ends: I64) -> list[bytes]:
-    tables = _tables()
+def _texts_by_table(values: I64, ring_ends: I64, object_ends: I64) -> list[bytes]:
+    tables = _text_tables()
     words = np.empty((len(values), 7), np.uint32)
     for axis, column in ((0, 0), (1, 3)):
         whole, cents = np.divmod(values[:, axis].astype(np.uint32), np.uint32(100))
@@ -47,31 +47,31 @@ def _fast(values: I64, ring_ends: I64, object_ends: I64) -> list[bytes]:
 
 
 @cache
-def _tables() -> dict[str, Words]:
+def _text_tables() -> dict[str, TextWords]:
     high = [str(n) if n else "" for n in range(1000)]
     low = [str(n) for n in range(10_000)] + [f"{n:04d}" for n in range(10_000)]
     cents = [f".{n:02d}".rstrip("0").rstrip(".") for n in range(100)]
     return {
-        "high0": _words(["[" + text for text in high]),
-        "high1": _words(high),
-        "low": _words(low),
-        "cents0": _words([text + "," for text in cents]),
-        "cents1": _words([text + "]" for text in cents]),
-        "separators": _words([",", "],[", "\n"]),
+        "high0": _pack_words(["[" + text for text in high]),
+        "high1": _pack_words(high),
+        "low": _pack_words(low),
+        "cents0": _pack_words([text + "," for text in cents]),
+        "cents1": _pack_words([text + "]" for text in cents]),
+        "separators": _pack_words([",", "],[", "\n"]),
     }
 
 
-def _words(texts: list[str]) -> Words:
+def _pack_words(texts: list[str]) -> TextWords:
     return np.frombuffer(b"".join(text.encode().ljust(4, b"\0") for text in texts), np.uint32)
 
 
-def _any(values: I64, ring_ends: I64, object_ends: I64) -> list[bytes]:
+def _texts_one_by_one(values: I64, ring_ends: I64, object_ends: I64) -> list[bytes]:
     """The same for coordinates that are negative or very large: slower, rarely needed."""
     ends, last = set(ring_ends.tolist()), set(object_ends.tolist())
     out: list[bytes] = []
     parts: list[str] = []
     for i, (x, y) in enumerate(values.tolist()):
-        parts.append(f"[{_number(x)},{_number(y)}]")
+        parts.append(f"[{_hundredths_text(x)},{_hundredths_text(y)}]")
         if i in last:
             out.append(f"[[{''.join(parts)}]]".encode())
             parts = []
@@ -80,7 +80,7 @@ def _any(values: I64, ring_ends: I64, object_ends: I64) -> list[bytes]:
     return out
 
 
-def _number(hundredths: int) -> str:
+def _hundredths_text(hundredths: int) -> str:
     whole, cents = divmod(abs(hundredths), 100)
     text = f"{whole}.{cents:02d}".rstrip("0").rstrip(".")
     return f"-{text}" if hundredths < 0 else text

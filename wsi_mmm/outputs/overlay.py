@@ -1,4 +1,4 @@
-"""overlay.png: the slide with what was found on it, and a few fields close up. Drawn with Pillow alone."""
+"""overlay.png: the slide with its objects, and a few fields close up. Drawn with Pillow alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """All that the picture shows. ``width``, ``height``: level-0 px of the slide; ``mpp``: µm per level-0 px or None.
+    """Everything on the picture. ``width``, ``height``: level-0 px of the slide; ``mpp``: µm per level-0 px or None.
 
     ``tissue`` bool[h, w] covers the slide. ``density``: a heat map of objects. ``areas``: objects filled translucently
     with their class colour (regions, tiles). ``counts``: legend lines, (name, colour, number).
@@ -73,14 +73,14 @@ def overlay_png(scene: Scene) -> bytes:
     page = Image.new("RGB", (width, _HEAD + tall + _FOOT + _MARGIN), _GROUND)
     draw = ImageDraw.Draw(page)
     corner = (_MARGIN + (left - size[0]) // 2, _HEAD + (tall - size[1]) // 2)
-    _head(draw, scene, width - 2 * _MARGIN)
-    page.paste(_slide(scene, size), corner)
+    _draw_head(draw, scene, width - 2 * _MARGIN)
+    page.paste(_draw_slide(scene, size), corner)
     draw.rectangle((corner[0] - 1, corner[1] - 1, corner[0] + size[0], corner[1] + size[1]), outline=_EDGE)
     for number, shown in enumerate(scene.fields):
         row, column = number % rows, number // rows
         place = (_MARGIN + left + _GAP + column * (_FIELD + _GAP), _HEAD + row * (_FIELD + _GAP))
-        page.paste(_field(shown, scene, str(number + 1)), place)
-    _legend(draw, page, scene, (_MARGIN, _HEAD + tall + 18))
+        page.paste(_draw_field(shown, scene, str(number + 1)), place)
+    _draw_legend(draw, page, scene, (_MARGIN, _HEAD + tall + 18))
     buffer = io.BytesIO()
     page.save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
@@ -100,28 +100,28 @@ def legend_counts(tasks: Sequence[TaskInfo], counts: Mapping[str, Mapping[str, i
 # ---------------------------------------------------------------- the slide
 
 
-def _slide(scene: Scene, size: tuple[int, int]) -> Image.Image:
+def _draw_slide(scene: Scene, size: tuple[int, int]) -> Image.Image:
     image = Image.fromarray(scene.thumbnail).convert("RGB").resize(size, Image.Resampling.LANCZOS)
     ratio = size[0] / scene.width
     for task, objects in scene.areas:
-        image = _filled(image, task, objects, ratio)
+        image = _fill_areas(image, task, objects, ratio)
     if scene.density is not None:
-        image = _heated(image, scene.density)
+        image = _blend_heat(image, scene.density)
     fine = Image.new("RGBA", (size[0] * 2, size[1] * 2))
     draw = ImageDraw.Draw(fine)
     if scene.tissue is not None and scene.tissue.any():
         _outline_mask(draw, scene.tissue, fine.size)
     for number, shown in enumerate(scene.fields):
-        _frame(draw, shown, 2 * ratio, str(number + 1))
+        _draw_frame(draw, shown, 2 * ratio, str(number + 1))
     image.paste(small := fine.resize(size, Image.Resampling.LANCZOS), mask=small)
     _scale_bar(image, scene.mpp, 1 / ratio, share=0.2)
     return image
 
 
-def _heated(image: Image.Image, density: Density) -> Image.Image:
+def _blend_heat(image: Image.Image, density: Density) -> Image.Image:
     """Heat over a paled slide: the denser, the less of the slide shows through."""
     value = density.smooth()
-    level = np.clip(value / max(_full(density), 1e-9), 0, 1)
+    level = np.clip(value / max(_full_scale(density), 1e-9), 0, 1)
     small = np.concatenate([heat(level), (255 * np.clip(1.1 * level**0.5, 0, 0.82))[..., None]], axis=-1)
     layer = Image.fromarray(small.astype(np.uint8), "RGBA").resize(image.size, Image.Resampling.BICUBIC)
     out = Image.blend(image, Image.new("RGB", image.size, (255, 255, 255)), 0.25)
@@ -129,7 +129,7 @@ def _heated(image: Image.Image, density: Density) -> Image.Image:
     return out
 
 
-def _full(density: Density) -> float:
+def _full_scale(density: Density) -> float:
     """Objects per cell that the brightest colour stands for."""
     value = density.smooth()
     return float(np.quantile(value[value > 0.01], 0.99)) if (value > 0.01).any() else 1.0
@@ -141,11 +141,11 @@ def heat(level: F64) -> F64:
     return np.stack([np.interp(level, steps, _HEAT[:, k]) for k in range(3)], axis=-1)
 
 
-def _filled(image: Image.Image, task: TaskInfo, objects: Objects, ratio: float) -> Image.Image:
+def _fill_areas(image: Image.Image, task: TaskInfo, objects: Objects, ratio: float) -> Image.Image:
     """Areas in their class colour, see-through; drawn large to small so that what lies in holes shows."""
     layer = Image.new("RGBA", image.size)
     draw = ImageDraw.Draw(layer)
-    for polygon, color in _drawn(task, objects, (0.0, 0.0), ratio):
+    for polygon, color in _scaled_polygons(task, objects, (0.0, 0.0), ratio):
         for number, ring in enumerate(polygon):
             draw.polygon(ring, fill=(0, 0, 0, 0) if number else (*color, 105), outline=(*color, 230))
     out = image.copy()
@@ -153,7 +153,7 @@ def _filled(image: Image.Image, task: TaskInfo, objects: Objects, ratio: float) 
     return out
 
 
-def _drawn(
+def _scaled_polygons(
     task: TaskInfo, objects: Objects, origin: tuple[float, float], ratio: float
 ) -> list[tuple[list[list[tuple[float, float]]], Color]]:
     points = (objects.coords - np.array(origin)) * ratio
@@ -175,20 +175,20 @@ def _outline_mask(draw: ImageDraw.ImageDraw, mask: Mask, size: tuple[int, int]) 
         draw.line([*ring, ring[0]], fill=(30, 110, 90, 220), width=3, joint="curve")
 
 
-def _frame(draw: ImageDraw.ImageDraw, shown: Field, ratio: float, name: str) -> None:
+def _draw_frame(draw: ImageDraw.ImageDraw, shown: Field, ratio: float, name: str) -> None:
     height, width = shown.pixels.shape[:2]
     x0, y0 = shown.x0 * ratio, shown.y0 * ratio
     x1, y1 = x0 + max(width * shown.scale * ratio, 12), y0 + max(height * shown.scale * ratio, 12)
     draw.rectangle((x0 - 2, y0 - 2, x1 + 2, y1 + 2), outline=(255, 255, 255, 255), width=8)
     draw.rectangle((x0, y0, x1, y1), outline=(*_BOX, 255), width=4)
     above = y0 > 60
-    _badge(draw, (x0, y0 - 44 if above else y1 + 6), name, 34)
+    _draw_badge(draw, (x0, y0 - 44 if above else y1 + 6), name, 34)
 
 
 # ---------------------------------------------------------------- close-ups
 
 
-def _field(shown: Field, scene: Scene, name: str) -> Image.Image:
+def _draw_field(shown: Field, scene: Scene, name: str) -> Image.Image:
     height, width = shown.pixels.shape[:2]
     zoom = _FIELD / max(height, width)
     size = max(1, round(width * zoom)), max(1, round(height * zoom))
@@ -196,7 +196,7 @@ def _field(shown: Field, scene: Scene, name: str) -> Image.Image:
     big = Image.fromarray(shown.pixels).convert("RGB").resize(large, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(big)
     for task, objects in shown.found:
-        for polygon, color in _drawn(task, objects, (shown.x0, shown.y0), zoom * _FINE / shown.scale):
+        for polygon, color in _scaled_polygons(task, objects, (shown.x0, shown.y0), zoom * _FINE / shown.scale):
             for ring in polygon:
                 draw.line([*ring, ring[0], ring[1]], fill=(255, 255, 255), width=round(2.3 * _FINE), joint="curve")
                 draw.line([*ring, ring[0], ring[1]], fill=color, width=round(1.5 * _FINE), joint="curve")
@@ -205,55 +205,55 @@ def _field(shown: Field, scene: Scene, name: str) -> Image.Image:
     _scale_bar(image, scene.mpp, shown.scale / zoom, share=0.22)
     ink = ImageDraw.Draw(image)
     ink.rectangle((0, 0, _FIELD - 1, _FIELD - 1), outline=_EDGE)
-    _badge(ink, (10, 10), name, 20)
+    _draw_badge(ink, (10, 10), name, 20)
     return image
 
 
-def _badge(draw: ImageDraw.ImageDraw, corner: tuple[float, float], name: str, size: int) -> None:
+def _draw_badge(draw: ImageDraw.ImageDraw, corner: tuple[float, float], name: str, size: int) -> None:
     x, y = corner
     draw.rounded_rectangle((x, y, x + 1.25 * size, y + 1.25 * size), radius=size // 4, fill=_BOX)
-    draw.text((x + 0.625 * size, y + 0.61 * size), name, fill=(255, 255, 255), font=_font(size), anchor="mm")
+    draw.text((x + 0.625 * size, y + 0.61 * size), name, fill=(255, 255, 255), font=_load_font(size), anchor="mm")
 
 
 # ---------------------------------------------------------------- words
 
 
-def _head(draw: ImageDraw.ImageDraw, scene: Scene, room: float) -> None:
-    _write(draw, (_MARGIN, 50), _fitted(draw, scene.title, room, size=30), size=30)
-    _write(draw, (_MARGIN, 78), _fitted(draw, scene.subtitle, room, size=18), size=18, fill=_SOFT)
+def _draw_head(draw: ImageDraw.ImageDraw, scene: Scene, room: float) -> None:
+    _write_text(draw, (_MARGIN, 50), _shorten_text(draw, scene.title, room, size=30), size=30)
+    _write_text(draw, (_MARGIN, 78), _shorten_text(draw, scene.subtitle, room, size=18), size=18, fill=_SOFT)
 
 
-def _fitted(draw: ImageDraw.ImageDraw, text: str, room: float, *, size: int) -> str:
+def _shorten_text(draw: ImageDraw.ImageDraw, text: str, room: float, *, size: int) -> str:
     """``text``, its middle left out where it is wider than ``room``: ends tell slides apart."""
     shown, keep = text, len(text)
-    while keep > 8 and draw.textlength(shown, font=_font(size)) > room:
+    while keep > 8 and draw.textlength(shown, font=_load_font(size)) > room:
         keep -= 1 + keep // 20
         shown = f"{text[: keep - keep // 2]}...{text[len(text) - keep // 2 :]}"
     return shown
 
 
-def _legend(draw: ImageDraw.ImageDraw, page: Image.Image, scene: Scene, corner: tuple[int, int]) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, page: Image.Image, scene: Scene, corner: tuple[int, int]) -> None:
     x, y = corner
     if scene.density is not None and scene.density.counts.any():
         bar = heat(np.tile(np.linspace(0, 1, 180), (14, 1))).astype(np.uint8)
         page.paste(Image.fromarray(bar), (x, y + 4))
         text = f"0 to {_per_area(scene.density, scene.mpp)}"
-        x = round(_write(draw, (x + 192, y + 17), text, size=17, fill=_SOFT)) + 40
+        x = round(_write_text(draw, (x + 192, y + 17), text, size=17, fill=_SOFT)) + 40
     for name, color, number in scene.counts:
         text = f"{name}  {number:,}"
-        wide = 26 + round(draw.textlength(text, font=_font(17))) + 28
+        wide = 26 + round(draw.textlength(text, font=_load_font(17))) + 28
         if x + wide > page.width - _MARGIN:
             x, y = corner[0], y + 28
         if y + 28 > page.height:  # as many as there is room for: the report has all
-            _write(draw, (page.width - _MARGIN, y - 11), "...", size=17, fill=_SOFT)
+            _write_text(draw, (page.width - _MARGIN, y - 11), "...", size=17, fill=_SOFT)
             return
         draw.rounded_rectangle((x, y + 3, x + 16, y + 19), radius=4, fill=color)
-        _write(draw, (x + 26, y + 17), text, size=17)
+        _write_text(draw, (x + 26, y + 17), text, size=17)
         x += wide
 
 
 def _per_area(density: Density, mpp: float | None) -> str:
-    full = _full(density)
+    full = _full_scale(density)
     if mpp is None:
         return f"{full:,.0f} objects per {density.cell:,.0f} px square"
     return f"{full / (density.cell * mpp / 1000) ** 2:,.0f} objects/mm\u00b2"
@@ -270,29 +270,31 @@ def _scale_bar(image: Image.Image, mpp: float | None, scale: float, *, share: fl
     text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} \u00b5m"
     draw = ImageDraw.Draw(image)
     x, y = 14.0, image.height - 16.0
-    room = max(wide, draw.textlength(text, font=_font(15)))
+    room = max(wide, draw.textlength(text, font=_load_font(15)))
     draw.rounded_rectangle((x - 8, y - 27, x + room + 8, y + 10), radius=5, fill=(255, 255, 255))
     draw.rectangle((x, y, x + wide, y + 3), fill=_INK)
-    _write(draw, (x, y - 6), text, size=15)
+    _write_text(draw, (x, y - 6), text, size=15)
 
 
-def _write(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, *, size: int, fill: Color = _INK) -> float:
+def _write_text(
+    draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, *, size: int, fill: Color = _INK
+) -> float:
     """Text whose baseline begins at ``place``; returns the x where it ends.
 
     Pillow's own font has neither \u00b5 nor \u00b2: a u with a stem below it, and a small raised 2.
     """
     x, y = place
-    for piece in re.split("([\u00b5\u00b2])", text):
-        small = piece == "\u00b2"
-        font = _font(round(size * 0.65)) if small else _font(size)
-        shown = {"\u00b5": "u", "\u00b2": "2"}.get(piece, piece)
+    for part in re.split("([\u00b5\u00b2])", text):
+        small = part == "\u00b2"
+        font = _load_font(round(size * 0.65)) if small else _load_font(size)
+        shown = {"\u00b5": "u", "\u00b2": "2"}.get(part, part)
         draw.text((x, y - 0.35 * size * small), shown, fill=fill, font=font, anchor="ls")
-        if piece == "\u00b5":
+        if part == "\u00b5":
             stem = x + 0.1 * size
             draw.line((stem, y - 0.3 * size, stem, y + 0.22 * size), fill=fill, width=max(1, round(size / 12)))
         x += draw.textlength(shown, font=font)
     return x
 
 
-def _font(size: int) -> Font:
+def _load_font(size: int) -> Font:
     return ImageFont.load_default(size=size)

@@ -14,7 +14,7 @@ from wsi_mmm.types import F64, I32, I64, Mask, Objects
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Where a label image lies: its pixel (row r, column c) covers target px [x0 + c * step, x0 + (c + 1) * step).
+    """The place of a label image: its pixel (row r, column c) covers target px [x0 + c * step, x0 + (c + 1) * step).
 
     ``scale_x``/``scale_y``: level-0 px per target px.
     """
@@ -60,8 +60,8 @@ def empty(task: str, measurements: Sequence[str] = ()) -> Objects:
 def take(objects: Objects, index: I64 | Mask) -> Objects:
     """The objects at ``index`` (integers in any order, or a mask)."""
     chosen = np.flatnonzero(index) if index.dtype == np.bool_ else np.asarray(index, np.int64)
-    ring_index, object_offsets = _gather(objects.object_offsets, chosen)
-    coord_index, ring_offsets = _gather(objects.ring_offsets, ring_index)
+    ring_index, object_offsets = _gather_groups(objects.object_offsets, chosen)
+    coord_index, ring_offsets = _gather_groups(objects.ring_offsets, ring_index)
     return Objects(
         objects.task,
         objects.coords[coord_index],
@@ -98,8 +98,8 @@ def concat(parts: Sequence[Objects]) -> Objects:
     return Objects(
         parts[0].task,
         np.concatenate([p.coords for p in parts]),
-        _join([p.ring_offsets for p in parts]),
-        _join([p.object_offsets for p in parts]),
+        _join_offsets([p.ring_offsets for p in parts]),
+        _join_offsets([p.object_offsets for p in parts]),
         np.concatenate([p.class_index for p in parts]),
         np.concatenate([p.anchor for p in parts]),
         {n: np.concatenate([p.measurements.get(n, np.full(len(p), np.nan)) for p in parts]) for n in names},
@@ -113,40 +113,10 @@ def sort_by_anchor(objects: Objects) -> Objects:
 
 def ring_areas(objects: Objects) -> F64:
     """Signed area of each ring (shoelace formula; exteriors positive, holes negative)."""
-    following = _following(objects.ring_offsets, len(objects.coords))
+    following = _following_index(objects.ring_offsets, len(objects.coords))
     x, y = objects.coords[:, 0], objects.coords[:, 1]
     cross = x * y[following] - x[following] * y
-    return 0.5 * _sums(cross, objects.ring_offsets)
-
-
-def areas(objects: Objects) -> F64:
-    """float64[n]: area of each object, holes taken out, in squared units of its coordinates."""
-    return _sums(ring_areas(objects), objects.object_offsets)
-
-
-def perimeters(objects: Objects) -> F64:
-    """float64[n]: length of each object's rings, holes included."""
-    step = objects.coords[_following(objects.ring_offsets, len(objects.coords))] - objects.coords
-    return _sums(_sums(np.hypot(step[:, 0], step[:, 1]), objects.ring_offsets), objects.object_offsets)
-
-
-def centroids(objects: Objects) -> F64:
-    """float64[n, 2]: mean of the corners of each exterior: enough to place a mark, no physical centre of mass."""
-    rings = objects.object_offsets[:-1]
-    start, stop = objects.ring_offsets[rings], objects.ring_offsets[rings + 1]
-    total = np.concatenate([np.zeros((1, 2)), np.cumsum(objects.coords, axis=0)])
-    mean: F64 = (total[stop] - total[start]) / np.maximum(stop - start, 1)[:, None]
-    return mean
-
-
-def bounds(objects: Objects) -> F64:
-    """float64[n, 4]: (x0, y0, x1, y1) of each exterior."""
-    if not len(objects):
-        return np.empty((0, 4))
-    starts = objects.ring_offsets[objects.object_offsets[:-1]]
-    low = np.minimum.reduceat(objects.coords, starts, axis=0)  # holes lie inside: they change nothing
-    high = np.maximum.reduceat(objects.coords, starts, axis=0)
-    return np.concatenate([low, high], axis=1)
+    return 0.5 * _group_sums(cross, objects.ring_offsets)
 
 
 def drop_rings(objects: Objects, keep: Mask) -> Objects:
@@ -154,7 +124,7 @@ def drop_rings(objects: Objects, keep: Mask) -> Objects:
     owner = np.repeat(np.arange(len(objects)), np.diff(objects.object_offsets))
     stays = keep[objects.object_offsets[:-1]]
     chosen = np.flatnonzero(keep & stays[owner])
-    coord_index, ring_offsets = _gather(objects.ring_offsets, chosen)
+    coord_index, ring_offsets = _gather_groups(objects.ring_offsets, chosen)
     counts = np.bincount(owner[chosen], minlength=len(objects))[stays]
     return Objects(
         objects.task,
@@ -169,7 +139,7 @@ def drop_rings(objects: Objects, keep: Mask) -> Objects:
 
 def take_rings(objects: Objects, rank: I64) -> Objects:
     """Rings in the order ``rank``, a permutation that keeps each object's rings together and its exterior first."""
-    coord_index, ring_offsets = _gather(objects.ring_offsets, rank)
+    coord_index, ring_offsets = _gather_groups(objects.ring_offsets, rank)
     return replace(objects, coords=objects.coords[coord_index], ring_offsets=ring_offsets)
 
 
@@ -188,7 +158,7 @@ def offsets_of(counts: npt.NDArray[np.integer]) -> I64:
 
 def following_points(objects: Objects) -> I64:
     """int64[m]: index of the next point of the same ring (the last point's is the first)."""
-    return _following(objects.ring_offsets, len(objects.coords))
+    return _following_index(objects.ring_offsets, len(objects.coords))
 
 
 def preceding_points(objects: Objects) -> I64:
@@ -204,25 +174,25 @@ def scaled(objects: Objects, scale_x: float, scale_y: float) -> Objects:
     return replace(objects, coords=objects.coords * np.array([scale_x, scale_y]))
 
 
-def _following(offsets: I64, count: int) -> I64:
+def _following_index(offsets: I64, count: int) -> I64:
     following = np.arange(1, count + 1, dtype=np.int64)
     filled = np.diff(offsets) > 0
     following[offsets[1:][filled] - 1] = offsets[:-1][filled]
     return following
 
 
-def _sums(values: F64, offsets: I64) -> F64:
+def _group_sums(values: F64, offsets: I64) -> F64:
     """Sum of ``values`` per group. bincount adds in order, so equal groups give equal sums wherever they lie."""
     group = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     return np.asarray(np.bincount(group, weights=values, minlength=len(offsets) - 1), np.float64)
 
 
-def _gather(offsets: I64, chosen: I64) -> tuple[I64, I64]:
+def _gather_groups(offsets: I64, chosen: I64) -> tuple[I64, I64]:
     """(indices of the members of the chosen groups, offsets of those groups among them)."""
     start, length = offsets[chosen], offsets[chosen + 1] - offsets[chosen]
     out = offsets_of(length)
     return np.repeat(start - out[:-1], length) + np.arange(out[-1], dtype=np.int64), out
 
 
-def _join(offsets: Sequence[I64]) -> I64:
+def _join_offsets(offsets: Sequence[I64]) -> I64:
     return offsets_of(np.concatenate([np.diff(o) for o in offsets]))

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -28,12 +28,12 @@ _COLORS = ("#3d6fd8", "#e08a1e", "#3a9d6e", "#b0528f", "#7a6ff0", "#8b8f98", "#c
 
 @dataclass(frozen=True, slots=True)
 class SlideRow:
-    """What became of one slide.
+    """The result of one slide.
 
     ``status``: done | empty | partial | failed | cancelled. ``extra`` may hold ``failures`` (level-0 rectangles
     [x0, y0, x1, y1] that could not be read), ``stages``, ``time`` (name -> seconds), ``files`` (name -> URI),
-    ``classes`` (task -> class -> count), ``answers`` (column -> what bag tasks say of the slide), ``resumed``,
-    ``reader``, ``device``, ``encoder`` (what the model's runner chose, per process), ``features_s`` (from the first
+    ``classes`` (task -> class -> count), ``answers`` (column -> prediction of a bag task for the slide), ``resumed``,
+    ``reader``, ``device``, ``encoder`` (chosen by the model's runner, per process), ``features_s`` (from the first
     tile asked for to the last value stored), ``model_began_s`` (after that).
     """
 
@@ -58,17 +58,19 @@ class SlideRow:
 def report_json(facts: Mapping[str, Any], slides: Sequence[SlideRow]) -> bytes:
     """``facts`` of the run (versions, recipe, argv; the caller keeps secrets out) and ``slides``, one object each."""
     rows = [{**{name: getattr(row, name) for name in FACTS}, **row.extra} for row in slides]
-    return (json.dumps(_finite({**facts, "slides": rows}), indent=1, ensure_ascii=False, default=str) + "\n").encode()
+    return (
+        json.dumps(_json_value({**facts, "slides": rows}), indent=1, ensure_ascii=False, default=str) + "\n"
+    ).encode()
 
 
-def _finite(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """NaN and infinity are no JSON: null instead."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
+        return {str(key): _json_value(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [_json_value(inner) for inner in value]
     return value
 
 
@@ -76,16 +78,16 @@ def report_html(
     facts: Mapping[str, Any], slides: Sequence[SlideRow], overlays: Mapping[str, bytes] | None = None
 ) -> bytes:
     """The page; ``overlays``: slide id -> PNG. Everything that comes from slides or users is escaped."""
-    cards = "".join(_card(n, row, (overlays or {}).get(row.id)) for n, row in enumerate(slides, 1))
+    cards = "".join(_slide_card(n, row, (overlays or {}).get(row.id)) for n, row in enumerate(slides, 1))
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1"><title>wsi-mmm report</title>',
         f"<style>{STYLE}</style></head><body><main>",
-        _header(facts, slides),
-        _table(slides),
-        _workers(facts.get("workers") or []),
+        _page_header(facts, slides),
+        _slides_table(slides),
+        _workers_table(facts.get("workers") or []),
         f'<section class="cards">{cards}</section>',
-        _about(facts),
+        _run_facts(facts),
         "</main></body></html>\n",
     ]
     return "".join(parts).encode()
@@ -94,27 +96,27 @@ def report_html(
 # ---------------------------------------------------------------- parts of the page
 
 
-def _header(facts: Mapping[str, Any], slides: Sequence[SlideRow]) -> str:
+def _page_header(facts: Mapping[str, Any], slides: Sequence[SlideRow]) -> str:
     states = Counter(row.status for row in slides)
-    chips = " ".join(f"{_chip(state, f'{count} {state}')}" for state, count in sorted(states.items()))
+    chips = " ".join(f"{_status_chip(state, f'{count} {state}')}" for state, count in sorted(states.items()))
     tiles, seconds = sum(row.tiles for row in slides), float(facts.get("seconds") or 0)
-    figures = [
+    totals = [
         ("slides", f"{len(slides):,}"),
         ("tiles", f"{tiles:,}"),
         ("objects", f"{sum(row.objects for row in slides):,}"),
-        ("wall time", _seconds(seconds)),
+        ("wall time", _seconds_text(seconds)),
         ("tiles/s", f"{tiles / seconds:,.1f}" if seconds else "–"),
-        ("read", _bytes(sum(row.bytes_read for row in slides))),
+        ("read", _bytes_text(sum(row.bytes_read for row in slides))),
     ]
-    boxes = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in figures)
+    boxes = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in totals)
     return (
-        f"<header><h1>wsi-mmm <small>{_text(facts.get('wsi_mmm_version', ''))}</small></h1>"
-        f"<p>{_text(facts.get('started', ''))} · {_text(facts.get('device', ''))} {chips}</p></header>"
+        f"<header><h1>wsi-mmm <small>{_html_text(facts.get('wsi_mmm_version', ''))}</small></h1>"
+        f"<p>{_html_text(facts.get('started', ''))} · {_html_text(facts.get('device', ''))} {chips}</p></header>"
         f'<section class="figures">{boxes}</section>'
     )
 
 
-def _table(slides: Sequence[SlideRow]) -> str:
+def _slides_table(slides: Sequence[SlideRow]) -> str:
     heads = (
         "slide", "status", "mpp asked", "mpp used", "tiles", "failed", "objects", "time", "tiles/s", "model busy",
         "read", "cache hits", "peak MB",
@@ -126,29 +128,29 @@ def _table(slides: Sequence[SlideRow]) -> str:
 
 def _table_row(number: int, row: SlideRow) -> str:
     cells = [
-        _number(row.mpp_requested, 4),
-        _number(row.mpp_effective, 4),
+        _number_text(row.mpp_requested, 4),
+        _number_text(row.mpp_effective, 4),
         f"{row.tiles:,}",
         f"<em>{row.failed_tiles:,}</em>" if row.failed_tiles else "0",
         f"{row.objects:,}",
-        _seconds(row.seconds),
-        _number(row.tiles_per_s, 1),
-        _meter(row.busy_share),
-        _bytes(row.bytes_read),
+        _seconds_text(row.seconds),
+        _number_text(row.tiles_per_s, 1),
+        _share_meter(row.busy_share),
+        _bytes_text(row.bytes_read),
         f"{row.cache_hits:,}",
         f"{row.peak_rss_mb:,.0f}",
     ]
-    name = f'<a href="#slide-{number}" title="{_text(row.uri)}">{_text(row.id)}</a>'
-    first = f"<td>{name}</td><td>{_chip(row.status)}</td>"
+    name = f'<a href="#slide-{number}" title="{_html_text(row.uri)}">{_html_text(row.id)}</a>'
+    first = f"<td>{name}</td><td>{_status_chip(row.status)}</td>"
     return f"<tr>{first}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _workers(workers: Sequence[Mapping[str, Any]]) -> str:
+def _workers_table(workers: Sequence[Mapping[str, Any]]) -> str:
     """A row per worker process: wall time, threads, and in what their time was spent, in shares."""
     if not workers:
         return ""
     stages = list(workers[0]["time"])
-    head = "".join(f"<th>{_text(name)}</th>" for name in ("worker", "threads", "wall", "units", "tiles", *stages))
+    head = "".join(f"<th>{_html_text(name)}</th>" for name in ("worker", "threads", "wall", "units", "tiles", *stages))
     rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _worker_cells(one))}</tr>" for one in workers[:200])
     return f'<h2>Workers</h2><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
@@ -156,35 +158,36 @@ def _workers(workers: Sequence[Mapping[str, Any]]) -> str:
 def _worker_cells(one: Mapping[str, Any]) -> list[str]:
     total = one["threads"] * one["seconds"]
     shares = [f"{100 * seconds / total:.0f} %" if total else "–" for seconds in one["time"].values()]
-    counts = [f"{one['threads']}", _seconds(one["seconds"]), f"{one['units']:,}", f"{one['tiles']:,}"]
-    return [_text(one["worker"]), *counts, *shares]
+    counts = [f"{one['threads']}", _seconds_text(one["seconds"]), f"{one['units']:,}", f"{one['tiles']:,}"]
+    return [_html_text(one["worker"]), *counts, *shares]
 
 
-def _card(number: int, row: SlideRow, overlay: bytes | None) -> str:
+def _slide_card(number: int, row: SlideRow, overlay: bytes | None) -> str:
     files = row.extra.get("files") or {}
-    picture = f'<img alt="overlay of {_text(row.id)}" src="{_picture(overlay)}">' if overlay else ""
+    picture = f'<img alt="overlay of {_html_text(row.id)}" src="{_data_uri(overlay)}">' if overlay else ""
     if overlay and "overlay" in files:
-        picture = _link(row.id, files["overlay"], picture)
-    error = f'<p class="error">{_text(row.error)}</p>' if row.error else ""
+        picture = _file_link(row.id, files["overlay"], picture)
+    error = f'<p class="error">{_html_text(row.error)}</p>' if row.error else ""
     return (
-        f'<article id="slide-{number}"><h2>{_text(row.id)} {_chip(row.status)}</h2><p class="uri">{_text(row.uri)}</p>'
-        f"{error}{picture}{_stages(_spent(row))}{_classes(row.extra.get('classes') or {})}"
-        f"{_answers(row.extra.get('answers') or {})}"
-        f"{_failures(row.extra.get('failures') or [])}{_files(row.id, files)}</article>"
+        f'<article id="slide-{number}"><h2>{_html_text(row.id)} {_status_chip(row.status)}</h2>'
+        f'<p class="uri">{_html_text(row.uri)}</p>{error}'
+        f"{picture}{_stage_bars(_stage_times(row))}{_class_counts(row.extra.get('classes') or {})}"
+        f"{_answer_list(row.extra.get('answers') or {})}"
+        f"{_failure_list(row.extra.get('failures') or [])}{_file_list(row.id, files)}</article>"
     )
 
 
-def _link(slide: str, uri: str, html: str) -> str:
+def _file_link(slide: str, uri: str, html: str) -> str:
     """``html`` as a link to a file of a slide's folder, which lies beside the report; unchanged for other files."""
     _, found, name = uri.rpartition(f"/{slide}/")
-    return f'<a href="{_text(quote(f"./{slide}/{name}"))}">{html}</a>' if found else html
+    return f'<a href="{_html_text(quote(f"./{slide}/{name}"))}">{html}</a>' if found else html
 
 
-def _spent(row: SlideRow) -> Mapping[str, float]:
+def _stage_times(row: SlideRow) -> Mapping[str, float]:
     return row.extra.get("time") or row.extra.get("stages") or {}
 
 
-def _stages(stages: Mapping[str, float]) -> str:
+def _stage_bars(stages: Mapping[str, float]) -> str:
     """Where time went: one bar, parts as wide as their share (stages of several threads add up)."""
     total = sum(stages.values())
     if total <= 0:
@@ -193,31 +196,32 @@ def _stages(stages: Mapping[str, float]) -> str:
     for k, (name, seconds) in enumerate(sorted(stages.items(), key=lambda item: -item[1])):
         width, color = 100 * seconds / total, _COLORS[k % len(_COLORS)]
         bars.append(f'<rect x="{x:.2f}" y="0" width="{width:.2f}" height="6" fill="{color}"/>')
-        keys.append(f'<li><i style="background:{color}"></i>{_text(name)} {_seconds(seconds)}</li>')
+        keys.append(f'<li><i style="background:{color}"></i>{_html_text(name)} {_seconds_text(seconds)}</li>')
         x += width
     svg = f'<svg viewBox="0 0 100 6" preserveAspectRatio="none" role="img" aria-label="time">{"".join(bars)}</svg>'
     return f'<h3>Where time went</h3>{svg}<ul class="keys">{"".join(keys)}</ul>'
 
 
-def _classes(classes: Mapping[str, Mapping[str, int]]) -> str:
+def _class_counts(classes: Mapping[str, Mapping[str, int]]) -> str:
     lines = []
     for task, counts in classes.items():
-        said = ", ".join(f"{_text(name)} {count:,}" for name, count in counts.items())
-        lines.append(f"<li><b>{_text(task)}</b> {said}</li>")
+        said = ", ".join(f"{_html_text(name)} {count:,}" for name, count in counts.items())
+        lines.append(f"<li><b>{_html_text(task)}</b> {said}</li>")
     return f"<h3>Found</h3><ul>{''.join(lines)}</ul>" if lines else ""
 
 
-def _answers(answers: Mapping[str, Any]) -> str:
+def _answer_list(answers: Mapping[str, Any]) -> str:
     lines = "".join(
-        f"<li><b>{_text(name)}</b> {_text('–' if value is None else value)}</li>" for name, value in answers.items()
+        f"<li><b>{_html_text(name)}</b> {_html_text('–' if value is None else value)}</li>"
+        for name, value in answers.items()
     )
-    return f"<h3>Said of the slide</h3><ul>{lines}</ul>" if lines else ""
+    return f"<h3>Predictions for the slide</h3><ul>{lines}</ul>" if lines else ""
 
 
-def _failures(failures: Sequence[Sequence[int]]) -> str:
+def _failure_list(failures: Sequence[Sequence[int]]) -> str:
     if not failures:
         return ""
-    shown = "".join(f"<li>{_text(_where(area))}</li>" for area in failures[:_FAILURES])
+    shown = "".join(f"<li>{_html_text(_area_text(area))}</li>" for area in failures[:_FAILURES])
     more = f"<p>… and {len(failures) - _FAILURES:,} more in report.json</p>" if len(failures) > _FAILURES else ""
     return (
         f'<details open class="failures"><summary>{len(failures):,} areas could not be read (level-0 px)</summary>'
@@ -225,55 +229,56 @@ def _failures(failures: Sequence[Sequence[int]]) -> str:
     )
 
 
-def _where(area: Sequence[int]) -> str:
+def _area_text(area: Sequence[int]) -> str:
     if len(area) != 4:
         return ", ".join(map(str, area))
     x0, y0, x1, y1 = area
     return f"x {x0}–{x1}, y {y0}–{y1}"
 
 
-def _files(slide: str, files: Mapping[str, str]) -> str:
+def _file_list(slide: str, files: Mapping[str, str]) -> str:
     lines = "".join(
-        f"<li>{_text(name)}: {_link(slide, uri, f'<code>{_text(uri)}</code>')}</li>" for name, uri in files.items()
+        f"<li>{_html_text(name)}: {_file_link(slide, uri, f'<code>{_html_text(uri)}</code>')}</li>"
+        for name, uri in files.items()
     )
     return f"<details><summary>Files</summary><ul>{lines}</ul></details>" if lines else ""
 
 
-def _about(facts: Mapping[str, Any]) -> str:
+def _run_facts(facts: Mapping[str, Any]) -> str:
     shown = {name: value for name, value in facts.items() if name != "slides"}
-    text = json.dumps(_finite(shown), indent=1, ensure_ascii=False, default=str)
-    return f'<details class="about"><summary>How this run was made</summary><pre>{_text(text)}</pre></details>'
+    text = json.dumps(_json_value(shown), indent=1, ensure_ascii=False, default=str)
+    return f'<details class="about"><summary>How this run was made</summary><pre>{_html_text(text)}</pre></details>'
 
 
 # ---------------------------------------------------------------- words and numbers
 
 
-def _text(value: object) -> str:
+def _html_text(value: object) -> str:
     return escape(str(value), quote=True)
 
 
-def _chip(status: str, text: str | None = None) -> str:
+def _status_chip(status: str, text: str | None = None) -> str:
     kind = status if status in ("done", "empty", "partial", "failed", "cancelled") else "other"
-    return f'<span class="chip {kind}">{_text(text or status)}</span>'
+    return f'<span class="chip {kind}">{_html_text(text or status)}</span>'
 
 
-def _meter(share: float) -> str:
+def _share_meter(share: float) -> str:
     width = min(max(share if math.isfinite(share) else 0.0, 0.0), 1.0)
     return f'<span class="meter"><i style="width:{100 * width:.0f}%"></i></span> {100 * width:.0f} %'
 
 
-def _number(value: float | None, digits: int) -> str:
+def _number_text(value: float | None, digits: int) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
-def _seconds(seconds: float) -> str:
+def _seconds_text(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _bytes(count: float) -> str:
+def _bytes_text(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -281,7 +286,7 @@ def _bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def _picture(png: bytes) -> str:
+def _data_uri(png: bytes) -> str:
     """A data URI, made smaller: the page holds many of them."""
     with Image.open(io.BytesIO(png)) as image:
         small = image.convert("RGB")
@@ -289,8 +294,3 @@ def _picture(png: bytes) -> str:
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def statuses(slides: Iterable[SlideRow]) -> dict[str, int]:
-    """Number of slides per status."""
-    return dict(Counter(row.status for row in slides))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
-import tempfile
 import threading
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
-from wsi_mmm.storage.local import writing
+from wsi_mmm.storage.atomic import create_beside, move_into_place
+from wsi_mmm.storage.translate import local_errors
 
 BLOCK = 1 << 20  # bytes handed on at a time: fixed, so the compressed bytes do not depend on the caller's batches
 LEVEL = 1  # gzip: 6 takes four times as long for a fifth less; measured in tests/benchmarks/bench_geojson.py
 
 
-class _Squeeze(Protocol):
+class _Compressor(Protocol):
     def compress(self, data: bytes, /) -> bytes: ...
     def flush(self) -> bytes: ...
 
@@ -41,12 +40,11 @@ class FileSink:
         self._buffer = bytearray()
         self._blocks: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
         self._error: OSError | None = None
-        self._squeeze: _Squeeze = zlib.compressobj(LEVEL, zlib.DEFLATED, 31) if gzip else _Plain()
-        with writing(str(self.path)):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, self._temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        self._file: BinaryIO = os.fdopen(descriptor, "wb")
-        self._thread = threading.Thread(target=self._drain, name="file-sink", daemon=True)
+        self._compressor: _Compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, 31) if gzip else _Plain()
+        with local_errors(str(self.path), writing=True):
+            self._temporary = create_beside(self.path)
+            self._file = self._temporary.open("wb")
+        self._thread = threading.Thread(target=self._write_blocks, name="file-sink", daemon=True)
         self._thread.start()
 
     def write(self, data: bytes) -> None:
@@ -58,47 +56,45 @@ class FileSink:
         for start in range(0, whole, BLOCK):
             self._blocks.put(bytes(self._buffer[start : start + BLOCK]))
         del self._buffer[:whole]
-        self._check()
+        self._raise_error()
 
     def close(self) -> None:
         """Finish the file and put it in place."""
         try:
             self._blocks.put(bytes(self._buffer))
-            self._stop()
-            self._check()
-            with writing(str(self.path)):
+            self._stop_thread()
+            self._raise_error()
+            with local_errors(str(self.path), writing=True):
                 self._file.close()
-                os.chmod(self._temporary, 0o644)
-                os.replace(self._temporary, self.path)
+                move_into_place(self._temporary, self.path)
         except BaseException:
             self.abort()
             raise
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        self._stop()
+        self._stop_thread()
         with contextlib.suppress(OSError):  # a full disk fails once more when the file is closed
             self._file.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._temporary)
+        self._temporary.unlink(missing_ok=True)
 
-    def _stop(self) -> None:
+    def _stop_thread(self) -> None:
         if self._thread.is_alive():
             self._blocks.put(None)
             self._thread.join()
 
-    def _check(self) -> None:
+    def _raise_error(self) -> None:
         if self._error is not None:
-            with writing(str(self.path)):
+            with local_errors(str(self.path), writing=True):
                 raise self._error
 
-    def _drain(self) -> None:
+    def _write_blocks(self) -> None:
         """The thread: goes on taking blocks after an error, so that the writer never waits for it in vain."""
         while (block := self._blocks.get()) is not None:
-            self._put(self._squeeze.compress(block))
-        self._put(self._squeeze.flush())
+            self._write_data(self._compressor.compress(block))
+        self._write_data(self._compressor.flush())
 
-    def _put(self, data: bytes) -> None:
+    def _write_data(self, data: bytes) -> None:
         if self._error is None:
             try:
                 self._file.write(data)

@@ -27,7 +27,7 @@ def tiles_table(
     """The parquet file of n tiles, rows as given.
 
     ``index`` int64[n, 2] (row, column); ``xy`` int64[n, 2] level-0 px; ``size`` (width, height) of a tile, level-0 px;
-    ``failed`` bool[n]; ``tissue`` float32[n] share; ``columns``: what tasks say, as of ``Task.table``. Columns: row,
+    ``failed`` bool[n]; ``tissue`` float32[n] share; ``columns``: predictions, as of ``Task.table``. Columns: row,
     column, x, y, width0, height0, failed, tissue, then ``columns``: those of integers are indices into
     ``classes[column]`` and become names (null where negative), those of floats are null where NaN.
     """
@@ -43,16 +43,18 @@ def tiles_table(
         "tissue": np.asarray(tissue, np.float32),
     }
     for name, values in columns.items():
-        table[name] = _named(values, classes[name]) if np.issubdtype(values.dtype, np.integer) else _known(values)
+        table[name] = (
+            _class_names(values, classes[name]) if np.issubdtype(values.dtype, np.integer) else _nan_as_null(values)
+        )
     buffer = io.BytesIO()
     parquet.write_table(pa.table(table), buffer, compression="zstd")
     return buffer.getvalue()
 
 
-def _known(values: npt.NDArray[Any]) -> Any:
+def _nan_as_null(values: npt.NDArray[Any]) -> Any:
     return pa.array(values, mask=np.isnan(values))
 
 
-def _named(index: npt.NDArray[Any], names: Sequence[str]) -> pa.DictionaryArray:
+def _class_names(index: npt.NDArray[Any], names: Sequence[str]) -> pa.DictionaryArray:
     indices = pa.array(index.astype(np.int32), mask=index < 0)
     return pa.DictionaryArray.from_arrays(indices, pa.array(list(names), pa.string()))

@@ -1,22 +1,26 @@
-"""`trace`: label image -> polygons, with no Python per object.
+"""`trace`: label image -> polygons, with no Python per object: contour following via connected components on the
+edge-successor graph.
 
 A *crack edge* separates two pixels of different label. Every pixel of an object gives one directed edge
 for each of its sides that lies on a crack, with the pixel on the inner side, so the successor of an edge
-follows from the two pixels ahead of it and whole rings are cycles of one permutation of the edges.
+follows from the two pixels ahead of it and whole rings are cycles of one permutation of the edges
+(edge -> the edge that follows it), which compiled graph walks find. `outputs.merge` uses the same cycles.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, connected_components
 
-from wsi_mmm.outputs.cycles import Int, cycles, first_of_each, split_touching, walk
 from wsi_mmm.types import F64, I32, I64, Mask
 
 Style = Literal["smooth", "exact"]
+Int = npt.NDArray[np.integer[Any]]
 
 # Sides in the order of travel round one pixel: top (heading east), right (south), bottom (west), left (north).
 # In (x, y) numbers that is a positive signed area: counter-clockwise in the sense of RFC 7946.
@@ -66,17 +70,17 @@ def trace(labels: I32, style: Style = "smooth") -> Rings:
     edges = _crack_edges(padded)
     if not len(edges.pixel):
         return Rings(np.empty((0, 2)), np.zeros(1, np.int64), np.zeros(1, np.int64), np.empty(0, np.int32))
-    count, ring = cycles(edges.following)
+    count, ring = find_rings(edges.following)
     if style == "exact":
         edges, count, ring = _valid_corners(edges, count, ring, width=width)
-    start = first_of_each(ring, count)
+    start = first_edges(ring, count)
     hole = _is_hole(edges, ring, count, width)
-    parent = _exteriors(edges, ring, start, hole, width)
+    parent = _ring_exteriors(edges, ring, start, hole, width)
     label = padded.ravel()[edges.pixel[start]]
     rank = np.lexsort((start, hole, start[parent], label))
-    order = walk(edges.following, start[rank])
+    edge_index = walk_rings(edges.following, start[rank])
     lengths = np.bincount(ring, minlength=count)[rank]
-    coords, ring_offsets = _points(edges, order, lengths, width=width, style=style)
+    coords, ring_offsets = _ring_points(edges, edge_index, lengths, width=width, style=style)
     exterior = np.flatnonzero(~hole[rank])
     object_offsets = np.append(exterior, count).astype(np.int64)
     return Rings(coords, ring_offsets, object_offsets, label[rank][exterior].astype(np.int32))
@@ -88,13 +92,13 @@ def _crack_edges(padded: I32) -> _Edges:
     if flat.size < 2**31 - 2 * width:
         pixel = pixel.astype(np.int32)
     own = flat[pixel]
-    sides = np.stack([flat[pixel + step] != own for step in _steps(width)], axis=1)
+    sides = np.stack([flat[pixel + step] != own for step in _neighbour_steps(width)], axis=1)
     number = (np.cumsum(sides.ravel(), dtype=np.int32) - 1).reshape(sides.shape)
     dense = np.empty(flat.size, np.int32)
     dense[pixel] = np.arange(len(pixel), dtype=np.int32)
     where, side = np.nonzero(sides)
     side8 = side.astype(np.uint8)
-    following = _successors(flat, pixel[where], side8, width=width)
+    following = _next_edges(flat, pixel[where], side8, width=width)
     next_pixel, next_side = following
     return _Edges(pixel[where], side8, number[dense[next_pixel], next_side])
 
@@ -112,19 +116,19 @@ def _on_border(padded: I32) -> Mask:
     return out.ravel()
 
 
-def _steps(width: int) -> tuple[int, int, int, int]:
+def _neighbour_steps(width: int) -> tuple[int, int, int, int]:
     """Flat index steps to the neighbours across top, right, bottom, left."""
     return -width, 1, width, -1
 
 
-def _successors(flat: I32, pixel: Int, side: npt.NDArray[np.uint8], *, width: int) -> tuple[Int, Int]:
+def _next_edges(flat: I32, pixel: Int, side: npt.NDArray[np.uint8], *, width: int) -> tuple[Int, Int]:
     """Pixel and side of the edge that follows each edge.
 
     If the pixel ahead is of another label: turn round the own pixel (also when the diagonal pixel has the same
     label: diagonal contact does not connect). Else straight on, or, if the pixel ahead on the outer side belongs
     too, turn outwards onto it.
     """
-    steps = np.array(_steps(width), pixel.dtype)
+    steps = np.array(_neighbour_steps(width), pixel.dtype)
     forward = steps[[_RIGHT, _BOTTOM, _LEFT, _TOP]][side]
     own = flat[pixel]
     ahead = pixel + forward
@@ -137,13 +141,13 @@ def _successors(flat: I32, pixel: Int, side: npt.NDArray[np.uint8], *, width: in
 
 
 def _valid_corners(edges: _Edges, count: int, ring: I32, *, width: int) -> tuple[_Edges, int, I32]:
-    head = _vertex(edges, (edges.side + np.uint8(1)) & np.uint8(3), width)
+    head = _corner_number(edges, (edges.side + np.uint8(1)) & np.uint8(3), width)
     turned = np.flatnonzero(edges.pixel == edges.pixel[edges.following])  # only these meet a diagonal partner
     following, count, ring = split_touching(edges.following, count, ring, head=head, among=turned)
     return edges._replace(following=following), count, ring
 
 
-def _vertex(edges: _Edges, corner: npt.NDArray[np.uint8], width: int) -> Int:
+def _corner_number(edges: _Edges, corner: npt.NDArray[np.uint8], width: int) -> Int:
     """Flat number of a pixel's corner (0: top left, then in the order of travel)."""
     return edges.pixel + np.array([0, 1, width + 1, width], edges.pixel.dtype)[corner]
 
@@ -156,7 +160,7 @@ def _is_hole(edges: _Edges, ring: I32, count: int, width: int) -> Mask:
     return np.asarray(area < 0)
 
 
-def _exteriors(edges: _Edges, ring: I32, start: I32, hole: Mask, width: int) -> I32:
+def _ring_exteriors(edges: _Edges, ring: I32, start: I32, hole: Mask, width: int) -> I32:
     """For each ring the exterior of its component (itself, for exteriors).
 
     From the pixel left of a hole's leftmost edge, walk left inside the component: the run ends at an edge of
@@ -178,10 +182,10 @@ def _exteriors(edges: _Edges, ring: I32, start: I32, hole: Mask, width: int) -> 
     return parent
 
 
-def _points(edges: _Edges, order: I32, lengths: I64, *, width: int, style: Style) -> tuple[F64, I64]:
+def _ring_points(edges: _Edges, edge_index: I32, lengths: I64, *, width: int, style: Style) -> tuple[F64, I64]:
     """Coordinates and ring offsets, collinear points left out."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    side = edges.side[order]
+    side = edges.side[edge_index]
     previous = np.roll(side, 1)
     previous[offsets[:-1]] = side[offsets[1:] - 1]
     if style == "exact":
@@ -190,7 +194,7 @@ def _points(edges: _Edges, order: I32, lengths: I64, *, width: int, style: Style
         later = np.roll(side, -1)
         later[offsets[1:] - 1] = side[offsets[:-1]]
         keep = previous != later  # steps between middles are equal exactly when these two sides are
-    pixel, side = edges.pixel[order[keep]], side[keep]
+    pixel, side = edges.pixel[edge_index[keep]], side[keep]
     table = _TAIL if style == "exact" else _MIDDLE
     row, column = np.divmod(pixel, width)
     coords = table[side]
@@ -198,3 +202,56 @@ def _points(edges: _Edges, order: I32, lengths: I64, *, width: int, style: Style
     coords[:, 1] += row - 1
     kept = np.concatenate([[0], np.cumsum(keep)])[offsets].astype(np.int64)
     return coords, kept
+
+
+# ---------------------------------------------------------------- cycles of the edge-successor permutation
+
+
+def find_rings(following: I32) -> tuple[int, I32]:
+    """(number of rings, int32[edges] ring of each edge)."""
+    count, ring = connected_components(_edge_graph(following), directed=True, connection="strong")
+    return int(count), ring
+
+
+def first_edges(ring: I32, count: int) -> I32:
+    """The lowest edge of each ring."""
+    first = np.empty(count, np.int32)
+    first[ring[::-1]] = np.arange(len(ring), dtype=np.int32)[::-1]  # of repeated indices the last one stays
+    return first
+
+
+def walk_rings(following: I32, starts: I32) -> I32:
+    """All edges in ring order, rings in the order of ``starts`` (one edge of each ring).
+
+    The rings are opened and joined into one path, which a breadth-first search then walks in compiled code.
+    """
+    path = following.copy()
+    before = np.empty_like(following)
+    before[following] = np.arange(len(following), dtype=np.int32)
+    path[before[starts[:-1]]] = starts[1:]
+    path[before[starts[-1]]] = starts[0]
+    edge_index: I32 = breadth_first_order(_edge_graph(path), int(starts[0]), directed=True, return_predecessors=False)
+    return edge_index
+
+
+def split_touching(following: I32, count: int, ring: I32, *, head: Int, among: Int) -> tuple[I32, int, I32]:
+    """Part rings that pass twice through one corner, where a hole touches the outline (or another hole).
+
+    Such a ring is no valid polygon with exact corners. Both passes belong to one component, so swapping the two
+    successors parts the ring in two that touch in that corner only, which is valid. ``head``: the corner each edge
+    ends in; ``among``: the edges that can end in such a corner. Returns following, count, ring.
+    """
+    by_corner = among[np.lexsort((ring[among], head[among]))]
+    a, b = by_corner[:-1], by_corner[1:]
+    twice = (head[a] == head[b]) & (ring[a] == ring[b])
+    if not twice.any():
+        return following, count, ring
+    a, b = a[twice], b[twice]
+    parted = following.copy()
+    parted[a], parted[b] = following[b], following[a]
+    return parted, *find_rings(parted)
+
+
+def _edge_graph(following: I32) -> csr_array:
+    n = len(following)
+    return csr_array((np.ones(n), following, np.arange(n + 1, dtype=np.int32)), shape=(n, n))

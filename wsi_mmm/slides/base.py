@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
-from wsi_mmm.errors import MppUnknown, RecipeError, SlideDamaged
+from wsi_mmm.errors import MppUnknown, OptionError, SlideDamaged
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
 
 _MAX_REGION = 1 << 30
@@ -50,6 +50,9 @@ class Fetched:
 
     level: int
     data: Mapping[int, bytes | memoryview]
+
+
+NOTHING_FETCHED = Fetched(0, {})
 
 
 @runtime_checkable
@@ -94,7 +97,7 @@ class Slide:
         self.reader.close()
 
     def scale(self, mpp: float) -> tuple[float, float]:
-        """Return level-0 px per target px at ``mpp``, (x, y). Raises MppUnknown, RecipeError."""
+        """Return level-0 px per target px at ``mpp``, (x, y). Raises MppUnknown, OptionError."""
         check_mpp(mpp)
         if self.info.mpp_x is None or self.info.mpp_y is None:
             raise MppUnknown(
@@ -110,7 +113,7 @@ class Slide:
         """
         scale_x, scale_y = (1.0, 1.0) if mpp is None else self.scale(mpp)
         if width <= 0 or height <= 0 or width * height > _MAX_REGION:
-            raise RecipeError(f"a region of {width} x {height} px cannot be read; give 1 to {_MAX_REGION} px")
+            raise OptionError(f"a region of {width} x {height} px cannot be read; give 1 to {_MAX_REGION} px")
         canvas = self.reader.read(Block(0, 0, width, height, scale_x, scale_y, int(x0), int(y0)))
         if len(canvas.failed):
             x, y, x1, y1 = canvas.failed[0].tolist()
@@ -123,7 +126,7 @@ class Slide:
     def thumbnail(self, max_size: int) -> U8:
         """Return the whole slide as uint8[h, w, 3], its longer side ``max_size`` px; damaged tiles are white."""
         if max_size <= 0:
-            raise RecipeError(f"a thumbnail of {max_size} px cannot be made; give a size of at least 1")
+            raise OptionError(f"a thumbnail of {max_size} px cannot be made; give a size of at least 1")
         scale = max(max(self.info.width, self.info.height) / max_size, 1.0)
         width = max(1, round(self.info.width / scale))
         height = max(1, round(self.info.height / scale))
@@ -137,6 +140,6 @@ def _with_mpp(info: SlideInfo, mpp: float) -> SlideInfo:
 
 
 def check_mpp(mpp: float) -> None:
-    """Raise RecipeError unless ``mpp`` is a finite number above 0."""
+    """Raise OptionError unless ``mpp`` is a finite number above 0."""
     if not math.isfinite(mpp) or mpp <= 0:
-        raise RecipeError(f"mpp must be a number above 0 (micrometres per pixel), not {mpp}")
+        raise OptionError(f"mpp must be a number above 0 (micrometres per pixel), not {mpp}")

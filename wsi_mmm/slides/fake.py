@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import OptionError
 from wsi_mmm.slides.base import ReadStats
 from wsi_mmm.slides.resample.scaled import NO_FAILURES, Source, Window, read_scaled, sources_of
 from wsi_mmm.slides.synthetic import SyntheticTruth, synthetic_image
@@ -79,9 +79,9 @@ def synthetic_slide(
     nuclei: int = 2000,
     variant: str = "jpeg",
 ) -> SyntheticTruth:
-    """Write an H&E-like slide and return its nuclei. Same arguments, same file. Raises OutputError, RecipeError."""
+    """Write an H&E-like slide and return its nuclei. Same arguments, same file. Raises OutputError, OptionError."""
     if variant not in VARIANTS:
-        raise RecipeError(f"there is no variant {variant!r}; choose one of {', '.join(VARIANTS)}")
+        raise OptionError(f"there is no variant {variant!r}; choose one of {', '.join(VARIANTS)}")
     top, truth = synthetic_image(seed, width=width, height=height, mpp=mpp, nuclei=nuclei)
     write_tiff(path, list(pyramid(top)), form_of(variant, width, height, mpp=mpp))
     return truth

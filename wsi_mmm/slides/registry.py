@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from wsi_mmm.errors import NotASlide, RecipeError, SlideDamaged
+from wsi_mmm.errors import NotASlide, NotFound, OptionError, SlideDamaged, SlideNotFound
 from wsi_mmm.slides.base import Reader, Slide, check_mpp
 from wsi_mmm.slides.openslide import detect, open_with_openslide
 from wsi_mmm.slides.service.app_api import SCHEME, open_app_slide
@@ -23,14 +23,17 @@ _PLAIN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "
 def open_slide(uri: str, mpp: float | None = None, reader: str | None = None) -> Slide:
     """Open a slide at a path or URI; ``mpp`` overrides what it says of level 0, ``reader`` forces one by name.
 
-    Raises SlideNotFound, NotASlide, SlideDamaged, StorageError, RecipeError.
+    Raises SlideNotFound, NotASlide, SlideDamaged, StorageError, OptionError.
     """
     uri = str(uri)
     if mpp is not None:
         check_mpp(mpp)
     if reader is not None and reader not in READERS:
-        raise RecipeError(f"there is no reader {reader!r}; choose one of {', '.join(READERS)}")
-    return Slide(READERS[reader](uri) if reader else _by_content(uri), mpp)
+        raise OptionError(f"there is no reader {reader!r}; choose one of {', '.join(READERS)}")
+    try:
+        return Slide(READERS[reader](uri) if reader else _by_content(uri), mpp)
+    except NotFound as error:
+        raise SlideNotFound(str(error)) from error
 
 
 def _by_content(uri: str) -> Reader:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from wsi_mmm.errors import MissingPackage, SlideNotFound, StorageError
+from wsi_mmm.errors import MissingPackage, NotFound, StorageError
 from wsi_mmm.storage.objects import timeout
 from wsi_mmm.storage.remote import Answer, Begins, Endpoint, RemoteStore, request, wait_for
 from wsi_mmm.storage.translate import NO_RANGES, translated
@@ -21,7 +21,7 @@ _THREADS = 16
 
 
 def open_file(uri: str) -> RemoteStore:
-    """Open the object. Raises SlideNotFound, StorageError."""
+    """Open the object. Raises NotFound, StorageError."""
     fs, path = _file_system(uri)
     detail = _asked(uri, lambda: fs.info(path))
     if detail.get("size") is None:
@@ -103,7 +103,7 @@ def _file_system(uri: str) -> tuple[Any, str]:
     except ImportError as error:
         raise MissingPackage(f"{redact(uri)}: reading this needs one more package of the fsspec family") from error
     except ValueError as error:
-        raise SlideNotFound(
+        raise NotFound(
             f"{redact(uri)}: no storage is known by this scheme; use a path, s3://, http:// or https://"
         ) from error
     return fs, str(path)

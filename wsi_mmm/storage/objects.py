@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from wsi_mmm.errors import MissingPackage, OutputError, SlideNotFound, StorageError
+from wsi_mmm.errors import MissingPackage, NotFound, OutputError, StorageError
 from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.storage.remote import Answer, Begins, Endpoint, RemoteStore, check_length, request, wait_for
-from wsi_mmm.storage.retry import insisted
-from wsi_mmm.storage.translate import final, translated
+from wsi_mmm.storage.retry import retry_transient
+from wsi_mmm.storage.translate import translated
 from wsi_mmm.storage.uris import redact
 
 Settings = tuple[tuple[str, str], ...]
@@ -78,7 +78,7 @@ async def _range(uri: str, store: Any, path: str, start: int, stop: int, begins:
 
 
 def read(uri: str) -> bytes:
-    """Return the whole object. Raises SlideNotFound, StorageError."""
+    """Return the whole object. Raises NotFound, StorageError."""
     store, path, endpoint = _readable(uri)
 
     async def whole(begins: Begins) -> bytes:
@@ -100,7 +100,7 @@ def exists(uri: str) -> bool:
 
     try:
         wait_for(request(endpoint, redact(uri), 0, head))
-    except SlideNotFound:
+    except NotFound:
         return False
     return True
 
@@ -113,7 +113,7 @@ def write(uri: str, data: bytes) -> None:
         with translated(uri, writing=True):
             obstore().put(store, path, data, use_multipart=False)
 
-    insisted(put)
+    retry_transient(put)
 
 
 def delete(uri: str) -> None:
@@ -124,7 +124,7 @@ def delete(uri: str) -> None:
         with translated(uri, writing=True), suppress(FileNotFoundError):
             obstore().delete(store, path)
 
-    insisted(gone)
+    retry_transient(gone)
 
 
 def list_uris(prefix: str) -> list[str]:
@@ -133,11 +133,11 @@ def list_uris(prefix: str) -> list[str]:
     root = prefix[: len(prefix) - len(path)] if path else prefix.rstrip("/") + "/"
 
     def listed() -> list[str]:
-        with final(prefix):
+        with translated(prefix):
             pages = obstore().list(store, prefix=path.rstrip("/") or None)
             return sorted(root + str(item["path"]) for page in pages for item in page)
 
-    return insisted(listed)
+    return retry_transient(listed)
 
 
 def sizes(prefix: str) -> dict[str, int]:
@@ -146,10 +146,10 @@ def sizes(prefix: str) -> dict[str, int]:
     root = prefix[: len(prefix) - len(path)] if path else prefix.rstrip("/") + "/"
 
     def listed() -> Any:
-        with final(prefix):
+        with translated(prefix):
             return obstore().list_with_delimiter(store, prefix=path.rstrip("/") or None)
 
-    return {root + str(item["path"]): int(item["size"]) for item in insisted(listed)["objects"]}
+    return {root + str(item["path"]): int(item["size"]) for item in retry_transient(listed)["objects"]}
 
 
 def object_store(uri: str) -> Any:

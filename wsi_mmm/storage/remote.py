@@ -11,25 +11,24 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
-import itertools
 import math
 import os
-import random
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from wsi_mmm.errors import SlideChanged, StorageError
+from wsi_mmm.errors import SlideChanged, StorageError, TransientCause, TransientError
 from wsi_mmm.storage.ranges import Buffer, Counter, Merging, Range, Ranges, fetch_merged
-from wsi_mmm.storage.translate import NO_RANGES, SHORT, SILENT, UNREACHABLE, PassingError, passing
+from wsi_mmm.storage.retry import RetryPolicy
+from wsi_mmm.storage.translate import NO_RANGES, SHORT, SILENT
 from wsi_mmm.storage.uris import redact
 
 MERGING = Merging(gap=512 << 10, waste=0.12)  # measured on RGW with 0 and 20 ms delay, see docs/storage.md
 _PER_PROCESS, _PER_ENDPOINT = 32, 16  # requests on their way
-_PAUSE, _LONGEST_PAUSE = 0.02, 2.0  # seconds: the first pause is up to _PAUSE, each next one up to twice as long
+_RANGED = RetryPolicy(pause=0.02, longest=2.0)  # given up by the endpoint's time-out
 _SHORT_TRIES = 5  # answers of a wrong length before it is an error
 _UNREACHED = 5.0  # seconds to give a server that never answered anything
 _UNIT = 1 << 20  # bytes: a request of this size or less is one unit of work
@@ -115,9 +114,18 @@ class Usual:
 class Endpoint:
     """A server as met so far: how long it takes, and how many more requests may be doubled. Used in the loop."""
 
-    def __init__(self, timeout: float, concurrent: int = _PER_ENDPOINT, *, doubles: bool = True) -> None:
-        """``timeout``: seconds until a request is given up; ``doubles``: whether a silent one may be sent once more."""
+    def __init__(
+        self,
+        timeout: float,
+        concurrent: int = _PER_ENDPOINT,
+        *,
+        doubles: bool = True,
+        final: Collection[TransientCause] = (),
+    ) -> None:
+        """``timeout``: seconds until a request is given up; ``doubles``: whether a silent one may be sent once more;
+        ``final``: causes after which a request is not repeated here, but left to whoever repeats the unit of work."""
         self.timeout = timeout
+        self.final = frozenset(final)
         self._doubles = doubles
         self.reached = False
         self.begin, self.body, self.whole = Usual(), Usual(), Usual()  # the latter two per unit of work
@@ -160,24 +168,24 @@ async def request(endpoint: Endpoint, name: str, size: int, send: Send[T]) -> T:
     """Return the first good answer of ``send``, which is called as often as needed. Raises StorageError and its kin."""
     now = asyncio.get_running_loop().time
     began = math.inf  # waiting for a slot is no fault of the server's
-    for n in itertools.count():
+    for tries, pause in enumerate(_RANGED.pauses(), start=1):
         try:
             async with endpoint.slots(), _running().slots:
                 began = min(began, now())
                 return await _first(endpoint, size, send, until=began + endpoint.timeout)
-        except PassingError as error:
-            pause = random.uniform(0, min(_PAUSE * 2.0 ** min(n, 20), _LONGEST_PAUSE))
-            if now() + pause >= began + _patience(endpoint, error) or (SHORT in str(error) and n + 1 >= _SHORT_TRIES):
-                raise passing(StorageError(f"{error}")) from None
+        except TransientError as error:
+            short = error.cause is TransientCause.SHORT_ANSWER and tries >= _SHORT_TRIES
+            if short or error.cause in endpoint.final or now() + pause >= began + _patience(endpoint, error):
+                raise
             await asyncio.sleep(pause)
         except TimeoutError:
-            raise passing(StorageError(f"{name}: {SILENT}")) from None
+            raise TransientError(f"{name}: {SILENT}", TransientCause.TIMEOUT) from None
     raise AssertionError("unreachable")
 
 
-def _patience(endpoint: Endpoint, error: PassingError) -> float:
-    """A wrong address is told soon; a server that answered before may come back."""
-    lost = not endpoint.reached and (UNREACHABLE in str(error) or "resolved" in str(error))
+def _patience(endpoint: Endpoint, error: TransientError) -> float:
+    """Return the seconds to keep trying: few for what may be a wrong address, as nothing ever answered there."""
+    lost = not endpoint.reached and error.cause is TransientCause.UNREACHABLE
     return min(endpoint.timeout, _UNREACHED) if lost else endpoint.timeout
 
 
@@ -224,7 +232,7 @@ async def _first(endpoint: Endpoint, size: int, send: Send[T], *, until: float) 
             answer = next((t for t in over if t.exception() is None), None)
             if answer is not None:
                 return answer.result()
-            if over and not (tries and all(isinstance(t.exception(), PassingError) for t in over)):
+            if over and not (tries and all(isinstance(t.exception(), TransientError) for t in over)):
                 return over[0].result()  # raises
             if now() >= until:
                 raise TimeoutError
@@ -243,11 +251,11 @@ async def _first(endpoint: Endpoint, size: int, send: Send[T], *, until: float) 
 
 
 def check_length(name: str, got: int, wanted: int) -> None:
-    """Raise StorageError when a server that knows no ranges sent too much, PassingError when an answer broke off."""
+    """Raise StorageError when a server that knows no ranges sent too much, TransientError when an answer broke off."""
     if got > wanted:
         raise StorageError(f"{name}: {NO_RANGES}")
     if got < wanted:
-        raise PassingError(f"{name}: {SHORT}")
+        raise TransientError(f"{name}: {SHORT}", TransientCause.SHORT_ANSWER)
 
 
 class RemoteStore:

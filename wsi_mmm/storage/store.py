@@ -4,51 +4,30 @@ Local paths and ``file://`` (store_local), ``s3://`` and ``http(s)://`` over obs
 (store_fsspec). S3 takes the environment of the AWS tools: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_SESSION_TOKEN, AWS_REGION, AWS_PROFILE with the shared credentials file, AWS_NO_SIGN_REQUEST or AWS_SKIP_SIGNATURE
 for public buckets. WSI_MMM_STORAGE_TIMEOUT: seconds until a request is given up (30).
-Errors are SlideNotFound (reading), StorageError, SlideChanged and OutputError (writing); none shows a secret.
+Errors are NotFound (reading), StorageError, SlideChanged and OutputError (writing); none shows a secret.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 from wsi_mmm.storage import fsspec_files, local, objects
+from wsi_mmm.storage.base import ByteStore
 from wsi_mmm.storage.held import HEAD, HeldStore, held
 from wsi_mmm.storage.objects import object_store
-from wsi_mmm.storage.ranges import Buffer, Counter, Ranges
-from wsi_mmm.storage.retry import insisted
-from wsi_mmm.storage.translate import final
+from wsi_mmm.storage.retry import retry_transient
+from wsi_mmm.storage.translate import translated
 from wsi_mmm.storage.uris import is_local, join, local_path, redact
 from wsi_mmm.timing import spent
 
 __all__ = [
-    "ByteStore", "HeldStore", "delete", "exists", "held", "insisted", "is_local", "join", "list_uris", "local_path",
-    "object_store", "open_store", "read_bytes", "redact", "translated", "write_bytes",
+    "ByteStore", "HeldStore", "delete", "exists", "held", "is_local", "join", "list_uris", "local_path",
+    "object_store", "open_store", "read_bytes", "redact", "retry_transient", "translated", "write_bytes",
 ]  # fmt: skip
 
 
-class ByteStore(Protocol):
-    """One object, read in ranges; thread-safe. ``remote``: reading waits for a network."""
-
-    uri: str
-    size: int
-    etag: str | None
-    counter: Counter
-    remote: bool
-
-    def get_ranges(self, ranges: Ranges) -> list[Buffer]:
-        """Return the bytes of each (start, length); short where the object ends. StorageError, SlideChanged.
-
-        ``ranges`` may be int64[n, 2]. Views of what was read, not copies: one of them keeps its whole span in memory.
-        """
-
-    def close(self) -> None:
-        """Let go of files and connections."""
-
-
 def open_store(uri: str) -> ByteStore:
-    """Open the object at ``uri`` for reading in ranges. Raises SlideNotFound, StorageError."""
+    """Open the object at ``uri`` for reading in ranges. Raises NotFound, StorageError."""
     if is_local(uri):
         return local.open_local(uri)
     if not objects.serves(uri):
@@ -57,7 +36,7 @@ def open_store(uri: str) -> ByteStore:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return the whole object. Raises SlideNotFound, StorageError."""
+    """Return the whole object. Raises NotFound, StorageError."""
     with spent("fetch"):
         return local.read_bytes(uri) if is_local(uri) else _remote(uri).read(uri)
 
@@ -110,10 +89,3 @@ class _Remote(Protocol):
 
 def _remote(uri: str) -> _Remote:
     return objects if objects.serves(uri) else fsspec_files
-
-
-@contextmanager
-def translated(uri: str, *, writing: bool = False) -> Iterator[None]:
-    """Turn what the library behind a remote ``uri`` raises into our errors: for Zarr, which calls it by itself."""
-    with final(uri, writing=writing):
-        yield

@@ -6,15 +6,15 @@ recognised by words in it, and what is shown is ours.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from wsi_mmm.errors import OutputError, SlideChanged, SlideNotFound, StorageError, WsiError
+from wsi_mmm.errors import NotFound, OutputError, SlideChanged, StorageError, TransientCause, TransientError, WsiError
 from wsi_mmm.storage.uris import redact
 
 NO_RANGES = "the server does not serve byte ranges; copy the file to a local disk or to S3"
-# Phrases that remote.py recognises: the rest of a cause is for people.
 UNREACHABLE = "the server cannot be reached; check AWS_ENDPOINT_URL or the host name, and the network"
 SILENT = "the server did not answer in time; try again, or raise WSI_MMM_STORAGE_TIMEOUT (seconds)"
 SHORT = "answers end early, again and again; check the server and what lies between, or copy the file to a local disk"
@@ -22,49 +22,45 @@ _BROKEN = "the connection broke; check the network and try again"
 _ADDRESS = re.compile(r"https?://[^\s'\"]*")
 _NETWORK = ("aiohttp", "botocore", "urllib3", "requests", "httpx", "httpcore", "aiobotocore", "asyncssh", "paramiko")
 
-# Word in the foreign text -> what it means, and whether trying again may help. The first that fits counts.
+# Word in the foreign text -> text of our error, and why trying again may help (None: it does not). The first counts.
 _NO_KEYS = "no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_NO_SIGN_REQUEST"
 _NO_NAME = "the server's name cannot be resolved; check AWS_ENDPOINT_URL or the host name"
-_CAUSES: tuple[tuple[str, str, bool], ...] = (
-    ("credential", _NO_KEYS, False),
-    ("nosuchbucket", "no such bucket; check its name", False),
-    ("requesttimetooskewed", "this machine's clock is wrong; set it", False),
-    ("dns error", _NO_NAME, True),
-    ("failed to lookup address", _NO_NAME, True),
-    ("certificate", "the server's certificate is not trusted; check the address, and SSL_CERT_FILE", False),
-    ("connectionrefused", UNREACHABLE, True),
-    ("connection refused", UNREACHABLE, True),
-    ("kind: connect", UNREACHABLE, True),
-    ("tcp connect error", UNREACHABLE, True),
-    ("cannot connect", UNREACHABLE, True),
-    ("status code: 429", "the server asks for fewer requests (429); try again later", True),
-    ("status code: 408", SILENT, True),
-    ("status code: 500", "the server failed (500); try again", True),
-    ("status code: 502", "the server cannot be reached through its gateway (502); try again", True),
-    ("status code: 503", "the server is overloaded (503); try again", True),
-    ("status code: 504", "the server did not answer its gateway in time (504); try again", True),
-    ("status code: 5", "the server failed; try again", True),
-    ("notpartial", NO_RANGES, False),
-    ("range request not supported", NO_RANGES, False),
-    ("416 range", "the file is shorter than it was; run again", False),
-    ("status code: 4", "the server refuses the request; check the address and the credentials", False),
-    ("timedout", SILENT, True),
-    ("timed out", SILENT, True),
-    ("kind: timeout", SILENT, True),
-    ("error sending request", _BROKEN, True),
-    ("body error", SHORT, True),
-    ("kind: interrupted", SHORT, True),
-    ("kind: decode", SHORT, True),
+_CAUSES: tuple[tuple[str, str, TransientCause | None], ...] = (
+    ("credential", _NO_KEYS, None),
+    ("nosuchbucket", "no such bucket; check its name", None),
+    ("requesttimetooskewed", "this machine's clock is wrong; set it", None),
+    ("dns error", _NO_NAME, TransientCause.UNREACHABLE),
+    ("failed to lookup address", _NO_NAME, TransientCause.UNREACHABLE),
+    ("certificate", "the server's certificate is not trusted; check the address, and SSL_CERT_FILE", None),
+    ("connectionrefused", UNREACHABLE, TransientCause.UNREACHABLE),
+    ("connection refused", UNREACHABLE, TransientCause.UNREACHABLE),
+    ("kind: connect", UNREACHABLE, TransientCause.UNREACHABLE),
+    ("tcp connect error", UNREACHABLE, TransientCause.UNREACHABLE),
+    ("cannot connect", UNREACHABLE, TransientCause.UNREACHABLE),
+    ("status code: 429", "the server asks for fewer requests (429); try again later", TransientCause.TOO_MANY_REQUESTS),
+    ("status code: 408", SILENT, TransientCause.TIMEOUT),
+    ("status code: 500", "the server failed (500); try again", TransientCause.SERVER_ERROR),
+    ("status code: 502", "the server's gateway cannot reach it (502); try again", TransientCause.OVERLOADED),
+    ("status code: 503", "the server is overloaded (503); try again", TransientCause.OVERLOADED),
+    ("status code: 504", "the server did not answer its gateway in time (504); try again", TransientCause.OVERLOADED),
+    ("status code: 5", "the server failed; try again", TransientCause.SERVER_ERROR),
+    ("notpartial", NO_RANGES, None),
+    ("range request not supported", NO_RANGES, None),
+    ("416 range", "the file is shorter than it was; run again", None),
+    ("status code: 4", "the server refuses the request; check the address and the credentials", None),
+    ("timedout", SILENT, TransientCause.TIMEOUT),
+    ("timed out", SILENT, TransientCause.TIMEOUT),
+    ("kind: timeout", SILENT, TransientCause.TIMEOUT),
+    ("error sending request", _BROKEN, TransientCause.BROKEN_CONNECTION),
+    ("body error", SHORT, TransientCause.SHORT_ANSWER),
+    ("kind: interrupted", SHORT, TransientCause.SHORT_ANSWER),
+    ("kind: decode", SHORT, TransientCause.SHORT_ANSWER),
 )  # fmt: skip
-
-
-class PassingError(StorageError):
-    """A failed try that another one may mend. Never leaves this room."""
 
 
 @contextmanager
 def translated(uri: str, *, writing: bool = False) -> Iterator[None]:
-    """Turn errors of obstore and of fsspec's file systems into ours; passing ones too."""
+    """Turn errors of obstore and of fsspec's file systems into ours."""
     try:
         yield
     except WsiError:
@@ -73,49 +69,58 @@ def translated(uri: str, *, writing: bool = False) -> Iterator[None]:
         raise _known(error, uri, writing=writing) from None
 
 
-@contextmanager
-def final(uri: str, *, writing: bool = False) -> Iterator[None]:
-    """As ``translated``, where nothing is tried again: a passing error is a StorageError."""
-    try:
-        with translated(uri, writing=writing):
-            yield
-    except PassingError as error:
-        raise passing(StorageError(str(error))) from None
-
-
-def passing(error: StorageError) -> StorageError:
-    """The same, marked as one that may be gone in a minute."""
-    error.passing = True
-    return error
-
-
 def _known(error: Exception, uri: str, *, writing: bool) -> WsiError:
     name, kind = redact(uri), type(error).__name__
     status = getattr(error, "status", None)
     fail = OutputError if writing else StorageError
     if isinstance(error, FileNotFoundError) or kind == "NotFoundError" or status == 404:
-        return (OutputError if writing else SlideNotFound)(f"{name}: no such object; check bucket, key or address")
+        return (OutputError if writing else NotFound)(f"{name}: no such object; check bucket, key or address")
     if kind in ("PermissionDeniedError", "UnauthenticatedError", "PermissionError") or status in (401, 403):
         return fail(f"{name}: access denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE")
     if kind == "PreconditionError" or status == 412:
         return SlideChanged(f"{name} was replaced while it was read; run again")
-    say, again = reason(error)
-    if again:
-        return passing(OutputError(f"{name}: {say}")) if writing else PassingError(f"{name}: {say}")
-    return fail(f"{name}: {say}")
+    text, cause = reason(error)
+    return fail(f"{name}: {text}") if cause is None else TransientError(f"{name}: {text}", cause)
 
 
-def reason(error: Exception) -> tuple[str, bool]:
-    """Return the cause in words, and whether trying again may help."""
+def reason(error: Exception) -> tuple[str, TransientCause | None]:
+    """Return the text for an error of ours, and why trying again may help (None: it does not)."""
     status = getattr(error, "status", None)
     text = (f"status code: {status} " if isinstance(status, int) else "") + f"{type(error).__name__} {error}"
     if "169.254.169.254" in text:  # where keys are looked for when none are set
-        return _NO_KEYS, False
+        return _NO_KEYS, None
     # Addresses may hold any word; a setting that every error of obstore tells is no time-out.
     lower = _ADDRESS.sub("", text).lower().replace("retry_timeout", "")
-    for word, say, again in _CAUSES:
+    for word, meaning, cause in _CAUSES:
         if word in lower:
-            return say, again
+            return meaning, cause
     if isinstance(error, (TimeoutError, ConnectionError, EOFError)) or type(error).__module__.startswith(_NETWORK):
-        return _BROKEN, True
-    return "the storage answered with an error; try again", False
+        return _BROKEN, TransientCause.BROKEN_CONNECTION
+    return "the storage answered with an error; try again", None
+
+
+@contextmanager
+def local_errors(uri: str, *, writing: bool = False) -> Iterator[None]:
+    """Turn errors of the local file system at ``uri`` into ours: OutputError when ``writing``."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not writing:
+            raise NotFound(f"{uri}: no such file; check the path") from error
+        raise (OutputError if writing else StorageError)(f"{uri}: {_os_reason(error, writing=writing)}") from error
+
+
+def _os_reason(error: OSError, *, writing: bool) -> str:
+    known = {
+        errno.ENOSPC: "the disk is full; free space or choose another output folder",
+        errno.EDQUOT: "the disk quota is used up; free space or choose another output folder",
+        errno.EROFS: "the file system is read-only; choose another output folder",
+        errno.ENOTDIR: "a part of the path is a file, not a folder; check the path",
+        errno.EISDIR: "this is a folder; give a file",
+        errno.EEXIST: "file exists; choose another folder",
+        errno.EMFILE: "too many files are open; raise 'ulimit -n'",
+        errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    }
+    denied = "no permission to write; choose another output folder" if writing else "no permission to read it"
+    known |= {errno.EACCES: denied, errno.EPERM: denied}
+    return known.get(error.errno or 0, (error.strerror or "input/output error").lower())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_mmm.errors import MppUnknown, RecipeError
+from wsi_mmm.errors import MppUnknown, OptionError
 from wsi_mmm.types import F64, I64, Grid, Mask, SlideInfo, Tiles
 
 MAX_TILES = 100_000_000
@@ -36,20 +36,20 @@ class BlockTiles:
 def make_grid(info: SlideInfo, mpp: float, *, tile: int = 512, overlap: int = 64, allow_upsample: bool = False) -> Grid:
     """The grid of square tiles of ``tile`` px at ``mpp``, neighbours sharing ``overlap`` px.
 
-    Every level-0 pixel lies in a tile. Raises MppUnknown when the slide has no resolution and RecipeError when
+    Every level-0 pixel lies in a tile. Raises MppUnknown when the slide has no resolution and OptionError when
     the numbers make no sense, when the grid would be finer than twice the slide, or have more than MAX_TILES tiles.
     """
     _check_recipe(mpp, tile, overlap)
     scale_x, scale_y = _scale(info, mpp)
     if min(scale_x, scale_y) < MIN_SCALE and not allow_upsample:
-        raise RecipeError(
+        raise OptionError(
             f"mpp {mpp:g} is more than twice as fine as the slide ({info.mpp_x:g}): "
             f"ask for {MIN_SCALE * mpp / min(scale_x, scale_y):g} or more, or allow upsampling"
         )
     width, height = _target_size(info.width, scale_x), _target_size(info.height, scale_y)
     columns, rows = _count(width, tile, overlap), _count(height, tile, overlap)
     if columns * rows > MAX_TILES:
-        raise RecipeError(
+        raise OptionError(
             f"{columns} x {rows} tiles are too many for one slide: raise the tile size or mpp, or lower the overlap"
         )
     return Grid(
@@ -105,16 +105,16 @@ def any_overlap(boxes: F64, rects: I64) -> Mask:
 def blocks(grid: Grid, index: I64, block_tiles: int) -> list[BlockTiles]:
     """Group tiles ``index`` int64[n, 2] into aligned blocks of ``block_tiles`` x ``block_tiles``, row-major.
 
-    The order of ``index`` does not matter; a tile given twice counts once. Raises RecipeError for a tile
+    The order of ``index`` does not matter; a tile given twice counts once. Raises OptionError for a tile
     outside the grid or ``block_tiles`` < 1.
     """
     if block_tiles < 1:
-        raise RecipeError(f"block_tiles is {block_tiles}: give 1 or more")
+        raise OptionError(f"block_tiles is {block_tiles}: give 1 or more")
     if len(index) == 0:
         return []
     index = np.unique(index.astype(np.int64), axis=0)
     if index.min() < 0 or index[:, 0].max() >= grid.rows or index[:, 1].max() >= grid.columns:
-        raise RecipeError(
+        raise OptionError(
             f"a tile is outside the grid of {grid.rows} rows x {grid.columns} columns: select tiles again"
         )
     block = index // block_tiles
@@ -130,11 +130,11 @@ def blocks(grid: Grid, index: I64, block_tiles: int) -> list[BlockTiles]:
 
 def _check_recipe(mpp: float, tile: int, overlap: int) -> None:
     if not (math.isfinite(mpp) and mpp > 0):
-        raise RecipeError(f"mpp is {mpp}: give micrometres per pixel above 0, such as 0.5")
+        raise OptionError(f"mpp is {mpp}: give micrometres per pixel above 0, such as 0.5")
     if tile < 1:
-        raise RecipeError(f"tile size is {tile}: give 1 px or more, such as 512")
+        raise OptionError(f"tile size is {tile}: give 1 px or more, such as 512")
     if not 0 <= overlap < tile:
-        raise RecipeError(f"overlap is {overlap} px: give 0 or more and less than the tile size of {tile} px")
+        raise OptionError(f"overlap is {overlap} px: give 0 or more and less than the tile size of {tile} px")
 
 
 def _scale(info: SlideInfo, mpp: float) -> tuple[float, float]:

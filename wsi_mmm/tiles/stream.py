@@ -19,8 +19,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from wsi_mmm.errors import RecipeError
-from wsi_mmm.host_tuning import keep_memory
+from wsi_mmm.errors import OptionError
 from wsi_mmm.slides.base import Fetched, Reader, TileReader
 from wsi_mmm.slides.resample.cut import fill_tiles
 from wsi_mmm.tiles.grid import BlockTiles, any_overlap, blocks, level0_boxes, tile_xy, tiles_at
@@ -116,6 +115,7 @@ class Prefetcher(Generic[Key, Data]):
         """Return what was fetched for ``key``, waiting for a fetch that is under way; None: read by yourself."""
         with self._lock:
             future = self._remove(key)
+            self._begin_fetches()
         try:
             with spent("fetch"):
                 return None if future is None else future.result()
@@ -128,6 +128,7 @@ class Prefetcher(Generic[Key, Data]):
         with self._lock:
             for key in [key for key in self._fetches if chosen(key)]:
                 self._remove(key)
+            self._begin_fetches()
 
     def close(self) -> None:
         """Fetch nothing more, and wait for the threads to end."""
@@ -144,7 +145,6 @@ class Prefetcher(Generic[Key, Data]):
         planned.keys.remove(key)
         if planned.future is not None and not planned.keys:
             self._held -= 1
-            self._begin_fetches()
         return planned.future
 
     def _begin_fetches(self) -> None:
@@ -206,14 +206,13 @@ def stream(
 
     Blocks come row-major, tiles row-major within a block. ``workers`` threads read ahead (0: read inline);
     at most ``workers + READ_AHEAD`` full blocks are held. Errors of the reader are raised here, in their turn.
-    Closing the iterator cancels what has not begun and leaves no thread behind. Raises RecipeError.
+    Closing the iterator cancels what has not begun and leaves no thread behind. Raises OptionError.
     """
     if batch_size < 1:
-        raise RecipeError(f"batch size is {batch_size}: give 1 or more")
+        raise OptionError(f"batch size is {batch_size}: give 1 or more")
     if workers < 0:
-        raise RecipeError(f"workers is {workers}: give 0 or more")
+        raise OptionError(f"workers is {workers}: give 0 or more")
     parts = blocks(grid, index, block_tiles)
-    keep_memory()
     return _stream_batches(reader, grid, parts, batch_size=batch_size, workers=workers)
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from wsi_mmm.annotations import parse_shapes, rasterise
-from wsi_mmm.errors import RecipeError, SlideNotFound
+from wsi_mmm.errors import AnnotationError, NotFound, OptionError
 from wsi_mmm.slides.base import Slide
 from wsi_mmm.slides.resample.scaled import sources_of
 from wsi_mmm.storage.store import read_bytes, redact
@@ -55,7 +55,7 @@ def tissue_mask(slide: Slide, tissue: str = "auto") -> TissueMask:
 
     ``tissue``: "auto" looks for it; "none" takes the whole slide; anything else is the path or URI of an annotation
     file (polygons in level-0 px) or of a mask picture of the slide (nonzero = tissue). What cannot be decoded counts
-    as tissue, so that the run meets it and lists it. Raises RecipeError, AnnotationError, StorageError.
+    as tissue, so that the run meets it and lists it. Raises OptionError, AnnotationError, StorageError.
     """
     if tissue == "none":
         return TissueMask(np.ones((1, 1), bool), float(slide.info.width), float(slide.info.height))
@@ -71,10 +71,10 @@ def select_tiles(grid: Grid, mask: TissueMask, min_tissue: float = MIN_TISSUE) -
     """Tiles int64[n, 2] (row, column), row-major, of which a share of at least ``min_tissue`` is tissue.
 
     The share is of the tile's part inside the slide. Only tiles with some tissue are selected, unless ``min_tissue``
-    is 0: then all are. Raises RecipeError unless 0 <= min_tissue <= 1.
+    is 0: then all are. Raises OptionError unless 0 <= min_tissue <= 1.
     """
     if not 0 <= min_tissue <= 1:
-        raise RecipeError(f"min_tissue is {min_tissue}: give a share from 0 to 1, such as {MIN_TISSUE}")
+        raise OptionError(f"min_tissue is {min_tissue}: give a share from 0 to 1, such as {MIN_TISSUE}")
     sums = np.zeros((mask.mask.shape[0] + 1, mask.mask.shape[1] + 1), np.int64)
     sums[1:, 1:] = mask.mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
     x0, x1 = _spans(grid, (grid.columns, grid.width), grid.scale_x / mask.scale_x, mask.mask.shape[1])
@@ -151,8 +151,8 @@ def _of_level(info: SlideInfo, scale_x: float, scale_y: float) -> tuple[float, f
 def _fetch(tissue: str) -> bytes:
     try:
         return read_bytes(tissue)
-    except SlideNotFound as error:
-        raise RecipeError(
+    except NotFound as error:
+        raise OptionError(
             f"tissue {redact(tissue)!r} is neither 'auto' nor 'none', and no file is there: "
             "give one of them, a GeoJSON of polygons, or a mask picture"
         ) from error
@@ -161,7 +161,7 @@ def _fetch(tissue: str) -> bytes:
 def _from_shapes(data: bytes, name: str, info: SlideInfo) -> TissueMask:
     shapes = parse_shapes(data, name)
     if not shapes:
-        raise RecipeError(f"{name}: no polygon is in it: draw the tissue, or use --tissue auto")
+        raise AnnotationError(f"{name}: no polygon is in it: draw the tissue, or use --tissue auto")
     scale = max(max(info.width, info.height) / SHAPES_SIDE, 1.0)
     size = math.ceil(info.height / scale), math.ceil(info.width / scale)
     return TissueMask(rasterise(shapes, size, scale_x=scale, scale_y=scale), scale, scale)
@@ -172,7 +172,7 @@ def _from_picture(data: bytes, name: str, info: SlideInfo) -> TissueMask:
     height, width = mask.shape
     expected = width * info.height / info.width
     if abs(height - expected) > max(1.0, 0.01 * expected):
-        raise RecipeError(
+        raise AnnotationError(
             f"{name}: a mask of {width} x {height} px does not have the aspect of the slide's {info.width} x "
             f"{info.height} px: give a mask of the whole slide, such as {width} x {max(1, round(expected))} px"
         )
@@ -188,9 +188,11 @@ def _picture(data: bytes, name: str) -> Mask:
                 values = np.asarray(picture)
                 alpha = picture.mode in ("RGBA", "LA")
     except Image.DecompressionBombError as error:
-        raise RecipeError(f"{name}: the mask has too many pixels ({error}): make it smaller") from error
+        raise AnnotationError(f"{name}: the mask has too many pixels ({error}): make it smaller") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise RecipeError(f"{name}: no GeoJSON, nor a picture that can be read: give GeoJSON, PNG or TIFF") from error
+        raise AnnotationError(
+            f"{name}: no GeoJSON, nor a picture that can be read: give GeoJSON, PNG or TIFF"
+        ) from error
     if values.ndim == 2:
         return np.asarray(values != 0, bool)
     colour = values[..., :-1] if alpha else values

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.training.augment import DAB, EOSIN, HEMATOXYLIN, coin, from_od, jpeg, normal, to_od, uniform
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -46,9 +46,9 @@ class Augment:
     def __post_init__(self) -> None:
         for name in ("blur", "sharpen", "noise", "jpeg"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise RecipeError(f"augmentation: '{name}' is a share of the pictures: give 0 to 1")
+                raise ConfigError(f"augmentation: '{name}' is a share of the pictures: give 0 to 1")
         if any(not 0.0 <= getattr(self, part.name) < 10.0 for part in fields(self)):
-            raise RecipeError("augmentation: strengths are 0 (off) or more; 1 is strong")
+            raise ConfigError("augmentation: strengths are 0 (off) or more; 1 is strong")
 
 
 NO_AUGMENT = Augment(
@@ -59,12 +59,12 @@ NO_AUGMENT = Augment(
 def recolour(x: Tensor, augment: Augment, *, seed: int) -> Tensor:
     """float[n, 3, h, w] in [0, 1] -> the same, augmented; ``x`` itself when there is nothing to do.
 
-    Raises RecipeError when JPEG is asked for off the CPU.
+    Raises ConfigError when JPEG is asked for off the CPU.
     """
     if augment == NO_AUGMENT or not len(x):
         return x
     if augment.jpeg and x.device.type != "cpu":
-        raise RecipeError("augmentation: 'jpeg' runs on the CPU only; set it to 0 for training on a GPU")
+        raise ConfigError("augmentation: 'jpeg' runs on the CPU only; set it to 0 for training on a GPU")
     g = Generator().manual_seed(seed)
     for part in (_change_stains, _change_light, _gaussian_blur, _unsharp_mask, _add_noise):
         x = part(x, augment, g)

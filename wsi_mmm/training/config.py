@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError, OptionError
 from wsi_mmm.model.card import (
     BagCard,
     Color,
@@ -210,7 +210,7 @@ class TrainConfig(Part):
         return self
 
     def task_cards(self) -> tuple[TaskCard, ...]:
-        """The tasks as a model card lists them. RecipeError when one has classes or parameters that do not fit."""
+        """The tasks as a model card lists them. ConfigError when one has classes or parameters that do not fit."""
         before = np.cumsum([0, *(len(part.classes) for part in self.task)]).tolist()
         return tuple(task_card(part, first, before[-1]) for part, first in zip(self.task, before, strict=False))
 
@@ -239,7 +239,7 @@ def task_card(part: TaskPart, first: int, count: int) -> TaskCard:
     info = TaskInfo(part.name, part.kind, part.classes, colors)
     kind = TASK_KINDS[part.kind]
     if part.scope == "bag" and "bag" not in kind.heads:
-        raise RecipeError(f"task '{part.name}': '{part.kind}' answers for pixels, not for bags")
+        raise ConfigError(f"task '{part.name}': '{part.kind}' answers for pixels, not for bags")
     scope: Scope = part.scope if part.scope in kind.heads else "pixel"
     outputs = kind.from_params(info, part.params, scope).channels
     return TaskCard.model_validate({
@@ -269,7 +269,7 @@ def model_card(config: TrainConfig, mean: tuple[float, float, float], std: tuple
 
 
 def parse(raw: Mapping[str, Any], settings: Sequence[str] = (), source: str = "configuration") -> TrainConfig:
-    """A configuration from a parsed file and ``key=value`` settings on top. RecipeError names the first thing wrong."""
+    """A configuration from a parsed file and ``key=value`` settings on top. ConfigError names the first thing wrong."""
     whole = json.loads(json.dumps(raw, default=str))
     for setting in settings:
         _apply_setting(whole, setting)
@@ -279,7 +279,7 @@ def parse(raw: Mapping[str, Any], settings: Sequence[str] = (), source: str = "c
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in [".".join(str(part) for part in first["loc"])] if part)
         text = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{source}: {where}{text[0].lower() + text[1:]}") from error
+        raise ConfigError(f"{source}: {where}{text[0].lower() + text[1:]}") from error
 
 
 _WORDS = dict.fromkeys(
@@ -291,15 +291,15 @@ def _apply_setting(whole: dict[str, Any], setting: str) -> None:
     """``a.b=value`` -> whole["a"]["b"] = value; items of lists by their number or their name: ``data.crc.batch=4``."""
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set {setting}: give key=value, such as optim.rate=1e-3")
+        raise OptionError(f"--set {setting}: give key=value, such as optim.rate=1e-3")
     place: Any = whole
     *path, last = key.strip().split(".")
     for name in path:
         place = _step_into(place, name, setting)
     if isinstance(place, list):
-        raise RecipeError(f"--set {setting}: name a field after the item, such as {key}.batch=4")
+        raise OptionError(f"--set {setting}: name a field after the item, such as {key}.batch=4")
     if not isinstance(place, dict):
-        raise RecipeError(f"--set {setting}: there is nothing below '{'.'.join(path)}'")
+        raise OptionError(f"--set {setting}: there is nothing below '{'.'.join(path)}'")
     place[last] = _parse_value(text.strip())
 
 
@@ -310,7 +310,7 @@ def _step_into(place: Any, name: str, setting: str) -> Any:
         for number, item in enumerate(place):
             if name == str(number) or (isinstance(item, dict) and item.get("name") == name):
                 return item
-    raise RecipeError(f"--set {setting}: there is no '{name}'")
+    raise OptionError(f"--set {setting}: there is no '{name}'")
 
 
 def _parse_value(text: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.training.config import SplitPart, TrainConfig
 from wsi_mmm.training.data.base import Index
 from wsi_mmm.training.data.entries import DataEntry, Pictured
@@ -33,7 +33,7 @@ class DataSet:
 
 
 def divided(feeds: Sequence[Feed], config: TrainConfig) -> tuple[DataSet, ...]:
-    """``feeds`` with the items that each may learn from. RecipeError, InputError: what cannot be divided."""
+    """``feeds`` with the items that each may learn from. ConfigError, InputError: what cannot be divided."""
     splits = divide([(feed.source.name, feed.source.index) for feed in feeds], config)
     data = tuple(
         DataSet(replace(feed, numbers=_training_items(feed, split, config)), split)
@@ -46,13 +46,13 @@ def divided(feeds: Sequence[Feed], config: TrainConfig) -> tuple[DataSet, ...]:
 def _check_parts(data: Sequence[DataSet], config: TrainConfig) -> None:
     for one in data:
         if not len(one.feed.items):
-            raise RecipeError(
+            raise ConfigError(
                 f"data '{one.name}' has no item to learn from: give it more groups, or a smaller split.val"
             )
         forbid_test(one.split, one.feed.items)
     part = config.validation
     if (part.best or part.patience) and not any(len(one.split.val) for one in data):
-        raise RecipeError("validation.best and patience want held-out items: give split.val above 0, or more groups")
+        raise ConfigError("validation.best and patience want held-out items: give split.val above 0, or more groups")
     if config.split.pictures:
         size = config.model.learnt_px
         sources = [(one.feed.source, np.concatenate([one.split.part(name) for name in PARTS])) for one in data]
@@ -90,13 +90,13 @@ def _prefix_keys(name: str, index: Index) -> Index:
 
 def fixed_parts(config: TrainConfig, indexes: Sequence[tuple[str, Index]] = ()) -> dict[str, str]:
     """Group -> train, val, test or "" (not used), as tables with a split column and paths of pictures (of the data sets
-    in ``indexes``) say. RecipeError: two disagree."""
+    in ``indexes``) say. ConfigError: two disagree."""
     found: dict[str, str] = {}
     opened = dict(indexes)
     for entry in config.data:
         for group, part in _fixed_parts(entry, opened.get(entry.name)).items():
             if found.setdefault(group, part) != part:
-                raise RecipeError(f"data '{entry.name}' puts '{group}' into '{part}', other data elsewhere")
+                raise ConfigError(f"data '{entry.name}' puts '{group}' into '{part}', other data elsewhere")
     return found
 
 
@@ -123,7 +123,7 @@ def _random_split(index: Index, part: SplitPart) -> Split:
     if not part.folds:
         return split_items(index, shares=(1.0 - part.val - part.test, part.val, part.test), seed=part.seed)
     if part.fold >= part.folds:
-        raise RecipeError(f"split.fold is {part.fold} of {part.folds}: folds count from 0")
+        raise ConfigError(f"split.fold is {part.fold} of {part.folds}: folds count from 0")
     return folds(index, part.folds, test=part.test, seed=part.seed)[part.fold]
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from wsi_mmm.errors import InputError, MissingPackage, ModelError, OutputError, RecipeError
+from wsi_mmm.errors import InputError, MissingPackage, ModelError, OptionError, OutputError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.model.checkpoint import build_model, load_tensors, save_model, save_tensors
 from wsi_mmm.model.multitask import MultiTaskModel
@@ -111,10 +111,10 @@ def fit(kind: str, data: Labelled, *, seed: int = 0) -> tuple[Head, dict[str, An
     """A head fitted to all of ``data``, its strength chosen by grouped cross-validation, and what that said.
 
     The second: ``balanced_accuracy``, ``auroc`` (one class against the rest, mean) of held-out groups, ``folds`` and
-    ``setting``. InputError when a class has no example. RecipeError for an unknown kind.
+    ``setting``. InputError when a class has no example. OptionError for an unknown kind.
     """
     if kind not in KINDS:
-        raise RecipeError(f"there is no few-shot head '{kind}'; choose one of: {', '.join(KINDS)}")
+        raise OptionError(f"there is no few-shot head '{kind}'; choose one of: {', '.join(KINDS)}")
     counts = np.bincount(data.labels, minlength=len(data.classes))
     if len(data.classes) < 2 or not counts.all():
         bare = [name for name, count in zip(data.classes, counts, strict=True) if not count]

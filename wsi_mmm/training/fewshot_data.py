@@ -11,7 +11,7 @@ import numpy as np
 
 from wsi_mmm.annotations import parse_shapes, shape_at
 from wsi_mmm.errors import InputError, ManifestError
-from wsi_mmm.outputs.exports import Features, read_features
+from wsi_mmm.outputs.exports import SlideFeatures, read_features
 from wsi_mmm.storage import store
 from wsi_mmm.training.fewshot import Labelled
 from wsi_mmm.types import F64
@@ -28,7 +28,7 @@ class Embedded:
     id: str
     uri: str
 
-    def read(self) -> Features:
+    def read(self) -> SlideFeatures:
         """The features. StorageError when they cannot be read."""
         return read_features(self.uri)
 
@@ -42,7 +42,7 @@ def embedded(source: str) -> list[Embedded]:
     return [Embedded(uri.removesuffix(mark).rpartition("/")[2], uri.removesuffix("/zarr.json")) for uri in found]
 
 
-def check_alike(features: Sequence[Features], ids: Sequence[str]) -> Mapping[str, object]:
+def check_alike(features: Sequence[SlideFeatures], ids: Sequence[str]) -> Mapping[str, object]:
     """What all were made with (encoder, model_hash, mpp, patch_size). InputError naming two that differ."""
     names = ("encoder", "model_hash", "mpp", "patch_size")
     first = {name: features[0].attributes.get(name) for name in names}

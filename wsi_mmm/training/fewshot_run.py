@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.errors import InputError, RecipeError
+from wsi_mmm.errors import InputError
 from wsi_mmm.model.checkpoint import load_encoder, load_model
 from wsi_mmm.model.identity import encoder_identity, is_model, model_identity
-from wsi_mmm.outputs.exports import Features
+from wsi_mmm.outputs.exports import SlideFeatures
 from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.storage import store
 from wsi_mmm.training import fewshot
@@ -119,7 +119,9 @@ def predict(features: str, head: str | Path, output: str) -> list[Said]:
     return said
 
 
-def _predict_slide(slide: str, features: Features, *, fitted: fewshot.Head, about: dict[str, Any], output: str) -> Said:
+def _predict_slide(
+    slide: str, features: SlideFeatures, *, fitted: fewshot.Head, about: dict[str, Any], output: str
+) -> Said:
     classes, vectors = about["classes"], features.vectors
     if not len(vectors):
         return Said(slide, "", float("nan"), "")
@@ -134,10 +136,10 @@ def _predict_slide(slide: str, features: Features, *, fitted: fewshot.Head, abou
     return Said(slide, classes[int(share.argmax())], float(share.max()), uri)
 
 
-def _prediction_table(features: Features, found: F64, about: dict[str, Any]) -> bytes:
+def _prediction_table(features: SlideFeatures, found: F64, about: dict[str, Any]) -> bytes:
     n, side = len(features.vectors), int(features.attributes.get("patch_size_level0", 0))
     if side <= 0:
-        raise RecipeError("the features do not say how large their tiles are; embed the slides again")
+        raise InputError("the features do not say how large their tiles are; embed the slides again")
     task = str(about["task"])
     columns = {task: found.argmax(axis=1).astype(np.int32)}
     columns |= {f"{task}:{name}": found[:, k].astype(np.float32) for k, name in enumerate(about["classes"])}

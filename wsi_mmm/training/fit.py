@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from wsi_mmm.errors import Cancelled, InputError, NotFinite, RecipeError
-from wsi_mmm.host_tuning import keep_memory
+from wsi_mmm.errors import Cancelled, ConfigError, InputError, NotFinite
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.training import optim, state
@@ -188,8 +187,6 @@ def _start_run(
     callbacks: Callbacks,
     ranks: Ranks,
 ) -> _Run:
-    if ranks.device.type == "cpu":
-        keep_memory()
     model.to(device=ranks.device)
     model.to(memory_format=torch.channels_last)
     optim.begin(model, plan.optim)
@@ -316,7 +313,7 @@ def _selected_metric(best: str, found: Figures) -> float:
     task, _, metric = best.partition(".")
     if metric not in found.get(task, {}):
         known = ", ".join(f"{t}.{m}" for t, metrics in found.items() for m in metrics)
-        raise RecipeError(f"best is '{best}', which validation does not give; it gives: {known or 'nothing'}")
+        raise ConfigError(f"best is '{best}', which validation does not give; it gives: {known or 'nothing'}")
     return found[task][metric]
 
 

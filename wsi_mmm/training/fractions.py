@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.errors import MissingPackage, OutputError, RecipeError
+from wsi_mmm.errors import ConfigError, MissingPackage, OptionError, OutputError
 from wsi_mmm.storage import store
 from wsi_mmm.training.config import TrainConfig
 from wsi_mmm.training.data.entry import Expand, each_by_itself
@@ -83,7 +83,7 @@ def train_fractions(
     """Train each share with each seed, in ``<out>/fraction-XX-seed-Y``, skipping what is done; write table and plot.
 
     Splits stay those of the configuration; the seed decides the weights, the order and which items a share has. Larger
-    shares hold the smaller ones of the same seed. All ranks but the first know nothing of what was found. RecipeError,
+    shares hold the smaller ones of the same seed. All ranks but the first know nothing of what was found. ConfigError,
     and what `train` raises.
     """
     _check_plan(percents, seeds)
@@ -114,9 +114,9 @@ def share_of(config: TrainConfig, percent: float, seed: int) -> TrainConfig:
 def _check_plan(percents: Sequence[float], seeds: int) -> None:
     wrong = [percent for percent in percents if not 0 < percent <= 100]
     if wrong or not percents:
-        raise RecipeError("fractions are percents above 0 and up to 100, such as 1,10,50,100")
+        raise OptionError("fractions are percents above 0 and up to 100, such as 1,10,50,100")
     if seeds < 1:
-        raise RecipeError(f"{seeds} seeds: give 1 or more")
+        raise OptionError(f"{seeds} seeds: give 1 or more")
 
 
 def _train_fraction(
@@ -134,7 +134,7 @@ def _train_fraction(
 
 
 def _load_finished(config: TrainConfig, percent: float) -> Point | None:
-    """What an earlier run found. RecipeError when that was another training."""
+    """What an earlier run found. ConfigError when that was another training."""
     uri = store.join(config.out, DONE)
     if not store.exists(uri):
         return None
@@ -143,10 +143,10 @@ def _load_finished(config: TrainConfig, percent: float) -> Point | None:
         there = _what_counts(TrainConfig.model_validate(found.pop("configuration")))  # options that are newer: default
         point = Point(**found)
     except (ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{uri} is damaged; remove it, and that training is done again") from error
+        raise ConfigError(f"{uri} is damaged; remove it, and that training is done again") from error
     if there != _what_counts(config):
         other = sorted(key for key, value in _what_counts(config).items() if there.get(key) != value)
-        raise RecipeError(f"{uri} is of another configuration ({', '.join(other)} differ): choose another out")
+        raise ConfigError(f"{uri} is of another configuration ({', '.join(other)} differ): choose another out")
     return replace(point, percent=percent)
 
 
@@ -167,16 +167,16 @@ def _metric_value(point: Point, part: str, metric: str) -> float:
 
 
 def _with_metric(points: tuple[Point, ...], metric: str) -> Curve:
-    """With the part and the metric to speak of. RecipeError when some training does not give it."""
+    """With the part and the metric to speak of. ConfigError when some training does not give it."""
     part = "test" if all(point.test for point in points) else "val"
     known = [f"{task}.{name}" for task, found in _part_metrics(points[0], part).items() for name in found]
     if not known:
-        raise RecipeError("nothing was held out to judge by: give split.val or split.test above 0")
+        raise ConfigError("nothing was held out to judge by: give split.val or split.test above 0")
     chosen = metric or known[0]
     for point in points:
         task, _, name = chosen.partition(".")
         if name not in _part_metrics(point, part).get(task, {}):
-            raise RecipeError(f"the {part} part gives no figure '{chosen}'; it gives: {', '.join(known)}")
+            raise ConfigError(f"the {part} part gives no figure '{chosen}'; it gives: {', '.join(known)}")
     return Curve(chosen, part, points)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from wsi_mmm._version import __version__
-from wsi_mmm.errors import ModelError, OutputError, RecipeError
+from wsi_mmm.errors import ConfigError, ModelError, OutputError
 from wsi_mmm.model.checkpoint import build_model, declared_normalisation, load_model, save_model
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.storage import store
@@ -135,7 +135,7 @@ def _check_features(feeds: Sequence[Feed], model: MultiTaskModel) -> None:
     """Vectors of bags are as long as those of the model that will be given the heads."""
     for feed in feeds:
         if isinstance(feed.source, FeatureBags) and feed.source.width != model.vector_width:
-            raise RecipeError(
+            raise ConfigError(
                 f"data '{feed.source.name}' holds vectors of {feed.source.width} numbers, the model makes "
                 f"{model.vector_width}: give the encoder that embedded them, and its weights or model.start"
             )

@@ -7,8 +7,8 @@ cut to what the crops need and warped on the device (`pictures`). What could not
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsi_mmm.errors import RecipeError
-from wsi_mmm.host_tuning import keep_memory, short_turns
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.tasks.targets import Target
+from wsi_mmm.tiles.stream import Prefetcher, map_ahead
 from wsi_mmm.training.colour import NO_AUGMENT, Augment, recolour
-from wsi_mmm.training.data.base import Sample, Source
+from wsi_mmm.training.data.base import FetchedItems, Sample, SlideSource, Source
 from wsi_mmm.training.policy import Draw, FeedSize, Policy, key_of, of_rank, plan_step
 from wsi_mmm.training.warp import (
     Change,
@@ -43,6 +43,9 @@ MARGINS = {"instances": 32}
 
 READ_AHEAD = 2
 """Micro-batches that may wait, ready, beyond those that the threads are making."""
+
+FETCHES = 8
+"""Micro-batches from slides far away whose bytes are fetched, or being fetched, beyond those that are being made."""
 
 CHANGE = Change()
 _TOLD = 20  # reasons for failures that are kept
@@ -185,13 +188,13 @@ def batches(
     """For each of ``steps`` the micro-batches of this rank, on ``device``; maybe none.
 
     The same for the same (seed, step) whatever the threads. At most ``threads + READ_AHEAD`` micro-batches are held
-    beyond those given out. Errors of sources are raised here, in their turn. Closing the iterator cancels what is not
-    begun and leaves no thread behind. Raises RecipeError.
+    beyond those given out, and from far storage the bytes of FETCHES more. Errors of sources are raised here, in their
+    turn. Closing the iterator cancels what has not begun and leaves no thread behind. Raises ConfigError.
     """
     by_name = {feed.source.name: feed for feed in feeds}
     names = {name: names_of(feed, tasks) for name, feed in by_name.items()}
     sizes = [feed.measure for feed in feeds]
-    sender = _Sender(torch.device(device))
+    sender, counted = _Sender(torch.device(device)), tally or Tally()
 
     def drawn(step: int) -> tuple[Draw, ...]:
         whole = plan_step(
@@ -205,35 +208,49 @@ def batches(
         )
         return of_rank(whole, plan.rank, plan.world)
 
-    def make(draw: Draw) -> TrainBatch:
-        wanted = {name: tasks[name] for name in names[draw.feed]}
-        return sender.prepared(make_batch(by_name[draw.feed], wanted, draw=draw, plan=plan))
+    prefetch: Prefetcher[int, FetchedItems] = Prefetcher(FETCHES)  # by number of the draw
+    far = {feed.source.name for feed in feeds if isinstance(feed.source, SlideSource) and feed.source.remote}
+
+    def announce(number: int, draw: Draw) -> None:
+        source, items = by_name[draw.feed].source, by_name[draw.feed].items[list(draw.numbers)].tolist()
+        if draw.feed in far and isinstance(source, SlideSource):
+            size = _reading_size(plan, [tasks[name] for name in names[draw.feed]])
+            prefetch.announce([number], lambda _: source.fetch(items, size))
+
+    def numbered() -> Iterator[tuple[int, Draw]]:
+        coming: deque[tuple[int, Draw]] = deque()
+        for number, draw in enumerate(draw for step in steps for draw in drawn(step)):
+            announce(number, draw)
+            coming.append((number, draw))
+            if len(coming) > (FETCHES if far else 0):
+                yield coming.popleft()
+        yield from coming
+
+    def make(numbered: tuple[int, Draw]) -> TrainBatch:
+        number, draw = numbered
+        wanted, fetched = {name: tasks[name] for name in names[draw.feed]}, prefetch.take(number)
+        return sender.prepared(make_batch(by_name[draw.feed], wanted, draw=draw, plan=plan, fetched=fetched))
+
+    def steps_made() -> Iterator[tuple[TrainBatch, ...]]:
+        with ExitStack() as stack:
+            stack.callback(prefetch.close)
+            made = _made_ahead(numbered(), make, threads=plan.threads, stack=stack)
+            for step in steps:
+                found = tuple(next(made) for _ in drawn(step))
+                for batch in found:
+                    counted.add(batch)
+                yield sender.sent(found)
 
     drawn(steps.start)  # what cannot be planned is said now
-    return _iter_steps(drawn, make, steps=steps, threads=plan.threads, sender=sender, tally=tally or Tally())
-
-
-def _iter_steps(
-    drawn: Callable[[int], tuple[Draw, ...]],
-    make: Callable[[Draw], TrainBatch],
-    *,
-    steps: range,
-    threads: int,
-    sender: _Sender,
-    tally: Tally,
-) -> Iterator[tuple[TrainBatch, ...]]:
-    keep_memory()
-    with ExitStack() as stack:
-        made = _made_ahead((draw for step in steps for draw in drawn(step)), make, threads=threads, stack=stack)
-        for step in steps:
-            found = tuple(next(made) for _ in drawn(step))
-            for batch in found:
-                tally.add(batch)
-            yield sender.sent(found)
+    return steps_made()
 
 
 def _made_ahead(
-    draws: Iterator[Draw], make: Callable[[Draw], TrainBatch], *, threads: int, stack: ExitStack
+    draws: Iterator[tuple[int, Draw]],
+    make: Callable[[tuple[int, Draw]], TrainBatch],
+    *,
+    threads: int,
+    stack: ExitStack,
 ) -> Iterator[TrainBatch]:
     if threads < 1:
         yield from map(make, draws)
@@ -243,14 +260,7 @@ def _made_ahead(
     stack.callback(torch.set_num_threads, torch.get_num_threads())
     pool = ThreadPoolExecutor(threads, "wsi-mmm-batch", initializer=torch.set_num_threads, initargs=(1,))
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-    stack.enter_context(short_turns())
-    waiting: deque[Future[TrainBatch]] = deque()
-    while True:
-        while len(waiting) < threads + READ_AHEAD and (draw := next(draws, None)) is not None:
-            waiting.append(pool.submit(make, draw))
-        if not waiting:
-            return
-        yield waiting.popleft().result()
+    yield from map_ahead(pool, make, draws, most=threads + READ_AHEAD)
 
 
 class _Sender:
@@ -283,23 +293,41 @@ class _Sender:
 
 
 def names_of(feed: Feed, tasks: Mapping[str, Task]) -> tuple[str, ...]:
-    """The tasks that learn from ``feed``. Pictures can always be rebuilt. RecipeError when there are none."""
+    """The tasks that learn from ``feed``. Pictures can always be rebuilt. ConfigError when there are none."""
     known = {name for name, task in tasks.items() if task.info.kind == "reconstruct"} | set(feed.source.tasks)
     wanted = known & set(tasks) if feed.tasks is None else set(feed.tasks)
     wrong = sorted(wanted - (known & set(tasks)))
     if wrong or not wanted:
-        raise RecipeError(
+        raise ConfigError(
             f"feed '{feed.source.name}' knows of: {', '.join(sorted(feed.source.tasks)) or 'no task'}; "
             f"nothing that {', '.join(wrong or tasks)} can learn from: correct its tasks or leave it out"
         )
     return tuple(name for name in tasks if name in wanted)
 
 
-def make_batch(feed: Feed, tasks: Mapping[str, Task], *, draw: Draw, plan: LoadPlan) -> TrainBatch:
-    """The micro-batch of a draw for these tasks, on the CPU: a pure function of the draw and the source's files."""
-    margin = max((MARGINS.get(task.info.kind, 0) for task in tasks.values()), default=0)
-    read = reach(plan.change, plan.size, margin)
-    samples = feed.source.read(feed.items[list(draw.numbers)].tolist(), read)
+def _reading_size(plan: LoadPlan, tasks: Iterable[Task]) -> int:
+    """The side in px of what is read for a crop: with what its warp and its targets need round it."""
+    return reach(plan.change, plan.size, max((MARGINS.get(task.info.kind, 0) for task in tasks), default=0))
+
+
+def make_batch(
+    feed: Feed,
+    tasks: Mapping[str, Task],
+    *,
+    draw: Draw,
+    plan: LoadPlan,
+    fetched: FetchedItems | None = None,
+) -> TrainBatch:
+    """The micro-batch of a draw for these tasks, on the CPU: a pure function of the draw and the source's files.
+
+    ``fetched``: what `SlideSource.fetch` brought for it.
+    """
+    source, read = feed.source, _reading_size(plan, tasks.values())
+    numbers = feed.items[list(draw.numbers)].tolist()
+    if isinstance(source, SlideSource):
+        samples = source.read(numbers, read, fetched)
+    else:
+        samples = source.read(numbers, read)
     failed = tuple(f"{s.key}: {s.failed}" for s in samples if s.failed)
     good = [(place, sample) for place, sample in enumerate(samples) if not sample.failed]
     empty = TrainBatch(feed.source.name, (), seed=draw.seed, size=plan.size, failed=failed)

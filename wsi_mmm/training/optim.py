@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from wsi_mmm.errors import NotFinite, RecipeError
+from wsi_mmm.errors import ConfigError, NotFinite
 from wsi_mmm.model.layers import depth_of, freeze, layers
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.training.ranks import ALONE, Ranks, owners, spread, total
@@ -69,9 +69,9 @@ _SHAPES: dict[str, Callable[[float, float], float]] = {
 
 # ------------------------------------------------------------------------------------------- who learns
 def begin(model: MultiTaskModel, plan: OptimPlan) -> None:
-    """Training mode; the first ``plan.frozen`` depths stay as they are. RecipeError when nothing is left to learn."""
+    """Training mode; the first ``plan.frozen`` depths stay as they are. ConfigError when nothing is left to learn."""
     if plan.frozen >= depth_of(model):
-        raise RecipeError(f"frozen is {plan.frozen}, but the model has {depth_of(model)} depths; the heads must learn")
+        raise ConfigError(f"frozen is {plan.frozen}, but the model has {depth_of(model)} depths; the heads must learn")
     freeze(model, plan.frozen)
     training(model)
 

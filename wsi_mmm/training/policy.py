@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.types import I32, I64
 
 Policy = Literal["balanced", "cyclic", "concat", "proportional", "temperature"]
@@ -70,7 +70,7 @@ def plan_step(
     ``rounds`` times over. The others take the next ``rounds`` slots: ``cyclic`` of feeds in turn, ``concat`` of epochs
     in which every item comes once (the last micro-batch of a feed is filled up with its next ones), ``proportional``
     with feeds drawn by their size, ``temperature`` by size ** (1 / temperature) (Devlin et al. 2019; 1: proportional).
-    ``class_balance``: within a feed its classes take turns, whatever their sizes. Raises RecipeError.
+    ``class_balance``: within a feed its classes take turns, whatever their sizes. Raises ConfigError.
     """
     counts = _check_policy(feeds, policy, temperature, rounds)
     per_step = rounds * (sum(counts) if policy == "balanced" else 1)
@@ -85,7 +85,7 @@ def plan_step(
 def of_rank(draws: Sequence[Draw], rank: int, world: int) -> tuple[Draw, ...]:
     """The share of ``rank``: every ``world``-th micro-batch. Ranks may get unequal numbers, even none."""
     if not 0 <= rank < world:
-        raise RecipeError(f"rank {rank} of {world}: ranks count from 0 to {world - 1}")
+        raise ConfigError(f"rank {rank} of {world}: ranks count from 0 to {world - 1}")
     return tuple(draws[rank::world])
 
 
@@ -106,7 +106,7 @@ def fraction_of(labels: I32, fraction: float, *, seed: int) -> I64:
     smaller ones, and no class is missing while there are as many items as classes. At least one item.
     """
     if not 0.0 < fraction <= 1.0:
-        raise RecipeError(f"fraction of the data is {fraction}: give more than 0 and at most 1")
+        raise ConfigError(f"fraction of the data is {fraction}: give more than 0 and at most 1")
     order = np.random.default_rng(key_of(f"fraction/{seed}")).permutation(len(labels)).astype(np.int64)
     known = np.flatnonzero(labels[order] >= 0)
     leaders = known[np.unique(labels[order][known], return_index=True)[1]]
@@ -124,22 +124,22 @@ def key_of(text: str) -> int:
 
 
 def _check_policy(feeds: Sequence[FeedSize], policy: Policy, temperature: float, rounds: int) -> tuple[int, ...]:
-    """Slots of each feed in a block. RecipeError for what cannot be planned."""
+    """Slots of each feed in a block. ConfigError for what cannot be planned."""
     if policy not in get_args(Policy):
-        raise RecipeError(f"there is no policy '{policy}'; known: {', '.join(get_args(Policy))}")
+        raise ConfigError(f"there is no policy '{policy}'; known: {', '.join(get_args(Policy))}")
     if rounds < 1 or not temperature > 0:
-        raise RecipeError(f"rounds {rounds} and temperature {temperature} must be above 0")
+        raise ConfigError(f"rounds {rounds} and temperature {temperature} must be above 0")
     for feed in feeds:
         if feed.items < 1 or feed.batch < 1 or not 0 <= feed.weight < float("inf"):
-            raise RecipeError(
+            raise ConfigError(
                 f"feed '{feed.name}' has {feed.items} items, batch {feed.batch}, weight {feed.weight}: "
                 "give it items, a batch of 1 or more and a weight of 0 or more, or leave it out"
             )
     if len({feed.name for feed in feeds}) < len(feeds) or not any(feed.weight > 0 for feed in feeds):
-        raise RecipeError("feeds need names of their own, and one of them a weight above 0")
+        raise ConfigError("feeds need names of their own, and one of them a weight above 0")
     counts = _feed_slots(tuple((f.items, f.batch, f.weight) for f in feeds), policy, temperature)
     if policy in ("balanced", "cyclic") and max(counts) > UNEVEN:
-        raise RecipeError(f"weights of feeds differ {max(counts)}-fold: policy '{policy}' takes up to {UNEVEN}-fold")
+        raise ConfigError(f"weights of feeds differ {max(counts)}-fold: policy '{policy}' takes up to {UNEVEN}-fold")
     return counts
 
 

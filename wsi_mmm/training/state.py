@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wsi_mmm.errors import ModelError, OutputError, SlideNotFound, WsiError
+from wsi_mmm.errors import ModelError, NotFound, OutputError, WsiError
 from wsi_mmm.model.tensorfile import pack, unpack
 from wsi_mmm.storage import store
 from wsi_mmm.storage.uris import is_local
@@ -146,7 +146,7 @@ def pointed(shelf: Shelf, name: str) -> int | None:
     uri = _pointer_file(shelf, name)
     try:
         return int(json.loads(store.read_bytes(uri))["step"])
-    except SlideNotFound:
+    except NotFound:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{uri} is damaged; remove it to begin anew, or write the step to go on from") from error
@@ -177,7 +177,7 @@ def read(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors, metadata = unpack(store.read_bytes(uri), uri)
         facts: dict[str, Any] = json.loads(metadata["facts"])
-    except SlideNotFound as error:
+    except NotFound as error:
         raise ModelError(f"{uri} is missing; remove latest.json beside it to begin anew") from error
     except (KeyError, ValueError) as error:
         raise ModelError(f"{uri} is no checkpoint of training; remove it") from error

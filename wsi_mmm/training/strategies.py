@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from wsi_mmm.errors import NotFinite, RecipeError
+from wsi_mmm.errors import ConfigError, NotFinite
 from wsi_mmm.model.layers import layers
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.training.forward import Bench, loss_of, passes, served, shared
@@ -62,9 +62,9 @@ class StrategyPlan:
 
 
 def make_strategy(plan: StrategyPlan, tasks: Sequence[str]) -> Strategy:
-    """The rule that ``plan`` names, for these tasks. RecipeError for an unknown name."""
+    """The rule that ``plan`` names, for these tasks. ConfigError for an unknown name."""
     if plan.name not in STRATEGIES:
-        raise RecipeError(f"there is no strategy '{plan.name}'; known: {', '.join(STRATEGIES)}")
+        raise ConfigError(f"there is no strategy '{plan.name}'; known: {', '.join(STRATEGIES)}")
     return STRATEGIES[plan.name](plan, tuple(tasks))
 
 
@@ -353,7 +353,7 @@ def last_shared(model: MultiTaskModel) -> list[nn.Parameter]:
     residual branches often begin as zeros, without gradient."""
     found = [x for x in layers(model) if x.parameter.requires_grad and x.name.startswith("encoder.")]
     if not found:
-        raise RecipeError("gradnorm balances tasks at the encoder, which is frozen; let it learn or take 'accumulate'")
+        raise ConfigError("gradnorm balances tasks at the encoder, which is frozen; let it learn or take 'accumulate'")
     return [x.parameter for x in found if x.depth == found[-1].depth]
 
 

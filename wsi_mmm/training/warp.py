@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.tasks.targets import Boxes, Survival, Target
 from wsi_mmm.types import F32, F64, I64, U8, Mask
 
@@ -46,7 +46,7 @@ class Change:
 
     def __post_init__(self) -> None:
         if not (0.0 <= self.angle <= 180.0 and 0.0 <= self.scale <= 7.0 and 0.0 <= self.shift <= 1.0):
-            raise RecipeError(
+            raise ConfigError(
                 f"change: angle {self.angle}, scale {self.scale}, shift {self.shift}: "
                 "give an angle up to 180 degrees, a scale up to 7 and a shift up to 1"
             )

@@ -16,7 +16,7 @@ from wsi_mmm.cli.main import app
 from wsi_mmm.config import default_tls
 from wsi_mmm.engine.executors import dask
 from wsi_mmm.engine.executors.tls import Tls, tls_of
-from wsi_mmm.errors import ClusterError, RecipeError
+from wsi_mmm.errors import ClusterError, OptionError
 
 ADDRESS = "tls://127.0.0.1:8786"
 
@@ -32,18 +32,18 @@ def test_a_folder_of_certificates_is_three_files(tmp_path: Path) -> None:
 def test_a_missing_certificate_is_named(tmp_path: Path, name: str) -> None:
     """One line says which file, and which files there should be."""
     (certificates(tmp_path) / name).unlink()
-    with pytest.raises(RecipeError, match=rf"{name} cannot be read .*holds ca.crt, tls.crt and tls.key"):
+    with pytest.raises(OptionError, match=rf"{name} cannot be read .*holds ca.crt, tls.crt and tls.key"):
         tls_of(tmp_path, ADDRESS)
 
 
 def test_certificates_are_never_used_for_an_open_connection(tmp_path: Path) -> None:
     """Whoever asks for TLS and names a tcp:// address, or none, gets a refusal and no plain connection."""
     certificates(tmp_path)
-    with pytest.raises(RecipeError, match="is not encrypted"):
+    with pytest.raises(OptionError, match="is not encrypted"):
         tls_of(tmp_path, "tcp://127.0.0.1:8786")
-    with pytest.raises(RecipeError, match="for a scheduler's address"):
+    with pytest.raises(OptionError, match="for a scheduler's address"):
         tls_of(tmp_path, None)
-    with pytest.raises(RecipeError, match="for a scheduler's address"):
+    with pytest.raises(OptionError, match="for a scheduler's address"):
         wsi_mmm.run(tmp_path / "no.svs", output=tmp_path / "out", tls=tmp_path)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from wsi_mmm.engine.monitoring.logs import NAME, logging_to
 from wsi_mmm.engine.monitoring.observe import Hooks
-from wsi_mmm.errors import OutputError, RecipeError
+from wsi_mmm.errors import OptionError, OutputError
 from wsi_mmm.timing import lap
 
 Story = Callable[[Hooks], None]
@@ -90,7 +90,7 @@ def test_without_a_file_the_lines_go_to_stderr(story: Story, capsys: pytest.Capt
 
 def test_what_cannot_be_done_is_told_at_once(tmp_path: Path) -> None:
     """A level that does not exist, a file that cannot be written."""
-    with pytest.raises(RecipeError, match="no log level 'loud'"), logging_to(None, "loud"):
+    with pytest.raises(OptionError, match="no log level 'loud'"), logging_to(None, "loud"):
         pass
     with pytest.raises(OutputError, match="choose another --log-file"), logging_to(str(tmp_path / "no" / "x"), "info"):
         pass

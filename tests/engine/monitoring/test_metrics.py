@@ -16,7 +16,7 @@ from wsi_mmm.engine.monitoring import metrics, workers
 from wsi_mmm.engine.monitoring.metrics import MetricsRecorder, serving
 from wsi_mmm.engine.monitoring.observe import Hooks
 from wsi_mmm.engine.units import UnitResult
-from wsi_mmm.errors import MissingPackage, RecipeError
+from wsi_mmm.errors import MissingPackage, OptionError
 from wsi_mmm.timing import Lap
 
 prometheus_client = pytest.importorskip("prometheus_client")
@@ -70,9 +70,9 @@ def test_only_this_machine_can_scrape(port: int, story: Story) -> None:
 
 def test_a_port_that_is_taken_is_told_before_the_run(port: int) -> None:
     """And one that is no port."""
-    with serving(port), pytest.raises(RecipeError, match=f"port {port}: .*in use; choose another"), serving(port):
+    with serving(port), pytest.raises(OptionError, match=f"port {port}: .*in use; choose another"), serving(port):
         pass
-    with pytest.raises(RecipeError, match="choose another"), serving(70000):
+    with pytest.raises(OptionError, match="choose another"), serving(70000):
         pass
 
 

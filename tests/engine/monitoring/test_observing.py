@@ -13,7 +13,7 @@ import pytest
 
 from wsi_mmm.engine.monitoring import traces
 from wsi_mmm.engine.monitoring.observe import Hooks, Observe, observing
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import OptionError
 
 Story = Callable[[Hooks], None]
 
@@ -53,7 +53,7 @@ def test_all_of_it_at_once(tmp_path: Path, story: Story, monkeypatch: pytest.Mon
 
 def test_what_is_wrong_leaves_nothing_open(tmp_path: Path) -> None:
     """The log that was opened before is closed again."""
-    with pytest.raises(RecipeError, match="no exporter"), observing(Observe(str(tmp_path / "x"), traces="nobody")):
+    with pytest.raises(OptionError, match="no exporter"), observing(Observe(str(tmp_path / "x"), traces="nobody")):
         pass
     with observing(Observe(str(tmp_path / "x"), "info")) as seen:
         assert seen is not None

@@ -14,7 +14,7 @@ from wsi_mmm.engine.monitoring.observe import Hooks
 from wsi_mmm.engine.monitoring.traces import exporter_named, tracing
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.units import SlideTask, WorkUnit
-from wsi_mmm.errors import Cancelled, MissingPackage, RecipeError
+from wsi_mmm.errors import Cancelled, MissingPackage, OptionError
 
 pytest.importorskip("opentelemetry.sdk")
 from opentelemetry.sdk.trace import ReadableSpan
@@ -133,7 +133,7 @@ def test_an_exporter_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> No
     exporter = exporter_named("otlp")
     assert type(exporter).__name__ == "OTLPSpanExporter"
     exporter.shutdown()
-    with pytest.raises(RecipeError, match=r"'zipkinn'.*installed: .*console"):
+    with pytest.raises(OptionError, match=r"'zipkinn'.*installed: .*console"):
         exporter_named("zipkinn")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
     with pytest.raises(MissingPackage, match=r"wsi-mmm\[tracing\]"):

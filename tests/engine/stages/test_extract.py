@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,8 +12,9 @@ from helpers.plans import plan_of
 from wsi_mmm.cache.shard import SHARD
 from wsi_mmm.engine.plan import SlidePlan, forward_units
 from wsi_mmm.engine.scheduler import open_street
-from wsi_mmm.engine.stages.extract import SIDE, Rates, extract_units, squares_under, through_pool
+from wsi_mmm.engine.stages.extract import SIDE, extract_units, squares_under, through_pool
 from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
+from wsi_mmm.options import RunOptions
 
 plans = st.builds(
     plan_of, st.integers(70, 6000), st.integers(70, 6000), st.integers(1, 8), st.sampled_from([0, 8, 32]),
@@ -53,27 +53,18 @@ def test_tiles_go_through_a_cache_only_where_there_is_one() -> None:
     """Not without --cache, not on empty glass."""
     plan = plan_of(600, 600, 2, 8, 1.0, 0)
     assert through_pool(plan) is None
-    cached = replace(plan, slide=replace(plan.slide, recipe=replace(plan.slide.recipe, cache="/c")))
+    cached = replace(plan, slide=replace(plan.slide, recipe=replace(plan.slide.recipe, options=RunOptions(cache="/c"))))
     pooled = through_pool(cached)
-    assert pooled is not None and pooled.slide.recipe.cache_tiles == "on"
+    assert pooled is not None and pooled.slide.recipe.options.cache_tiles == "on"
     assert pooled.slide.recipe.result_hash() == cached.slide.recipe.result_hash()
     assert through_pool(replace(cached, index=cached.index[:0])) is None
 
 
-@pytest.mark.parametrize(("read", "model", "threads", "pool"), [(0.02, 0.01, 2, True), (0.02, 0.01, 4, False)])
-def test_the_pool_pays_where_the_model_waits(read: float, model: float, threads: int, pool: bool) -> None:
-    """One thread runs the model; the others read as fast as they can, or not fast enough."""
-    assert Rates(read, model, threads).pool is pool
-    assert ("CPU pool" in Rates(read, model, threads).words) is pool
-
-
 class Recorder:
-    """An executor that does one work at a time, and says that some workers only read."""
+    """An executor that does one work at a time."""
 
-    pools = (2, True)
-
-    def __init__(self, plan: SlidePlan, read: float) -> None:
-        self.plan, self.read, self.units, self.flying = plan, read, [], []
+    def __init__(self, plan: SlidePlan) -> None:
+        self.plan, self.units, self.flying = plan, [], []
 
     def room(self, kind: Kind) -> int:
         return 1 - len(self.flying)
@@ -88,19 +79,18 @@ class Recorder:
         if unit.kind == "plan":
             return replace(base, payload=replace(self.plan, slide=unit.slide))
         if unit.kind == "forward":
-            tiles = len(unit.index())
-            return replace(base, tiles=tiles, stages={"read": tiles * self.read, "model": tiles * 0.01})
+            return replace(base, tiles=len(unit.index()))
         return base
 
     def close(self, *, cancel: bool = False) -> None:
         self.flying.clear()
 
 
-def kinds(placement: str, read: float = 0.02) -> dict[str, list[str]]:
+def kinds(placement: str) -> dict[str, list[str]]:
     """The works of three slides in a row, by slide."""
     plan = plan_of(900, 900, 2, 8, 1.0, 0)
-    recipe = replace(plan.slide.recipe, cache="/c")
-    executor = Recorder(plan, read)
+    recipe = replace(plan.slide.recipe, options=RunOptions(cache="/c"))
+    executor = Recorder(plan)
     scheduler = open_street([replace(plan.slide, id=f"s{n}", recipe=recipe) for n in range(6)], placement=placement)
     assert all(state.status == "done" for state in scheduler.run(executor))
     found: dict[str, list[str]] = {}
@@ -114,10 +104,3 @@ def test_in_the_pool_each_slide_is_extracted_before_it_is_forwarded() -> None:
     for names in kinds("pool").values():
         assert names.count("extract") == 1 and names.index("extract") < names.index("forward")
     assert not any("extract" in names for names in kinds("beside").values())
-
-
-def test_auto_goes_to_the_pool_once_it_has_measured_that_the_model_waits() -> None:
-    """The first slide is read beside the model; later ones are extracted, or not, by what that took."""
-    slow, fast = kinds("auto", read=0.02), kinds("auto", read=0.001)
-    assert "extract" not in slow["s0"] and "extract" in slow["s5"]
-    assert not any("extract" in names for names in fast.values())

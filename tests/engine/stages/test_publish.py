@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import wsi_mmm
-from wsi_mmm.errors import StorageError
+from wsi_mmm.errors import TransientCause, TransientError
 from wsi_mmm.storage import store
 
 
@@ -26,9 +26,7 @@ def test_tidying_up_that_fails_does_not_fail_the_slide(
         if ".work" in uri:
             calls.append(uri)
             if len(calls) == 2:
-                error = StorageError(f"{uri}: away")
-                error.passing = True
-                raise error
+                raise TransientError(f"{uri}: away", TransientCause.OVERLOADED)
         delete(uri)
 
     monkeypatch.setattr(store, "delete", fails_once)

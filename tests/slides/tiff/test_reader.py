@@ -12,7 +12,7 @@ import pytest
 from helpers.area import area_average
 from helpers.made_slides import SIZE, Board, Made, overwrite, tile_at
 from helpers.stored import stored
-from wsi_mmm.errors import MppUnknown, NotASlide, RecipeError, SlideDamaged, SlideNotFound
+from wsi_mmm.errors import MppUnknown, NotASlide, OptionError, SlideDamaged, SlideNotFound
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.fake import VARIANTS, form_of, pyramid, synthetic_slide
 from wsi_mmm.slides.tiff.directories import read_directories
@@ -311,10 +311,10 @@ def test_a_slide_without_mpp_opens_and_scale_names_the_fix(small_slide: Made, tm
 
 @pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_impossible_mpp_is_refused(small_slide: Made, mpp: float) -> None:
-    """Zero, negative, NaN and infinite mpp are RecipeErrors, for the slide and for a region."""
-    with pytest.raises(RecipeError, match="mpp must be"):
+    """Zero, negative, NaN and infinite mpp are OptionErrors, for the slide and for a region."""
+    with pytest.raises(OptionError, match="mpp must be"):
         open_slide(str(small_slide.path), mpp=mpp)
-    with open_slide(str(small_slide.path)) as slide, pytest.raises(RecipeError, match="mpp must be"):
+    with open_slide(str(small_slide.path)) as slide, pytest.raises(OptionError, match="mpp must be"):
         slide.read_region(0, 0, 8, 8, mpp)
 
 

@@ -9,7 +9,7 @@ from shapely.geometry import box
 
 from conftest import RealData
 from wsi_mmm.annotations import Dot, Shape, Shapes, load_shapes
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.training.data.buckets import CODES, DROP, IGNORE, USE, Buckets, Rule, dry_run, same_names
 
 TABLE = Buckets(
@@ -65,7 +65,7 @@ def test_unnamed_objects_have_a_rule_of_their_own() -> None:
 )
 def test_a_table_that_cannot_work_is_refused(labels: tuple[str, ...], rules: tuple[Rule, ...], match: str) -> None:
     """With the words that mend it."""
-    with pytest.raises(RecipeError, match=match):
+    with pytest.raises(ConfigError, match=match):
         Buckets(labels, rules)
 
 

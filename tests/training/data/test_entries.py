@@ -14,7 +14,7 @@ from PIL import Image
 from shapely.geometry import Polygon, box
 
 from helpers.lessons import discs, geojson, patches, save
-from wsi_mmm.errors import InputError, RecipeError
+from wsi_mmm.errors import ConfigError, InputError
 from wsi_mmm.outputs.exports import write_features
 from wsi_mmm.slides.fake import SyntheticTruth
 from wsi_mmm.tasks.targets import Boxes, Survival
@@ -90,9 +90,9 @@ def test_image_masks(tmp_path: Path) -> None:
     for sample in whole(opened(text, "segment")):
         truth = np.asarray(sample.truths["segment"])
         assert np.unique(truth).tolist() == [-1, 0, 1] and (truth[0] == -1).all()
-    with pytest.raises(RecipeError, match="values name 'ring'; classes are background, disc"):
+    with pytest.raises(ConfigError, match="values name 'ring'; classes are background, disc"):
         opened(text.replace('"disc"', '"ring"'), "segment")
-    with pytest.raises(RecipeError, match="is for tasks of kind segment or multisegment, not 'classify'"):
+    with pytest.raises(ConfigError, match="is for tasks of kind segment or multisegment, not 'classify'"):
         opened(text.replace('task = "segment"', 'task = "classify"'), "classify")
 
 
@@ -239,7 +239,7 @@ def test_slides_with_annotations(study: Path) -> None:
     assert all(isinstance(sample.truths["detect"], Boxes) for sample in samples)
     with pytest.raises(InputError, match="the group pattern finds no patient in 'p1_a'"):
         opened(text.replace("^(p[0-9])", "^(q[0-9])"), "instances", "detect")
-    with pytest.raises(RecipeError, match="shapes name the task 'detect', which is not one of its tasks"):
+    with pytest.raises(ConfigError, match="shapes name the task 'detect', which is not one of its tasks"):
         opened(text.replace('["instances", "detect"]', '["instances"]'), "instances")
 
 
@@ -274,13 +274,13 @@ def test_the_dry_run_says_what_becomes_of_annotations(study: Path) -> None:
 def test_slides_without_truth_and_kinds_that_do_not_fit(study: Path) -> None:
     """`reconstruct` learns from tissue alone; a kind that learns nothing from annotations says what to give."""
     text = f'kind = "slides"\ntask = "reconstruct"\nslides = "{study}/p1_a.tiff"\nper_slide = 2\n'
-    with pytest.raises(RecipeError, match="task 'reconstruct' of kind 'reconstruct': set annotations = \"none\""):
+    with pytest.raises(ConfigError, match="task 'reconstruct' of kind 'reconstruct': set annotations = \"none\""):
         opened(text, "reconstruct")
     bare = text + 'annotations = "none"\n'
     assert len(whole(opened(bare, "reconstruct"))) == 2
     assert read_annotations(config(bare, "reconstruct")) == {}
     survival = f'kind = "slides"\ntask = "survive"\nslides = "{study}/p1_a.tiff"'
-    with pytest.raises(RecipeError, match=r"task 'survive' of kind 'survive': .*take it from a slide-table"):
+    with pytest.raises(ConfigError, match=r"task 'survive' of kind 'survive': .*take it from a slide-table"):
         opened(survival, "survive")
 
 

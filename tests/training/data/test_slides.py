@@ -17,7 +17,7 @@ from shapely.geometry import Point, Polygon, box, mapping
 from conftest import RealData
 from helpers.faulty import Faulty
 from helpers.moto import moto_server
-from wsi_mmm.errors import AnnotationError, InputError, ManifestError, RecipeError, SlideNotFound
+from wsi_mmm.errors import AnnotationError, ConfigError, InputError, ManifestError, OptionError, SlideNotFound
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.fake import SyntheticTruth
 from wsi_mmm.storage import store
@@ -198,7 +198,7 @@ def test_what_cannot_be_used_is_named(tiny_slide: Path, nuclei: str, tmp_path: P
         slide_tiles("d", [SlideItem("s", "a"), SlideItem("s", "b")], places)
     with pytest.raises(InputError, match="a task is listed twice"):
         the_tiles(tiny_slide, nuclei, places, lesson, lesson)
-    with pytest.raises(RecipeError, match="twice as fine"):
+    with pytest.raises(OptionError, match="twice as fine"):
         the_tiles(tiny_slide, nuclei, Places(0.1), lesson)
     empty = geojson(tmp_path / "e.geojson", [])
     with pytest.raises(InputError, match=r"no tile tells anything of 'n'.*dry run"):
@@ -210,10 +210,10 @@ def test_what_cannot_be_used_is_named(tiny_slide: Path, nuclei: str, tmp_path: P
     source = slide_tiles("d", items, places, [lesson], keep_going=True)
     assert set(source.broken) == {"gone"} and set(source.index.groups) == {"s"}
     for wrong in ({"kind": "survive"}, {"background": "x"}, {"values": ("a",)}, {"min_share": 0.0}):
-        with pytest.raises(RecipeError, match="task 'n'"):
+        with pytest.raises(ConfigError, match="task 'n'"):
             Lesson(**({"task": "n", "kind": "segment", "buckets": NUCLEI} | wrong))  # type: ignore[arg-type]
     for places_wrong in ({"stride": 300}, {"tile": 0}, {"by": "objects"}):
-        with pytest.raises(RecipeError):
+        with pytest.raises(ConfigError):
             Places(0.5, **places_wrong)  # type: ignore[arg-type]
 
 
@@ -226,7 +226,7 @@ def test_annotations_are_found_beside_slides(tiny_slide: Path, nuclei: str) -> N
     assert beside(uri, "{folder}/{name}.geojson", needed=False) is None
     with pytest.raises(InputError, match="correct the pattern"):
         beside(uri, "{folder}/{name}.geojson")
-    with pytest.raises(RecipeError, match="stem"):
+    with pytest.raises(ConfigError, match="stem"):
         beside(uri, "{dir}/{stem}.geojson")
     run = dry_run_slides([SlideItem("s", str(tiny_slide), annotations=nuclei)], NUCLEI, SlidePool())
     (line,) = run.lines

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.memory_source import picture_source
-from wsi_mmm.errors import InputError, RecipeError
+from wsi_mmm.errors import ConfigError, InputError, ManifestError
 from wsi_mmm.training.data.base import Index
 from wsi_mmm.training.data.split import (
     PARTS,
@@ -103,11 +103,11 @@ def test_a_column_decides() -> None:
     index = index_of([0, 0, 1, 2, 3], [0] * 5)
     split = split_by_column(index, ["Train", "training", "VAL", "test", ""])
     assert [split.part(name).tolist() for name in PARTS] == [[0, 1], [2], [3]]
-    with pytest.raises(RecipeError, match="'maybe'"):
+    with pytest.raises(ManifestError, match="'maybe'"):
         split_by_column(index, ["maybe"] * 5)
-    with pytest.raises(RecipeError, match="3 values for 5"):
+    with pytest.raises(ManifestError, match="3 values for 5"):
         split_by_column(index, ["train"] * 3)
-    with pytest.raises(RecipeError, match="p0"):
+    with pytest.raises(ManifestError, match="p0"):
         split_by_column(index, ["train", "val", "", "", ""])
 
 
@@ -142,7 +142,7 @@ def test_training_never_draws_from_the_test_part() -> None:
     for step in range(125):
         (draw,) = plan_step([feed.measure], policy="cyclic", seed=0, step=step, class_balance=step % 2 == 0)
         assert not set(feed.items[list(draw.numbers)].tolist()) & set(split.test.tolist())
-    with pytest.raises(RecipeError, match="of the test part"):
+    with pytest.raises(ConfigError, match="of the test part"):
         forbid_test(split, Feed(source, 8).items)
 
 
@@ -157,11 +157,11 @@ def test_what_makes_no_split_is_refused() -> None:
     """Shares that do not add up, one fold, more folds than groups."""
     index = index_of([0, 1, 2], [0, 0, 0])
     for shares in ((0.5, 0.5, 0.5), (0.0, 0.5, 0.5), (1.2, -0.1, -0.1)):
-        with pytest.raises(RecipeError, match="add up"):
+        with pytest.raises(ConfigError, match="add up"):
             split_items(index, shares=shares)
-    with pytest.raises(RecipeError, match="2 folds"):
+    with pytest.raises(ConfigError, match="2 folds"):
         folds(index, 1)
-    with pytest.raises(RecipeError, match="fewer"):
+    with pytest.raises(ConfigError, match="fewer"):
         folds(index, 4)
 
 
@@ -176,8 +176,8 @@ def test_paths_say_who_is_on_which_side() -> None:
         ("^train", "no pattern with one group"),
         ("(", "no pattern with one group"),
     ):
-        with pytest.raises(RecipeError, match=text):
+        with pytest.raises(ConfigError, match=text):
             parts_by_pattern(index, pattern, "d")
     divided = Index(["train/1.png", "val/2.png"], ["p0", "p0"], LABELS[:2])
-    with pytest.raises(RecipeError, match="'p0' is in 'train' and in 'val': move it"):
+    with pytest.raises(ConfigError, match="'p0' is in 'train' and in 'val': move it"):
         parts_by_pattern(divided, "^(train|val)/", "d")

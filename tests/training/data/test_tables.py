@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from wsi_mmm.errors import ManifestError, RecipeError
+from wsi_mmm.errors import ConfigError, ManifestError
 from wsi_mmm.tasks.targets import Survival
 from wsi_mmm.training.data.tables import TableTask, balance_labels, read_table, slide_table
 
@@ -113,7 +113,7 @@ def test_a_task_that_cannot_learn_from_its_columns_is_refused(
     kind: str, columns: tuple[str, ...], labels: tuple[str, ...]
 ) -> None:
     """Before any file is read."""
-    with pytest.raises(RecipeError, match="task 't'"):
+    with pytest.raises(ConfigError, match="task 't'"):
         TableTask("t", kind, columns, labels)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import OptionError
 
 CA, CERTIFICATE, KEY = "ca.crt", "tls.crt", "tls.key"  # as Kubernetes names what a TLS secret holds
 
@@ -22,15 +22,15 @@ class Tls:
 def tls_of(folder: str | Path | None, scheduler: str | None) -> Tls | None:
     """The files of ``folder`` for a cluster at ``scheduler``; None without a folder.
 
-    RecipeError when one of them cannot be read, or when the address is not of a TLS scheduler: nothing falls back to
+    OptionError when one of them cannot be read, or when the address is not of a TLS scheduler: nothing falls back to
     a connection that is not encrypted.
     """
     if folder is None:
         return None
     if scheduler is None:
-        raise RecipeError("certificates (tls) are for a scheduler's address; a Dask Client brings its own security")
+        raise OptionError("certificates (tls) are for a scheduler's address; a Dask Client brings its own security")
     if not scheduler.startswith("tls://"):
-        raise RecipeError(f"{scheduler} is not encrypted; with certificates the address is tls://HOST:PORT")
+        raise OptionError(f"{scheduler} is not encrypted; with certificates the address is tls://HOST:PORT")
     paths = [Path(folder).expanduser() / name for name in (CA, CERTIFICATE, KEY)]
     for path in paths:
         _check_readable(path)
@@ -43,4 +43,4 @@ def _check_readable(path: Path) -> None:
             pass
     except OSError as error:
         wanted = f"the folder of certificates holds {CA}, {CERTIFICATE} and {KEY}"
-        raise RecipeError(f"{path} cannot be read ({error.strerror}); {wanted}") from error
+        raise OptionError(f"{path} cannot be read ({error.strerror}); {wanted}") from error

@@ -19,7 +19,7 @@ from wsi_mmm import timing
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.monitoring.hooks import Hooks, hidden, status_of
 from wsi_mmm.engine.units import UnitResult, WorkUnit
-from wsi_mmm.errors import OutputError, RecipeError
+from wsi_mmm.errors import OptionError, OutputError
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 NAME = "wsi_mmm"
@@ -50,9 +50,9 @@ def _utc(seconds: float) -> str:
 
 @contextmanager
 def logging_to(path: str | None, level: str = "info") -> Iterator[Hooks]:
-    """Log a run to the end of the file ``path``, or to stderr. Raises OutputError, RecipeError."""
+    """Log a run to the end of the file ``path``, or to stderr. Raises OutputError, OptionError."""
     if level not in LEVELS:
-        raise RecipeError(f"there is no log level {level!r}; choose one of {', '.join(LEVELS)}")
+        raise OptionError(f"there is no log level {level!r}; choose one of {', '.join(LEVELS)}")
     handler, logger = _handler(path), logging.getLogger(NAME)
     handler.setFormatter(JsonLines())
     before, propagate = logger.level, logger.propagate

@@ -20,7 +20,7 @@ from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.monitoring.busy import BusyTimes
 from wsi_mmm.engine.monitoring.hooks import Hooks, status_of
 from wsi_mmm.engine.units import UnitResult, WorkUnit
-from wsi_mmm.errors import MissingPackage, RecipeError
+from wsi_mmm.errors import MissingPackage, OptionError
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -138,7 +138,7 @@ class _Silent(WSGIRequestHandler):
 
 @contextmanager
 def serving(port: int) -> Iterator[Hooks]:
-    """Serve the metrics of a run at ``http://127.0.0.1:port/metrics``. Raises MissingPackage, RecipeError."""
+    """Serve the metrics of a run at ``http://127.0.0.1:port/metrics``. Raises MissingPackage, OptionError."""
     try:
         from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
     except ImportError as error:
@@ -150,7 +150,7 @@ def serving(port: int) -> Iterator[Hooks]:
         server = make_server(LOOPBACK, port, make_wsgi_app(registry), _Server, _Silent)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"metrics cannot be served on port {port}: {reason}; choose another port") from error
+        raise OptionError(f"metrics cannot be served on port {port}: {reason}; choose another port") from error
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="wsi-mmm-metrics", daemon=True)
     thread.start()
     try:

@@ -36,7 +36,7 @@ NOTHING = Observe()
 
 @contextmanager
 def observing(what: Observe = NOTHING) -> Iterator[Hooks]:
-    """The hooks that show a run as asked for, and end with it. Raises OutputError, RecipeError, MissingPackage."""
+    """The hooks that show a run as asked for, and end with it. Raises OutputError, OptionError, MissingPackage."""
     with ExitStack() as stack:
         hooks = []
         if what.log_file is not None or what.log_level is not None:

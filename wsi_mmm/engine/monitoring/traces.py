@@ -21,7 +21,7 @@ from wsi_mmm._version import __version__
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.monitoring.hooks import Hooks, hidden, status_of
 from wsi_mmm.engine.units import SlideTask, UnitResult, WorkUnit
-from wsi_mmm.errors import MissingPackage, RecipeError
+from wsi_mmm.errors import MissingPackage, OptionError
 from wsi_mmm.storage import store
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ _MISSING = "traces need opentelemetry; pip install 'wsi-mmm[tracing]'"
 
 
 def exporter_named(name: str) -> SpanExporter:
-    """The exporter that is installed under a name, as in OTEL_TRACES_EXPORTER. Raises MissingPackage, RecipeError."""
+    """The exporter that is installed under a name, as in OTEL_TRACES_EXPORTER. Raises MissingPackage, OptionError."""
     found = importlib.metadata.entry_points(group=GROUP)
     if not found:
         raise MissingPackage(_MISSING)
     wanted = [point for point in found if point.name in (name, _ALIASES.get(name))]
     if not wanted:
         known = ", ".join(sorted(found.names))
-        raise RecipeError(f"there is no exporter of traces {name!r} here; installed: {known}")
+        raise OptionError(f"there is no exporter of traces {name!r} here; installed: {known}")
     try:
         exporter: SpanExporter = wanted[0].load()()
     except ImportError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,32 +23,13 @@ SIDE = 4  # shards along a square: 4,096 px of the target grid
 Square = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What reading and the model took of the workers that do both: seconds per tile, and their threads."""
-
-    read: float
-    model: float
-    threads: int
-
-    @property
-    def pool(self) -> bool:
-        """Whether the model waits: one thread runs it, and the others do not read as fast as it computes."""
-        return self.read / max(1, self.threads - 1) > self.model
-
-    @property
-    def words(self) -> str:
-        """What was measured and chosen."""
-        verdict = "read by the CPU pool" if self.pool else "read beside the model"
-        return f"{verdict}: a tile took {1e3 * self.read:.2g} ms to read and {1e3 * self.model:.2g} ms in the model"
-
-
 def through_pool(plan: SlidePlan) -> SlidePlan | None:
-    """The plan with tiles that go through the cache; None where there is none, or the model's device decodes."""
+    """The plan with tiles that go through the cache; None where there is no cache or no tile."""
     recipe = plan.slide.recipe
-    if recipe.cache is None or not len(plan.index):
+    if recipe.options.cache is None or not len(plan.index):
         return None
-    return replace(plan, slide=replace(plan.slide, recipe=replace(recipe, cache_tiles="on")))
+    recipe = replace(recipe, options=replace(recipe.options, cache_tiles="on"))
+    return replace(plan, slide=replace(plan.slide, recipe=recipe))
 
 
 def extract_units(plan: SlidePlan) -> list[WorkUnit]:

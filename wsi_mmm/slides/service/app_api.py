@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-from wsi_mmm.errors import RecipeError, SlideDamaged, StorageError
+from wsi_mmm.errors import ConfigError, OptionError, SlideDamaged, StorageError
 from wsi_mmm.slides.service.client import Client, client
 from wsi_mmm.slides.service.cuts import GridCuts, RectangleCuts
 from wsi_mmm.slides.service.info import parsed
@@ -47,7 +47,7 @@ class _Place:
 
 
 def open_app_slide(uri: str) -> ServiceReader:
-    """Open a slide of the job that this process works for. RecipeError, SlideNotFound, SlideDamaged, StorageError."""
+    """Open a slide of the job that this process works for. OptionError, SlideNotFound, SlideDamaged, StorageError."""
     place = _place(uri, os.environ)
     parts = urlsplit(place.base)
     asker = client(f"{parts.scheme}://{parts.netloc}", _token(os.environ), timeout(otherwise=_TIMEOUT), _ADVICE)
@@ -61,19 +61,19 @@ def _place(uri: str, env: Mapping[str, str]) -> _Place:
     job, key = parts.netloc, parts.path.strip("/")
     query = _PICTURES.get(tuple(parse_qsl(parts.query)))
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", job) or not key or "/" in key or query is None:
-        raise RecipeError(f"{name} names no slide of a job; give empaia://JOB_ID/INPUT_KEY[?image_format=jpeg]")
+        raise OptionError(f"{name} names no slide of a job; give empaia://JOB_ID/INPUT_KEY[?image_format=jpeg]")
     if env.get("EMPAIA_JOB_ID", "").strip() != job:
-        raise RecipeError(f"{name}: EMPAIA_JOB_ID of this process is not that job; start workers for each job")
+        raise ConfigError(f"{name}: EMPAIA_JOB_ID of this process is not that job; start workers for each job")
     api = env.get("EMPAIA_APP_API", "").strip().rstrip("/")
     if not re.fullmatch(r"https?://[^@{}\s?#]+", api):
-        raise RecipeError("EMPAIA_APP_API is no http(s) address without a login")
+        raise ConfigError("EMPAIA_APP_API is no http(s) address without a login")
     return _Place(name, f"{api}/v3/{job}", quote(key, safe=""), urlencode(query))
 
 
 def _token(env: Mapping[str, str]) -> str:
     token = env.get("EMPAIA_TOKEN", "").strip()
     if not re.fullmatch(r"[!-~]+", token):
-        raise RecipeError("EMPAIA_TOKEN is not set, or holds characters that no token has")
+        raise ConfigError("EMPAIA_TOKEN is not set, or holds characters that no token has")
     return token
 
 

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from wsi_mmm.errors import SlideNotFound, StorageError, WsiError
+from wsi_mmm.errors import NotFound, StorageError, TransientCause, TransientError, WsiError
 from wsi_mmm.storage.ranges import Counter
 from wsi_mmm.storage.remote import Begins, Endpoint, request, wait_for
-from wsi_mmm.storage.translate import SHORT, PassingError, passing
+from wsi_mmm.storage.translate import SHORT
 from wsi_mmm.timing import spent
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _CONCURRENT = 8  # requests to one service: each makes it decode and encode a picture
 _CONNECT = 5.0  # seconds
 _AGAIN = (502, 503, 504)
-# `remote` gives a host that never answered five seconds when the cause says "resolved".
 _NOWHERE = "the host cannot be resolved or reached; check its name and port, and the network"
 _BROKEN = "the connection broke; check the network and try again"
 _TRUST = "the service's certificate is not trusted; check the address, and SSL_CERT_FILE"
@@ -48,11 +47,12 @@ class Client:
         """``seconds``: until a request, repetitions included, is given up; ``advice``: how to give a (new) token."""
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._tls, self._advice = tls, advice
-        self._endpoint = Endpoint(seconds, _CONCURRENT, doubles=False)
+        # After 429 a service is left alone for longer than `remote` waits between tries.
+        self._endpoint = Endpoint(seconds, _CONCURRENT, doubles=False, final={TransientCause.TOO_MANY_REQUESTS})
         self._held: tuple[int, Any, asyncio.Task[None]] | None = None
 
     def get_many(self, urls: Sequence[str], most: Sequence[int], *, name: str, counter: Counter) -> list[bytes]:
-        """Return the answers in order, at most ``most`` bytes each. Raises SlideNotFound, StorageError."""
+        """Return the answers in order, at most ``most`` bytes each. Raises NotFound, StorageError."""
         with spent("fetch"):
             return wait_for(self._all(urls, most, name, counter))
 
@@ -131,15 +131,16 @@ def _refusal(status: int, name: str, advice: str, *, sent: bool) -> WsiError:
     if status == 403:
         return StorageError(f"{name}: access denied (403); ask for access to this slide, or {advice}")
     if status in _AGAIN:
-        return PassingError(f"{name}: the service is overloaded or cannot be reached ({status}); try again")
+        text = f"{name}: the service is overloaded or cannot be reached ({status}); try again"
+        return TransientError(text, TransientCause.OVERLOADED)
     if status >= 500:
         return StorageError(f"{name}: the service failed ({status}); ask who runs it, its log says why")
     if 300 <= status < 400:
         return StorageError(f"{name}: the service has moved ({status}); give its new address")
-    fail = SlideNotFound if status == 404 else StorageError
-    error = fail(f"{name}: {_STATUS.get(status, f'the service refuses the request ({status}); check the address')}")
-    # A service that is asked too much is left alone for longer than `remote` waits between tries: runs try again later.
-    return passing(error) if isinstance(error, StorageError) and status == 429 else error
+    text = f"{name}: {_STATUS.get(status, f'the service refuses the request ({status}); check the address')}"
+    if status == 429:
+        return TransientError(text, TransientCause.TOO_MANY_REQUESTS)
+    return (NotFound if status == 404 else StorageError)(text)
 
 
 @contextmanager
@@ -154,10 +155,10 @@ def _translated(name: str) -> Iterator[None]:
     except aiohttp.ClientSSLError:
         raise StorageError(f"{name}: {_NO_TLS}") from None
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
-        raise PassingError(f"{name}: {_NOWHERE}") from None
+        raise TransientError(f"{name}: {_NOWHERE}", TransientCause.UNREACHABLE) from None
     except aiohttp.ClientPayloadError:
-        raise PassingError(f"{name}: {SHORT}") from None
+        raise TransientError(f"{name}: {SHORT}", TransientCause.SHORT_ANSWER) from None
     except aiohttp.InvalidURL:
         raise StorageError(f"{name} is no address; give wsi://HOST/v3/slides/ID") from None
     except (aiohttp.ClientError, OSError, EOFError):
-        raise PassingError(f"{name}: {_BROKEN}") from None
+        raise TransientError(f"{name}: {_BROKEN}", TransientCause.BROKEN_CONNECTION) from None

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
-from wsi_mmm.errors import RecipeError, SlideNotFound, StorageError, WsiError
+from wsi_mmm.errors import ConfigError, NotFound, OptionError, StorageError, WsiError
 from wsi_mmm.slides.service.client import Client, client
 from wsi_mmm.slides.service.info import parsed, stored_at
 from wsi_mmm.slides.service.reader import Routes, ServiceReader
@@ -47,7 +47,7 @@ class Address:
 
 
 def open_wsi_service(uri: str) -> ServiceReader:
-    """Open a slide of a WSI service. Raises RecipeError, SlideNotFound, SlideDamaged, StorageError."""
+    """Open a slide of a WSI service. Raises OptionError, SlideNotFound, SlideDamaged, StorageError."""
     address = address_of(uri)
     seconds = timeout(otherwise=_TIMEOUT)
     asker = client(address.origin, _token(address, os.environ), seconds, _ADVICE)
@@ -55,12 +55,12 @@ def open_wsi_service(uri: str) -> ServiceReader:
 
 
 def address_of(uri: str) -> Address:
-    """Return what a URI says. Raises RecipeError for one that names no slide of a service, or holds a login."""
+    """Return what a URI says. Raises OptionError for one that names no slide of a service, or holds a login."""
     name, parts = redact(uri), urlsplit(uri)
     if "@" in parts.netloc:
-        raise RecipeError(f"{name}: a login in the address would be shown; leave it out and {_ADVICE}")
+        raise OptionError(f"{name}: a login in the address would be shown; leave it out and {_ADVICE}")
     if not is_service(uri):
-        raise RecipeError(f"{name} names no slide of a WSI service; {_SHAPE}")
+        raise OptionError(f"{name} names no slide of a WSI service; {_SHAPE}")
     scheme = "https" if parts.scheme == "wsi" else parts.scheme
     folder, _, slide = parts.path.rstrip("/").rpartition("/")
     origin = f"{scheme}://{_host(parts, name)}"
@@ -75,38 +75,38 @@ def _host(parts: SplitResult, name: str) -> str:
     except ValueError:
         port = 0
     if port == 0 or not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9a-f:.]+", parts.hostname or ""):
-        raise RecipeError(f"{name} names no host and port; {_SHAPE}")
+        raise OptionError(f"{name} names no host and port; {_SHAPE}")
     host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else str(parts.hostname)
     return f"{host}:{port}" if port else host
 
 
 def _query(text: str, name: str) -> str:
-    """The parameters that go with every picture. Raises RecipeError for those that are not known."""
+    """The parameters that go with every picture. Raises OptionError for those that are not known."""
     given = dict(parse_qsl(text, keep_blank_values=True))
     unknown = next((key for key in given if key not in _KNOWN), None)
     if unknown is not None:  # not shown: it may be a secret
-        raise RecipeError(f"{name}: the address has a parameter that is not one of {', '.join(_KNOWN)}; leave it out")
+        raise OptionError(f"{name}: the address has a parameter that is not one of {', '.join(_KNOWN)}; leave it out")
     kind, quality = given.setdefault("image_format", "png"), given.get("image_quality", "90")
     if kind not in _FORMATS:
-        raise RecipeError(f"{name}: image_format is one of {', '.join(_FORMATS)}")
+        raise OptionError(f"{name}: image_format is one of {', '.join(_FORMATS)}")
     if not re.fullmatch(r"100|[1-9]?[0-9]", quality):
-        raise RecipeError(f"{name}: image_quality is a number from 0 to 100")
+        raise OptionError(f"{name}: image_quality is a number from 0 to 100")
     if kind == "jpeg":
         given["image_quality"] = quality
     return urlencode({key: given[key] for key in _KNOWN if key in given})
 
 
 def _token(address: Address, env: Mapping[str, str]) -> str | None:
-    """Return the token for this service, or None. Raises RecipeError where it would travel in the clear."""
+    """Return the token for this service, or None. Raises ConfigError where it would travel in the clear."""
     token = (env.get("WSI_MMM_SERVICE_TOKEN") or "").strip()
     parts = urlsplit(address.origin)
     only = [host.strip().lower() for host in (env.get("WSI_MMM_SERVICE_HOST") or "").split(",") if host.strip()]
     if not token or (only and parts.netloc.lower() not in only and parts.hostname not in only):
         return None
     if not re.fullmatch(r"[!-~]+", token):
-        raise RecipeError("WSI_MMM_SERVICE_TOKEN holds characters that no token has; set it again")
+        raise ConfigError("WSI_MMM_SERVICE_TOKEN holds characters that no token has; set it again")
     if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
-        raise RecipeError(
+        raise ConfigError(
             f"{address.name}: over http:// the token of WSI_MMM_SERVICE_TOKEN could be read on the way; "
             "give the address as wsi:// or https://, or unset it"
         )
@@ -119,7 +119,7 @@ def _described(address: Address, asker: Client) -> object:
     plugin = urlencode([pair for pair in parse_qsl(address.query) if pair[0] == "plugin"])
     try:
         data = _get(asker, f"{where}?{plugin}" if plugin else where, address.name)
-    except SlideNotFound as error:
+    except NotFound as error:
         raise _is_mapper(address, asker) or error from None
     said = parsed(data)
     if said is None:

@@ -16,14 +16,15 @@ import pyarrow.parquet as pq
 
 from wsi_mmm.cache import Entry
 from wsi_mmm.errors import InputError, StorageError, WsiError
-from wsi_mmm.outputs.exports import MAX_VALUES, Features, read_features
+from wsi_mmm.outputs.exports import MAX_VALUES, SlideFeatures, read_features
+from wsi_mmm.slides.base import Fetched
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import tile_xy
-from wsi_mmm.tiles.stream import read_tiles
-from wsi_mmm.training.data.base import Index, Sample
+from wsi_mmm.tiles.stream import is_far, read_tiles
+from wsi_mmm.training.data.base import FetchedItems, Index, Sample
 from wsi_mmm.training.data.pool import SlidePool
-from wsi_mmm.training.data.slides import Places, SlideItem, check_ids, tissue_places
+from wsi_mmm.training.data.slides import Places, SlideItem, check_ids, fetch_tiles, tissue_places
 from wsi_mmm.training.data.tables import SlideTable
 from wsi_mmm.types import I32, I64, Grid, Tiles
 
@@ -135,8 +136,8 @@ def _repeat_index(items: Sequence[BagItem] | Sequence[SlideItem], times: int) ->
 # ---------------------------------------------------------------- files of features
 
 
-def read_item(item: BagItem) -> Features:
-    """All vectors of a slide. Raises StorageError, SlideNotFound."""
+def read_item(item: BagItem) -> SlideFeatures:
+    """All vectors of a slide. Raises StorageError, NotFound."""
     if item.grid is not None:
         return entry_features(item.uri, item.grid)
     if item.uri.lower().endswith((".h5", ".hdf5")):
@@ -146,7 +147,7 @@ def read_item(item: BagItem) -> Features:
     )
 
 
-def _without_failed(features: Features, tiles: str) -> Features:
+def _without_failed(features: SlideFeatures, tiles: str) -> SlideFeatures:
     """``features`` less those of tiles that the run's table lists as failed: these were computed on white px."""
     if not store.exists(tiles):
         return features
@@ -157,10 +158,10 @@ def _without_failed(features: Features, tiles: str) -> Features:
     rows = zip(*(table[name].to_pylist() for name in ("x", "y", "failed")), strict=True)
     failed = {(x, y) for x, y, bad in rows if bad}
     good = np.array([tuple(place) not in failed for place in features.coords.tolist()], bool)
-    return Features(features.vectors[good], features.coords[good], features.attributes)
+    return SlideFeatures(features.vectors[good], features.coords[good], features.attributes)
 
 
-def read_h5(uri: str) -> Features:
+def read_h5(uri: str) -> SlideFeatures:
     """``features`` [n, D] (or [1, n, D], as some tools write) and ``coords`` [n, 2] of an HDF5 file."""
     name = store.redact(uri)
     try:
@@ -172,7 +173,7 @@ def read_h5(uri: str) -> Features:
     vectors, coords = vectors.reshape(-1, vectors.shape[-1]), coords.reshape(-1, coords.shape[-1])[:, :2]
     if len(vectors) != len(coords):
         raise StorageError(f"{name} holds {len(vectors)} features and {len(coords)} coords: export it again")
-    return Features(vectors, coords, {})
+    return SlideFeatures(vectors, coords, {})
 
 
 def _values_of(file: Any, name: str) -> Any:
@@ -188,7 +189,7 @@ def _values_of(file: Any, name: str) -> Any:
     return found
 
 
-def entry_features(uri: str, grid: Grid) -> Features:
+def entry_features(uri: str, grid: Grid) -> SlideFeatures:
     """The vectors of an entry of the feature cache whose tiles are those of ``grid``: of the blocks that have a
     receipt, without tiles that could not be read."""
     entry = Entry(uri, grid.rows, grid.columns, 1)
@@ -203,7 +204,7 @@ def entry_features(uri: str, grid: Grid) -> Features:
     good = np.array([tuple(place) not in failed for place in xy.tolist()], bool)
     dense = np.asarray(array[:])
     vectors = dense[index[good, 0], index[good, 1]].astype(np.float32)
-    return Features(vectors, xy[good], {})
+    return SlideFeatures(vectors, xy[good], {})
 
 
 def _read_block_records(uri: str) -> tuple[I64, set[tuple[int, int]]]:
@@ -237,26 +238,36 @@ class TileBags:
     corners: Sequence[I64]
     scales: Sequence[tuple[float, float]]
     pool: SlidePool
+    remote: bool = False
 
-    def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
+    def fetch(self, numbers: Sequence[int], size: int) -> dict[int, Fetched | None]:
+        """Fetch what ``read`` of the same bags needs, by bag; see `SlideSource`."""
+        return {
+            number: fetch_tiles(self.pool, self.items[number // self.draws.times], self._drawn_tiles(number, size))
+            for number in numbers
+        }
+
+    def read(self, numbers: Sequence[int], size: int, fetched: FetchedItems | None = None) -> list[Sample]:
         """Squares of ``size`` px round the middles of the drawn tiles. Tiles that cannot be read are left out; a bag of
         which none can be is failed."""
-        return [self._read_bag(number, size) for number in numbers]
+        return [self._read_bag(number, size, (fetched or {}).get(number)) for number in numbers]
 
-    def _read_bag(self, number: int, size: int) -> Sample:
+    def _drawn_tiles(self, number: int, size: int) -> Tiles:
         slide, time = divmod(number, self.draws.times)
-        item, key = self.items[slide], self.index.keys[number]
         some = self.draws.chosen(len(self.corners[slide]), slide, time)
-        xy = self.corners[slide][some] + (self.tile - size) // 2
-        tiles = Tiles(xy, size, *self.scales[slide])
+        return Tiles(self.corners[slide][some] + (self.tile - size) // 2, size, *self.scales[slide])
+
+    def _read_bag(self, number: int, size: int, fetched: Fetched | None) -> Sample:
+        slide = number // self.draws.times
+        item, key, tiles = self.items[slide], self.index.keys[number], self._drawn_tiles(number, size)
         try:
             with self.pool.reader(item.uri, item.mpp, tiles) as reader:
-                pixels, failed = read_tiles(reader, tiles)
+                pixels, failed = read_tiles(reader, tiles, fetched)
         except WsiError as error:
             return Sample(key, failed=str(error))
         if failed.all():
-            return Sample(key, failed=f"{item.id}: none of its {len(xy)} tiles can be decoded")
-        places = np.floor(xy[~failed] * self.scales[slide] + 0.5).astype(np.int64)
+            return Sample(key, failed=f"{item.id}: none of its {len(failed)} tiles can be decoded")
+        places = np.floor(tiles.xy[~failed] * self.scales[slide] + 0.5).astype(np.int64)
         return Sample(key, pixels=pixels[~failed], xy=places, truths=item.truths)
 
 
@@ -270,15 +281,15 @@ def tile_bags(
         raise InputError(f"data '{name}': say how many tiles a bag holds (most), a whole slide fits no memory")
     pool = pool or SlidePool()
 
-    def look(item: SlideItem) -> tuple[I64, tuple[float, float]]:
+    def look(item: SlideItem) -> tuple[I64, tuple[float, float], bool]:
         with pool.slide(item.uri, item.mpp) as slide:
             corners = tissue_places(slide, places)
             if not len(corners):
                 raise InputError(f"data '{name}': {item.id} has no tile with tissue: lower min_tissue, or leave it out")
-            return corners, slide.scale(places.mpp)
+            return corners, slide.scale(places.mpp), is_far(slide.reader)
 
     with ThreadPoolExecutor(_OPENING, thread_name_prefix="wsi-mmm-prepare") as threads:
         found = list(threads.map(look, items))
-    corners, scales = [one for one, _ in found], [scale for _, scale in found]
+    corners, scales, remote = [one[0] for one in found], [one[1] for one in found], any(one[2] for one in found)
     index = _repeat_index(items, draws.times)
-    return TileBags(name, _task_names(items), index, tuple(items), draws, places.tile, corners, scales, pool)
+    return TileBags(name, _task_names(items), index, tuple(items), draws, places.tile, corners, scales, pool, remote)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from wsi_mmm.slides.base import Fetched
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.types import F32, I32, I64, U8
+
+FetchedItems = Mapping[int, Fetched | None]
+"""What `SlideSource.fetch` brought, by an id of the source: None where fetching failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +65,19 @@ class Source(Protocol):
         """These items, in this order. Sources that cut pictures out of slides or larger images give ``size`` px
         squares round the item (its place may lie nearer to the edge: then white, truth unknown, beyond it); whole
         images are given whole. Raises StorageError or InputError only when going on is pointless."""
+
+
+@runtime_checkable
+class SlideSource(Source, Protocol):
+    """A Source that reads tiles of slides, so that bytes can be fetched before they are decoded."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading some of its slides waits for a network."""
+
+    def fetch(self, numbers: Sequence[int], size: int) -> FetchedItems:
+        """Fetch from slides far away what ``read`` of the same items needs, by an id of its own. What cannot be fetched
+        is None: ``read`` tries again, and says why it fails."""
+
+    def read(self, numbers: Sequence[int], size: int, fetched: FetchedItems | None = None) -> list[Sample]:
+        """As a Source; bytes in ``fetched`` are not fetched again."""

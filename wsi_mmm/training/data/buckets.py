@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from wsi_mmm.annotations import Shapes
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 
 IGNORE, DROP, USE = "ignore", "drop", "use"
 CODES: Mapping[str, int] = {IGNORE: -1, DROP: -2, USE: -3}
@@ -55,7 +55,7 @@ class Buckets:
     which is also the order of overlaps: what an earlier rule took lies on top. ``unmatched``, ``unnamed``: the bucket
     or label of named objects that no rule fits, and of those without a class; they lie below all others.
 
-    Raises RecipeError for a label that the task does not have, a label named like a bucket, or a broken pattern.
+    Raises ConfigError for a label that the task does not have, a label named like a bucket, or a broken pattern.
     """
 
     labels: tuple[str, ...]
@@ -66,11 +66,11 @@ class Buckets:
     def __post_init__(self) -> None:
         for label in self.labels:
             if label in CODES:
-                raise RecipeError(f"a class cannot be called {label!r}, that is a bucket: rename it")
+                raise ConfigError(f"a class cannot be called {label!r}, that is a bucket: rename it")
         for label in (*(rule.label for rule in self.rules), self.unmatched, self.unnamed):
             if label not in self.labels and label not in CODES:
                 known = ", ".join((*self.labels, *CODES))
-                raise RecipeError(f"the bucket table gives the label {label!r}: give one of {known}")
+                raise ConfigError(f"the bucket table gives the label {label!r}: give one of {known}")
         for rule in self.rules:
             _check_pattern(rule)
 
@@ -88,13 +88,13 @@ class Buckets:
 
 def _check_pattern(rule: Rule) -> None:
     if rule.how not in ("exact", "prefix", "regex", "unnamed"):
-        raise RecipeError(f"a rule for {rule.label!r} says how={rule.how!r}: give exact, prefix, regex or unnamed")
+        raise ConfigError(f"a rule for {rule.label!r} says how={rule.how!r}: give exact, prefix, regex or unnamed")
     if rule.how != "unnamed" and not rule.pattern:
-        raise RecipeError(f"a rule for {rule.label!r} has no pattern: give the class name it is for")
+        raise ConfigError(f"a rule for {rule.label!r} has no pattern: give the class name it is for")
     try:
         re.compile(rule.pattern if rule.how == "regex" else "")
     except re.error as error:
-        raise RecipeError(
+        raise ConfigError(
             f"the pattern {rule.pattern!r} of {rule.label!r} is no regular expression ({error})"
         ) from error
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data import folders, volumes
@@ -42,14 +42,14 @@ class Pictured(Entry):
         return Origin(self.name, self.group, 1.0 if self.mpp is None else self.mpp / place.mpp)
 
     def fixed(self, index: Index) -> dict[str, str]:
-        """Group -> train, val or test, as ``part`` finds it in paths. RecipeError: no such word, a divided group."""
+        """Group -> train, val or test, as ``part`` finds it in paths. ConfigError: no such word, a divided group."""
         return {} if self.part is None else parts_by_pattern(index, self.part, self.name)
 
     def card(self, place: Place, *kinds: str) -> TaskCard:
-        """The card of the task. RecipeError when it is of no kind that this data set is for."""
+        """The card of the task. ConfigError when it is of no kind that this data set is for."""
         card = place.tasks[self.task]
         if card.kind not in kinds:
-            raise RecipeError(f"data '{self.name}' is for tasks of kind {' or '.join(kinds)}, not '{card.kind}'")
+            raise ConfigError(f"data '{self.name}' is for tasks of kind {' or '.join(kinds)}, not '{card.kind}'")
         return card
 
 
@@ -188,7 +188,7 @@ def _class_indices(name: str, values: Mapping[int, str], card: TaskCard) -> dict
     """Class names -> class indices, "" -> -1."""
     for label in values.values():
         if label and label not in card.classes:
-            raise RecipeError(f"data '{name}': values name '{label}'; classes are {', '.join(card.classes)}")
+            raise ConfigError(f"data '{name}': values name '{label}'; classes are {', '.join(card.classes)}")
     return {value: card.classes.index(label) if label else -1 for value, label in values.items()}
 
 

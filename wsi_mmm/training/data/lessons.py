@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_mmm.errors import RecipeError
+from wsi_mmm.errors import ConfigError
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data import objects, regions
 from wsi_mmm.training.data.buckets import Buckets
@@ -27,7 +27,7 @@ class Lesson:
 
     ``min_share``: of a tile, that a label must cover (patch kinds), that must be known (segment, multisegment) or
     looked at (instances, detect). ``min_visible``: of a box, below which it is not learnt from. ``values``: names of
-    the numbers of objects that `regress` learns. Raises RecipeError.
+    the numbers of objects that `regress` learns. Raises ConfigError.
     """
 
     task: str
@@ -43,13 +43,13 @@ class Lesson:
         where = f"task '{self.task}'"
         if self.kind not in PATCH_KINDS + MAP_KINDS:
             known = ", ".join(PATCH_KINDS + MAP_KINDS)
-            raise RecipeError(f"{where} of kind {self.kind!r} learns from no annotations: give {known}")
+            raise ConfigError(f"{where} of kind {self.kind!r} learns from no annotations: give {known}")
         if self.background is not None and self.background not in self.buckets.labels:
-            raise RecipeError(f"{where}: background {self.background!r} is no label: {', '.join(self.buckets.labels)}")
+            raise ConfigError(f"{where}: background {self.background!r} is no label: {', '.join(self.buckets.labels)}")
         if (self.kind == "regress") != bool(self.values):
-            raise RecipeError(f"{where}: name the numbers to learn in values, for kind regress and no other")
+            raise ConfigError(f"{where}: name the numbers to learn in values, for kind regress and no other")
         if not (0 < self.min_share <= 1 and 0 <= self.min_visible <= 1):
-            raise RecipeError(f"{where}: min_share {self.min_share}, min_visible {self.min_visible}: give shares to 1")
+            raise ConfigError(f"{where}: min_share {self.min_share}, min_visible {self.min_visible}: give shares to 1")
 
 
 def sheet_of(lesson: Lesson, index: ShapeIndex, *, scale: tuple[float, float], size: tuple[int, int]) -> Sheet:

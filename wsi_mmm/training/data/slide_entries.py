@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 
-from wsi_mmm.errors import InputError, RecipeError
+from wsi_mmm.errors import ConfigError, InputError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.tissue import MIN_TISSUE
@@ -48,7 +48,7 @@ class TaskOfShapes(Part):
     values: tuple[str, ...] = ()
 
     def lesson(self, card: TaskCard) -> Lesson:
-        """The lesson of the task ``card``. RecipeError for a kind that learns nothing from shapes."""
+        """The lesson of the task ``card``. ConfigError for a kind that learns nothing from shapes."""
         rules = tuple(Rule(b.label, b.pattern, b.how, b.any_case) for b in self.buckets)
         named = same_names(card.classes)
         buckets = Buckets(card.classes, rules or named.rules, self.unmatched, self.unnamed)
@@ -140,13 +140,13 @@ class Slides(Tiled):
         """What each task learns; none without annotations."""
         for name in self.shapes:
             if name not in self.task:
-                raise RecipeError(f"data '{self.name}': shapes name the task '{name}', which is not one of its tasks")
+                raise ConfigError(f"data '{self.name}': shapes name the task '{name}', which is not one of its tasks")
         kinds = {name: place.tasks[name].kind for name in self.task}
         for name, kind in kinds.items():
             learns = kind in PATCH_KINDS + MAP_KINDS
             if learns != (self.annotations is not None):
                 fix = "give annotations" if learns else 'set annotations = "none", or take it from a slide-table'
-                raise RecipeError(f"data '{self.name}': task '{name}' of kind '{kind}': {fix}")
+                raise ConfigError(f"data '{self.name}': task '{name}' of kind '{kind}': {fix}")
         if self.annotations is None:
             return []
         return [self.shapes.get(name, TaskOfShapes()).lesson(place.tasks[name]) for name in self.task]
@@ -208,7 +208,7 @@ class Tabled(Part):
         return table, balance_labels(tasks[0].kind, table.truths[tasks[0].task])
 
     def parts(self) -> dict[str, str]:
-        """Patient -> train, val, test or "", as the split column says; none without one. RecipeError: wrong words, or
+        """Patient -> train, val, test or "", as the split column says; none without one. ManifestError: wrong words, or
         a patient in two parts."""
         if self.split is None:
             return {}

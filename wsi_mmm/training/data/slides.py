@@ -3,8 +3,9 @@ tables, or both."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -13,14 +14,15 @@ from typing import Literal
 import numpy as np
 
 from wsi_mmm.annotations import Shapes, parse_shapes
-from wsi_mmm.errors import InputError, ManifestError, RecipeError, WsiError
+from wsi_mmm.errors import ConfigError, InputError, ManifestError, WsiError
 from wsi_mmm.slides import Slide
+from wsi_mmm.slides.base import Fetched, TileReader
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import level0_boxes, make_grid
-from wsi_mmm.tiles.stream import read_tiles
+from wsi_mmm.tiles.stream import is_far, read_tiles
 from wsi_mmm.tiles.tissue import MIN_TISSUE, select_tiles, tissue_mask
-from wsi_mmm.training.data.base import Index, Sample
+from wsi_mmm.training.data.base import FetchedItems, Index, Sample
 from wsi_mmm.training.data.buckets import Buckets, DryRun, dry_run
 from wsi_mmm.training.data.lessons import PATCH_KINDS, Lesson, choose, map_truths, patch_truths, sheet_of
 from wsi_mmm.training.data.objects import drawn_places
@@ -30,6 +32,7 @@ from wsi_mmm.training.data.shapes_index import index_shapes
 from wsi_mmm.training.data.tables import SlideTable
 from wsi_mmm.types import I32, I64, Mask, Tiles
 
+_log = logging.getLogger(__name__)
 _OPENING = 4  # slides prepared at a time
 
 
@@ -69,9 +72,9 @@ class Places:
 
     def __post_init__(self) -> None:
         if self.tile < 1 or not 0 <= self.stride <= self.tile:
-            raise RecipeError(f"tile {self.tile}, stride {self.stride}: give 1 or more, the stride up to the tile")
+            raise ConfigError(f"tile {self.tile}, stride {self.stride}: give 1 or more, the stride up to the tile")
         if self.by not in ("grid", "objects") or (self.by == "objects" and self.per_slide < 1):
-            raise RecipeError("places are chosen by 'grid', or by 'objects' with per_slide of 1 or more")
+            raise ConfigError("places are chosen by 'grid', or by 'objects' with per_slide of 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,11 @@ class _Prepared:
     labels: I32
     patches: Mapping[str, Sequence[Target]]
     sheets: Mapping[str, Sheet]
+    remote: bool
+
+    def tiles(self, local: I64, tile: int, size: int) -> Tiles:
+        """Return the squares of ``size`` px round the middles of its items ``local``, tiles of ``tile`` px."""
+        return Tiles(self.xy[local] + (tile - size) // 2, size, *self.scale)
 
 
 @dataclass(frozen=True)
@@ -106,32 +114,51 @@ class SlideTiles:
         """Tiles by slide."""
         return {one.item.id: len(one.xy) for one in self.slides}
 
-    def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
+    @property
+    def remote(self) -> bool:
+        """Whether reading some of its slides waits for a network."""
+        return any(slide.remote for slide in self.slides)
+
+    def fetch(self, numbers: Sequence[int], size: int) -> dict[int, Fetched | None]:
+        """Fetch what ``read`` of the same items needs, by slide; see `SlideSource`."""
+        found: dict[int, Fetched | None] = {}
+        for number, _, local in self._items_by_slide(numbers):
+            slide = self.slides[number]
+            if slide.remote:
+                found[number] = fetch_tiles(self.pool, slide.item, slide.tiles(local, self.tile, size))
+        return found
+
+    def read(self, numbers: Sequence[int], size: int, fetched: FetchedItems | None = None) -> list[Sample]:
         """Squares of ``size`` px round the middles of these items, slide by slide, in the order of ``numbers``.
 
         Truth per px and boxes are those of the square; labels and numbers those of the item's own tile, whatever
         ``size`` is.
         """
-        asked = np.asarray(numbers, np.int64)
-        owner = np.searchsorted(self.starts, asked, "right") - 1
-        found: list[Sample | None] = [None] * len(asked)
-        for slide in np.unique(owner).tolist():
-            at = np.flatnonzero(owner == slide)
-            samples = self._read_samples(self.slides[slide], asked[at] - self.starts[slide], asked[at], size)
+        found: list[Sample | None] = [None] * len(numbers)
+        for slide, at, local in self._items_by_slide(numbers):
+            samples = self._read_samples(slide, local, size, (fetched or {}).get(slide))
             for position, sample in zip(at.tolist(), samples, strict=True):
                 found[position] = sample
         return [sample for sample in found if sample is not None]
 
-    def _read_samples(self, slide: _Prepared, local: I64, numbers: I64, size: int) -> list[Sample]:
-        keys = [self.index.keys[number] for number in numbers.tolist()]
-        corners = slide.xy[local] + (self.tile - size) // 2
-        tiles = Tiles(corners, size, *slide.scale)
+    def _items_by_slide(self, numbers: Sequence[int]) -> Iterator[tuple[int, I64, I64]]:
+        """Yield the number of each slide, the positions of its items in ``numbers``, and their numbers in the slide."""
+        items = np.asarray(numbers, np.int64)
+        owner = np.searchsorted(self.starts, items, "right") - 1
+        for slide in np.unique(owner).tolist():
+            at = np.flatnonzero(owner == slide)
+            yield slide, at, items[at] - self.starts[slide]
+
+    def _read_samples(self, number: int, local: I64, size: int, fetched: Fetched | None) -> list[Sample]:
+        slide = self.slides[number]
+        keys = [self.index.keys[item] for item in (local + self.starts[number]).tolist()]
+        tiles = slide.tiles(local, self.tile, size)
         try:
             with self.pool.reader(slide.item.uri, slide.item.mpp, tiles) as reader:
-                pixels, failed = read_tiles(reader, tiles)
+                pixels, failed = read_tiles(reader, tiles, fetched)
         except WsiError as error:
             return [Sample(key, failed=str(error)) for key in keys]
-        truths = self._read_targets(slide, local, corners, size)
+        truths = self._read_targets(slide, local, tiles.xy, size)
         reasons = _rejection_reasons(slide.item, tiles, failed)
         return [
             Sample(key, failed=reason) if reason else Sample(key, pixels=pixels[n], truths=truths[n])
@@ -150,6 +177,17 @@ class SlideTiles:
             for truths, value in zip(found, values, strict=True):
                 truths[lesson.task] = value
         return found
+
+
+def fetch_tiles(pool: SlidePool, item: SlideItem, tiles: Tiles) -> Fetched | None:
+    """Fetch what ``tiles`` of a slide need; None when that fails: reading them tries again, and says why."""
+    try:
+        with pool.reader(item.uri, item.mpp, tiles) as reader:
+            if isinstance(reader, TileReader) and reader.remote:
+                return reader.fetch([tiles])
+    except WsiError as error:
+        _log.debug("fetching ahead from %s failed: %s", item.id, error)
+    return None
 
 
 def _rejection_reasons(item: SlideItem, tiles: Tiles, failed: Mask) -> list[str]:
@@ -208,7 +246,7 @@ def _check_sampling(name: str, items: Sequence[SlideItem], places: Places, lesso
     if len(set(taught)) < len(taught):
         raise InputError(f"data '{name}': a task is listed twice among {', '.join(taught)}: keep one")
     if places.by == "objects" and not lessons:
-        raise RecipeError(f"data '{name}': places by objects need annotations: name a task, or choose by 'grid'")
+        raise ConfigError(f"data '{name}': places by objects need annotations: name a task, or choose by 'grid'")
 
 
 def check_ids(name: str, ids: Sequence[str]) -> None:
@@ -235,6 +273,7 @@ def _prepare_slide(
         make_grid(slide.info, places.mpp, tile=places.tile, overlap=0)  # refuses what is much finer than the slide
         sheets = _annotations_by_task(slide, item, places, lessons)
         xy, labels = _choose_tiles(slide, places, lessons, sheets, number)
+        remote = is_far(slide.reader)
     patches = {
         lesson.task: patch_truths(lesson, sheets[lesson.task], xy, places.tile)
         for lesson in lessons
@@ -242,7 +281,7 @@ def _prepare_slide(
     }
     drawn = {task: sheet for task, sheet in sheets.items() if task not in patches}
     labels = np.where(labels < 0, np.int32(item.label), labels) if not lessons else labels
-    return _Prepared(item, scale, xy, labels, patches, drawn)
+    return _Prepared(item, scale, xy, labels, patches, drawn, remote)
 
 
 def _annotations_by_task(slide: Slide, item: SlideItem, places: Places, lessons: Sequence[Lesson]) -> dict[str, Sheet]:
@@ -257,7 +296,7 @@ def _annotations_by_task(slide: Slide, item: SlideItem, places: Places, lessons:
 
 
 def read_shapes(uri: str, values: Sequence[str] = ()) -> Shapes:
-    """The shapes of an annotation file at a path or URI. Raises AnnotationError, StorageError, SlideNotFound."""
+    """The shapes of an annotation file at a path or URI. Raises AnnotationError, StorageError, NotFound."""
     return parse_shapes(store.read_bytes(uri), store.redact(uri), values)
 
 
@@ -297,7 +336,7 @@ def _candidate_tiles(slide: Slide, places: Places, sheet: Sheet) -> I64:
 
 
 def tissue_places(slide: Slide, places: Places) -> I64:
-    """Corners int64[n, 2] (x, y), target px, of the tiles of a slide's grid that hold tissue. Raises RecipeError."""
+    """Corners int64[n, 2] (x, y), target px, of the tiles of a slide's grid that hold tissue. Raises ConfigError."""
     stride = places.stride or places.tile
     grid = make_grid(slide.info, places.mpp, tile=places.tile, overlap=places.tile - stride)
     return select_tiles(grid, tissue_mask(slide), places.min_tissue)[:, ::-1] * stride
@@ -325,7 +364,7 @@ def beside(uri: str, pattern: str, *, needed: bool = True) -> str | None:
     try:
         found = pattern.format(folder=folder or ".", name=name, stem=PurePosixPath(name).stem)
     except (KeyError, IndexError, ValueError) as error:
-        raise RecipeError(f"annotation pattern {pattern!r}: use {{folder}}, {{name}} and {{stem}} only") from error
+        raise ConfigError(f"annotation pattern {pattern!r}: use {{folder}}, {{name}} and {{stem}} only") from error
     if store.exists(found):
         return found
     if needed:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_mmm.errors import InputError, RecipeError
+from wsi_mmm.errors import ConfigError, InputError, ManifestError
 from wsi_mmm.training.data.base import Index, Source
 from wsi_mmm.types import F64, I32, I64
 
@@ -43,9 +43,9 @@ class Split:
 
 
 def split_items(index: Index, *, shares: tuple[float, float, float] = (0.7, 0.15, 0.15), seed: int = 0) -> Split:
-    """Items by whole groups into train, val and test of about these shares, stratified by label. RecipeError."""
+    """Items by whole groups into train, val and test of about these shares, stratified by label. ConfigError."""
     if min(shares) < 0 or not shares[0] > 0 or abs(sum(shares) - 1.0) > 1e-6:
-        raise RecipeError(f"shares of train, val and test are {shares}: give three that add up to 1, train above 0")
+        raise ConfigError(f"shares of train, val and test are {shares}: give three that add up to 1, train above 0")
     side = _assign_groups(index, np.array(shares), f"split/{seed}")
     return Split(*(np.flatnonzero(side == k) for k in range(3)))
 
@@ -53,12 +53,12 @@ def split_items(index: Index, *, shares: tuple[float, float, float] = (0.7, 0.15
 def split_by_column(index: Index, column: Sequence[str]) -> Split:
     """As a table says: ``column`` has train, val or test (or a word like them) for each item; empty: not used.
 
-    RecipeError for other words and for a group that the table divides.
+    ManifestError for other words and for a group that the table divides.
     """
     words = [str(value).strip().lower() for value in column]
     wrong = sorted({word for word in words if word not in _WORDS})
     if wrong or len(words) != len(index):
-        raise RecipeError(
+        raise ManifestError(
             f"the split column has {len(words)} values for {len(index)} items"
             + (f" and says '{wrong[0]}'" if wrong else "")
             + ": give train, val, test or nothing for each item"
@@ -68,25 +68,25 @@ def split_by_column(index: Index, column: Sequence[str]) -> Split:
     split = Split(**found)
     divided = _shared_groups({name: (index, split.part(name)) for name in PARTS})
     if divided:
-        raise RecipeError(f"the split column divides {divided[0]}: give all of its items one part")
+        raise ManifestError(f"the split column divides {divided[0]}: give all of its items one part")
     return split
 
 
 def parts_by_pattern(index: Index, pattern: str, name: str) -> dict[str, str]:
     """Group -> train, val or test: the word that the first group of ``pattern`` finds in keys; groups of keys that it
-    does not fit are left out. RecipeError: no pattern, another word, a group that is divided; ``name`` of the data."""
+    does not fit are left out. ConfigError: no pattern, another word, a group that is divided; ``name`` of the data."""
     try:
         found = [(str(g), re.search(pattern, key)) for key, g in zip(index.keys, index.groups, strict=True)]
         words = [(group, match.group(1).lower()) for group, match in found if match]
     except (re.error, IndexError) as error:
         text = f"part {pattern!r} is no pattern with one group in brackets ({error})"
-        raise RecipeError(f"data '{name}': {text}") from error
+        raise ConfigError(f"data '{name}': {text}") from error
     parts: dict[str, str] = {}
     for group, word in words:
         if not word or word not in _WORDS:
-            raise RecipeError(f"data '{name}': part {pattern!r} finds '{word}', which is none of train, val and test")
+            raise ConfigError(f"data '{name}': part {pattern!r} finds '{word}', which is none of train, val and test")
         if parts.setdefault(group, _WORDS[word]) != _WORDS[word]:
-            raise RecipeError(
+            raise ConfigError(
                 f"data '{name}': '{group}' is in '{parts[group]}' and in '{word}': move it to one of them"
             )
     return parts
@@ -95,16 +95,16 @@ def parts_by_pattern(index: Index, pattern: str, name: str) -> dict[str, str]:
 def folds(index: Index, count: int, *, test: float = 0.0, seed: int = 0) -> tuple[Split, ...]:
     """``count`` splits: every item is in val once; first a share ``test`` of the items is put aside, the same for all.
 
-    Grouped and stratified like `split_items`. RecipeError when there are fewer groups than folds.
+    Grouped and stratified like `split_items`. ConfigError when there are fewer groups than folds.
     """
     if count < 2 or not 0.0 <= test < 1.0:
-        raise RecipeError(f"{count} folds with a test share of {test}: give 2 folds or more and a share below 1")
+        raise ConfigError(f"{count} folds with a test share of {test}: give 2 folds or more and a share below 1")
     aside = _assign_groups(index, np.array([1.0 - test, test]), f"folds/{seed}/test") == 1
     rest = np.flatnonzero(~aside)
     inner = Index([index.keys[i] for i in rest.tolist()], [index.groups[i] for i in rest.tolist()], index.labels[rest])
     side = _assign_groups(inner, np.full(count, 1.0 / count), f"folds/{seed}")
     if len(np.unique(side)) < count:
-        raise RecipeError(f"{len(set(inner.groups))} groups do not fill {count} folds: use fewer folds")
+        raise ConfigError(f"{len(set(inner.groups))} groups do not fill {count} folds: use fewer folds")
     return tuple(Split(rest[side != k], rest[side == k], np.flatnonzero(aside)) for k in range(count))
 
 
@@ -222,10 +222,10 @@ def picture_hashes(source: Source, numbers: I64, size: int) -> dict[str, str]:
 
 
 def forbid_test(split: Split, numbers: I64) -> None:
-    """RecipeError when ``numbers``, which training is about to draw from, hold an item of the test part."""
+    """ConfigError when ``numbers``, which training is about to draw from, hold an item of the test part."""
     touched = np.intersect1d(numbers, split.test)
     if len(touched):
-        raise RecipeError(f"{len(touched)} items of the test part are among those to learn from: use the train part")
+        raise ConfigError(f"{len(touched)} items of the test part are among those to learn from: use the train part")
 
 
 def _shared_groups(parts: Mapping[str, tuple[Index, I64]]) -> list[str]:

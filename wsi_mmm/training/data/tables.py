@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from wsi_mmm.errors import ManifestError, RecipeError
+from wsi_mmm.errors import ConfigError, ManifestError
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Survival, Target
 from wsi_mmm.types import I32
@@ -55,7 +55,7 @@ class Table:
 
 def read_table(uri: str) -> Table:
     """The table at a path or URI: Parquet by its bytes, else text with a header line, separated by tabs where the file
-    is called .tsv and by commas elsewhere. Raises ManifestError, SlideNotFound, StorageError."""
+    is called .tsv and by commas elsewhere. Raises ManifestError, NotFound, StorageError."""
     name, data = store.redact(uri), store.read_bytes(uri)
     columns = (
         _parse_parquet(data, name) if data[:4] == b"PAR1" else _parse_csv(data, name, "\t" if _is_tsv(uri) else ",")
@@ -148,12 +148,12 @@ class TableTask:
     def __post_init__(self) -> None:
         allowed = {"classify": (1,), "multilabel": (1, len(self.labels)), "survive": (2,)}
         if self.kind not in KINDS:
-            raise RecipeError(f"task '{self.task}' of kind {self.kind!r} learns from no table: give {', '.join(KINDS)}")
+            raise ConfigError(f"task '{self.task}' of kind {self.kind!r} learns from no table: give {', '.join(KINDS)}")
         counts = allowed.get(self.kind, (max(1, len(self.columns)),))
         if len(self.columns) not in counts:
-            raise RecipeError(f"task '{self.task}': {len(self.columns)} columns, {self.kind} takes {counts[-1]}")
+            raise ConfigError(f"task '{self.task}': {len(self.columns)} columns, {self.kind} takes {counts[-1]}")
         if self.kind in ("classify", "multilabel") and not self.labels:
-            raise RecipeError(f"task '{self.task}': no labels: list the classes that its columns hold")
+            raise ConfigError(f"task '{self.task}': no labels: list the classes that its columns hold")
 
 
 @dataclass(frozen=True, slots=True)
