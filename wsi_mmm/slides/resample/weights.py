@@ -54,7 +54,7 @@ class Taps:
 def taps(start: int, count: int, scale: float, origin: float = 0.0, size: int | None = None) -> Taps:
     """Return the taps of output pixels start..start+count-1, each ``scale`` source px wide, from ``origin``.
 
-    ``size``: the source px there are, at scales below 1, which look half a pixel beyond; those at the edge are repeated.
+    ``size``: the source px there are, at scales below 1, which look half a pixel beyond; the edge is repeated.
     """
     position = np.arange(start, start + count + 1)
     if scale < 1.0 - 1e-9:
