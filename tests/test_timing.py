@@ -11,13 +11,8 @@ import pytest
 
 from wsi_mmm import timing
 from wsi_mmm.storage import store
-<<<<<<< HEAD
-from wsi_mmm.storage.ranges import Merging, fetch_merged
-from wsi_mmm.timing import StageTimer, count_waiting, sum_stages, timed
-=======
 from wsi_mmm.storage.ranges import MergeRule, fetch_merged
-from wsi_mmm.timing import lap, spent, together, waited
->>>>>>> main
+from wsi_mmm.timing import StageTimer, count_waiting, sum_stages, timed
 
 
 def nap(seconds: float) -> None:
@@ -98,17 +93,10 @@ def test_bytes_of_a_slide_are_fetched_and_files_written(tmp_path: Path) -> None:
         nap(0.05)
         return [bytes(length) for _, length in spans]
 
-<<<<<<< HEAD
     with StageTimer("read") as whole:
-        assert [len(part) for part in fetch_merged([(0, 4), (90, 20)], 100, rule=Merging(gap=0), get=slow)] == [4, 10]
+        assert [len(part) for part in fetch_merged([(0, 4), (90, 20)], 100, rule=MergeRule(gap=0), get=slow)] == [4, 10]
     assert whole.result.seconds["fetch"] >= 0.05
     with StageTimer("read") as whole:
-=======
-    with lap("decode") as whole:
-        assert [len(part) for part in fetch_merged([(0, 4), (90, 20)], 100, rule=MergeRule(gap=0), get=slow)] == [4, 10]
-    assert whole.taken.seconds["fetch"] >= 0.05
-    with lap("decode") as whole:
->>>>>>> main
         store.write_bytes(str(tmp_path / "x"), b"x")
     assert whole.result.seconds["write"] > 0 and "fetch" not in whole.result.seconds
     with StageTimer("read") as whole:

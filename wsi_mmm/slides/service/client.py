@@ -53,13 +53,8 @@ class ServiceClient:
 
     def get_many(self, urls: Sequence[str], most: Sequence[int], *, name: str, counter: Counter) -> list[bytes]:
         """Return the answers in order, at most ``most`` bytes each. Raises NotFound, StorageError."""
-<<<<<<< HEAD
         with timed("fetch"):
-            return wait_for(self._all(urls, most, name, counter))
-=======
-        with spent("fetch"):
             return wait_for(self._fetch_all(urls, most, name, counter))
->>>>>>> main
 
     async def _fetch_all(self, urls: Sequence[str], most: Sequence[int], name: str, counter: Counter) -> list[bytes]:
         sends = [partial(self._send_request, url, size, name) for url, size in zip(urls, most, strict=True)]
