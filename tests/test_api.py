@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 import wsi_mmm
-from wsi_mmm import requests
+from wsi_mmm import api, requests
 from wsi_mmm.engine.output_lock import claimed
 from wsi_mmm.errors import OptionError, OutputError
+from wsi_mmm.options import make_options
 
 
 @pytest.mark.parametrize(
@@ -53,11 +54,11 @@ def test_a_cache_that_cannot_be_written_is_said_before_anything_runs(tmp_path: P
 
 
 def test_paths_do_not_depend_on_the_folder_a_worker_stands_in(in_tmp: Path) -> None:
-    """Slide, mask, tissue, cache and output are absolute once an order is written."""
-    recipe = requests.model_recipe("default", "stain", {"tissue": Path("t.geojson"), "cache": "c"})
-    assert (recipe.tissue, recipe.cache) == (str(in_tmp / "t.geojson"), str(in_tmp / "c"))
+    """Slide, mask, tissue, cache and output are absolute once a request is made."""
+    recipe = requests.model_recipe("default", "stain", make_options({"tissue": Path("t.geojson"), "cache": "c"}))
+    assert (recipe.options.tissue, recipe.options.cache) == (str(in_tmp / "t.geojson"), str(in_tmp / "c"))
     (in_tmp / "m.csv").write_text("slide,mask\na.svs,m.png\n")
-    [task] = requests.order_of("m.csv", recipe, "out", 0, None, {}).tasks
+    [task] = requests.request_run("m.csv", recipe, "out").tasks
     assert (task.uri, task.mask) == (str(in_tmp / "a.svs"), str(in_tmp / "m.png"))
     assert task.output == str(in_tmp / "out" / "a")
 
@@ -73,3 +74,13 @@ def test_a_slide_that_another_run_holds_fails_alone(tmp_path: Path) -> None:
     with claimed(str(tmp_path), ["a"]):
         rows = wsi_mmm.run(["a.svs", "b.svs"], output=tmp_path, tasks="stain").slides
     assert "another run" in (rows[0].error or "") and "no such file" in (rows[1].error or "")
+
+
+@pytest.mark.parametrize(("options", "threads"), [({"workers": 2}, 4), ({"workers": 2, "threads": 7}, 7), ({}, None)])
+def test_local_workers_share_the_processors(
+    options: dict[str, Any], threads: int | None, tiny_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers on eight cores run the model on four threads each; --threads wins."""
+    monkeypatch.setattr(requests, "cpu_count", lambda: 8)
+    made = api.run_request(tiny_slide, output=tmp_path, **options)
+    assert made.recipe.options.threads == threads and all(task.recipe.options.threads == threads for task in made.tasks)

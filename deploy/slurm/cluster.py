@@ -56,7 +56,7 @@ def cluster(args: argparse.Namespace, shared: str) -> SLURMCluster:
         local_directory="/tmp",
         job_extra_directives=["--gres=gpu:1"] if args.gpu else [],
         job_script_prologue=["export OMP_NUM_THREADS=1"],
-        worker_extra_args=["--resources", "GPU=1"] if args.gpu else [],
+        worker_extra_args=["--preload", "wsi_mmm.host_tuning", *(["--resources", "GPU=1"] if args.gpu else [])],
         protocol="tls",
         security=Security.temporary(),
         shared_temp_directory=shared,

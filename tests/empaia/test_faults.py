@@ -20,7 +20,7 @@ from wsi_mmm.empaia import app as job
 from wsi_mmm.empaia.app import JobEnd
 from wsi_mmm.empaia.results import Results, results_at
 from wsi_mmm.empaia.transport import Patience
-from wsi_mmm.storage import outage
+from wsi_mmm.storage import retry
 
 from .conftest import QUICK, Command, Start, posted, run
 
@@ -64,8 +64,7 @@ def soon(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     """If the fault of a stage is met by who reads the slide's pixels, the slide is given up soon."""
     if stage in READER:
         monkeypatch.setenv("WSI_MMM_STORAGE_TIMEOUT", "2" if "later" in stage else "1")
-        for name in ("PATIENCE", "UNPROVEN"):
-            monkeypatch.setattr(outage, name, 0.1)
+        monkeypatch.setattr(retry, "OUTAGE", replace(retry.OUTAGE, seconds=0.1, unproven=0.1))
 
 
 @pytest.fixture
@@ -202,7 +201,7 @@ def test_what_passes_is_survived(
 ) -> None:
     """Faults that pass, lost answers, a slow slide service, and a platform that wants no progress: finalized once, with
     everything, nothing twice."""
-    monkeypatch.setattr(outage, "FIRST", 0.1)
+    monkeypatch.setattr(retry, "OUTAGE", replace(retry.OUTAGE, pause=0.1))
     fault = replace((PASSING | PROGRESS)[name], headers={"Retry-After": "0"})
     platform = start(faults=[fault])
     result = command("--work", half_done)
@@ -308,11 +307,11 @@ def test_a_job_that_is_given_to_two_apps(
     start: Start, half_done: str, published: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
     """Both end, the job ends once, and nothing is there twice, in one work folder or in two."""
-    both, look = threading.Barrier(2, timeout=60), job._looked_at
+    both, look = threading.Barrier(2, timeout=60), job._open_slide
 
-    def looked_at(order: Any, question: Any) -> Any:
+    def looked_at(request: Any, inputs: Any) -> Any:
         both.wait()  # both have looked for the mark of posting before either makes it
-        return look(order, question)
+        return look(request, inputs)
 
     monkeypatch.setattr(job, "_open_slide", looked_at)
     platform = start()

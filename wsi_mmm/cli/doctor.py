@@ -130,7 +130,7 @@ def device() -> Finding:
 
 def encoder() -> Finding:
     """How a model would be run here: threads, memory, and the micro-batches that were measured on this machine."""
-    from wsi_mmm.engine.executors.threads import cpu_count
+    from wsi_mmm.host_tuning import cpu_count
     from wsi_mmm.model.tune import cpu_name, known_choices, tune_file
 
     folder = Path(os.path.expanduser(config.user_cache()))  # raises nothing without a home

@@ -10,6 +10,7 @@ import typer
 from wsi_mmm._version import __version__
 from wsi_mmm.cli import cache, doctor, empaia, fewshot, jobs, models, run, slide, train
 from wsi_mmm.cli.console import EXIT_CODES, guarded
+from wsi_mmm.host_tuning import tune_process
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,7 +65,8 @@ app.add_typer(models.models_app, name="models", rich_help_panel=_REST)
 
 
 def main() -> None:
-    """Entry point of the ``wsi-mmm`` command."""
+    """Entry point of the ``wsi-mmm`` command; tunes the process, which a library call never does."""
+    tune_process()
     signal.signal(signal.SIGTERM, _stop)
     app()
 

@@ -206,10 +206,10 @@ class _JobRunner:
     async def _run_slide(self, inputs: JobInputs) -> JobOutputs:
         """Run the slide through the engine: the outputs to post."""
         from wsi_mmm.empaia.posting import JobOutputs
-        from wsi_mmm.storage.outage import patiently
+        from wsi_mmm.storage.retry import retry_unit
 
         request = await _run_in_thread(lambda: self._prepare_request(inputs))
-        card, info, tissue = await _run_in_thread(lambda: patiently(partial(_open_slide, inputs=inputs), request))
+        card, info, tissue = await _run_in_thread(lambda: retry_unit(partial(_open_slide, inputs=inputs), request))
         await self._report_progress(_RUN)
         results = await self._run_engine(request)
         return JobOutputs(inputs, card, self._app.vendor, results, tissue, info)
@@ -224,26 +224,25 @@ class _JobRunner:
         if store.exists(store.join(self._folder, _POSTING_MARK)):
             raise JobError(_INTERRUPTED)
         spec = SlideSpec(f"{SCHEME}://{self._job.id}/{SLIDE}?image_format={self._app.pictures}", SLIDE)
-        prepare = partial(
-            api.order_run, spec, self._app.model, output=store.join(self._folder, "results"),
-            scheduler=self._app.scheduler, features=False, overlay=False, device=self._app.device,
-        )  # fmt: skip
-        if self._app.tls:
-            prepare = partial(prepare, tls=self._app.tls)
+        regions = None
         if inputs.regions:
             regions = store.join(self._folder, "regions.geojson")
             store.write_bytes(regions, regions_geojson(inputs.regions))
-            prepare = partial(prepare, regions=regions)
-        return prepare()
+        return api.run_request(
+            spec, self._app.model, output=store.join(self._folder, "results"), scheduler=self._app.scheduler,
+            tls=self._app.tls, regions=regions, features=False, overlay=False, device=self._app.device,
+        )  # fmt: skip
 
     async def _run_engine(self, request: RunRequest) -> Results:
         """Run the engine, reporting progress: the results of the slide."""
-        from wsi_mmm.api import executor_of
+        from wsi_mmm.api import executor_factory
         from wsi_mmm.empaia.results import results_at
         from wsi_mmm.engine.job import Job
         from wsi_mmm.engine.run import run_slides
 
-        engine = self._engine = Job(lambda listener, stop: run_slides(request, executor_of(request), listener, stop))
+        engine = self._engine = Job(
+            lambda listener, stop: run_slides(request, executor_factory(request), listener, stop)
+        )
         try:
             while not engine.done:
                 await asyncio.sleep(_POLL_SECONDS)

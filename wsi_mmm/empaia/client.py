@@ -171,10 +171,10 @@ class AppApi:
         self._ended = how  # before waiting, so that nobody ends it a second time meanwhile
         try:
             response, lost = await self._transport.ask("PUT", f"/{how}", data=data, again=False), False
-            for attempt in range(1, self._patience.attempts):
+            for pause in self._patience.pauses():
                 if not response.unclear:
                     break
-                await asyncio.sleep(self._patience.pause * 2 ** (attempt - 1))
+                await asyncio.sleep(pause)
                 response, lost = await self._transport.ask("PUT", f"/{how}", data=data, again=False), True
             if not (lost and response.status in _OVER):  # it had arrived, although nobody said so
                 self._check_response(response, f"PUT /{how}")
@@ -187,13 +187,13 @@ class AppApi:
     async def _post_batch(self, collection_id: str, batch: PostBatch) -> list[str]:
         path, count = f"/collections/{_path_part(collection_id)}/items", len(batch.items)
         response = await self._transport.ask("POST", path, data=batch.data)
-        for attempt in range(1, self._patience.attempts):
+        for pause in self._patience.pauses():
             if not response.unclear:
                 break
             found = await self._recover_ids(collection_id, batch)
             if found is not None:
                 return found
-            await asyncio.sleep(self._patience.pause * 2 ** (attempt - 1))
+            await asyncio.sleep(pause)
             response = await self._transport.ask("POST", path, data=batch.data)  # none had arrived
         if response.status == _TOO_LARGE and count > 1:
             first, rest = batch.halves()

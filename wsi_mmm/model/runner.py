@@ -7,7 +7,6 @@ zeros), each runs on one thread, and parallelism comes from several Python threa
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.host_tuning import keep_memory
+from wsi_mmm.host_tuning import cpu_count
 from wsi_mmm.model.fold import fold
 from wsi_mmm.model.identity import RUNTIMES
 from wsi_mmm.model.multitask import MultiTaskModel
@@ -75,12 +74,10 @@ class Runner:
         cache: Path | None = None,
     ) -> None:
         self.device = pick_device(device)
-        if self.device.type == "cpu":
-            keep_memory()
         lean, self._norms = fold(model.eval())  # before it is moved: a GPU rounds too much to compare
         self.model = lean.to(self.device)
         self.runtime = runtime
-        self.threads = max(1, threads or _cores()) if self.device.type == "cpu" else 1
+        self.threads = max(1, threads or cpu_count()) if self.device.type == "cpu" else 1
         self.quantise = dict(quantise or {})
         self._pass = forward_pass(self.model, runtime, self.device, folder=cache)
         self._cache = cache
@@ -220,10 +217,9 @@ class Runner:
                 f"{side} px": f"{desk.tuner.size} tiles ({desk.tuner.chosen})"
                 for (side, _), desk in sorted(self._desks.items())
             }
-        memory = "channels_last" + (", freed memory kept" if self.device.type == "cpu" else "")
         return {
             "device": str(self.device), "runtime": self.runtime, "tolerance": RUNTIMES[self.runtime],
-            "norms": self._norms, "micro_batch": sizes, "threads": self.threads, "memory": memory,
+            "norms": self._norms, "micro_batch": sizes, "threads": self.threads, "memory": "channels_last",
         }  # fmt: skip
 
     def busy(self) -> list[tuple[float, float]]:
@@ -272,10 +268,6 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"the device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
     return device
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def _one_thread() -> None:

@@ -20,7 +20,6 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from wsi_mmm.errors import OptionError
-from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.slides.base import Fetched, Reader, TileReader
 from wsi_mmm.slides.resample.cut import fill_tiles
 from wsi_mmm.tiles.grid import BlockTiles, any_overlap, blocks, level0_boxes, tile_xy, tiles_at
@@ -214,7 +213,6 @@ def stream(
     if workers < 0:
         raise OptionError(f"workers is {workers}: give 0 or more")
     parts = blocks(grid, index, block_tiles)
-    keep_memory()
     return _stream_batches(reader, grid, parts, batch_size=batch_size, workers=workers)
 
 

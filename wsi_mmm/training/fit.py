@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from wsi_mmm.errors import Cancelled, ConfigError, InputError, NotFinite
-from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.training import optim, state
@@ -188,8 +187,6 @@ def _start_run(
     callbacks: Callbacks,
     ranks: Ranks,
 ) -> _Run:
-    if ranks.device.type == "cpu":
-        keep_memory()
     model.to(device=ranks.device)
     model.to(memory_format=torch.channels_last)
     optim.begin(model, plan.optim)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from wsi_mmm.errors import ConfigError
-from wsi_mmm.host_tuning import keep_memory, short_turns
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.tasks.targets import Target
@@ -233,7 +232,6 @@ def batches(
         return sender.prepared(make_batch(by_name[draw.feed], wanted, draw=draw, plan=plan, fetched=fetched))
 
     def steps_made() -> Iterator[tuple[TrainBatch, ...]]:
-        keep_memory()
         with ExitStack() as stack:
             stack.callback(prefetch.close)
             made = _made_ahead(numbered(), make, threads=plan.threads, stack=stack)
@@ -262,7 +260,6 @@ def _made_ahead(
     stack.callback(torch.set_num_threads, torch.get_num_threads())
     pool = ThreadPoolExecutor(threads, "wsi-mmm-batch", initializer=torch.set_num_threads, initargs=(1,))
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-    stack.enter_context(short_turns())
     yield from map_ahead(pool, make, draws, most=threads + READ_AHEAD)
 
 

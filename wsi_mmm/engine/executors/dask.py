@@ -12,7 +12,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
-import logging
 import queue
 import time
 import uuid
@@ -47,7 +46,7 @@ from wsi_mmm.engine.stages import steps
 from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
 from wsi_mmm.errors import ClusterError, WsiError
 from wsi_mmm.storage import store
-from wsi_mmm.storage.outage import patiently
+from wsi_mmm.storage.retry import retry_unit
 
 AHEAD = 2  # works waiting at each worker thread, so that none waits for the client
 LOOK = 2.0  # seconds between looks at which workers and which other jobs there are: they come and go
@@ -61,7 +60,7 @@ RECIPES = "wsi-mmm-recipes"  # where the scheduler keeps them, by key
 
 def perform(bundle: bytes) -> list[UnitResult]:
     """What a worker does; ``bundle``: a work a line. Errors of ours are receipts; of others, Dask tries once more."""
-    return [_done(lambda unit: patiently(steps.perform, unit), line) for line in bundle.split(b"\n")]
+    return [_done(lambda unit: retry_unit(steps.perform, unit), line) for line in bundle.split(b"\n")]
 
 
 def perform_alone(bundle: bytes) -> list[UnitResult]:
@@ -310,9 +309,6 @@ def workers_of(client: Client) -> dict[str, WorkerFacts]:
     return {name: WorkerFacts(facts["nthreads"], dict(facts.get("resources") or {})) for name, facts in found.items()}
 
 
-NOISY = ("distributed", *(f"distributed.{part}" for part in ("batched", "client", "comm", "core", "utils")))
-
-
 def connect(address: str, timeout: float = 10.0, *, tls: Tls | None = None) -> DaskExecutor:
     """The cluster at ``address``: tcp://host:port; with ``tls``, tls://host:port.
 
@@ -328,8 +324,6 @@ def client_of(cluster: Client | str, timeout: float = 10.0, *, tls: Tls | None =
     """A client of the scheduler at an address; a client is given back. ClusterError when nobody answers."""
     if not isinstance(cluster, str):
         return cluster
-    for name in NOISY:  # what they have to say is said in our words
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         kept = {"distributed.admin.low-level-log-length": SAID}
         with dask.config.set({"distributed.comm.timeouts.connect": timeout, **kept}):

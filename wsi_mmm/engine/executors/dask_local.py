@@ -10,8 +10,8 @@ from typing import Any
 from distributed import Client, LocalCluster
 
 from wsi_mmm.engine.executors.dask import DaskExecutor, over
-from wsi_mmm.engine.executors.threads import cpu_count
 from wsi_mmm.errors import ClusterError
+from wsi_mmm.host_tuning import cpu_count
 
 MAIN_GUARD = "in a script, call it below: if __name__ == '__main__':"
 
@@ -42,7 +42,8 @@ def local_cluster(workers: int, gpus: Sequence[str] = ()) -> DaskExecutor:
     # that is free, as several runs may be under way.
     options: dict[str, Any] = {
         "threads_per_worker": max(2, cpu_count() // workers), "processes": True, "dashboard_address": None,
-        "host": "127.0.0.1", "silence_logs": 50, "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"},
+        "host": "127.0.0.1", "silence_logs": 50, "preload": ["wsi_mmm.host_tuning"],
+        "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"},
     }  # fmt: skip
     try:
         if len(gpus) > 1:

@@ -11,20 +11,13 @@ import queue
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.stages import context, steps
 from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
 from wsi_mmm.errors import WsiError
-from wsi_mmm.host_tuning import short_turns
-from wsi_mmm.storage.outage import patiently
-
-
-def cpu_count() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from wsi_mmm.storage.retry import retry_unit
 
 
 class ThreadsExecutor:
@@ -39,8 +32,6 @@ class ThreadsExecutor:
         self._flying: dict[str, int] = {"forward": 0, "other": 0}
         self._limits = {"forward": self.models + max(1, readers) + 1, "other": max(1, finishers) + 1}
         self._stopped = threading.Event()
-        self._turns = ExitStack()
-        self._turns.enter_context(short_turns())
         self._recipe: Recipe | None = recipe
 
     def room(self, kind: Kind) -> int:
@@ -71,7 +62,7 @@ class ThreadsExecutor:
             if self._stopped.is_set():
                 return
             try:
-                result = patiently(step, value, stopped=self._stopped)
+                result = retry_unit(step, value, stopped=self._stopped)
             except BaseException as error:  # noqa: BLE001  (a failed work is a receipt: no thread ends unseen)
                 self._results.put(failure(unit, error))
                 return
@@ -97,7 +88,6 @@ class ThreadsExecutor:
         self._stopped.set()
         for pool in (self._reading, self._computing, self._finishing):
             pool.shutdown(wait=True, cancel_futures=cancel)
-        self._turns.close()
         context.release(models=False)
 
 
