@@ -12,7 +12,7 @@ from wsi_mmm.empaia.bodies import Wsi
 from wsi_mmm.empaia.client import AppApi, Mode
 from wsi_mmm.empaia.geometry import Area, area_of
 from wsi_mmm.errors import JobError, PlatformError, WsiError
-from wsi_mmm.slides.service.info import info_of
+from wsi_mmm.slides.service.info import parse_slide_info
 from wsi_mmm.types import F64
 
 SLIDE, REGIONS = "slide", "regions"
@@ -63,8 +63,8 @@ async def _read_input(api: AppApi, key: str, what: str) -> object:
 def read_slide(value: object) -> Wsi:
     """The slide of an input. JobError when it cannot be worked on."""
     try:
-        info = info_of(value, uri="the slide", mark=str)
-        assert isinstance(value, Mapping)  # info_of has read it
+        info = parse_slide_info(value, uri="the slide", fingerprint=str)
+        assert isinstance(value, Mapping)  # parse_slide_info has read it
         slide_id = value["id"]
     except (KeyError, WsiError) as error:
         raise JobError("The platform's description of the slide cannot be used.") from error
