@@ -139,7 +139,7 @@ def _load(recipe: Recipe) -> Runner:
         model = load_model(_model_of(recipe))
     quantise = {task.info.name: task.quantise for task in tasks_of(recipe)}
     runner = Runner(
-        model, device=recipe.device, threads=recipe.threads, quantise=quantise, runtime=recipe.runtime, tune=True,
+        model, device=recipe.device, threads=recipe.threads, quantise=quantise, runtime=recipe.runtime,
         cache=_user_cache(recipe),
     )  # fmt: skip
     runner.warm_up(recipe.tile, recipe.tasks)
