@@ -11,6 +11,7 @@ import wsi_mmm
 from wsi_mmm import api, requests
 from wsi_mmm.engine.output_lock import claimed
 from wsi_mmm.errors import OptionError, OutputError
+from wsi_mmm.options import make_options
 
 
 @pytest.mark.parametrize(
@@ -53,11 +54,11 @@ def test_a_cache_that_cannot_be_written_is_said_before_anything_runs(tmp_path: P
 
 
 def test_paths_do_not_depend_on_the_folder_a_worker_stands_in(in_tmp: Path) -> None:
-    """Slide, mask, tissue, cache and output are absolute once an order is written."""
-    recipe = requests.model_recipe("default", "stain", {"tissue": Path("t.geojson"), "cache": "c"})
-    assert (recipe.tissue, recipe.cache) == (str(in_tmp / "t.geojson"), str(in_tmp / "c"))
+    """Slide, mask, tissue, cache and output are absolute once a request is made."""
+    recipe = requests.model_recipe("default", "stain", make_options({"tissue": Path("t.geojson"), "cache": "c"}))
+    assert (recipe.options.tissue, recipe.options.cache) == (str(in_tmp / "t.geojson"), str(in_tmp / "c"))
     (in_tmp / "m.csv").write_text("slide,mask\na.svs,m.png\n")
-    [task] = requests.order_of("m.csv", recipe, "out", 0, None, {}).tasks
+    [task] = requests.request_run("m.csv", recipe, "out").tasks
     assert (task.uri, task.mask) == (str(in_tmp / "a.svs"), str(in_tmp / "m.png"))
     assert task.output == str(in_tmp / "out" / "a")
 
@@ -81,5 +82,5 @@ def test_local_workers_share_the_processors(
 ) -> None:
     """Two workers on eight cores run the model on four threads each; --threads wins."""
     monkeypatch.setattr(requests, "cpu_count", lambda: 8)
-    made = api.order_run(tiny_slide, output=tmp_path, **options)
-    assert made.recipe.threads == threads and all(task.recipe.threads == threads for task in made.tasks)
+    made = api.run_request(tiny_slide, output=tmp_path, **options)
+    assert made.recipe.options.threads == threads and all(task.recipe.options.threads == threads for task in made.tasks)

@@ -8,34 +8,35 @@ import pytest
 
 from wsi_mmm import config
 from wsi_mmm.errors import ConfigError, OptionError
+from wsi_mmm.options import positive_mpp, resolution
 
 
 @pytest.mark.parametrize("value", [0, -0.5, float("nan"), float("inf"), "0", "nan", "fine", ""])
 def test_a_resolution_must_be_a_finite_number_above_zero(value: float | str) -> None:
     """Zero, negative, NaN, infinite and non-numbers are refused with the unit in the message."""
     with pytest.raises(OptionError, match="micrometres per pixel"):
-        config.positive_mpp(value)
+        positive_mpp(value)
 
 
 def test_a_magnification_is_ten_over_mpp() -> None:
     """20x is 0.5 mpp, 40x is 0.25 mpp, and neither leaves the model's own."""
-    assert config.mpp_of(None, 20) == 0.5
-    assert config.mpp_of(None, 40) == 0.25
-    assert config.mpp_of(0.3, None) == 0.3
-    assert config.mpp_of(None, None) is None
+    assert resolution(None, 20) == 0.5
+    assert resolution(None, 40) == 0.25
+    assert resolution(0.3, None) == 0.3
+    assert resolution(None, None) is None
 
 
 def test_mpp_and_magnification_exclude_each_other() -> None:
     """Two resolutions in one command are refused."""
     with pytest.raises(OptionError, match="not both"):
-        config.mpp_of(0.5, 20)
+        resolution(0.5, 20)
 
 
 @pytest.mark.parametrize("mag", [0, -1, float("nan")])
 def test_a_magnification_must_be_possible(mag: float) -> None:
     """Zero, negative and NaN magnifications are refused."""
     with pytest.raises(OptionError, match="magnification"):
-        config.mpp_of(None, mag)
+        resolution(None, mag)
 
 
 def test_a_settings_file_is_read(tmp_path: Path) -> None:

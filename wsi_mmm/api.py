@@ -1,4 +1,4 @@
-"""What a Python user calls: run, submit, embed, stream_tiles, load_model, demo."""
+"""The public functions: run, submit, embed, stream_tiles, load_model, demo."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from wsi_mmm.api_train import fit_head, prepare_training, read_annotations, train, train_fractions
 from wsi_mmm.config import user_cache, visible_gpus
@@ -20,8 +20,8 @@ from wsi_mmm.engine.monitoring.recall import recall
 from wsi_mmm.engine.monitoring.run_report import RunReport
 from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.engine.units import Executor
-from wsi_mmm.errors import OutputError
-from wsi_mmm.requests import Slides, checked_here, encoder_recipe, model_recipe, order_of
+from wsi_mmm.options import RunKeywords, make_options
+from wsi_mmm.requests import Slides, check_runtime_here, encoder_recipe, model_recipe, request_run
 from wsi_mmm.slides import Slide
 from wsi_mmm.types import Batch
 
@@ -49,7 +49,7 @@ def run(
     scheduler: str | None = None,
     progress: Listener | None = None,
     observe: Observe = NOTHING,
-    **options: Any,
+    **options: Unpack[RunKeywords],
 ) -> RunReport:
     """Run a model over slides and write one folder per slide; re-running resumes.
 
@@ -62,11 +62,8 @@ def run(
         scheduler: address of a Dask cluster, ``tcp://host:port``; ``tls://host:port`` with ``tls``, a folder of
             certificates (``ca.crt``, ``tls.crt``, ``tls.key``).
         progress: called with an Event whenever something happened.
-        observe: what to show of the run: logs, metrics, traces.
-        **options: ``mpp``, ``tile_size``, ``overlap``, ``batch_size``, ``block_tiles``, ``threads``, ``device``,
-            ``tissue``, ``regions``, ``min_tissue``, ``mpp_override``, ``cache``, ``cache_tiles``, ``cache_quota``,
-            ``reader``, ``features``, ``save_maps``, ``bounds_offset``, ``force``, ``gzip``, ``overlay``,
-            ``runtime``, ``placement``.
+        observe: logs, metrics and traces of the run.
+        **options: the options of `wsi_mmm.options.RunOptions`, listed in docs/cli.md.
 
     Returns:
         A RunReport: one row per slide, ``exit_code`` 0 only if every slide succeeded. A slide that fails does not stop
@@ -76,11 +73,11 @@ def run(
         OptionError, ModelError, ManifestError, OutputError, ClusterError: before any slide is begun.
         Cancelled: on Ctrl-C; running the same again resumes.
     """
-    order = order_run(slides, model, output=output, tasks=tasks, workers=workers, scheduler=scheduler, **options)
-    return run_slides(order, executor_of(order), progress or silent, observe=observe)
+    request = run_request(slides, model, output=output, tasks=tasks, workers=workers, scheduler=scheduler, **options)
+    return execute(request, progress, observe=observe)
 
 
-def order_run(
+def run_request(
     slides: Slides,
     model: str | Path = "default",
     *,
@@ -88,10 +85,16 @@ def order_run(
     tasks: str | Sequence[str] | None = None,
     workers: int = 0,
     scheduler: str | None = None,
-    **options: Any,
+    **options: Unpack[RunKeywords],
 ) -> RunRequest:
-    """What ``run`` would do, checked as ``run`` checks it; no slide is opened."""
-    return checked_here(order_of(slides, model_recipe(str(model), tasks, options), output, workers, scheduler, options))
+    """Return the run that `run` would execute, with the same checks; no slide is opened."""
+    asked = make_options(options, workers=workers, scheduler=scheduler)
+    return check_runtime_here(request_run(slides, model_recipe(str(model), tasks, asked), output))
+
+
+def execute(request: RunRequest, progress: Listener | None = None, *, observe: Observe = NOTHING) -> RunReport:
+    """Execute a run, in this process, in local processes or on a cluster, as its options say. Raises as `run` does."""
+    return run_slides(request, executor_factory(request), progress or silent, observe=observe)
 
 
 def submit(
@@ -100,34 +103,35 @@ def submit(
     model: str | Path = "default",
     *,
     output: str | Path,
+    tasks: str | Sequence[str] | None = None,
+    observe: Observe = NOTHING,
     detach: bool = True,
-    **options: Any,
+    **options: Unpack[RunKeywords],
 ) -> Job[RunReport] | ClusterJob[RunReport]:
-    """Run on the cluster of a Dask ``client``, or at an address; returns at once. This process needs no torch.
+    """Run on the cluster of a Dask ``client``, or at an address, and return at once. Imports no torch here.
 
     The job lives on the cluster: it goes on when this process ends, and `attach` finds it by its ``.id``. With
-    ``detach=False`` this process keeps its books, and it ends with it. ``options`` are those of ``run``. Both kinds of
-    job have ``.progress``, ``.result(timeout)``, ``.cancel()``, ``.done``.
+    ``detach=False`` this process drives the run, and the run ends with it. ``options`` are those of `run`. Both kinds
+    of job have ``.progress``, ``.result(timeout)``, ``.cancel()``, ``.done``.
     """
     from wsi_mmm.engine.executors.dask import attached, client_of
 
-    tasks, observe = options.pop("tasks", None), options.pop("observe", NOTHING)
-    address = client if isinstance(client, str) else None
-    order = order_of(slides, model_recipe(str(model), tasks, options), output, 0, address, options)
-    held = client_of(client, tls=order.tls)
+    asked = make_options(options, scheduler=_address(client))
+    request = request_run(slides, model_recipe(str(model), tasks, asked), output)
+    connected = client_of(client, tls=request.tls)
     if not detach:
-        return Job(lambda listener, stop: run_slides(order, attached(held), listener, stop, observe=observe))
+        return Job(lambda listener, stop: run_slides(request, attached(connected), listener, stop, observe=observe))
     from wsi_mmm.engine.executors.dask_jobs import JobSpec, launch
 
-    bare = replace(order, tls=None)  # paths of this machine
-    errand = JobSpec(partial(run_slides, bare, observe=observe), partial(_recalled, bare))
-    return launch(held, order.output, len(order.tasks), errand)
+    remote = replace(request, tls=None)  # paths of this machine
+    job = JobSpec(partial(run_slides, remote, observe=observe), partial(_load_report, remote))
+    return launch(connected, request.output, len(request.tasks), job)
 
 
 def attach(client: Client | str, job: str, *, tls: str | Path | None = None) -> ClusterJob[RunReport]:
-    """The job of that id on the cluster of a Dask ``client``, or at an address, whoever submitted it.
+    """Return the job of that id on the cluster of a Dask ``client``, or at an address, whoever submitted it.
 
-    It has ``.note`` (how it stands), ``.progress``, ``.watch()``, ``.result(timeout)``, ``.cancel()``, ``.forget()``.
+    It has ``.note`` (its status), ``.progress``, ``.watch()``, ``.result(timeout)``, ``.cancel()``, ``.forget()``.
     ClusterError when the cluster knows no such job.
     """
     from wsi_mmm.engine.executors.dask_jobs import job_of
@@ -136,8 +140,8 @@ def attach(client: Client | str, job: str, *, tls: str | Path | None = None) -> 
 
 
 def list_jobs(client: Client | str, *, tls: str | Path | None = None) -> list[tuple[JobStatus, bool]]:
-    """Every job that a cluster knows, the oldest first, and whether it is in good hands: False when it should run, and
-    whoever ran it is gone. Jobs that have ended are remembered until they are forgotten, or fifty came after them."""
+    """Return every job that a cluster knows, the oldest first, and whether it is alive: False when it should run and
+    the process that ran it is gone. Jobs that have ended stay until they are forgotten or fifty newer ones came."""
     from wsi_mmm.engine.executors.dask_jobs import notes_of
 
     return notes_of(client, tls=tls_of(tls, _address(client)))
@@ -154,24 +158,24 @@ def embed(
     progress: Listener | None = None,
     observe: Observe = NOTHING,
     export: str | Sequence[str] = (),
-    **options: Any,
+    **options: Unpack[RunKeywords],
 ) -> RunReport:
-    """Features only: one vector per tile, in ``<output>/<slide>/features.zarr``.
+    """Compute features only: one vector per tile, in ``<output>/<slide>/features.zarr``.
 
     ``encoder``: a model name or folder (its encoder is used), or any timm name or ``hf-hub:`` id; ``weights``: a local
     safetensors file for it, or "random". Tiles are 256 px at 0.5 mpp without overlap unless ``options`` say otherwise.
-    ``export``: further formats per slide, of "h5" (TRIDENT, CLAM) and "pt". Otherwise as ``run``.
+    ``export``: further formats per slide, of "h5" (TRIDENT, CLAM) and "pt". Otherwise as `run`.
     """
     formats = run_report.known_exports(export)
-    order = checked_here(
-        order_of(slides, encoder_recipe(encoder, weights, options), output, workers, scheduler, options)
+    request = embed_request(
+        slides, encoder, output=output, weights=weights, workers=workers, scheduler=scheduler, **options
     )
-    report = run_slides(order, executor_of(order), progress or silent, observe=observe)
+    report = execute(request, progress, observe=observe)
     run_report.export_features(report, formats)
     return report
 
 
-def order_embed(
+def embed_request(
     slides: Slides,
     encoder: str = "default",
     *,
@@ -179,12 +183,11 @@ def order_embed(
     weights: str | None = None,
     workers: int = 0,
     scheduler: str | None = None,
-    **options: Any,
+    **options: Unpack[RunKeywords],
 ) -> RunRequest:
-    """What ``embed`` would do, checked as ``embed`` checks it; no slide is opened."""
-    return checked_here(
-        order_of(slides, encoder_recipe(encoder, weights, options), output, workers, scheduler, options)
-    )
+    """Return the run that `embed` would execute, with the same checks; no slide is opened."""
+    asked = make_options(options, workers=workers, scheduler=scheduler)
+    return check_runtime_here(request_run(slides, encoder_recipe(encoder, weights, asked), output))
 
 
 def stream_tiles(
@@ -197,7 +200,7 @@ def stream_tiles(
     batch_size: int = 64,
     workers: int = 2,
 ) -> Iterator[Batch]:
-    """Tiles of a slide in batches: ``.pixels`` uint8[n, size, size, 3], ``.xy`` int64[n, 2] level-0 px (x, y).
+    """Yield the tiles of a slide: ``.pixels`` uint8[n, size, size, 3], ``.xy`` int64[n, 2] level-0 px (x, y).
 
     The order is fixed, the last batch may be short; ``workers`` threads read ahead of the caller.
     """
@@ -218,7 +221,7 @@ def stream_tiles(
 
 
 def load_model(name_or_path: str | Path = "default", device: str = "cpu") -> MultiTaskModel:
-    """The model of a name, folder or URI; ``model.encoder(x)``, ``.squeezer(pyramid)``, ``model(x, tasks=[...])``."""
+    """Load a model by name, folder or URI; ``model.encoder(x)``, ``.squeezer(pyramid)``, ``model(x, tasks=[...])``."""
     from wsi_mmm.model.checkpoint import load_model as load
     from wsi_mmm.model.fetched import fetched
 
@@ -251,45 +254,44 @@ def export_model(
     return export_onnx(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
 
 
-def demo(output: str | Path = "demo", *, seed: int = 0, progress: Listener | None = None, **options: Any) -> RunReport:
+def demo(
+    output: str | Path = "demo", *, seed: int = 0, progress: Listener | None = None, **options: Unpack[RunKeywords]
+) -> RunReport:
     """Generate a seeded synthetic slide under ``output`` and run the default model on it."""
     from wsi_mmm.slides.fake import synthetic_slide
+    from wsi_mmm.storage.atomic import atomic_file
 
     folder = Path(output)
     path = folder / "synthetic.tiff"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
     if not path.exists():
-        half = path.with_name(".synthetic.part.tiff")  # a drawing that is cut short is no slide
-        synthetic_slide(half, seed=seed)
-        half.replace(path)
+        with atomic_file(path) as unfinished:
+            synthetic_slide(unfinished, seed=seed)
     return run(str(path), output=folder / "results", progress=progress, **options)
 
 
-def executor_of(order: RunRequest) -> Callable[[], Executor]:
-    """What makes the executor that an order names: a cluster's, local processes, or this process."""
+def executor_factory(request: RunRequest) -> Callable[[], Executor]:
+    """Return the function that makes the executor of a request: a cluster's, local processes, or this process."""
+    options = request.recipe.options
 
     def make() -> Executor:
-        if order.scheduler:
+        if options.scheduler:
             from wsi_mmm.engine.executors.dask import connect
 
-            return connect(order.scheduler, tls=order.tls)
-        if order.workers:
+            return connect(options.scheduler, tls=request.tls)
+        if options.workers:
             from wsi_mmm.engine.executors.dask_local import local_cluster
 
-            return local_cluster(order.workers, visible_gpus())
+            return local_cluster(options.workers, visible_gpus())
         from wsi_mmm.engine.executors.threads import ThreadsExecutor
 
-        return ThreadsExecutor(order.recipe)
+        return ThreadsExecutor(request.recipe)
 
     return make
 
 
-def _recalled(order: RunRequest) -> RunReport:
-    """The report of a run that has ended, from what it wrote."""
-    return recall(order.output, order.recipe, order.tasks)
+def _load_report(request: RunRequest) -> RunReport:
+    """Return the report of a run that has ended, from the files it wrote."""
+    return recall(request.output, request.recipe, request.tasks)
 
 
 def _address(client: Client | str) -> str | None:

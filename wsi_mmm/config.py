@@ -1,12 +1,11 @@
-"""What the user asked for: one slide, settings files and the environment.
+"""One slide as a user names it, settings files and the environment.
 
-This is the only reader of TOML and of environment variables in the package (what object stores need excepted: it
-is read where the object store is opened, and nowhere else). Nothing is read at import time.
+This is the only module that reads TOML and environment variables, except that object stores read their own where they
+are opened. Nothing is read at import time.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import tomllib
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from wsi_mmm.errors import ConfigError, OptionError
+from wsi_mmm.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,30 +34,8 @@ class SlideSpec:
     error: str = ""
 
 
-def positive_mpp(value: str | float) -> float:
-    """``value`` as micrometres per pixel; OptionError unless it is a finite number above zero."""
-    try:
-        mpp = float(value)
-    except ValueError as error:
-        raise OptionError(f"mpp {value!r} is not a number; give micrometres per pixel, such as 0.25") from error
-    if not math.isfinite(mpp) or mpp <= 0:
-        raise OptionError(f"mpp {value} is not possible; give micrometres per pixel above zero, such as 0.25")
-    return mpp
-
-
-def mpp_of(mpp: float | None, mag: float | None) -> float | None:
-    """The resolution asked for, given as ``mpp`` or as a nominal magnification (10 / magnification: 20x is 0.5 mpp)."""
-    if mag is None:
-        return mpp if mpp is None else positive_mpp(mpp)
-    if mpp is not None:
-        raise OptionError("give --mpp or --mag, not both")
-    if not math.isfinite(mag) or mag <= 0:
-        raise OptionError(f"magnification {mag} is not possible; give a number above zero, such as 20")
-    return 10.0 / mag
-
-
 def read_toml(path: str | Path) -> dict[str, object]:
-    """What a TOML file says; ConfigError when there is none, or what is wrong with it."""
+    """Return the contents of a TOML file; ConfigError when it is missing or cannot be read."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -68,7 +45,7 @@ def read_toml(path: str | Path) -> dict[str, object]:
 
 
 def read_settings(path: str | Path, known: Iterable[str]) -> dict[str, object]:
-    """A flat TOML file of options; ConfigError names an unknown option or what is wrong with the file."""
+    """Return the options of a flat TOML file; ConfigError names an unknown option or the fault of the file."""
     settings = read_toml(path)
     names = sorted(known)
     unknown = sorted(set(settings) - set(names))

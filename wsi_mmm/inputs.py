@@ -14,8 +14,9 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from wsi_mmm.config import SlideSpec, positive_mpp
+from wsi_mmm.config import SlideSpec
 from wsi_mmm.errors import InputError, ManifestError, NotFound, OptionError, SlideNotFound, StorageError
+from wsi_mmm.options import positive_mpp
 from wsi_mmm.slides.dicom import one_per_series
 from wsi_mmm.storage import store
 

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -33,6 +33,7 @@ from helpers.processes import running, wait_for
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.executors.dask import attached, client_of
 from wsi_mmm.engine.run import RunRequest, run_slides
+from wsi_mmm.options import RunOptions
 
 HERE = Path(__file__).parent
 EVERY = 0.5  # seconds between samples of memory
@@ -163,7 +164,7 @@ def measure(count: int, workers: int, *, speed: float, processes: int) -> Row:
         Path(output).mkdir()
         wanted = slides(count, output)
         row = Row(count, wanted.units, workers, mean_of(taken, count, wanted.units))
-        order = RunRequest(wanted.tasks, recipe(), output, 0, address)
+        order = RunRequest(wanted.tasks, replace(recipe(), options=RunOptions(scheduler=address)), output)
         found = {"client": psutil.Process(), "scheduler": psutil.Process(sid)}
         found |= {f"workers-{number}": psutil.Process(pid) for number, pid in enumerate(wids)}
         with client_of(address) as client:

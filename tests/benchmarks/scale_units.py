@@ -147,7 +147,7 @@ def _laps(kind: Kind, start: float, end: float) -> list[Lap]:
 def _published(task: SlideTask) -> dict[str, Any]:
     """What slide.json says."""
     return {
-        "format": "wsi-mmm-slide/1", "id": task.id, "uri": task.uri, "status": "done", "recipe": task.recipe.public(),
+        "format": "wsi-mmm-slide/1", "id": task.id, "uri": task.uri, "status": "done", "recipe": task.recipe.to_json(),
         "fingerprint": "f" * 32, "reader": "tiff", "vendor": "aperio", "mpp_effective": 0.5,
         "tiles": 784, "objects": {"nuclei": 5000},
         "classes": {"nuclei": {"nucleus": 5000}, "stain": {"H&E": 784, "IHC": 0, "Giemsa": 0, "other": 0}},

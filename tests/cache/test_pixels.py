@@ -15,9 +15,9 @@ import pytest
 import zarr
 
 from wsi_mmm.cache import CachedReader
-from wsi_mmm.cache.quota import Quota, bytes_of, stored_shards, trim
+from wsi_mmm.cache.quota import Quota, stored_shards, trim
 from wsi_mmm.cache.shard import CHUNK, SHARD
-from wsi_mmm.errors import OptionError, OutputError
+from wsi_mmm.errors import OutputError
 from wsi_mmm.slides.base import Fetched
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.tiles.grid import make_grid
@@ -339,18 +339,3 @@ def test_one_process_trims_at_a_time(slide: ArrayReader, tmp_path: Path) -> None
     assert len(shards(tmp_path)) == 4
     assert trim(tmp_path, 1) > 0
     assert not shards(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("50GB", 50 * 10**9), ("1.5 TiB", 3 * 2**39), ("200000", 200_000), ("7mb", 7_000_000), (9, 9)]
-)
-def test_sizes_in_words(text: str | int, size: int) -> None:
-    """Decimal and binary units, with or without a space."""
-    assert bytes_of(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "12 parsecs", "1e9"])
-def test_other_words_are_no_size(text: str) -> None:
-    """The error names the way to write it."""
-    with pytest.raises(OptionError, match="such as 50GB"):
-        bytes_of(text)

@@ -19,9 +19,13 @@ from typer.testing import CliRunner, Result
 
 from wsi_mmm.cli import console, doctor, models, slide
 from wsi_mmm.cli.main import app
+from wsi_mmm.config import SlideSpec
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.monitoring.observe import Observe
+from wsi_mmm.engine.monitoring.run_report import exit_code
 from wsi_mmm.errors import Cancelled, InputError, ModelError, OutputError
+from wsi_mmm.inputs import expand_inputs
+from wsi_mmm.options import OBSERVE_OPTIONS, RUN_OPTIONS, Option, RunOptions, command_options
 
 COMMANDS = ["run", "embed", "info", "thumbnail", "tissue", "models", "export", "doctor", "demo", "cache"]
 
@@ -50,21 +54,29 @@ class Report:
     seconds: float = 12.3
     unsaved: str = ""
 
+    @property
+    def exit_code(self) -> int:
+        return exit_code([row.status for row in self.slides], saved=not self.unsaved)
+
+
+@dataclass
+class Request:
+    """What the api would run: one task per slide."""
+
+    tasks: list[SlideSpec]
+
 
 @dataclass
 class FakeApi:
-    """Stands in for wsi_mmm.api: remembers what it was called with."""
+    """Stands in for wsi_mmm.api: checks options and slides as it does, remembers what it was called with."""
 
     statuses: list[str] = field(default_factory=lambda: ["done"])
     error: BaseException | None = None
     unsaved: str = ""
     calls: list[tuple[str, Any, dict[str, Any]]] = field(default_factory=list)
+    observe: Observe | None = None
 
-    def _call(self, name: str, slides: Any, options: dict[str, Any]) -> Report:
-        self.calls.append((name, slides, options))
-        if self.error is not None:
-            raise self.error
-        progress: Callable[[Event], None] = options["progress"]
+    def _report(self, progress: Callable[[Event], None]) -> Report:
         for number, status in enumerate(self.statuses, start=1):
             progress(Event("slide", f"s{number}", number, len(self.statuses), status))
         rows = [
@@ -72,14 +84,33 @@ class FakeApi:
         ]
         return Report(rows, unsaved=self.unsaved)
 
-    def run(self, slides: Any, **options: Any) -> Report:
-        return self._call("run", slides, options)
+    def _request(self, name: str, slides: list[str], options: dict[str, Any]) -> Request:
+        known = {option.name for option in RUN_OPTIONS}
+        RunOptions(**{option: value for option, value in options.items() if option in known})
+        specs = expand_inputs(slides)
+        self.calls.append((name, specs, options))
+        if self.error is not None:
+            raise self.error
+        return Request(specs)
 
-    def embed(self, slides: Any, **options: Any) -> Report:
-        return self._call("embed", slides, options)
+    def run_request(self, slides: list[str], **options: Any) -> Request:
+        return self._request("run", slides, options)
+
+    def embed_request(self, slides: list[str], **options: Any) -> Request:
+        return self._request("embed", slides, options)
+
+    def execute(self, request: Request, progress: Callable[[Event], None], *, observe: Observe) -> Report:
+        self.observe = observe
+        return self._report(progress)
+
+    def submit(self, scheduler: str, slides: list[str], *, observe: Observe, **options: Any) -> types.SimpleNamespace:
+        self.observe = observe
+        self._request("submit", slides, {"scheduler": scheduler, **options})
+        return types.SimpleNamespace(id="1a2b")
 
     def demo(self, output: str, **options: Any) -> Report:
-        return self._call("demo", output, options)
+        self.calls.append(("demo", output, options))
+        return self._report(options["progress"])
 
 
 @pytest.fixture
@@ -89,7 +120,8 @@ def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
 
     fake = FakeApi()
     module = types.ModuleType("wsi_mmm.api")
-    module.__dict__.update(run=fake.run, embed=fake.embed, demo=fake.demo)
+    names = ("run_request", "embed_request", "execute", "submit", "demo")
+    module.__dict__.update({name: getattr(fake, name) for name in names})
     monkeypatch.setitem(sys.modules, "wsi_mmm.api", module)
     monkeypatch.setattr(wsi_mmm, "api", module, raising=False)
     return fake
@@ -145,29 +177,54 @@ def test_run_forwards_only_what_was_given(api: FakeApi) -> None:
     name, slides, options = api.calls[0]
     assert name == "run"
     assert [(spec.uri, spec.id) for spec in slides] == [("a.svs", "a")]
-    assert options.pop("progress")
-    assert options == {"output": "out"}
+    assert options == {"output": "out"} and api.observe == Observe()
 
 
-def test_every_flag_of_run_reaches_the_api(api: FakeApi) -> None:
-    """Each flag arrives under its name, with its type."""
-    line = (
-        "run a.svs -o out -m m --task t --task u --mag 20 --tile-size 256 --overlap 32 --tissue none "
-        "--mpp-override 0.3 --reader tiff --cache c --maps --no-gzip --bounds-offset "
-        "--batch-size 8 --workers 2 --threads 1 --device cpu --runtime bf16 --scheduler tcp://h:1 --force "
-        "--log-file run.jsonl --log-level debug --metrics-port 9464 --traces"
-    )
-    assert invoke(*line.split()).exit_code == 0
-    options = api.calls[0][2]
-    del options["progress"]
-    assert options == {
-        "output": "out", "model": "m", "tasks": ["t", "u"], "mpp": 0.5, "tile_size": 256, "overlap": 32,
-        "tissue": "none", "mpp_override": 0.3, "reader": "tiff", "cache": "c", "save_maps": True, "gzip": False,
-        "bounds_offset": True,
-        "batch_size": 8, "workers": 2, "threads": 1, "device": "cpu", "runtime": "bf16",
-        "scheduler": "tcp://h:1", "force": True,
-        "observe": Observe("run.jsonl", "debug", 9464, "otlp"),
-    }  # fmt: skip
+SAID: dict[str, tuple[tuple[str, ...], object]] = {
+    "tasks": (("--task", "t", "--task", "u"), ["t", "u"]), "cache_tiles": (("--cache-tiles", "off"), "off"),
+    "runtime": (("--runtime", "bf16"), "bf16"), "device": (("--device", "cpu"), "cpu"),
+    "mag": (("--mag", "20"), 0.5), "placement": (("--placement", "pool", "--cache", "c"), "pool"),
+    "cache_quota": (("--cache-quota", "50GB"), "50GB"),
+}  # fmt: skip
+"""Words and value of flags that take no number and no plain word."""
+OBSERVED = {option.name for option in OBSERVE_OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(command, option) for command in ("run", "embed") for option in command_options(command)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_every_flag_reaches_the_api(command: str, option: Option, api: FakeApi, in_tmp: Path) -> None:
+    """Each flag arrives under its name, with its type; a flag that is not forwarded does what it says."""
+    plain = {str: ("x", "x"), int: ("3", 3), float: ("0.3", 0.3)}
+    value: object = option.flag_value
+    words = (option.flags[-1],)
+    if option.value_type in plain:
+        words, value = (*words, plain[option.value_type][0]), plain[option.value_type][1]
+    words, value = SAID.get(option.name, (words, value))
+    if option.name == "config":
+        (in_tmp / "run.toml").write_text("min_tissue = 0.3\n")
+        words, value = ("--config", "run.toml"), 0.3
+    if option.name in ("dry_run", "detach"):
+        words = (*words, "--scheduler", "tcp://h:1")
+    done = invoke(command, "a.svs", *words)
+    if option.name == "dry_run":
+        assert api.calls[0][0] == command and api.observe is None
+        return
+    assert done.exit_code == 0, done.stderr
+    if option.name in OBSERVED:
+        assert getattr(api.observe, option.name) == {"traces": "otlp"}.get(option.name, value)
+        return
+    name = {"mag": "mpp", "config": "min_tissue", "detach": "scheduler"}.get(option.name, option.name)
+    assert api.calls[0][2][name] == (value if option.name != "detach" else "tcp://h:1")
+    assert api.calls[0][0] == ("submit" if option.name == "detach" else command)
+
+
+def test_detaching_needs_a_scheduler(api: FakeApi) -> None:
+    """One line that names the flag."""
+    result = invoke("run", "a.svs", "--detach")
+    assert (result.exit_code, result.stderr) == (1, "error: --detach needs --scheduler ADDRESS\n")
 
 
 def test_embed_forwards_encoder_and_weights(api: FakeApi) -> None:

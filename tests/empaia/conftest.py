@@ -26,7 +26,7 @@ from wsi_mmm.empaia.transport import Patience
 from wsi_mmm.engine.stages import context
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.service import reader
-from wsi_mmm.storage import outage
+from wsi_mmm.storage import retry
 from wsi_mmm.tiles import tissue
 from wsi_mmm.tiles.find import find_tissue
 from wsi_mmm.types import U8, Mask
@@ -126,7 +126,7 @@ def command(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
     """`wsi-mmm empaia run` in this process: not as patient as usual, telling its progress all the time, logging all."""
     caplog.set_level(logging.DEBUG)
     for name, value in (("since", None), ("proven", False)):  # storage has not failed yet, whatever other tests did
-        monkeypatch.setattr(outage._here, name, value)
+        monkeypatch.setattr(retry.process_outage, name, value)
     monkeypatch.setattr(job, "App", functools.partial(App, pause=0.0))
     monkeypatch.setattr(job, "_WATCH", 0.01)
     monkeypatch.setattr("typer.testing._get_command", _made)

@@ -20,7 +20,7 @@ from wsi_mmm.empaia import app as job
 from wsi_mmm.empaia.app import Ended
 from wsi_mmm.empaia.results import Results, results_at
 from wsi_mmm.empaia.transport import Patience
-from wsi_mmm.storage import outage
+from wsi_mmm.storage import retry
 
 from .conftest import QUICK, Command, Start, posted, run
 
@@ -64,8 +64,7 @@ def soon(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     """If the fault of a stage is met by who reads the slide's pixels, the slide is given up soon."""
     if stage in READER:
         monkeypatch.setenv("WSI_MMM_STORAGE_TIMEOUT", "2" if "later" in stage else "1")
-        for name in ("PATIENCE", "UNPROVEN"):
-            monkeypatch.setattr(outage, name, 0.1)
+        monkeypatch.setattr(retry, "OUTAGE", replace(retry.OUTAGE, seconds=0.1, unproven=0.1))
 
 
 @pytest.fixture
@@ -202,7 +201,7 @@ def test_what_passes_is_survived(
 ) -> None:
     """Faults that pass, lost answers, a slow slide service, and a platform that wants no progress: finalized once, with
     everything, nothing twice."""
-    monkeypatch.setattr(outage, "FIRST", 0.1)
+    monkeypatch.setattr(retry, "OUTAGE", replace(retry.OUTAGE, pause=0.1))
     fault = replace((PASSING | PROGRESS)[name], headers={"Retry-After": "0"})
     platform = start(faults=[fault])
     result = command("--work", half_done)

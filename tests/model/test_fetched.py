@@ -16,6 +16,7 @@ from wsi_mmm.errors import ModelError, WsiError
 from wsi_mmm.model import fetched as room
 from wsi_mmm.model.card import CARD, WEIGHTS
 from wsi_mmm.model.fetched import fetched, forget
+from wsi_mmm.options import RunOptions
 from wsi_mmm.requests import encoder_recipe, model_recipe
 from wsi_mmm.storage import store
 
@@ -55,8 +56,9 @@ def test_a_name_or_folder_stays_what_it_is(small_model: Path) -> None:
 
 def test_it_runs_as_the_folder_does(stored: str, small_model: Path, tiny_slide: Path, tmp_path: Path) -> None:
     """The same identity, so the same cache, and the same bytes."""
-    assert model_recipe(stored, None, {}).model_hash == model_recipe(str(small_model), None, {}).model_hash
-    assert encoder_recipe(stored, None, {}).model_hash == encoder_recipe(str(small_model), None, {}).model_hash
+    for recipe in (model_recipe, encoder_recipe):
+        here, there = (recipe(name, None, RunOptions()) for name in (str(small_model), stored))
+        assert here.model_hash == there.model_hash
     results = []
     for name in (stored, str(small_model)):
         report = wsi_mmm.run(tiny_slide, name, output=tmp_path / str(len(results)), gzip=False)
@@ -98,7 +100,7 @@ def test_a_card_without_a_hash_is_refused(stored: str, tmp_path: Path) -> None:
 
 def test_a_worker_refuses_another_model_than_the_run_began_with(stored: str, small_model: Path) -> None:
     """One of the same name: in a folder, or in the bucket, where it may have changed since."""
-    recipe = model_recipe(stored, None, {})
+    recipe = model_recipe(stored, None, RunOptions())
     for name in (stored, str(small_model)):
         with pytest.raises(ModelError, match="is not the one the run was begun with"):
             context.tasks_of(dataclasses.replace(recipe, model=name, model_hash="0" * 64))

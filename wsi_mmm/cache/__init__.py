@@ -3,8 +3,8 @@
 from wsi_mmm.cache.choice import Choice, choose, through_cache
 from wsi_mmm.cache.entry import ArraySpec, Entry
 from wsi_mmm.cache.pixels import CachedReader, pixels_uri
-from wsi_mmm.cache.quota import Quota, bytes_of
+from wsi_mmm.cache.quota import Quota
 
 __all__ = [
-    "ArraySpec", "CachedReader", "Choice", "Entry", "Quota", "bytes_of", "choose", "pixels_uri", "through_cache",
+    "ArraySpec", "CachedReader", "Choice", "Entry", "Quota", "choose", "pixels_uri", "through_cache",
 ]  # fmt: skip

@@ -59,7 +59,7 @@ def ensure_array(uri: str, name: str, **settings: Any) -> zarr.Array[Any]:
             except ContainsArrayError:
                 return zarr.open_array(store, path=name, mode="r+")
 
-    return storage.insisted(ensured)
+    return storage.retry_transient(ensured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Entry:
                 except FileNotFoundError:
                     return None
 
-        found = storage.insisted(opened)
+        found = storage.retry_transient(opened)
         if found is None:
             raise StorageError(f"the cache at {storage.redact(self.uri)} has no {name}; run again with --force")
         return found
@@ -137,7 +137,7 @@ class Entry:
             with translated(self.uri):
                 return np.asarray(array[rows, columns])
 
-        return storage.insisted(values)
+        return storage.retry_transient(values)
 
     def receipt(self, block: str) -> dict[str, Any] | None:
         """The receipt of a block, or None when the block is not (wholly) in."""
@@ -169,7 +169,7 @@ def _put(uri: str, array: zarr.Array[Any], place: tuple[slice, slice], values: A
                 storage.delete(storage.join(uri, array.path, key))
                 array[place] = values
 
-    storage.insisted(put)
+    storage.retry_transient(put)
 
 
 @contextmanager

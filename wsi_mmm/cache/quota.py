@@ -7,28 +7,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wsi_mmm.errors import OptionError
-
 LOW = 0.9
 """Share of the quota that is left in use when shards had to go, so that not every new one removes an old one."""
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-
-
-def bytes_of(text: str | int) -> int:
-    """A number of bytes from words such as "50GB" or "1.5 TiB". Raises OptionError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
-    unit = _UNITS.get(found.group(2).upper()) if found else None
-    if found is None or unit is None or float(found.group(1)) <= 0:
-        raise OptionError(f"{text!r} is no size: give a number of bytes with a unit, such as 50GB")
-    return int(float(found.group(1)) * unit)
 
 
 @dataclass(frozen=True, slots=True)

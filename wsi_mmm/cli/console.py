@@ -16,8 +16,8 @@ from wsi_mmm.errors import Cancelled, WsiError
 
 P = ParamSpec("P")
 
-OK, NOTHING_RAN, USAGE, SOME_FAILED, ALL_FAILED, STOPPED = 0, 1, 2, 3, 4, 130
-"""Exit codes; USAGE is what typer itself exits with."""
+OK, NOTHING_RAN, STOPPED = 0, 1, 130
+"""Exit codes beside those of a run that ended, which `RunReport.exit_code` gives, and typer's 2 for wrong usage."""
 
 EXIT_CODES = (
     "Exit codes: 0 every slide succeeded | 1 wrong input, nothing ran | 2 wrong usage | 3 some slides failed or are "

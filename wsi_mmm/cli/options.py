@@ -1,13 +1,31 @@
-"""What the commands run and embed can be told: their options, once."""
+"""The flags of the commands run and embed, made from `wsi_mmm.options`."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+import functools
+from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-WHAT, HOW, WHERE, SLIDES = "What to compute", "How to compute it", "Where results go", "Slides"
+from wsi_mmm import config
+from wsi_mmm.cli.console import Debug, Json
+from wsi_mmm.options import (
+    OBSERVE_OPTIONS,
+    WHERE,
+    CommandName,
+    Option,
+    check_value,
+    command_options,
+    resolution,
+    settings_names,
+)
+
+if TYPE_CHECKING:
+    from wsi_mmm.engine.monitoring.observe import Observe
+
+Command = Callable[..., int]
 
 Inputs = Annotated[
     list[str],
@@ -20,109 +38,65 @@ Inputs = Annotated[
 Output = Annotated[
     str, typer.Option("--output", "-o", help="Folder or s3:// prefix of the results.", rich_help_panel=WHERE)
 ]
-Cache = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder or s3:// prefix that keeps features and maps between runs. (environment: WSI_MMM_CACHE)",
-        rich_help_panel=WHERE,
-    ),
-]
-CacheTiles = Annotated[
-    str | None,
-    typer.Option(
-        help="Keep read tiles in --cache too: on, off, or auto (where a measurement says that it pays).",
-        rich_help_panel=WHERE,
-        metavar="WHEN",
-    ),
-]
-CacheQuota = Annotated[
-    str | None,
-    typer.Option(
-        help="Most that cached tiles take, such as 50GB; the least recently used go first.",
-        rich_help_panel=WHERE,
-        metavar="SIZE",
-    ),
-]
-Mpp = Annotated[
-    float | None,
-    typer.Option(help="Resolution to work at, micrometres per pixel. (default: the model's)", rich_help_panel=WHAT),
-]
-Mag = Annotated[
-    float | None, typer.Option(help="The same as a nominal magnification: 20 means --mpp 0.5.", rich_help_panel=WHAT)
-]
-TileSize = Annotated[
-    int | None, typer.Option(help="Tile width in px at that resolution. (default: the model's)", rich_help_panel=WHAT)
-]
-Overlap = Annotated[
-    int | None, typer.Option(help="Px that neighbouring tiles share. (default: the model's)", rich_help_panel=WHAT)
-]
-Tissue = Annotated[
-    str | None,
-    typer.Option(
-        help="auto, none (the whole slide), or a GeoJSON or mask image.", rich_help_panel=WHAT, metavar="WHERE"
-    ),
-]
-Regions = Annotated[
-    str | None,
-    typer.Option(help="GeoJSON of polygons (level-0 px): work only there.", rich_help_panel=WHAT, metavar="FILE"),
-]
-MppOverride = Annotated[
-    float | None,
-    typer.Option(help="Take the slides' own pixel to be this many micrometres wide.", rich_help_panel=SLIDES),
-]
-Reader = Annotated[
-    str | None, typer.Option(help="Force a reader: tiff, openslide or tiffslide.", rich_help_panel=SLIDES)
-]
-Batch = Annotated[int | None, typer.Option(help="Tiles per batch; changes speed only.", rich_help_panel=HOW)]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        help="Local worker processes, each on a GPU of its own; 0: this process. (default: 0)", rich_help_panel=HOW
-    ),
-]
-Threads = Annotated[int | None, typer.Option(help="Model threads per process.", rich_help_panel=HOW)]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. (default: auto)", rich_help_panel=HOW)]
-Runtime = Annotated[
-    str | None,
-    typer.Option(
-        help="How the model runs: eager, compile, bf16 or onnx; the numbers differ a little. (default: eager)",
-        rich_help_panel=HOW,
-    ),
-]
-Scheduler = Annotated[
-    str | None,
-    typer.Option(
-        help="Dask scheduler to send the work to, such as tcp://host:8786.", rich_help_panel=HOW, metavar="ADDRESS"
-    ),
-]
-Tls = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder of ca.crt, tls.crt, tls.key for a tls:// scheduler.", rich_help_panel=HOW, metavar="FOLDER"
-    ),
-]
-Placement = Annotated[
-    str | None,
-    typer.Option(
-        help="Who reads tiles: workers that run the model (beside), or others, into --cache (pool).",
-        rich_help_panel=HOW,
-        metavar="WHERE",
-    ),
-]
-Detach = Annotated[
-    bool,
-    typer.Option(
-        "--detach", help="Leave the job to the --scheduler and say its id; see 'wsi-mmm jobs'.", rich_help_panel=HOW
-    ),
-]
-Force = Annotated[bool, typer.Option("--force", help="Redo what is already done.", rich_help_panel=HOW)]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Check options, model and every slide; compute nothing.", rich_help_panel=HOW),
-]
-Settings = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", help="TOML file of these options; flags win over it.", rich_help_panel=HOW, metavar="FILE"
-    ),
-]
+
+
+def add_flags(command: CommandName, *, output: str) -> Callable[[Command], Command]:
+    """Give a command function ``(inputs, output, flags)`` the flags of its options; ``output``: its default folder.
+
+    ``flags`` holds the values of all other flags by the names of their options; those not given are None.
+    """
+
+    def decorate(function: Command) -> Command:
+        @functools.wraps(function)
+        def command_function(inputs: list[str], output: str, **values: Any) -> int:
+            flags = {o.name: _read_flag(o, values[o.name]) for o in command_options(command) if o.name != "output"}
+            return function(inputs, output, flags)
+
+        parameters = [
+            Parameter("inputs", Parameter.KEYWORD_ONLY, annotation=Inputs),
+            *(_flag_parameter(option, output) for option in command_options(command)),
+            Parameter("json", Parameter.KEYWORD_ONLY, annotation=Json, default=False),
+            Parameter("debug", Parameter.KEYWORD_ONLY, annotation=Debug, default=False),
+        ]
+        command_function.__signature__ = Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+        command_function.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command_function
+
+    return decorate
+
+
+def _flag_parameter(option: Option, output: str) -> Parameter:
+    kind: Any = str if option.parse else option.value_type
+    if kind is not bool:
+        kind = (list[kind] if option.several else kind) | None
+    default = output if option.name == "output" else False if option.value_type is bool else None
+    flag = typer.Option(*option.flags, help=option.help, rich_help_panel=option.panel, metavar=option.metavar)
+    return Parameter(option.name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, flag], default=default)
+
+
+def _read_flag(option: Option, value: Any) -> Any:
+    """Return the option's value that a flag says; None when the flag was not given."""
+    if option.value_type is bool:
+        return option.flag_value if value else None
+    return value or None if option.several else value
+
+
+def read_options(command: CommandName, flags: Mapping[str, Any]) -> tuple[dict[str, Any], Observe]:
+    """Return the options for the api and how the run is observed: flags, over the settings file, over the environment.
+
+    Raises OptionError, ConfigError.
+    """
+    from wsi_mmm.engine.monitoring.observe import Observe  # imports numpy: not needed for --help
+
+    given = {**flags, "mpp": resolution(flags["mpp"], flags["mag"])}
+    names = settings_names(command)
+    settings = config.read_settings(flags["config"], names) if flags["config"] else {}
+    options = {**settings, **{name: value for name, value in given.items() if name in names and value is not None}}
+    if cache := config.default_cache():
+        options.setdefault("cache", cache)
+    if (tls := config.default_tls()) and str(options.get("scheduler", "")).startswith("tls://"):
+        options.setdefault("tls", tls)
+    watched = {o.name: check_value(o, options.pop(o.name)) for o in OBSERVE_OPTIONS if o.name in options}
+    if isinstance(watched.get("traces"), bool):
+        watched["traces"] = config.trace_exporter() if watched["traces"] else None
+    return options, Observe(**watched)

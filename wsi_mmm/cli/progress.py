@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from wsi_mmm.cli.console import ALL_FAILED, SOME_FAILED, error_line, flags, say, say_json
+from wsi_mmm.cli.console import error_line, flags, say, say_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -236,7 +236,7 @@ class Bars:
 
 
 def verdict(report: RunReport) -> int:
-    """Print what became of the slides and where it lies; the exit code: 0, SOME_FAILED or ALL_FAILED."""
+    """Print how the slides ended and where their results are; return the exit code."""
     if flags.json:
         say_json({"report": {"path": report.path, "seconds": report.seconds, "slides": list(report.slides)}})
     bad = [row for row in report.slides if row.status in ("failed", "partial")]
@@ -249,9 +249,7 @@ def verdict(report: RunReport) -> int:
         say(f"{name:<8} {path}")
     if report.unsaved:
         error_line(f"the report could not be written: {report.unsaved}")
-    if counts and counts["failed"] == len(report.slides):
-        return ALL_FAILED
-    return SOME_FAILED if bad or report.unsaved else 0
+    return report.exit_code
 
 
 SHOWN = 5  # slides whose files are named one by one at the end of a run

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wsi_mmm.cli.console import ALL_FAILED, SOME_FAILED, Debug, Json, error_line, facts, flags, say, say_json, table
+from wsi_mmm.cli.console import Debug, Json, error_line, facts, flags, say, say_json, table
 from wsi_mmm.errors import OutputError, WsiError
 
 if TYPE_CHECKING:
@@ -37,19 +37,20 @@ def info(
       wsi-mmm info slides/ --json
       wsi-mmm info s3://bucket/slide.svs
     """
+    from wsi_mmm.engine.monitoring.run_report import exit_code
     from wsi_mmm.inputs import expand_inputs
     from wsi_mmm.slides import open_slide
 
-    specs = expand_inputs(slides, mpp_override)
-    failed = 0
-    for spec in specs:
+    statuses = []
+    for spec in expand_inputs(slides, mpp_override):
         try:
             with open_slide(spec.uri, spec.mpp, reader) as slide:
                 _show(slide.info)
+            statuses.append("done")
         except WsiError as error:  # the other slides can still be shown
             error_line(str(error))
-            failed += 1
-    return 0 if not failed else ALL_FAILED if failed == len(specs) else SOME_FAILED
+            statuses.append("failed")
+    return exit_code(statuses)
 
 
 def _show(slide: SlideInfo) -> None:

@@ -195,10 +195,10 @@ class _Work:
     async def _answered(self, question: Asked) -> Any:
         """What is to be posted: the slide run through the engine."""
         from wsi_mmm.empaia.posting import Answer
-        from wsi_mmm.storage.outage import patiently
+        from wsi_mmm.storage.retry import retry_unit
 
         order = await _aside(lambda: self._order(question))
-        card, info, tissue = await _aside(lambda: patiently(partial(_looked_at, question=question), order))
+        card, info, tissue = await _aside(lambda: retry_unit(partial(_looked_at, question=question), order))
         await self._progress(_RUN)
         results = await self._run(order)
         return Answer(question, card, self._app.vendor, results, tissue, info)
@@ -221,16 +221,16 @@ class _Work:
             options["tls"] = self._app.tls
         spec = SlideSpec(f"{SCHEME}://{self._job.id}/{SLIDE}?image_format={self._app.pictures}", SLIDE)
         output = store.join(self._folder, "results")
-        return api.order_run(spec, self._app.model, output=output, scheduler=self._app.scheduler, **options)
+        return api.run_request(spec, self._app.model, output=output, scheduler=self._app.scheduler, **options)
 
     async def _run(self, order: Any) -> Any:
         """Run the engine, saying how far it is: the results of the slide."""
-        from wsi_mmm.api import executor_of
+        from wsi_mmm.api import executor_factory
         from wsi_mmm.empaia.results import results_at
         from wsi_mmm.engine.job import Job
         from wsi_mmm.engine.run import run_slides
 
-        engine = self._engine = Job(lambda listener, stop: run_slides(order, executor_of(order), listener, stop))
+        engine = self._engine = Job(lambda listener, stop: run_slides(order, executor_factory(order), listener, stop))
         try:
             while not engine.done:
                 await asyncio.sleep(_WATCH)

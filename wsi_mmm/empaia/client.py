@@ -171,10 +171,10 @@ class AppApi:
         self._ended = how  # before waiting, so that nobody ends it a second time meanwhile
         try:
             answer, lost = await self._transport.ask("PUT", f"/{how}", data=data, again=False), False
-            for attempt in range(1, self._patience.attempts):
+            for pause in self._patience.pauses():
                 if not answer.unclear:
                     break
-                await asyncio.sleep(self._patience.pause * 2 ** (attempt - 1))
+                await asyncio.sleep(pause)
                 answer, lost = await self._transport.ask("PUT", f"/{how}", data=data, again=False), True
             if not (lost and answer.status in _OVER):  # it had arrived, although nobody said so
                 self._checked(answer, f"PUT /{how}")
@@ -187,13 +187,13 @@ class AppApi:
     async def _post_batch(self, collection_id: str, batch: Batch) -> list[str]:
         path, count = f"/collections/{_part(collection_id)}/items", len(batch.items)
         answer = await self._transport.ask("POST", path, data=batch.data)
-        for attempt in range(1, self._patience.attempts):
+        for pause in self._patience.pauses():
             if not answer.unclear:
                 break
             found = await self._recovered(collection_id, batch)
             if found is not None:
                 return found
-            await asyncio.sleep(self._patience.pause * 2 ** (attempt - 1))
+            await asyncio.sleep(pause)
             answer = await self._transport.ask("POST", path, data=batch.data)  # none had arrived
         if answer.status == _TOO_LARGE and count > 1:
             first, rest = batch.halves()

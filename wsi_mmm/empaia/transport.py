@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -18,6 +18,7 @@ import aiohttp
 
 from wsi_mmm.config import EmpaiaJob
 from wsi_mmm.errors import PlatformError
+from wsi_mmm.storage.retry import RetryPolicy
 
 _BUSY = frozenset({502, 503, 504})
 _TOO_MANY = 429
@@ -36,6 +37,10 @@ class Patience:
     connect: float = 10.0
     attempts: int = 5
     pause: float = 0.5
+
+    def pauses(self) -> Iterator[float]:
+        """The seconds to wait before each further try."""
+        return RetryPolicy(self.pause, longest=_LONGEST_WAIT, jitter=False, tries=self.attempts).pauses()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +115,11 @@ class Transport:
         repeat = method != "POST" if again is None else again
         headers = {} if data is None else {"Content-Type": kind} | ({"Content-Encoding": coding} if coding else {})
         answer = await self._once(method, path, query=query, data=data, headers=headers)
-        for attempt in range(1, self._patience.attempts):
+        for pause in self._patience.pauses():
             undone = answer.status == _TOO_MANY or (answer.status == 0 and not answer.sent)
             if not (undone or (repeat and answer.unclear)):
                 break
-            pause = max(answer.wait, self._patience.pause * 2 ** (attempt - 1))
-            await asyncio.sleep(min(pause, _LONGEST_WAIT))
+            await asyncio.sleep(min(max(answer.wait, pause), _LONGEST_WAIT))
             answer = await self._once(method, path, query=query, data=data, headers=headers)
         return answer
 

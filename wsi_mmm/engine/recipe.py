@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from wsi_mmm.errors import OptionError
-from wsi_mmm.model.identity import RUNTIMES
+from wsi_mmm.options import RUN_OPTIONS, Affects, RunOptions, recipe_names
 
 RESULT_FORMAT = 3  # raised when the same recipe would give other objects or other files
-
-_VALUES = ("model_hash", "tasks", "mpp", "tile", "overlap", "features", "runtime")
-_SHOWN = (
-    "model", "model_hash", "tasks", "mpp", "tile", "overlap", "tissue", "min_tissue", "features", "encoder",
-    "save_maps", "bounds_offset", "gzip", "runtime", "regions", "overlay",
-)  # fmt: skip
+_RESOLVED = {"mpp": "mpp", "tile_size": "tile", "overlap": "overlap", "block_tiles": "block_tiles"}
+"""Options that the model decides when the user does not: the fields of a recipe that hold what they came to."""
+_REPORTED = [o.name for o in RUN_OPTIONS if o.per != "run" and o.name not in _RESOLVED]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +22,9 @@ class Recipe:
     """How slides are turned into results.
 
     ``model``: name or path of a model, or of a bare encoder when ``encoder`` is true; ``model_hash`` identifies its
-    weights. ``mpp`` micrometres per target px; ``tile``/``overlap`` target px; ``tissue``: "auto", "none" or a URI.
-    ``regions``: URI of polygons (level-0 px) outside of which nothing is done, or None; see `outputs.inside`.
-    ``overlay``: whether the picture for people is drawn, which reads the slide once more.
-    The lower half changes speed and places only: results do not depend on it. ``user_cache``: folder, on the machine
-    that works, of what is kept per user (``~`` is that machine's); None keeps nothing.
+    weights. ``mpp`` micrometres per target px; ``tile``/``overlap`` target px; ``block_tiles``: rows and columns of
+    tiles in a block. ``options``: what the user asked for, with paths made absolute. ``user_cache``: folder, on the
+    machine that works, of what is kept per user (``~`` is that machine's); None keeps nothing.
     """
 
     model: str
@@ -39,55 +33,20 @@ class Recipe:
     mpp: float
     tile: int
     overlap: int
-    tissue: str = "auto"
-    min_tissue: float = 0.02
-    features: bool = True
+    block_tiles: int = 4
+    options: RunOptions = field(default_factory=RunOptions)
     encoder: bool = False
     weights: str | None = None
-    save_maps: bool = False
-    bounds_offset: bool = False
-    gzip: bool = True
-    runtime: str = "eager"
-    regions: str | None = None
-    overlay: bool = True
-
-    block_tiles: int = 4
-    batch_size: int = 64
-    device: str = "auto"
-    threads: int | None = None
-    cache: str | None = None
-    cache_tiles: str = "auto"
-    cache_quota: int | None = None
     user_cache: str | None = None
-    reader: str | None = None
-    force: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mpp) and self.mpp > 0):
-            raise OptionError(f"mpp must be a positive number of micrometres per pixel, not {self.mpp}")
-        if self.tasks:
-            self._check_maps()
         if self.tile < 16 or not 0 <= self.overlap < self.tile:
             sizes = f"tile size {self.tile} px and overlap {self.overlap} px"
             raise OptionError(f"{sizes} do not fit: tiles have at least 16 px and overlap by less than themselves")
-        if not 1 <= self.block_tiles <= 64:
-            raise OptionError(f"block_tiles must be between 1 and 64, not {self.block_tiles}")
-        if self.batch_size < 1:
-            raise OptionError(f"batch size must be at least 1, not {self.batch_size}")
-        if self.threads is not None and self.threads < 1:
-            raise OptionError(f"threads must be at least 1, not {self.threads}")
-        if self.cache_tiles not in ("auto", "on", "off"):
-            raise OptionError(f"cache_tiles is auto, on or off, not {self.cache_tiles!r}")
-        if self.cache_tiles == "on" and self.cache is None:
-            raise OptionError("tiles can only be cached where there is a cache: name a folder with --cache")
-        if not 0 <= self.min_tissue <= 1:
-            raise OptionError(f"min_tissue is a share between 0 and 1, not {self.min_tissue}")
-        if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", self.device):
-            raise OptionError(f"there is no device {self.device!r}; choose auto, cpu, cuda or cuda:N")
-        if self.runtime not in RUNTIMES:
-            raise OptionError(f"there is no runtime {self.runtime!r}; choose one of: {', '.join(RUNTIMES)}")
+        if self.tasks:
+            self._check_map_sizes()
 
-    def _check_maps(self) -> None:
+    def _check_map_sizes(self) -> None:
         """Maps of neighbouring tiles must lie on one grid of map pixels (strides up to 8, encoders down to 32)."""
         if self.tile < 64 or self.tile % 32:
             raise OptionError(f"tile size must be a multiple of 32 px of at least 64, not {self.tile}")
@@ -95,31 +54,49 @@ class Recipe:
             raise OptionError(f"overlap must be a multiple of 8 px and at most half a tile, not {self.overlap}")
 
     def forward_hash(self, kind: str, scale: tuple[float, float], reader: str = "") -> str:
-        """Hash of what the network's values depend on.
+        """Return the hash of all that the network's values depend on.
 
         ``kind``: the kind of device ("cpu", "cuda"); ``scale``: level-0 px per target px (x, y), which a user who
-        corrects a slide's mpp changes;
-        ``reader``: the reader that opened the slide, because readers differ in the levels and scales they read.
+        corrects a slide's mpp changes; ``reader``: the reader that opened the slide, because readers differ in the
+        levels and scales they read.
         """
-        facts = {"device": kind, "block_tiles": self.block_tiles, "scale": scale, "reader": reader}
-        return self._hash(facts, _VALUES)
+        return self._hash_options("values", {"device": kind, "scale": scale, "reader": reader})
 
     def result_hash(self, reader: str = "") -> str:
-        """Hash of what the published objects depend on; ``reader``: the reader that opened the slide."""
-        tissue = self.tissue if self.tissue in ("auto", "none") else "file"  # its content is compared apart
-        files = {"save_maps": self.save_maps, "gzip": self.gzip, "bounds": self.bounds_offset}
-        place: dict[str, Any] = {"regions": "file"} if self.regions else {}
-        place |= {} if self.overlay else {"overlay": False}
-        return self._hash({"tissue": tissue, "reader": reader, **files, **place}, (*_VALUES, "min_tissue"))
+        """Return the hash of all that the published files depend on; ``reader``: the reader that opened the slide.
 
-    def _hash(self, extra: dict[str, Any], names: tuple[str, ...]) -> str:
-        facts = {"format": RESULT_FORMAT, **extra, **{name: getattr(self, name) for name in names}}
+        The contents of files that say where to look are compared apart.
+        """
+        tissue = self.options.tissue if self.options.tissue in ("auto", "none") else "file"
+        regions = "file" if self.options.regions else None
+        return self._hash_options("result", {"tissue": tissue, "regions": regions, "reader": reader})
+
+    def _hash_options(self, affects: Affects, resolved: Mapping[str, object]) -> str:
+        """Hash model, tasks, the options that have this effect, and ``resolved`` facts in place of options."""
+        facts = {name: getattr(self.options, name) for name in recipe_names(affects)}
+        facts |= {name: getattr(self, own) for name, own in _RESOLVED.items() if name in facts}
+        facts |= {"format": RESULT_FORMAT, "model_hash": self.model_hash, "tasks": self.tasks, **resolved}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
-    def public(self) -> dict[str, Any]:
-        """The recipe as a JSON object for reports."""
-        return asdict(self)
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as a flat JSON object, for reports and workers."""
+        return self._identity() | {
+            "block_tiles": self.block_tiles, "weights": self.weights, "user_cache": self.user_cache,
+            **{name: getattr(self.options, name) for name in _REPORTED},
+        }  # fmt: skip
 
     def published(self) -> dict[str, Any]:
-        """The part of the recipe that a result depends on, for slide.json: nothing of time or place."""
-        return {name: getattr(self, name) for name in _SHOWN}
+        """Return the part of the recipe that a result depends on, for slide.json: nothing of time or place."""
+        names = [name for name in recipe_names("result") if name not in _RESOLVED]
+        return self._identity() | {name: getattr(self.options, name) for name in names}
+
+    def _identity(self) -> dict[str, Any]:
+        names = ("model", "model_hash", "tasks", "mpp", "tile", "overlap", "encoder")
+        return {name: getattr(self, name) for name in names}
+
+
+def recipe_from_json(facts: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that `Recipe.to_json` described; options of the run (workers, scheduler) are not in it."""
+    own = {name: value for name, value in facts.items() if name not in _REPORTED}
+    options = RunOptions(**{name: facts[name] for name in _REPORTED})
+    return Recipe(**{**own, "tasks": tuple(facts["tasks"])}, options=options)

@@ -20,7 +20,7 @@ from wsi_mmm.engine.output_lock import TAKEN, claimed
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.scheduler import open_street
 from wsi_mmm.engine.sizes import largest_first
-from wsi_mmm.engine.units import Executor, Placement, SlideTask
+from wsi_mmm.engine.units import Executor, SlideTask
 from wsi_mmm.errors import OutputTaken
 
 
@@ -31,10 +31,7 @@ class RunRequest:
     tasks: tuple[SlideTask, ...]
     recipe: Recipe
     output: str
-    workers: int
-    scheduler: str | None
     tls: Tls | None = None
-    placement: Placement = "beside"
 
 
 def run_slides(
@@ -56,7 +53,7 @@ def run_slides(
         with closed_after(made), _on_board(order, made, stop) as noted:
             heard = all_of([Hooks(listener), Hooks(noted), seen]).listener
             greet(made, heard)
-            scheduler = open_street(largest_first(tasks, made), heard, order.placement)
+            scheduler = open_street(largest_first(tasks, made), heard, order.recipe.options.placement)
             report = run_report.begin(order.output, order.recipe, tasks)
             try:
                 watched = WatchedExecutor(made, report.ledger.watch, seen.watch)

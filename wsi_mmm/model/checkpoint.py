@@ -12,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from wsi_mmm.errors import ModelError, OutputError
+from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import CARD, WEIGHTS, DecoderCard, EncoderCard, ModelCard, card_json, model_path, read_card
 from wsi_mmm.model.encoder import PyramidEncoder, build_encoder
 from wsi_mmm.model.heads import HeadSpec, build_head
 from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.storage.atomic import write_atomic
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -63,12 +64,8 @@ def save_model(
     data = save(state)
     done = (card or model.card).model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
     target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        _replace(target / WEIGHTS, data)
-        _replace(target / CARD, card_json(done).encode())
-    except OSError as error:
-        raise OutputError(f"cannot write the model to {target}: {error.strerror or error}") from error
+    write_atomic(target / WEIGHTS, data)
+    write_atomic(target / CARD, card_json(done).encode())
     return done
 
 
@@ -167,20 +164,9 @@ def _normalisation(encoder: PyramidEncoder) -> tuple[tuple[float, float, float],
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_bytes(data)
-    part.replace(path)
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
     """A safetensors file of any tensors with string metadata, written whole or not at all."""
-    data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, dict(facts))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, data)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    write_atomic(path, save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, dict(facts)))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

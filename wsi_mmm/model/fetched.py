@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 import threading
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from wsi_mmm.errors import ModelError, OutputError, WsiError
 from wsi_mmm.model.card import CARD, WEIGHTS, parse_card
 from wsi_mmm.storage import store
+from wsi_mmm.storage.atomic import atomic_folder
 
 MOST_CARD = 16 << 20
 _CHUNK = 16 << 20
@@ -68,18 +68,10 @@ def _fetch(uri: str, folder: Path) -> Path:
     target = folder / hashlib.sha256(data).hexdigest()[:32]
     if (target / CARD).is_file() and (target / WEIGHTS).is_file():
         return target
-    try:
-        made = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
-        try:
-            found = _copy(store.join(uri, WEIGHTS), made / WEIGHTS)
-            if found != wanted:
-                raise ModelError(f"the weights of {shown} are not those its card was written for: copy the model again")
-            (made / CARD).write_bytes(data)
-            _keep(made, target)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"the model cannot be kept in {folder}: {error.strerror or error}") from error
+    with atomic_folder(target, replace=False) as made:
+        if _copy(store.join(uri, WEIGHTS), made / WEIGHTS) != wanted:
+            raise ModelError(f"the weights of {shown} are not those its card was written for: copy the model again")
+        (made / CARD).write_bytes(data)
     return target
 
 
@@ -105,12 +97,3 @@ def _copy(uri: str, path: Path) -> str:
     finally:
         held.close()
     return digest.hexdigest()
-
-
-def _keep(made: Path, target: Path) -> None:
-    """In its place, unless another process was first."""
-    try:
-        made.rename(target)
-    except OSError:
-        if not (target / WEIGHTS).is_file():
-            raise

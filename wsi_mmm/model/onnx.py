@@ -21,6 +21,7 @@ from wsi_mmm.errors import ModelError, OutputError
 from wsi_mmm.model.exporting import FEATURES, PIXELS, Exported, Graph, Session, any_size, asked, compared, facts, noise
 from wsi_mmm.model.identity import check_runtime
 from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.storage.atomic import atomic_file
 
 _FORMAT = 1  # raised when the same model would give another graph
 _LIMIT = 2_000_000_000  # bytes: protobuf cannot hold more in one file
@@ -47,15 +48,9 @@ def export_onnx(
     with torch.inference_mode(False), torch.no_grad():
         program = _traced(graph, fixed)
     program.model.metadata_props.update(facts(model, names))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
-            half = Path(folder) / "half.onnx"
-            program.save(str(half), external_data=False)
-            difference = compared(graph, open_session(half, torch.device("cpu")), fixed, "ONNX Runtime")
-            half.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    with atomic_file(path) as half:
+        program.save(str(half), external_data=False)
+        difference = compared(graph, open_session(half, torch.device("cpu")), fixed, "ONNX Runtime")
     return Exported(path, names, fixed, difference)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
-import tempfile
 import threading
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
-from wsi_mmm.storage.local import writing
+from wsi_mmm.storage.atomic import create_beside, move_into_place
+from wsi_mmm.storage.translate import local_errors
 
 BLOCK = 1 << 20  # bytes handed on at a time: fixed, so the compressed bytes do not depend on the caller's batches
 LEVEL = 1  # gzip: 6 takes four times as long for a fifth less; measured in tests/benchmarks/bench_geojson.py
@@ -42,10 +41,9 @@ class FileSink:
         self._blocks: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
         self._error: OSError | None = None
         self._compressor: _Compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, 31) if gzip else _Plain()
-        with writing(str(self.path)):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, self._temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        self._file: BinaryIO = os.fdopen(descriptor, "wb")
+        with local_errors(str(self.path), writing=True):
+            self._temporary = create_beside(self.path)
+            self._file = self._temporary.open("wb")
         self._thread = threading.Thread(target=self._write_blocks, name="file-sink", daemon=True)
         self._thread.start()
 
@@ -66,10 +64,9 @@ class FileSink:
             self._blocks.put(bytes(self._buffer))
             self._stop_thread()
             self._raise_error()
-            with writing(str(self.path)):
+            with local_errors(str(self.path), writing=True):
                 self._file.close()
-                os.chmod(self._temporary, 0o644)
-                os.replace(self._temporary, self.path)
+                move_into_place(self._temporary, self.path)
         except BaseException:
             self.abort()
             raise
@@ -79,8 +76,7 @@ class FileSink:
         self._stop_thread()
         with contextlib.suppress(OSError):  # a full disk fails once more when the file is closed
             self._file.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._temporary)
+        self._temporary.unlink(missing_ok=True)
 
     def _stop_thread(self) -> None:
         if self._thread.is_alive():
@@ -89,7 +85,7 @@ class FileSink:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            with writing(str(self.path)):
+            with local_errors(str(self.path), writing=True):
                 raise self._error
 
     def _write_blocks(self) -> None:

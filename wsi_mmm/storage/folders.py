@@ -1,44 +1,45 @@
-"""Folders that appear whole: written beside their place, then renamed. For object stores they are written to a disk and
-put from there, what was there going first and the file that says what the folder is coming last."""
+"""Where to write a file or a folder that belongs at a URI: locally at its place, else in a temporary folder that is
+then put there, a folder's old objects going first and the file that says what it is coming last."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from wsi_mmm.storage import store
-from wsi_mmm.storage.local import writing
+from wsi_mmm.storage.atomic import atomic_folder
+from wsi_mmm.storage.translate import local_errors
 
 ROOT = Path("zarr.json")  # of a Zarr: without it there is none
 
 
 @contextmanager
-def published_folder(uri: str) -> Iterator[str]:
-    """A folder to write in, which becomes ``uri`` when the block ends well. OutputError."""
-    if not store.is_local(uri):
-        with writing(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="wsi-mmm-") as folder:
-            yield folder
-            _put(Path(folder), uri)
+def published_file(uri: str) -> Iterator[Path]:
+    """A path to write ``uri`` at: its own when local, else a temporary file that is put when the block ends well."""
+    if store.is_local(uri):
+        yield store.local_path(uri)
         return
-    target = store.local_path(uri)
-    with writing(uri):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            os.chmod(temporary, 0o755)
-            yield temporary
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with tempfile.TemporaryDirectory(prefix="wsi-mmm-") as folder:
+        path = Path(folder) / uri.rsplit("/", 1)[-1]
+        yield path
+        store.write_bytes(uri, path.read_bytes())
 
 
-def _put(folder: Path, uri: str) -> None:
+@contextmanager
+def published_folder(uri: str) -> Iterator[str]:
+    """A folder to write in, which becomes ``uri`` when the block ends well. Raises OutputError."""
+    if store.is_local(uri):
+        with atomic_folder(store.local_path(uri)) as place:
+            yield str(place)
+        return
+    with local_errors(tempfile.gettempdir(), writing=True), tempfile.TemporaryDirectory(prefix="wsi-mmm-") as folder:
+        yield folder
+        _put_folder(Path(folder), uri)
+
+
+def _put_folder(folder: Path, uri: str) -> None:
     for old in store.list_uris(uri):
         store.delete(old)
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from wsi_mmm.storage.base import ByteStore
 from wsi_mmm.storage.ranges import Buffer, Ranges
-
-if TYPE_CHECKING:
-    from wsi_mmm.storage.store import ByteStore
 
 HEAD = 256 << 10  # bytes: the header, and in most slides the tables of tiles behind it
 _WINDOW = 256 << 10

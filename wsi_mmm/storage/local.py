@@ -1,16 +1,16 @@
-"""The local file system, with errors said in words."""
+"""The local file system."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from wsi_mmm.errors import NotFound, OutputError, SlideChanged, StorageError
+from wsi_mmm.errors import NotFound, SlideChanged
+from wsi_mmm.storage.atomic import write_atomic
 from wsi_mmm.storage.ranges import Buffer, Counter, Merging, Range, Ranges, fetch_merged
+from wsi_mmm.storage.translate import local_errors
 from wsi_mmm.storage.uris import local_path
 
 # A gap costs its copy, a further pread about as much as copying 16 KB. Nothing travels side by side: no cuts.
@@ -40,7 +40,7 @@ class LocalStore:
 
     def get_ranges(self, ranges: Ranges) -> list[Buffer]:
         """Return the bytes of each (start, length); short where the file ends."""
-        with _reading(self.uri):
+        with local_errors(self.uri):
             found = fetch_merged(ranges, self.size, rule=self._merging, get=self._get)
             if self._version() != self.etag:
                 raise SlideChanged(f"{self.uri} was changed while it was read; run again")
@@ -81,7 +81,7 @@ def _network_mount(device: int) -> bool:
 def open_local(uri: str) -> LocalStore:
     """Open a file. Raises NotFound, StorageError."""
     path = local_path(uri)
-    with _reading(uri):
+    with local_errors(uri):
         if path.is_dir():
             raise NotFound(f"{uri} is a folder; give the file of one slide")
         return LocalStore(uri, os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
@@ -89,25 +89,13 @@ def open_local(uri: str) -> LocalStore:
 
 def read_bytes(uri: str) -> bytes:
     """Return the whole file."""
-    with _reading(uri):
+    with local_errors(uri):
         return local_path(uri).read_bytes()
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write beside the target, then rename: readers see the old file or the whole new one."""
-    path = local_path(uri)
-    with writing(uri):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+    """Write the whole file: readers see the old one or the new one. Raises OutputError."""
+    write_atomic(local_path(uri), data)
 
 
 def list_uris(prefix: str) -> list[str]:
@@ -115,55 +103,12 @@ def list_uris(prefix: str) -> list[str]:
     root = local_path(prefix)
     if root.is_file():
         return [prefix]
-    with _reading(prefix):
+    with local_errors(prefix):
         names = sorted(str(p.relative_to(root).as_posix()) for p in root.rglob("*") if p.is_file())
     return [f"{prefix.rstrip('/')}/{name}" for name in names]
 
 
 def delete(uri: str) -> None:
     """Delete a file if it is there."""
-    with writing(uri), contextlib.suppress(FileNotFoundError):
+    with local_errors(uri, writing=True), contextlib.suppress(FileNotFoundError):
         local_path(uri).unlink()
-
-
-@contextlib.contextmanager
-def writing(uri: str) -> Iterator[None]:
-    """Turn errors of writing to ``uri`` into OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{uri}: {_why(error, writing=True)}") from error
-
-
-@contextlib.contextmanager
-def _reading(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFound(f"{uri}: no such file; check the path") from error
-    except OSError as error:
-        raise StorageError(f"{uri}: {_why(error, writing=False)}") from error
-
-
-def _why(error: OSError, *, writing: bool) -> str:
-    known = {
-        errno.ENOSPC: "the disk is full; free space or choose another output folder",
-        errno.EDQUOT: "the disk quota is used up; free space or choose another output folder",
-        errno.EROFS: "the file system is read-only; choose another output folder",
-        errno.ENOTDIR: "a part of the path is a file, not a folder; check the path",
-        errno.EISDIR: "this is a folder; give a file",
-        errno.EMFILE: "too many files are open; raise 'ulimit -n'",
-        errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-    }
-    denied = "no permission to write; choose another output folder" if writing else "no permission to read it"
-    known |= {errno.EACCES: denied, errno.EPERM: denied}
-    return known.get(error.errno or 0, (error.strerror or "input/output error").lower())
-
-
-def _umask() -> int:
-    """Return the process's umask as /proc tells it; asking os.umask would change it for other threads."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    return 0o022

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from wsi_mmm.errors import MissingPackage, NotFound, OutputError, StorageError
 from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.storage.remote import Answer, Begins, Endpoint, RemoteStore, check_length, request, wait_for
-from wsi_mmm.storage.retry import insisted
+from wsi_mmm.storage.retry import retry_transient
 from wsi_mmm.storage.translate import translated
 from wsi_mmm.storage.uris import redact
 
@@ -113,7 +113,7 @@ def write(uri: str, data: bytes) -> None:
         with translated(uri, writing=True):
             obstore().put(store, path, data, use_multipart=False)
 
-    insisted(put)
+    retry_transient(put)
 
 
 def delete(uri: str) -> None:
@@ -124,7 +124,7 @@ def delete(uri: str) -> None:
         with translated(uri, writing=True), suppress(FileNotFoundError):
             obstore().delete(store, path)
 
-    insisted(gone)
+    retry_transient(gone)
 
 
 def list_uris(prefix: str) -> list[str]:
@@ -137,7 +137,7 @@ def list_uris(prefix: str) -> list[str]:
             pages = obstore().list(store, prefix=path.rstrip("/") or None)
             return sorted(root + str(item["path"]) for page in pages for item in page)
 
-    return insisted(listed)
+    return retry_transient(listed)
 
 
 def sizes(prefix: str) -> dict[str, int]:
@@ -149,7 +149,7 @@ def sizes(prefix: str) -> dict[str, int]:
         with translated(prefix):
             return obstore().list_with_delimiter(store, prefix=path.rstrip("/") or None)
 
-    return {root + str(item["path"]): int(item["size"]) for item in insisted(listed)["objects"]}
+    return {root + str(item["path"]): int(item["size"]) for item in retry_transient(listed)["objects"]}
 
 
 def object_store(uri: str) -> Any:

@@ -11,10 +11,8 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
-import itertools
 import math
 import os
-import random
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
@@ -24,12 +22,13 @@ from typing import Any, Generic, TypeVar
 
 from wsi_mmm.errors import SlideChanged, StorageError, TransientCause, TransientError
 from wsi_mmm.storage.ranges import Buffer, Counter, Merging, Range, Ranges, fetch_merged
+from wsi_mmm.storage.retry import RetryPolicy
 from wsi_mmm.storage.translate import NO_RANGES, SHORT, SILENT
 from wsi_mmm.storage.uris import redact
 
 MERGING = Merging(gap=512 << 10, waste=0.12)  # measured on RGW with 0 and 20 ms delay, see docs/storage.md
 _PER_PROCESS, _PER_ENDPOINT = 32, 16  # requests on their way
-_PAUSE, _LONGEST_PAUSE = 0.02, 2.0  # seconds: the first pause is up to _PAUSE, each next one up to twice as long
+_RANGED = RetryPolicy(pause=0.02, longest=2.0)  # given up by the endpoint's time-out
 _SHORT_TRIES = 5  # answers of a wrong length before it is an error
 _UNREACHED = 5.0  # seconds to give a server that never answered anything
 _UNIT = 1 << 20  # bytes: a request of this size or less is one unit of work
@@ -169,14 +168,13 @@ async def request(endpoint: Endpoint, name: str, size: int, send: Send[T]) -> T:
     """Return the first good answer of ``send``, which is called as often as needed. Raises StorageError and its kin."""
     now = asyncio.get_running_loop().time
     began = math.inf  # waiting for a slot is no fault of the server's
-    for n in itertools.count():
+    for tries, pause in enumerate(_RANGED.pauses(), start=1):
         try:
             async with endpoint.slots(), _running().slots:
                 began = min(began, now())
                 return await _first(endpoint, size, send, until=began + endpoint.timeout)
         except TransientError as error:
-            pause = random.uniform(0, min(_PAUSE * 2.0 ** min(n, 20), _LONGEST_PAUSE))
-            short = error.cause is TransientCause.SHORT_ANSWER and n + 1 >= _SHORT_TRIES
+            short = error.cause is TransientCause.SHORT_ANSWER and tries >= _SHORT_TRIES
             if short or error.cause in endpoint.final or now() + pause >= began + _patience(endpoint, error):
                 raise
             await asyncio.sleep(pause)

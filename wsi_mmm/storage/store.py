@@ -12,37 +12,18 @@ from __future__ import annotations
 from typing import Protocol
 
 from wsi_mmm.storage import fsspec_files, local, objects
+from wsi_mmm.storage.base import ByteStore
 from wsi_mmm.storage.held import HEAD, HeldStore, held
 from wsi_mmm.storage.objects import object_store
-from wsi_mmm.storage.ranges import Buffer, Counter, Ranges
-from wsi_mmm.storage.retry import insisted
+from wsi_mmm.storage.retry import retry_transient
 from wsi_mmm.storage.translate import translated
 from wsi_mmm.storage.uris import is_local, join, local_path, redact
 from wsi_mmm.timing import spent
 
 __all__ = [
-    "ByteStore", "HeldStore", "delete", "exists", "held", "insisted", "is_local", "join", "list_uris", "local_path",
-    "object_store", "open_store", "read_bytes", "redact", "translated", "write_bytes",
+    "ByteStore", "HeldStore", "delete", "exists", "held", "is_local", "join", "list_uris", "local_path",
+    "object_store", "open_store", "read_bytes", "redact", "retry_transient", "translated", "write_bytes",
 ]  # fmt: skip
-
-
-class ByteStore(Protocol):
-    """One object, read in ranges; thread-safe. ``remote``: reading waits for a network."""
-
-    uri: str
-    size: int
-    etag: str | None
-    counter: Counter
-    remote: bool
-
-    def get_ranges(self, ranges: Ranges) -> list[Buffer]:
-        """Return the bytes of each (start, length); short where the object ends. StorageError, SlideChanged.
-
-        ``ranges`` may be int64[n, 2]. Views of what was read, not copies: one of them keeps its whole span in memory.
-        """
-
-    def close(self) -> None:
-        """Let go of files and connections."""
 
 
 def open_store(uri: str) -> ByteStore:

@@ -16,6 +16,7 @@ from wsi_mmm.engine.executors import wire
 from wsi_mmm.engine.plan import SlidePlan, forward_units, interpret_units
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.units import UnitResult, WorkUnit, pack
+from wsi_mmm.options import RunOptions
 
 plans = st.builds(
     plan_of, st.integers(1, 900), st.integers(1, 900), st.integers(1, 8), st.sampled_from([0, 8, 32]),
@@ -71,7 +72,7 @@ def test_a_work_is_a_few_hundred_bytes() -> None:
 
 def test_the_recipe_is_asked_for_once() -> None:
     """A process keeps it under its key; one that nobody knows is a LookupError."""
-    recipe = Recipe("m", "h", ("a", "b"), 0.5, 64, 0, device="cpu", min_tissue=0.123)
+    recipe = Recipe("m", "h", ("a", "b"), 0.5, 64, 0, options=RunOptions(device="cpu", min_tissue=0.123))
     text, asked = wire.recipe_json(recipe), []
 
     def find(key: str) -> str | None:

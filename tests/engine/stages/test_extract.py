@@ -14,6 +14,7 @@ from wsi_mmm.engine.plan import SlidePlan, forward_units
 from wsi_mmm.engine.scheduler import open_street
 from wsi_mmm.engine.stages.extract import SIDE, extract_units, squares_under, through_pool
 from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
+from wsi_mmm.options import RunOptions
 
 plans = st.builds(
     plan_of, st.integers(70, 6000), st.integers(70, 6000), st.integers(1, 8), st.sampled_from([0, 8, 32]),
@@ -52,9 +53,9 @@ def test_tiles_go_through_a_cache_only_where_there_is_one() -> None:
     """Not without --cache, not on empty glass."""
     plan = plan_of(600, 600, 2, 8, 1.0, 0)
     assert through_pool(plan) is None
-    cached = replace(plan, slide=replace(plan.slide, recipe=replace(plan.slide.recipe, cache="/c")))
+    cached = replace(plan, slide=replace(plan.slide, recipe=replace(plan.slide.recipe, options=RunOptions(cache="/c"))))
     pooled = through_pool(cached)
-    assert pooled is not None and pooled.slide.recipe.cache_tiles == "on"
+    assert pooled is not None and pooled.slide.recipe.options.cache_tiles == "on"
     assert pooled.slide.recipe.result_hash() == cached.slide.recipe.result_hash()
     assert through_pool(replace(cached, index=cached.index[:0])) is None
 
@@ -88,7 +89,7 @@ class Recorder:
 def kinds(placement: str) -> dict[str, list[str]]:
     """The works of three slides in a row, by slide."""
     plan = plan_of(900, 900, 2, 8, 1.0, 0)
-    recipe = replace(plan.slide.recipe, cache="/c")
+    recipe = replace(plan.slide.recipe, options=RunOptions(cache="/c"))
     executor = Recorder(plan)
     scheduler = open_street([replace(plan.slide, id=f"s{n}", recipe=recipe) for n in range(6)], placement=placement)
     assert all(state.status == "done" for state in scheduler.run(executor))

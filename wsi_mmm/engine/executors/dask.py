@@ -46,7 +46,7 @@ from wsi_mmm.engine.stages import steps
 from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
 from wsi_mmm.errors import ClusterError, WsiError
 from wsi_mmm.storage import store
-from wsi_mmm.storage.outage import patiently
+from wsi_mmm.storage.retry import retry_unit
 
 AHEAD = 2  # works waiting at each worker thread, so that none waits for the client
 LOOK = 2.0  # seconds between looks at which workers and which other jobs there are: they come and go
@@ -60,7 +60,7 @@ RECIPES = "wsi-mmm-recipes"  # where the scheduler keeps them, by key
 
 def perform(bundle: bytes) -> list[UnitResult]:
     """What a worker does; ``bundle``: a work a line. Errors of ours are receipts; of others, Dask tries once more."""
-    return [_done(lambda unit: patiently(steps.perform, unit), line) for line in bundle.split(b"\n")]
+    return [_done(lambda unit: retry_unit(steps.perform, unit), line) for line in bundle.split(b"\n")]
 
 
 def perform_alone(bundle: bytes) -> list[UnitResult]:

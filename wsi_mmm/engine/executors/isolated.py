@@ -39,12 +39,12 @@ def serve(source: int, sink: int) -> None:
     """What the new process does; ``source``, ``sink``: the file descriptors that it hears and answers by."""
     from wsi_mmm.engine.executors.threads import failure
     from wsi_mmm.engine.stages import steps
-    from wsi_mmm.storage.outage import patiently
+    from wsi_mmm.storage.retry import retry_unit
 
     with Connection(source, writable=False) as hear, Connection(sink, readable=False) as answer:
         unit: WorkUnit = hear.recv()
         try:
-            answer.send(patiently(steps.perform, unit))
+            answer.send(retry_unit(steps.perform, unit))
         except Exception as error:  # noqa: BLE001  (told in the receipt)
             answer.send(failure(unit, error))
 

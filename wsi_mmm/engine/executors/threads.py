@@ -17,7 +17,7 @@ from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.stages import context, steps
 from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
 from wsi_mmm.errors import WsiError
-from wsi_mmm.storage.outage import patiently
+from wsi_mmm.storage.retry import retry_unit
 
 
 class ThreadsExecutor:
@@ -62,7 +62,7 @@ class ThreadsExecutor:
             if self._stopped.is_set():
                 return
             try:
-                result = patiently(step, value, stopped=self._stopped)
+                result = retry_unit(step, value, stopped=self._stopped)
             except BaseException as error:  # noqa: BLE001  (a failed work is a receipt: no thread ends unseen)
                 self._results.put(failure(unit, error))
                 return

@@ -11,13 +11,13 @@ import json
 import threading
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from wsi_mmm.engine.plan import SlidePlan
-from wsi_mmm.engine.recipe import Recipe
+from wsi_mmm.engine.recipe import Recipe, recipe_from_json
 from wsi_mmm.engine.units import SlideTask, UnitResult, WorkUnit, pack
 from wsi_mmm.types import F32, I64, Grid
 
@@ -30,7 +30,7 @@ Find = Callable[[str], str | None]
 
 def recipe_json(recipe: Recipe) -> str:
     """All of a recipe; ``recipe_key`` is made from this."""
-    return json.dumps(asdict(recipe), sort_keys=True)
+    return json.dumps(recipe.to_json(), sort_keys=True)
 
 
 def recipe_key(text: str) -> str:
@@ -45,8 +45,7 @@ def recipe_of(key: str, find: Find) -> Recipe:
             text = find(key)
             if text is None:
                 raise LookupError(f"the recipe {key} is not known to the scheduler any more")
-            facts = json.loads(text)
-            _recipes[key] = Recipe(**{**facts, "tasks": tuple(facts["tasks"])})
+            _recipes[key] = recipe_from_json(json.loads(text))
         return _recipes[key]
 
 

@@ -57,11 +57,9 @@ class RunReport:
 
     @property
     def exit_code(self) -> int:
-        """What the command ends with."""
-        good = sum(row.status in ("done", "empty") for row in self.slides)
-        if good == len(self.order):
-            return 3 if self.unsaved else 0
-        return 3 if good or any(row.status == "partial" for row in self.slides) else 4
+        """The exit code of a command that ran this; slides that never ended count as failed."""
+        missing = ["failed"] * (len(self.order) - len(self.slides))
+        return exit_code([*(row.status for row in self.slides), *missing], saved=not self.unsaved)
 
     def add(self, state: SlideState) -> None:
         """Take in a slide that has ended."""
@@ -77,7 +75,7 @@ class RunReport:
     def _save(self) -> None:
         self.seconds = time.time() - self.started
         facts = {
-            "wsi_mmm_version": __version__, "versions": versions(), "recipe": self.recipe.public(),
+            "wsi_mmm_version": __version__, "versions": versions(), "recipe": self.recipe.to_json(),
             "recipe_hash": self.recipe.result_hash(),
             "argv": [store.redact(word) for word in sys.argv],
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
@@ -93,7 +91,7 @@ class RunReport:
     def _device(self) -> str:
         """What the model ran on; what was asked for when it ran nowhere (all slides resumed, failed or empty)."""
         used = {str(row.extra["device"]) for row in self.rows.values() if row.extra.get("device")}
-        return ", ".join(sorted(used)) or self.recipe.device
+        return ", ".join(sorted(used)) or self.recipe.options.device
 
     def _overlays(self) -> dict[str, bytes]:
         """The pictures of at most 200 slides: the page stays one that a browser opens."""
@@ -103,6 +101,13 @@ class RunReport:
             if row.status in ("done", "partial") and store.exists(uri):
                 found[row.id] = store.read_bytes(uri)
         return found
+
+
+def exit_code(statuses: Sequence[str], *, saved: bool = True) -> int:
+    """Return 0 when every slide succeeded (and the report was ``saved``), 4 when every one failed, else 3."""
+    if all(status in ("done", "empty") for status in statuses):
+        return 0 if saved else 3
+    return 4 if all(status == "failed" for status in statuses) else 3
 
 
 def begin(output: str, recipe: Recipe, tasks: Iterable[SlideTask]) -> RunReport:

@@ -57,7 +57,7 @@ def _recent(kept: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
 @contextmanager
 def slide_of(task: SlideTask) -> Iterator[Slide]:
     """The slide of a task, opened once per process; at most a handful of idle ones stay open."""
-    key = (task.uri, task.mpp, task.recipe.reader)
+    key = (task.uri, task.mpp, task.recipe.options.reader)
     with _lock:
         slide, users = _slides.pop(key) if key in _slides else (_opened(*key), 0)
         _slides[key] = (slide, users + 1)
@@ -84,9 +84,9 @@ def _trim() -> None:
 def reader_of(slide: Slide, task: SlideTask, grid: Grid, index: I64) -> CachedReader | None:
     """The tile cache in front of a slide's reader, where the recipe asks for one or it pays on tiles ``index``."""
     recipe = task.recipe
-    if recipe.cache is None or recipe.cache_tiles == "off":
+    if recipe.options.cache is None or recipe.options.cache_tiles == "off":
         return None
-    key = (task.uri, pixels_uri(recipe.cache, slide.info, grid.scale_x, grid.scale_y))
+    key = (task.uri, pixels_uri(recipe.options.cache, slide.info, grid.scale_x, grid.scale_y))
 
     def made() -> CachedReader:
         return CachedReader(slide.reader, key[1], grid.scale_x, grid.scale_y, quota=_quota(recipe))
@@ -95,18 +95,18 @@ def reader_of(slide: Slide, task: SlideTask, grid: Grid, index: I64) -> CachedRe
         reader = _recent(_readers, key, made)
         if reader.inner is not slide.reader:
             reader = _readers[key] = made()
-        if recipe.cache_tiles == "on":
+        if recipe.options.cache_tiles == "on":
             return reader
         tiles = Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y)
         return reader if _recent(_choices, key, lambda: choose(reader, tiles)).use else None
 
 
 def _quota(recipe: Recipe) -> Quota | None:
-    if recipe.cache is None or recipe.cache_quota is None:
+    if recipe.options.cache is None or recipe.options.cache_quota is None:
         return None
-    key = (recipe.cache, recipe.cache_quota)
+    key = (recipe.options.cache, recipe.options.cache_quota)
     if key not in _quotas:
-        _quotas[key] = Quota(store.local_path(recipe.cache), recipe.cache_quota)
+        _quotas[key] = Quota(store.local_path(recipe.options.cache), recipe.options.cache_quota)
     return _quotas[key]
 
 
@@ -117,7 +117,7 @@ def tile_cache_words(task: SlideTask) -> str:
 
 def runner_of(recipe: Recipe) -> Runner:
     """The model of a recipe on its device, loaded once per process by what it is, wherever it lies."""
-    key = (f"{recipe.model_hash}/{recipe.tasks}", recipe.device, recipe.threads, recipe.runtime)
+    key = (f"{recipe.model_hash}/{recipe.tasks}", recipe.options.device, recipe.options.threads, recipe.options.runtime)
     with timing.spent("prepare"), _loading:
         if key not in _runners:
             _runners[key] = _load(recipe)
@@ -138,8 +138,9 @@ def _load(recipe: Recipe) -> Runner:
     else:
         model = load_model(_model_of(recipe))
     quantise = {task.info.name: task.quantise for task in tasks_of(recipe)}
+    options = recipe.options
     runner = Runner(
-        model, device=recipe.device, threads=recipe.threads, quantise=quantise, runtime=recipe.runtime,
+        model, device=options.device, threads=options.threads, quantise=quantise, runtime=options.runtime,
         cache=_user_cache(recipe),
     )  # fmt: skip
     runner.warm_up(recipe.tile, recipe.tasks)

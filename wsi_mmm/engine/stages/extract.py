@@ -26,9 +26,10 @@ Square = tuple[int, int]
 def through_pool(plan: SlidePlan) -> SlidePlan | None:
     """The plan with tiles that go through the cache; None where there is no cache or no tile."""
     recipe = plan.slide.recipe
-    if recipe.cache is None or not len(plan.index):
+    if recipe.options.cache is None or not len(plan.index):
         return None
-    return replace(plan, slide=replace(plan.slide, recipe=replace(recipe, cache_tiles="on")))
+    recipe = replace(recipe, options=replace(recipe.options, cache_tiles="on"))
+    return replace(plan, slide=replace(plan.slide, recipe=recipe))
 
 
 def extract_units(plan: SlidePlan) -> list[WorkUnit]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +26,7 @@ from wsi_mmm.outputs.inside import Regions
 from wsi_mmm.outputs.maps import write_map
 from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.storage import store
+from wsi_mmm.storage.folders import published_file
 from wsi_mmm.tasks.base import Task
 from wsi_mmm.tiles.grid import tile_boxes, tile_size_level0, tile_xy
 from wsi_mmm.types import I64, Objects, TaskInfo
@@ -63,12 +61,12 @@ def publish(unit: WorkUnit) -> UnitResult:
         if task.recipe.tasks:
             regions = asked_regions(task)
             _geojson(plan, tables, done, picture, regions)
-            if task.recipe.overlay:
+            if task.recipe.options.overlay:
                 done.files["overlay"] = _write(task, "overlay.png", _overlay(plan, picture, done, regions))
         done.files["tiles"] = _write(task, "tiles.parquet", _tiles(plan, tables, failed, done.answers))
-        if task.recipe.features and len(plan.index):
+        if task.recipe.options.features and len(plan.index):
             done.files["features"] = _features(plan, unit)
-        if task.recipe.save_maps:
+        if task.recipe.options.save_maps:
             done.files["maps"] = _maps(plan, unit)
             for name, shares in done.answers.attention.items():
                 drawn = attention_png(slide.thumbnail(THUMBNAIL), plan.grid, plan.index, shares)
@@ -106,12 +104,12 @@ def _geojson(
 ) -> None:
     task = plan.slide
     found = [t for t in context.tasks_of(task.recipe) if t.scope != "bag"]
-    name = "result.geojson.gz" if task.recipe.gzip else "result.geojson"
+    name = "result.geojson.gz" if task.recipe.options.gzip else "result.geojson"
     regions = {t.info.name: _regions(t, plan) for t in found if t.info.dissolves}
     counts = {name: len(objects) for name, objects in regions.items()}
-    with _local_file(store.join(task.output, name)) as path:
+    with published_file(store.join(task.output, name)) as path:
         with GeoJSONWriter(
-            path, plan.info.fingerprint, [t.info for t in found], task.recipe.gzip, counts=counts
+            path, plan.info.fingerprint, [t.info for t in found], task.recipe.options.gzip, counts=counts
         ) as writer:
             for t in found:
                 before = writer.written
@@ -226,7 +224,7 @@ def _squares(task: Task, plan: SlidePlan, values: Values) -> Objects:
 def _placed(objects: Objects, plan: SlidePlan) -> Objects:
     """Shifted into QuPath's cropped frame when the recipe asks for it."""
     info = plan.info
-    if not plan.slide.recipe.bounds_offset or not (info.bounds_x or info.bounds_y):
+    if not plan.slide.recipe.options.bounds_offset or not (info.bounds_x or info.bounds_y):
         return objects
     return replace(objects, coords=objects.coords - np.array([info.bounds_x, info.bounds_y], np.float64))
 
@@ -319,15 +317,3 @@ def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]
 def _write(task: SlideTask, name: str, data: bytes) -> str:
     store.write_bytes(store.join(task.output, name), data)
     return name
-
-
-@contextmanager
-def _local_file(uri: str) -> Iterator[Path]:
-    """A path to write ``uri`` at: itself when local, else a temporary file that is put at the end, whole."""
-    if store.is_local(uri):
-        yield store.local_path(uri)
-        return
-    with tempfile.TemporaryDirectory(prefix="wsi-mmm-") as folder:
-        path = Path(folder) / uri.rsplit("/", 1)[-1]
-        yield path
-        store.write_bytes(uri, path.read_bytes())

@@ -13,7 +13,7 @@ from wsi_mmm.types import I64, Grid
 
 def asked_regions(task: SlideTask) -> Regions | None:
     """The regions that work is restricted to, or None. AnnotationError, StorageError."""
-    where = task.recipe.regions
+    where = task.recipe.options.regions
     return regions_of(store.read_bytes(where), store.redact(where)) if where else None
 
 
@@ -25,7 +25,7 @@ def restricted(task: SlideTask, grid: Grid, index: I64) -> I64:
 
 def region_hash(task: SlideTask) -> str:
     """Hash of the files that say where to look, empty when there is none: an edited mask is another question."""
-    where = task.mask or task.recipe.tissue
+    where = task.mask or task.recipe.options.tissue
     files = [] if where in ("auto", "none") else [where]
-    files += [task.recipe.regions] if task.recipe.regions else []
+    files += [task.recipe.options.regions] if task.recipe.options.regions else []
     return "+".join(hashlib.sha256(store.read_bytes(file)).hexdigest()[:32] for file in files)

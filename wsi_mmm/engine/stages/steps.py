@@ -49,11 +49,11 @@ def plan(unit: WorkUnit) -> UnitResult:
         raise ManifestError(task.error)
     started = time.perf_counter()
     remove_halves(task)
-    if task.recipe.force:
+    if task.recipe.options.force:
         remove_scratch(task)
     with context.slide_of(task) as slide:
         task = replace(task, reader=slide.info.reader)
-        done = None if task.recipe.force else published(task, slide.info.fingerprint, region_hash(task))
+        done = None if task.recipe.options.force else published(task, slide.info.fingerprint, region_hash(task))
         if done is not None:
             if not store.exists(workdir.plan_uri(task)):
                 remove_scratch(task)  # what is left when a run ends while it tidies up
@@ -69,8 +69,8 @@ def _plan(task: SlideTask, slide: Slide) -> SlidePlan:
     recipe = task.recipe
     slide.scale(recipe.mpp)  # says what to do when the slide does not know its mpp
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
-    mask = tissue_mask(slide, task.mask or recipe.tissue)
-    index = restricted(task, grid, select_tiles(grid, mask, min_tissue=recipe.min_tissue))
+    mask = tissue_mask(slide, task.mask or recipe.options.tissue)
+    index = restricted(task, grid, select_tiles(grid, mask, min_tissue=recipe.options.min_tissue))
     return _assembled(task, slide, index, tissue_share(grid, mask, index))
 
 
@@ -83,8 +83,8 @@ def _assembled(task: SlideTask, slide: Slide, index: I64, share: F32) -> SlidePl
     recipe = task.recipe
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     tasks = [t for t in context.tasks_of(recipe) if t.scope == "pixel"]
-    root = recipe.cache or store.join(task.scratch, "cache")
-    name = recipe.forward_hash(device_kind(recipe.device), (grid.scale_x, grid.scale_y), task.reader)
+    root = recipe.options.cache or store.join(task.scratch, "cache")
+    name = recipe.forward_hash(device_kind(recipe.options.device), (grid.scale_x, grid.scale_y), task.reader)
     entry = store.join(root, slide.info.fingerprint, name)
     return SlidePlan(
         task, slide.info, grid, index, share, entry,
@@ -172,7 +172,7 @@ def _read(unit: WorkUnit) -> Loaded:
     started = time.perf_counter()
     grid = _grid(unit)
     entry = context.entry_of(unit.entry, grid, unit.slide.recipe.block_tiles)
-    result = None if unit.slide.recipe.force else entry.receipt(_block_name(unit))
+    result = None if unit.slide.recipe.options.force else entry.receipt(_block_name(unit))
     if result and result.get("tiles") == unit.tiles.hex() and not result.get("failed"):
         return Loaded(unit, None, result, time.perf_counter() - started)
     with context.slide_of(unit.slide) as slide:
@@ -251,7 +251,7 @@ def _put(entry: Entry, index: I64, output: RunOutput, *, features: bool) -> None
 
 def _keeps_features(recipe: Recipe) -> bool:
     """Whether they are published, or a bag task reads them."""
-    return recipe.features or any(task.scope == "bag" for task in context.tasks_of(recipe))
+    return recipe.options.features or any(task.scope == "bag" for task in context.tasks_of(recipe))
 
 
 def features_spec(size: int) -> ArraySpec:
