@@ -14,7 +14,7 @@ from wsi_mmm.model import exporting, multitask
 from wsi_mmm.model.checkpoint import load_model
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import make_task
-from wsi_mmm.training.forward import Bench, shared
+from wsi_mmm.training.forward import TrainingContext, shared
 
 TASKS = ("nuclei", "stain")
 
@@ -33,9 +33,9 @@ def test_training_inference_and_export_are_one_pass(small_model: Path, monkeypat
     model = load_model(small_model)
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8))
     batch: Any = SimpleNamespace(pixels=pixels, vectors=None, bag=None, seed=0, targets=dict.fromkeys(TASKS))
-    bench = Bench(model, {task.name: make_task(task) for task in model.card.tasks})
+    context = TrainingContext(model, {task.name: make_task(task) for task in model.card.tasks})
     with torch.no_grad():
-        reads = shared(bench, batch, TASKS).reads
+        reads = shared(context, batch, TASKS).reads
         trained = [model.heads[name](reads[name]) for name in TASKS]
         vector, logits = model.forward_all(model.prepare(pixels), TASKS)
         exported = exporting.Graph(model, TASKS)(pixels)
