@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from shapely.geometry import box
 
-from helpers.lessons import MODEL, geojson, save
+from helpers.annotation_targets import MODEL, geojson, save
 from wsi_mmm import api
 from wsi_mmm.errors import ConfigError, InputError
 from wsi_mmm.slides.fake import synthetic_slide

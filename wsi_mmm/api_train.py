@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from wsi_mmm.training.config import TrainConfig
-    from wsi_mmm.training.data.buckets import DryRun
+    from wsi_mmm.training.data.buckets import BucketReport
     from wsi_mmm.training.fewshot_run import Fitted
-    from wsi_mmm.training.fit import Progress
+    from wsi_mmm.training.fit import StepReport
     from wsi_mmm.training.fractions import Curve
-    from wsi_mmm.training.job import Listener, Prepared, Trained
+    from wsi_mmm.training.job import Prepared, Trained, TrainingListener
 
 
 def train(
     config: str | Path | Mapping[str, Any],
     *,
     settings: Sequence[str] = (),
-    progress: Callable[[Progress], None] | None = None,
-    listener: Listener | None = None,
+    progress: Callable[[StepReport], None] | None = None,
+    listener: TrainingListener | None = None,
     client: Client | None = None,
 ) -> Trained:
     """Train one encoder for many tasks; the same again goes on from the last checkpoint.
@@ -49,12 +49,13 @@ def train(
 
     if client is not None:
         return job.train_on_dask(client, _training(config, settings), _slides_named)
-    heard = job.Listener(on_step=progress) if progress is not None else job.QUIET
+    heard = job.TrainingListener(on_step=progress) if progress is not None else job.QUIET
     return job.train(_training(config, settings), listener or heard, _slides_named)
 
 
 def prepare_training(config: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> Prepared:
-    """What ``train`` would learn from: data sets opened and divided (``.summary()``), the model as it begins."""
+    """Prepare what ``train`` would learn from: data sets opened and divided (``.summary()``), the model as it
+    begins."""
     from wsi_mmm.training import job
 
     return job.prepare(_training(config, settings), _slides_named)
@@ -62,7 +63,7 @@ def prepare_training(config: str | Path | Mapping[str, Any], settings: Sequence[
 
 def read_annotations(
     config: str | Path | Mapping[str, Any], settings: Sequence[str] = ()
-) -> dict[str, dict[str, DryRun]]:
+) -> dict[str, dict[str, BucketReport]]:
     """Data set -> task -> what its bucket table makes of the annotations (``.table()``, ``.as_json()``); learns nothing
     and opens no data set, so that a table can be mended that leaves nothing to learn from."""
     from wsi_mmm.training import job
@@ -77,7 +78,7 @@ def train_fractions(
     seeds: int = 3,
     metric: str = "",
     settings: Sequence[str] = (),
-    listener: Listener | None = None,
+    listener: TrainingListener | None = None,
 ) -> Curve:
     """Train on several shares of the training items, each with seeds 0 to ``seeds - 1`` added to the configuration's.
 

@@ -135,15 +135,15 @@ def invent(plan: Plan, count: int) -> int:
     total = 0
     for seed in range(count):
         path = placed(plan, f"synthetic/s{seed}.tiff")
-        truth = synthetic_slide(path, seed, width=1024, height=1024, nuclei=500)
-        total += len(truth.polygons)
+        target = synthetic_slide(path, seed, width=1024, height=1024, nuclei=500)
+        total += len(target.polygons)
         features = [
             {
                 "type": "Feature",
                 "geometry": {"type": "Polygon", "coordinates": [[*ring, ring[0]]]},
                 "properties": {"objectType": "detection", "classification": {"name": "cell"}},
             }
-            for ring in truth.polygons.round(2).tolist()
+            for ring in target.polygons.round(2).tolist()
         ]
         path.with_suffix(".geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     return total

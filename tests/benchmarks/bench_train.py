@@ -30,11 +30,11 @@ from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.training import fit as fitting
 from wsi_mmm.training.colour import Augment
+from wsi_mmm.training.data.annotation_targets import AnnotationTarget
 from wsi_mmm.training.data.buckets import same_names
-from wsi_mmm.training.data.lessons import Lesson
-from wsi_mmm.training.data.slides import Places, SlideItem, slide_tiles
+from wsi_mmm.training.data.slides import SlideItem, TileSampling, slide_tiles
 from wsi_mmm.training.fit import Callbacks, FitPlan
-from wsi_mmm.training.loader import Feed, LoadPlan, TrainBatch, batches, look_of, make_batch
+from wsi_mmm.training.loader import DataFeed, LoadPlan, TrainBatch, batches, make_batch, make_preprocess
 from wsi_mmm.training.optim import OptimPlan
 from wsi_mmm.training.policy import plan_step
 from wsi_mmm.training.ranks import Ranks
@@ -66,15 +66,15 @@ def annotated_slides(folder: Path) -> list[SlideItem]:
     """Two synthetic slides of 4096 x 4096 px with their nuclei as GeoJSON."""
     items = []
     for seed in (1, 2):
-        truth = synthetic_slide(folder / f"{seed}.tiff", seed, width=4096, height=4096, nuclei=6000)
+        target = synthetic_slide(folder / f"{seed}.tiff", seed, width=4096, height=4096, nuclei=6000)
         features = [
             {"type": "Feature", "properties": {"classification": {"name": "nucleus"}}, "geometry": ring(outline)}
-            for outline in truth.polygons.tolist()
+            for outline in target.polygons.tolist()
         ]
         (folder / f"{seed}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
         items.append(
             SlideItem(f"s{seed}", str(folder / f"{seed}.tiff"), annotations=str(folder / f"{seed}.geojson"),
-                      truths={"which": seed % 2})
+                      targets={"which": seed % 2})
         )  # fmt: skip
     return items
 
@@ -116,20 +116,20 @@ def main() -> None:
     torch.set_num_threads(given.cores)  # `make` sets one for tests; here the model takes all there are
     with tempfile.TemporaryDirectory() as folder:
         items = (
-            [SlideItem(f"s{i}", path, truths={"which": i}) for i, path in enumerate(given.slides)]
+            [SlideItem(f"s{i}", path, targets={"which": i}) for i, path in enumerate(given.slides)]
             or annotated_slides(Path(folder))
         )  # fmt: skip
         annotated = not given.slides
-        lessons = [Lesson("nuclei", "instances", same_names(("nucleus",)), complete=True)] if annotated else []
-        source = slide_tiles("tiles", items, Places(given.mpp, tile=given.size), lessons)
+        specs = [AnnotationTarget("nuclei", "instances", same_names(("nucleus",)), complete=True)] if annotated else []
+        source = slide_tiles("tiles", items, TileSampling(given.mpp, tile=given.size), specs)
         card, tasks = model_of(given, len(items), annotated)
-        feed = Feed(source, given.batch)
+        feed = DataFeed(source, given.batch)
         plan = LoadPlan(given.size, threads=given.threads, change=Change(angle=given.angle, scale=given.scale))
         model, ranks = build_model(card), Ranks(device=torch.device(given.device))
 
         def run(steps: Steps, count: int, stamp: Callable[[object], None]) -> None:
             fit_plan = FitPlan(count, optim=OptimPlan(precision=given.precision))
-            made = fitting.Feed(lambda _: steps, look_of(Augment()))
+            made = fitting.TrainingFeed(lambda _: steps, make_preprocess(Augment()))
             fitting.fit(model, tasks, made, plan=fit_plan, callbacks=Callbacks(on_step=stamp), ranks=ranks)
             model.train()
 

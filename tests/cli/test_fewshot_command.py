@@ -11,7 +11,7 @@ import pytest
 from shapely.geometry import box
 from typer.testing import CliRunner, Result
 
-from helpers.lessons import geojson
+from helpers.annotation_targets import geojson
 from wsi_mmm import api
 from wsi_mmm.cli.main import app
 from wsi_mmm.outputs.exports import write_features

@@ -14,14 +14,14 @@ import pytest
 from shapely.geometry import Polygon
 from typer.testing import CliRunner, Result
 
-from helpers.lessons import MODEL, geojson, joint
+from helpers.annotation_targets import MODEL, geojson, joint
 from wsi_mmm import api
 from wsi_mmm.cli import console, train
 from wsi_mmm.cli.main import app
 from wsi_mmm.cli.train import EVERY, EXAMPLE, _LossLines
 from wsi_mmm.errors import Cancelled, NotFinite
 from wsi_mmm.slides.fake import SyntheticTruth
-from wsi_mmm.training.fit import Progress
+from wsi_mmm.training.fit import StepReport
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -143,10 +143,10 @@ def test_training_speaks_json(config: Path) -> None:
     assert set(found[-1]) == {"model", "val", "test", "seconds"}
 
 
-def progress(step: int, **more: Any) -> Progress:
+def progress(step: int, **more: Any) -> StepReport:
     facts = {"losses": {"a": 0.5, "b": 0.25}, "rate": 1e-3, "pace": 2.0, "norm": 1.0, "failed": (), "lost": 0,
              "skipped": 0, **more}  # fmt: skip
-    return Progress(step, 100, **facts)
+    return StepReport(step, 100, **facts)
 
 
 def test_plain_lines_come_every_few_seconds(

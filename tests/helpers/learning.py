@@ -43,7 +43,7 @@ def named(*pairs: str) -> list[dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class AnnotationTarget:
     """What is learnt: the task, its data, and how long; ``metric`` of the held-out slides must be ``score`` or better,
     and better than before the first step by ``gain``."""
 
@@ -85,70 +85,70 @@ def of_table(name: str, kind: str = "bags", **data: Any) -> dict[str, Any]:
 
 TEXTURES = named("striped=striped", "dotted=dotted")
 CELLS = named("round=cell", "long=cell")
-LESSONS: dict[str, Lesson] = {
-    lesson.name: lesson
-    for lesson in (
-        Lesson(
+LESSONS: dict[str, AnnotationTarget] = {
+    spec.name: spec
+    for spec in (
+        AnnotationTarget(
             {"name": "classify", "kind": "classify", "classes": ["plain", "striped", "dotted"]},
             tiles("classify", *TEXTURES, background="plain", min_share=0.8),
             "balanced_accuracy", 0.9, 0.3,
         ),
-        Lesson(
+        AnnotationTarget(
             {"name": "multilabel", "kind": "multilabel", "classes": ["striped", "dotted"]},
             tiles("multilabel", *TEXTURES, min_share=0.25),
             "ap", 0.9, 0.3,
         ),
-        Lesson(
+        AnnotationTarget(
             {"name": "regress", "kind": "regress", "classes": ["period"], "params": {"centre": 9.5, "spread": 2.6}},
             tiles("regress", *named("striped=period"), values=["period"], min_share=0.8),
             "r2", 0.7, 0.7,
         ),
-        Lesson(
+        AnnotationTarget(
             {"name": "segment", "kind": "segment", "classes": ["plain", "striped", "dotted"]},
             tiles("segment", *TEXTURES, background="plain", batch=8),
             "mean_iou", 0.75, 0.4, steps=300, rate=3e-3,
         ),
-        Lesson(
+        AnnotationTarget(
             {"name": "multisegment", "kind": "multisegment", "classes": ["striped", "cell"]},
             tiles("multisegment", *named("striped=striped"), *CELLS, batch=8),
             "mean_iou", 0.7, 0.4,
         ),
-        Lesson(
+        AnnotationTarget(
             {"name": "instances", "kind": "instances", "classes": ["cell"]},
             round_objects("instances", *CELLS),
             "f1", 0.8, 0.6, rate=8e-3,
         ),
-        Lesson(
+        AnnotationTarget(
             {"name": "detect", "kind": "detect", "classes": ["cell"]},
             round_objects("detect", *CELLS),
             "ap50", 0.9, 0.6, steps=150, rate=8e-3,
         ),
-        Lesson(
+        AnnotationTarget(
             {"name": "detect-two", "kind": "detect", "classes": ["round", "long"]},
             round_objects("detect-two", *named("round=round", "long=long")),
             "ap50", 0.85, 0.6, steps=150, rate=8e-3,
         ),
-        Lesson(
+        AnnotationTarget(
             bag("bag-label", kind="classify", classes=["low", "high"]),
             of_table("bag-label", features="{features}/{slide}/features.zarr", batch=8),
             "balanced_accuracy", 0.75, 0.2, steps=100, rate=6e-3,
         ),
-        Lesson(
+        AnnotationTarget(
             bag("bag-value", kind="regress", classes=["amount"], params={"centre": 0.1, "spread": 0.1}),
             of_table("bag-value", "tile-bags", stride=TILE, most=40, batch=4),
             "r2", 0.5, 0.25, steps=150,
         ),
-        Lesson(
+        AnnotationTarget(
             bag("bag-cox", kind="survive", classes=["event"]),
             of_table("bag-cox", features="{features}/{slide}/features.zarr", batch=16),
             "concordance", 0.8, 0.02, steps=100, rate=6e-3,
         ),
-        Lesson(
+        AnnotationTarget(
             bag("bag-steps", kind="survive", classes=["event"], params={"bins": 5, "horizon": 11.0}),
             of_table("bag-steps", features="{features}/{slide}/features.zarr", batch=16),
             "concordance", 0.8, 0.02, steps=100, rate=6e-3,
         ),
-        Lesson(
+        AnnotationTarget(
             {"name": "reconstruct", "kind": "reconstruct", "classes": ["px"], "params": {"patch": 8, "share": 0.3}},
             {"kind": "slides", "task": "reconstruct", "annotations": None, "batch": 8},
             "psnr", 23.0, 5.0, steps=150,
@@ -194,11 +194,11 @@ def make_ground(folder: Path, seed: int = 0) -> tuple[Ground, Score]:
     return replace(begun, model=score.model), score
 
 
-def configuration(ground: Ground, lessons: Sequence[Lesson], out: Path, seed: int = 0) -> dict[str, Any]:
+def configuration(ground: Ground, specs: Sequence[AnnotationTarget], out: Path, seed: int = 0) -> dict[str, Any]:
     """What a user would write into a file."""
     data, model = [], dict(MODEL)
-    for lesson in lessons:
-        one = {"name": f"data-{lesson.name}", **ground.filled(lesson.data)}
+    for spec in specs:
+        one = {"name": f"data-{spec.name}", **ground.filled(spec.data)}
         if one["kind"] == "slides":
             one["slides"] = [str(known.path) for known in ground.slides]
         else:
@@ -206,11 +206,11 @@ def configuration(ground: Ground, lessons: Sequence[Lesson], out: Path, seed: in
             model["start"] = ground.model
         data.append(one)
     return {
-        "out": str(out), "seed": seed, "steps": max(lesson.steps for lesson in lessons), "device": "cpu", "threads": 1,
-        "model": model, "task": [dict(lesson.task) for lesson in lessons], "data": data,
+        "out": str(out), "seed": seed, "steps": max(spec.steps for spec in specs), "device": "cpu", "threads": 1,
+        "model": model, "task": [dict(spec.task) for spec in specs], "data": data,
         "split": {"val": 0.0, "test": 0.3, "seed": 0}, "sampling": {"class_balance": True},
         "validation": {"items": 128},
-        "optim": {"rate": lessons[0].rate, "warmup": 5}, "checkpoint": {"every": 0}, "tracking": {"tensorboard": False},
+        "optim": {"rate": specs[0].rate, "warmup": 5}, "checkpoint": {"every": 0}, "tracking": {"tensorboard": False},
     }  # fmt: skip
 
 
@@ -226,13 +226,13 @@ class Score:
     held: tuple[str, ...]
 
 
-def learn(ground: Ground, lessons: Sequence[Lesson], out: Path, seed: int = 0) -> Score:
+def learn(ground: Ground, specs: Sequence[AnnotationTarget], out: Path, seed: int = 0) -> Score:
     """Train from one configuration, and judge what there was before."""
     from wsi_mmm import api
     from wsi_mmm.training.job import held_out
     from wsi_mmm.training.validate import figures
 
-    raw = configuration(ground, lessons, out, seed)
+    raw = configuration(ground, specs, out, seed)
     begun = api.prepare_training(raw)
     before = figures(begun.model.eval(), begun.tasks, held_out(begun, "test"))
     start = time.process_time()

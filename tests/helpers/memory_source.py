@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from wsi_mmm.tasks.targets import Target
-from wsi_mmm.training.data.base import Index, Sample
+from wsi_mmm.training.data.base import ItemIndex, Sample
 from wsi_mmm.types import F32, I32, I64, U8
 
 COLOURS = np.array([(230, 225, 232), (200, 40, 90), (60, 60, 190), (30, 160, 90)], np.uint8)
@@ -30,9 +30,9 @@ class MemorySource:
     asked: list[int] = field(default_factory=list)
 
     @property
-    def index(self) -> Index:
+    def index(self) -> ItemIndex:
         keys = [sample.key for sample in self.samples]
-        return Index(keys, self.groups or keys, np.array(self.labels, np.int32))
+        return ItemIndex(keys, self.groups or keys, np.array(self.labels, np.int32))
 
     def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
         self.asked.append(size)
@@ -54,15 +54,15 @@ def discs(seed: int, height: int, width: int) -> tuple[U8, I32]:
 
 
 def picture_source(
-    name: str, count: int, *, size: int = 96, truths: Mapping[str, Target] | None = None, **more: object
+    name: str, count: int, *, size: int = 96, targets: Mapping[str, Target] | None = None, **more: object
 ) -> MemorySource:
     """Pictures of discs; ``truths`` of all of them (a task called "discs" gets the labels, "class" the item's number
     modulo 3)."""
-    samples, known = [], dict(truths or {})
+    samples, known = [], dict(targets or {})
     for i in range(count):
         pixels, labels = discs(i, size, size)
         own: dict[str, Target] = {"discs": labels, "class": i % 3}
-        samples.append(Sample(f"{name}-{i}", pixels, truths={**{k: own.get(k, v) for k, v in known.items()}}))
+        samples.append(Sample(f"{name}-{i}", pixels, targets={**{k: own.get(k, v) for k, v in known.items()}}))
     made = MemorySource(name, tuple(samples), tuple(i % 3 for i in range(count)), tuple(known))
     return replace(made, **more)  # type: ignore[arg-type]
 
@@ -75,5 +75,5 @@ def bag_source(name: str, sizes: Sequence[int], *, width: int = 6, tiles: int = 
         vectors: F32 | None = None if tiles else rng.standard_normal((k, width)).astype(np.float32) + i
         pixels: U8 | None = rng.integers(0, 256, (k, tiles, tiles, 3), np.uint8) if tiles else None
         xy: I64 = np.zeros((k, 2), np.int64)
-        samples.append(Sample(f"{name}-{i}", pixels, vectors, xy, truths={"grade": i % 2}))
+        samples.append(Sample(f"{name}-{i}", pixels, vectors, xy, targets={"grade": i % 2}))
     return MemorySource(name, tuple(samples), tuple(i % 2 for i in range(len(sizes))), ("grade",))

@@ -21,7 +21,7 @@ import torch
 
 from helpers.training import batch, tiny
 from wsi_mmm.errors import WsiError
-from wsi_mmm.training.fit import Feed, FitPlan, fit
+from wsi_mmm.training.fit import FitPlan, TrainingFeed, fit
 from wsi_mmm.training.loader import TrainBatch
 from wsi_mmm.training.optim import OptimPlan
 from wsi_mmm.training.ranks import ALONE, Meeting, Ranks, joined
@@ -68,7 +68,7 @@ def work(folder: str, mode: str, ranks: Ranks, strategy: str = "accumulate") -> 
         STEPS, optim=OptimPlan(rate=1e-2, warmup=3, average=0.9, clip=1.0), folder=folder,
         strategy=StrategyPlan(strategy), config={"mode": mode},
     )  # fmt: skip
-    fit(model, tasks, Feed(batches), plan=plan, ranks=ranks)
+    fit(model, tasks, TrainingFeed(batches), plan=plan, ranks=ranks)
 
 
 def main(folder: str, mode: str, *where: str) -> int:

@@ -27,7 +27,7 @@ class Kind:
     head: str
     outputs: int
     classes: tuple[str, ...]
-    truth: Callable[[Rng], Any]
+    target: Callable[[Rng], Any]
     params: Mapping[str, float] = None  # type: ignore[assignment]
     kind: str = ""
 
@@ -67,7 +67,7 @@ KINDS: dict[str, Kind] = {
     "reconstruct": Kind("image", 3, ("image",), lambda _r: None),
 }
 BAGS = {
-    f"bag-{name}": Kind("bag", kind.outputs, kind.classes, kind.truth, kind.params, name)
+    f"bag-{name}": Kind("bag", kind.outputs, kind.classes, kind.target, kind.params, name)
     for name, kind in KINDS.items()
     if kind.head == "vector"
 }
@@ -93,7 +93,7 @@ def batch(
     rng = np.random.default_rng(seed)
     every = {**KINDS, **BAGS}
     targets = {
-        name: torch.stack([tasks[name].target(every[kind].truth(rng)) for _ in range(items)])
+        name: torch.stack([tasks[name].target(every[kind].target(rng)) for _ in range(items)])
         for name, kind in kinds.items()
     }
     bags = any(kind in BAGS for kind in kinds.values())

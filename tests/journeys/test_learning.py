@@ -35,11 +35,11 @@ def ground(begun: tuple[Ground, Score]) -> Ground:
 
 def check(name: str, score: Score, slack: float = 0.0) -> None:
     """Good enough, and better than what was not trained."""
-    lesson = LESSONS[name]
+    spec = LESSONS[name]
     # What a model that says nothing leaves out (no objects at all, one constant) is a score of nothing.
-    before, after = score.before[name].get(lesson.metric, 0.0), score.after[name][lesson.metric]
-    assert after >= lesson.score - slack, (name, score.before[name], score.after[name])
-    assert after >= before + lesson.gain - slack, (name, score.before[name], score.after[name])
+    before, after = score.before[name].get(spec.metric, 0.0), score.after[name][spec.metric]
+    assert after >= spec.score - slack, (name, score.before[name], score.after[name])
+    assert after >= before + spec.gain - slack, (name, score.before[name], score.after[name])
     assert score.seconds < 120
 
 
@@ -92,8 +92,8 @@ JOINT = ("segment", "instances", "detect-two", "classify")
 
 @pytest.fixture(scope="module")
 def joint(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Score:
-    lessons = [replace(LESSONS[name], steps=200) for name in JOINT]
-    return learn(ground, lessons, tmp_path_factory.mktemp("joint"))
+    specs = [replace(LESSONS[name], steps=200) for name in JOINT]
+    return learn(ground, specs, tmp_path_factory.mktemp("joint"))
 
 
 @pytest.mark.parametrize("name", JOINT)

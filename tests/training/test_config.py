@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from helpers.lessons import ENCODER
+from helpers.annotation_targets import ENCODER
 from wsi_mmm.cli.train import EXAMPLE
 from wsi_mmm.errors import ConfigError, ModelError, OptionError
 from wsi_mmm.training.config import TrainConfig, json_schema, model_card, parse

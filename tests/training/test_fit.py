@@ -23,7 +23,7 @@ from wsi_mmm.errors import Cancelled, ConfigError, InputError, ModelError, NotFi
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.training.data.base import Sample
-from wsi_mmm.training.fit import EMPTY, QUIET, Callbacks, Feed, FitPlan, Progress, fit
+from wsi_mmm.training.fit import EMPTY, QUIET, Callbacks, FitPlan, StepReport, TrainingFeed, fit
 from wsi_mmm.training.loader import TrainBatch
 from wsi_mmm.training.optim import OptimPlan
 from wsi_mmm.training.strategies import StrategyPlan
@@ -33,7 +33,9 @@ KINDS = ["classify", "segment"]
 PLAN = FitPlan(6, optim=OptimPlan(rate=1e-2, average=0.9, warmup=2), checkpoint_every=2, keep=0)
 
 
-def feed(tasks: Mapping[str, Task], steps: int, change: Callable[[int, TrainBatch], TrainBatch] | None = None) -> Feed:
+def feed(
+    tasks: Mapping[str, Task], steps: int, change: Callable[[int, TrainBatch], TrainBatch] | None = None
+) -> TrainingFeed:
     """One batch for both tasks per step, changed by ``change(step, batch)``."""
 
     def batches(first: int) -> Iterator[tuple[TrainBatch, ...]]:
@@ -41,7 +43,7 @@ def feed(tasks: Mapping[str, Task], steps: int, change: Callable[[int, TrainBatc
             one = batch(tasks, {"t0": "classify", "t1": "segment"}, seed=step, items=2)
             yield (change(step, one) if change else one,)
 
-    return Feed(batches)
+    return TrainingFeed(batches)
 
 
 def train(
@@ -60,7 +62,7 @@ def train(
 def stop_after(step: int) -> Callbacks:
     """Ctrl-C, once, after ``step`` steps."""
 
-    def on_step(progress: Progress) -> None:
+    def on_step(progress: StepReport) -> None:
         if progress.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -94,7 +96,7 @@ def test_any_step_can_be_gone_on_from(tmp_path: Path, step: int, kind: Any) -> N
     """A process that ends without a word (no checkpoint at the end) goes on from its last checkpoint to the bit."""
     plan = replace(PLAN, optim=replace(PLAN.optim, kind=kind), checkpoint_every=1)
 
-    def die(progress: Progress) -> None:
+    def die(progress: StepReport) -> None:
         if progress.step == step + 1:
             raise ZeroDivisionError
 
@@ -114,13 +116,13 @@ def test_another_configuration_does_not_go_on(tmp_path: Path) -> None:
 
 def test_it_learns_and_tells(tmp_path: Path) -> None:
     """On one batch again and again the losses fall; each step is told with its facts; checkpoints at 2, 4, 6."""
-    told: list[Progress] = []
+    told: list[StepReport] = []
     kept: list[int] = []
     model, tasks = tiny(KINDS)
     one = batch(tasks, {"t0": "classify", "t1": "segment"}, seed=1)
     plan = replace(PLAN, folder=str(tmp_path))
     callbacks = Callbacks(told.append, on_checkpoint=lambda step, _uri: kept.append(step))
-    fit(model, tasks, Feed(lambda first: ((one,) for _ in range(first, 6))), plan=plan, callbacks=callbacks)
+    fit(model, tasks, TrainingFeed(lambda first: ((one,) for _ in range(first, 6))), plan=plan, callbacks=callbacks)
     assert [p.step for p in told] == list(range(1, 7)) and kept == [2, 4, 6]
     assert told[-1].losses["t0"] < told[0].losses["t0"]
     assert told[0].rate == pytest.approx(1e-2 / 3) and all(p.pace > 0 and p.norm > 0 for p in told)
@@ -139,7 +141,7 @@ def bad_targets(*steps: int) -> Callable[[int, TrainBatch], TrainBatch]:
     return change
 
 
-def regress(plan: FitPlan, change: Callable[[int, TrainBatch], TrainBatch], told: list[Progress]) -> MultiTaskModel:
+def regress(plan: FitPlan, change: Callable[[int, TrainBatch], TrainBatch], told: list[StepReport]) -> MultiTaskModel:
     """A training of values, which can be infinite."""
     model, tasks = tiny(["regress"])
 
@@ -147,7 +149,7 @@ def regress(plan: FitPlan, change: Callable[[int, TrainBatch], TrainBatch], told
         for step in range(first, plan.steps):
             yield (change(step, batch(tasks, {"t0": "regress"}, seed=step, items=2)),)
 
-    return fit(model, tasks, Feed(batches), plan=plan, callbacks=Callbacks(told.append))
+    return fit(model, tasks, TrainingFeed(batches), plan=plan, callbacks=Callbacks(told.append))
 
 
 def test_nan_ends_training_with_its_name(tmp_path: Path) -> None:
@@ -159,14 +161,14 @@ def test_nan_ends_training_with_its_name(tmp_path: Path) -> None:
 
 def test_nan_may_be_skipped_up_to_a_limit() -> None:
     """A skipped step moves neither weights nor statistics and is counted; one more than the limit is NotFinite."""
-    told: list[Progress] = []
+    told: list[StepReport] = []
     plan = replace(PLAN, steps=4, not_finite="skip", skips=1)
     skipped = regress(plan, bad_targets(3), told).state_dict()
     assert [p.skipped for p in told] == [0, 0, 0, 1] and told[-1].losses == {}
     # The schedule's steps are the same, so three steps of it are what four with the last one skipped are.
     model, tasks = tiny(["regress"])
     first = [(batch(tasks, {"t0": "regress"}, seed=step, items=2),) for step in range(3)]
-    shorter = fit(model, tasks, Feed(lambda start: first[start:]), plan=plan).state_dict()
+    shorter = fit(model, tasks, TrainingFeed(lambda start: first[start:]), plan=plan).state_dict()
     assert equal(skipped, shorter)
     with pytest.raises(NotFinite, match="2 steps were skipped, 1 may be"):
         regress(plan, bad_targets(1, 2), told)
@@ -174,7 +176,7 @@ def test_nan_may_be_skipped_up_to_a_limit() -> None:
 
 def test_items_that_cannot_be_read_are_told_and_counted() -> None:
     """A batch without its broken item trains on; the item is named in the step's facts."""
-    told: list[Progress] = []
+    told: list[StepReport] = []
     train(
         replace(PLAN, steps=3), Callbacks(told.append),
         lambda step, one: replace(one, failed=("slide-7: the tile is damaged",)) if step == 1 else one,
@@ -185,7 +187,7 @@ def test_items_that_cannot_be_read_are_told_and_counted() -> None:
 
 def test_when_nothing_can_be_read_training_gives_up() -> None:
     """A step without any item moves nothing; twenty in a row are an InputError that says why."""
-    told: list[Progress] = []
+    told: list[StepReport] = []
     with pytest.raises(InputError, match=rf"in {EMPTY} steps in a row .*gone: no such file"):
         train(
             replace(PLAN, steps=40), Callbacks(told.append),
@@ -221,8 +223,8 @@ def samples() -> list[Sample]:
     found = []
     for number, side in enumerate((SIZE, SIZE, SIZE - 10, SIZE)):
         pixels = rng.integers(0, 256, (side, side, 3), np.uint8)
-        truths = {"t0": number % 3, "t1": rng.integers(0, 3, (side, side)).astype(np.int32)}
-        found.append(Sample(str(number), pixels, truths=truths, failed="broken" if number == 3 else ""))
+        targets = {"t0": number % 3, "t1": rng.integers(0, 3, (side, side)).astype(np.int32)}
+        found.append(Sample(str(number), pixels, targets=targets, failed="broken" if number == 3 else ""))
     return found
 
 
@@ -244,10 +246,10 @@ def test_every_kind_of_answer_is_validated() -> None:
     vectors = rng.normal(size=(5, model.vector_width)).astype(np.float32)
     known = [
         *samples()[:1],
-        Sample("tiles", tiles, truths={"t2": 1}),
-        Sample("features", vectors=vectors, truths={"t2": 2}),
+        Sample("tiles", tiles, targets={"t2": 1}),
+        Sample("features", vectors=vectors, targets={"t2": 2}),
     ]
-    known[0] = replace(known[0], truths={"t0": known[0].truths["t1"]})
+    known[0] = replace(known[0], targets={"t0": known[0].targets["t1"]})
     beats: list[int] = []
     found = figures(model.eval(), tasks, known, beat=lambda: beats.append(1))
     assert found.keys() == {"t0", "t1", "t2"} and len(beats) == 3
@@ -262,11 +264,11 @@ def test_validation_changes_nothing() -> None:
 def test_training_stops_when_nothing_gets_better() -> None:
     """A metric that cannot rise any more ends training after ``patience`` validations."""
     seen: list[int] = []
-    known = [replace(sample, truths={"t0": -1}) for sample in samples()]  # accuracy of nothing: always the same
+    known = [replace(sample, targets={"t0": -1}) for sample in samples()]  # accuracy of nothing: always the same
     plan = replace(PLAN, steps=50, validate_every=1, best="t1.miou", patience=3)
     with pytest.raises(ConfigError, match=r"best is 't1\.miou', which validation does not give"):
         train(plan, validation=lambda: known)
-    always = [replace(sample, truths={"t1": np.zeros_like(sample.truths["t1"])}) for sample in samples()]
+    always = [replace(sample, targets={"t1": np.zeros_like(sample.targets["t1"])}) for sample in samples()]
     name = _first_metric(always)
     train(
         replace(plan, best=f"t1.{name}", optim=OptimPlan(rate=0.0)),
@@ -301,14 +303,14 @@ def test_two_thousand_steps_with_flat_memory(tmp_path: Path) -> None:
     memory: list[int] = []
     process = psutil.Process()
 
-    def on_step(progress: Progress) -> None:
+    def on_step(progress: StepReport) -> None:
         if progress.step % 100 == 0:
             memory.append(process.memory_info().rss)
 
     plan = FitPlan(2000, optim=OptimPlan(average=0.99), validate_every=500, checkpoint_every=500, folder=str(tmp_path))
-    validation = [replace(sample, truths={"t0": 1, "t1": sample.truths["t1"]}) for sample in samples()]
+    validation = [replace(sample, targets={"t0": 1, "t1": sample.targets["t1"]}) for sample in samples()]
     callbacks = Callbacks(on_step=on_step)
-    fit(model, tasks, Feed(batches, validation=lambda: validation), plan=plan, callbacks=callbacks)
+    fit(model, tasks, TrainingFeed(batches, validation=lambda: validation), plan=plan, callbacks=callbacks)
     assert len(memory) == 20
     assert max(memory[2:]) - memory[1] < 30 << 20, [m >> 20 for m in memory]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from helpers.lessons import joint
+from helpers.annotation_targets import joint
 from wsi_mmm.errors import ConfigError, OptionError
 from wsi_mmm.training import fractions
 from wsi_mmm.training.config import parse
-from wsi_mmm.training.fractions import Curve, Point, train_fractions
-from wsi_mmm.training.job import Listener
+from wsi_mmm.training.fractions import Curve, FractionResult, train_fractions
+from wsi_mmm.training.job import TrainingListener
 
 
 def test_each_share_is_trained_once_and_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +23,9 @@ def test_each_share_is_trained_once_and_summed_up(tmp_path: Path, monkeypatch: p
     the plot is there, and without matplotlib a line says what to install."""
     config = parse(joint(tmp_path), ["steps=1", "seed=3"])
     lines: list[str] = []
-    curve = train_fractions(config, [100, 50], seeds=2, metric="disc.mean_iou", listener=Listener(say=lines.append))
+    curve = train_fractions(
+        config, [100, 50], seeds=2, metric="disc.mean_iou", listener=TrainingListener(say=lines.append)
+    )
     names = [f"fraction-{p}-seed-{s}" for p in (50, 100) for s in (3, 4)]
     assert all((tmp_path / "run" / name / "model" / "card.json").exists() for name in names)
     assert [line.partition(" ->")[0] for line in lines if "data sets" in line] == [
@@ -45,7 +47,9 @@ def test_each_share_is_trained_once_and_summed_up(tmp_path: Path, monkeypatch: p
     (tmp_path / "run" / names[1] / "result.json").unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     lines.clear()
-    again = train_fractions(config, [50, 100], seeds=2, metric="disc.mean_iou", listener=Listener(say=lines.append))
+    again = train_fractions(
+        config, [50, 100], seeds=2, metric="disc.mean_iou", listener=TrainingListener(say=lines.append)
+    )
     assert {line.partition(" ->")[0] for line in lines} == {"50 % of the items, seed 4"}
     assert again.rows() == curve.rows()
     assert again.notes == ("no plot: it needs matplotlib, pip install 'wsi-mmm[plot]'",)
@@ -59,7 +63,7 @@ def test_each_share_is_trained_once_and_summed_up(tmp_path: Path, monkeypatch: p
     (tmp_path / "run" / names[0] / "result.json").write_text(json.dumps(older))
     lines.clear()
     assert (
-        train_fractions(config, [50], seeds=1, metric="disc.mean_iou", listener=Listener(say=lines.append))
+        train_fractions(config, [50], seeds=1, metric="disc.mean_iou", listener=TrainingListener(say=lines.append))
         .rows()[0]
         .values
         == curve.rows()[0].values[:1]
@@ -89,7 +93,7 @@ def test_a_share_has_a_folder_and_checkpoints_of_its_own(tmp_path: Path) -> None
 def test_mean_and_deviation_are_those_of_the_seeds() -> None:
     """Of one seed the deviation is 0; the rows begin with the smallest share."""
     points = [
-        Point(percent, seed, 5, {"t": {"f1": value}}, {})
+        FractionResult(percent, seed, 5, {"t": {"f1": value}}, {})
         for percent, seed, value in ((100, 0, 0.9), (10, 0, 0.2), (10, 1, 0.4))
     ]
     first, last = Curve("t.f1", "val", tuple(points)).rows()

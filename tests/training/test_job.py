@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.lessons import DECODER, ENCODER, SIZE, disc_task, discs, joint, patches, tissue_task
+from helpers.annotation_targets import DECODER, ENCODER, SIZE, disc_task, discs, joint, patches, tissue_task
 from wsi_mmm.errors import ConfigError, InputError, ManifestError, ModelError, OutputError
 from wsi_mmm.model.checkpoint import load_model
 from wsi_mmm.training import job
 from wsi_mmm.training.config import parse
 from wsi_mmm.training.data.base import Sample
-from wsi_mmm.training.data.images import Pictures
+from wsi_mmm.training.data.images import ImageItems
 from wsi_mmm.training.divide import divide, fixed_parts
-from wsi_mmm.training.fit import Progress
-from wsi_mmm.training.job import Listener, facts_of, prepare, take_over, train
+from wsi_mmm.training.fit import StepReport
+from wsi_mmm.training.job import TrainingListener, facts_of, prepare, take_over, train
 from wsi_mmm.training.state import read, weights_of
 
 
@@ -59,7 +59,7 @@ def test_a_table_says_who_is_on_which_side(tmp_path: Path) -> None:
     raw["data"] += [{"name": "t", "kind": "slide-table", "slides": slides}]
     config = parse(raw)
     assert fixed_parts(config) == {"p0": "train", "p1": "test", "p2": ""}
-    feeds = [entry.open(job.place_of(config)) for entry in config.data[:2]]
+    feeds = [entry.open(job.data_context(config)) for entry in config.data[:2]]
     for source, split in zip(feeds, divide([(s.name, s.index) for s in feeds], config), strict=True):
         sides = {part: {str(source.index.groups[n]) for n in split.part(part)} for part in ("train", "val", "test")}
         assert "p0" in sides["train"] and "p1" in sides["test"] and not any("p2" in some for some in sides.values())
@@ -141,15 +141,15 @@ def test_the_same_again_gives_the_same_folder(tmp_path: Path) -> None:
     again = train(parse(raw))
     assert files(Path(again.model)) == written and again.test == first.test
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: StepReport) -> None:
         if progress.step == 2:
             raise ZeroDivisionError
 
     other = parse(raw, [f"out={tmp_path / 'other'}", "checkpoint.every=1"])
     with pytest.raises(ZeroDivisionError):
-        train(other, Listener(on_step=stop))
+        train(other, TrainingListener(on_step=stop))
     resumed: list[int] = []
-    done = train(other, Listener(on_step=lambda p: resumed.append(p.step)))
+    done = train(other, TrainingListener(on_step=lambda p: resumed.append(p.step)))
     assert resumed == [2, 3]
     assert files(Path(done.model))["model.safetensors"] == written["model.safetensors"]
 
@@ -211,14 +211,14 @@ def test_the_test_part_is_never_read_while_learning(tmp_path: Path, monkeypatch:
     learning: set[str] = set()
     later: set[str] = set()
     over: list[int] = []
-    real = Pictures.read
+    real = ImageItems.read
 
-    def read(self: Pictures, numbers: Sequence[int], size: int) -> list[Sample]:
+    def read(self: ImageItems, numbers: Sequence[int], size: int) -> list[Sample]:
         (later if over else learning).update(self.index.keys[n] for n in numbers)
         return real(self, numbers, size)
 
-    monkeypatch.setattr(Pictures, "read", read)
-    train(config, Listener(on_validation=lambda step, _: over.append(step) if step == config.steps else None))
+    monkeypatch.setattr(ImageItems, "read", read)
+    train(config, TrainingListener(on_validation=lambda step, _: over.append(step) if step == config.steps else None))
     assert learning and not learning & forbidden
     assert forbidden <= later
 
@@ -279,7 +279,7 @@ def test_what_is_told_while_it_learns(tmp_path: Path) -> None:
     steps: list[int] = []
     found: list[tuple[int, set[str]]] = []
     kept: list[int] = []
-    listener = Listener(
+    listener = TrainingListener(
         lambda p: steps.append(p.step), lambda step, f: found.append((step, set(f))),
         lambda step, _: kept.append(step), lines.append,
     )  # fmt: skip
@@ -297,7 +297,7 @@ def test_sizes_of_the_helper_are_what_these_tests_rely_on(tmp_path: Path) -> Non
     source = replace(prepare(parse(joint(tmp_path / "more"))).data[1].feed).source
     assert source.read([0], SIZE)[0].pixels.shape == (SIZE, SIZE, 3)  # type: ignore[union-attr]
     assert entry["kind"] == "image-masks" and ENCODER["name"] and DECODER["widths"]
-    assert np.unique(source.read([0], SIZE)[0].truths["disc"]).tolist() == [-1, 0, 1]  # type: ignore[arg-type]
+    assert np.unique(source.read([0], SIZE)[0].targets["disc"]).tolist() == [-1, 0, 1]  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -23,9 +23,19 @@ from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.training import fit as fitting
 from wsi_mmm.training.colour import Augment
 from wsi_mmm.training.data.base import FetchedItems, Sample
-from wsi_mmm.training.data.slides import Places, SlideItem, SlideTiles, slide_tiles
-from wsi_mmm.training.fit import Callbacks, FitPlan, Progress, fit
-from wsi_mmm.training.loader import FETCHES, READ_AHEAD, Feed, LoadPlan, Tally, TrainBatch, batches, look_of, pictures
+from wsi_mmm.training.data.slides import SlideItem, SlideTiles, TileSampling, slide_tiles
+from wsi_mmm.training.fit import Callbacks, FitPlan, StepReport, fit
+from wsi_mmm.training.loader import (
+    FETCHES,
+    READ_AHEAD,
+    DataFeed,
+    LoadPlan,
+    Tally,
+    TrainBatch,
+    batches,
+    make_preprocess,
+    pictures,
+)
 from wsi_mmm.training.optim import OptimPlan
 from wsi_mmm.training.policy import key_of
 from wsi_mmm.training.warp import NO_CHANGE, Change
@@ -52,7 +62,7 @@ KNOWN = {"discs": None, "class": None}
 
 
 def some(source: MemorySource, count: int = 1, plan: LoadPlan = PLAN, **more: object) -> list[TrainBatch]:
-    feed = Feed(source, 4, **more)  # type: ignore[arg-type]
+    feed = DataFeed(source, 4, **more)  # type: ignore[arg-type]
     return [batch for step in batches([feed], TASKS, plan=plan, steps=range(count)) for batch in step]
 
 
@@ -67,13 +77,13 @@ def same(a: TrainBatch, b: TrainBatch) -> bool:
     return equal and (a.feed, a.keys, a.seed, a.failed) == (b.feed, b.keys, b.seed, b.failed)
 
 
-def feeds() -> list[Feed]:
+def feeds() -> list[DataFeed]:
     """Two of pictures, one of bags of features, one of bags of tiles; even items are slow."""
     return [
-        Feed(picture_source("a", 7, truths=KNOWN, wait=0.004, broken=frozenset({"a-2"})), 4),
-        Feed(picture_source("b", 3, truths={"class": None}), 2),
-        Feed(bag_source("c", (2, 3, 1)), 2),
-        Feed(replace(bag_source("d", (2, 3, 1), tiles=40), tasks=("grade",)), 2),
+        DataFeed(picture_source("a", 7, targets=KNOWN, wait=0.004, broken=frozenset({"a-2"})), 4),
+        DataFeed(picture_source("b", 3, targets={"class": None}), 2),
+        DataFeed(bag_source("c", (2, 3, 1)), 2),
+        DataFeed(replace(bag_source("d", (2, 3, 1), tiles=40), tasks=("grade",)), 2),
     ]
 
 
@@ -90,7 +100,7 @@ def test_the_threads_do_not_matter() -> None:
 def test_pixels_and_targets_are_of_one_crop() -> None:
     """Through reading, cutting, padding and warping, px keep the colour of their label; beyond there is white."""
     colours = torch.from_numpy(np.vstack([COLOURS, [(255, 255, 255)]]).astype(np.float32) / 255)
-    for batch in some(picture_source("a", 9, size=40, truths=KNOWN), 3):
+    for batch in some(picture_source("a", 9, size=40, targets=KNOWN), 3):
         x, labels = pictures(batch).permute(0, 2, 3, 1), batch.targets["discs"]
         assert x.shape == (4, 32, 32, 3) and labels.shape == (4, 16, 16)
         near = (x[:, 1::2, 1::2, None] - colours).square().sum(-1).argmin(-1)  # a target px is the lower right of four
@@ -101,7 +111,7 @@ def test_pixels_and_targets_are_of_one_crop() -> None:
 
 def test_validation_sees_the_middle_unchanged() -> None:
     """Without change: the very px of the middle of each picture, without augmentation."""
-    source = picture_source("a", 4, size=48, truths=KNOWN)
+    source = picture_source("a", 4, size=48, targets=KNOWN)
     (batch,) = some(source, plan=LoadPlan(32, change=NO_CHANGE))
     for key, found in zip(batch.keys, pictures(batch), strict=True):
         pixels = source.samples[int(key.removeprefix("a-"))].pixels
@@ -125,16 +135,16 @@ def test_unequal_pictures_share_a_tensor() -> None:
 
 def test_what_cannot_be_read_is_left_out_and_counted() -> None:
     """Others of the batch get the very crops that they get otherwise; a batch of failures is empty; all is counted."""
-    good, bad = picture_source("a", 4, truths=KNOWN), picture_source("a", 4, truths=KNOWN, broken=frozenset({"a-1"}))
+    good, bad = picture_source("a", 4, targets=KNOWN), picture_source("a", 4, targets=KNOWN, broken=frozenset({"a-1"}))
     (whole,), (part,) = some(good), some(bad)
     assert part.failed == ("a-1: damaged",)
     assert part.keys == tuple(key for key in whole.keys if key != "a-1")
     kept = [i for i, key in enumerate(whole.keys) if key != "a-1"]
     assert torch.equal(pictures(part), pictures(whole)[kept])
     assert torch.equal(part.targets["discs"], whole.targets["discs"][kept])
-    none = picture_source("a", 4, truths=KNOWN, broken=frozenset(f"a-{i}" for i in range(4)))
+    none = picture_source("a", 4, targets=KNOWN, broken=frozenset(f"a-{i}" for i in range(4)))
     tally = Tally()
-    mixed = [Feed(none, 4), Feed(bag_source("c", (1, 2)), 2)]
+    mixed = [DataFeed(none, 4), DataFeed(bag_source("c", (1, 2)), 2)]
     found = [b for step in batches(mixed, TASKS, plan=PLAN, steps=range(3), tally=tally) for b in step]
     assert [len(batch) for batch in found] == [0, 2] * 3 and found[0].targets == {} and found[0].pixels is None
     assert (tally.items, tally.failed, tally.empty) == (6, 12, 3)
@@ -163,8 +173,8 @@ def sizes_of(batch: TrainBatch, sizes: tuple[int, ...]) -> list[int]:
 
 def test_no_truth_is_an_unknown_target_of_the_right_shape() -> None:
     """Tasks of the source that know nothing of an item: their targets stack with the others and teach nothing."""
-    source = picture_source("a", 4, truths={"discs": None, "class": None})
-    samples = tuple(replace(s, truths={} if i % 2 else s.truths) for i, s in enumerate(source.samples))
+    source = picture_source("a", 4, targets={"discs": None, "class": None})
+    samples = tuple(replace(s, targets={} if i % 2 else s.targets) for i, s in enumerate(source.samples))
     (batch,) = some(replace(source, samples=samples, tasks=("discs", "class", "nuclei", "tags")))
     unknown = torch.tensor([int(key[-1]) % 2 == 1 for key in batch.keys])
     assert (batch.targets["discs"][unknown] == -1).all() and (batch.targets["class"][unknown] == -1).all()
@@ -180,7 +190,7 @@ def test_objects_at_the_rim_keep_their_true_middle() -> None:
     """The target of instances is that of a larger crop, cut: offsets point to middles that lie beyond the crop."""
     labels = np.zeros((96, 96), np.int32)
     labels[40:56, 20:44] = 7  # its middle (32, 48) is at the left rim of the middle crop; a half of it is cut off
-    sample = Sample("a-0", np.full((96, 96, 3), 200, np.uint8), truths={"nuclei": labels})
+    sample = Sample("a-0", np.full((96, 96, 3), 200, np.uint8), targets={"nuclei": labels})
     source = MemorySource("a", (sample,), (0,), ("nuclei",))
     (batch,) = some(source, plan=LoadPlan(32, change=NO_CHANGE))
     assert source.asked == [96]
@@ -202,9 +212,9 @@ def test_ranks_get_the_plan_between_them() -> None:
 
 def test_reading_ahead_is_bounded_and_ends() -> None:
     """No more micro-batches are begun than the threads and the allowance; closing leaves no thread behind."""
-    source = picture_source("a", 64, truths=KNOWN)
+    source = picture_source("a", 64, targets=KNOWN)
     before = threading.active_count()
-    steps = batches([Feed(source, 1)], TASKS, plan=replace(PLAN, threads=2), steps=range(60))
+    steps = batches([DataFeed(source, 1)], TASKS, plan=replace(PLAN, threads=2), steps=range(60))
     next(steps)
     assert threading.active_count() == before + 2
     steps.close()  # type: ignore[attr-defined]
@@ -221,9 +231,9 @@ def test_an_error_of_a_source_comes_in_its_turn() -> None:
                 raise StorageError("the disk is gone")
             return super().read(numbers, size)  # type: ignore[arg-type]
 
-    base = picture_source("a", 8, truths=KNOWN)
+    base = picture_source("a", 8, targets=KNOWN)
     source = Full("a", base.samples, base.labels, base.tasks)
-    steps = batches([Feed(source, 2)], TASKS, plan=replace(PLAN, threads=1), steps=range(9))
+    steps = batches([DataFeed(source, 2)], TASKS, plan=replace(PLAN, threads=1), steps=range(9))
     assert [len(next(steps)[0]) for _ in range(3)] == [2, 2, 2]
     with pytest.raises(StorageError, match="disk"):
         next(steps)
@@ -232,7 +242,7 @@ def test_an_error_of_a_source_comes_in_its_turn() -> None:
 
 def test_only_the_items_given_are_drawn() -> None:
     """A feed of some numbers never reads another item, and its classes are balanced among those."""
-    source = picture_source("a", 30, truths=KNOWN)
+    source = picture_source("a", 30, targets=KNOWN)
     numbers = np.array([0, 3, 6, 7, 9, 12], np.int64)  # of class 0 but for 7
     found = some(source, 12, replace(PLAN, class_balance=True), numbers=numbers)
     keys = [key for batch in found for key in batch.keys]
@@ -243,16 +253,18 @@ def test_only_the_items_given_are_drawn() -> None:
 def test_feeds_that_teach_nothing_are_refused() -> None:
     """A feed whose source knows of no task of the model, or not of the one that it is to teach."""
     with pytest.raises(ConfigError, match="nothing that"):
-        batches([Feed(picture_source("a", 3, truths={"other": 1}), 2)], TASKS, plan=PLAN, steps=range(1))
+        batches([DataFeed(picture_source("a", 3, targets={"other": 1}), 2)], TASKS, plan=PLAN, steps=range(1))
     with pytest.raises(ConfigError, match="grade"):
-        batches([Feed(picture_source("a", 3, truths=KNOWN), 2, tasks=("grade",))], TASKS, plan=PLAN, steps=range(1))
-    only = some(picture_source("a", 3, truths=KNOWN), tasks=("class",))[0]
+        batches(
+            [DataFeed(picture_source("a", 3, targets=KNOWN), 2, tasks=("grade",))], TASKS, plan=PLAN, steps=range(1)
+        )
+    only = some(picture_source("a", 3, targets=KNOWN), tasks=("class",))[0]
     assert set(only.targets) == {"class"}
 
 
 def test_augmentation_follows_the_batch() -> None:
     """The same batch is augmented the same way each time; another one differently; a model gets it normalised."""
-    one, two = some(picture_source("a", 8, truths=KNOWN), 2)
+    one, two = some(picture_source("a", 8, targets=KNOWN), 2)
     augment = Augment()
     assert torch.equal(pictures(one, augment), pictures(one, augment))
     assert not torch.equal(pictures(one, augment), pictures(one))
@@ -264,17 +276,17 @@ def test_augmentation_follows_the_batch() -> None:
         def prepare(self, pixels: torch.Tensor) -> torch.Tensor:
             return pixels.permute(0, 3, 1, 2)
 
-    look = look_of(augment)
+    look = make_preprocess(augment)
     assert torch.allclose(look(Model(), two), pictures(two, augment) * 255)  # type: ignore[arg-type]
 
 
 def test_moving_a_batch_moves_all_of_it() -> None:
     """``to`` moves pixels, targets and bags; what the CPU decides by stays."""
-    (batch,) = some(picture_source("a", 4, truths=KNOWN))
+    (batch,) = some(picture_source("a", 4, targets=KNOWN))
     there = batch.to("meta")
     assert {t.device.type for t in there.tensors()} == {"meta"} and len(there.tensors()) == 3
     assert there.theta is batch.theta and there.keys == batch.keys
-    feed = Feed(picture_source("a", 4, truths=KNOWN), 4)
+    feed = DataFeed(picture_source("a", 4, targets=KNOWN), 4)
     (sent,) = next(batches([feed], TASKS, plan=PLAN, steps=range(1), device="meta"))
     assert sent.pixels is not None and sent.pixels.device.type == "meta"
 
@@ -284,22 +296,22 @@ def trained(folder: str, stop_at: int | None = None) -> tuple[torch.Tensor, list
     ``folder`` they are kept there, and ``stop_at`` ends the first try."""
     model, tasks = tiny(("segment", "classify"), encoder="resnet18")
     own = {
-        "t0": lambda s: (s.truths["discs"] > 0).astype(np.int32),
-        "t1": lambda s: int((s.truths["discs"] == 1).sum() > 900),
+        "t0": lambda s: (s.targets["discs"] > 0).astype(np.int32),
+        "t1": lambda s: int((s.targets["discs"] == 1).sum() > 900),
     }
-    source = picture_source("a", 24, size=96, truths=KNOWN)
-    samples = tuple(replace(s, truths={name: find(s) for name, find in own.items()}) for s in source.samples)
-    feed = Feed(replace(source, samples=samples, tasks=("t0", "t1")), 4)
+    source = picture_source("a", 24, size=96, targets=KNOWN)
+    samples = tuple(replace(s, targets={name: find(s) for name, find in own.items()}) for s in source.samples)
+    feed = DataFeed(replace(source, samples=samples, tasks=("t0", "t1")), 4)
     losses: list[float] = []
 
-    def watch(progress: Progress) -> None:
+    def watch(progress: StepReport) -> None:
         losses.append(progress.losses["t0"])
         if progress.step == stop_at:
             raise KeyboardInterrupt
 
     plan = replace(PLAN, size=64)
-    made = fitting.Feed(
-        lambda first: batches([feed], tasks, plan=plan, steps=range(first, 24)), look_of(Augment(noise=0.0))
+    made = fitting.TrainingFeed(
+        lambda first: batches([feed], tasks, plan=plan, steps=range(first, 24)), make_preprocess(Augment(noise=0.0))
     )
     how = FitPlan(24, seed=1, checkpoint_every=3, folder=folder, optim=OptimPlan(rate=5e-3))
     done = fit(model, tasks, made, plan=how, callbacks=Callbacks(on_step=watch))
@@ -345,8 +357,8 @@ class CountedSource:
         return self.inner.read(numbers, size, fetched)
 
 
-def slide_feed(uri: str) -> Feed:
-    return Feed(slide_tiles("d", [SlideItem("s", uri, truths={"class": 1})], Places(0.5, tile=64)), 3)
+def slide_feed(uri: str) -> DataFeed:
+    return DataFeed(slide_tiles("d", [SlideItem("s", uri, targets={"class": 1})], TileSampling(0.5, tile=64)), 3)
 
 
 def test_far_slides_are_fetched_ahead_and_give_the_same_batches(tiny_slide: Path) -> None:
@@ -358,8 +370,8 @@ def test_far_slides_are_fetched_ahead_and_give_the_same_batches(tiny_slide: Path
         assert isinstance(far.source, SlideTiles) and far.source.remote
         source = CountedSource(far.source)
         web.delay = 0.03
-        got = list(batches([Feed(source, 3)], TASKS, plan=plan, steps=steps))
-        drawn = batches([Feed(source, 3)], TASKS, plan=plan, steps=range(100))
+        got = list(batches([DataFeed(source, 3)], TASKS, plan=plan, steps=steps))
+        drawn = batches([DataFeed(source, 3)], TASKS, plan=plan, steps=range(100))
         next(drawn)
         drawn.close()  # type: ignore[attr-defined]
     assert all(same(x, y) for one, two in zip(near, got, strict=True) for x, y in zip(one, two, strict=True))

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from helpers.lessons import joint
+from helpers.annotation_targets import joint
 from helpers.training import batch, tiny
 from wsi_mmm.model.checkpoint import load_model
 from wsi_mmm.training import job
 from wsi_mmm.training.config import parse
-from wsi_mmm.training.forward import Bench
+from wsi_mmm.training.forward import TrainingContext
 from wsi_mmm.training.loader import LoadPlan, batches, pictures
 from wsi_mmm.training.mixing import mixed, together
-from wsi_mmm.training.strategies import StrategyPlan, Work, make_strategy
+from wsi_mmm.training.strategies import StrategyInputs, StrategyPlan, make_strategy
 
 KINDS = {"t0": "classify", "t1": "instances"}
 
@@ -38,7 +38,7 @@ def test_what_a_task_knows_it_learns_from_all_the_same() -> None:
     results = []
     for some in (apart, found):
         model.zero_grad(set_to_none=True)
-        losses = make_strategy(StrategyPlan(), tuple(tasks))(Work(Bench(model, tasks), some))
+        losses = make_strategy(StrategyPlan(), tuple(tasks))(StrategyInputs(TrainingContext(model, tasks), some))
         results.append((losses, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     assert results[0][0].keys() == results[1][0].keys() == {"t0", "t1", "t2"}
     for name, value in results[0][0].items():

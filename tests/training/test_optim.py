@@ -13,10 +13,10 @@ from helpers.training import batch, tiny
 from wsi_mmm.errors import ConfigError, NotFinite
 from wsi_mmm.model.layers import depth_of, layers
 from wsi_mmm.training import optim
-from wsi_mmm.training.forward import Bench
+from wsi_mmm.training.forward import TrainingContext
 from wsi_mmm.training.optim import Optimiser, OptimPlan, Scale, factor
 from wsi_mmm.training.ranks import owners
-from wsi_mmm.training.strategies import Accumulate, Work
+from wsi_mmm.training.strategies import Accumulate, StrategyInputs
 
 NOTHING = nn.Module()
 
@@ -61,7 +61,9 @@ def test_frozen_depths_neither_move_nor_count() -> None:
     optim.begin(model, plan)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     optimiser = Optimiser(optim.learners(model, NOTHING, plan), plan)
-    Accumulate()(Work(Bench(model, tasks), (batch(tasks, {"t0": "classify", "t1": "segment"}, seed=1),)))
+    Accumulate()(
+        StrategyInputs(TrainingContext(model, tasks), (batch(tasks, {"t0": "classify", "t1": "segment"}, seed=1),))
+    )
     optim.ready(optimiser.learning, plan, Scale())
     optimiser.step(1.0)
     after = model.state_dict()
@@ -143,8 +145,8 @@ def test_half_precision_gives_nearly_the_same_gradient(precision: optim.Precisio
     found = []
     for p in ("full", precision):
         scale = Scale(256.0, 0, 10) if p == "fp16" else Scale()
-        bench = Bench(model, tasks, precision=optim.autocast_type(p))  # type: ignore[arg-type]
-        Accumulate()(Work(bench, (one,), scale=scale.value))
+        bench = TrainingContext(model, tasks, precision=optim.autocast_type(p))  # type: ignore[arg-type]
+        Accumulate()(StrategyInputs(bench, (one,), scale=scale.value))
         optim.ready(optim.learners(model, NOTHING, OptimPlan()), OptimPlan(clip=0.0), scale)
         found.append(torch.cat([q.grad.reshape(-1) for q in model.parameters() if q.grad is not None]))
         model.zero_grad(set_to_none=True)

@@ -217,7 +217,7 @@ def test_alone_nothing_is_sent() -> None:
     ranks.add_gradients(ranks.ALONE, [weight])
     assert weight.grad is None
     assert ranks.total(ranks.ALONE, [1, 2.5]) == [1.0, 2.5]
-    assert ranks.first_word(ranks.ALONE, "x") == "x"
+    assert ranks.first_message(ranks.ALONE, "x") == "x"
     with ranks.joined("cpu") as one:
         assert (one.rank, one.world, one.first) == (0, 1, True)
 

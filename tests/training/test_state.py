@@ -17,7 +17,7 @@ from helpers.training import tiny
 from wsi_mmm.errors import ModelError, OutputError
 from wsi_mmm.training import optim, state
 from wsi_mmm.training.optim import Optimiser, OptimPlan, Scale
-from wsi_mmm.training.state import Shelf, Training
+from wsi_mmm.training.state import CheckpointStore, Training
 
 PLAN = OptimPlan(average=0.9)
 
@@ -33,9 +33,9 @@ def training(step: int = 0, seed: int = 0) -> Training:
     return found
 
 
-def shelf(folder: Path | str, **options: int) -> Shelf:
+def shelf(folder: Path | str, **options: int) -> CheckpointStore:
     """With a small identity."""
-    return Shelf(str(folder), {"rate": 0.1, "tasks": ["a"]}, **options)
+    return CheckpointStore(str(folder), {"rate": 0.1, "tasks": ["a"]}, **options)
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_there_may_be_nothing_to_resume(tmp_path: Path) -> None:
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     """ModelError names what differs, there and here."""
     state.write(shelf(tmp_path), training())
-    other = Shelf(str(tmp_path), {"rate": 0.2, "tasks": ["a"], "seed": 1})
+    other = CheckpointStore(str(tmp_path), {"rate": 0.2, "tasks": ["a"], "seed": 1})
     with pytest.raises(ModelError, match=r"rate 0\.1 there, 0\.2 here; seed absent there, 1 here"):
         state.resume(other, training())
 

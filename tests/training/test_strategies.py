@@ -19,15 +19,15 @@ from helpers.training import BAGS, KINDS, batch, tiny
 from wsi_mmm.errors import ConfigError, NotFinite
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import TASK_KINDS, Task
-from wsi_mmm.training.forward import Bench
+from wsi_mmm.training.forward import TrainingContext
 from wsi_mmm.training.loader import TrainBatch
 from wsi_mmm.training.strategies import (
     STRATEGIES,
     Balance,
     GradNorm,
+    StrategyInputs,
     StrategyPlan,
     Uncertainty,
-    Work,
     last_shared,
     make_strategy,
     project,
@@ -52,7 +52,9 @@ def run(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Losses and gradients of one step by a fresh rule; running statistics are put back."""
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    losses = make_strategy(StrategyPlan(name), list(tasks))(Work(Bench(model, tasks), tuple(batches), **options))  # type: ignore[arg-type]
+    losses = make_strategy(StrategyPlan(name), list(tasks))(
+        StrategyInputs(TrainingContext(model, tasks), tuple(batches), **options)
+    )  # type: ignore[arg-type]
     model.load_state_dict(before)
     return losses, gradients(model)
 
@@ -207,7 +209,7 @@ def test_gradnorm_moves_weights_as_the_paper_says() -> None:
         own = [grads[n].reshape(-1) for n, p in model.named_parameters() if id(p) in layer]
         norms.append(torch.cat(own).norm())
         assert name in values
-    rule(Work(Bench(model, tasks), tuple(batches)))
+    rule(StrategyInputs(TrainingContext(model, tasks), tuple(batches)))
     weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
     g = weight * torch.stack(norms)
     pace = torch.tensor([losses["t0"] / 2.0, losses["t1"] / 0.7], dtype=torch.float64)
@@ -222,7 +224,7 @@ def test_gradnorm_remembers_first_losses_and_leaves_absent_tasks() -> None:
     """First losses are those of the first step of each task; a task of one step alone keeps its weight."""
     model, tasks = tiny(["classify", "segment"])
     rule = GradNorm(("t0", "t1"), 1.5, 0.1, Balance(2))
-    losses = rule(Work(Bench(model, tasks), (batch(tasks, {"t0": "classify"}, seed=1),)))
+    losses = rule(StrategyInputs(TrainingContext(model, tasks), (batch(tasks, {"t0": "classify"}, seed=1),)))
     assert rule.own.first[0] == losses["t0"] and bool(rule.own.first[1].isnan())
     assert rule.own.weight.tolist() == [1.0, 1.0]
 
@@ -245,7 +247,7 @@ def test_uncertainty_has_the_gradient_of_its_formula() -> None:
     assert isinstance(rule, Uncertainty)
     with torch.no_grad():
         rule.own.s[0].fill_(0.4)
-    losses = rule(Work(Bench(model, tasks), tuple(batches)))
+    losses = rule(StrategyInputs(TrainingContext(model, tasks), tuple(batches)))
     found = gradients(model)
     assert float(rule.own.s[0].grad) == pytest.approx(1 - math.exp(-0.4) * losses["t0"])
     assert float(rule.own.s[1].grad) == pytest.approx(1 - losses["t1"])
@@ -288,7 +290,7 @@ def peak_of(tasks: int, together: bool) -> int:
     groups = [names] if together else [[name] for name in names]
     batches = tuple(batch(made, dict.fromkeys(g, "segment"), seed=i) for i, g in enumerate(groups))
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        make_strategy(StrategyPlan(), names)(Work(Bench(model, made), batches))
+        make_strategy(StrategyPlan(), names)(StrategyInputs(TrainingContext(model, made), batches))
     return top
 
 

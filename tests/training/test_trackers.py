@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from helpers.lessons import SIZE, joint
+from helpers.annotation_targets import SIZE, joint
 from wsi_mmm.errors import MissingPackage, OutputError, WsiError
 from wsi_mmm.training import trackers
 from wsi_mmm.training.config import TrackingPart, parse

@@ -15,7 +15,7 @@ from scipy import ndimage
 from wsi_mmm.errors import ConfigError
 from wsi_mmm.tasks.targets import Boxes, Survival
 from wsi_mmm.training import warp
-from wsi_mmm.training.warp import NO_CHANGE, Change, cut, draw_thetas, padded, reach, warp_pixels, warp_truth, widened
+from wsi_mmm.training.warp import NO_CHANGE, Change, cut, draw_thetas, padded, reach, warp_pixels, warp_target, widened
 from wsi_mmm.types import F32, I32, U8
 
 SIZE = 64
@@ -61,11 +61,11 @@ def test_pixels_that_are_their_labels_stay_so(change: Change, seed: int, height:
     pictures, labels = zip(*(planted(seed % 97 + i, height, width) for i in range(3)), strict=True)
     thetas = draw_thetas(change, [(height, width)] * 3, size=SIZE, read=64, seed=seed)
     for found, theta, label in zip(shown(list(pictures), thetas), thetas, labels, strict=True):
-        wanted = warp_truth("segment", label, theta, SIZE)
+        wanted = warp_target("segment", label, theta, SIZE)
         assert isinstance(wanted, np.ndarray) and wanted.dtype == np.int32 and wanted.shape == (SIZE, SIZE)
         palette = np.vstack([COLOURS, [(255, 255, 255)]])  # label -1: beyond
         # The nearest px misses a lone one between two discs, the picture shows a trace of it: so both must be uniform.
-        around = np.asarray(warp_truth("segment", uniform(label).astype(np.int32), theta, SIZE))
+        around = np.asarray(warp_target("segment", uniform(label).astype(np.int32), theta, SIZE))
         same = uniform(wanted) & (around != 0)
         same[[0, 1, -2, -1]] = same[:, [0, 1, -2, -1]] = False  # what lies beside the crop is not seen here
         assert np.abs(found - palette[wanted])[same].max(initial=0) < 1.0
@@ -82,7 +82,7 @@ def test_turns_flips_and_whole_shifts_copy(seed: int, height: int, width: int) -
     thetas = draw_thetas(EXACT, shapes, size=SIZE, read=70, seed=seed)
     for found, theta, picture in zip(shown(pictures, thetas), thetas, pictures, strict=True):
         number = np.arange(picture.shape[0] * picture.shape[1], dtype=np.int32).reshape(picture.shape[:2])
-        where = warp_truth("instances", number, theta, SIZE)
+        where = warp_target("instances", number, theta, SIZE)
         assert isinstance(where, np.ndarray)
         flat = np.vstack([picture.reshape(-1, 3), [(255, 255, 255)]])
         assert (found == flat[where]).all()
@@ -96,9 +96,9 @@ def test_no_change_is_exact() -> None:
     assert (shown([picture], thetas[:1])[0] == picture).all()
     larger = np.pad(picture, ((5, 5), (10, 10), (0, 0)))
     assert (shown([larger], thetas[1:])[0] == picture).all()
-    assert (warp_truth("segment", labels, thetas[0], SIZE) == labels).all()
+    assert (warp_target("segment", labels, thetas[0], SIZE) == labels).all()
     boxes = Boxes(np.array([[3, 4, 20, 30.5]], np.float32), np.array([2], np.int32), SIZE, SIZE)
-    same = warp_truth("detect", boxes, thetas[0], SIZE)
+    same = warp_target("detect", boxes, thetas[0], SIZE)
     assert isinstance(same, Boxes)
     assert same.xyxy.tolist() == boxes.xyxy.tolist() and same.labels.tolist() == [2]
 
@@ -115,7 +115,10 @@ def test_boxes_of_rectangles_are_the_bounds_of_their_masks(change: Change, seed:
     bounds = np.array([[x0, y0, min(120, x0 + w), min(100, y0 + h)]], np.float32)
     boxes = Boxes(bounds, np.array([1], np.int32), 100, 120)
     (theta,) = draw_thetas(change, [(100, 120)], size=SIZE, read=SIZE, seed=seed)
-    moved, there = warp_truth("detect", boxes, theta, SIZE, visible=0.0), warp_truth("multisegment", mask, theta, SIZE)
+    moved, there = (
+        warp_target("detect", boxes, theta, SIZE, visible=0.0),
+        warp_target("multisegment", mask, theta, SIZE),
+    )
     assert isinstance(moved, Boxes) and isinstance(there, np.ndarray) and there.dtype == np.int8
     ys, xs = np.nonzero(there[0] == 1)
     known = moved.xyxy[moved.labels >= 0]
@@ -136,8 +139,8 @@ def test_unknown_boxes_cover_what_lies_beyond(change: Change, seed: int) -> None
     """Boxes labelled -1 cover the px beyond the sample, all of them where angles are right, and none of the sample."""
     nothing = Boxes(np.zeros((0, 4), np.float32), np.zeros(0, np.int32), 50, 70)
     (theta,) = draw_thetas(change, [(50, 70)], size=SIZE, read=SIZE, seed=seed)
-    moved = warp_truth("detect", nothing, theta, SIZE)
-    beyond = np.asarray(warp_truth("segment", np.zeros((50, 70), np.int32), theta, SIZE)) < 0
+    moved = warp_target("detect", nothing, theta, SIZE)
+    beyond = np.asarray(warp_target("segment", np.zeros((50, 70), np.int32), theta, SIZE)) < 0
     assert isinstance(moved, Boxes) and (moved.labels == -1).all()
     covered = np.zeros((SIZE, SIZE), bool)
     for x0, y0, x1, y1 in moved.xyxy.astype(int).tolist():
@@ -153,7 +156,7 @@ def test_a_box_that_hardly_shows_is_unknown_and_one_outside_is_gone() -> None:
     """Half in: kept and clipped; a tenth in: labelled -1; outside: not there."""
     theta = np.array([[1, 0, 10], [0, 1, 0]], np.float32)
     xyxy = np.array([[0, 5, 20, 15], [-8, 30, 11, 40], [0, 50, 9, 60]], np.float32)
-    found = warp_truth("detect", Boxes(xyxy, np.array([0, 1, 2], np.int32), 200, 200), theta, SIZE)
+    found = warp_target("detect", Boxes(xyxy, np.array([0, 1, 2], np.int32), 200, 200), theta, SIZE)
     assert isinstance(found, Boxes)
     assert found.xyxy.tolist() == [[0, 5, 10, 15], [0, 30, 1, 40]]
     assert found.labels.tolist() == [0, -1]
@@ -163,21 +166,21 @@ def test_what_is_no_picture_stays() -> None:
     """Classes, numbers, times and nothing at all are no matter of geometry."""
     theta = np.array([[0, 1, 3], [1, 0, 2]], np.float32)
     times = Survival(3.0, True)
-    assert warp_truth("classify", 3, theta, SIZE) == 3
-    assert warp_truth("survive", times, theta, SIZE) is times
-    assert warp_truth("reconstruct", None, theta, SIZE) is None
+    assert warp_target("classify", 3, theta, SIZE) == 3
+    assert warp_target("survive", times, theta, SIZE) is times
+    assert warp_target("reconstruct", None, theta, SIZE) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unknown_truths_are_unknown(kind: str) -> None:
     """Each kind's unknown, as `tasks.targets` says, and of the crop's shape."""
-    truth = warp.unknown_truth(kind, 3, 8)
-    if isinstance(truth, Survival):
-        assert math.isnan(truth.time)
-    elif isinstance(truth, Boxes):
-        assert truth.labels.tolist() == [-1] and truth.xyxy.tolist() == [[0, 0, 8, 8]]
+    target = warp.unknown_target(kind, 3, 8)
+    if isinstance(target, Survival):
+        assert math.isnan(target.time)
+    elif isinstance(target, Boxes):
+        assert target.labels.tolist() == [-1] and target.xyxy.tolist() == [[0, 0, 8, 8]]
     else:
-        values = np.asarray(truth, np.float64)
+        values = np.asarray(target, np.float64)
         assert np.isnan(values).all() or (values < 0).all()
         shapes = {"segment": (8, 8), "instances": (8, 8), "multisegment": (3, 8, 8), "classify": ()}
         assert values.shape == shapes.get(kind, (3,))
@@ -192,7 +195,7 @@ def test_a_sample_of_the_reach_holds_every_crop(change: Change, seed: int, margi
     for theta in thetas:
         wide = widened(theta, margin)
         if change.angle <= 45:
-            there = warp_truth("segment", np.zeros((read, read), np.int32), wide, SIZE + 2 * margin)
+            there = warp_target("segment", np.zeros((read, read), np.int32), wide, SIZE + 2 * margin)
             assert (np.asarray(there) == 0).all()
 
 
@@ -201,8 +204,8 @@ def test_a_margin_is_the_same_crop_with_more_round_it() -> None:
     _, labels = planted(4, 120, 120)
     thetas = draw_thetas(Change(angle=20, scale=0.2), [(120, 120)] * 6, size=SIZE, read=120, seed=3)
     for theta in thetas:
-        wide = np.asarray(warp_truth("segment", labels, widened(theta, 16), SIZE + 32))
-        assert (wide[16:-16, 16:-16] == np.asarray(warp_truth("segment", labels, theta, SIZE))).mean() > 0.998
+        wide = np.asarray(warp_target("segment", labels, widened(theta, 16), SIZE + 32))
+        assert (wide[16:-16, 16:-16] == np.asarray(warp_target("segment", labels, theta, SIZE))).mean() > 0.998
 
 
 def test_draws_do_not_depend_on_the_others() -> None:

@@ -16,10 +16,10 @@ from wsi_mmm.cli.progress import duration
 from wsi_mmm.errors import OptionError
 
 if TYPE_CHECKING:
-    from wsi_mmm.training.data.buckets import DryRun
-    from wsi_mmm.training.fit import Progress
+    from wsi_mmm.training.data.buckets import BucketReport
+    from wsi_mmm.training.fit import StepReport
     from wsi_mmm.training.fractions import Curve
-    from wsi_mmm.training.job import Listener, Prepared
+    from wsi_mmm.training.job import Prepared, TrainingListener
 
 EVERY = 5.0  # seconds between lines of progress
 
@@ -129,7 +129,7 @@ def _show_curve(curve: Curve) -> None:
         say(line)
 
 
-def _show_annotations(found: Mapping[str, Mapping[str, DryRun]]) -> None:
+def _show_annotations(found: Mapping[str, Mapping[str, BucketReport]]) -> None:
     for data, tables in found.items():
         for task, one in tables.items():
             if flags.json:
@@ -160,20 +160,20 @@ def _join_counts(classes: Mapping[str, int]) -> str:
 
 
 @contextmanager
-def _training_listener() -> Iterator[Listener]:
-    from wsi_mmm.training.job import Listener
+def _training_listener() -> Iterator[TrainingListener]:
+    from wsi_mmm.training.job import TrainingListener
 
     if flags.json:
-        yield Listener(
+        yield TrainingListener(
             on_step=lambda p: say_json({"step": p.step, "losses": p.losses, "rate": p.rate, "pace": p.pace}),
             on_validation=lambda step, found: say_json({"step": step, "val": found}),
             on_checkpoint=lambda step, uri: say_json({"step": step, "checkpoint": uri}),
         )
     elif sys.stdout.isatty():
         with _draw_bar() as (step, line):
-            yield Listener(step, lambda n, found: line(_validation_line(n, found)), say=line)
+            yield TrainingListener(step, lambda n, found: line(_validation_line(n, found)), say=line)
     else:
-        yield Listener(_LossLines(), lambda n, found: say(_validation_line(n, found)), say=say)
+        yield TrainingListener(_LossLines(), lambda n, found: say(_validation_line(n, found)), say=say)
 
 
 class _LossLines:
@@ -183,7 +183,7 @@ class _LossLines:
         self.clock = clock
         self.last = -EVERY
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: StepReport) -> None:
         for why in progress.failed[:1]:
             say(f"warning: left out {why} ({progress.lost} so far)")
         if self.clock() - self.last >= EVERY or progress.step == progress.steps:
@@ -192,7 +192,7 @@ class _LossLines:
             sys.stdout.flush()
 
 
-def words(progress: Progress) -> str:
+def words(progress: StepReport) -> str:
     """``loss nuclei 0.412 stain 0.100, 2.1 steps/s, 3 min left``."""
     losses = " ".join(f"{name} {value:.3f}" for name, value in progress.losses.items())
     left = (progress.steps - progress.step) / max(progress.pace, 1e-9)
@@ -206,7 +206,7 @@ def _validation_line(step: int, found: Mapping[str, Mapping[str, float]]) -> str
 
 
 @contextmanager
-def _draw_bar() -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]:
+def _draw_bar() -> Iterator[tuple[Callable[[StepReport], None], Callable[[str], None]]]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
@@ -219,7 +219,7 @@ def _draw_bar() -> Iterator[tuple[Callable[[Progress], None], Callable[[str], No
     with Bars(*columns, refresh_per_second=4) as bars:
         row = bars.add_task("steps", total=None, words="")
 
-        def step(progress: Progress) -> None:
+        def step(progress: StepReport) -> None:
             for why in progress.failed[:1]:
                 bars.print(f"warning: left out {why} ({progress.lost} so far)", markup=False)
             bars.update(row, completed=progress.step, total=progress.steps, words=words(progress))

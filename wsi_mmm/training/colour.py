@@ -21,7 +21,7 @@ _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 @dataclass(frozen=True, slots=True)
 class Augment:
-    """What a laboratory and a scanner may do to a picture. 0 switches a thing off.
+    """Colour changes that laboratories and scanners cause. 0 switches one off.
 
     ``stain``: other dyes and thickness, a mixing of the three optical densities (deviation 0.1 of each, 0.25 of their
     log scale, times this); ``hed``: hematoxylin, eosin and DAB by themselves, scaled by up to 1 +- this and shifted

@@ -1,4 +1,4 @@
-"""What a training is asked to do: typed, checked before anything is read, with a JSON schema for editors."""
+"""The configuration of a training: typed, checked before anything is read, with a JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from wsi_mmm.tasks import TASK_KINDS
 from wsi_mmm.tasks.base import Scope
 from wsi_mmm.training.colour import Augment
 from wsi_mmm.training.data.entries import DataEntry
-from wsi_mmm.training.data.entry import Part
+from wsi_mmm.training.data.entry import ConfigTable
 from wsi_mmm.training.optim import OptimPlan
 from wsi_mmm.training.policy import Policy
 from wsi_mmm.training.strategies import StrategyPlan
@@ -42,7 +42,7 @@ class EncoderPart(EncoderCard):
     weights: str = "random"
 
 
-class ModelPart(Part):
+class ModelPart(ConfigTable):
     """The model to train; as in a model card.
 
     ``crop``: px side of the pictures that it learns from (None: ``tile_size``, which is what `run` cuts).
@@ -82,7 +82,7 @@ class ModelPart(Part):
         return self.crop or self.tile_size
 
 
-class TaskPart(Part):
+class TaskPart(ConfigTable):
     """A task. ``scope`` "bag" lets a tile kind answer for a whole slide. ``weight`` of its loss. ``colors``: chosen
     when not given."""
 
@@ -102,7 +102,7 @@ class TaskPart(Part):
         return kind
 
 
-class SplitPart(Part):
+class SplitPart(ConfigTable):
     """How items are shared out: by group (patient or slide), stratified, drawn by ``seed``.
 
     ``val``, ``test``: shares; the test items are never read in training. ``folds`` > 0: k-fold instead of shares, of
@@ -118,8 +118,8 @@ class SplitPart(Part):
     pictures: bool = False
 
 
-class SamplingPart(Part):
-    """Which data a step looks at; see `training.policy`. ``fraction`` of the training items, for runs on less data;
+class SamplingPart(ConfigTable):
+    """How a step draws its data; see `training.policy`. ``fraction`` of the training items, for runs on less data;
     ``fraction_of``: the data sets that it holds for (none named: all). ``mixed``: all pictures of a step go through the
     encoder together, as one micro-batch, so that batch norms see every kind of them; takes more memory."""
 
@@ -132,7 +132,7 @@ class SamplingPart(Part):
     fraction_of: tuple[str, ...] = ()
 
 
-class ValidationPart(Part):
+class ValidationPart(ConfigTable):
     """``every``: steps (0: only at the end). ``best``: "task.metric" by which the model is chosen: that of the best
     validation ("": that of the last step); ``lower``: the lower the better. ``patience``: validations without a better
     one until training stops (0: never). ``items``: at most so many per data set (0: all), the same ones each time."""
@@ -144,7 +144,7 @@ class ValidationPart(Part):
     items: int = Field(default=512, ge=0)
 
 
-class CheckpointPart(Part):
+class CheckpointPart(ConfigTable):
     """``every``: steps (0: only at the end); ``keep``: how many besides the best one. ``folder``: a folder or an
     ``s3://`` prefix ("": below ``out``)."""
 
@@ -153,8 +153,9 @@ class CheckpointPart(Part):
     folder: str = ""
 
 
-class TrackingPart(Part):
-    """Where figures go. ``wandb`` and ``mlflow``: project or experiment names, which need their packages.
+class TrackingPart(ConfigTable):
+    """Trackers that metrics are sent to. ``wandb`` and ``mlflow``: project or experiment names, which need their
+    packages.
 
     ``images`` True also writes a few augmented training pictures of the first step: to TensorBoard only, which stays on
     this machine.
@@ -166,7 +167,7 @@ class TrackingPart(Part):
     images: bool = False
 
 
-class TrainConfig(Part):
+class TrainConfig(ConfigTable):
     """A training. ``out``: folder of the model, of checkpoints and of logs; ``threads``: readers."""
 
     out: str = Field(default="runs/model", min_length=1)

@@ -10,11 +10,11 @@ import numpy as np
 
 from wsi_mmm.errors import ConfigError
 from wsi_mmm.training.config import SplitPart, TrainConfig
-from wsi_mmm.training.data.base import Index
+from wsi_mmm.training.data.base import ItemIndex
 from wsi_mmm.training.data.entries import DataEntry, Pictured
 from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, TileBags
 from wsi_mmm.training.data.split import PARTS, Split, check_leaks, folds, forbid_test, picture_hashes, split_items
-from wsi_mmm.training.loader import Feed
+from wsi_mmm.training.loader import DataFeed
 from wsi_mmm.training.policy import fraction_of
 from wsi_mmm.types import I64
 
@@ -23,7 +23,7 @@ from wsi_mmm.types import I64
 class DataSet:
     """A data set that was opened and divided."""
 
-    feed: Feed
+    feed: DataFeed
     split: Split
 
     @property
@@ -32,7 +32,7 @@ class DataSet:
         return self.feed.source.name
 
 
-def divided(feeds: Sequence[Feed], config: TrainConfig) -> tuple[DataSet, ...]:
+def divided(feeds: Sequence[DataFeed], config: TrainConfig) -> tuple[DataSet, ...]:
     """``feeds`` with the items that each may learn from. ConfigError, InputError: what cannot be divided."""
     splits = divide([(feed.source.name, feed.source.index) for feed in feeds], config)
     data = tuple(
@@ -67,7 +67,7 @@ def _check_parts(data: Sequence[DataSet], config: TrainConfig) -> None:
         )
 
 
-def divide(indexes: Sequence[tuple[str, Index]], config: TrainConfig) -> list[Split]:
+def divide(indexes: Sequence[tuple[str, ItemIndex]], config: TrainConfig) -> list[Split]:
     """A split per data set, drawn over all of them together: a patient of two data sets is on one side in both.
 
     InputError when a picture or a group is on two sides all the same.
@@ -75,7 +75,7 @@ def divide(indexes: Sequence[tuple[str, Index]], config: TrainConfig) -> list[Sp
     keys = [key for name, index in indexes for key in _prefix_keys(name, index).keys]
     groups = [str(group) for _, index in indexes for group in index.groups]
     labels = [index.labels + np.int32(1000 * n) for n, (_, index) in enumerate(indexes)]
-    whole = Index(keys, groups, np.concatenate(labels).astype(np.int32))
+    whole = ItemIndex(keys, groups, np.concatenate(labels).astype(np.int32))
     split = _draw_split(whole, fixed_parts(config, indexes), config.split)
     ends = np.cumsum([0, *(len(index) for _, index in indexes)]).tolist()
     found = [Split(*(_hash_range(split.part(name), a, b) for name in PARTS)) for a, b in itertools.pairwise(ends)]
@@ -83,12 +83,12 @@ def divide(indexes: Sequence[tuple[str, Index]], config: TrainConfig) -> list[Sp
     return found
 
 
-def _prefix_keys(name: str, index: Index) -> Index:
+def _prefix_keys(name: str, index: ItemIndex) -> ItemIndex:
     """``index`` with keys that tell data sets apart: two folders may both have a 1.png."""
     return replace(index, keys=[f"{name}/{key}" for key in index.keys])
 
 
-def fixed_parts(config: TrainConfig, indexes: Sequence[tuple[str, Index]] = ()) -> dict[str, str]:
+def fixed_parts(config: TrainConfig, indexes: Sequence[tuple[str, ItemIndex]] = ()) -> dict[str, str]:
     """Group -> train, val, test or "" (not used), as tables with a split column and paths of pictures (of the data sets
     in ``indexes``) say. ConfigError: two disagree."""
     found: dict[str, str] = {}
@@ -100,23 +100,23 @@ def fixed_parts(config: TrainConfig, indexes: Sequence[tuple[str, Index]] = ()) 
     return found
 
 
-def _fixed_parts(entry: DataEntry, index: Index | None) -> Mapping[str, str]:
+def _fixed_parts(entry: DataEntry, index: ItemIndex | None) -> Mapping[str, str]:
     if isinstance(entry, SlideLabels | TileBags | FeatureBags):
         return entry.slides.parts()
     return entry.fixed(index) if isinstance(entry, Pictured) and index is not None else {}
 
 
-def _draw_split(whole: Index, fixed: Mapping[str, str], part: SplitPart) -> Split:
+def _draw_split(whole: ItemIndex, fixed: Mapping[str, str], part: SplitPart) -> Split:
     """What tables say, and the groups that none names drawn as ``part`` says."""
     said = np.array([fixed.get(group) for group in whole.groups], object)
     free = np.flatnonzero([word is None for word in said])
     some = free.tolist()
-    inner = Index([whole.keys[n] for n in some], [whole.groups[n] for n in some], whole.labels[free])
+    inner = ItemIndex([whole.keys[n] for n in some], [whole.groups[n] for n in some], whole.labels[free])
     found = _random_split(inner, part)
     return Split(*(np.sort(np.concatenate([free[found.part(n)], np.flatnonzero(said == n)])) for n in PARTS))
 
 
-def _random_split(index: Index, part: SplitPart) -> Split:
+def _random_split(index: ItemIndex, part: SplitPart) -> Split:
     if not len(index):
         none = np.zeros(0, np.int64)
         return Split(none, none, none)
@@ -127,7 +127,7 @@ def _random_split(index: Index, part: SplitPart) -> Split:
     return folds(index, part.folds, test=part.test, seed=part.seed)[part.fold]
 
 
-def _items_by_part(indexes: Sequence[Index], splits: Sequence[Split]) -> dict[str, list[tuple[Index, I64]]]:
+def _items_by_part(indexes: Sequence[ItemIndex], splits: Sequence[Split]) -> dict[str, list[tuple[ItemIndex, I64]]]:
     return {name: [(index, one.part(name)) for index, one in zip(indexes, splits, strict=True)] for name in PARTS}
 
 
@@ -136,7 +136,7 @@ def _hash_range(numbers: I64, low: int, high: int) -> I64:
     return part
 
 
-def _training_items(feed: Feed, split: Split, config: TrainConfig) -> I64:
+def _training_items(feed: DataFeed, split: Split, config: TrainConfig) -> I64:
     """The training items, or a fraction of them."""
     part = config.sampling
     spared = bool(part.fraction_of) and feed.source.name not in part.fraction_of

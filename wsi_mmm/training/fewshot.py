@@ -40,7 +40,7 @@ class Labelled:
     classes: tuple[str, ...]
 
     def part(self, chosen: Any) -> Labelled:
-        """Those rows (indices or mask)."""
+        """The rows selected by indices or a mask."""
         rows = np.arange(len(self.labels))[chosen]
         return Labelled(self.vectors[rows], self.labels[rows], [self.groups[i] for i in rows], self.classes)
 
@@ -240,7 +240,7 @@ def save(folder: str | Path, head: Head, facts: dict[str, Any]) -> None:
 
 
 def load(folder: str | Path) -> tuple[Head, dict[str, Any]]:
-    """What `save` wrote. ModelError when it is not there or not that."""
+    """Load what `save` wrote. ModelError when it is not there or not that."""
     place = Path(folder)
     try:
         facts = json.loads((place / FACTS).read_text(encoding="utf-8"))

@@ -96,14 +96,14 @@ def slides_by_table(
     Slides without a row, and rows with an empty label, are left out; a row whose slide was not embedded is an error.
     """
     rows = _labelled_rows(table, column)
-    at_hand = {slide.id: slide for slide in embedded(source)}
+    present = {slide.id: slide for slide in embedded(source)}
     chosen = list(classes or sorted({label for _, label, _ in rows}))
     for number, (slide, label, _) in enumerate(rows):
-        if slide not in at_hand:
+        if slide not in present:
             raise ManifestError(f"{table}, row {number + 2}: no slide '{slide}' below {store.redact(source)}")
         if label not in chosen:
             raise ManifestError(f"{table}, row {number + 2}: unknown label '{label}'; known: {', '.join(chosen)}")
-    read = [at_hand[slide].read() for slide, _, _ in rows]
+    read = [present[slide].read() for slide, _, _ in rows]
     facts = dict(check_alike(read, [slide for slide, _, _ in rows]))
     for features, (slide, _, _) in zip(read, rows, strict=True):
         if not len(features.vectors):

@@ -93,7 +93,8 @@ def _save_model(head: Linear, folder: Path, about: dict[str, Any], weights: str 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a head said of a slide: the likeliest class, its probability, where the table is ("" for slide heads)."""
+    """The prediction of a head for a slide: the likeliest class, its probability, where the table is ("" for slide
+    heads)."""
 
     slide: str
     answer: str

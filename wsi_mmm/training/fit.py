@@ -1,7 +1,7 @@
 """The training loop: flat, the same on one process or many ranks, stopped and resumed at any step.
 
 A step is: its micro-batches, the strategy (forward, losses, gradients of all ranks), one move of the weights. What can
-go wrong has a name: items that cannot be read are counted and told (`Progress.failed`), NaN is NotFinite or a skipped
+go wrong has a name: items that cannot be read are counted and told (`StepReport.failed`), NaN is NotFinite or a skipped
 step, a full disk OutputError with the earlier checkpoint whole, another rank's end ClusterError, Ctrl-C Cancelled after
 a checkpoint.
 """
@@ -24,12 +24,12 @@ from wsi_mmm.errors import Cancelled, ConfigError, InputError, NotFinite
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.training import optim, state
-from wsi_mmm.training.forward import Bench, Look, plain
+from wsi_mmm.training.forward import Preprocess, TrainingContext, plain
 from wsi_mmm.training.norms import Norms
 from wsi_mmm.training.optim import OptimPlan
-from wsi_mmm.training.ranks import ALONE, Ranks, first_word, spread, total
-from wsi_mmm.training.state import Shelf, Training
-from wsi_mmm.training.strategies import Strategy, StrategyPlan, Work, make_strategy
+from wsi_mmm.training.ranks import ALONE, Ranks, first_message, spread, total
+from wsi_mmm.training.state import CheckpointStore, Training
+from wsi_mmm.training.strategies import Strategy, StrategyInputs, StrategyPlan, make_strategy
 from wsi_mmm.training.validate import Figures, figures
 
 if TYPE_CHECKING:
@@ -69,17 +69,17 @@ class FitPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Feed:
+class TrainingFeed:
     """``batches(first)``: from step ``first`` on, this rank's micro-batches of each step. ``look``: from a batch's
     pixels to what the encoder takes. ``validation()``: the held-out samples, anew each time."""
 
     batches: Callable[[int], Iterable[tuple[TrainBatch, ...]]]
-    look: Look = plain
+    look: Preprocess = plain
     validation: Callable[[], Iterable[Sample]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class StepReport:
     """Facts of a step that was done. ``losses`` by task, of this step; ``rate`` of the heads; ``pace``: steps/s since
     the start or resumption; ``norm`` of the gradients before clipping (NaN: the step moved nothing); ``failed``:
     "key: why" of this rank's items that could not be read; ``lost`` and ``skipped``: items and steps so far."""
@@ -103,7 +103,7 @@ def _ignore_event(*_: object) -> None:
 class Callbacks:
     """Called on rank 0: after a step; after a validation (step, figures by task); after a checkpoint (step, URI)."""
 
-    on_step: Callable[[Progress], None] = _ignore_event
+    on_step: Callable[[StepReport], None] = _ignore_event
     on_validation: Callable[[int, Figures], None] = _ignore_event
     on_checkpoint: Callable[[int, str], None] = _ignore_event
 
@@ -115,15 +115,15 @@ QUIET = Callbacks()
 class _Run:
     """What the functions of the loop share."""
 
-    bench: Bench
+    bench: TrainingContext
     norms: Norms
-    feed: Feed
+    feed: TrainingFeed
     plan: FitPlan
     callbacks: Callbacks
     ranks: Ranks
     strategy: Strategy
     training: Training
-    shelf: Shelf | None
+    shelf: CheckpointStore | None
     stop: threading.Event = field(default_factory=threading.Event)
     since: tuple[int, float] = (0, 0.0)
     empty: int = 0
@@ -132,7 +132,7 @@ class _Run:
 def fit(
     model: MultiTaskModel,
     tasks: Mapping[str, Task],
-    feed: Feed,
+    feed: TrainingFeed,
     *,
     plan: FitPlan,
     callbacks: Callbacks = QUIET,
@@ -166,7 +166,7 @@ def fit(
 
 
 def identity(plan: FitPlan, tasks: Mapping[str, Task], model: MultiTaskModel) -> dict[str, Any]:
-    """What must agree for a checkpoint to be resumed: all that changes the weights, flat, as JSON values."""
+    """The facts that must agree for a checkpoint to be resumed: all that changes the weights, flat, as JSON values."""
     facts = {f"optim.{k}": v for k, v in dataclasses.asdict(plan.optim).items()}
     facts |= {f"strategy.{k}": v for k, v in dataclasses.asdict(plan.strategy).items()}
     facts |= {f"weights.{name}": plan.weights.get(name, 1.0) for name in tasks}
@@ -181,7 +181,7 @@ def identity(plan: FitPlan, tasks: Mapping[str, Task], model: MultiTaskModel) ->
 def _start_run(
     model: MultiTaskModel,
     tasks: Mapping[str, Task],
-    feed: Feed,
+    feed: TrainingFeed,
     *,
     plan: FitPlan,
     callbacks: Callbacks,
@@ -198,8 +198,8 @@ def _start_run(
     scale = optim.first_scale(plan.optim.precision)
     training = Training(model, optim.Optimiser(learning, plan.optim, ranks), strategy.own, average, scale)
     norms = Norms(model, ranks)
-    bench = Bench(model, tasks, feed.look, optim.autocast_type(plan.optim.precision), norms)
-    shelf = Shelf(plan.folder, identity(plan, tasks, model), plan.keep) if plan.folder else None
+    bench = TrainingContext(model, tasks, feed.look, optim.autocast_type(plan.optim.precision), norms)
+    shelf = CheckpointStore(plan.folder, identity(plan, tasks, model), plan.keep) if plan.folder else None
     return _Run(bench, norms, feed, plan, callbacks, ranks, strategy, training, shelf)
 
 
@@ -222,7 +222,7 @@ def _iter_steps(run: _Run) -> Generator[tuple[TrainBatch, ...], None, None]:
             yield batches
 
 
-def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
+def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> StepReport:
     """One optimiser step, or none where NaN is skipped or nothing could be read."""
     plan, training = run.plan, run.training
     failed = tuple(line for batch in batches for line in batch.failed)
@@ -230,12 +230,12 @@ def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
     training.lost += int(lost)
     factor = optim.factor(plan.optim, training.step, plan.steps)
     moving = tuple(batch.to(run.ranks.device) for batch in batches)
-    work = Work(run.bench, moving, plan.weights, training.step, run.ranks, training.scale.value)
+    inputs = StrategyInputs(run.bench, moving, plan.weights, training.step, run.ranks, training.scale.value)
     losses: dict[str, float] = {}
     norm: float | None = None
     run.norms.begin()
     try:
-        losses = run.strategy(work)
+        losses = run.strategy(inputs)
         norm = optim.ready(training.optimiser.learning, plan.optim, training.scale) if losses else None
         run.norms.settle(int(places) * run.ranks.world)  # mixed micro-batches leave places that nobody has
     except NotFinite as error:
@@ -247,7 +247,7 @@ def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> Progress:
     pace = (training.step + 1 - first) / max(1e-9, time.monotonic() - start)
     rate = plan.optim.rate * factor
     shown = float("nan") if norm is None else norm
-    return Progress(training.step + 1, plan.steps, losses, rate, pace, shown, failed, training.lost, training.skipped)
+    return StepReport(training.step + 1, plan.steps, losses, rate, pace, shown, failed, training.lost, training.skipped)
 
 
 def _update_weights(run: _Run, norm: float | None, factor: float, found: bool) -> None:
@@ -277,7 +277,7 @@ def _skip_step(run: _Run, error: NotFinite) -> None:
 def _nothing_read(run: _Run, failed: tuple[str, ...], found: bool) -> None:
     run.empty = 0 if found else run.empty + 1
     if run.empty >= EMPTY:
-        why = first_word(run.ranks, failed[0] if failed else "") or "the batches serve none of the tasks"
+        why = first_message(run.ranks, failed[0] if failed else "") or "the batches serve none of the tasks"
         raise InputError(f"in {run.empty} steps in a row there was nothing to learn from: {why}")
 
 

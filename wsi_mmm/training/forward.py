@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from wsi_mmm.training.loader import TrainBatch
     from wsi_mmm.training.norms import Norms
 
-Look = Callable[[MultiTaskModel, "TrainBatch"], Tensor]
+Preprocess = Callable[[MultiTaskModel, "TrainBatch"], Tensor]
 
 
 def plain(model: MultiTaskModel, batch: TrainBatch) -> Tensor:
@@ -29,7 +29,7 @@ def plain(model: MultiTaskModel, batch: TrainBatch) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class TrainingContext:
     """A model with its tasks, and how it looks at batches.
 
     ``look`` warps, colours and normalises pixels. ``precision``: what convolutions and products are computed in (None:
@@ -38,7 +38,7 @@ class Bench:
 
     model: MultiTaskModel
     tasks: Mapping[str, Task]
-    look: Look = plain
+    look: Preprocess = plain
     precision: torch.dtype | None = None
     norms: Norms | None = None
 
@@ -51,12 +51,12 @@ class Shared:
     targets: dict[str, Tensor]
 
 
-def served(bench: Bench, batch: TrainBatch) -> tuple[str, ...]:
+def served(bench: TrainingContext, batch: TrainBatch) -> tuple[str, ...]:
     """Names of the tasks that learn from ``batch``; none when all of its items failed."""
     return tuple(name for name in bench.tasks if name in batch.targets) if len(batch) else ()
 
 
-def passes(bench: Bench, names: Sequence[str]) -> list[tuple[str, ...]]:
+def passes(bench: TrainingContext, names: Sequence[str]) -> list[tuple[str, ...]]:
     """``names`` by the passes that they need: one for all, and one more for each task that looks at a picture of its
     own, parts of it hidden."""
     own = [name for name in names if isinstance(bench.tasks[name], Reconstruct)]
@@ -64,7 +64,7 @@ def passes(bench: Bench, names: Sequence[str]) -> list[tuple[str, ...]]:
     return [*([rest] if rest else []), *((name,) for name in own)]
 
 
-def shared(bench: Bench, batch: TrainBatch, names: Sequence[str]) -> Shared:
+def shared(bench: TrainingContext, batch: TrainBatch, names: Sequence[str]) -> Shared:
     """One pass of encoder, decoder, neck and grouper, as far as ``names`` (one of `passes`) need them.
 
     Tasks whose heads read the same share one tensor. What is random in the model (dropout) is drawn from the batch's
@@ -108,7 +108,7 @@ def trunk(model: MultiTaskModel, x: Tensor, kinds: frozenset[str]) -> dict[str, 
     return found
 
 
-def loss_of(bench: Bench, name: str, read: Tensor, target: Tensor) -> Tensor:
+def loss_of(bench: TrainingContext, name: str, read: Tensor, target: Tensor) -> Tensor:
     """The loss of one task, from what its head reads."""
     with _autocast(bench):
         logits = bench.model.heads[name](read)
@@ -123,7 +123,7 @@ def _as_weights(model: MultiTaskModel, x: Tensor) -> Tensor:
     return x.to(like.device, like.dtype, non_blocking=True)
 
 
-def _autocast(bench: Bench) -> contextlib.AbstractContextManager[object]:
+def _autocast(bench: TrainingContext) -> contextlib.AbstractContextManager[object]:
     if bench.precision is None:
         return contextlib.nullcontext()
     return torch.autocast(bench.model.device.type, bench.precision)

@@ -17,7 +17,7 @@ from wsi_mmm.errors import ConfigError, MissingPackage, OptionError, OutputError
 from wsi_mmm.storage import store
 from wsi_mmm.training.config import TrainConfig
 from wsi_mmm.training.data.entry import Expand, each_by_itself
-from wsi_mmm.training.job import QUIET, Listener, facts_of, model_folder, train_as
+from wsi_mmm.training.job import QUIET, TrainingListener, facts_of, model_folder, train_as
 from wsi_mmm.training.plot import draw_curve
 from wsi_mmm.training.ranks import Ranks, joined
 
@@ -27,7 +27,7 @@ _FREE = ("out", "threads", "device", "tracking", "checkpoint")
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class FractionResult:
     """A training that is done: the share of the training items in percent, the seed, how many items that were, and the
     figures of the held-out parts by task."""
 
@@ -56,7 +56,7 @@ class Curve:
 
     metric: str
     part: str
-    points: tuple[Point, ...]
+    points: tuple[FractionResult, ...]
     files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -77,7 +77,7 @@ def train_fractions(
     *,
     seeds: int = 3,
     metric: str = "",
-    listener: Listener = QUIET,
+    listener: TrainingListener = QUIET,
     expand: Expand = each_by_itself,
 ) -> Curve:
     """Train each share with each seed, in ``<out>/fraction-XX-seed-Y``, skipping what is done; write table and plot.
@@ -120,20 +120,20 @@ def _check_plan(percents: Sequence[float], seeds: int) -> None:
 
 
 def _train_fraction(
-    ranks: Ranks, config: TrainConfig, percent: float, *, listener: Listener, expand: Expand
-) -> Point | None:
+    ranks: Ranks, config: TrainConfig, percent: float, *, listener: TrainingListener, expand: Expand
+) -> FractionResult | None:
     """What was found; None on all ranks but the first."""
     named = f"{percent:g} % of the items, seed {config.seed} -> {store.redact(config.out)}: "
     done = train_as(ranks, config, replace(listener, say=lambda line: listener.say(named + line)), expand)
     if not done.model:
         return None
-    point = Point(percent, config.seed, done.items, done.val, done.test)
+    point = FractionResult(percent, config.seed, done.items, done.val, done.test)
     text = json.dumps({"configuration": _what_counts(config), **asdict(point)}, indent=1)
     store.write_bytes(store.join(config.out, DONE), text.encode())
     return point
 
 
-def _load_finished(config: TrainConfig, percent: float) -> Point | None:
+def _load_finished(config: TrainConfig, percent: float) -> FractionResult | None:
     """What an earlier run found. ConfigError when that was another training."""
     uri = store.join(config.out, DONE)
     if not store.exists(uri):
@@ -141,7 +141,7 @@ def _load_finished(config: TrainConfig, percent: float) -> Point | None:
     try:
         found: dict[str, Any] = json.loads(store.read_bytes(uri))
         there = _what_counts(TrainConfig.model_validate(found.pop("configuration")))  # options that are newer: default
-        point = Point(**found)
+        point = FractionResult(**found)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{uri} is damaged; remove it, and that training is done again") from error
     if there != _what_counts(config):
@@ -157,16 +157,16 @@ def _what_counts(config: TrainConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------- table and plot
 
 
-def _part_metrics(point: Point, part: str) -> Mapping[str, Mapping[str, float]]:
+def _part_metrics(point: FractionResult, part: str) -> Mapping[str, Mapping[str, float]]:
     return point.test if part == "test" else point.val
 
 
-def _metric_value(point: Point, part: str, metric: str) -> float:
+def _metric_value(point: FractionResult, part: str, metric: str) -> float:
     task, _, name = metric.partition(".")
     return _part_metrics(point, part)[task][name]
 
 
-def _with_metric(points: tuple[Point, ...], metric: str) -> Curve:
+def _with_metric(points: tuple[FractionResult, ...], metric: str) -> Curve:
     """With the part and the metric to speak of. ConfigError when some training does not give it."""
     part = "test" if all(point.test for point in points) else "val"
     known = [f"{task}.{name}" for task, found in _part_metrics(points[0], part).items() for name in found]
@@ -209,7 +209,7 @@ def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _curve_csv(points: Sequence[Point]) -> str:
+def _curve_csv(points: Sequence[FractionResult]) -> str:
     """A line per training, part, task and metric."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -23,15 +23,15 @@ from wsi_mmm.storage import store
 from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.training import fit as fitting
 from wsi_mmm.training.config import TrainConfig, model_card
-from wsi_mmm.training.data.bags import FeatureBags
+from wsi_mmm.training.data.bags import FeatureBagSource
 from wsi_mmm.training.data.base import Sample
-from wsi_mmm.training.data.buckets import DryRun
-from wsi_mmm.training.data.entry import Expand, Place, each_by_itself
-from wsi_mmm.training.data.slide_entries import Slides
+from wsi_mmm.training.data.buckets import BucketReport
+from wsi_mmm.training.data.entry import DataContext, Expand, each_by_itself
+from wsi_mmm.training.data.slide_entries import SlidesEntry
 from wsi_mmm.training.data.split import missing_labels
 from wsi_mmm.training.divide import DataSet, divided
-from wsi_mmm.training.fit import Callbacks, FitPlan, Progress
-from wsi_mmm.training.loader import Feed, LoadPlan, TrainBatch, batches, look_of, pictures
+from wsi_mmm.training.fit import Callbacks, FitPlan, StepReport
+from wsi_mmm.training.loader import DataFeed, LoadPlan, TrainBatch, batches, make_preprocess, pictures
 from wsi_mmm.training.mixing import mixed
 from wsi_mmm.training.ranks import Ranks, joined, launch_on_dask, total
 from wsi_mmm.training.state import best_weights
@@ -80,7 +80,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a training leaves: the model folder, figures of the held-out parts by task, the step that its weights are
+    """The outcome of a training: the model folder, metrics of the held-out parts by task, the step that its weights are
     of, how many items were learnt from."""
 
     model: str = ""
@@ -92,49 +92,49 @@ class Trained:
 
 
 @dataclass(frozen=True, slots=True)
-class Listener:
-    """What a user sees of a training: every step, every validation, every checkpoint, and lines."""
+class TrainingListener:
+    """Callbacks of a training: every step, every validation, every checkpoint, and lines of text."""
 
-    on_step: Callable[[Progress], None] = lambda _: None
+    on_step: Callable[[StepReport], None] = lambda _: None
     on_validation: Callable[[int, Figures], None] = lambda *_: None
     on_checkpoint: Callable[[int, str], None] = lambda *_: None
     say: Callable[[str], None] = lambda _: None
 
 
-QUIET = Listener()
+QUIET = TrainingListener()
 
 
 # ---------------------------------------------------------------- before the first step
 
 
-def place_of(config: TrainConfig, expand: Expand = each_by_itself) -> Place:
-    """What data sets are opened for; ``expand`` says which slides words stand for."""
+def data_context(config: TrainConfig, expand: Expand = each_by_itself) -> DataContext:
+    """The context that data sets are opened in; ``expand`` turns words into slides."""
     cards = {card.name: card for card in config.task_cards()}
-    return Place(cards, config.model.mpp, config.model.learnt_px, expand)
+    return DataContext(cards, config.model.mpp, config.model.learnt_px, expand)
 
 
-def read_annotations(config: TrainConfig, expand: Expand = each_by_itself) -> dict[str, dict[str, DryRun]]:
+def read_annotations(config: TrainConfig, expand: Expand = each_by_itself) -> dict[str, dict[str, BucketReport]]:
     """Data set -> task -> what its bucket table makes of the annotations; of the data sets that have any."""
-    place = place_of(config, expand)
-    found = {entry.name: entry.dry_run(place) for entry in config.data if isinstance(entry, Slides)}
+    place = data_context(config, expand)
+    found = {entry.name: entry.dry_run(place) for entry in config.data if isinstance(entry, SlidesEntry)}
     return {name: tables for name, tables in found.items() if tables}
 
 
 def prepare(config: TrainConfig, expand: Expand = each_by_itself) -> Prepared:
     """Open every data set, divide them together, build the model. Raises what is wrong before anything is learnt."""
-    place = place_of(config, expand)
+    place = data_context(config, expand)
     tasks = {name: make_task(card) for name, card in place.tasks.items()}
-    feeds = [Feed(entry.open(place), entry.batch, weight=entry.weight) for entry in config.data]
+    feeds = [DataFeed(entry.open(place), entry.batch, weight=entry.weight) for entry in config.data]
     data = divided(feeds, config)
     model = begin_model(config)
     _check_features(feeds, model)
     return Prepared(config, model, tasks, data)
 
 
-def _check_features(feeds: Sequence[Feed], model: MultiTaskModel) -> None:
+def _check_features(feeds: Sequence[DataFeed], model: MultiTaskModel) -> None:
     """Vectors of bags are as long as those of the model that will be given the heads."""
     for feed in feeds:
-        if isinstance(feed.source, FeatureBags) and feed.source.width != model.vector_width:
+        if isinstance(feed.source, FeatureBagSource) and feed.source.width != model.vector_width:
             raise ConfigError(
                 f"data '{feed.source.name}' holds vectors of {feed.source.width} numbers, the model makes "
                 f"{model.vector_width}: give the encoder that embedded them, and its weights or model.start"
@@ -179,7 +179,7 @@ def take_over(model: MultiTaskModel, other: MultiTaskModel) -> int:
 # ---------------------------------------------------------------- the training
 
 
-def train(config: TrainConfig, listener: Listener = QUIET, expand: Expand = each_by_itself) -> Trained:
+def train(config: TrainConfig, listener: TrainingListener = QUIET, expand: Expand = each_by_itself) -> Trained:
     """Train, judge what was held out, and write ``<out>/model``. The same again goes on from the last checkpoint.
 
     Under torchrun every rank calls this; rank 0 writes and speaks. Raises what `prepare` and `fit` raise.
@@ -189,7 +189,7 @@ def train(config: TrainConfig, listener: Listener = QUIET, expand: Expand = each
         return train_as(ranks, config, listener, expand)
 
 
-def train_as(ranks: Ranks, config: TrainConfig, listener: Listener, expand: Expand) -> Trained:
+def train_as(ranks: Ranks, config: TrainConfig, listener: TrainingListener, expand: Expand) -> Trained:
     """`train` among ranks that have met: torchrun lets them meet once."""
     started = time.monotonic()
     prepared = prepare(config, expand)
@@ -231,7 +231,7 @@ def _as_rank(ranks: Ranks, *, config: TrainConfig, expand: Expand) -> Trained:
 
 
 def model_folder(config: TrainConfig) -> Path:
-    """Where the model will lie. OutputError unless ``out`` is a local folder."""
+    """The folder that the model will be written to. OutputError unless ``out`` is a local folder."""
     if not store.is_local(config.out):
         raise OutputError(
             f"out is {store.redact(config.out)}: the model is written to a local folder; checkpoint.folder may be s3://"
@@ -240,7 +240,7 @@ def model_folder(config: TrainConfig) -> Path:
 
 
 def checkpoint_folder(config: TrainConfig) -> str:
-    """Where checkpoints lie."""
+    """The folder of checkpoints."""
     return config.checkpoint.folder or store.join(config.out, CHECKPOINTS)
 
 
@@ -267,7 +267,7 @@ def fit_plan(config: TrainConfig) -> FitPlan:
     )  # fmt: skip
 
 
-def _make_feed(prepared: Prepared, ranks: Ranks, boards: Sequence[TensorBoard]) -> fitting.Feed:
+def _make_feed(prepared: Prepared, ranks: Ranks, boards: Sequence[TensorBoard]) -> fitting.TrainingFeed:
     config = prepared.config
     part = config.sampling
     plan = LoadPlan(
@@ -284,7 +284,9 @@ def _make_feed(prepared: Prepared, ranks: Ranks, boards: Sequence[TensorBoard]) 
         return _log_first_images(made, first, boards, config)
 
     held = any(len(one.split.val) for one in prepared.data)
-    return fitting.Feed(drawn, look_of(config.augment), partial(held_out, prepared, "val") if held else None)
+    return fitting.TrainingFeed(
+        drawn, make_preprocess(config.augment), partial(held_out, prepared, "val") if held else None
+    )
 
 
 def _tensorboards(config: TrainConfig, trackers: Sequence[Tracker]) -> list[TensorBoard]:
@@ -317,8 +319,8 @@ def held_out(prepared: Prepared, part: str) -> Iterator[Sample]:
             yield from one.feed.source.read(numbers[first : first + _TOGETHER].tolist(), size)
 
 
-def _make_callbacks(listener: Listener, trackers: Sequence[Tracker], seen: dict[int, Figures]) -> Callbacks:
-    def on_step(progress: Progress) -> None:
+def _make_callbacks(listener: TrainingListener, trackers: Sequence[Tracker], seen: dict[int, Figures]) -> Callbacks:
+    def on_step(progress: StepReport) -> None:
         values = {f"loss/{name}": value for name, value in progress.losses.items()}
         values |= {"rate": progress.rate, "steps_per_second": progress.pace, "gradient_norm": progress.norm}
         if progress.step % 10 == 0 or progress.step == 1:
@@ -351,8 +353,8 @@ def _finish_training(
         "configuration": facts_of(config),
         "items": prepared.summary(),
     }
-    told: dict[str, Any] = {name: _round_metrics(found) for name, found in (("val", val), ("test", test)) if found}
-    save_model(model, folder, card=model.card.model_copy(update={"metrics": told, "data": facts}))
+    reported: dict[str, Any] = {name: _round_metrics(found) for name, found in (("val", val), ("test", test)) if found}
+    save_model(model, folder, card=model.card.model_copy(update={"metrics": reported, "data": facts}))
     return Trained(str(folder), val, test, step=step, items=sum(len(one.feed.items) for one in prepared.data))
 
 

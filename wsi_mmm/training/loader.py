@@ -1,7 +1,7 @@
 """From draws to batches on the device: read ahead by threads, the same whatever their number.
 
-draw -> `Source.read` -> crops' geometry -> warped truths -> `Task.target` -> `TrainBatch`, all on a thread; pixels are
-cut to what the crops need and warped on the device (`pictures`). What could not be read is left out and counted.
+draw -> `DataSource.read` -> crops' geometry -> warped targets -> `Task.target` -> `TrainBatch`, all on a thread; pixels
+are cut to what the crops need and warped on the device (`pictures`). What could not be read is left out and counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wsi_mmm.tasks import Task
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.stream import Prefetcher, map_ahead
 from wsi_mmm.training.colour import NO_AUGMENT, Augment, recolour
-from wsi_mmm.training.data.base import FetchedItems, Sample, SlideSource, Source
+from wsi_mmm.training.data.base import DataSource, FetchedItems, Sample, SlideSource
 from wsi_mmm.training.policy import Draw, FeedSize, Policy, key_of, of_rank, plan_step
 from wsi_mmm.training.warp import (
     Change,
@@ -31,15 +31,15 @@ from wsi_mmm.training.warp import (
     draw_thetas,
     padded,
     reach,
-    unknown_truth,
+    unknown_target,
     warp_pixels,
-    warp_truth,
+    warp_target,
     widened,
 )
 from wsi_mmm.types import F32, I64, U8
 
 MARGINS = {"instances": 32}
-"""Kind of task -> px of truth looked at round a crop: objects cut by its rim keep their true middle and depth."""
+"""Kind of task -> px of target looked at round a crop: objects cut by its rim keep their true middle and depth."""
 
 READ_AHEAD = 2
 """Micro-batches that may wait, ready, beyond those that the threads are making."""
@@ -48,7 +48,7 @@ FETCHES = 8
 """Micro-batches from slides far away whose bytes are fetched, or being fetched, beyond those that are being made."""
 
 CHANGE = Change()
-_TOLD = 20  # reasons for failures that are kept
+_MAX_WARNINGS = 20  # reasons for failures that are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,11 +99,11 @@ class TrainBatch:
 
 
 @dataclass(frozen=True, eq=False)
-class Feed:
+class DataFeed:
     """A data set as training draws from it. ``numbers``: the items that may be drawn (None: all), ``batch`` of them
     make a micro-batch; ``tasks``: those that learn from it (None: all that its source knows something about)."""
 
-    source: Source
+    source: DataSource
     batch: int
     numbers: I64 | None = None
     weight: float = 1.0
@@ -116,7 +116,7 @@ class Feed:
 
     @cached_property
     def measure(self) -> FeedSize:
-        """What planning needs; its items are numbered as `items` are."""
+        """Sizes for planning; its items are numbered as `items` are."""
         labels = np.ascontiguousarray(self.source.index.labels[self.items])
         return FeedSize(self.source.name, len(self.items), self.batch, labels, self.weight)
 
@@ -140,7 +140,7 @@ class LoadPlan:
 
 @dataclass
 class Tally:
-    """What came, counted as it is given out: items learnt from, ``failed`` ones (the first reasons in ``reasons``),
+    """Counts of the items that were read: items learnt from, ``failed`` ones (the first reasons in ``reasons``),
     and micro-batches that were left ``empty`` by failures, which a step skips."""
 
     items: int = 0
@@ -153,7 +153,7 @@ class Tally:
         self.items += len(batch)
         self.failed += len(batch.failed)
         self.empty += not len(batch)
-        self.reasons += batch.failed[: max(0, _TOLD - len(self.reasons))]
+        self.reasons += batch.failed[: max(0, _MAX_WARNINGS - len(self.reasons))]
 
 
 def pictures(batch: TrainBatch, augment: Augment = NO_AUGMENT) -> Tensor:
@@ -163,7 +163,7 @@ def pictures(batch: TrainBatch, augment: Augment = NO_AUGMENT) -> Tensor:
     return recolour(warp_pixels(batch.pixels, batch.theta, batch.size), augment, seed=batch.seed)
 
 
-def look_of(augment: Augment = NO_AUGMENT) -> Callable[[MultiTaskModel, TrainBatch], Tensor]:
+def make_preprocess(augment: Augment = NO_AUGMENT) -> Callable[[MultiTaskModel, TrainBatch], Tensor]:
     """How a model looks at batches (see `training.forward`): warped, augmented and normalised on its device."""
 
     def look(model: MultiTaskModel, batch: TrainBatch) -> Tensor:
@@ -177,7 +177,7 @@ def look_of(augment: Augment = NO_AUGMENT) -> Callable[[MultiTaskModel, TrainBat
 
 
 def batches(
-    feeds: Sequence[Feed],
+    feeds: Sequence[DataFeed],
     tasks: Mapping[str, Task],
     *,
     plan: LoadPlan,
@@ -292,7 +292,7 @@ class _Sender:
 # ---------------------------------------------------------------- one micro-batch
 
 
-def names_of(feed: Feed, tasks: Mapping[str, Task]) -> tuple[str, ...]:
+def names_of(feed: DataFeed, tasks: Mapping[str, Task]) -> tuple[str, ...]:
     """The tasks that learn from ``feed``. Pictures can always be rebuilt. ConfigError when there are none."""
     known = {name for name, task in tasks.items() if task.info.kind == "reconstruct"} | set(feed.source.tasks)
     wanted = known & set(tasks) if feed.tasks is None else set(feed.tasks)
@@ -311,7 +311,7 @@ def _reading_size(plan: LoadPlan, tasks: Iterable[Task]) -> int:
 
 
 def make_batch(
-    feed: Feed,
+    feed: DataFeed,
     tasks: Mapping[str, Task],
     *,
     draw: Draw,
@@ -406,11 +406,11 @@ def _crop_target(task: Task, sample: Sample, thetas: F32, size: int) -> Tensor:
     """The target of one item; made with the kind's margin, then cut to the crop."""
     kind, margin = task.info.kind, MARGINS.get(task.info.kind, 0)
     wide = size + 2 * margin
-    truth: Target = sample.truths.get(task.info.name)
-    if truth is None:
-        truth = unknown_truth(kind, len(task.info.classes), wide)
+    known: Target = sample.targets.get(task.info.name)
+    if known is None:
+        known = unknown_target(kind, len(task.info.classes), wide)
     elif _bag_size(sample) is None:
-        truth = warp_truth(kind, truth, widened(thetas[0], margin), wide)
+        known = warp_target(kind, known, widened(thetas[0], margin), wide)
     rim = margin // task.stride
-    target = task.target(truth)
+    target = task.target(known)
     return target[..., rim:-rim, rim:-rim] if rim else target

@@ -12,7 +12,7 @@ from torch.nn import functional
 from wsi_mmm.tasks import Task
 from wsi_mmm.training.loader import TrainBatch
 from wsi_mmm.training.policy import key_of
-from wsi_mmm.training.warp import unknown_truth
+from wsi_mmm.training.warp import unknown_target
 
 
 def mixed(steps: Iterator[tuple[TrainBatch, ...]], tasks: Mapping[str, Task]) -> Iterator[tuple[TrainBatch, ...]]:
@@ -64,6 +64,6 @@ def _targets_or_unknown(batch: TrainBatch, task: Task) -> Tensor:
     if found is not None:
         return found
     info = task.info
-    nothing = task.target(unknown_truth(info.kind, len(info.classes), batch.size))
+    nothing = task.target(unknown_target(info.kind, len(info.classes), batch.size))
     like = next(iter(batch.targets.values()), nothing)
     return nothing.to(like.device).expand(len(batch), *nothing.shape)

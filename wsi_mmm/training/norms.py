@@ -49,12 +49,12 @@ class Norms:
             self._hooks.append(layer.register_forward_hook(self._record_pass(index)))
 
     def _record_pass(self, index: int) -> Any:
-        def note(layer: _BatchNorm, *_: object) -> None:
+        def record(layer: _BatchNorm, *_: object) -> None:
             if layer.training:
                 mean, var, _tracked = _layer_statistics(layer)
                 self._seen[index].append(_Seen(self.place, mean.clone(), var.clone()))
 
-        return note
+        return record
 
     def close(self) -> None:
         """Leave the model as it was found."""

@@ -47,7 +47,7 @@ class OptimPlan:
 
 
 def factor(plan: OptimPlan, step: int, steps: int) -> float:
-    """What rates are multiplied with at ``step`` (from 0) of ``steps``: a pure function of these.
+    """The factor of all learning rates at ``step`` (from 0) of ``steps``: a pure function of these.
 
     Warm-up rises linearly, reaching 1 at step ``warmup``. From there with p = the share of the rest that is done:
     linear 1 - p; cosine (1 + cos(pi p)) / 2 (Loshchilov & Hutter 2017); poly (1 - p) ** power (Chen et al. 2017); each
@@ -215,7 +215,7 @@ def first_scale(precision: Precision) -> Scale:
 
 
 def autocast_type(precision: Precision) -> torch.dtype | None:
-    """What `Bench.precision` wants."""
+    """The dtype that `TrainingContext.precision` asks for."""
     return {"full": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 

@@ -31,12 +31,12 @@ def draw_curve(
 
     MissingPackage without matplotlib; OutputError when the files cannot be written.
     """
-    figure = _new_figure((5.0, 3.5))
-    axes = figure.subplots()
+    fig = _new_plot((5.0, 3.5))
+    axes = fig.subplots()
     _draw_curve(axes, dict(zip(percents, values, strict=True)), _COLOURS[0])
     _label_fractions(axes, percents)
     axes.set(xlabel=_ITEMS, ylabel=name, title=title)
-    return _save_figure(figure, [folder / PNG, folder / SVG])
+    return _save_plot(fig, [folder / PNG, folder / SVG])
 
 
 def draw_panels(folder: Path, stem: str, panels: Sequence[Panel], *, columns: int) -> list[Path]:
@@ -45,8 +45,8 @@ def draw_panels(folder: Path, stem: str, panels: Sequence[Panel], *, columns: in
     As `draw_curve`, with a legend in the first one.
     """
     rows = -(-len(panels) // columns)
-    figure = _new_figure((4.2 * columns, 3.2 * rows))
-    grid = figure.subplots(rows, columns, squeeze=False, sharey="row")
+    fig = _new_plot((4.2 * columns, 3.2 * rows))
+    grid = fig.subplots(rows, columns, squeeze=False, sharey="row")
     for panel, axes in zip(panels, grid.flat, strict=False):
         middle = (len(panel.curves) - 1) / 2
         for number, (name, curve) in enumerate(panel.curves.items()):
@@ -54,10 +54,10 @@ def draw_panels(folder: Path, stem: str, panels: Sequence[Panel], *, columns: in
         _label_fractions(axes, sorted({percent for curve in panel.curves.values() for percent in curve}))
         axes.set(xlabel=_ITEMS, ylabel=panel.name, title=panel.title)
     grid.flat[0].legend(frameon=False)
-    return _save_figure(figure, [folder / f"{stem}.png", folder / f"{stem}.svg"])
+    return _save_plot(fig, [folder / f"{stem}.png", folder / f"{stem}.svg"])
 
 
-def _new_figure(size: tuple[float, float]) -> Any:
+def _new_plot(size: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, nothing global
     except ImportError as error:
@@ -85,10 +85,10 @@ def _label_fractions(axes: Any, percents: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def _save_figure(figure: Any, paths: Sequence[Path]) -> list[Path]:
+def _save_plot(fig: Any, paths: Sequence[Path]) -> list[Path]:
     try:
         for path in paths:
-            figure.savefig(path, dpi=150)
+            fig.savefig(path, dpi=150)
     except OSError as error:
         raise OutputError(f"cannot write the plot into {paths[0].parent}: {error.strerror or error}") from error
     return list(paths)

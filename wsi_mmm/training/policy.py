@@ -1,4 +1,4 @@
-"""What a training step looks at: a pure function of (seed, step), shared out among ranks. It chooses, reads nothing.
+"""The plan of a training step: a pure function of (seed, step), divided among ranks. It chooses, and reads nothing.
 
 A *feed* is a data set as training sees it, a *micro-batch* some of its items, a *slot* one micro-batch in the order of
 all. Every policy is a block of slots that repeats (a step, a round or an epoch) with fixed counts of each feed, in an
@@ -34,7 +34,7 @@ _SMALL = 4096  # items: permutations up to this length are kept in hundreds, lon
 
 @dataclass(frozen=True, eq=False)
 class FeedSize:
-    """What planning needs to know of a feed: its unique ``name``, how many ``items`` it has, how many make a
+    """The size of a feed, for planning: its unique ``name``, how many ``items`` it has, how many make a
     micro-batch, the class of each item (``labels`` int32[items], -1: none; for class balancing) and its ``weight``:
     against that of the others, how many times as often as with equal weights it comes (0: never)."""
 
@@ -78,7 +78,7 @@ def plan_step(
     draws = []
     for slot in range(step * per_step, (step + 1) * per_step):
         feed, number = _locate_slot(counts, slot, key=None if fixed else seed)
-        draws.append(micro_batch(feeds[feed], seed=seed, number=number, class_balance=class_balance))
+        draws.append(batch_at(feeds[feed], seed=seed, number=number, class_balance=class_balance))
     return tuple(draws)
 
 
@@ -89,7 +89,7 @@ def of_rank(draws: Sequence[Draw], rank: int, world: int) -> tuple[Draw, ...]:
     return tuple(draws[rank::world])
 
 
-def micro_batch(feed: FeedSize, *, seed: int, number: int, class_balance: bool = False) -> Draw:
+def batch_at(feed: FeedSize, *, seed: int, number: int, class_balance: bool = False) -> Draw:
     """Micro-batch ``number`` of a feed, whatever the policy and the other feeds are."""
     positions = np.arange(number * feed.batch, (number + 1) * feed.batch)
     if class_balance and feed.labels is not None:
@@ -107,11 +107,11 @@ def fraction_of(labels: I32, fraction: float, *, seed: int) -> I64:
     """
     if not 0.0 < fraction <= 1.0:
         raise ConfigError(f"fraction of the data is {fraction}: give more than 0 and at most 1")
-    order = np.random.default_rng(key_of(f"fraction/{seed}")).permutation(len(labels)).astype(np.int64)
-    known = np.flatnonzero(labels[order] >= 0)
-    leaders = known[np.unique(labels[order][known], return_index=True)[1]]
-    order = np.concatenate([order[np.sort(leaders)], np.delete(order, leaders)])
-    chosen: I64 = np.sort(order[: max(1, round(fraction * len(order)))])
+    ranking = np.random.default_rng(key_of(f"fraction/{seed}")).permutation(len(labels)).astype(np.int64)
+    known = np.flatnonzero(labels[ranking] >= 0)
+    leaders = known[np.unique(labels[ranking][known], return_index=True)[1]]
+    ranking = np.concatenate([ranking[np.sort(leaders)], np.delete(ranking, leaders)])
+    chosen: I64 = np.sort(ranking[: max(1, round(fraction * len(ranking)))])
     return chosen
 
 
@@ -172,8 +172,8 @@ def _slot_block(counts: tuple[int, ...], key: tuple[int, int] | None) -> tuple[I
     before = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
     feeds = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     if key is None:
-        order = np.argsort(before, kind="stable")  # in turn: 0 1 2 0 2, not 0 0 1 2 2
-        return feeds[order], before[order]
+        ranking = np.argsort(before, kind="stable")  # in turn: 0 1 2 0 2, not 0 0 1 2 2
+        return feeds[ranking], before[ranking]
     feeds = np.random.default_rng(key_of(f"block/{key}")).permutation(feeds)
     for number in range(len(counts)):
         mine = feeds == number
@@ -194,14 +194,14 @@ def _by_epoch(name: str, items: int, positions: I64) -> I64:
 
 def _by_class(feed: FeedSize, labels: I32, *, seed: int, positions: I64) -> I64:
     """Every run of C positions has each of the C classes once; each class goes through its own epochs."""
-    order, starts = _items_by_class(_Same(labels))
+    ranking, starts = _items_by_class(_Same(labels))
     classes = len(starts) - 1
     rounds, places = np.divmod(positions, classes)
     out = np.empty(len(positions), np.int64)
     for i, (turn, place) in enumerate(zip(rounds.tolist(), places.tolist(), strict=True)):
         one = int(_shuffled_items(f"{seed}/{feed.name}/turn/{turn}", classes)[place])
         first, last = int(starts[one]), int(starts[one + 1])
-        out[i] = order[first + _by_epoch(f"{seed}/{feed.name}/class/{one}", last - first, np.array([turn]))[0]]
+        out[i] = ranking[first + _by_epoch(f"{seed}/{feed.name}/class/{one}", last - first, np.array([turn]))[0]]
     return out
 
 

@@ -32,7 +32,8 @@ _TEXT = 400  # bytes of a message that one rank tells all
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Which of ``world`` processes this one is, its device, and the seconds after which a silent one is given up."""
+    """This process among ``world`` ranks: its number, its device, and the seconds after which a silent one is given
+    up."""
 
     rank: int = 0
     world: int = 1
@@ -41,7 +42,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank is the one that writes files and talks."""
+        """True for the rank that writes files and logs."""
         return self.rank == 0
 
 
@@ -50,7 +51,8 @@ ALONE = Ranks()
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """Where ranks meet that torchrun did not start: rank 0's host and port, this one's number, how many there are."""
+    """The meeting point of ranks that torchrun did not start: rank 0's host and port, this one's number, how many there
+    are."""
 
     host: str
     port: int
@@ -134,8 +136,8 @@ def total(ranks: Ranks, values: Sequence[float]) -> list[float]:
     return found
 
 
-def first_word(ranks: Ranks, text: str) -> str:
-    """What the lowest rank that has something to say ("": nothing) says; at most 400 bytes. Every rank must call it."""
+def first_message(ranks: Ranks, text: str) -> str:
+    """The message of the lowest rank that has one ("": none); at most 400 bytes. Every rank must call it."""
     if ranks.world == 1:
         return text
     line = text.encode()[:_TEXT].ljust(_TEXT, b"\0")
@@ -205,7 +207,7 @@ def _iter_buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def owners(sizes: Sequence[int], world: int) -> list[int]:
-    """Which rank keeps the optimiser's state of each parameter: the largest first, each to the rank that has least."""
+    """Assign the optimiser's state of each parameter to a rank: the largest first, each to the rank that has least."""
     load, found = [0] * world, [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         found[index] = min(range(world), key=lambda r: (load[r], r))
@@ -214,10 +216,10 @@ def owners(sizes: Sequence[int], world: int) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------- ranks on a Dask cluster
-def launch_on_dask(client: Any, work: Callable[[Ranks], T], *, device: str = "auto", wait: float = 120.0) -> list[T]:
-    """Run ``work(ranks)`` once on every worker of a Dask ``client``, as ranks that know each other; results by rank.
+def launch_on_dask(client: Any, train: Callable[[Ranks], T], *, device: str = "auto", wait: float = 120.0) -> list[T]:
+    """Run ``train(ranks)`` once on every worker of a Dask ``client``, as ranks that know each other; results by rank.
 
-    ``client`` is what distributed calls one (it is asked for its workers, to submit and to cancel), ``work`` something
+    ``client`` is what distributed calls one (it is asked for its workers, to submit and to cancel), ``train`` something
     that it can send. Workers must be processes of their own and able to reach the first one's host. When a rank fails,
     the others are told to stop and its error is raised; a worker that dies fails the others within ``wait`` seconds.
     """
@@ -230,14 +232,14 @@ def launch_on_dask(client: Any, work: Callable[[Ranks], T], *, device: str = "au
     for rank, worker in enumerate(workers):
         meeting = Meeting(host, port, rank, len(workers))
         options = {"workers": [worker], "allow_other_workers": False, "pure": False, "retries": 0}
-        futures.append(client.submit(_rank_of_dask, work, meeting, device, wait, **options))
+        futures.append(client.submit(_rank_of_dask, train, meeting, device, wait, **options))
     _until_done(client, futures, wait)
     return [future.result() for future in futures]
 
 
-def _rank_of_dask(work: Callable[[Ranks], T], meeting: Meeting, device: str, wait: float) -> T:
+def _rank_of_dask(train: Callable[[Ranks], T], meeting: Meeting, device: str, wait: float) -> T:
     with joined(device, wait=wait, meeting=meeting) as ranks:
-        return work(ranks)
+        return train(ranks)
 
 
 def _free_port() -> int:

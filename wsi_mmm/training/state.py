@@ -22,7 +22,7 @@ from wsi_mmm.model.tensorfile import pack, unpack
 from wsi_mmm.storage import store
 from wsi_mmm.storage.uris import is_local
 from wsi_mmm.training.optim import Optimiser, Scale
-from wsi_mmm.training.ranks import ALONE, Ranks, first_word, total
+from wsi_mmm.training.ranks import ALONE, Ranks, first_message, total
 
 FORMAT = "wsi-mmm-training/1"
 LATEST, BEST = "latest", "best"
@@ -31,9 +31,9 @@ Facts = Mapping[str, Any]
 
 @dataclass(slots=True)
 class Training:
-    """What changes from step to step. ``average``: moving average of the weights (None: none is kept). ``best``: the
-    best value of the named metric so far; ``stale``: validations since. ``skipped``: steps that did not count because
-    of NaN; ``lost``: items that could not be read."""
+    """The state that changes from step to step. ``average``: moving average of the weights (None: none is kept).
+    ``best``: the best value of the named metric so far; ``stale``: validations since. ``skipped``: steps that did not
+    count because of NaN; ``lost``: items that could not be read."""
 
     model: nn.Module
     optimiser: Optimiser
@@ -48,9 +48,9 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True)
-class Shelf:
-    """Where checkpoints lie, what configuration they belong to (JSON values; compared when resuming), and how many are
-    kept besides the best one (0: all)."""
+class CheckpointStore:
+    """The folder of checkpoints, the configuration they belong to (JSON values; compared when resuming), and how many
+    are kept besides the best one (0: all)."""
 
     folder: str
     identity: Facts
@@ -63,7 +63,7 @@ def identity_hash(identity: Facts) -> str:
 
 
 # ------------------------------------------------------------------------------------------- writing
-def write(shelf: Shelf, training: Training, *, ranks: Ranks = ALONE, best: bool = False) -> str:
+def write(shelf: CheckpointStore, training: Training, *, ranks: Ranks = ALONE, best: bool = False) -> str:
     """Write the state after ``training.step`` steps and point "latest" (and "best") at it; returns its URI.
 
     Every rank must call it, rank 0 writes. OutputError (on every rank) when it cannot; earlier checkpoints are whole.
@@ -80,7 +80,7 @@ def write(shelf: Shelf, training: Training, *, ranks: Ranks = ALONE, best: bool 
         except WsiError as error:
             fault = f"checkpoint of step {training.step}: {error}"
     if total(ranks, [float(bool(fault))])[0]:
-        raise OutputError(first_word(ranks, fault))
+        raise OutputError(first_message(ranks, fault))
     return uri
 
 
@@ -93,7 +93,7 @@ def gather(training: Training) -> dict[str, Tensor]:
     return found | _random_state()
 
 
-def _training_facts(shelf: Shelf, training: Training) -> dict[str, str]:
+def _training_facts(shelf: CheckpointStore, training: Training) -> dict[str, str]:
     facts = {
         "format": FORMAT,
         "step": training.step,
@@ -108,20 +108,20 @@ def _training_facts(shelf: Shelf, training: Training) -> dict[str, str]:
     return {"facts": json.dumps(facts, sort_keys=True)}
 
 
-def _checkpoint_file(shelf: Shelf, step: int) -> str:
+def _checkpoint_file(shelf: CheckpointStore, step: int) -> str:
     return f"{shelf.folder.rstrip('/')}/step-{step:08d}.safetensors"
 
 
-def _pointer_file(shelf: Shelf, name: str) -> str:
+def _pointer_file(shelf: CheckpointStore, name: str) -> str:
     return f"{shelf.folder.rstrip('/')}/{name}.json"
 
 
-def _write_pointer(shelf: Shelf, name: str, training: Training) -> None:
+def _write_pointer(shelf: CheckpointStore, name: str, training: Training) -> None:
     text = json.dumps({"step": training.step, "best": training.best, "hash": identity_hash(shelf.identity)})
     store.write_bytes(_pointer_file(shelf, name), text.encode())
 
 
-def _delete_old(shelf: Shelf) -> None:
+def _delete_old(shelf: CheckpointStore) -> None:
     """Delete all but the newest ``keep`` and the best."""
     if not shelf.keep:
         return
@@ -132,7 +132,7 @@ def _delete_old(shelf: Shelf) -> None:
             store.delete(_checkpoint_file(shelf, step))
 
 
-def stored(shelf: Shelf) -> list[int]:
+def stored(shelf: CheckpointStore) -> list[int]:
     """Steps of the checkpoints that are there, ascending."""
     if is_local(shelf.folder) and not store.exists(shelf.folder):
         return []
@@ -141,7 +141,7 @@ def stored(shelf: Shelf) -> list[int]:
     return sorted(int(number) for number in found if number.isdigit())
 
 
-def pointed(shelf: Shelf, name: str) -> int | None:
+def pointed(shelf: CheckpointStore, name: str) -> int | None:
     """The step that "latest" or "best" points at; None when there is no such pointer. ModelError if it is damaged."""
     uri = _pointer_file(shelf, name)
     try:
@@ -153,7 +153,7 @@ def pointed(shelf: Shelf, name: str) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------- reading
-def resume(shelf: Shelf, training: Training) -> bool:
+def resume(shelf: CheckpointStore, training: Training) -> bool:
     """Put ``training`` where the latest checkpoint left it; False when there is none. Every rank reads for itself.
 
     ModelError: the checkpoint is damaged, or belongs to another configuration (named).
@@ -193,13 +193,13 @@ def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def best_weights(folder: str) -> tuple[int, dict[str, Tensor]] | None:
     """Step and weights (averaged, if averages are kept) of the best checkpoint in ``folder``; None: none is marked."""
-    shelf = Shelf(folder, {})
+    shelf = CheckpointStore(folder, {})
     step = pointed(shelf, BEST)
     return None if step is None else (step, weights_of(read(_checkpoint_file(shelf, step))[0]))
 
 
 def differences(old: Facts, new: Facts) -> list[str]:
-    """What differs between two configurations, one phrase each."""
+    """Differences between two configurations, one phrase each."""
     return [
         f"{key} {_shorten(old, key)} there, {_shorten(new, key)} here"
         for key in sorted({*old, *new})
@@ -238,7 +238,7 @@ def _restore_training(training: Training, tensors: Mapping[str, Tensor], facts: 
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose name begins with ``prefix``, without it."""
+    """The tensors whose name begins with ``prefix``, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from wsi_mmm.errors import ConfigError, NotFinite
 from wsi_mmm.model.layers import layers
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.training.forward import Bench, loss_of, passes, served, shared
-from wsi_mmm.training.ranks import ALONE, Ranks, add, add_gradients, first_word, total
+from wsi_mmm.training.forward import TrainingContext, loss_of, passes, served, shared
+from wsi_mmm.training.ranks import ALONE, Ranks, add, add_gradients, first_message, total
 
 if TYPE_CHECKING:
     from wsi_mmm.training.loader import TrainBatch
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What a rule is given: this rank's micro-batches of a step, the tasks' weights (1 where absent), the number of the
-    step, and the factor that losses are multiplied with against underflow in float16."""
+class StrategyInputs:
+    """The inputs of a strategy: this rank's micro-batches of a step, the tasks' weights (1 where absent), the number of
+    the step, and the factor that losses are multiplied with against underflow in float16."""
 
-    bench: Bench
+    bench: TrainingContext
     batches: tuple[TrainBatch, ...]
     weights: Mapping[str, float] = field(default_factory=dict)
     step: int = 0
@@ -49,7 +49,7 @@ class Strategy(Protocol):
     @property
     def own(self) -> nn.Module: ...
 
-    def __call__(self, work: Work) -> dict[str, float]: ...
+    def __call__(self, inputs: StrategyInputs) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class _Pass:
 
 
 @dataclass(frozen=True, slots=True)
-class _Note:
+class _PendingLoss:
     """A loss that was found, still on the device: it is looked at once per step, not once per head."""
 
     name: str
@@ -96,47 +96,54 @@ class _Shares:
     of: dict[str, float]
 
 
-def _task_shares(work: Work, factors: Mapping[str, float] | None = None) -> _Shares:
-    names = list(work.bench.tasks)
-    here = [served(work.bench, batch) for batch in work.batches]
-    found = total(work.ranks, [float(sum(name in some for some in here)) for name in names])
+def _task_shares(inputs: StrategyInputs, factors: Mapping[str, float] | None = None) -> _Shares:
+    names = list(inputs.bench.tasks)
+    here = [served(inputs.bench, batch) for batch in inputs.batches]
+    found = total(inputs.ranks, [float(sum(name in some for some in here)) for name in names])
     counts = {name: count for name, count in zip(names, found, strict=True) if count}
-    weights = {name: work.weights.get(name, 1.0) * (factors or {}).get(name, 1.0) for name in counts}
-    return _Shares(counts, {name: work.scale * weights[name] / counts[name] for name in counts})
+    weights = {name: inputs.weights.get(name, 1.0) * (factors or {}).get(name, 1.0) for name in counts}
+    return _Shares(counts, {name: inputs.scale * weights[name] / counts[name] for name in counts})
 
 
-def _micro_batches(work: Work) -> Iterator[tuple[TrainBatch, tuple[str, ...]]]:
+def _iter_batches(inputs: StrategyInputs) -> Iterator[tuple[TrainBatch, tuple[str, ...]]]:
     """Those that serve a task, with the tasks of one pass. Ranks take turns in the plan (`policy.of_rank`), which gives
     each micro-batch its place in it."""
-    for number, batch in enumerate(work.batches):
-        if work.bench.norms is not None:
-            work.bench.norms.place = work.ranks.rank + number * work.ranks.world
-        for names in passes(work.bench, served(work.bench, batch)):
+    for number, batch in enumerate(inputs.batches):
+        if inputs.bench.norms is not None:
+            inputs.bench.norms.place = inputs.ranks.rank + number * inputs.ranks.world
+        for names in passes(inputs.bench, served(inputs.bench, batch)):
             yield batch, names
 
 
 def _iter_heads(
-    work: Work, batch: TrainBatch, names: Sequence[str], *, shares: _Shares, notes: list[_Note]
+    inputs: StrategyInputs,
+    batch: TrainBatch,
+    names: Sequence[str],
+    *,
+    shares: _Shares,
+    found_losses: list[_PendingLoss],
 ) -> Iterator[_Pass]:
     """Run the shared part once, then each head on a copy cut off from it, and free that head's graph."""
-    found = shared(work.bench, batch, names)
+    found = shared(inputs.bench, batch, names)
     for name in names:
         read = found.reads[name]
         leaf = read.detach().requires_grad_(read.requires_grad)
-        loss = loss_of(work.bench, name, leaf, found.targets[name])
+        loss = loss_of(inputs.bench, name, leaf, found.targets[name])
         if loss.requires_grad:
             (loss * shares.of[name]).backward()  # type: ignore[no-untyped-call]
-        notes.append(_Note(name, batch.keys, loss.detach()))
+        found_losses.append(_PendingLoss(name, batch.keys, loss.detach()))
         del loss
         yield _Pass(name, read, leaf.grad)
 
 
-def _task_by_task(work: Work, shares: _Shares, each: Callable[[_Pass], None] | None = None) -> list[_Note]:
+def _task_by_task(
+    inputs: StrategyInputs, shares: _Shares, each: Callable[[_Pass], None] | None = None
+) -> list[_PendingLoss]:
     """Backward of the whole step: head by head down to the shared tensors, then once through the shared part."""
-    notes: list[_Note] = []
-    for batch, names in _micro_batches(work):
+    found_losses: list[_PendingLoss] = []
+    for batch, names in _iter_batches(inputs):
         pulls: dict[int, tuple[Tensor, Tensor]] = {}
-        for one in _iter_heads(work, batch, names, shares=shares, notes=notes):
+        for one in _iter_heads(inputs, batch, names, shares=shares, found_losses=found_losses):
             if one.pull is None:
                 continue
             if each:
@@ -146,23 +153,22 @@ def _task_by_task(work: Work, shares: _Shares, each: Callable[[_Pass], None] | N
         if pulls:
             reads, found = zip(*pulls.values(), strict=True)
             torch.autograd.backward(reads, found)
-    return notes
+    return found_losses
 
 
-def _agree_on_losses(work: Work, shares: _Shares, notes: Sequence[_Note]) -> dict[str, float]:
+def _agree_on_losses(inputs: StrategyInputs, shares: _Shares, found_losses: Sequence[_PendingLoss]) -> dict[str, float]:
     """Mean losses over all ranks. NotFinite on every rank when one of them found one: no rank steps alone."""
-    values = torch.stack([note.loss.double() for note in notes]).tolist() if notes else []
-    sums = dict.fromkeys(work.bench.tasks, 0.0)
+    values = torch.stack([pending.loss.double() for pending in found_losses]).tolist() if found_losses else []
+    sums = dict.fromkeys(inputs.bench.tasks, 0.0)
     fault = ""
-    for note, value in zip(notes, values, strict=True):
-        sums[note.name] += value
+    for pending, value in zip(found_losses, values, strict=True):
+        sums[pending.name] += value
         if not math.isfinite(value) and not fault:
-            fault = (
-                f"step {work.step}: the loss of task '{note.name}' is {value} on {_join_names(note.keys)}; look at them"
-            )
-    found = total(work.ranks, [*sums.values(), float(bool(fault))])
+            where = f"{value} on {_join_names(pending.keys)}; look at them"
+            fault = f"step {inputs.step}: the loss of task '{pending.name}' is {where}"
+    found = total(inputs.ranks, [*sums.values(), float(bool(fault))])
     if found[-1]:
-        raise NotFinite(first_word(work.ranks, fault))
+        raise NotFinite(first_message(inputs.ranks, fault))
     means = dict(zip(sums, found, strict=False))
     return {name: means[name] / count for name, count in shares.counts.items()}
 
@@ -183,12 +189,12 @@ class Accumulate:
 
     own: nn.Module = field(default_factory=nn.Module)
 
-    def __call__(self, work: Work) -> dict[str, float]:
+    def __call__(self, inputs: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
-        shares = _task_shares(work)
-        notes = _task_by_task(work, shares)
-        losses = _agree_on_losses(work, shares, notes)
-        add_gradients(work.ranks, _trainable_parameters(work.bench.model))
+        shares = _task_shares(inputs)
+        found_losses = _task_by_task(inputs, shares)
+        losses = _agree_on_losses(inputs, shares, found_losses)
+        add_gradients(inputs.ranks, _trainable_parameters(inputs.bench.model))
         return losses
 
 
@@ -198,21 +204,21 @@ class Joint:
 
     own: nn.Module = field(default_factory=nn.Module)
 
-    def __call__(self, work: Work) -> dict[str, float]:
+    def __call__(self, inputs: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
-        shares = _task_shares(work)
-        notes: list[_Note] = []
+        shares = _task_shares(inputs)
+        found_losses: list[_PendingLoss] = []
         terms: list[Tensor] = []
-        for batch, names in _micro_batches(work):
-            found = shared(work.bench, batch, names)
+        for batch, names in _iter_batches(inputs):
+            found = shared(inputs.bench, batch, names)
             for name in names:
-                loss = loss_of(work.bench, name, found.reads[name], found.targets[name])
-                notes.append(_Note(name, batch.keys, loss.detach()))
+                loss = loss_of(inputs.bench, name, found.reads[name], found.targets[name])
+                found_losses.append(_PendingLoss(name, batch.keys, loss.detach()))
                 terms.append(loss * shares.of[name])
         if terms:
             torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
-        losses = _agree_on_losses(work, shares, notes)
-        add_gradients(work.ranks, _trainable_parameters(work.bench.model))
+        losses = _agree_on_losses(inputs, shares, found_losses)
+        add_gradients(inputs.ranks, _trainable_parameters(inputs.bench.model))
         return losses
 
 
@@ -226,32 +232,32 @@ class PCGrad:
 
     own: nn.Module = field(default_factory=nn.Module)
 
-    def __call__(self, work: Work) -> dict[str, float]:
+    def __call__(self, inputs: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
-        shares = _task_shares(work)
-        trunk = [p for n, p in work.bench.model.named_parameters() if p.requires_grad and not n.startswith("heads.")]
+        shares = _task_shares(inputs)
+        trunk = [p for n, p in inputs.bench.model.named_parameters() if p.requires_grad and not n.startswith("heads.")]
         found: dict[str, list[Tensor | None]] = {name: [None] * len(trunk) for name in shares.counts}
-        notes: list[_Note] = []
-        for batch, names in _micro_batches(work):
-            for one in _iter_heads(work, batch, names, shares=shares, notes=notes):
+        found_losses: list[_PendingLoss] = []
+        for batch, names in _iter_batches(inputs):
+            for one in _iter_heads(inputs, batch, names, shares=shares, found_losses=found_losses):
                 if one.pull is not None:
                     _add_to_sums(found[one.name], one, trunk)
-        losses = _agree_on_losses(work, shares, notes)
-        add_gradients(work.ranks, [p for n, p in work.bench.model.named_parameters() if n.startswith("heads.")])
-        self._project_gradients(work, trunk, list(found.values()))
+        losses = _agree_on_losses(inputs, shares, found_losses)
+        add_gradients(inputs.ranks, [p for n, p in inputs.bench.model.named_parameters() if n.startswith("heads.")])
+        self._project_gradients(inputs, trunk, list(found.values()))
         return losses
 
     def _project_gradients(
-        self, work: Work, trunk: Sequence[nn.Parameter], found: Sequence[Sequence[Tensor | None]]
+        self, inputs: StrategyInputs, trunk: Sequence[nn.Parameter], found: Sequence[Sequence[Tensor | None]]
     ) -> None:
         """Write the projected sum of the tasks' gradients into ``.grad``; None where no task reached."""
         here = [float(any(task[i] is not None for task in found)) for i in range(len(trunk))]
-        reached = total(work.ranks, here)
+        reached = total(inputs.ranks, here)
         flats = [torch.cat([_or_zero(g, p).reshape(-1) for g, p in zip(task, trunk, strict=True)]) for task in found]
-        add(work.ranks, flats)
+        add(inputs.ranks, flats)
         if not flats:
             return
-        parts = torch.split(project(flats, work.step), [p.numel() for p in trunk])
+        parts = torch.split(project(flats, inputs.step), [p.numel() for p in trunk])
         for parameter, part, some in zip(trunk, parts, reached, strict=True):
             parameter.grad = part.view(parameter.shape).clone() if some else None
 
@@ -271,12 +277,12 @@ def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
 def project(gradients: Sequence[Tensor], seed: int) -> Tensor:
     """Sum of the gradients, each cleared of what conflicts: for every other gradient h in random order, where
     g . h < 0, g becomes g - (g . h / h . h) h, with h as it was at first (Yu et al. 2020). Pure in ``seed``."""
-    order = random.Random(seed)
+    shuffler = random.Random(seed)
     out = torch.zeros_like(gradients[0])
     for number, gradient in enumerate(gradients):
         g = gradient.clone()
         others = [i for i in range(len(gradients)) if i != number]
-        order.shuffle(others)
+        shuffler.shuffle(others)
         for other in others:
             h = gradients[other]
             inner = torch.dot(g, h)
@@ -287,7 +293,7 @@ def project(gradients: Sequence[Tensor], seed: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------- GradNorm
 class Balance(nn.Module):
-    """What GradNorm remembers, by task in the order of its plan: ``weight`` and the ``first`` loss (NaN: none yet)."""
+    """The state of GradNorm, by task in the order of its plan: ``weight`` and the ``first`` loss (NaN: none yet)."""
 
     weight: Tensor
     first: Tensor
@@ -312,10 +318,10 @@ class GradNorm:
     rate: float
     own: Balance
 
-    def __call__(self, work: Work) -> dict[str, float]:
+    def __call__(self, inputs: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
-        shares = _task_shares(work, dict(zip(self.tasks, self.own.weight.tolist(), strict=True)))
-        layer = last_shared(work.bench.model)
+        shares = _task_shares(inputs, dict(zip(self.tasks, self.own.weight.tolist(), strict=True)))
+        layer = last_shared(inputs.bench.model)
         sums = {name: [torch.zeros_like(p) for p in layer] for name in shares.counts}
 
         def each(one: _Pass) -> None:
@@ -324,10 +330,10 @@ class GradNorm:
                 if grad is not None:
                     kept += grad
 
-        losses = _agree_on_losses(work, shares, _task_by_task(work, shares, each))
-        add_gradients(work.ranks, _trainable_parameters(work.bench.model))
-        add(work.ranks, [g for grads in sums.values() for g in grads])
-        norms = {name: float(nn.utils.get_total_norm(grads)) / work.scale for name, grads in sums.items()}
+        losses = _agree_on_losses(inputs, shares, _task_by_task(inputs, shares, each))
+        add_gradients(inputs.ranks, _trainable_parameters(inputs.bench.model))
+        add(inputs.ranks, [g for grads in sums.values() for g in grads])
+        norms = {name: float(nn.utils.get_total_norm(grads)) / inputs.scale for name, grads in sums.items()}
         self._update_balance(losses, norms)
         return losses
 
@@ -349,8 +355,8 @@ class GradNorm:
 
 
 def last_shared(model: MultiTaskModel) -> list[nn.Parameter]:
-    """What learns in the encoder's last stage, which everything that sees pixels passes. Not only its last kernel:
-    residual branches often begin as zeros, without gradient."""
+    """The trainable parameters of the encoder's last stage, which everything that sees pixels passes. Not only its last
+    kernel: residual branches often begin as zeros, without gradient."""
     found = [x for x in layers(model) if x.parameter.requires_grad and x.name.startswith("encoder.")]
     if not found:
         raise ConfigError("gradnorm balances tasks at the encoder, which is frozen; let it learn or take 'accumulate'")
@@ -376,16 +382,16 @@ class Uncertainty:
     tasks: tuple[str, ...]
     own: LogVariances
 
-    def __call__(self, work: Work) -> dict[str, float]:
+    def __call__(self, inputs: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
         factors = {name: math.exp(-float(s.detach())) for name, s in zip(self.tasks, self.own.s, strict=True)}
-        shares = _task_shares(work, factors)
-        losses = _agree_on_losses(work, shares, _task_by_task(work, shares))
-        add_gradients(work.ranks, _trainable_parameters(work.bench.model))
+        shares = _task_shares(inputs, factors)
+        losses = _agree_on_losses(inputs, shares, _task_by_task(inputs, shares))
+        add_gradients(inputs.ranks, _trainable_parameters(inputs.bench.model))
         for name, loss in losses.items():
             s = self.own.s[self.tasks.index(name)]
-            slope = work.weights.get(name, 1.0) * (1.0 - factors[name] * loss)
-            s.grad = torch.full_like(s, slope * work.scale)
+            slope = inputs.weights.get(name, 1.0) * (1.0 - factors[name] * loss)
+            s.grad = torch.full_like(s, slope * inputs.scale)
         return losses
 
 

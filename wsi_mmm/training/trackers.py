@@ -1,4 +1,4 @@
-"""Where the figures of a training go: a JSON-lines file always, TensorBoard by default, W&B and MLflow when asked."""
+"""Trackers of a training's metrics: a JSON-lines file always, TensorBoard by default, W&B and MLflow when asked."""
 
 from __future__ import annotations
 
@@ -130,7 +130,8 @@ def _translate_errors(name: str, error: type[Exception]) -> Iterator[None]:
 
 
 def open_trackers(part: TrackingPart, out: str, facts: Mapping[str, Any]) -> Sequence[Tracker]:
-    """Those that ``part`` asks for; logs lie below ``out`` where that is a folder. MissingPackage says what to install.
+    """Open the trackers that ``part`` asks for; logs lie below ``out`` where that is a folder. MissingPackage says what
+    to install.
 
     ``facts`` must hold no secret: they go where figures go.
     """

@@ -43,14 +43,14 @@ def figures(
         for group in _iter_groups(sample for sample in samples if not sample.failed):
             for sample, answers in zip(group, _predict_group(model, tasks, group), strict=True):
                 for name, answer in answers.items():
-                    truth = sample.pixels if isinstance(tasks[name], Reconstruct) else sample.truths[name]
-                    pairs[name].append((truth, answer))
+                    target = sample.pixels if isinstance(tasks[name], Reconstruct) else sample.targets[name]
+                    pairs[name].append((target, answer))
             beat()
     return {name: tasks[name].metrics(found) for name, found in pairs.items() if found}
 
 
 def _iter_groups(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
-    """Neighbours that can be looked at together: pictures of one size with truths of the same tasks. Bags go alone."""
+    """Neighbours that can be looked at together: pictures of one size with targets of the same tasks. Bags go alone."""
     group: list[Sample] = []
     for sample in samples:
         if group and (len(group) == _TOGETHER or _group_key(sample) != _group_key(group[0]) or _is_bag(sample)):
@@ -66,14 +66,14 @@ def _is_bag(sample: Sample) -> bool:
 
 
 def _group_key(sample: Sample) -> tuple[Any, ...]:
-    return (_is_bag(sample), None if sample.pixels is None else sample.pixels.shape, frozenset(sample.truths))
+    return (_is_bag(sample), None if sample.pixels is None else sample.pixels.shape, frozenset(sample.targets))
 
 
 def _predict_group(model: MultiTaskModel, tasks: Mapping[str, Task], group: list[Sample]) -> list[dict[str, Any]]:
     """Per sample: task -> its quantised answer."""
     bags = _is_bag(group[0])
     own = {} if bags else {name: task for name, task in tasks.items() if isinstance(task, Reconstruct)}
-    names = [name for name in tasks if name in group[0].truths and name not in own]
+    names = [name for name in tasks if name in group[0].targets and name not in own]
     if bags and names:
         vectors = _bag_vectors(model, group[0])
         bag = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)

@@ -1,4 +1,4 @@
-"""Geometric change as one affine per picture, the same for its pixels and its truth.
+"""Geometric change as one affine per picture, the same for its pixels and its target.
 
 ``theta`` float32[2, 3] takes crop px to sample px: (x, y) = theta[:, :2] @ (u, v) + theta[:, 2]; px edges are integers,
 so the middle of px k is k + 0.5. Turns by right angles, flips and whole shifts copy pixels and labels exactly. Beyond
@@ -29,7 +29,7 @@ _BAND = 4  # px rows that an unknown area beyond a turned sample is cut into
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What may be done to the geometry of pictures in training.
+    """Geometric augmentation of images in training.
 
     ``flips``: left and right; ``quarters``: turns by right angles; ``angle``: degrees that it is turned further at
     most; ``scale``: objects get up to 1 + scale times as large or small; ``shift``: sizes of a crop that it may lie
@@ -224,21 +224,21 @@ def _sample_pixels(pixels: Tensor, x: Tensor, y: Tensor, *, level: int) -> Tenso
     return light.clamp_(0.0, 1.0).contiguous(memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------- truth, in numpy
+# ---------------------------------------------------------------- target, in numpy
 
 
-def warp_truth(kind: str, truth: Target, theta: F32, size: int, *, visible: float = VISIBLE) -> Target:
-    """The truth of the crop: label maps and masks by nearest px, unknown beyond the sample; boxes moved and clipped,
+def warp_target(kind: str, target: Target, theta: F32, size: int, *, visible: float = VISIBLE) -> Target:
+    """The target of the crop: label maps and masks by nearest px, unknown beyond the sample; boxes moved and clipped,
     unknown where less than ``visible`` of one shows; what is no picture stays as it is. ``theta`` float32[2, 3]."""
     if kind in ("segment", "instances", "multisegment"):
-        return _warp_labels(np.asarray(truth), theta, size)
-    if isinstance(truth, Boxes):
-        return _warp_boxes(truth, theta, size=size, visible=visible)
-    return truth
+        return _warp_labels(np.asarray(target), theta, size)
+    if isinstance(target, Boxes):
+        return _warp_boxes(target, theta, size=size, visible=visible)
+    return target
 
 
-def unknown_truth(kind: str, classes: int, size: int) -> Target:
-    """Nothing is known of a crop: a truth of the right shape that is not learnt from."""
+def unknown_target(kind: str, classes: int, size: int) -> Target:
+    """Nothing is known of a crop: a target of the right shape that is not learnt from."""
     if kind in ("segment", "instances"):
         return np.full((size, size), -1, np.int32)
     if kind == "multisegment":
@@ -346,8 +346,8 @@ def _true_runs(line: Mask) -> list[tuple[int, int]]:
 
 def _crop_corners(theta: F32, size: int) -> F64:
     """float64[4, 2]: sample px of the crop's corners."""
-    square = np.array([[0, 0], [size, 0], [0, size], [size, size]], np.float64)
-    corners: F64 = square @ theta[:, :2].astype(np.float64).T + theta[:, 2]
+    corners_of_crop = np.array([[0, 0], [size, 0], [0, size], [size, size]], np.float64)
+    corners: F64 = corners_of_crop @ theta[:, :2].astype(np.float64).T + theta[:, 2]
     return corners
 
 

@@ -27,8 +27,8 @@ from wsi_mmm.training.data.bags import (
     read_h5,
     tile_bags,
 )
-from wsi_mmm.training.data.base import Source
-from wsi_mmm.training.data.slides import Places, SlideItem
+from wsi_mmm.training.data.base import DataSource
+from wsi_mmm.training.data.slides import SlideItem, TileSampling
 from wsi_mmm.training.data.tables import TableTask, balance_labels, read_table, slide_table
 from wsi_mmm.types import I64
 
@@ -50,10 +50,10 @@ def test_bags_hold_the_vectors_of_their_slide_and_its_truth(tmp_path: Path) -> N
         BagItem("a", features(tmp_path, "a", 50), "P", {"os": Survival(3.0, True)}, 1),
         BagItem("b", features(tmp_path, "b", 7)),
     ]
-    whole: Source = feature_bags("d", items)
+    whole: DataSource = feature_bags("d", items)
     sample = whole.read([0], 0)[0]
     assert sample.vectors is not None and sample.vectors.shape == (50, 6) and sample.pixels is None
-    assert sample.truths == {"os": Survival(3.0, True)}
+    assert sample.targets == {"os": Survival(3.0, True)}
     assert whole.tasks == ("os",)
     drawn = feature_bags("d", items, Draws(most=20, times=3, seed=5))
     assert list(drawn.index.keys) == ["a#0", "a#1", "a#2", "b#0", "b#1", "b#2"]
@@ -106,13 +106,13 @@ def test_a_table_names_bags_and_their_truth(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("slide,grade\na,low\nb,\nc,high\n")
     task = TableTask("grade", "classify", ("grade",), ("low", "high"))
     table = slide_table(read_table(str(tmp_path / "t.csv")), [task])
-    labels = balance_labels("classify", table.truths["grade"])
+    labels = balance_labels("classify", table.targets["grade"])
     with pytest.raises(InputError, match="slide 'c' has no features"):
         bags_of_table(table, f"{tmp_path}/{{slide}}/features.zarr", labels=labels)
     items = bags_of_table(table, f"{tmp_path}/{{slide}}/features.zarr", labels=labels, needed=False)
     source = feature_bags("d", items)
     assert source.index.labels.tolist() == [0, -1]
-    assert [sample.truths for sample in source.read([1, 0], 0)] == [{"grade": -1}, {"grade": 0}]
+    assert [sample.targets for sample in source.read([1, 0], 0)] == [{"grade": -1}, {"grade": 0}]
 
 
 def test_bags_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -156,17 +156,17 @@ def test_an_entry_of_the_feature_cache_is_a_bag(tiny_slide: Path, tmp_path: Path
 
 def test_bags_of_tiles_are_tissue_of_their_slide(tiny_slide: Path) -> None:
     """k tiles, their places, the same item the same tiles, each time others."""
-    items = [SlideItem("s", str(tiny_slide), group="P", truths={"t": 1}, label=1)]
-    source: Source = tile_bags("d", items, Places(0.5, tile=96), Draws(most=5, times=2, seed=1))
+    items = [SlideItem("s", str(tiny_slide), group="P", targets={"t": 1}, label=1)]
+    source: DataSource = tile_bags("d", items, TileSampling(0.5, tile=96), Draws(most=5, times=2, seed=1))
     one, two, again = source.read([0, 1, 0], 128)
-    assert one.pixels is not None and one.pixels.shape == (5, 128, 128, 3) and one.truths == {"t": 1}
+    assert one.pixels is not None and one.pixels.shape == (5, 128, 128, 3) and one.targets == {"t": 1}
     assert np.array_equal(one.pixels, again.pixels) and not np.array_equal(one.xy, two.xy)
     with open_slide(str(tiny_slide)) as slide:
         for (x, y), tile in zip(one.xy.tolist(), one.pixels, strict=True):  # type: ignore[union-attr]
             assert (slide.read_region(x, y, 128, 128) == tile).all()
     assert (one.pixels.reshape(5, -1).min(axis=1) < 200).all()
     with pytest.raises(InputError, match="how many tiles"):
-        tile_bags("d", items, Places(0.5), Draws())
+        tile_bags("d", items, TileSampling(0.5), Draws())
 
 
 def test_a_slide_without_tissue_is_named(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_slide_without_tissue_is_named(tmp_path: Path) -> None:
 
     write_tiff(tmp_path / "w.tiff", [np.full((600, 600, 3), 255, np.uint8)], TiffForm("deflate", mpp=0.5))
     with pytest.raises(InputError, match="w has no tile with tissue"):
-        tile_bags("d", [SlideItem("w", str(tmp_path / "w.tiff"))], Places(0.5, tile=128), Draws(most=3))
+        tile_bags("d", [SlideItem("w", str(tmp_path / "w.tiff"))], TileSampling(0.5, tile=128), Draws(most=3))
 
 
 @pytest.mark.slow

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 from shapely.geometry import Polygon, box
 
-from helpers.lessons import discs, geojson, patches, save
+from helpers.annotation_targets import discs, geojson, patches, save
 from wsi_mmm.errors import ConfigError, InputError
 from wsi_mmm.outputs.exports import write_features
 from wsi_mmm.slides.fake import SyntheticTruth
 from wsi_mmm.tasks.targets import Boxes, Survival
 from wsi_mmm.training.config import TrainConfig, parse
-from wsi_mmm.training.data.base import Sample, Source
-from wsi_mmm.training.job import place_of, read_annotations
+from wsi_mmm.training.data.base import DataSource, Sample
+from wsi_mmm.training.job import data_context, read_annotations
 
 TASKS = {
     "classify": 'classes = ["dark", "pale"]',
@@ -41,13 +41,13 @@ def config(data: str, *kinds: str, scope: str = "tile", size: int = 128) -> Trai
     return parse(tomllib.loads(f"[model]\ntile_size = {size}\n{tasks}[[data]]\nname = 'd'\n{data}"))
 
 
-def opened(data: str, *kinds: str, **more: Any) -> Source:
+def opened(data: str, *kinds: str, **more: Any) -> DataSource:
     """The source of the first data set."""
     found = config(data, *kinds, **more)
-    return found.data[0].open(place_of(found))
+    return found.data[0].open(data_context(found))
 
 
-def whole(source: Source, size: int = 128) -> list[Sample]:
+def whole(source: DataSource, size: int = 128) -> list[Sample]:
     """Every sample, none of which failed."""
     samples = source.read(range(len(source.index)), size)
     assert samples and not [sample.failed for sample in samples if sample.failed]
@@ -74,7 +74,7 @@ def test_class_folders(tmp_path: Path) -> None:
     assert source.index.labels.tolist() == [0] * 8 + [1] * 8 and set(source.index.groups) == {"p0", "p1", "p2", "p3"}
     samples = whole(source)
     assert samples[0].pixels is not None and samples[0].pixels.shape == (16, 16, 3)  # 0.25 -> 0.5 mpp
-    assert [sample.truths["classify"] for sample in samples] == [0] * 8 + [1] * 8
+    assert [sample.targets["classify"] for sample in samples] == [0] * 8 + [1] * 8
     entry = config(text, "classify").data[0]
     assert (entry.batch, entry.weight, entry.tasks) == (3, 2.0, ("classify",))
 
@@ -88,8 +88,8 @@ def test_image_masks(tmp_path: Path) -> None:
     masks = "{tmp_path}/masks"
     values = {{ 0 = "background", 1 = "disc", 255 = "" }}"""
     for sample in whole(opened(text, "segment")):
-        truth = np.asarray(sample.truths["segment"])
-        assert np.unique(truth).tolist() == [-1, 0, 1] and (truth[0] == -1).all()
+        target = np.asarray(sample.targets["segment"])
+        assert np.unique(target).tolist() == [-1, 0, 1] and (target[0] == -1).all()
     with pytest.raises(ConfigError, match="values name 'ring'; classes are background, disc"):
         opened(text.replace('"disc"', '"ring"'), "segment")
     with pytest.raises(ConfigError, match="is for tasks of kind segment or multisegment, not 'classify'"):
@@ -104,8 +104,8 @@ def test_image_masks_of_classes_that_may_overlap(tmp_path: Path) -> None:
         mask[:, columns] = 1
         save(tmp_path / "masks" / name / "a.png", mask)
     text = f'kind = "image-masks"\ntask = "multisegment"\nimages = "{tmp_path}/images"\nmasks = "{tmp_path}/masks"'
-    truth = np.asarray(whole(opened(text, "multisegment"))[0].truths["multisegment"])
-    assert truth.shape == (2, 16, 16) and truth.sum() == 20 * 16 and (truth.sum(axis=0) == 2).sum() == 4 * 16
+    target = np.asarray(whole(opened(text, "multisegment"))[0].targets["multisegment"])
+    assert target.shape == (2, 16, 16) and target.sum() == 20 * 16 and (target.sum(axis=0) == 2).sum() == 4 * 16
 
 
 def test_image_instances_and_coco(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_image_instances_and_coco(tmp_path: Path) -> None:
     save(tmp_path / "images" / "a.png", np.full((16, 20, 3), 200))
     save(tmp_path / "labels" / "a.png", labels)
     text = f'kind = "image-instances"\ntask = "instances"\nimages = "{tmp_path}/images"\nlabels = "{tmp_path}/labels"'
-    assert (np.asarray(whole(opened(text, "instances"))[0].truths["instances"]) == labels).all()
+    assert (np.asarray(whole(opened(text, "instances"))[0].targets["instances"]) == labels).all()
     outline = [4, 2, 12, 2, 12, 8, 4, 8]
     notes = {
         "images": [{"id": 1, "file_name": "a.png", "height": 16, "width": 20}],
@@ -129,9 +129,9 @@ def test_image_instances_and_coco(tmp_path: Path) -> None:
     images = "{tmp_path}/images"
     annotations = "{tmp_path}/coco.json"
     categories = {{ cell = "nucleus" }}"""
-    boxes = whole(opened(text, "detect"))[0].truths["detect"]
+    boxes = whole(opened(text, "detect"))[0].targets["detect"]
     assert isinstance(boxes, Boxes) and boxes.xyxy.tolist() == [[4, 2, 12, 8]]
-    drawn = whole(opened(text.replace("detect", "instances"), "instances"))[0].truths["instances"]
+    drawn = whole(opened(text.replace("detect", "instances"), "instances"))[0].targets["instances"]
     assert (np.asarray(drawn) > 0).sum() == 48
 
 
@@ -153,7 +153,7 @@ def test_nifti(tmp_path: Path) -> None:
     window = [0.0, 100.0]"""
     samples = whole(opened(text, "segment"))
     assert len(samples) == 3
-    assert [int((np.asarray(sample.truths["segment"]) == 1).sum()) for sample in samples] == [0, 9, 0]
+    assert [int((np.asarray(sample.targets["segment"]) == 1).sum()) for sample in samples] == [0, 9, 0]
     assert samples[1].pixels is not None and samples[1].pixels.max() == 255
 
 
@@ -172,7 +172,7 @@ def test_dicom(tmp_path: Path) -> None:
     columns = ["grade"]
     values = {{ bad = "dark", good = "pale" }}"""
     source = opened(text, "classify")
-    assert [sample.truths["classify"] for sample in whole(source)] == [0, None]
+    assert [sample.targets["classify"] for sample in whole(source)] == [0, None]
     assert list(source.index.groups) == ["one", "two"]
     assert source.read([0], 8)[0].pixels[..., 0].tolist() == [[0, 128], [255, 255]]  # type: ignore[union-attr]
 
@@ -235,8 +235,8 @@ def test_slides_with_annotations(study: Path) -> None:
     assert set(source.index.groups) == {"p1", "p2"} and source.tasks == ("instances", "detect")
     samples = whole(source)
     assert len(samples) == 8
-    assert any(np.asarray(sample.truths["instances"]).max() > 0 for sample in samples)
-    assert all(isinstance(sample.truths["detect"], Boxes) for sample in samples)
+    assert any(np.asarray(sample.targets["instances"]).max() > 0 for sample in samples)
+    assert all(isinstance(sample.targets["detect"], Boxes) for sample in samples)
     with pytest.raises(InputError, match="the group pattern finds no patient in 'p1_a'"):
         opened(text.replace("^(p[0-9])", "^(q[0-9])"), "instances", "detect")
     with pytest.raises(ConfigError, match="shapes name the task 'detect', which is not one of its tasks"):
@@ -321,11 +321,11 @@ def test_slide_table(study: Path) -> None:
     """Tissue tiles with what a table says of their slide; empty cells are unknown."""
     source = opened(of_table(study, "slide-table", "per_slide = 2"), *KINDS)
     samples = whole(source)
-    assert [sample.truths["classify"] for sample in samples] == [0, 0, 1, 1]
+    assert [sample.targets["classify"] for sample in samples] == [0, 0, 1, 1]
     assert source.index.labels.tolist() == [0, 0, 1, 1] and list(source.index.groups) == ["p1", "p1", "p2", "p2"]
-    assert np.asarray(samples[0].truths["regress"]).tolist() == [61.0]
-    assert samples[2].truths.get("regress") is None or np.isnan(np.asarray(samples[2].truths["regress"])).all()
-    assert samples[0].truths["survive"] == Survival(10.0, True)
+    assert np.asarray(samples[0].targets["regress"]).tolist() == [61.0]
+    assert samples[2].targets.get("regress") is None or np.isnan(np.asarray(samples[2].targets["regress"])).all()
+    assert samples[0].targets["survive"] == Survival(10.0, True)
 
 
 def test_tile_bags(study: Path) -> None:
@@ -333,7 +333,7 @@ def test_tile_bags(study: Path) -> None:
     source = opened(of_table(study, "tile-bags", "most = 3\ntimes = 2"), *KINDS, scope="bag")
     samples = whole(source)
     assert len(samples) == 4 and all(s.pixels is not None and s.pixels.shape == (3, 128, 128, 3) for s in samples)
-    assert [sample.truths["classify"] for sample in samples] == [0, 0, 1, 1]
+    assert [sample.targets["classify"] for sample in samples] == [0, 0, 1, 1]
 
 
 def test_feature_bags(study: Path) -> None:
@@ -347,7 +347,7 @@ def test_feature_bags(study: Path) -> None:
         opened(of_table(study, "bags", more), *KINDS, scope="bag")
     samples = whole(opened(of_table(study, "bags", more + "\nneeded = false"), *KINDS, scope="bag"))
     assert len(samples) == 1 and samples[0].vectors is not None and samples[0].vectors.shape == (4, 16)
-    assert samples[0].truths["classify"] == 0
+    assert samples[0].targets["classify"] == 0
 
 
 def test_the_picture_helper_keeps_bytes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from wsi_mmm.tasks.targets import Boxes
 from wsi_mmm.training.data import images, volumes
 from wsi_mmm.training.data.coco import coco
 from wsi_mmm.training.data.folders import class_folders, image_class_masks, image_instances, image_masks
-from wsi_mmm.training.data.images import Origin, read_image, read_labels, resampled, resampled_truth
+from wsi_mmm.training.data.images import Origin, read_image, read_labels, resample_target, resampled
 
 RNG = np.random.default_rng(3)
 
@@ -46,7 +46,7 @@ def test_class_folders_give_pictures_classes_and_patients(tmp_path: Path) -> Non
     assert source.index.keys == ["TUM/deep/p2-a.png", "TUM/p1-a.png", "normal/p1-b.png"]
     assert source.index.groups == ["p2", "p1", "p1"] and source.index.labels.tolist() == [0, 0, 1]
     sample = source.read([1], 8)[0]
-    assert np.array_equal(sample.pixels, pixels) and sample.truths == {"tissue": 0}
+    assert np.array_equal(sample.pixels, pixels) and sample.targets == {"tissue": 0}
     with pytest.raises(InputError, match=r"odd/p3-b\.png lies in no folder of a class"):
         class_folders(Origin("crc"), str(tmp_path), task="tissue", classes=["TUM", "normal"])
     picture(tmp_path / "divided" / "train" / "normal" / "p4-b.png")
@@ -75,11 +75,11 @@ def test_masks_are_classes_by_a_table(tmp_path: Path) -> None:
     label_image(tmp_path / "masks" / "2.png", np.array([[0, 9, 0], [1, 0, 0]], np.uint8))
     where = str(tmp_path / "images"), str(tmp_path / "masks")
     one, two = image_masks(Origin("d"), *where, task="t", classes=2).read([0, 1], 8)
-    assert np.array_equal(one.truths["t"], [[0, 1, -1], [1, 0, 0]])  # type: ignore[arg-type]
+    assert np.array_equal(one.targets["t"], [[0, 1, -1], [1, 0, 0]])  # type: ignore[arg-type]
     assert "holds the value 9" in two.failed
     table = {0: 1, 9: 0, 1: -1}
     two = image_masks(Origin("d"), *where, task="t", classes=2, values=table).read([1], 8)[0]
-    assert np.array_equal(two.truths["t"], [[1, 0, 1], [-1, 1, 1]])  # type: ignore[arg-type]
+    assert np.array_equal(two.targets["t"], [[1, 0, 1], [-1, 1, 1]])  # type: ignore[arg-type]
     label_image(tmp_path / "masks" / "1.png", np.zeros((3, 3), np.uint8))
     assert (
         "is 3 x 3 px, its picture 2 x 3" in image_masks(Origin("d"), *where, task="t", classes=2).read([0], 8)[0].failed
@@ -97,8 +97,8 @@ def test_masks_per_class_know_nothing_of_classes_without_one(tmp_path: Path) -> 
     source = image_class_masks(
         Origin("d"), str(tmp_path / "images"), str(tmp_path / "masks"), task="t", classes=["gland", "nerve", "vessel"]
     )
-    truth = source.read([0], 8)[0].truths["t"]
-    assert np.array_equal(truth, [[[0, 1], [0, 1]], [[-1, -1], [-1, -1]], [[1, -1], [0, 0]]])  # type: ignore[arg-type]
+    target = source.read([0], 8)[0].targets["t"]
+    assert np.array_equal(target, [[[0, 1], [0, 1]], [[-1, -1], [-1, -1]], [[1, -1], [0, 0]]])  # type: ignore[arg-type]
 
 
 def test_instances_keep_numbers_above_a_byte(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_instances_keep_numbers_above_a_byte(tmp_path: Path) -> None:
     label_image(tmp_path / "labels" / "1.png", np.array([[0, 40000], [7, 0]], np.uint16))
     np.save(tmp_path / "labels" / "2.npy", np.array([[0, 70000], [7, 0]]))
     source = image_instances(Origin("d"), str(tmp_path / "images"), str(tmp_path / "labels"), task="t")
-    found = [int(sample.truths["t"].max()) for sample in source.read([0, 1], 8)]  # type: ignore[union-attr]
+    found = [int(sample.targets["t"].max()) for sample in source.read([0, 1], 8)]  # type: ignore[union-attr]
     assert found == [40000, 70000]
     np.save(tmp_path / "labels" / "2.npy", np.array([[{}]]), allow_pickle=True)
     with pytest.raises(InputError, match="no array file"):
@@ -137,11 +137,11 @@ def test_resampling_moves_pixels_and_truth_alike() -> None:
     """Halved, an image of blocks and its labels and boxes still agree."""
     labels = np.kron(np.arange(6).reshape(2, 3), np.ones((4, 4), int)).astype(np.int32)
     pixels = np.repeat((labels * 40)[..., None], 3, axis=2).astype(np.uint8)
-    small, truth = resampled(pixels, 0.5), resampled_truth(labels, 0.5)
-    assert np.array_equal(small[..., 0], truth * 40)  # type: ignore[operator]
-    moved = resampled_truth(Boxes(np.array([[4, 0, 8, 4]], np.float32), np.array([1], np.int32), 8, 12), 0.5)
+    small, target = resampled(pixels, 0.5), resample_target(labels, 0.5)
+    assert np.array_equal(small[..., 0], target * 40)  # type: ignore[operator]
+    moved = resample_target(Boxes(np.array([[4, 0, 8, 4]], np.float32), np.array([1], np.int32), 8, 12), 0.5)
     assert isinstance(moved, Boxes) and moved.xyxy.tolist() == [[2, 0, 4, 2]] and (moved.height, moved.width) == (4, 6)
-    assert resampled_truth(3, 0.5) == 3
+    assert resample_target(3, 0.5) == 3
 
 
 def _coco(folder: Path, **changes: object) -> Path:
@@ -166,10 +166,10 @@ def test_coco_gives_boxes_and_outlines(tmp_path: Path) -> None:
     """Boxes with their class, crowds as unknown areas, outlines where they were drawn, categories left out as said."""
     path = str(_coco(tmp_path))
     common = {"task": "t", "classes": ["cell"], "categories": {"dust": ""}}
-    found = coco(Origin("d"), str(tmp_path), path, kind="detect", **common).read([0], 8)[0].truths["t"]  # type: ignore[arg-type]
+    found = coco(Origin("d"), str(tmp_path), path, kind="detect", **common).read([0], 8)[0].targets["t"]  # type: ignore[arg-type]
     assert isinstance(found, Boxes)
     assert found.xyxy.tolist() == [[1, 1, 5, 5], [0, 8, 3, 10]] and found.labels.tolist() == [0, -1]
-    drawn = coco(Origin("d"), str(tmp_path), path, kind="instances", **common).read([0], 8)[0].truths["t"]  # type: ignore[arg-type]
+    drawn = coco(Origin("d"), str(tmp_path), path, kind="instances", **common).read([0], 8)[0].targets["t"]  # type: ignore[arg-type]
     assert isinstance(drawn, np.ndarray)
     assert (drawn[1:5, 1:5] == 1).all() and (drawn == 1).sum() == 16
     assert (drawn == -1).sum() == 4 and (drawn[8:, :2] == -1).all()
@@ -202,7 +202,7 @@ def test_slices_of_a_nifti_volume(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "images" / "v1.nii.gz")
     nibabel.save(nibabel.Nifti1Image((values == 100).astype(np.uint8), np.eye(4)), tmp_path / "labels" / "v1.nii.gz")
     source = volumes.nifti_slices(
-        "ct", str(tmp_path / "images"), str(tmp_path / "labels"), task="organ", window=volumes.Window(0, 100)
+        "ct", str(tmp_path / "images"), str(tmp_path / "labels"), task="organ", window=volumes.IntensityWindow(0, 100)
     )
     assert source.index.keys == ["v1.nii.gz#0", "v1.nii.gz#1", "v1.nii.gz#2"] and set(source.index.groups) == {
         "v1.nii.gz"
@@ -210,7 +210,7 @@ def test_slices_of_a_nifti_volume(tmp_path: Path) -> None:
     low, middle, high = source.read([0, 1, 2], 8)
     assert low.pixels is not None and middle.pixels is not None and high.pixels is not None
     assert low.pixels.max() == 0 and set(middle.pixels.ravel()) == {128} and high.pixels.min() == 255
-    assert low.truths["organ"].max() == 0 and high.truths["organ"].min() == 1  # type: ignore[union-attr]
+    assert low.targets["organ"].max() == 0 and high.targets["organ"].min() == 1  # type: ignore[union-attr]
     (tmp_path / "images" / "v1.nii.gz").write_bytes(b"no volume")
     with pytest.raises(InputError, match="no readable NIfTI"):
         volumes.nifti_slices("ct", str(tmp_path / "images"), task="organ")
@@ -234,7 +234,7 @@ def test_slices_of_dicom_files(tmp_path: Path) -> None:
     data.save_as(tmp_path / "slice.dcm", enforce_file_format=True)
     source = volumes.dicom_slices("ct", str(tmp_path), task="organ", label=lambda patient: len(patient))
     sample = source.read([0], 8)[0]
-    assert source.index.groups == ["patient 1"] and sample.truths == {"organ": 9}
+    assert source.index.groups == ["patient 1"] and sample.targets == {"organ": 9}
     assert sample.pixels is not None and sample.pixels[..., 0].tolist() == [[0, 128], [255, 255]]
     (tmp_path / "slice.dcm").write_bytes(b"no file")
     with pytest.raises(InputError, match="no readable DICOM"):

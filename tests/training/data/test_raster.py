@@ -14,7 +14,7 @@ from shapely.geometry import MultiPolygon, Polygon, box
 from conftest import RealData
 from wsi_mmm.annotations import Dot, Shape, Shapes, load_shapes
 from wsi_mmm.training.data import raster
-from wsi_mmm.training.data.raster import Squares, paint, pairs_of
+from wsi_mmm.training.data.raster import PixelGrids, paint, pairs_of
 from wsi_mmm.training.data.shapes_index import ShapeIndex, index_shapes, packed_index
 from wsi_mmm.types import I32
 
@@ -23,17 +23,17 @@ def indexed(*geometries: Polygon | MultiPolygon) -> ShapeIndex:
     return index_shapes(Shapes(tuple(Shape(one) for one in geometries)))
 
 
-def drawn(index: ShapeIndex, squares: Squares) -> I32:
+def drawn(index: ShapeIndex, grids: PixelGrids) -> I32:
     """Number of the shape on top + 1."""
     every = np.ones(len(index), bool)
-    pairs = pairs_of(index, squares, every, np.arange(len(index)))
-    canvas = np.zeros((len(squares.xy), squares.side, squares.side), np.int32)
-    paint(canvas, index, squares, pairs, pairs.shape.astype(np.int32) + 1)
+    pairs = pairs_of(index, grids, every, np.arange(len(index)))
+    canvas = np.zeros((len(grids.xy), grids.side, grids.side), np.int32)
+    paint(canvas, index, grids, pairs, pairs.shape.astype(np.int32) + 1)
     return canvas
 
 
 def one_square(index: ShapeIndex, side: int, scale: float = 1.0, at: tuple[int, int] = (0, 0)) -> I32:
-    return drawn(index, Squares(np.array([at], np.int64), side, scale, scale))[0]
+    return drawn(index, PixelGrids(np.array([at], np.int64), side, scale, scale))[0]
 
 
 def star(seed: int, corners: int, middle: tuple[float, float], radius: float) -> Polygon:
@@ -79,7 +79,7 @@ def test_squares_side_by_side_are_the_raster_of_the_whole(shapes: list[Polygon],
     index = indexed(*shapes)
     count = -(-150 // side)
     y, x = np.mgrid[:count, :count].reshape(2, -1) * side - 20
-    tiles = drawn(index, Squares(np.stack([x, y], axis=1), side, scale, scale))
+    tiles = drawn(index, PixelGrids(np.stack([x, y], axis=1), side, scale, scale))
     stitched = tiles.reshape(count, count, side, side).swapaxes(1, 2).reshape(count * side, -1)
     assert (stitched == one_square(index, count * side, scale, (-20, -20))).all()
 
@@ -113,25 +113,25 @@ def test_shapes_smaller_than_a_px_get_one_px_in_one_square() -> None:
     found = one_square(index, 32)
     assert np.argwhere(found == 1).tolist() == [[4, 10]]
     assert np.argwhere(found == 2).tolist() == [[4, 20]]
-    both = drawn(index, Squares(np.array([[0, 0], [10, 0], [11, 0]]), 11, 1.0, 1.0))
-    assert [(square == 1).sum() for square in both] == [1, 1, 0]
+    both = drawn(index, PixelGrids(np.array([[0, 0], [10, 0], [11, 0]]), 11, 1.0, 1.0))
+    assert [(grid == 1).sum() for grid in both] == [1, 1, 0]
 
 
 def test_chunks_do_not_change_the_raster(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies on top stays on top when shapes are looked at a few at a time."""
     index = indexed(*(star(n, 12, (20 + 5 * n, 30), 25) for n in range(6)))
-    squares = Squares(np.array([[0, 0], [32, 0], [16, 16]]), 48, 1.0, 1.0)
-    whole = drawn(index, squares)
+    grids = PixelGrids(np.array([[0, 0], [32, 0], [16, 16]]), 48, 1.0, 1.0)
+    whole = drawn(index, grids)
     monkeypatch.setattr(raster, "_EDGES", 14)
-    assert (drawn(index, squares) == whole).all()
+    assert (drawn(index, grids) == whole).all()
 
 
 def test_coarse_px_measure_shares() -> None:
     """At 32 points a side the share of a tile that a shape covers is right to 2 %."""
     shape = star(3, 9, (130, 130), 90)
     for corner in ((50, 50), (93, 71)):
-        squares = Squares(np.array([corner]), 32, 1.0, 1.0, step=100 / 32)
-        share = (drawn(indexed(shape), squares) > 0).mean()
+        grids = PixelGrids(np.array([corner]), 32, 1.0, 1.0, step=100 / 32)
+        share = (drawn(indexed(shape), grids) > 0).mean()
         tile = box(*corner, corner[0] + 100, corner[1] + 100)
         assert abs(share - (shape & tile).area / tile.area) < 0.02
 
@@ -179,8 +179,8 @@ def test_camelyon_regions_have_their_area(real_data: RealData) -> None:
     for i in big.tolist():
         x0, y0, x1, y1 = index.boxes[i] / 16
         side = int(max(x1 - x0, y1 - y0)) + 2
-        squares = Squares(np.array([[int(x0), int(y0)]]), side, 16.0, 16.0)
-        pairs = pairs_of(index, squares, np.arange(len(index)) == i, np.arange(len(index)))
+        grids = PixelGrids(np.array([[int(x0), int(y0)]]), side, 16.0, 16.0)
+        pairs = pairs_of(index, grids, np.arange(len(index)) == i, np.arange(len(index)))
         canvas = np.zeros((1, side, side), bool)
-        paint(canvas, index, squares, pairs, np.ones(len(pairs.shape), bool))
+        paint(canvas, index, grids, pairs, np.ones(len(pairs.shape), bool))
         assert abs(canvas.sum() - index.areas[i] / 256) < max(30, 0.02 * index.areas[i] / 256)

@@ -12,15 +12,15 @@ from shapely.geometry import Polygon, box
 from wsi_mmm.annotations import Shape, Shapes
 from wsi_mmm.training.data.buckets import IGNORE, USE, Buckets, Rule
 from wsi_mmm.training.data.regions import (
-    Sheet,
+    SlideAnnotations,
     class_maps,
     common_labels,
     grid_places,
     known_share,
     label_maps,
-    patch_labels,
-    patch_multilabels,
-    patch_values,
+    tile_labels,
+    tile_multilabels,
+    tile_values,
 )
 from wsi_mmm.training.data.shapes_index import encode, index_shapes
 from wsi_mmm.types import I64
@@ -31,12 +31,17 @@ TABLE = Buckets(
 )
 
 
-def sheet(*shapes: tuple[str | None, Polygon] | tuple[str | None, Polygon, float], scale: float = 1.0, side: int = 200,
-          background: int = 0, complete: bool = False) -> Sheet:  # fmt: skip
+def annotated(
+    *shapes: tuple[str | None, Polygon] | tuple[str | None, Polygon, float],
+    scale: float = 1.0,
+    side: int = 200,
+    background: int = 0,
+    complete: bool = False,
+) -> SlideAnnotations:
     """A slide of ``side`` level-0 px."""
     items = tuple(Shape(one[1], one[0], tuple(one[2:]) or (math.nan,)) for one in shapes)
     index = index_shapes(Shapes(items), ("grade",))
-    return Sheet(
+    return SlideAnnotations(
         index, encode(index, TABLE), scale, scale, side / scale, side / scale, len(LABELS), background, complete
     )
 
@@ -45,13 +50,13 @@ def at(*xy: tuple[int, int]) -> I64:
     return np.array(xy, np.int64).reshape(-1, 2)
 
 
-def the_map(page: Sheet, side: int = 200) -> np.ndarray:
-    return class_maps(page, page.squares(at((0, 0)), side))[0]
+def the_map(page: SlideAnnotations, side: int = 200) -> np.ndarray:
+    return class_maps(page, page.grids(at((0, 0)), side))[0]
 
 
 def test_inside_use_regions_the_rest_is_background_and_outside_nothing_is_known() -> None:
     """Also of shapes that reach out of the use-region."""
-    found = the_map(sheet(("ROI", box(50, 50, 100, 100)), ("T", box(90, 90, 150, 150))))
+    found = the_map(annotated(("ROI", box(50, 50, 100, 100)), ("T", box(90, 90, 150, 150))))
     assert found[60, 60] == 0
     assert found[95, 95] == 1
     assert found[120, 120] == -1
@@ -61,8 +66,8 @@ def test_inside_use_regions_the_rest_is_background_and_outside_nothing_is_known(
 def test_without_use_regions_only_shapes_are_known_unless_the_slide_is_complete() -> None:
     """Beyond the slide nothing is, either way."""
     shapes = [("T", box(10, 10, 30, 30))]
-    assert (the_map(sheet(*shapes)) >= 0).sum() == 400
-    full = the_map(sheet(*shapes, complete=True), side=260)
+    assert (the_map(annotated(*shapes)) >= 0).sum() == 400
+    full = the_map(annotated(*shapes, complete=True), side=260)
     assert (full == 0).sum() == 200 * 200 - 400
     assert (full[200:] == -1).all()
 
@@ -70,7 +75,7 @@ def test_without_use_regions_only_shapes_are_known_unless_the_slide_is_complete(
 def test_the_order_of_the_table_decides_overlaps_and_holes_are_kept() -> None:
     """Tumour before stroma, whatever the order in the file; folds above all; nested regions show through holes."""
     ring = box(0, 0, 100, 100) - box(40, 40, 60, 60)
-    found = the_map(sheet(("T", ring), ("S", box(0, 0, 100, 100)), ("fold", box(0, 0, 10, 10))))
+    found = the_map(annotated(("T", ring), ("S", box(0, 0, 100, 100)), ("fold", box(0, 0, 10, 10))))
     assert found[20, 20] == 1
     assert found[50, 50] == 2
     assert found[5, 5] == -1
@@ -78,7 +83,7 @@ def test_the_order_of_the_table_decides_overlaps_and_holes_are_kept() -> None:
 
 def test_unmatched_classes_are_unknown_over_background_but_hide_no_label() -> None:
     """Nobody said what they are."""
-    found = the_map(sheet(("ROI", box(0, 0, 100, 100)), ("?", box(10, 10, 40, 40)), ("T", box(20, 20, 30, 30))))
+    found = the_map(annotated(("ROI", box(0, 0, 100, 100)), ("?", box(10, 10, 40, 40)), ("T", box(20, 20, 30, 30))))
     assert found[15, 15] == -1
     assert found[25, 25] == 1
     assert found[60, 60] == 0
@@ -86,9 +91,9 @@ def test_unmatched_classes_are_unknown_over_background_but_hide_no_label() -> No
 
 def test_labels_of_several_kinds_lie_in_one_px() -> None:
     """Absent inside use-regions, unknown outside them and in ignore shapes."""
-    page = sheet(("ROI", box(0, 0, 100, 100)), ("T", box(0, 0, 50, 50)), ("S", box(25, 25, 75, 75)),
+    page = annotated(("ROI", box(0, 0, 100, 100)), ("T", box(0, 0, 50, 50)), ("S", box(25, 25, 75, 75)),
                  ("fold", box(90, 90, 100, 100)))  # fmt: skip
-    found = label_maps(page, page.squares(at((0, 0)), 120))[0]
+    found = label_maps(page, page.grids(at((0, 0)), 120))[0]
     assert found.dtype == np.int8
     assert found[:, 30, 30].tolist() == [0, 1, 1]
     assert found[:, 80, 80].tolist() == [0, 0, 0]
@@ -98,16 +103,16 @@ def test_labels_of_several_kinds_lie_in_one_px() -> None:
 
 def test_tiles_are_labelled_by_what_covers_enough_of_them() -> None:
     """75 % tumour, 50 % tumour, background, nothing known; shares are of the whole tile."""
-    page = sheet(("ROI", box(0, 0, 120, 40)), ("T", box(0, 0, 60, 40)))
+    page = annotated(("ROI", box(0, 0, 120, 40)), ("T", box(0, 0, 60, 40)))
     tiles = at((0, 0), (50, 0), (40, 0), (80, 0), (150, 100))
-    assert patch_labels(page, tiles, 40, 0.6).tolist() == [1, 0, -1, 0, -1]
+    assert tile_labels(page, tiles, 40, 0.6).tolist() == [1, 0, -1, 0, -1]
     assert known_share(page, at((100, 0)), 40).tolist() == [0.5]
 
 
 def test_a_tile_has_a_label_lacks_it_or_nobody_knows() -> None:
     """Multilabel: unknown px count for neither side."""
-    page = sheet(("ROI", box(0, 0, 80, 40)), ("T", box(0, 0, 30, 40)))
-    found = patch_multilabels(page, at((0, 0), (40, 0), (60, 0), (100, 100)), 40, 0.5)
+    page = annotated(("ROI", box(0, 0, 80, 40)), ("T", box(0, 0, 30, 40)))
+    found = tile_multilabels(page, at((0, 0), (40, 0), (60, 0), (100, 100)), 40, 0.5)
     assert found[0].tolist() == [0, 1, 0]
     assert found[1].tolist() == [0, 0, 0]
     assert np.isnan(found[2:]).all()
@@ -115,8 +120,8 @@ def test_a_tile_has_a_label_lacks_it_or_nobody_knows() -> None:
 
 def test_numbers_of_regions_are_averaged_over_the_tile() -> None:
     """By area; regions without the number do not count; too little cover is unknown."""
-    page = sheet(("T", box(0, 0, 20, 40), 2.0), ("S", box(20, 0, 40, 40), 4.0), ("T", box(40, 0, 60, 40)))
-    found = patch_values(page, at((0, 0), (20, 0), (40, 0)), 40, 0.5)[:, 0]
+    page = annotated(("T", box(0, 0, 20, 40), 2.0), ("S", box(20, 0, 40, 40), 4.0), ("T", box(40, 0, 60, 40)))
+    found = tile_values(page, at((0, 0), (20, 0), (40, 0)), 40, 0.5)[:, 0]
     assert found[0] == 3.0
     assert found[1] == 4.0
     assert np.isnan(found[2])
@@ -125,14 +130,14 @@ def test_numbers_of_regions_are_averaged_over_the_tile() -> None:
 def test_a_grid_holds_the_tiles_that_are_touched() -> None:
     """Of use-regions when there are any, of labelled shapes otherwise, all of a complete slide."""
     shapes = [("T", box(100, 100, 110, 110))]
-    assert grid_places(sheet(*shapes), 50, 40).tolist() == [[80, 80]]
-    assert grid_places(sheet(*shapes, ("ROI", box(1, 1, 2, 2))), 50, 50).tolist() == [[0, 0]]
-    assert len(grid_places(sheet(*shapes, complete=True), 50, 40)) == 25
+    assert grid_places(annotated(*shapes), 50, 40).tolist() == [[80, 80]]
+    assert grid_places(annotated(*shapes, ("ROI", box(1, 1, 2, 2))), 50, 50).tolist() == [[0, 0]]
+    assert len(grid_places(annotated(*shapes, complete=True), 50, 40)) == 25
 
 
 def test_the_class_to_balance_by_is_the_commonest_that_is_no_background() -> None:
     """Background counts only where there is nothing else."""
-    page = sheet(("ROI", box(0, 0, 200, 200)), ("S", box(0, 0, 10, 10)), ("T", box(20, 20, 40, 40)))
+    page = annotated(("ROI", box(0, 0, 200, 200)), ("S", box(0, 0, 10, 10)), ("T", box(20, 20, 40, 40)))
     assert common_labels(page, at((0, 0), (100, 100)), 50).tolist() == [1, 0]
 
 
@@ -140,9 +145,9 @@ def test_the_class_to_balance_by_is_the_commonest_that_is_no_background() -> Non
 @given(st.integers(0, 150), st.integers(0, 150), st.sampled_from([0.5, 1.0, 1.9011, 4.0]))
 def test_level_0_px_and_tile_px_lead_back_to_each_other(x: int, y: int, scale: float) -> None:
     """The px that is labelled maps back to level-0 px inside the shape, wherever the tile lies."""
-    page = sheet(("T", box(x, y, x + 3 * scale, y + 3 * scale)), scale=scale)
+    page = annotated(("T", box(x, y, x + 3 * scale, y + 3 * scale)), scale=scale)
     corner = at((int(x / scale) - 3, int(y / scale) - 2))
-    found = np.argwhere(class_maps(page, page.squares(corner, 9))[0] == 1)
+    found = np.argwhere(class_maps(page, page.grids(corner, 9))[0] == 1)
     level0 = (found[:, ::-1] + 0.5 + corner[0]) * scale
     inside = (np.array([x, y]) - 1e-9 <= level0) & (level0 <= np.array([x, y]) + 3 * scale + 1e-9)
     slide = (np.array([x, y]) + 3 * scale < 200).all()
@@ -152,7 +157,7 @@ def test_level_0_px_and_tile_px_lead_back_to_each_other(x: int, y: int, scale: f
 
 def test_tiles_of_truth_stitched_are_the_truth_of_the_whole() -> None:
     """With use-regions, ignore shapes and the slide's edge."""
-    page = sheet(
+    page = annotated(
         ("ROI", Polygon([(3, 5), (190, 20), (230, 199), (10, 150)])),
         ("T", Polygon([(20, 20), (90, 35), (60, 99)])),
         ("S", Polygon([(50, 20), (150, 90), (60, 199)])),
@@ -161,7 +166,7 @@ def test_tiles_of_truth_stitched_are_the_truth_of_the_whole() -> None:
     )
     side, count = 37, 8
     y, x = np.mgrid[:count, :count].reshape(2, -1) * side
-    for maps in (class_maps, lambda page, squares: label_maps(page, squares)[:, 1]):
-        tiles = maps(page, page.squares(np.stack([x, y], axis=1), side))
+    for maps in (class_maps, lambda page, grids: label_maps(page, grids)[:, 1]):
+        tiles = maps(page, page.grids(np.stack([x, y], axis=1), side))
         stitched = tiles.reshape(count, count, side, side).swapaxes(1, 2).reshape(count * side, -1)
-        assert (stitched == maps(page, page.squares(at((0, 0)), count * side))[0]).all()
+        assert (stitched == maps(page, page.grids(at((0, 0)), count * side))[0]).all()

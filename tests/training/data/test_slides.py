@@ -22,14 +22,14 @@ from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.fake import SyntheticTruth
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Boxes
-from wsi_mmm.training.data.base import Source
+from wsi_mmm.training.data.annotation_targets import AnnotationTarget
+from wsi_mmm.training.data.base import DataSource
 from wsi_mmm.training.data.buckets import USE, Buckets, Rule, same_names
-from wsi_mmm.training.data.lessons import Lesson
 from wsi_mmm.training.data.pool import SlidePool
 from wsi_mmm.training.data.slides import (
-    Places,
     SlideItem,
     SlideTiles,
+    TileSampling,
     beside,
     dry_run_slides,
     slide_tiles,
@@ -56,21 +56,26 @@ def nuclei(tiny_truth: SyntheticTruth, tmp_path: Path) -> str:
     return geojson(tmp_path / "nuclei.geojson", [("nucleus", Polygon(xy)) for xy in tiny_truth.polygons])
 
 
-def the_tiles(slide: Path, notes: str | None, places: Places, *lessons: Lesson, **more: Any) -> SlideTiles:
-    return slide_tiles("d", [SlideItem("s", str(slide), annotations=notes, **more)], places, lessons)
+def the_tiles(
+    slide: Path, notes: str | None, places: TileSampling, *specs: AnnotationTarget, **more: Any
+) -> SlideTiles:
+    return slide_tiles("d", [SlideItem("s", str(slide), annotations=notes, **more)], places, specs)
 
 
 @pytest.mark.parametrize("mpp", [0.5, 0.8])
 @pytest.mark.parametrize("size", [96, 160])
 def test_truth_lies_where_the_pixels_are(tiny_slide: Path, nuclei: str, mpp: float, size: int) -> None:
     """Nuclei are darker in red than what is round them, at the slide's scale and at another, whatever is asked for."""
-    lessons = [Lesson(kind, kind, NUCLEI, complete=True, min_share=0.1) for kind in ("instances", "segment", "detect")]
-    source: Source = the_tiles(tiny_slide, nuclei, Places(mpp, tile=96), *lessons)
+    specs = [
+        AnnotationTarget(kind, kind, NUCLEI, complete=True, min_share=0.1)
+        for kind in ("instances", "segment", "detect")
+    ]
+    source: DataSource = the_tiles(tiny_slide, nuclei, TileSampling(mpp, tile=96), *specs)
     samples = source.read(range(len(source.index)), size)
     inside, outside = [], []
     for sample in samples:
         assert sample.pixels is not None and sample.pixels.shape == (size, size, 3)
-        labels, classes, boxes = (sample.truths[name] for name in ("instances", "segment", "detect"))
+        labels, classes, boxes = (sample.targets[name] for name in ("instances", "segment", "detect"))
         assert isinstance(labels, np.ndarray) and isinstance(classes, np.ndarray) and isinstance(boxes, Boxes)
         assert labels.shape == classes.shape == (size, size)
         assert ((labels > 0) == (classes == 0)).all()
@@ -88,7 +93,9 @@ def test_truth_lies_where_the_pixels_are(tiny_slide: Path, nuclei: str, mpp: flo
 def test_pixels_are_those_of_the_slide_in_the_order_asked_for(tiny_slide: Path, nuclei: str) -> None:
     """Several slides, numbers in any order and twice, tiles larger than the item and beyond the edge."""
     items = [SlideItem(name, str(tiny_slide), annotations=nuclei) for name in "ab"]
-    source = slide_tiles("d", items, Places(0.5, tile=128), [Lesson("n", "instances", NUCLEI, complete=True)])
+    source = slide_tiles(
+        "d", items, TileSampling(0.5, tile=128), [AnnotationTarget("n", "instances", NUCLEI, complete=True)]
+    )
     numbers = [len(source.index) - 1, 0, 5, 0]
     samples = source.read(numbers, 200)
     assert [sample.key for sample in samples] == [source.index.keys[n] for n in numbers]
@@ -98,7 +105,7 @@ def test_pixels_are_those_of_the_slide_in_the_order_asked_for(tiny_slide: Path, 
             assert sample.pixels is not None
             assert (sample.pixels == slide.read_region(x - 36, y - 36, 200, 200)).all()
     assert list(source.index.groups[:1]) == ["a"] and source.facts["a"] == source.facts["b"] == len(source.index) / 2
-    labels = source.read([0], 4000)[0].truths["n"]
+    labels = source.read([0], 4000)[0].targets["n"]
     assert isinstance(labels, np.ndarray) and labels[0, 0] == -1  # beyond the slide
 
 
@@ -109,36 +116,40 @@ def test_regions_give_labels_of_tiles_and_px(tiny_slide: Path, tmp_path: Path) -
         [("ROI", box(0, 0, 1024, 512)), ("L", box(0, 0, 256, 512)), ("R", box(512, 0, 1400, 512))],
     )
     source = the_tiles(
-        tiny_slide, notes, Places(0.5, tile=256),
-        Lesson("side", "classify", REGIONS, background="rest"), Lesson("area", "segment", REGIONS, background="rest"),
-        Lesson("both", "multilabel", REGIONS), Lesson("score", "regress", REGIONS, values=("score",)),
-        Lesson("layers", "multisegment", REGIONS),
-    )  # fmt: skip
+        tiny_slide,
+        notes,
+        TileSampling(0.5, tile=256),
+        AnnotationTarget("side", "classify", REGIONS, background="rest"),
+        AnnotationTarget("area", "segment", REGIONS, background="rest"),
+        AnnotationTarget("both", "multilabel", REGIONS),
+        AnnotationTarget("score", "regress", REGIONS, values=("score",)),
+        AnnotationTarget("layers", "multisegment", REGIONS),
+    )
     assert source.tasks == ("side", "area", "both", "score", "layers")
     assert source.index.labels.tolist() == [1, 0, 2, 2] * 2
     samples = source.read(range(8), 256)
-    assert [sample.truths["side"] for sample in samples[:4]] == [1, 0, 2, 2]
-    assert [np.unique(sample.truths["area"]).tolist() for sample in samples[:4]] == [[1], [0], [2], [2]]  # type: ignore[arg-type]
-    assert [np.asarray(sample.truths["both"]).tolist() for sample in samples[:3]] == [[0, 1, 0], [0, 0, 0], [0, 0, 1]]
-    scores = np.array([sample.truths["score"] for sample in samples[:4]])[:, 0]
+    assert [sample.targets["side"] for sample in samples[:4]] == [1, 0, 2, 2]
+    assert [np.unique(sample.targets["area"]).tolist() for sample in samples[:4]] == [[1], [0], [2], [2]]  # type: ignore[arg-type]
+    assert [np.asarray(sample.targets["both"]).tolist() for sample in samples[:3]] == [[0, 1, 0], [0, 0, 0], [0, 0, 1]]
+    scores = np.array([sample.targets["score"] for sample in samples[:4]])[:, 0]
     assert np.array_equal(scores, [1, np.nan, 2, 2], equal_nan=True)
-    layers = samples[0].truths["layers"]
+    layers = samples[0].targets["layers"]
     assert isinstance(layers, np.ndarray) and layers.shape == (3, 256, 256) and (layers[1] == 1).all()
 
 
 def test_places_round_objects_are_drawn_by_their_seed(tiny_slide: Path, nuclei: str) -> None:
     """The same seed gives the same items; points count as discs where a radius is given."""
-    lesson = Lesson("n", "detect", NUCLEI, complete=True)
+    spec = AnnotationTarget("n", "detect", NUCLEI, complete=True)
     one, two, other = (
-        the_tiles(tiny_slide, nuclei, Places(0.5, tile=64, by="objects", per_slide=30, seed=seed), lesson)
+        the_tiles(tiny_slide, nuclei, TileSampling(0.5, tile=64, by="objects", per_slide=30, seed=seed), spec)
         for seed in (1, 1, 2)
     )
     assert list(one.index.keys) == list(two.index.keys) != list(other.index.keys)
     assert (one.index.labels == 0).all() and 20 < len(one.index) <= 30
     dots = Path(nuclei).with_name("dots.geojson")
     notes = geojson(dots, [("nucleus", Point(400, 300)), ("nucleus", Point(900, 700))])
-    found = the_tiles(tiny_slide, notes, Places(0.5, tile=64, dot_um=4.0, by="objects", per_slide=9), lesson)
-    boxes = found.read([0], 64)[0].truths["n"]
+    found = the_tiles(tiny_slide, notes, TileSampling(0.5, tile=64, dot_um=4.0, by="objects", per_slide=9), spec)
+    boxes = found.read([0], 64)[0].targets["n"]
     assert isinstance(boxes, Boxes)
     assert np.allclose(boxes.xyxy[0, 2:] - boxes.xyxy[0, :2], 16)
 
@@ -150,13 +161,13 @@ def test_without_annotations_tiles_of_tissue_carry_what_the_table_says(tiny_slid
     rows = slide_table(
         read_table(str(tmp_path / "t.csv")), [TableTask("stain", "classify", ("stain",), ("HE", "IHC"))], group="p"
     )
-    labels = np.array(rows.truths["stain"], np.int32)
+    labels = np.array(rows.targets["stain"], np.int32)
     items = slides_of_table(rows, uri="file", mpp="mpp", root=str(tmp_path), labels=labels)
-    source = slide_tiles("d", items, Places(0.5, tile=128, per_slide=10))
+    source = slide_tiles("d", items, TileSampling(0.5, tile=128, per_slide=10))
     assert source.facts == {"a": 10, "b": 10}
     assert source.index.labels.tolist() == [0] * 10 + [1] * 10
     assert set(source.index.groups) == {"P1"}
-    assert [sample.truths for sample in source.read([0, 19], 64)] == [{"stain": 0}, {"stain": 1}]
+    assert [sample.targets for sample in source.read([0, 19], 64)] == [{"stain": 0}, {"stain": 1}]
     assert all(sample.pixels.min() < 200 for sample in source.read([0, 19], 64) if sample.pixels is not None)
     (tmp_path / "t.csv").write_text("slide,mpp\na,fine\n")
     with pytest.raises(ManifestError, match="row 2: mpp is 'fine'"):
@@ -173,7 +184,7 @@ def test_a_damaged_tile_fails_with_its_place_and_its_neighbours_do_not(tiny_slid
         offset, length = file.pages[0].dataoffsets[7], file.pages[0].databytecounts[7]  # type: ignore[union-attr]
     data[offset : offset + length] = bytes(length)
     path.write_bytes(data)
-    source = slide_tiles("d", [SlideItem("s", str(path))], Places(0.5, tile=128, min_tissue=0.0))
+    source = slide_tiles("d", [SlideItem("s", str(path))], TileSampling(0.5, tile=128, min_tissue=0.0))
     samples = source.read(range(len(source.index)), 128)
     failed = [sample for sample in samples if sample.failed]
     assert len(failed) == 4
@@ -190,31 +201,31 @@ def test_a_damaged_tile_fails_with_its_place_and_its_neighbours_do_not(tiny_slid
 
 def test_what_cannot_be_used_is_named(tiny_slide: Path, nuclei: str, tmp_path: Path) -> None:
     """Missing slides and annotations, tasks twice, ids twice, an empty annotation; or going on without the broken."""
-    lesson = Lesson("n", "instances", NUCLEI)
-    places = Places(0.5, tile=128)
+    spec = AnnotationTarget("n", "instances", NUCLEI)
+    places = TileSampling(0.5, tile=128)
     with pytest.raises(SlideNotFound):
         slide_tiles("d", [SlideItem("s", str(tmp_path / "none.svs"))], places)
     with pytest.raises(InputError, match="two slides are called 's'"):
         slide_tiles("d", [SlideItem("s", "a"), SlideItem("s", "b")], places)
     with pytest.raises(InputError, match="a task is listed twice"):
-        the_tiles(tiny_slide, nuclei, places, lesson, lesson)
+        the_tiles(tiny_slide, nuclei, places, spec, spec)
     with pytest.raises(OptionError, match="twice as fine"):
-        the_tiles(tiny_slide, nuclei, Places(0.1), lesson)
+        the_tiles(tiny_slide, nuclei, TileSampling(0.1), spec)
     empty = geojson(tmp_path / "e.geojson", [])
     with pytest.raises(InputError, match=r"no tile tells anything of 'n'.*dry run"):
-        the_tiles(tiny_slide, empty, places, lesson)
+        the_tiles(tiny_slide, empty, places, spec)
     (tmp_path / "x.geojson").write_text("{")
     with pytest.raises(AnnotationError, match=r"x\.geojson"):
-        the_tiles(tiny_slide, str(tmp_path / "x.geojson"), places, lesson)
+        the_tiles(tiny_slide, str(tmp_path / "x.geojson"), places, spec)
     items = [SlideItem("s", str(tiny_slide), annotations=nuclei), SlideItem("gone", str(tmp_path / "none.svs"))]
-    source = slide_tiles("d", items, places, [lesson], keep_going=True)
+    source = slide_tiles("d", items, places, [spec], keep_going=True)
     assert set(source.broken) == {"gone"} and set(source.index.groups) == {"s"}
     for wrong in ({"kind": "survive"}, {"background": "x"}, {"values": ("a",)}, {"min_share": 0.0}):
         with pytest.raises(ConfigError, match="task 'n'"):
-            Lesson(**({"task": "n", "kind": "segment", "buckets": NUCLEI} | wrong))  # type: ignore[arg-type]
+            AnnotationTarget(**({"task": "n", "kind": "segment", "buckets": NUCLEI} | wrong))  # type: ignore[arg-type]
     for places_wrong in ({"stride": 300}, {"tile": 0}, {"by": "objects"}):
         with pytest.raises(ConfigError):
-            Places(0.5, **places_wrong)  # type: ignore[arg-type]
+            TileSampling(0.5, **places_wrong)  # type: ignore[arg-type]
 
 
 def test_annotations_are_found_beside_slides(tiny_slide: Path, nuclei: str) -> None:
@@ -240,7 +251,7 @@ def test_few_slides_stay_open_however_many_threads_read(tiny_slide: Path, tmp_pa
         shutil.copy(tiny_slide, tmp_path / f"{n}.tiff")
         items.append(SlideItem(str(n), str(tmp_path / f"{n}.tiff")))
     pool = SlidePool(limit=2)
-    source = slide_tiles("d", items, Places(0.5, tile=128, per_slide=4), pool=pool)
+    source = slide_tiles("d", items, TileSampling(0.5, tile=128, per_slide=4), pool=pool)
     wanted = source.read(range(20), 128)
     assert pool.open_count() <= 2
     wrong: list[int] = []
@@ -264,12 +275,12 @@ def test_few_slides_stay_open_however_many_threads_read(tiny_slide: Path, tmp_pa
 
 def test_the_tile_cache_changes_no_pixel(tiny_slide: Path, nuclei: str, tmp_path: Path) -> None:
     """On, off and measured give the same samples; what was chosen is said."""
-    lesson = Lesson("n", "instances", NUCLEI, complete=True)
+    spec = AnnotationTarget("n", "instances", NUCLEI, complete=True)
     read = {}
     for tiles in ("off", "on", "auto"):
         pool = SlidePool(cache=str(tmp_path / tiles), tiles=tiles)  # type: ignore[arg-type]
         items = [SlideItem("s", str(tiny_slide), annotations=nuclei)]
-        source = slide_tiles("d", items, Places(0.8, tile=100), [lesson], pool=pool)
+        source = slide_tiles("d", items, TileSampling(0.8, tile=100), [spec], pool=pool)
         read[tiles] = [sample.pixels for sample in source.read([1, 4, 2], 120)]
         assert (len(pool.words()) == 1) == (tiles == "auto")
         assert any((tmp_path / tiles).rglob("c/*")) == (tiles == "on") or tiles == "auto"
@@ -296,10 +307,13 @@ def test_nuclei_that_a_run_wrote_are_learnt_from(real_data: RealData, tmp_path: 
     shapes = [("nucleus", Point(*xy).buffer(12)) for xy in rng.uniform(4000, 8000, (400, 2))]
     notes = geojson(tmp_path / "m.geojson", shapes)
     source = the_tiles(
-        path, notes, Places(0.5, tile=256, by="objects", per_slide=12), Lesson("n", "instances", NUCLEI, complete=True)
+        path,
+        notes,
+        TileSampling(0.5, tile=256, by="objects", per_slide=12),
+        AnnotationTarget("n", "instances", NUCLEI, complete=True),
     )
     samples = source.read(range(len(source.index)), 256)
-    assert all(not sample.failed and np.asarray(sample.truths["n"]).max() > 0 for sample in samples)
+    assert all(not sample.failed and np.asarray(sample.targets["n"]).max() > 0 for sample in samples)
 
 
 def test_slides_and_annotations_far_away_give_the_same_samples(
@@ -307,17 +321,17 @@ def test_slides_and_annotations_far_away_give_the_same_samples(
 ) -> None:
     """Over HTTP: the pixels and truth of the local files; when the server breaks off, samples that say so, no crash."""
     monkeypatch.setenv("WSI_MMM_STORAGE_TIMEOUT", "2")
-    lesson = Lesson("n", "instances", NUCLEI, complete=True)
-    places = Places(0.5, tile=128)
-    near = the_tiles(tiny_slide, nuclei, places, lesson)
+    spec = AnnotationTarget("n", "instances", NUCLEI, complete=True)
+    places = TileSampling(0.5, tile=128)
+    near = the_tiles(tiny_slide, nuclei, places, spec)
     with Faulty(files={"/s.tiff": tiny_slide, "/s.geojson": Path(nuclei)}) as web:
         note = f"{web.url}/s.geojson"
         assert beside(f"{web.url}/s.tiff", "{folder}/{stem}.geojson") == note
-        far = slide_tiles("d", [SlideItem("s", f"{web.url}/s.tiff", annotations=note)], places, [lesson])
+        far = slide_tiles("d", [SlideItem("s", f"{web.url}/s.tiff", annotations=note)], places, [spec])
         assert list(far.index.keys) == list(near.index.keys)
         for one, other in zip(far.read([3, 9, 1], 128), near.read([3, 9, 1], 128), strict=True):
             assert np.array_equal(one.pixels, other.pixels)  # type: ignore[arg-type]
-            assert np.array_equal(one.truths["n"], other.truths["n"])  # type: ignore[arg-type]
+            assert np.array_equal(one.targets["n"], other.targets["n"])  # type: ignore[arg-type]
     far.pool.close()
     assert far.read([3], 128)[0].failed
 
@@ -338,10 +352,10 @@ def test_slides_in_a_bucket_give_the_same_samples(
         store.write_bytes("s3://train/t.csv", b"slide,file,notes\ns,s.tiff,s.geojson\n")
         table = slide_table(read_table("s3://train/t.csv"), [])
         items = slides_of_table(table, uri="file", annotations="notes", root="s3://train")
-        lesson = Lesson("n", "instances", NUCLEI, complete=True)
+        spec = AnnotationTarget("n", "instances", NUCLEI, complete=True)
         pool = SlidePool(cache="s3://train/cache", tiles="on")
-        far = slide_tiles("d", items, Places(0.5, tile=128), [lesson], pool=pool)
-        near = the_tiles(tiny_slide, nuclei, Places(0.5, tile=128), lesson)
+        far = slide_tiles("d", items, TileSampling(0.5, tile=128), [spec], pool=pool)
+        near = the_tiles(tiny_slide, nuclei, TileSampling(0.5, tile=128), spec)
         for one, other in zip(far.read([3, 9, 1], 128), near.read([3, 9, 1], 128), strict=True):
             assert not one.failed and one.key == other.key
             assert np.array_equal(one.pixels, other.pixels)  # type: ignore[arg-type]

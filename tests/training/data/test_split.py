@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helpers.memory_source import picture_source
 from wsi_mmm.errors import ConfigError, InputError, ManifestError
-from wsi_mmm.training.data.base import Index
+from wsi_mmm.training.data.base import ItemIndex
 from wsi_mmm.training.data.split import (
     PARTS,
     Split,
@@ -23,20 +23,20 @@ from wsi_mmm.training.data.split import (
     split_by_column,
     split_items,
 )  # fmt: skip
-from wsi_mmm.training.loader import Feed
+from wsi_mmm.training.loader import DataFeed
 from wsi_mmm.training.policy import plan_step
 
 LABELS = np.zeros(4, np.int32)
 
 
-def index_of(groups: list[int], labels: list[int]) -> Index:
-    return Index([f"k{i}" for i in range(len(groups))], [f"p{g}" for g in groups], np.array(labels, np.int32))
+def index_of(groups: list[int], labels: list[int]) -> ItemIndex:
+    return ItemIndex([f"k{i}" for i in range(len(groups))], [f"p{g}" for g in groups], np.array(labels, np.int32))
 
 
 ITEMS = st.lists(st.tuples(st.integers(0, 20), st.integers(-1, 3)), min_size=1, max_size=80)
 
 
-def whole(split: Split, index: Index) -> None:
+def whole(split: Split, index: ItemIndex) -> None:
     """Every item is in one part, and so is every group."""
     parts = [split.part(name) for name in PARTS]
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(index)))
@@ -54,7 +54,7 @@ def test_groups_stay_whole(items: list[tuple[int, int]], seed: int, shares: tupl
     assert all(not len(split.part(name)) for name, share in zip(PARTS, shares, strict=True) if share == 0)
     order = np.random.default_rng(seed).permutation(len(index)).tolist()
     again = split_items(
-        Index([index.keys[i] for i in order], [index.groups[i] for i in order], index.labels[order]),
+        ItemIndex([index.keys[i] for i in order], [index.groups[i] for i in order], index.labels[order]),
         shares=shares, seed=seed,
     )  # fmt: skip
     for name in PARTS:
@@ -113,7 +113,7 @@ def test_a_column_decides() -> None:
 
 def test_leaks_are_found_across_sources_and_named() -> None:
     """One patient in two sources, one key twice, a copy of a picture under another name; else silence."""
-    one, two = index_of([0, 1], [0, 0]), Index(["k0", "x1"], ["p7", "p1"], np.zeros(2, np.int32))
+    one, two = index_of([0, 1], [0, 0]), ItemIndex(["k0", "x1"], ["p7", "p1"], np.zeros(2, np.int32))
     parts = {"train": [(one, np.array([0, 1]))], "test": [(two, np.array([0, 1]))]}
     leaks = find_leaks(parts, {"k1": "same", "x1": "same"})
     assert {(leak.kind, leak.what) for leak in leaks} == {("key", "k0"), ("group", "p1"), ("picture", "k1")}
@@ -135,15 +135,15 @@ def test_copies_have_one_hash() -> None:
 
 def test_training_never_draws_from_the_test_part() -> None:
     """A thousand draws of a feed of the train part hold none of it; a feed that would is refused."""
-    source = picture_source("a", 40, truths={"class": None})
+    source = picture_source("a", 40, targets={"class": None})
     split = split_items(source.index, seed=0)
-    feed = Feed(source, 8, split.train)
+    feed = DataFeed(source, 8, split.train)
     forbid_test(split, feed.items)
     for step in range(125):
         (draw,) = plan_step([feed.measure], policy="cyclic", seed=0, step=step, class_balance=step % 2 == 0)
         assert not set(feed.items[list(draw.numbers)].tolist()) & set(split.test.tolist())
     with pytest.raises(ConfigError, match="of the test part"):
-        forbid_test(split, Feed(source, 8).items)
+        forbid_test(split, DataFeed(source, 8).items)
 
 
 def test_a_label_that_a_part_lacks_is_named() -> None:
@@ -167,7 +167,7 @@ def test_what_makes_no_split_is_refused() -> None:
 
 def test_paths_say_who_is_on_which_side() -> None:
     """Words in a path decide for the group; what does not fit is left to be drawn; faults have names."""
-    index = Index(
+    index = ItemIndex(
         ["Train/p0/1.png", "train/p0/2.png", "holdout/p1/3.png", "p2/4.png"], ["p0", "p0", "p1", "p2"], LABELS
     )
     assert parts_by_pattern(index, "^([A-Za-z]+)/", "d") == {"p0": "train", "p1": "test"}
@@ -178,6 +178,6 @@ def test_paths_say_who_is_on_which_side() -> None:
     ):
         with pytest.raises(ConfigError, match=text):
             parts_by_pattern(index, pattern, "d")
-    divided = Index(["train/1.png", "val/2.png"], ["p0", "p0"], LABELS[:2])
+    divided = ItemIndex(["train/1.png", "val/2.png"], ["p0", "p0"], LABELS[:2])
     with pytest.raises(ConfigError, match="'p0' is in 'train' and in 'val': move it"):
         parts_by_pattern(divided, "^(train|val)/", "d")

@@ -42,16 +42,16 @@ def test_every_kind_of_truth_is_read(tmp_path: Path) -> None:
         ("P1", "P1", "P2"),
         ("train", "train", "test"),
     )
-    assert found.truths["grade"] == (0, 1, -1)
-    assert found.truths["msi"] == (1, -1, 0)
-    assert np.array_equal(found.truths["receptors"], [[1, 0], [np.nan, 1], [0, np.nan]], equal_nan=True)
-    assert np.array_equal(found.truths["sites"], [[1, 1, 0], [0, 0, 0], [np.nan] * 3], equal_nan=True)
-    assert np.array_equal(found.truths["tils"], np.float32([[0.5], [np.nan], [0.01]]), equal_nan=True)
-    assert found.truths["survival"][:2] == (Survival(12.5, True), Survival(30, False))
-    last = found.truths["survival"][2]
+    assert found.targets["grade"] == (0, 1, -1)
+    assert found.targets["msi"] == (1, -1, 0)
+    assert np.array_equal(found.targets["receptors"], [[1, 0], [np.nan, 1], [0, np.nan]], equal_nan=True)
+    assert np.array_equal(found.targets["sites"], [[1, 1, 0], [0, 0, 0], [np.nan] * 3], equal_nan=True)
+    assert np.array_equal(found.targets["tils"], np.float32([[0.5], [np.nan], [0.01]]), equal_nan=True)
+    assert found.targets["survival"][:2] == (Survival(12.5, True), Survival(30, False))
+    last = found.targets["survival"][2]
     assert isinstance(last, Survival) and math.isnan(last.time) and not last.event
     assert found.of(0)["grade"] == 0
-    assert all(truth.dtype == np.float32 for truth in found.truths["receptors"])  # type: ignore[union-attr]
+    assert all(target.dtype == np.float32 for target in found.targets["receptors"])  # type: ignore[union-attr]
 
 
 def test_tsv_and_parquet_say_the_same(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_tsv_and_parquet_say_the_same(tmp_path: Path) -> None:
     pq.write_table(pa.table(arrays), tmp_path / "t.pq")
     stored = slide_table(read_table(str(tmp_path / "t.pq")), TASKS)
     for other in (tabbed, stored):
-        assert repr(other.truths) == repr(plain.truths)
+        assert repr(other.targets) == repr(plain.targets)
     assert plain.groups == plain.slides and plain.splits == ("", "", "")
 
 
@@ -119,7 +119,7 @@ def test_a_task_that_cannot_learn_from_its_columns_is_refused(
 
 def test_balancing_goes_by_class_label_or_event(tmp_path: Path) -> None:
     """Regression has nothing to balance by."""
-    found = slide_table(read_table(written(tmp_path / "t.csv")), TASKS).truths
+    found = slide_table(read_table(written(tmp_path / "t.csv")), TASKS).targets
     assert balance_labels("classify", found["grade"]).tolist() == [0, 1, -1]
     assert balance_labels("multilabel", found["sites"]).tolist() == [0, -1, -1]
     assert balance_labels("survive", found["survival"]).tolist() == [1, 0, -1]

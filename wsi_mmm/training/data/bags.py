@@ -22,9 +22,9 @@ from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import tile_xy
 from wsi_mmm.tiles.stream import is_far, read_tiles
-from wsi_mmm.training.data.base import FetchedItems, Index, Sample
+from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
 from wsi_mmm.training.data.pool import SlidePool
-from wsi_mmm.training.data.slides import Places, SlideItem, check_ids, fetch_tiles, tissue_places
+from wsi_mmm.training.data.slides import SlideItem, TileSampling, check_ids, fetch_tiles, tissue_places
 from wsi_mmm.training.data.tables import SlideTable
 from wsi_mmm.types import I32, I64, Grid, Tiles
 
@@ -41,7 +41,7 @@ class BagItem:
     id: str
     uri: str
     group: str = ""
-    truths: Mapping[str, Target] = field(default_factory=dict)
+    targets: Mapping[str, Target] = field(default_factory=dict)
     label: int = UNKNOWN
     grid: Grid | None = None
 
@@ -60,7 +60,7 @@ class Draws:
             raise InputError(f"bags of at most {self.most}, {self.times} times a slide: give 0 or more, and 1 or more")
 
     def chosen(self, count: int, slide: int, time: int) -> I64:
-        """Which of ``count`` instances, ascending."""
+        """Indices of the drawn instances out of ``count``, ascending."""
         if not self.most or count <= self.most:
             return np.arange(count)
         rng = np.random.default_rng([self.seed, slide, time])
@@ -68,12 +68,12 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class FeatureBags:
+class FeatureBagSource:
     """A Source of bags of vectors float32[k, D] with level-0 ``xy``; all bags have ``width`` D."""
 
     name: str
     tasks: tuple[str, ...]
-    index: Index
+    index: ItemIndex
     items: Sequence[BagItem]
     draws: Draws
     width: int
@@ -97,16 +97,16 @@ class FeatureBags:
             return Sample(key, failed=f"{item.id}: no tile has features")
         some = self.draws.chosen(len(found.vectors), slide, time)
         vectors = np.ascontiguousarray(found.vectors[some], np.float32)
-        return Sample(key, vectors=vectors, xy=found.coords[some], truths=item.truths)
+        return Sample(key, vectors=vectors, xy=found.coords[some], targets=item.targets)
 
 
-def feature_bags(name: str, items: Sequence[BagItem], draws: Draws = Draws()) -> FeatureBags:
+def feature_bags(name: str, items: Sequence[BagItem], draws: Draws = Draws()) -> FeatureBagSource:
     """Bags of these slides. The first is read for the length of its vectors. Raises InputError, StorageError."""
     check_ids(name, [item.id for item in items])
     if not items:
         raise InputError(f"data '{name}': no slide with features: run wsi-mmm embed first")
     width = read_item(items[0]).vectors.shape[1]
-    return FeatureBags(name, _task_names(items), _repeat_index(items, draws.times), tuple(items), draws, width)
+    return FeatureBagSource(name, _task_names(items), _repeat_index(items, draws.times), tuple(items), draws, width)
 
 
 def bags_of_table(table: SlideTable, pattern: str, *, labels: I32 | None = None, needed: bool = True) -> list[BagItem]:
@@ -124,13 +124,13 @@ def bags_of_table(table: SlideTable, pattern: str, *, labels: I32 | None = None,
 
 
 def _task_names(items: Sequence[BagItem] | Sequence[SlideItem]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(task for item in items for task in item.truths))
+    return tuple(dict.fromkeys(task for item in items for task in item.targets))
 
 
-def _repeat_index(items: Sequence[BagItem] | Sequence[SlideItem], times: int) -> Index:
+def _repeat_index(items: Sequence[BagItem] | Sequence[SlideItem], times: int) -> ItemIndex:
     keys = [item.id if times == 1 else f"{item.id}#{time}" for item in items for time in range(times)]
     groups = [item.group or item.id for item in items for _ in range(times)]
-    return Index(keys, groups, np.repeat(np.array([item.label for item in items], np.int32), times))
+    return ItemIndex(keys, groups, np.repeat(np.array([item.label for item in items], np.int32), times))
 
 
 # ---------------------------------------------------------------- files of features
@@ -212,9 +212,9 @@ def _read_block_records(uri: str) -> tuple[I64, set[tuple[int, int]]]:
     packed, failed = [], set()
     for place in store.list_uris(store.join(uri, "receipts")):
         try:
-            receipt = json.loads(store.read_bytes(place))
-            packed.append(np.frombuffer(bytes.fromhex(receipt["tiles"]), np.int32).reshape(-1, 2))
-            failed |= {(int(x), int(y)) for x, y, *_ in receipt.get("failed") or ()}
+            record = json.loads(store.read_bytes(place))
+            packed.append(np.frombuffer(bytes.fromhex(record["tiles"]), np.int32).reshape(-1, 2))
+            failed |= {(int(x), int(y)) for x, y, *_ in record.get("failed") or ()}
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{store.redact(place)} is damaged ({error}): run wsi-mmm embed again") from error
     every = np.concatenate(packed).astype(np.int64) if packed else np.zeros((0, 2), np.int64)
@@ -225,13 +225,13 @@ def _read_block_records(uri: str) -> tuple[I64, set[tuple[int, int]]]:
 
 
 @dataclass(frozen=True)
-class TileBags:
+class TileBagSource:
     """A Source of bags of tissue tiles: pixels uint8[k, size, size, 3] with level-0 ``xy``. ``corners`` by slide:
     int64[n, 2] target px of the tiles of ``tile`` px to draw from; ``scales``: level-0 px per target px."""
 
     name: str
     tasks: tuple[str, ...]
-    index: Index
+    index: ItemIndex
     items: Sequence[SlideItem]
     draws: Draws
     tile: int
@@ -268,12 +268,12 @@ class TileBags:
         if failed.all():
             return Sample(key, failed=f"{item.id}: none of its {len(failed)} tiles can be decoded")
         places = np.floor(tiles.xy[~failed] * self.scales[slide] + 0.5).astype(np.int64)
-        return Sample(key, pixels=pixels[~failed], xy=places, truths=item.truths)
+        return Sample(key, pixels=pixels[~failed], xy=places, targets=item.targets)
 
 
 def tile_bags(
-    name: str, items: Sequence[SlideItem], places: Places, draws: Draws, *, pool: SlidePool | None = None
-) -> TileBags:
+    name: str, items: Sequence[SlideItem], places: TileSampling, draws: Draws, *, pool: SlidePool | None = None
+) -> TileBagSource:
     """Bags of ``draws.most`` tissue tiles of each slide. Raises InputError for a slide without tissue, and what opening
     slides raises."""
     check_ids(name, [item.id for item in items])
@@ -292,4 +292,6 @@ def tile_bags(
         found = list(threads.map(look, items))
     corners, scales, remote = [one[0] for one in found], [one[1] for one in found], any(one[2] for one in found)
     index = _repeat_index(items, draws.times)
-    return TileBags(name, _task_names(items), index, tuple(items), draws, places.tile, corners, scales, pool, remote)
+    return TileBagSource(
+        name, _task_names(items), index, tuple(items), draws, places.tile, corners, scales, pool, remote
+    )

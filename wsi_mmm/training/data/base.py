@@ -21,7 +21,7 @@ FetchedItems = Mapping[int, Fetched | None]
 @dataclass(frozen=True, slots=True)
 class Sample:
     """An item as read. ``pixels`` uint8[h, w, 3] RGB; of a bag of tiles uint8[k, s, s, 3]; of a bag of features None
-    and ``vectors`` float32[k, D]. ``xy`` int64[k, 2]: level-0 px of a bag's tiles. ``truths``: task name -> truth in
+    and ``vectors`` float32[k, D]. ``xy`` int64[k, 2]: level-0 px of a bag's tiles. ``targets``: task name -> target in
     this sample's own px; a task that is absent knows nothing of it. ``failed``: why it could not be read ("" when it
     could): it is left out of the batch and counted, never trained on as white."""
 
@@ -29,13 +29,13 @@ class Sample:
     pixels: U8 | None = None
     vectors: F32 | None = None
     xy: I64 | None = None
-    truths: Mapping[str, Target] = field(default_factory=dict)
+    targets: Mapping[str, Target] = field(default_factory=dict)
     failed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
-    """What is known of n items without reading them: ``keys`` (unique), ``groups`` (patient or slide: never divided
+class ItemIndex:
+    """Facts about n items that need no reading: ``keys`` (unique), ``groups`` (patient or slide: never divided
     between splits), ``labels`` int32[n] the class that balancing and stratifying go by (-1: none)."""
 
     keys: Sequence[str]
@@ -46,7 +46,7 @@ class Index:
         return len(self.keys)
 
 
-class Source(Protocol):
+class DataSource(Protocol):
     """One data set. Thread-safe; holds no open files that a fork could share."""
 
     @property
@@ -54,7 +54,7 @@ class Source(Protocol):
         """Its name in the configuration."""
 
     @property
-    def index(self) -> Index:
+    def index(self) -> ItemIndex:
         """Its items."""
 
     @property
@@ -63,13 +63,13 @@ class Source(Protocol):
 
     def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
         """These items, in this order. Sources that cut pictures out of slides or larger images give ``size`` px
-        squares round the item (its place may lie nearer to the edge: then white, truth unknown, beyond it); whole
+        squares round the item (its place may lie nearer to the edge: then white, target unknown, beyond it); whole
         images are given whole. Raises StorageError or InputError only when going on is pointless."""
 
 
 @runtime_checkable
-class SlideSource(Source, Protocol):
-    """A Source that reads tiles of slides, so that bytes can be fetched before they are decoded."""
+class SlideSource(DataSource, Protocol):
+    """A DataSource that reads tiles of slides, so that bytes can be fetched before they are decoded."""
 
     @property
     def remote(self) -> bool:

@@ -34,7 +34,7 @@ class Rule:
     any_case: bool = False
 
     def fits(self, name: str | None) -> bool:
-        """Whether this rule decides about ``name`` (None: an object without a class)."""
+        """Return whether this rule decides about ``name`` (None: an object without a class)."""
         if name is None or self.how == "unnamed":
             return name is None and self.how == "unnamed"
         if self.how == "regex":
@@ -45,8 +45,8 @@ class Rule:
     @property
     def words(self) -> str:
         """For reports."""
-        case = " (any case)" if self.any_case else ""
-        return "unnamed" if self.how == "unnamed" else f"{self.how} {self.pattern!r}{case}"
+        letters = " (any case)" if self.any_case else ""
+        return "unnamed" if self.how == "unnamed" else f"{self.how} {self.pattern!r}{letters}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def same_names(labels: Sequence[str]) -> Buckets:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What becomes of the objects of one class of one slide. ``area`` level-0 px²; ``area_mm2`` None where the
+    """The outcome for the objects of one class of one slide. ``area`` level-0 px²; ``area_mm2`` None where the
     slide's resolution is not known; points count as objects without area. ``rule``: "" when none fits."""
 
     slide: str
@@ -122,7 +122,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class DryRun:
+class BucketReport:
     """Every class of every slide, and what a table does with it. ``skipped``: objects that are no polygon (points
     included), ``repaired``: invalid polygons, by slide."""
 
@@ -171,8 +171,9 @@ class DryRun:
         return "\n".join([*_align_columns(rows), "", *end])
 
 
-def dry_run(buckets: Buckets, slides: Iterable[tuple[str, Shapes, float | None]]) -> DryRun:
-    """What ``buckets`` would make of slides: (id, what its files hold, mpp or None). Nothing is read or written."""
+def dry_run(buckets: Buckets, slides: Iterable[tuple[str, Shapes, float | None]]) -> BucketReport:
+    """Report how ``buckets`` would sort the objects of slides: (id, shapes, mpp or None). Nothing is read or
+    written."""
     lines: list[Line] = []
     skipped, repaired = {}, {}
     for slide, shapes, mpp in slides:
@@ -184,7 +185,7 @@ def dry_run(buckets: Buckets, slides: Iterable[tuple[str, Shapes, float | None]]
         names = sorted(found, key=lambda name: (name is None, name or ""))
         lines += [_class_row(buckets, slide, name, areas=found[name], mpp=mpp) for name in names]
         skipped[slide], repaired[slide] = shapes.skipped, shapes.repaired
-    return DryRun(tuple(lines), skipped, repaired)
+    return BucketReport(tuple(lines), skipped, repaired)
 
 
 def _class_row(buckets: Buckets, slide: str, name: str | None, *, areas: list[float], mpp: float | None) -> Line:

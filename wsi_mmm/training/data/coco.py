@@ -12,10 +12,10 @@ import numpy as np
 
 from wsi_mmm.errors import InputError, MissingPackage
 from wsi_mmm.storage import store
-from wsi_mmm.storage.limits import parsed_json
+from wsi_mmm.storage.limits import parse_json
 from wsi_mmm.tasks.targets import Boxes, Target
-from wsi_mmm.training.data.base import Index
-from wsi_mmm.training.data.images import MAX_PX, MAX_SIDE, Origin, Pictures, read_image
+from wsi_mmm.training.data.base import ItemIndex
+from wsi_mmm.training.data.images import MAX_PX, MAX_SIDE, ImageItems, Origin, read_image
 from wsi_mmm.types import I32
 
 
@@ -28,7 +28,7 @@ def coco(
     kind: str,
     classes: Sequence[str],
     categories: Mapping[str, str] | None = None,
-) -> Pictures:
+) -> ImageItems:
     """Pictures listed in a COCO JSON, for `detect` (boxes) or `instances` (outlines; all classes as one).
 
     ``categories``: COCO category -> class ("": left out); None: those of equal name. Crowd regions are unknown areas.
@@ -45,12 +45,12 @@ def coco(
     found = [by_picture[p.get("id")] for p in pictures]
     labels = [_most_common_class(numbers, some) for some in found]
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
+    def targets(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {task: boxes(found[n], numbers, shape) if kind == "detect" else outlines(found[n], shape)}
 
-    index = Index(keys, origin.groups(keys), np.array(labels, np.int32))
-    return Pictures(
-        origin.name, (task,), index, lambda n: read_image(store.join(images, keys[n])), truths, origin.factor
+    index = ItemIndex(keys, origin.groups(keys), np.array(labels, np.int32))
+    return ImageItems(
+        origin.name, (task,), index, lambda n: read_image(store.join(images, keys[n])), targets, origin.factor
     )
 
 
@@ -108,7 +108,7 @@ def _import_pycocotools() -> Any:
 
 
 def _parse_coco(uri: str) -> dict[str, Any]:
-    root = parsed_json(store.read_bytes(uri), store.redact(uri))
+    root = parse_json(store.read_bytes(uri), store.redact(uri))
     lists = isinstance(root, dict) and all(
         isinstance(root.get(k), list) for k in ("images", "annotations", "categories")
     )

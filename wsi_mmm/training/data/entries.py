@@ -11,16 +11,16 @@ from wsi_mmm.errors import ConfigError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data import folders, volumes
-from wsi_mmm.training.data.base import Index, Source
+from wsi_mmm.training.data.base import DataSource, ItemIndex
 from wsi_mmm.training.data.coco import coco
-from wsi_mmm.training.data.entry import Entry, Part, Place
+from wsi_mmm.training.data.entry import ConfigTable, DataContext, DatasetEntry
 from wsi_mmm.training.data.images import Origin
-from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, Slides, TileBags
+from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, SlidesEntry, TileBags
 from wsi_mmm.training.data.split import parts_by_pattern
 from wsi_mmm.training.data.tables import TableTask, read_table, slide_table
 
 
-class Pictured(Entry):
+class Pictured(DatasetEntry):
     """Folders of pictures. ``mpp`` of the files: they are scaled to the model's (None: taken as they are).
 
     ``group``: a regular expression with one group that finds the patient or slide in a path. ``part``: one that finds
@@ -37,15 +37,15 @@ class Pictured(Entry):
         """Names of the tasks it is of."""
         return (self.task,)
 
-    def origin(self, place: Place) -> Origin:
+    def origin(self, place: DataContext) -> Origin:
         """See `Origin`."""
         return Origin(self.name, self.group, 1.0 if self.mpp is None else self.mpp / place.mpp)
 
-    def fixed(self, index: Index) -> dict[str, str]:
+    def fixed(self, index: ItemIndex) -> dict[str, str]:
         """Group -> train, val or test, as ``part`` finds it in paths. ConfigError: no such word, a divided group."""
         return {} if self.part is None else parts_by_pattern(index, self.part, self.name)
 
-    def card(self, place: Place, *kinds: str) -> TaskCard:
+    def card(self, place: DataContext, *kinds: str) -> TaskCard:
         """The card of the task. ConfigError when it is of no kind that this data set is for."""
         card = place.tasks[self.task]
         if card.kind not in kinds:
@@ -60,7 +60,7 @@ class ClassFolders(Pictured):
     path: str
     folders: dict[str, str] = Field(default_factory=dict)
 
-    def open(self, place: Place) -> Source:
+    def open(self, place: DataContext) -> DataSource:
         """The source."""
         classes = self.card(place, "classify").classes
         return folders.class_folders(
@@ -76,7 +76,7 @@ class ImageMasks(Pictured):
     masks: str
     values: dict[int, str] | None = None
 
-    def open(self, place: Place) -> Source:
+    def open(self, place: DataContext) -> DataSource:
         """The source."""
         card = self.card(place, "segment", "multisegment")
         if card.kind == "multisegment":
@@ -96,7 +96,7 @@ class ImageInstances(Pictured):
     images: str
     labels: str
 
-    def open(self, place: Place) -> Source:
+    def open(self, place: DataContext) -> DataSource:
         """The source."""
         self.card(place, "instances")
         return folders.image_instances(self.origin(place), self.images, self.labels, task=self.task)
@@ -110,7 +110,7 @@ class Coco(Pictured):
     annotations: str
     categories: dict[str, str] = Field(default_factory=dict)
 
-    def open(self, place: Place) -> Source:
+    def open(self, place: DataContext) -> DataSource:
         """The source."""
         card = self.card(place, "detect", "instances")
         return coco(
@@ -119,7 +119,7 @@ class Coco(Pictured):
         )  # fmt: skip
 
 
-class Nifti(Entry):
+class Nifti(DatasetEntry):
     """Slices of NIfTI volumes, and label volumes of the same names. ``window``: values shown black and white."""
 
     kind: Literal["nifti"]
@@ -135,18 +135,18 @@ class Nifti(Entry):
         """Names of the tasks it is of."""
         return (self.task,)
 
-    def open(self, place: Place) -> Source:
+    def open(self, place: DataContext) -> DataSource:
         """The source."""
         card = place.tasks[self.task]
         return volumes.nifti_slices(
             self.name, self.images, self.labels, task=self.task, axis=self.axis,
             values=None if self.values is None else _class_indices(self.name, self.values, card),
-            window=volumes.AUTO if self.window is None else volumes.Window(*self.window),
+            window=volumes.AUTO if self.window is None else volumes.IntensityWindow(*self.window),
         )  # fmt: skip
 
 
-class PatientTable(Part):
-    """What is known of patients: a row each, whose name is in column ``patient``. Otherwise as a table of slides."""
+class PatientTable(ConfigTable):
+    """A table with one row per patient, named in column ``patient``. Otherwise as a table of slides."""
 
     table: str
     patient: str = "patient"
@@ -154,16 +154,16 @@ class PatientTable(Part):
     values: dict[str, str] = Field(default_factory=dict)
     separator: str = ";"
 
-    def truths(self, card: TaskCard) -> dict[str, Target]:
-        """Patient -> the truth of the task. ManifestError names a wrong row."""
+    def targets(self, card: TaskCard) -> dict[str, Target]:
+        """Patient -> the target of the task. ManifestError names a wrong row."""
         task = TableTask(card.name, card.kind, self.columns, card.classes, self.values, self.separator)
         found = slide_table(read_table(self.table), [task], slide=self.patient)
-        return dict(zip(found.slides, found.truths[card.name], strict=True))
+        return dict(zip(found.slides, found.targets[card.name], strict=True))
 
 
-class Dicom(Entry):
+class Dicom(DatasetEntry):
     """DICOM files below ``images``, a slice each, grouped by the patient that they name. ``patients``: what is known of
-    these (none: a task without truth). ``window``: values shown black and white (none: as the file says)."""
+    these (none: a task without target). ``window``: values shown black and white (none: as the file says)."""
 
     kind: Literal["dicom"]
     task: str
@@ -176,10 +176,10 @@ class Dicom(Entry):
         """Names of the tasks it is of."""
         return (self.task,)
 
-    def open(self, place: Place) -> Source:
+    def open(self, place: DataContext) -> DataSource:
         """The source."""
-        known = None if self.patients is None else self.patients.truths(place.tasks[self.task])
-        window = volumes.AUTO if self.window is None else volumes.Window(*self.window)
+        known = None if self.patients is None else self.patients.targets(place.tasks[self.task])
+        window = volumes.AUTO if self.window is None else volumes.IntensityWindow(*self.window)
         label = None if known is None else known.get
         return volumes.dicom_slices(self.name, self.images, task=self.task, label=label, window=window)
 
@@ -193,6 +193,15 @@ def _class_indices(name: str, values: Mapping[int, str], card: TaskCard) -> dict
 
 
 DataEntry = Annotated[
-    ClassFolders | ImageMasks | ImageInstances | Coco | Nifti | Dicom | Slides | SlideLabels | TileBags | FeatureBags,
+    ClassFolders
+    | ImageMasks
+    | ImageInstances
+    | Coco
+    | Nifti
+    | Dicom
+    | SlidesEntry
+    | SlideLabels
+    | TileBags
+    | FeatureBags,
     Field(discriminator="kind"),
 ]

@@ -1,4 +1,4 @@
-"""What every data set in a configuration has, and what opening one needs to know."""
+"""Keys that every data set of a configuration has, and the facts that opening one needs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def each_by_itself(words: Sequence[str]) -> list[tuple[str, str, float | None]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """What opening needs to know of the training: its tasks, and the model's mpp and tile size."""
+class DataContext:
+    """Facts of the training that opening a data set needs: its tasks, and the model's mpp and tile size."""
 
     tasks: Mapping[str, TaskCard]
     mpp: float
@@ -29,14 +29,15 @@ class Place:
     expand: Expand = each_by_itself
 
 
-class Part(BaseModel):
+class ConfigTable(BaseModel):
     """A table of a configuration; what it does not know is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class Entry(Part):
-    """What every data set has. ``batch``: items of a micro-batch; ``weight``: how often it comes (see sampling)."""
+class DatasetEntry(ConfigTable):
+    """Keys that every data set has. ``batch``: items of a micro-batch; ``weight``: how often it comes (see
+    sampling)."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
     batch: int = Field(default=8, ge=1)

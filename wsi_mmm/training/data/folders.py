@@ -10,8 +10,8 @@ import numpy as np
 from wsi_mmm.errors import InputError
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
-from wsi_mmm.training.data.base import Index
-from wsi_mmm.training.data.images import Origin, Pictures, below, pictures_below, read_image, read_labels
+from wsi_mmm.training.data.base import ItemIndex
+from wsi_mmm.training.data.images import ImageItems, Origin, below, pictures_below, read_image, read_labels
 from wsi_mmm.types import I32
 
 LABEL_ENDINGS = (".png", ".tif", ".tiff", ".npy", ".bmp")
@@ -26,7 +26,7 @@ def class_folders(
     task: str,
     classes: Sequence[str],
     folders: Mapping[str, str] | None = None,
-) -> Pictures:
+) -> ImageItems:
     """``<root>/**/<folder>/**/picture``: the first folder of a path that is a class or is mapped to one by ``folders``
     ("": left out), so that ``train/<class>/picture`` is understood, too.
 
@@ -51,8 +51,8 @@ def class_folders(
     bare = [c for i, c in enumerate(classes) if not (numbers == i).any()]
     if bare:
         raise InputError(f"data '{origin.name}': no picture of class {bare[0]!r} below {store.redact(root)}")
-    index = Index(keys, origin.groups(keys), numbers)
-    return Pictures(
+    index = ItemIndex(keys, origin.groups(keys), numbers)
+    return ImageItems(
         origin.name, (task,), index, lambda n: read_image(uris[n]), lambda n, _: {task: int(numbers[n])}, origin.factor,
     )  # fmt: skip
 
@@ -65,7 +65,7 @@ def image_masks(
     task: str,
     values: Mapping[int, int] | None = None,
     classes: int,
-) -> Pictures:
+) -> ImageItems:
     """Pictures below ``images`` with a label image of the same relative path and stem below ``masks``, for `segment`.
 
     ``values``: px value -> class index (-1: unknown); None: the value is the class, 255 unknown. Values that mean
@@ -74,10 +74,10 @@ def image_masks(
     pairs = _match_files(origin, images, masks)
     table = dict(values) if values is not None else {**{i: i for i in range(classes)}, IGNORE: -1}
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
+    def targets(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {task: mapped(_read_labels(pairs[n][1], shape), table, pairs[n][1])}
 
-    return _paired_images(origin, images, pairs, task=task, truths=truths)
+    return _paired_images(origin, images, pairs, task=task, targets=targets)
 
 
 def image_class_masks(
@@ -87,7 +87,7 @@ def image_class_masks(
     *,
     task: str,
     classes: Sequence[str],
-) -> Pictures:
+) -> ImageItems:
     """Pictures below ``images`` and, per class, masks below ``<masks>/<class>``, for `multisegment`: above 0 is 1, 255
     in a mask that also holds 1 is unknown. A class without a mask of a picture is unknown there."""
     uris = pictures_below(images)
@@ -97,7 +97,7 @@ def image_class_masks(
             f"data '{origin.name}': no masks below {store.redact(masks)}/<class>; classes: {', '.join(classes)}"
         )
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
+    def targets(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         out = np.full((len(classes), *shape), -1, np.int8)
         for k, found in enumerate(by_class):
             uri = found.get(_path_stem(below(images, uris[n])))
@@ -109,17 +109,17 @@ def image_class_masks(
         return {task: out}
 
     pairs = [(uri, "") for uri in uris]
-    return _paired_images(origin, images, pairs, task=task, truths=truths)
+    return _paired_images(origin, images, pairs, task=task, targets=targets)
 
 
-def image_instances(origin: Origin, images: str, labels: str, *, task: str) -> Pictures:
+def image_instances(origin: Origin, images: str, labels: str, *, task: str) -> ImageItems:
     """Pictures below ``images`` with an instance image (0 background, a number per object) below ``labels``."""
     pairs = _match_files(origin, images, labels)
 
-    def truths(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
+    def targets(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {task: _read_labels(pairs[n][1], shape)}
 
-    return _paired_images(origin, images, pairs, task=task, truths=truths)
+    return _paired_images(origin, images, pairs, task=task, targets=targets)
 
 
 def mapped(values: I32, table: Mapping[int, int], uri: str) -> I32:
@@ -138,11 +138,11 @@ def _paired_images(
     pairs: Sequence[tuple[str, str]],
     *,
     task: str,
-    truths: Callable[[int, tuple[int, int]], Mapping[str, Target]],
-) -> Pictures:
+    targets: Callable[[int, tuple[int, int]], Mapping[str, Target]],
+) -> ImageItems:
     keys = [below(root, image) for image, _ in pairs]
-    index = Index(keys, origin.groups(keys), np.full(len(keys), -1, np.int32))
-    return Pictures(origin.name, (task,), index, lambda n: read_image(pairs[n][0]), truths, origin.factor)
+    index = ItemIndex(keys, origin.groups(keys), np.full(len(keys), -1, np.int32))
+    return ImageItems(origin.name, (task,), index, lambda n: read_image(pairs[n][0]), targets, origin.factor)
 
 
 def _match_files(origin: Origin, images: str, labels: str) -> list[tuple[str, str]]:

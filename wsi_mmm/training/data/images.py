@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from wsi_mmm.errors import InputError, StorageError, WsiError
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
-from wsi_mmm.training.data.base import Index, Sample
+from wsi_mmm.training.data.base import ItemIndex, Sample
 from wsi_mmm.types import I32, U8
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -28,7 +28,7 @@ MAX_SIDE = 1 << 15
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What every folder of pictures has: the data set's ``name``; ``group``, a regular expression whose first group,
+    """Common facts of a folder of images: the data set's ``name``; ``group``, a regular expression whose first group,
     found in the path of a picture, names its patient or slide (None: every picture is by itself); ``factor``: px of
     the model's resolution per px of the files (their mpp / the model's mpp)."""
 
@@ -52,18 +52,18 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A Source of whole pictures. ``image``: item -> uint8[h, w, 3]; ``truths``: item, (h, w) -> truth by task.
+class ImageItems:
+    """A Source of whole pictures. ``image``: item -> uint8[h, w, 3]; ``targets``: item, (h, w) -> target by task.
 
     Both may raise InputError or StorageError: then the item is a failed sample. ``factor``: px of the model's
-    resolution per px of the file; pixels and truth are resampled by it.
+    resolution per px of the file; pixels and target are resampled by it.
     """
 
     name: str
     tasks: tuple[str, ...]
-    index: Index
+    index: ItemIndex
     image: Callable[[int], U8]
-    truths: Callable[[int, tuple[int, int]], Mapping[str, Target]]
+    targets: Callable[[int, tuple[int, int]], Mapping[str, Target]]
     factor: float = 1.0
 
     def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
@@ -74,13 +74,13 @@ class Pictures:
         key = self.index.keys[number]
         try:
             pixels = self.image(number)
-            truths = self.truths(number, (pixels.shape[0], pixels.shape[1]))
+            targets = self.targets(number, (pixels.shape[0], pixels.shape[1]))
         except WsiError as error:
             return Sample(key, failed=str(error))
         if self.factor != 1.0:
             pixels = resampled(pixels, self.factor)
-            truths = {task: resampled_truth(truth, self.factor) for task, truth in truths.items()}
-        return Sample(key, pixels, truths=truths)
+            targets = {task: resample_target(target, self.factor) for task, target in targets.items()}
+        return Sample(key, pixels, targets=targets)
 
 
 def resampled(pixels: U8, factor: float) -> U8:
@@ -90,18 +90,18 @@ def resampled(pixels: U8, factor: float) -> U8:
     return np.asarray(Image.fromarray(pixels).resize(size, method))
 
 
-def resampled_truth(truth: Target, factor: float) -> Target:
+def resample_target(target: Target, factor: float) -> Target:
     """Label images int[..., h, w] by nearest neighbour, boxes by arithmetic; what has no place stays as it is."""
     from wsi_mmm.tasks.targets import Boxes
 
-    if isinstance(truth, Boxes):
-        height, width = (max(1, round(side * factor)) for side in (truth.height, truth.width))
-        by = np.array([width / truth.width, height / truth.height] * 2, np.float32)
-        return Boxes(truth.xyxy * by, truth.labels, height, width)
-    if not isinstance(truth, np.ndarray) or truth.ndim < 2:
-        return truth
-    rows, columns = (_nearest_index(side, max(1, round(side * factor))) for side in truth.shape[-2:])
-    return np.ascontiguousarray(truth[..., rows[:, None], columns])
+    if isinstance(target, Boxes):
+        height, width = (max(1, round(side * factor)) for side in (target.height, target.width))
+        by = np.array([width / target.width, height / target.height] * 2, np.float32)
+        return Boxes(target.xyxy * by, target.labels, height, width)
+    if not isinstance(target, np.ndarray) or target.ndim < 2:
+        return target
+    rows, columns = (_nearest_index(side, max(1, round(side * factor))) for side in target.shape[-2:])
+    return np.ascontiguousarray(target[..., rows[:, None], columns])
 
 
 def _nearest_index(side: int, wanted: int) -> npt.NDArray[np.int64]:

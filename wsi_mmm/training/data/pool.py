@@ -61,7 +61,7 @@ class SlidePool:
 
     @contextmanager
     def reader(self, uri: str, mpp: float | None, tiles: Tiles) -> Iterator[Reader]:
-        """What reads ``tiles`` of the slide: its reader, or the tile cache in front of it. On the first call for a
+        """The reader of ``tiles`` of the slide: its reader, or the tile cache in front of it. On the first call for a
         slide and scale a few of them are read to measure which. Raises as `slide` does, and OutputError."""
         held = self._take((uri, mpp))
         try:
@@ -73,7 +73,7 @@ class SlidePool:
             self._give_back(held)
 
     def words(self) -> list[str]:
-        """What was measured and chosen, for reports: a line per slide."""
+        """The choices made by measurement, for reports: a line per slide."""
         with self._lock:
             return [f"{store.redact(uri)}: {choice.words}" for (uri, _, _), choice in sorted(self._choices.items())]
 

@@ -24,7 +24,7 @@ _SPECK = 4.0  # px²: larger shapes always hold the centre of a px, unless they 
 
 
 @dataclass(frozen=True, slots=True)
-class Squares:
+class PixelGrids:
     """n squares of ``side`` x ``side`` px whose corners lie at target px ``xy`` int64[n, 2] (x, y). A px is ``step``
     target px wide (1 for pictures, more for measuring areas); ``scale``: level-0 px per target px."""
 
@@ -40,34 +40,35 @@ class Squares:
         scale = (self.scale_x, self.scale_y)
         return np.concatenate([low * scale, (low + self.side * self.step) * scale], axis=1)
 
-    def part(self, some: slice) -> Squares:
+    def part(self, some: slice) -> PixelGrids:
         """Some of them."""
-        return Squares(self.xy[some], self.side, self.scale_x, self.scale_y, self.step)
+        return PixelGrids(self.xy[some], self.side, self.scale_x, self.scale_y, self.step)
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
     """p times "this shape touches the extent of this square", by square, and in a square in the order of painting."""
 
-    square: I64
+    grid: I64
     shape: I64
 
     def part(self, some: slice | Mask) -> Pairs:
         """Some of them."""
-        return Pairs(self.square[some], self.shape[some])
+        return Pairs(self.grid[some], self.shape[some])
 
 
-def pairs_of(index: ShapeIndex, squares: Squares, wanted: Mask, order: I64) -> Pairs:
-    """Which of the shapes ``wanted`` bool[n] touch which square; what has a higher ``order`` int64[n] comes later."""
-    square, shape = index.touching(squares.boxes())
+def pairs_of(index: ShapeIndex, grids: PixelGrids, wanted: Mask, ranking: I64) -> Pairs:
+    """Pair the shapes ``wanted`` bool[n] with the grids they touch; shapes of a higher ``ranking`` int64[n] come
+    later."""
+    grid, shape = index.touching(grids.boxes())
     keep = wanted[shape]
-    square, shape = square[keep], shape[keep]
-    turn = np.lexsort((order[shape], square))
-    return Pairs(square[turn], shape[turn])
+    grid, shape = grid[keep], shape[keep]
+    turn = np.lexsort((ranking[shape], grid))
+    return Pairs(grid[turn], shape[turn])
 
 
 def paint(
-    canvas: npt.NDArray[Any], index: ShapeIndex, squares: Squares, pairs: Pairs, values: npt.NDArray[Any]
+    canvas: npt.NDArray[Any], index: ShapeIndex, grids: PixelGrids, pairs: Pairs, values: npt.NDArray[Any]
 ) -> None:
     """Write ``values`` [p] into ``canvas`` [n, side, side] where a pair's shape is, later pairs over earlier ones.
 
@@ -76,8 +77,8 @@ def paint(
     flat = canvas.reshape(-1)
     for some in _pair_chunks(index, pairs):
         part = pairs.part(some)
-        pair, row, first, stop = _pixel_spans(index, squares, part)
-        begin = (part.square[pair] * squares.side + row) * squares.side + first
+        pair, row, first, stop = _pixel_spans(index, grids, part)
+        begin = (part.grid[pair] * grids.side + row) * grids.side + first
         flat[_expand_runs(begin, stop - first)] = np.repeat(values[some][pair], stop - first)
 
 
@@ -91,18 +92,18 @@ def _pair_chunks(index: ShapeIndex, pairs: Pairs) -> Iterator[slice]:
         begin = end
 
 
-def _pixel_spans(index: ShapeIndex, squares: Squares, pairs: Pairs) -> tuple[I64, I64, I64, I64]:
+def _pixel_spans(index: ShapeIndex, grids: PixelGrids, pairs: Pairs) -> tuple[I64, I64, I64, I64]:
     """(pair, row, first column, column after the last) of every run of px, by pair."""
-    crossings = _line_crossings(index, squares, pairs)
-    side = squares.side
+    crossings = _line_crossings(index, grids, pairs)
+    side = grids.side
     crossings.sort()  # pair, then row, then column: every second one is a way out
     line, column = np.divmod(crossings.reshape(-1, 2), side + 1)
     keep = column[:, 0] < column[:, 1]
     line, column = line[keep, 0], column[keep]
     pair, row, first, stop = line // side, line % side, column[:, 0], column[:, 1]
-    if squares.step != 1.0:
+    if grids.step != 1.0:
         return pair, row, first, stop
-    specks = _tiny_shapes(index, squares, pairs)
+    specks = _tiny_shapes(index, grids, pairs)
     if not len(specks[0]):
         return pair, row, first, stop
     pair, row, first = (np.concatenate(both) for both in zip((pair, row, first), specks, strict=True))
@@ -111,23 +112,23 @@ def _pixel_spans(index: ShapeIndex, squares: Squares, pairs: Pairs) -> tuple[I64
     return pair[turn], row[turn], first[turn], stop[turn]
 
 
-def _line_crossings(index: ShapeIndex, squares: Squares, pairs: Pairs) -> I64:
+def _line_crossings(index: ShapeIndex, grids: PixelGrids, pairs: Pairs) -> I64:
     """Where outlines cross lines through px centres: (pair * side + row) * (side + 1) + column of the first px whose
     centre is not left of it, columns cut to 0..side."""
-    side, step = squares.side, squares.step
+    side, step = grids.side, grids.step
     counts = index.start[pairs.shape + 1] - index.start[pairs.shape]
     vertex = _expand_runs(index.start[pairs.shape], counts)
     pair = np.repeat(np.arange(len(counts)), counts)
     keep = ~index.closing[vertex]
     vertex, pair = vertex[keep], pair[keep]
-    per_px = 1.0 / np.array([squares.scale_x * step, squares.scale_y * step])
+    per_px = 1.0 / np.array([grids.scale_x * step, grids.scale_y * step])
     a, b = index.xy[vertex] * per_px, index.xy[vertex + 1] * per_px
     down = (a[:, 1] <= b[:, 1])[:, None]
     a, b = np.where(down, a, b), np.where(down, b, a)  # the same edge of two shapes gives the same crossings
-    corner = squares.xy / step
+    corner = grids.xy / step
     whole = np.floor(corner)
     rest = corner - whole  # 0 where step is 1
-    at = pairs.square[pair]
+    at = pairs.grid[pair]
     top = np.clip(np.ceil(a[:, 1] - 0.5 - rest[at, 1]) - whole[at, 1], 0, side).astype(np.int64)
     end = np.clip(np.ceil(b[:, 1] - 0.5 - rest[at, 1]) - whole[at, 1], 0, side).astype(np.int64)
     edge = np.repeat(np.arange(len(top)), end - top)
@@ -139,28 +140,28 @@ def _line_crossings(index: ShapeIndex, squares: Squares, pairs: Pairs) -> I64:
     return np.asarray((pair[edge] * side + row) * (side + 1) + column, np.int64)
 
 
-def _tiny_shapes(index: ShapeIndex, squares: Squares, pairs: Pairs) -> tuple[I64, I64, I64]:
+def _tiny_shapes(index: ShapeIndex, grids: PixelGrids, pairs: Pairs) -> tuple[I64, I64, I64]:
     """(pair, row, column) of the px that stand for shapes without a px centre, where they lie in their square."""
-    per_px = 1.0 / np.array([squares.scale_x, squares.scale_y])
+    per_px = 1.0 / np.array([grids.scale_x, grids.scale_y])
     small = np.flatnonzero(index.areas[pairs.shape] * per_px.prod() < _SPECK)
     box = index.boxes[pairs.shape[small]]
     short = ((box[:, 2:] - box[:, :2]) * per_px <= _SLIVER).all(axis=1)
     small, box = small[short], box[short]
-    at = np.floor((box[:, :2] + box[:, 2:]) / 2 * per_px).astype(np.int64) - squares.xy[pairs.square[small]]
-    inside = ((at >= 0) & (at < squares.side)).all(axis=1)
+    at = np.floor((box[:, :2] + box[:, 2:]) / 2 * per_px).astype(np.int64) - grids.xy[pairs.grid[small]]
+    inside = ((at >= 0) & (at < grids.side)).all(axis=1)
     small, at = small[inside], at[inside]
-    empty = ~_holds_centre(index, squares, pairs.shape[small])
+    empty = ~_holds_centre(index, grids, pairs.shape[small])
     return small[empty], at[empty, 1], at[empty, 0]
 
 
-def _holds_centre(index: ShapeIndex, squares: Squares, shapes: I64) -> Mask:
+def _holds_centre(index: ShapeIndex, grids: PixelGrids, shapes: I64) -> Mask:
     """Which of these small shapes hold the centre of a px, wherever that is."""
     if not len(shapes):
         return np.zeros(0, bool)
-    per_px = 1.0 / np.array([squares.scale_x, squares.scale_y])
+    per_px = 1.0 / np.array([grids.scale_x, grids.scale_y])
     low = np.floor(index.boxes[shapes, :2] * per_px).astype(np.int64)
     side = int((np.ceil(index.boxes[shapes, 2:] * per_px).astype(np.int64) - low).max())
-    around = Squares(low, side, squares.scale_x, squares.scale_y)
+    around = PixelGrids(low, side, grids.scale_x, grids.scale_y)
     crossings = _line_crossings(index, around, Pairs(np.arange(len(shapes)), shapes))
     crossings.sort()
     line, column = np.divmod(crossings.reshape(-1, 2), side + 1)

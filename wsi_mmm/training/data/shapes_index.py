@@ -83,16 +83,16 @@ def packed_index(boxes: F64) -> Callable[[F64], tuple[I64, I64]]:
     size = np.frexp((boxes[:, 2:] - boxes[:, :2]).max(axis=1))[1] // 2
     slices = math.ceil(math.sqrt(count / _PACK))
     strip = np.argsort(np.argsort(x, kind="stable"), kind="stable") * slices // count
-    order = np.lexsort((y, strip, size))
+    ranking = np.lexsort((y, strip, size))
     starts = np.arange(0, count, _PACK)
-    low, high = np.minimum.reduceat(boxes[order, :2], starts), np.maximum.reduceat(boxes[order, 2:], starts)
+    low, high = np.minimum.reduceat(boxes[ranking, :2], starts), np.maximum.reduceat(boxes[ranking, 2:], starts)
     packs = box_index(np.concatenate([low, high], axis=1))
 
     def touching(asked: F64) -> tuple[I64, I64]:
         number, pack = packs(asked)
         place = (pack[:, None] * _PACK + np.arange(_PACK)).ravel()
         number = np.repeat(number, _PACK)[place < count]
-        found = order[place[place < count]]
+        found = ranking[place[place < count]]
         hit = (boxes[found, :2] <= asked[number, 2:]) & (boxes[found, 2:] >= asked[number, :2])
         keep = hit.all(axis=1)
         return number[keep], found[keep]
@@ -105,24 +105,24 @@ def packed_index(boxes: F64) -> Callable[[F64], tuple[I64, I64]]:
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """What a bucket table makes of the shapes of an index: ``code`` int32[n], the class index or the code of a bucket;
+    """The shapes of an index, sorted by a bucket table: ``code`` int32[n], the class index or the code of a bucket;
     ``order`` int64[n]: who lies on top of whom (higher: on top), all different."""
 
     code: I32
-    order: I64
+    ranking: I64
 
     @property
     def has_use(self) -> bool:
-        """Whether the annotator drew use-regions."""
+        """True when the annotator drew use-regions."""
         return bool((self.code == CODES[USE]).any())
 
 
 def encode(index: ShapeIndex, buckets: Buckets) -> Coding:
     """Apply a table: earlier rules on top, among equals what comes later in the file."""
     placed = np.array([buckets.place(name) for name in index.names], np.int64).reshape(-1, 2)[index.name_of]
-    order = np.empty(len(index), np.int64)
-    order[np.lexsort((np.arange(len(index)), -placed[:, 1]))] = np.arange(len(index))
-    return Coding(placed[:, 0].astype(np.int32), order)
+    ranking = np.empty(len(index), np.int64)
+    ranking[np.lexsort((np.arange(len(index)), -placed[:, 1]))] = np.arange(len(index))
+    return Coding(placed[:, 0].astype(np.int32), ranking)
 
 
 def painted(code: I32) -> Mask:

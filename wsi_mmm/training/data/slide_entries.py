@@ -14,18 +14,18 @@ from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.tissue import MIN_TISSUE
 from wsi_mmm.training.data import bags, tables
-from wsi_mmm.training.data.base import Index, Source
-from wsi_mmm.training.data.buckets import Buckets, DryRun, How, Rule, same_names
-from wsi_mmm.training.data.entry import Entry, Part, Place
-from wsi_mmm.training.data.lessons import MAP_KINDS, PATCH_KINDS, Lesson
+from wsi_mmm.training.data.annotation_targets import MAP_KINDS, TILE_LEVEL_KINDS, AnnotationTarget
+from wsi_mmm.training.data.base import DataSource, ItemIndex
+from wsi_mmm.training.data.buckets import BucketReport, Buckets, How, Rule, same_names
+from wsi_mmm.training.data.entry import ConfigTable, DataContext, DatasetEntry
 from wsi_mmm.training.data.pool import SlidePool
-from wsi_mmm.training.data.slides import Places, SlideItem, beside, dry_run_slides, slide_tiles, slides_of_table
+from wsi_mmm.training.data.slides import SlideItem, TileSampling, beside, dry_run_slides, slide_tiles, slides_of_table
 from wsi_mmm.training.data.split import PARTS, split_by_column
 from wsi_mmm.training.data.tables import SlideTable, TableTask, balance_labels
 from wsi_mmm.types import I32
 
 
-class Bucket(Part):
+class Bucket(ConfigTable):
     """A rule: class names that fit ``pattern`` get ``label``: a class of the task, or "ignore", "drop" or "use"."""
 
     label: str
@@ -34,9 +34,9 @@ class Bucket(Part):
     any_case: bool = False
 
 
-class TaskOfShapes(Part):
-    """What a task learns from annotations; see `Lesson`. ``buckets`` in order, the first that fits decides (none: class
-    names are those of the task); ``unmatched``, ``unnamed``: where the rest goes."""
+class TaskOfShapes(ConfigTable):
+    """The targets of a task in annotations; see `AnnotationTarget`. ``buckets`` in order, the first that fits decides
+    (none: class names are those of the task); ``unmatched``, ``unnamed``: where the rest goes."""
 
     buckets: tuple[Bucket, ...] = ()
     unmatched: str = "ignore"
@@ -47,18 +47,18 @@ class TaskOfShapes(Part):
     min_visible: float = Field(default=0.3, ge=0, le=1)
     values: tuple[str, ...] = ()
 
-    def lesson(self, card: TaskCard) -> Lesson:
+    def spec(self, card: TaskCard) -> AnnotationTarget:
         """The lesson of the task ``card``. ConfigError for a kind that learns nothing from shapes."""
         rules = tuple(Rule(b.label, b.pattern, b.how, b.any_case) for b in self.buckets)
         named = same_names(card.classes)
         buckets = Buckets(card.classes, rules or named.rules, self.unmatched, self.unnamed)
-        return Lesson(
+        return AnnotationTarget(
             card.name, card.kind, buckets, background=self.background, complete=self.complete,
             min_share=self.min_share, min_visible=self.min_visible, values=self.values,
         )  # fmt: skip
 
 
-class Tiled(Entry):
+class Tiled(DatasetEntry):
     """Tiles of slides. ``by`` "grid" or "objects"; ``per_slide``: at most so many; see `Places`. ``cache``: a folder or
     URI for decoded tiles, shared with runs; ``mpp_override``: what the slides' own px measure."""
 
@@ -71,9 +71,9 @@ class Tiled(Entry):
     mpp_override: float | None = Field(default=None, gt=0)
     cache: str | None = None
 
-    def places(self, place: Place) -> Places:
+    def places(self, place: DataContext) -> TileSampling:
         """See `Places`."""
-        return Places(
+        return TileSampling(
             place.mpp, place.size, self.stride, self.by, self.per_slide, self.min_tissue, self.seed, self.dot_um
         )
 
@@ -91,7 +91,7 @@ OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_as_list), WithJsonSchema
 """A word, or several."""
 
 
-class Slides(Tiled):
+class SlidesEntry(Tiled):
     """Slides with annotations, or their tissue.
 
     ``slides``: files, folders, patterns, prefixes, manifests, as `wsi-mmm run` takes them. ``task``: one or several, of
@@ -120,47 +120,49 @@ class Slides(Tiled):
         """Names of the tasks it is of."""
         return self.task
 
-    def items(self, place: Place) -> list[SlideItem]:
+    def items(self, place: DataContext) -> list[SlideItem]:
         """The slides with their annotation files."""
         specs = place.expand(self.slides)
         found = []
         for name, uri, mpp in specs:
-            notes = None if self.annotations is None else beside(uri, self.annotations, needed=self.needed)
-            if notes is None and self.annotations is not None:
+            annotation_file = None if self.annotations is None else beside(uri, self.annotations, needed=self.needed)
+            if annotation_file is None and self.annotations is not None:
                 continue
             known: Mapping[str, Target] = dict.fromkeys(self.task) if self.annotations is None else {}
-            found.append(SlideItem(name, uri, mpp or self.mpp_override, notes, self._matched_group(name), known))
+            found.append(
+                SlideItem(name, uri, mpp or self.mpp_override, annotation_file, self._matched_group(name), known)
+            )
         if not found:
             raise InputError(
                 f"data '{self.name}': none of its {len(specs)} slides has annotations at {self.annotations}"
             )
         return found
 
-    def lessons(self, place: Place) -> list[Lesson]:
-        """What each task learns; none without annotations."""
+    def specs(self, place: DataContext) -> list[AnnotationTarget]:
+        """The annotation target of each task; none without annotations."""
         for name in self.shapes:
             if name not in self.task:
                 raise ConfigError(f"data '{self.name}': shapes name the task '{name}', which is not one of its tasks")
         kinds = {name: place.tasks[name].kind for name in self.task}
         for name, kind in kinds.items():
-            learns = kind in PATCH_KINDS + MAP_KINDS
+            learns = kind in TILE_LEVEL_KINDS + MAP_KINDS
             if learns != (self.annotations is not None):
                 fix = "give annotations" if learns else 'set annotations = "none", or take it from a slide-table'
                 raise ConfigError(f"data '{self.name}': task '{name}' of kind '{kind}': {fix}")
         if self.annotations is None:
             return []
-        return [self.shapes.get(name, TaskOfShapes()).lesson(place.tasks[name]) for name in self.task]
+        return [self.shapes.get(name, TaskOfShapes()).spec(place.tasks[name]) for name in self.task]
 
-    def open(self, place: Place) -> Source:
+    def open(self, place: DataContext) -> DataSource:
         """The source."""
-        lessons = self.lessons(place)  # what is wrong with the table is said before files are looked for
-        return slide_tiles(self.name, self.items(place), self.places(place), lessons, pool=self.pool())
+        specs = self.specs(place)  # what is wrong with the table is said before files are looked for
+        return slide_tiles(self.name, self.items(place), self.places(place), specs, pool=self.pool())
 
-    def dry_run(self, place: Place) -> dict[str, DryRun]:
+    def dry_run(self, place: DataContext) -> dict[str, BucketReport]:
         """Per task what its bucket table makes of the annotations."""
-        lessons, pool = self.lessons(place), self.pool()
-        items = self.items(place) if lessons else []
-        return {one.task: dry_run_slides(items, one.buckets, pool) for one in lessons}
+        specs, pool = self.specs(place), self.pool()
+        items = self.items(place) if specs else []
+        return {one.task: dry_run_slides(items, one.buckets, pool) for one in specs}
 
     def _matched_group(self, name: str) -> str:
         if self.group is None:
@@ -171,15 +173,15 @@ class Slides(Tiled):
         return found.group(1)
 
 
-class Columns(Part):
-    """Which columns of a table a task learns from; see `TableTask`."""
+class TaskColumns(ConfigTable):
+    """The columns of a table that a task learns from; see `TableTask`."""
 
     columns: tuple[str, ...]
     values: dict[str, str] = Field(default_factory=dict)
     separator: str = ";"
 
 
-class Tabled(Part):
+class Tabled(ConfigTable):
     """A table with a row per slide. ``truth``: task -> its columns. ``id``, ``patient``, ``uri``, ``mpp``: the columns
     of its name, its patient, its file and what its px measure; ``root`` is put before relative places. ``split``: the
     column that says train, val, test or nothing (not used); without it patients are drawn (`SplitPart`)."""
@@ -191,21 +193,21 @@ class Tabled(Part):
     mpp: str | None = None
     split: str | None = None
     root: str = ""
-    truth: dict[str, Columns] = Field(min_length=1)
+    truth: dict[str, TaskColumns] = Field(min_length=1)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks that it knows something about."""
         return tuple(self.truth)
 
-    def read(self, place: Place) -> tuple[SlideTable, I32]:
+    def read(self, place: DataContext) -> tuple[SlideTable, I32]:
         """The rows, and the class int32[rows] that balancing goes by: of the first task."""
         tasks = [
             TableTask(name, place.tasks[name].kind, one.columns, place.tasks[name].classes, one.values, one.separator)
             for name, one in self.truth.items()
         ]
         table = tables.slide_table(tables.read_table(self.table), tasks, slide=self.id, group=self.patient)
-        return table, balance_labels(tasks[0].kind, table.truths[tasks[0].task])
+        return table, balance_labels(tasks[0].kind, table.targets[tasks[0].task])
 
     def parts(self) -> dict[str, str]:
         """Patient -> train, val, test or "", as the split column says; none without one. ManifestError: wrong words, or
@@ -215,12 +217,12 @@ class Tabled(Part):
         table = tables.slide_table(
             tables.read_table(self.table), [], slide=self.id, group=self.patient, split=self.split
         )
-        index = Index(table.slides, table.groups, np.zeros(len(table.slides), np.int32))
+        index = ItemIndex(table.slides, table.groups, np.zeros(len(table.slides), np.int32))
         found = split_by_column(index, table.splits)
         said = dict.fromkeys(table.groups, "")
         return said | {table.groups[n]: name for name in PARTS for n in found.part(name).tolist()}
 
-    def items(self, place: Place) -> list[SlideItem]:
+    def items(self, place: DataContext) -> list[SlideItem]:
         """The slides with their truth."""
         table, labels = self.read(place)
         return slides_of_table(table, uri=self.uri, mpp=self.mpp, root=self.root, labels=labels)
@@ -237,7 +239,7 @@ class SlideLabels(Tiled):
         """Names of the tasks it is of."""
         return self.slides.tasks
 
-    def open(self, place: Place) -> Source:
+    def open(self, place: DataContext) -> DataSource:
         """The source."""
         return slide_tiles(self.name, self.slides.items(place), self.places(place), pool=self.pool())
 
@@ -255,13 +257,13 @@ class TileBags(Tiled):
         """Names of the tasks it is of."""
         return self.slides.tasks
 
-    def open(self, place: Place) -> Source:
+    def open(self, place: DataContext) -> DataSource:
         """The source."""
         draws = bags.Draws(self.most, self.times, self.seed)
         return bags.tile_bags(self.name, self.slides.items(place), self.places(place), draws, pool=self.pool())
 
 
-class FeatureBags(Entry):
+class FeatureBags(DatasetEntry):
     """Bags of the vectors that ``wsi-mmm embed`` wrote, with what a table says of each slide.
 
     ``features``: pattern with {slide}, such as "features/{slide}/features.zarr" (or .h5). ``most``: instances drawn of
@@ -281,7 +283,7 @@ class FeatureBags(Entry):
         """Names of the tasks it is of."""
         return self.slides.tasks
 
-    def open(self, place: Place) -> Source:
+    def open(self, place: DataContext) -> DataSource:
         """The source."""
         table, labels = self.slides.read(place)
         items = bags.bags_of_table(table, self.features, labels=labels, needed=self.needed)

@@ -1,4 +1,4 @@
-"""Slides as a Source: items are places, read many at a time by the road of `run`, with truth from annotations, from
+"""Slides as a Source: items are places, read many at a time by the road of `run`, with target from annotations, from
 tables, or both."""
 
 from __future__ import annotations
@@ -22,12 +22,19 @@ from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import level0_boxes, make_grid
 from wsi_mmm.tiles.stream import is_far, read_tiles
 from wsi_mmm.tiles.tissue import MIN_TISSUE, select_tiles, tissue_mask
-from wsi_mmm.training.data.base import FetchedItems, Index, Sample
-from wsi_mmm.training.data.buckets import Buckets, DryRun, dry_run
-from wsi_mmm.training.data.lessons import PATCH_KINDS, Lesson, choose, map_truths, patch_truths, sheet_of
+from wsi_mmm.training.data.annotation_targets import (
+    TILE_LEVEL_KINDS,
+    AnnotationTarget,
+    annotations_for_task,
+    choose,
+    map_targets,
+    tile_targets,
+)
+from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
+from wsi_mmm.training.data.buckets import BucketReport, Buckets, dry_run
 from wsi_mmm.training.data.objects import drawn_places
 from wsi_mmm.training.data.pool import SlidePool
-from wsi_mmm.training.data.regions import UNKNOWN, Sheet, grid_places
+from wsi_mmm.training.data.regions import UNKNOWN, SlideAnnotations, grid_places
 from wsi_mmm.training.data.shapes_index import index_shapes
 from wsi_mmm.training.data.tables import SlideTable
 from wsi_mmm.types import I32, I64, Mask, Tiles
@@ -39,7 +46,7 @@ _OPENING = 4  # slides prepared at a time
 @dataclass(frozen=True, slots=True)
 class SlideItem:
     """A slide to learn from. ``mpp`` overrides what it says; ``annotations``: path or URI of its GeoJSON or ASAP XML;
-    ``group``: its patient ("": the slide by itself); ``truths``: what is known of the whole slide, by task, and
+    ``group``: its patient ("": the slide by itself); ``targets``: what is known of the whole slide, by task, and
     ``label`` the class of it that balancing goes by where tiles have none."""
 
     id: str
@@ -47,19 +54,19 @@ class SlideItem:
     mpp: float | None = None
     annotations: str | None = None
     group: str = ""
-    truths: Mapping[str, Target] = field(default_factory=dict)
+    targets: Mapping[str, Target] = field(default_factory=dict)
     label: int = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Which tiles of ``tile`` px at ``mpp`` are items.
+class TileSampling:
+    """How tiles of ``tile`` px at ``mpp`` are chosen as items.
 
-    ``by`` "grid": of a grid from the slide's corner with ``stride`` (0: the tile's side), those that the first lesson
-    can learn from; without lessons, those with at least ``min_tissue`` tissue. ``by`` "objects": ``per_slide`` tiles
-    drawn round the objects of the first lesson, every class alike. ``per_slide``: at most so many (0: all), drawn by
-    ``seed``. ``dot_um``: radius of the disc that a point stands for (0: points are left out).
-    """
+    ``by`` "grid": of a grid from the slide's corner with ``stride`` (0: the tile's side), those that the first
+    annotation target can learn from; without annotation targets, those with at least ``min_tissue`` tissue. ``by``
+    "objects": ``per_slide`` tiles drawn round the objects of the first annotation target, every class alike.
+    ``per_slide``: at most so many (0: all), drawn by ``seed``. ``dot_um``: radius of the disc that a point stands for
+    (0: points are left out)."""
 
     mpp: float
     tile: int = 256
@@ -79,15 +86,15 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A slide with its places ``xy`` int64[n, 2] (target px), classes for balancing, truths of patch tasks by item,
-    and sheets of the tasks whose truth is drawn when it is read."""
+    """A slide with its places ``xy`` int64[n, 2] (target px), classes for balancing, targets of patch tasks by item,
+    and sheets of the tasks whose target is drawn when it is read."""
 
     item: SlideItem
     scale: tuple[float, float]
     xy: I64
     labels: I32
-    patches: Mapping[str, Sequence[Target]]
-    sheets: Mapping[str, Sheet]
+    by_tile: Mapping[str, Sequence[Target]]
+    annotated_by_task: Mapping[str, SlideAnnotations]
     remote: bool
 
     def tiles(self, local: I64, tile: int, size: int) -> Tiles:
@@ -101,11 +108,11 @@ class SlideTiles:
 
     name: str
     tasks: tuple[str, ...]
-    index: Index
+    index: ItemIndex
     tile: int
     pool: SlidePool
     slides: Sequence[_Prepared]
-    lessons: Sequence[Lesson]
+    specs: Sequence[AnnotationTarget]
     starts: I64  # int64[slides + 1]: numbers of each slide's first item
     broken: Mapping[str, str] = field(default_factory=dict)
 
@@ -158,24 +165,24 @@ class SlideTiles:
                 pixels, failed = read_tiles(reader, tiles, fetched)
         except WsiError as error:
             return [Sample(key, failed=str(error)) for key in keys]
-        truths = self._read_targets(slide, local, tiles.xy, size)
+        targets = self._read_targets(slide, local, tiles.xy, size)
         reasons = _rejection_reasons(slide.item, tiles, failed)
         return [
-            Sample(key, failed=reason) if reason else Sample(key, pixels=pixels[n], truths=truths[n])
+            Sample(key, failed=reason) if reason else Sample(key, pixels=pixels[n], targets=targets[n])
             for n, (key, reason) in enumerate(zip(keys, reasons, strict=True))
         ]
 
     def _read_targets(self, slide: _Prepared, local: I64, corners: I64, size: int) -> list[dict[str, Target]]:
-        found: list[dict[str, Target]] = [dict(slide.item.truths) for _ in local]
-        for lesson in self.lessons:
-            if lesson.task in slide.patches:
-                values: Sequence[Target] = [slide.patches[lesson.task][n] for n in local.tolist()]
-            elif lesson.task in slide.sheets:
-                values = map_truths(lesson, slide.sheets[lesson.task], corners, size)
+        found: list[dict[str, Target]] = [dict(slide.item.targets) for _ in local]
+        for spec in self.specs:
+            if spec.task in slide.by_tile:
+                values: Sequence[Target] = [slide.by_tile[spec.task][n] for n in local.tolist()]
+            elif spec.task in slide.annotated_by_task:
+                values = map_targets(spec, slide.annotated_by_task[spec.task], corners, size)
             else:
                 continue
-            for truths, value in zip(found, values, strict=True):
-                truths[lesson.task] = value
+            for targets, value in zip(found, values, strict=True):
+                targets[spec.task] = value
         return found
 
 
@@ -203,25 +210,23 @@ def _rejection_reasons(item: SlideItem, tiles: Tiles, failed: Mask) -> list[str]
 def slide_tiles(
     name: str,
     items: Sequence[SlideItem],
-    places: Places,
-    lessons: Sequence[Lesson] = (),
+    places: TileSampling,
+    specs: Sequence[AnnotationTarget] = (),
     *,
     pool: SlidePool | None = None,
     keep_going: bool = False,
 ) -> SlideTiles:
-    """Tiles of ``items`` at ``places`` with the truth of ``lessons`` and of the slides themselves.
+    """Tiles of ``items`` at ``places`` with the target of ``specs`` and of the slides themselves.
 
     Every slide is opened and its annotations are read once. A slide that cannot be is an error, or with ``keep_going``
     one of ``broken``. Raises InputError when no tile is left, two slides have one id, or one task is taught twice.
     """
-    _check_sampling(name, items, places, lessons)
+    _check_sampling(name, items, places, specs)
     pool = pool or SlidePool()
     prepared: list[_Prepared] = []
     broken: dict[str, str] = {}
     with ThreadPoolExecutor(_OPENING, thread_name_prefix="wsi-mmm-prepare") as threads:
-        jobs = [
-            threads.submit(_prepare_slide, pool, item, places, lessons, number) for number, item in enumerate(items)
-        ]
+        jobs = [threads.submit(_prepare_slide, pool, item, places, specs, number) for number, item in enumerate(items)]
         for item, job in zip(items, jobs, strict=True):
             try:
                 prepared.append(job.result())
@@ -232,20 +237,30 @@ def slide_tiles(
                 broken[item.id] = str(error)
     counts = [len(one.xy) for one in prepared]
     if not sum(counts):
-        raise InputError(f"data '{name}': {_no_tiles_message(lessons, broken)}")
-    tasks = dict.fromkeys([lesson.task for lesson in lessons] + [task for item in items for task in item.truths])
+        raise InputError(f"data '{name}': {_no_tiles_message(specs, broken)}")
+    tasks = dict.fromkeys([spec.task for spec in specs] + [task for item in items for task in item.targets])
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     return SlideTiles(
-        name, tuple(tasks), _build_index(prepared), places.tile, pool, prepared, tuple(lessons), starts, broken
+        name,
+        tuple(tasks),
+        _build_index(prepared),
+        places.tile,
+        pool,
+        prepared,
+        tuple(specs),
+        starts,
+        broken,
     )
 
 
-def _check_sampling(name: str, items: Sequence[SlideItem], places: Places, lessons: Sequence[Lesson]) -> None:
+def _check_sampling(
+    name: str, items: Sequence[SlideItem], places: TileSampling, specs: Sequence[AnnotationTarget]
+) -> None:
     check_ids(name, [item.id for item in items])
-    taught = [lesson.task for lesson in lessons]
+    taught = [spec.task for spec in specs]
     if len(set(taught)) < len(taught):
         raise InputError(f"data '{name}': a task is listed twice among {', '.join(taught)}: keep one")
-    if places.by == "objects" and not lessons:
+    if places.by == "objects" and not specs:
         raise ConfigError(f"data '{name}': places by objects need annotations: name a task, or choose by 'grid'")
 
 
@@ -256,43 +271,45 @@ def check_ids(name: str, ids: Sequence[str]) -> None:
         raise InputError(f"data '{name}': two slides are called {double!r}: give them different ids")
 
 
-def _no_tiles_message(lessons: Sequence[Lesson], broken: Mapping[str, str]) -> str:
+def _no_tiles_message(specs: Sequence[AnnotationTarget], broken: Mapping[str, str]) -> str:
     if broken:
         return f"no slide could be prepared; of {next(iter(broken))}: {next(iter(broken.values()))}"
-    if not lessons:
+    if not specs:
         return "no tile holds tissue: lower min_tissue"
     advice = "draw regions of a class in the bucket 'use', set complete, or lower min_share"
-    return f"no tile tells anything of '{lessons[0].task}': look at the dry run of its buckets; {advice}"
+    return f"no tile tells anything of '{specs[0].task}': look at the dry run of its buckets; {advice}"
 
 
 def _prepare_slide(
-    pool: SlidePool, item: SlideItem, places: Places, lessons: Sequence[Lesson], number: int
+    pool: SlidePool, item: SlideItem, places: TileSampling, specs: Sequence[AnnotationTarget], number: int
 ) -> _Prepared:
     with pool.slide(item.uri, item.mpp) as slide:
         scale = slide.scale(places.mpp)
         make_grid(slide.info, places.mpp, tile=places.tile, overlap=0)  # refuses what is much finer than the slide
-        sheets = _annotations_by_task(slide, item, places, lessons)
-        xy, labels = _choose_tiles(slide, places, lessons, sheets, number)
+        annotated_by_task = _annotations_by_task(slide, item, places, specs)
+        xy, labels = _choose_tiles(slide, places, specs, annotated_by_task, number)
         remote = is_far(slide.reader)
-    patches = {
-        lesson.task: patch_truths(lesson, sheets[lesson.task], xy, places.tile)
-        for lesson in lessons
-        if lesson.kind in PATCH_KINDS and lesson.task in sheets
+    by_tile = {
+        spec.task: tile_targets(spec, annotated_by_task[spec.task], xy, places.tile)
+        for spec in specs
+        if spec.kind in TILE_LEVEL_KINDS and spec.task in annotated_by_task
     }
-    drawn = {task: sheet for task, sheet in sheets.items() if task not in patches}
-    labels = np.where(labels < 0, np.int32(item.label), labels) if not lessons else labels
-    return _Prepared(item, scale, xy, labels, patches, drawn, remote)
+    drawn = {task: annotated for task, annotated in annotated_by_task.items() if task not in by_tile}
+    labels = np.where(labels < 0, np.int32(item.label), labels) if not specs else labels
+    return _Prepared(item, scale, xy, labels, by_tile, drawn, remote)
 
 
-def _annotations_by_task(slide: Slide, item: SlideItem, places: Places, lessons: Sequence[Lesson]) -> dict[str, Sheet]:
-    """Every lesson's view of the annotations, which are parsed and indexed once."""
-    if not lessons or item.annotations is None:
+def _annotations_by_task(
+    slide: Slide, item: SlideItem, places: TileSampling, specs: Sequence[AnnotationTarget]
+) -> dict[str, SlideAnnotations]:
+    """Every annotation target's view of the annotations, which are parsed and indexed once."""
+    if not specs or item.annotations is None:
         return {}
-    values = list(dict.fromkeys(value for lesson in lessons for value in lesson.values))
+    values = list(dict.fromkeys(value for spec in specs for value in spec.values))
     radius = tuple(places.dot_um / mpp for mpp in (slide.info.mpp_x or 1.0, slide.info.mpp_y or 1.0))
     index = index_shapes(read_shapes(item.annotations, values), values, dot_radius=(radius[0], radius[1]))
     size, scale = (slide.info.width, slide.info.height), slide.scale(places.mpp)
-    return {lesson.task: sheet_of(lesson, index, scale=scale, size=size) for lesson in lessons}
+    return {spec.task: annotations_for_task(spec, index, scale=scale, size=size) for spec in specs}
 
 
 def read_shapes(uri: str, values: Sequence[str] = ()) -> Shapes:
@@ -301,23 +318,27 @@ def read_shapes(uri: str, values: Sequence[str] = ()) -> Shapes:
 
 
 def _choose_tiles(
-    slide: Slide, places: Places, lessons: Sequence[Lesson], sheets: Mapping[str, Sheet], number: int
+    slide: Slide,
+    places: TileSampling,
+    specs: Sequence[AnnotationTarget],
+    annotated_by_task: Mapping[str, SlideAnnotations],
+    number: int,
 ) -> tuple[I64, I32]:
     """Corners int64[n, 2] and balancing classes int32[n] of a slide's items, row-major."""
-    leading = lessons[0] if lessons else None
-    sheet = sheets.get(leading.task) if leading else None
+    leading = specs[0] if specs else None
+    annotated = annotated_by_task.get(leading.task) if leading else None
     seed = [places.seed, number]
     if leading is None:
         xy = tissue_places(slide, places)
         labels = np.full(len(xy), UNKNOWN, np.int32)
-    elif sheet is None:  # a slide without annotations teaches this task nothing
+    elif annotated is None:  # a slide without annotations teaches this task nothing
         return np.zeros((0, 2), np.int64), np.zeros(0, np.int32)
     else:
         if places.by == "objects":
-            xy = np.unique(drawn_places(sheet, places.per_slide, places.tile, seed), axis=0)
+            xy = np.unique(drawn_places(annotated, places.per_slide, places.tile, seed), axis=0)
         else:
-            xy = _candidate_tiles(slide, places, sheet)
-        keep, labels = choose(leading, sheet, xy, places.tile)
+            xy = _candidate_tiles(slide, places, annotated)
+        keep, labels = choose(leading, annotated, xy, places.tile)
         xy, labels = xy[keep], labels[keep]
     if places.per_slide and len(xy) > places.per_slide:
         some = np.sort(np.random.default_rng(seed).permutation(len(xy))[: places.per_slide])
@@ -326,23 +347,23 @@ def _choose_tiles(
     return xy[turn], labels[turn]
 
 
-def _candidate_tiles(slide: Slide, places: Places, sheet: Sheet) -> I64:
+def _candidate_tiles(slide: Slide, places: TileSampling, annotated: SlideAnnotations) -> I64:
     """Tiles of the grid that shapes touch; of a slide that is complete also those with tissue."""
     stride = places.stride or places.tile
-    if not sheet.complete or sheet.coding.has_use:
-        return grid_places(sheet, places.tile, stride)
-    touched = grid_places(sheet, places.tile, stride, touched=True)
+    if not annotated.complete or annotated.coding.has_use:
+        return grid_places(annotated, places.tile, stride)
+    touched = grid_places(annotated, places.tile, stride, touched=True)
     return np.unique(np.concatenate([touched, tissue_places(slide, places)]), axis=0)
 
 
-def tissue_places(slide: Slide, places: Places) -> I64:
+def tissue_places(slide: Slide, places: TileSampling) -> I64:
     """Corners int64[n, 2] (x, y), target px, of the tiles of a slide's grid that hold tissue. Raises ConfigError."""
     stride = places.stride or places.tile
     grid = make_grid(slide.info, places.mpp, tile=places.tile, overlap=places.tile - stride)
     return select_tiles(grid, tissue_mask(slide), places.min_tissue)[:, ::-1] * stride
 
 
-def _build_index(prepared: Sequence[_Prepared]) -> Index:
+def _build_index(prepared: Sequence[_Prepared]) -> ItemIndex:
     keys: list[str] = []
     groups: list[str] = []
     for one in prepared:
@@ -351,7 +372,7 @@ def _build_index(prepared: Sequence[_Prepared]) -> Index:
         keys += [f"{one.item.id}@{x:.{digits}f},{y:.{digits}f}" for x, y in (one.xy * one.scale).tolist()]
         groups += [one.item.group or one.item.id] * len(one.xy)
     labels = np.concatenate([one.labels for one in prepared])
-    return Index(keys, groups, labels.astype(np.int32))
+    return ItemIndex(keys, groups, labels.astype(np.int32))
 
 
 # ---------------------------------------------------------------- naming slides
@@ -385,14 +406,15 @@ def slides_of_table(
     ``labels`` int32[rows]: what balancing goes by. Raises ManifestError with the row."""
     uris, columns = table.table.column(uri), table.table
     mpps = columns.column(mpp) if mpp else ("",) * len(uris)
-    notes = columns.column(annotations) if annotations else ("",) * len(uris)
+    annotation_files = columns.column(annotations) if annotations else ("",) * len(uris)
     found = []
     for row, place in enumerate(uris):
         if not place:
             raise columns.wrong(row, f"column {uri!r} is empty: name the slide's file")
         item = SlideItem(
             table.slides[row], _resolve_under(root, place), _cell_mpp(table, row, mpps[row]),
-            _resolve_under(root, notes[row]) if notes[row] else None, table.groups[row], table.of(row),
+            _resolve_under(root, annotation_files[row]) if annotation_files[row] else None,
+            table.groups[row], table.of(row),
             int(labels[row]) if labels is not None else UNKNOWN,
         )  # fmt: skip
         found.append(item)
@@ -415,8 +437,8 @@ def _cell_mpp(table: SlideTable, row: int, cell: str) -> float | None:
     return value
 
 
-def dry_run_slides(items: Sequence[SlideItem], buckets: Buckets, pool: SlidePool | None = None) -> DryRun:
-    """What a bucket table makes of the annotations of slides; areas in mm² where ``pool`` may open the slides."""
+def dry_run_slides(items: Sequence[SlideItem], buckets: Buckets, pool: SlidePool | None = None) -> BucketReport:
+    """Report how a bucket table sorts the annotations of slides; areas in mm² where ``pool`` may open the slides."""
 
     def resolution(item: SlideItem) -> float | None:
         if pool is None:

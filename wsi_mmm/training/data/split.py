@@ -1,4 +1,4 @@
-"""Which items are learnt from, which choose the model, which judge it; and a check that nothing is on two sides.
+"""Splits into training, validation and test items, and a check that nothing is on two sides.
 
 Groups (patients, slides) are never divided. Labels are spread as evenly as whole groups allow. The same seed and items
 give the same split, whatever their order in the file.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wsi_mmm.errors import ConfigError, InputError, ManifestError
-from wsi_mmm.training.data.base import Index, Source
+from wsi_mmm.training.data.base import DataSource, ItemIndex
 from wsi_mmm.types import F64, I32, I64
 
 PARTS = ("train", "val", "test")
@@ -42,7 +42,7 @@ class Split:
         return found
 
 
-def split_items(index: Index, *, shares: tuple[float, float, float] = (0.7, 0.15, 0.15), seed: int = 0) -> Split:
+def split_items(index: ItemIndex, *, shares: tuple[float, float, float] = (0.7, 0.15, 0.15), seed: int = 0) -> Split:
     """Items by whole groups into train, val and test of about these shares, stratified by label. ConfigError."""
     if min(shares) < 0 or not shares[0] > 0 or abs(sum(shares) - 1.0) > 1e-6:
         raise ConfigError(f"shares of train, val and test are {shares}: give three that add up to 1, train above 0")
@@ -50,7 +50,7 @@ def split_items(index: Index, *, shares: tuple[float, float, float] = (0.7, 0.15
     return Split(*(np.flatnonzero(side == k) for k in range(3)))
 
 
-def split_by_column(index: Index, column: Sequence[str]) -> Split:
+def split_by_column(index: ItemIndex, column: Sequence[str]) -> Split:
     """As a table says: ``column`` has train, val or test (or a word like them) for each item; empty: not used.
 
     ManifestError for other words and for a group that the table divides.
@@ -72,7 +72,7 @@ def split_by_column(index: Index, column: Sequence[str]) -> Split:
     return split
 
 
-def parts_by_pattern(index: Index, pattern: str, name: str) -> dict[str, str]:
+def parts_by_pattern(index: ItemIndex, pattern: str, name: str) -> dict[str, str]:
     """Group -> train, val or test: the word that the first group of ``pattern`` finds in keys; groups of keys that it
     does not fit are left out. ConfigError: no pattern, another word, a group that is divided; ``name`` of the data."""
     try:
@@ -92,7 +92,7 @@ def parts_by_pattern(index: Index, pattern: str, name: str) -> dict[str, str]:
     return parts
 
 
-def folds(index: Index, count: int, *, test: float = 0.0, seed: int = 0) -> tuple[Split, ...]:
+def folds(index: ItemIndex, count: int, *, test: float = 0.0, seed: int = 0) -> tuple[Split, ...]:
     """``count`` splits: every item is in val once; first a share ``test`` of the items is put aside, the same for all.
 
     Grouped and stratified like `split_items`. ConfigError when there are fewer groups than folds.
@@ -101,14 +101,16 @@ def folds(index: Index, count: int, *, test: float = 0.0, seed: int = 0) -> tupl
         raise ConfigError(f"{count} folds with a test share of {test}: give 2 folds or more and a share below 1")
     aside = _assign_groups(index, np.array([1.0 - test, test]), f"folds/{seed}/test") == 1
     rest = np.flatnonzero(~aside)
-    inner = Index([index.keys[i] for i in rest.tolist()], [index.groups[i] for i in rest.tolist()], index.labels[rest])
+    inner = ItemIndex(
+        [index.keys[i] for i in rest.tolist()], [index.groups[i] for i in rest.tolist()], index.labels[rest]
+    )
     side = _assign_groups(inner, np.full(count, 1.0 / count), f"folds/{seed}")
     if len(np.unique(side)) < count:
         raise ConfigError(f"{len(set(inner.groups))} groups do not fill {count} folds: use fewer folds")
     return tuple(Split(rest[side != k], rest[side == k], np.flatnonzero(aside)) for k in range(count))
 
 
-def _assign_groups(index: Index, shares: F64, seed: str) -> I32:
+def _assign_groups(index: ItemIndex, shares: F64, seed: str) -> I32:
     """int32[n]: the part of each item. Groups, large ones first, go where they leave labels nearest to their shares."""
     groups, member = np.unique(np.array([str(group) for group in index.groups], object), return_inverse=True)
     _, label = np.unique(np.maximum(index.labels, -1), return_inverse=True)
@@ -139,7 +141,7 @@ def _text_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
 
 
-def missing_labels(index: Index, split: Split) -> dict[str, tuple[int, ...]]:
+def missing_labels(index: ItemIndex, split: Split) -> dict[str, tuple[int, ...]]:
     """Part -> the labels that occur somewhere but not in it; parts without items are left out."""
     everywhere = set(index.labels[index.labels >= 0].tolist())
     found = {}
@@ -168,10 +170,11 @@ class Leak:
 
 
 def find_leaks(
-    parts: Mapping[str, Sequence[tuple[Index, I64]]], pictures: Mapping[str, str] | None = None
+    parts: Mapping[str, Sequence[tuple[ItemIndex, I64]]], pictures: Mapping[str, str] | None = None
 ) -> tuple[Leak, ...]:
-    """What is on more than one side. ``parts``: name -> the items (index, numbers) of every source that are in it, so
-    that two sources with one patient are found too; ``pictures``: key -> hash of its picture (`picture_hashes`)."""
+    """Find items that are on more than one side. ``parts``: name -> the items (index, numbers) of every source that are
+    in it, so that two sources with one patient are found too; ``pictures``: key -> hash of its picture
+    (`picture_hashes`)."""
     seen: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for part, members in parts.items():
         for index, numbers in members:
@@ -193,7 +196,9 @@ def _iter_leaks(seen: Mapping[tuple[str, str], Mapping[str, str]]) -> Iterator[L
             yield Leak(kind, keys[0] if kind == "picture" else name, tuple(f"{p}: {k}" for p, k in where.items()))
 
 
-def check_leaks(parts: Mapping[str, Sequence[tuple[Index, I64]]], pictures: Mapping[str, str] | None = None) -> None:
+def check_leaks(
+    parts: Mapping[str, Sequence[tuple[ItemIndex, I64]]], pictures: Mapping[str, str] | None = None
+) -> None:
     """InputError that counts and names the leaks, when there are any."""
     leaks = find_leaks(parts, pictures)
     if not leaks:
@@ -207,7 +212,7 @@ def check_leaks(parts: Mapping[str, Sequence[tuple[Index, I64]]], pictures: Mapp
     raise InputError(f"{counts} in more than one part: {named}; put each on one side or remove the copies")
 
 
-def picture_hashes(source: Source, numbers: I64, size: int) -> dict[str, str]:
+def picture_hashes(source: DataSource, numbers: I64, size: int) -> dict[str, str]:
     """Key -> hash of the decoded pixels of a picture of ``size`` px (whole images: of any size), of all tiles of a bag,
     or of its features: copies under another name have the same. Items that cannot be read are left out."""
     found = {}
@@ -228,6 +233,6 @@ def forbid_test(split: Split, numbers: I64) -> None:
         raise ConfigError(f"{len(touched)} items of the test part are among those to learn from: use the train part")
 
 
-def _shared_groups(parts: Mapping[str, tuple[Index, I64]]) -> list[str]:
+def _shared_groups(parts: Mapping[str, tuple[ItemIndex, I64]]) -> list[str]:
     leaks = find_leaks({name: [member] for name, member in parts.items()})
     return [str(leak) for leak in leaks if leak.kind == "group"]

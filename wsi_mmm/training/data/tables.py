@@ -1,6 +1,6 @@
-"""Tables with a row per slide (CSV, TSV, Parquet) -> truth of slides, patients and splits.
+"""Tables with a row per slide (CSV, TSV, Parquet) -> target of slides, patients and splits.
 
-An unknown cell is unknown truth. A cell that should be a label or a number and is not is an error that names its row.
+An unknown cell is unknown target. A cell that should be a label or a number and is not is an error that names its row.
 """
 
 from __future__ import annotations
@@ -126,12 +126,12 @@ def _cell_text(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
-# ---------------------------------------------------------------- truth
+# ---------------------------------------------------------------- target
 
 
 @dataclass(frozen=True, slots=True)
 class TableTask:
-    """What a task of ``kind`` learns from which ``columns``.
+    """The ``columns`` that hold the targets of a task of ``kind``.
 
     classify: one column that holds one of ``labels``. multilabel: one column per label (yes or no), or one column of
     labels joined by ``separator``. regress: a column per value. survive: the time, then whether the event happened.
@@ -159,17 +159,17 @@ class TableTask:
 @dataclass(frozen=True, slots=True)
 class SlideTable:
     """Per row: the slide's id, its patient (the slide itself where none is given), its split ("": none given), and the
-    truths by task. ``table``: where further columns are found."""
+    targets by task. ``table``: where further columns are found."""
 
     slides: tuple[str, ...]
     groups: tuple[str, ...]
     splits: tuple[str, ...]
-    truths: Mapping[str, tuple[Target, ...]]
+    targets: Mapping[str, tuple[Target, ...]]
     table: Table
 
     def of(self, row: int) -> dict[str, Target]:
-        """All truths of a row."""
-        return {task: truths[row] for task, truths in self.truths.items()}
+        """All targets of a row."""
+        return {task: targets[row] for task, targets in self.targets.items()}
 
 
 def slide_table(
@@ -180,7 +180,7 @@ def slide_table(
     group: str | None = None,
     split: str | None = None,
 ) -> SlideTable:
-    """What the rows say. Raises ManifestError with the row for a slide without name or listed twice, a label that the
+    """Parse the rows. Raises ManifestError with the row for a slide without name or listed twice, a label that the
     task does not have, a number that is none, a negative time."""
     slides = table.column(slide)
     seen: dict[str, int] = {}
@@ -226,11 +226,11 @@ def _label_targets(table: Table, task: TableTask, row: int, cells: tuple[str, ..
         return np.array([_parse_flag(table, row, column, cell) for column, cell in pairs], np.float32)
     if cells[0].lower() in UNKNOWN - {"none"}:
         return np.full(len(task.labels), np.nan, np.float32)
-    truth = np.zeros(len(task.labels), np.float32)
+    target = np.zeros(len(task.labels), np.float32)
     for cell in cells[0].split(task.separator):
         if cell.strip() and cell.strip().lower() != "none":
-            truth[_class_target(table, task, row, (cell.strip(),))] = 1
-    return truth
+            target[_class_target(table, task, row, (cell.strip(),))] = 1
+    return target
 
 
 def _is_flag(cell: str) -> bool:
@@ -273,16 +273,16 @@ def _survival_target(table: Table, task: TableTask, row: int, cells: tuple[str, 
     return Survival(time if known else math.nan, bool(known and event))
 
 
-def balance_labels(kind: str, truths: Sequence[Target]) -> I32:
+def balance_labels(kind: str, targets: Sequence[Target]) -> I32:
     """int32[n]: what balancing and stratifying go by: the class, the first label that holds, whether the event
     happened; -1 where that is unknown or there is nothing of the kind."""
-    return np.array([_balancing_class(truth) if kind != "regress" else -1 for truth in truths], np.int32)
+    return np.array([_balancing_class(target) if kind != "regress" else -1 for target in targets], np.int32)
 
 
-def _balancing_class(truth: Target) -> int:
-    if isinstance(truth, int):
-        return max(truth, -1)
-    if isinstance(truth, Survival):
-        return -1 if math.isnan(truth.time) else int(truth.event)
-    hits = np.flatnonzero(np.asarray(truth, np.float32) > 0.5).tolist() if isinstance(truth, np.ndarray) else []
+def _balancing_class(target: Target) -> int:
+    if isinstance(target, int):
+        return max(target, -1)
+    if isinstance(target, Survival):
+        return -1 if math.isnan(target.time) else int(target.event)
+    hits = np.flatnonzero(np.asarray(target, np.float32) > 0.5).tolist() if isinstance(target, np.ndarray) else []
     return hits[0] if hits else -1

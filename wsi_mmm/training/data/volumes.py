@@ -16,9 +16,9 @@ import numpy.typing as npt
 from wsi_mmm.errors import InputError, MissingPackage
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
-from wsi_mmm.training.data.base import Index
+from wsi_mmm.training.data.base import ItemIndex
 from wsi_mmm.training.data.folders import mapped
-from wsi_mmm.training.data.images import Pictures, below
+from wsi_mmm.training.data.images import ImageItems, below
 from wsi_mmm.types import F32, U8
 
 MAX_VOXELS = 1 << 30
@@ -28,14 +28,14 @@ PERCENTILES = (0.5, 99.5)
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class IntensityWindow:
     """Values shown as black and white. Both None: the percentiles 0.5 and 99.5 of the volume."""
 
     low: float | None = None
     high: float | None = None
 
 
-AUTO = Window()
+AUTO = IntensityWindow()
 
 
 def nifti_slices(
@@ -46,8 +46,8 @@ def nifti_slices(
     task: str,
     axis: int = 2,
     values: Mapping[int, int] | None = None,
-    window: Window = AUTO,
-) -> Pictures:
+    window: IntensityWindow = AUTO,
+) -> ImageItems:
     """Slices along ``axis`` of every NIfTI volume below ``images``; ``labels`` holds label volumes of the same names.
 
     ``values``: voxel value -> class index (-1: unknown); None: the value is the class. Grey becomes three equal
@@ -64,7 +64,7 @@ def nifti_slices(
         uri, n = places[number]
         return grey(np.take(volumes(uri), n, axis=axis), window, volumes(uri))
 
-    def truths(number: int, shape: tuple[int, int]) -> Mapping[str, Target]:
+    def targets(number: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         if labels is None:
             return {}
         uri, n = places[number]
@@ -76,8 +76,8 @@ def nifti_slices(
         table = values if values is not None else {int(v): int(v) for v in np.unique(whole)}
         return {task: mapped(whole, table, other)}
 
-    index = Index(keys, [below(images, uri) for uri, _ in places], np.full(len(keys), -1, np.int32))
-    return Pictures(name, (task,), index, image, truths)
+    index = ItemIndex(keys, [below(images, uri) for uri, _ in places], np.full(len(keys), -1, np.int32))
+    return ImageItems(name, (task,), index, image, targets)
 
 
 def dicom_slices(
@@ -86,11 +86,11 @@ def dicom_slices(
     *,
     task: str,
     label: Callable[[str], Target] | None = None,
-    window: Window = AUTO,
-) -> Pictures:
+    window: IntensityWindow = AUTO,
+) -> ImageItems:
     """DICOM files (one slice each) below ``images``; the group is the patient (or series) that the file names.
 
-    ``label``: patient -> truth of its slices (a class, say); None: without truth. Files of other kinds are left out.
+    ``label``: patient -> target of its slices (a class, say); None: without target. Files of other kinds are left out.
     """
     uris = [uri for uri in sorted(store.list_uris(images)) if _is_dicom(uri)]
     if not uris:
@@ -103,14 +103,14 @@ def dicom_slices(
             values if values.dtype == np.uint8 and values.ndim == 3 else grey(values, _window_or(window, own), values)
         )
 
-    def truths(number: int, shape: tuple[int, int]) -> Mapping[str, Target]:
+    def targets(number: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {} if label is None else {task: label(groups[number])}
 
-    index = Index([below(images, uri) for uri in uris], groups, np.full(len(uris), -1, np.int32))
-    return Pictures(name, (task,), index, image, truths)
+    index = ItemIndex([below(images, uri) for uri in uris], groups, np.full(len(uris), -1, np.int32))
+    return ImageItems(name, (task,), index, image, targets)
 
 
-def grey(values: npt.NDArray[Any], window: Window, whole: npt.NDArray[Any]) -> U8:
+def grey(values: npt.NDArray[Any], window: IntensityWindow, whole: npt.NDArray[Any]) -> U8:
     """float[h, w] -> uint8[h, w, 3] between the window's values, or percentiles of ``whole``."""
     finite = whole[np.isfinite(whole)] if whole.dtype.kind == "f" else whole
     low, high = window.low, window.high
@@ -121,7 +121,7 @@ def grey(values: npt.NDArray[Any], window: Window, whole: npt.NDArray[Any]) -> U
     return np.repeat((share * 255.0).round().astype(np.uint8)[..., None], 3, axis=2)
 
 
-def _window_or(window: Window, other: Window) -> Window:
+def _window_or(window: IntensityWindow, other: IntensityWindow) -> IntensityWindow:
     return other if window == AUTO else window
 
 
@@ -168,7 +168,7 @@ def _read_header(uri: str, *, stop: bool) -> Any:
         raise InputError(f"{store.redact(uri)} is no readable DICOM file ({error})") from error
 
 
-def _read_dicom(uri: str) -> tuple[npt.NDArray[Any], Window]:
+def _read_dicom(uri: str) -> tuple[npt.NDArray[Any], IntensityWindow]:
     """Values (rescaled, of one frame) and the window that the file names."""
     data = _read_header(uri, stop=False)
     try:
@@ -186,12 +186,12 @@ def _read_dicom(uri: str) -> tuple[npt.NDArray[Any], Window]:
         raise InputError(f"{store.redact(uri)} has pixels that cannot be read ({error})") from error
 
 
-def _named_window(data: Any) -> Window:
+def _named_window(data: Any) -> IntensityWindow:
     centre, width = data.get("WindowCenter"), data.get("WindowWidth")
     if centre is None or width is None or data.get("PhotometricInterpretation") == "MONOCHROME1":
         return AUTO
     first = [float(v[0] if isinstance(v, Sequence) or hasattr(v, "__len__") else v) for v in (centre, width)]
-    return Window(first[0] - first[1] / 2, first[0] + first[1] / 2)
+    return IntensityWindow(first[0] - first[1] / 2, first[0] + first[1] / 2)
 
 
 def _import_library(name: str) -> Any:
