@@ -115,7 +115,7 @@ def submit(
     """
     from wsi_mmm.engine.executors.dask import attach_executor, client_of
 
-    asked = make_options(options, scheduler=_address(client))
+    asked = make_options(options, scheduler=_scheduler_address(client))
     request = request_run(slides, model_recipe(str(model), tasks, asked), output)
     connected = client_of(client, tls=request.tls)
     if not detach:
@@ -136,7 +136,7 @@ def attach(client: Client | str, job: str, *, tls: str | Path | None = None) -> 
     """
     from wsi_mmm.engine.executors.dask_jobs import find_job
 
-    return find_job(client, job, tls=tls_of(tls, _address(client)))
+    return find_job(client, job, tls=tls_of(tls, _scheduler_address(client)))
 
 
 def list_jobs(client: Client | str, *, tls: str | Path | None = None) -> list[tuple[JobStatus, bool]]:
@@ -144,7 +144,7 @@ def list_jobs(client: Client | str, *, tls: str | Path | None = None) -> list[tu
     the process that ran it is gone. Jobs that have ended stay until they are forgotten or fifty newer ones came."""
     from wsi_mmm.engine.executors.dask_jobs import job_statuses
 
-    return job_statuses(client, tls=tls_of(tls, _address(client)))
+    return job_statuses(client, tls=tls_of(tls, _scheduler_address(client)))
 
 
 def embed(
@@ -294,5 +294,5 @@ def _load_report(request: RunRequest) -> RunReport:
     return load_report(request.output, request.recipe, request.tasks)
 
 
-def _address(client: Client | str) -> str | None:
+def _scheduler_address(client: Client | str) -> str | None:
     return client if isinstance(client, str) else None

@@ -118,5 +118,5 @@ def file_sizes(uris: Iterable[str]) -> dict[str, int]:
     for folder, wanted in folders.items():
         if len(wanted) >= LISTED and urlsplit(folder).scheme == "s3":
             with suppress(WsiError):  # opening the slides will show what is wrong
-                sizes |= store.sizes(folder)
+                sizes |= store.list_sizes(folder)
     return sizes

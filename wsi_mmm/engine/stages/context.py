@@ -166,7 +166,7 @@ def _make_runner(recipe: Recipe) -> Runner:
     options = recipe.options
     quantise = {task.info.name: task.quantise for task in recipe_tasks(recipe)}
     runner = Runner(
-        model, device=options.device, threads=options.threads, quantise=quantise, runtime=options.runtime, tune=True,
+        model, device=options.device, threads=options.threads, quantise=quantise, runtime=options.runtime,
         cache=_user_cache(recipe),
     )  # fmt: skip
     runner.warm_up(recipe.tile, recipe.tasks)
