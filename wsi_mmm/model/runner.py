@@ -31,7 +31,7 @@ from wsi_mmm.model.identity import RUNTIMES
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.model.runtime import forward_pass
 from wsi_mmm.model.staging import BatchStager
-from wsi_mmm.timing import waited
+from wsi_mmm.timing import count_waiting
 from wsi_mmm.types import F32, U8
 
 Quantise = Callable[[Tensor], Tensor]
@@ -73,7 +73,7 @@ class PendingTiles:
     def wait(self) -> Answers:
         """Return all answers in the order of the tiles; raise the error of a batch that failed."""
         self.done.wait()
-        waited(self.begun - self.added)
+        count_waiting(self.begun - self.added)
         if self.error is not None:
             raise self.error
         return self.answers
