@@ -101,7 +101,10 @@ class UnitContext:
         return self._opened.enter_context(open_slides.reader(slide_key(self.task), tiles, caching))
 
     def tile_cache_text(self) -> str:
-        """What was measured and chosen for the slide's tiles in this process, for people; empty when nothing was."""
+        """The measured choice for the slide's tiles in this process, for people; empty when nothing was measured."""
+        options = self.recipe.options
+        if options.cache is None or options.cache_tiles != "auto":
+            return ""
         return next(iter(open_slides.choice_texts(self.slide.info.uri)), "")
 
     @contextmanager
