@@ -82,7 +82,7 @@ def test_blocks_in_the_cache_are_not_fetched_ahead(
     tiny_slide: Path, wanted: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second run finds the values of all blocks: it fetches none of their tiles."""
-    options = {**OPTIONS, "cache": tmp_path / "cache"}
+    options = {**OPTIONS, "cache": tmp_path / "cache", "cache_tiles": "off"}
     watched = Watched(monkeypatch)
     with Faulty(files={"/tiny.tiff": tiny_slide}) as web:
         wsi_mmm.run(f"{web.url}/tiny.tiff", output=tmp_path / "one", **options)
