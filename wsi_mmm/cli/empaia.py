@@ -24,7 +24,7 @@ from wsi_mmm.cli.console import (
 
 if TYPE_CHECKING:
     from wsi_mmm.config import EmpaiaJob
-    from wsi_mmm.empaia.app import Ended
+    from wsi_mmm.empaia.app import JobEnd
 
 empaia_app = typer.Typer(
     help="Make a model an app of the EMPAIA platform, and run it.\n\n\b\n"
@@ -73,8 +73,8 @@ def init(
     say(f"wrote {path}: {made['namespace']}")
 
 
-class Pictures(StrEnum):
-    """How the platform sends pixels."""
+class ImageFormat(StrEnum):
+    """The format in which the platform sends pixels."""
 
     png = "png"
     jpeg = "jpeg"
@@ -85,8 +85,8 @@ def run(
     vendor: Annotated[str, typer.Option(help="Who offers the app, as for 'empaia init'.")] = "wsi_mmm",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     pictures: Annotated[
-        Pictures, typer.Option(help="png: results are those of the slide's file; jpeg: fewer bytes.")
-    ] = Pictures.png,
+        ImageFormat, typer.Option(help="png: results are those of the slide's file; jpeg: fewer bytes.")
+    ] = ImageFormat.png,
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -95,9 +95,10 @@ def run(
             metavar="ADDRESS",
         ),
     ] = None,
-    work: Annotated[
+    scratch: Annotated[
         str | None,
         typer.Option(
+            "--work",
             help="Folder or s3:// prefix to write to on the way; a job started again goes on from there. "
             "(environment: WSI_MMM_EMPAIA_WORK; default: a temporary folder)",
             metavar="FOLDER",
@@ -118,9 +119,9 @@ def run(
     from wsi_mmm import config
 
     job, places = config.empaia_job(), config.empaia_places()
-    scheduler, work = scheduler or places.get("scheduler"), work or places.get("work")
+    scheduler, scratch = scheduler or places.get("scheduler"), scratch or places.get("work")
     tls = config.default_tls() if scheduler and scheduler.startswith("tls://") else None
-    ended = _ended(job, (model, vendor, scheduler, tls, work, device, pictures.value))
+    ended = _run_app(job, (model, vendor, scheduler, tls, scratch, device, pictures.value))
     if flags.json:
         say_json({"job": job.id, "ended": ended.how, "message": ended.message})
     if ended.how == "finalized":
@@ -130,8 +131,8 @@ def run(
     return STOPPED if ended.how == "stopped" else NOTHING_RAN
 
 
-def _ended(job: EmpaiaJob, options: tuple[Any, ...]) -> Ended:
-    """How the job ended; a signal that comes before the app can listen to it is told, too."""
+def _run_app(job: EmpaiaJob, options: tuple[Any, ...]) -> JobEnd:
+    """Run the job and return how it ended, also when a signal comes before the app can handle it."""
     try:
         from wsi_mmm.empaia.app import App, run_app
 
