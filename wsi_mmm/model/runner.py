@@ -260,7 +260,9 @@ class Runner:
             tiles = self._own_stager().await_copy(staged)
             coming = self._stage_next(queue) if self.device.type == "cuda" else None
             try:
-                queue.finish(spans, self._forward(tiles, sum(span.stop - span.start for span in spans), queue.tasks))
+                queue.finish(
+                    spans, self._forward_batch(tiles, sum(span.stop - span.start for span in spans), queue.tasks)
+                )
             except BaseException as error:  # noqa: BLE001  (the callers who wait for these tiles raise it)
                 queue.fail(spans, error)
             coming = coming or self._stage_next(queue)
@@ -277,9 +279,9 @@ class Runner:
     def _compute_alone(self, pixels: U8, queue: TileQueue) -> Answers:
         """Compute a few tiles in a batch of their own."""
         stager = self._own_stager()
-        return self._forward(stager.await_copy(stager.stage([pixels], queue.size)), len(pixels), queue.tasks)
+        return self._forward_batch(stager.await_copy(stager.stage([pixels], queue.size)), len(pixels), queue.tasks)
 
-    def _forward(self, tiles: Tensor, count: int, tasks: tuple[str, ...]) -> Answers:
+    def _forward_batch(self, tiles: Tensor, count: int, tasks: tuple[str, ...]) -> Answers:
         """Run one padded batch; return the answers of its first ``count`` tiles."""
         with torch.inference_mode():
             vector, logits = self._pass(tiles, tasks)
