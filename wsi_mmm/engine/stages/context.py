@@ -1,4 +1,4 @@
-"""What a process keeps open between units (slides, models, cache entries), and the context that a unit runs in."""
+"""The slides, models and cache entries that a process keeps open, and the context that a unit runs in."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _entries: OrderedDict[tuple[str, int], Entry] = OrderedDict()
 
 @dataclass(slots=True)
 class UnitContext:
-    """What a unit needs, each opened when it is first asked for. Used by one thread at a time."""
+    """The slide, grid, cache, tasks and model of a unit, each opened when first used. For one thread at a time."""
 
     unit: WorkUnit
     times: list[StepTime] = field(default_factory=list)
@@ -94,7 +94,7 @@ class UnitContext:
         return self._opened.enter_context(open_slides.reader(slide_key(self.task), tiles, caching))
 
     def tile_cache_text(self) -> str:
-        """What was measured and chosen for the slide's tiles in this process, for people; empty when nothing was."""
+        """The measurement and choice for the slide's tiles in this process, for people; empty when there was none."""
         return next(iter(open_slides.choice_texts(self.slide.info.uri)), "")
 
     @contextmanager
@@ -129,7 +129,7 @@ def unit_context(unit: WorkUnit) -> Iterator[UnitContext]:
 
 
 def slide_key(task: SlideTask) -> SlideKey:
-    """What `open_slides` opens for a task."""
+    """The key of a task's slide in `open_slides`."""
     return SlideKey(task.uri, task.mpp, task.recipe.options.reader)
 
 
