@@ -127,7 +127,7 @@ class DaskExecutor:
         self._unfit = self._find_unfit(self._workers)
         warnings = tuple(f"worker {name} cannot be used: {reason}" for name, reason in sorted(self._unfit.items()))
         alone = jobs is not None or cluster is not None
-        self.capabilities = Capabilities(True, dashboard_of(client), warnings, None if alone else self._announce)
+        self.capabilities = Capabilities(True, dashboard_of(client), warnings, None if alone else self._announce_run)
         self._places = self._count_places()
         if not self._workers:
             raise ClusterError("the scheduler has no workers: start some with 'dask worker ADDRESS'")
@@ -136,7 +136,7 @@ class DaskExecutor:
             raise ClusterError(f"no worker can run models: {warnings[0]}; {wanted}")
 
     @contextlib.contextmanager
-    def _announce(self, output: str, slides: int, stop: threading.Event) -> Iterator[Listener]:
+    def _announce_run(self, output: str, slides: int, stop: threading.Event) -> Iterator[Listener]:
         """Publish this run on the cluster: other jobs see it, share the workers with it, and may stop it."""
         registry, progress = JobRegistry(self._client), JobProgress()
         status = JobStatus(new_job_id(), output, slides_total=slides, where=timing.worker_name())
@@ -359,12 +359,12 @@ def client_of(cluster: Client | str, timeout: float = 10.0, *, tls: Tls | None =
     try:
         kept = {"distributed.admin.low-level-log-length": LOG_LENGTH}
         with dask.config.set({"distributed.comm.timeouts.connect": timeout, **kept}):
-            return Client(cluster, timeout=timeout, set_as_default=False, security=_security(cluster, tls))
+            return Client(cluster, timeout=timeout, set_as_default=False, security=_make_security(cluster, tls))
     except (OSError, TimeoutError, ValueError) as error:
         raise ClusterError(f"no Dask scheduler answers at {cluster}: {_connection_hint(cluster)}") from error
 
 
-def _security(address: str, tls: Tls | None) -> Security | None:
+def _make_security(address: str, tls: Tls | None) -> Security | None:
     """None leaves it to Dask's own configuration, such as DASK_DISTRIBUTED__COMM__TLS__CA_FILE."""
     if tls is None:
         if address.startswith("tls://") and Security().get_connection_args("client")["ssl_context"] is None:

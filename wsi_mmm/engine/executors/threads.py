@@ -58,10 +58,10 @@ class ThreadsExecutor:
         if unit.kind == "forward":
             self._start_forward(UnitContext(unit, self._prefetch.fetches))
         else:
-            self._submit(self._finishers, unit, lambda: self._run_unit(unit))
+            self._submit_step(self._finishers, unit, lambda: self._run_unit(unit))
 
     def _run_unit(self, unit: WorkUnit) -> None:
-        result = self._retrying(lambda: perform(unit))
+        result = self._retry_step(lambda: perform(unit))
         if isinstance(result, PlanResult) and result.plan is not None:
             self._prefetch.add_plan(result.plan)
         self._results.put(result)
@@ -70,26 +70,26 @@ class ThreadsExecutor:
         """Read, compute and write a block, each step in its own pool; the context is closed by the last one."""
 
         def read() -> None:
-            batch = self._retrying(lambda: forward.read_tiles(ctx))
+            batch = self._retry_step(lambda: forward.read_tiles(ctx))
             if batch is None:
                 finish(partial(forward.cached_result, ctx))
             else:
-                self._submit(self._models, ctx.unit, partial(compute, batch), ctx)
+                self._submit_step(self._models, ctx.unit, partial(compute, batch), ctx)
 
         def compute(batch: Batch) -> None:
-            output = self._retrying(lambda: forward.compute(ctx, batch))
-            self._submit(
+            output = self._retry_step(lambda: forward.compute(ctx, batch))
+            self._submit_step(
                 self._finishers, ctx.unit, lambda: finish(lambda: forward.write_values(ctx, batch, output)), ctx
             )
 
         def finish(step: Callable[[], UnitResult]) -> None:
-            result = self._retrying(step)
+            result = self._retry_step(step)
             ctx.close()
             self._results.put(result)
 
-        self._submit(self._readers, ctx.unit, read, ctx)
+        self._submit_step(self._readers, ctx.unit, read, ctx)
 
-    def _submit(
+    def _submit_step(
         self, pool: ThreadPoolExecutor, unit: WorkUnit, step: Callable[[], None], ctx: UnitContext | None = None
     ) -> None:
         """Run ``step`` in ``pool``; when it raises, the unit's result is a Failure."""
@@ -108,7 +108,7 @@ class ThreadsExecutor:
         if not self._stopped.is_set():
             pool.submit(guarded)
 
-    def _retrying(self, step: Callable[[], T]) -> T:
+    def _retry_step(self, step: Callable[[], T]) -> T:
         """The value of a step, which is tried again while storage is away."""
         return retry_unit(lambda _: step(), None, stopped=self._stopped)
 

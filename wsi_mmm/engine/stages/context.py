@@ -1,4 +1,4 @@
-"""What a process keeps open between units (slides, models, cache entries), and the context that a unit runs in."""
+"""The slides, models and cache entries that a process keeps open, and the context that a unit runs in."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ UnitFetches = Prefetcher[WorkUnit, Fetched | None]
 
 @dataclass(slots=True)
 class UnitContext:
-    """What a unit needs, each opened when it is first asked for. Used by one thread at a time."""
+    """The slide, grid, cache, tasks and model of a unit, each opened when first used. For one thread at a time."""
 
     unit: WorkUnit
     fetches: UnitFetches | None = None
@@ -101,7 +101,7 @@ class UnitContext:
         return self._opened.enter_context(open_slides.reader(slide_key(self.task), tiles, caching))
 
     def tile_cache_text(self) -> str:
-        """The measured choice for the slide's tiles in this process, for people; empty when nothing was measured."""
+        """The measurement and choice for the slide's tiles in this process, for people; empty when there was none."""
         options = self.recipe.options
         if options.cache is None or options.cache_tiles != "auto":
             return ""
@@ -139,7 +139,7 @@ def unit_context(unit: WorkUnit, fetches: UnitFetches | None = None) -> Iterator
 
 
 def slide_key(task: SlideTask) -> SlideKey:
-    """What `open_slides` opens for a task."""
+    """The key of a task's slide in `open_slides`."""
     return SlideKey(task.uri, task.mpp, task.recipe.options.reader)
 
 
