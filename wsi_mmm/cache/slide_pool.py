@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from wsi_mmm.cache.choice import Choice, choose
+from wsi_mmm.cache.choice import TileCacheChoice, choose
 from wsi_mmm.cache.pixels import CachedReader, pixels_uri
 from wsi_mmm.cache.quota import Quota
 from wsi_mmm.slides import Reader, Slide, open_slide
@@ -77,7 +77,7 @@ class SlidePool:
 
     limit: int = OPEN_SLIDES
     _entries: OrderedDict[SlideKey, _PoolEntry] = field(default_factory=OrderedDict)
-    _choices: OrderedDict[tuple[str, str, float, float], Choice] = field(default_factory=OrderedDict)
+    _choices: OrderedDict[tuple[str, str, float, float], TileCacheChoice] = field(default_factory=OrderedDict)
     _quotas: dict[tuple[str, int], Quota] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _process: int = field(default_factory=os.getpid)

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import dask
@@ -47,6 +48,7 @@ from wsi_mmm.engine.executors.wire import SentResult
 from wsi_mmm.engine.job import JobProgress
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.stages import perform
+from wsi_mmm.engine.stages.prefetch import UnitPrefetch
 from wsi_mmm.engine.units import Capabilities, Kind, UnitResult, WorkUnit, failure_of
 from wsi_mmm.errors import ClusterError, WsiError
 from wsi_mmm.storage import store
@@ -67,16 +69,20 @@ SentFuture = Future[list[SentResult]]
 
 def run_bundle(bundle: bytes) -> list[SentResult]:
     """Run units on a worker; ``bundle``: a unit a line. Our errors become Failures; on others Dask tries once more."""
-    return [_run_line(lambda unit: retry_unit(perform.perform, unit), line) for line in bundle.split(b"\n")]
+    units = [wire.unpack_unit(line, _recipe_from_scheduler) for line in bundle.split(b"\n")]
+    with contextlib.closing(UnitPrefetch()) as prefetch:
+        prefetch.announce_bundle(units)
+        step = partial(perform.perform, fetches=prefetch.fetches)
+        return [_pack_result(lambda unit: retry_unit(step, unit), unit) for unit in units]
 
 
 def run_bundle_isolated(bundle: bytes) -> list[SentResult]:
     """The same, each unit in a process of its own: when that dies the worker lives, and the unit is a Failure."""
-    return [_run_line(isolated.perform, line) for line in bundle.split(b"\n")]
+    units = [wire.unpack_unit(line, _recipe_from_scheduler) for line in bundle.split(b"\n")]
+    return [_pack_result(isolated.perform, unit) for unit in units]
 
 
-def _run_line(step: Callable[[WorkUnit], UnitResult], line: bytes) -> SentResult:
-    unit = wire.unpack_unit(line, _recipe_from_scheduler)
+def _pack_result(step: Callable[[WorkUnit], UnitResult], unit: WorkUnit) -> SentResult:
     try:
         return wire.pack_result(step(unit))
     except WsiError as error:
