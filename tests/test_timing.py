@@ -11,7 +11,7 @@ import pytest
 
 from wsi_mmm import timing
 from wsi_mmm.storage import store
-from wsi_mmm.storage.ranges import Merging, fetch_merged
+from wsi_mmm.storage.ranges import MergeRule, fetch_merged
 from wsi_mmm.timing import lap, spent, together, waited
 
 
@@ -94,7 +94,7 @@ def test_bytes_of_a_slide_are_fetched_and_files_written(tmp_path: Path) -> None:
         return [bytes(length) for _, length in spans]
 
     with lap("decode") as whole:
-        assert [len(part) for part in fetch_merged([(0, 4), (90, 20)], 100, rule=Merging(gap=0), get=slow)] == [4, 10]
+        assert [len(part) for part in fetch_merged([(0, 4), (90, 20)], 100, rule=MergeRule(gap=0), get=slow)] == [4, 10]
     assert whole.taken.seconds["fetch"] >= 0.05
     with lap("decode") as whole:
         store.write_bytes(str(tmp_path / "x"), b"x")

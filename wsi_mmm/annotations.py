@@ -21,7 +21,7 @@ from shapely.geometry import MultiPolygon, Polygon, shape
 from skimage.draw import polygon as fill_polygon
 
 from wsi_mmm.errors import AnnotationError
-from wsi_mmm.storage.limits import MAX_OBJECTS, parsed_json, unpacked
+from wsi_mmm.storage.limits import MAX_OBJECTS, parse_json, unpack_file
 from wsi_mmm.types import F64, I64, Mask
 
 MAX_COORDINATE = 1 << 31
@@ -96,7 +96,7 @@ def parse_shapes(data: bytes, name: str, values: Sequence[str] = ()) -> Shapes:
     Invalid polygons are repaired (``shapely.make_valid``, polygon parts only); points, lines and polygons without
     area are skipped and counted. Raises AnnotationError.
     """
-    data = unpacked(data, name, _ENDINGS, AnnotationError).removeprefix(b"\xef\xbb\xbf").lstrip()
+    data = unpack_file(data, name, _ENDINGS, AnnotationError).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not data:
         raise AnnotationError(f"{name}: the file is empty: export the annotations again")
     found = _xml_objects(data, name) if data.startswith(b"<") else _geojson_objects(data, name, values)
@@ -191,7 +191,7 @@ def _valid_polygon(geometry: Any) -> Polygon | MultiPolygon | None:
 
 def _geojson_objects(data: bytes, name: str, values: Sequence[str]) -> list[_Found]:
     """Every feature of a GeoJSON."""
-    features = _feature_list(parsed_json(data, name, AnnotationError, "neither GeoJSON nor XML"), name)
+    features = _feature_list(parse_json(data, name, AnnotationError, "neither GeoJSON nor XML"), name)
     if len(features) > MAX_OBJECTS:
         raise AnnotationError(f"{name}: more than {MAX_OBJECTS:,} objects: split it")
     for number, feature in enumerate(features):

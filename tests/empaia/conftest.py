@@ -110,7 +110,7 @@ def half_done(published: Path, tmp_path: Path) -> str:
 
 # These take half of the time of a job on a small slide, and give the same each time.
 _made = functools.cache(get_command)
-_decoded = functools.lru_cache(8)(reader.decoded)
+_decoded = functools.lru_cache(8)(reader.decode_picture)
 _found = functools.lru_cache(8)(
     lambda data, shape, um_per_px: find_tissue(np.frombuffer(data, np.uint8).reshape(shape), um_per_px)
 )
@@ -130,7 +130,7 @@ def command(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
     monkeypatch.setattr(job, "App", functools.partial(App, pause=0.0))
     monkeypatch.setattr(job, "_WATCH", 0.01)
     monkeypatch.setattr("typer.testing._get_command", _made)
-    monkeypatch.setattr(reader, "decoded", _decoded)
+    monkeypatch.setattr(reader, "decode_picture", _decoded)
     monkeypatch.setattr(tissue, "find_tissue", _find_tissue)
 
     def invoke(*words: str, patient: Patience = QUICK) -> Result:

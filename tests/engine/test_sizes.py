@@ -32,7 +32,7 @@ def test_slides_in_a_bucket_are_weighed_by_one_listing(monkeypatch) -> None:
         asked.append(place)
         return {f"{place}/{n}.svs": n for n in range(9)}
 
-    monkeypatch.setattr("wsi_mmm.storage.store.sizes", listed)
+    monkeypatch.setattr("wsi_mmm.storage.store.list_sizes", listed)
     many = [f"s3://b/study/{n}.svs" for n in range(5)]
     assert sizes_of([*many, "s3://b/else/1.svs"])[many[4]] == 4
     assert asked == ["s3://b/study"]

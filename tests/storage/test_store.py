@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_mmm.errors import NotFound, OutputError, SlideChanged, StorageError
+from wsi_mmm.errors import ConfigError, NotFound, OutputError, SlideChanged
 from wsi_mmm.storage import objects, store
-from wsi_mmm.storage.ranges import Merging, fetch_merged, plan
+from wsi_mmm.storage.ranges import MergeRule, fetch_merged, plan_spans
 
 RULES = st.builds(
-    Merging,
+    MergeRule,
     gap=st.integers(0, 300),
     waste=st.sampled_from([0.0, 0.1, 1.0]),
     part=st.sampled_from([10, 100, 1000]),
@@ -26,7 +26,7 @@ RULES = st.builds(
 
 
 @given(st.lists(st.tuples(st.integers(0, 1100), st.integers(0, 200)), max_size=30), RULES)
-def test_merged_ranges_bring_the_bytes_of_each_range(ranges: list[tuple[int, int]], rule: Merging) -> None:
+def test_merged_ranges_bring_the_bytes_of_each_range(ranges: list[tuple[int, int]], rule: MergeRule) -> None:
     """Every range gets its own bytes, clipped to the end; no more is fetched beside them than the rule allows."""
     data = bytes(n * 7 % 256 for n in range(1000))
     calls: list[tuple[int, int]] = []
@@ -43,19 +43,19 @@ def test_merged_ranges_bring_the_bytes_of_each_range(ranges: list[tuple[int, int
 
 def test_near_ranges_are_one_request_and_far_ones_are_not() -> None:
     """The gap decides, and so does what all gaps add up to: the smallest are joined first."""
-    assert len(plan([(0, 100), (110, 100)], 1000, Merging(gap=10)).spans) == 1
-    assert len(plan([(0, 100), (111, 100)], 1000, Merging(gap=10)).spans) == 2
-    both = plan([(0, 100), (109, 100), (220, 100), (321, 100)], 1000, Merging(gap=50, waste=0.03))
+    assert len(plan_spans([(0, 100), (110, 100)], 1000, MergeRule(gap=10)).spans) == 1
+    assert len(plan_spans([(0, 100), (111, 100)], 1000, MergeRule(gap=10)).spans) == 2
+    both = plan_spans([(0, 100), (109, 100), (220, 100), (321, 100)], 1000, MergeRule(gap=50, waste=0.03))
     assert both.spans == [(0, 209), (220, 201)]
 
 
 def test_long_spans_are_cut_between_ranges_into_parts_that_travel_side_by_side() -> None:
     """Equal parts of at least ``part``; what is shorter than two of them stays whole."""
     ranges = [(n * 10, 10) for n in range(100)]
-    assert plan(ranges, 1000, Merging(gap=0, part=501)).spans == [(0, 1000)]
-    parts = plan(ranges, 1000, Merging(gap=0, part=200, most=4)).spans
+    assert plan_spans(ranges, 1000, MergeRule(gap=0, part=501)).spans == [(0, 1000)]
+    parts = plan_spans(ranges, 1000, MergeRule(gap=0, part=200, most=4)).spans
     assert parts == [(0, 250), (250, 250), (500, 250), (750, 250)]
-    assert len(plan(ranges, 1000, Merging(gap=0, part=200, most=1, longest=350)).spans) == 3
+    assert len(plan_spans(ranges, 1000, MergeRule(gap=0, part=200, most=1, longest=350)).spans) == 3
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}"])
@@ -161,7 +161,7 @@ def test_a_profile_gives_the_keys_of_the_shared_files(tmp_path: Path) -> None:
         "secret_access_key": "SK%1",
         "endpoint": "http://host:9",
     }
-    with pytest.raises(StorageError, match="aws configure"):
+    with pytest.raises(ConfigError, match="aws configure"):
         objects.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "other"})
 
 
@@ -178,14 +178,14 @@ def test_a_profile_whose_keys_lie_elsewhere_says_how_to_export_them(tmp_path: Pa
     """Single sign-on, processes and roles are named, not answered with a riddle."""
     (tmp_path / ".aws").mkdir()
     (tmp_path / ".aws/config").write_text(f"[profile lab]\nregion = eu-north-1\n{key}\n")
-    with pytest.raises(StorageError, match="export-credentials --profile lab"):
+    with pytest.raises(ConfigError, match="export-credentials --profile lab"):
         objects.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "lab"})
 
 
 def test_a_broken_credentials_file_is_one_line_without_its_content(tmp_path: Path) -> None:
     """The parser repeats the line it stumbles over; the error does not."""
     (tmp_path / "keys").write_text("aws_secret_access_key = very-secret\n")
-    with pytest.raises(StorageError, match="check its lines") as caught:
+    with pytest.raises(ConfigError, match="check its lines") as caught:
         objects.s3_settings({"HOME": str(tmp_path), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "keys")})
     assert "very-secret" not in str(caught.value)
     assert caught.value.__cause__ is None
@@ -194,10 +194,10 @@ def test_a_broken_credentials_file_is_one_line_without_its_content(tmp_path: Pat
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf"])
 def test_a_time_out_that_is_none_is_told(value: str) -> None:
     """WSI_MMM_STORAGE_TIMEOUT takes seconds above 0."""
-    assert objects.timeout({}) == 30
-    assert objects.timeout({"WSI_MMM_STORAGE_TIMEOUT": "2.5"}) == 2.5
-    with pytest.raises(StorageError, match="WSI_MMM_STORAGE_TIMEOUT"):
-        objects.timeout({"WSI_MMM_STORAGE_TIMEOUT": value})
+    assert objects.storage_timeout({}) == 30
+    assert objects.storage_timeout({"WSI_MMM_STORAGE_TIMEOUT": "2.5"}) == 2.5
+    with pytest.raises(ConfigError, match="WSI_MMM_STORAGE_TIMEOUT"):
+        objects.storage_timeout({"WSI_MMM_STORAGE_TIMEOUT": value})
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def ensure_array(uri: str, name: str, **settings: Any) -> zarr.Array[Any]:
     store = open_store(uri)
 
     def ensured() -> zarr.Array[Any]:
-        with translated(uri, writing=True):
+        with translate_errors(uri, writing=True):
             try:
                 return zarr.open_array(store, path=name, mode="r+")
             except FileNotFoundError:
@@ -110,7 +110,7 @@ class Entry:
         """An array that some writer has made; StorageError when none has."""
 
         def opened() -> zarr.Array[Any] | None:
-            with translated(self.uri):
+            with translate_errors(self.uri):
                 try:
                     return zarr.open_array(open_store(self.uri), path=name, mode="r")
                 except FileNotFoundError:
@@ -134,7 +134,7 @@ class Entry:
         array = self.array(spec)
 
         def values() -> Array:
-            with translated(self.uri):
+            with translate_errors(self.uri):
                 return np.asarray(array[rows, columns])
 
         return storage.retry_transient(values)
@@ -159,7 +159,7 @@ def _put(uri: str, array: zarr.Array[Any], place: tuple[slice, slice], values: A
     """Write the whole shard at ``place``. Zarr reads what is there before: what is damaged is removed first."""
 
     def put() -> None:
-        with translated(uri, writing=True):
+        with translate_errors(uri, writing=True):
             try:
                 array[place] = values
             except (RuntimeError, ValueError):
@@ -173,12 +173,12 @@ def _put(uri: str, array: zarr.Array[Any], place: tuple[slice, slice], values: A
 
 
 @contextmanager
-def translated(uri: str, *, writing: bool = False) -> Iterator[None]:
+def translate_errors(uri: str, *, writing: bool = False) -> Iterator[None]:
     """Foreign errors, said once in our words."""
     fail = OutputError if writing else StorageError
     where = f"{'write' if writing else 'read'} the cache at {storage.redact(uri)}"
     try:
-        with nullcontext() if storage.is_local(uri) else storage.translated(uri, writing=writing):
+        with nullcontext() if storage.is_local(uri) else storage.translate_errors(uri, writing=writing):
             try:
                 yield
             except (RuntimeError, ValueError) as error:

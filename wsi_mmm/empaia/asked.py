@@ -13,7 +13,7 @@ from wsi_mmm.empaia.bodies import Wsi
 from wsi_mmm.empaia.client import AppApi, Mode
 from wsi_mmm.empaia.geometry import Area, area_of
 from wsi_mmm.errors import JobError, PlatformError, WsiError
-from wsi_mmm.slides.service.info import info_of
+from wsi_mmm.slides.service.info import parse_slide_info
 from wsi_mmm.types import F64
 
 SLIDE, REGIONS = "slide", "regions"
@@ -64,7 +64,7 @@ async def _input(api: AppApi, key: str, what: str) -> Any:
 def wsi_of(said: Any) -> Wsi:
     """The slide of an input. JobError when it cannot be worked on."""
     try:
-        info = info_of(said, uri="the slide", mark=str)
+        info = parse_slide_info(said, uri="the slide", fingerprint=str)
         slide_id = said["id"]
     except (KeyError, WsiError) as error:
         raise JobError("The platform's description of the slide cannot be used.") from error

@@ -39,5 +39,5 @@ def sizes_of(uris: Iterable[str]) -> dict[str, int]:
     for place, wanted in places.items():
         if len(wanted) >= LISTED and urlsplit(place).scheme == "s3":
             with suppress(WsiError):  # the slides themselves will say what is wrong
-                found |= store.sizes(place)
+                found |= store.list_sizes(place)
     return found

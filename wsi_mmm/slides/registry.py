@@ -13,7 +13,7 @@ from wsi_mmm.slides.tiff.directories import Directory, is_tiff, read_directories
 from wsi_mmm.slides.tiff.metadata import perhaps_openslide, plane_of, unsupported, vendor_of
 from wsi_mmm.slides.tiff.reader import TiffReader
 from wsi_mmm.slides.tiffslide import open_with_tiffslide
-from wsi_mmm.storage.store import HeldStore, held, is_local, open_store, redact
+from wsi_mmm.storage.store import BufferedStore, buffered, is_local, open_store, redact
 from wsi_mmm.storage.uris import is_service
 
 _PLAIN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP", b"BM": "BMP", b"%PDF": "PDF",
@@ -41,7 +41,7 @@ def _by_content(uri: str) -> Reader:
         return open_app_slide(uri)
     if uri.startswith("wsi://") or is_service(uri):
         return open_wsi_service(uri)
-    store = held(open_store(uri))
+    store = buffered(open_store(uri))
     try:
         found = _examine(store)
         if not isinstance(found, str):
@@ -53,18 +53,18 @@ def _by_content(uri: str) -> Reader:
     return READERS[found](uri)
 
 
-def _tiff(store: HeldStore, directories: list[Directory] | None = None) -> Reader:
+def _tiff(store: BufferedStore, directories: list[Directory] | None = None) -> Reader:
     reader = TiffReader(store, directories)
-    store.release()
+    store.drop_buffers()
     return reader
 
 
-def _examine(store: HeldStore) -> str | list[Directory]:
+def _examine(store: BufferedStore) -> str | list[Directory]:
     """Return the directories of a TIFF for our own reader, else a reader's name. Raises NotASlide, SlideDamaged."""
     name = redact(store.uri)
     if store.size == 0:
         raise NotASlide(f"{name} is empty (0 bytes); copy it again")
-    head = bytes(store.piece(0, 132))
+    head = bytes(store.read_ahead(0, 132))
     if not is_tiff(head):
         return _other_kind(store.uri, name, head)
     try:
@@ -106,7 +106,7 @@ def _seen_by_openslide(uri: str) -> bool:
 
 
 def _open_tiff(uri: str) -> Reader:
-    store = held(open_store(uri))
+    store = buffered(open_store(uri))
     try:
         return _tiff(store)
     except BaseException:

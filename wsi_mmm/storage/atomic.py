@@ -38,7 +38,7 @@ def create_beside(path: Path) -> Path:
 
 def move_into_place(temporary: Path, path: Path) -> None:
     """Give ``temporary`` the usual permissions and the name ``path``. Raises OSError."""
-    os.chmod(temporary, 0o666 & ~_umask())
+    os.chmod(temporary, 0o666 & ~_read_umask())
     os.replace(temporary, path)
 
 
@@ -59,7 +59,7 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            os.chmod(temporary, 0o777 & ~_umask())
+            os.chmod(temporary, 0o777 & ~_read_umask())
             yield Path(temporary)
             if replace:
                 shutil.rmtree(path, ignore_errors=True)
@@ -72,7 +72,7 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _umask() -> int:
+def _read_umask() -> int:
     """Return the process's umask as /proc tells it; asking os.umask would change it for other threads."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/status").read_text().splitlines():

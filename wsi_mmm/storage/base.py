@@ -19,8 +19,8 @@ class ByteStore(Protocol):
     def get_ranges(self, ranges: Ranges) -> list[Buffer]:
         """Return the bytes of each (start, length); short where the object ends. StorageError, SlideChanged.
 
-        ``ranges`` may be int64[n, 2]. Views of what was read, not copies: one of them keeps its whole span in memory.
+        ``ranges`` may be int64[n, 2]. Views, not copies: one of them keeps its whole span in memory.
         """
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""

@@ -1,5 +1,7 @@
-"""Where to write a file or a folder that belongs at a URI: locally at its place, else in a temporary folder that is
-then put there, a folder's old objects going first and the file that says what it is coming last."""
+"""Local places to write a file or a folder of any URI: its own when local, else a temporary one that is then uploaded.
+
+The old objects of a folder are deleted first, and its zarr.json is uploaded last: half a folder is no Zarr.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,12 @@ from wsi_mmm.storage import store
 from wsi_mmm.storage.atomic import atomic_folder
 from wsi_mmm.storage.translate import local_errors
 
-ROOT = Path("zarr.json")  # of a Zarr: without it there is none
+ROOT = Path("zarr.json")  # without it a folder is no Zarr
 
 
 @contextmanager
 def published_file(uri: str) -> Iterator[Path]:
-    """A path to write ``uri`` at: its own when local, else a temporary file that is put when the block ends well."""
+    """A path to write ``uri`` at: its own when local, else a temporary one, uploaded when the block ends well."""
     if store.is_local(uri):
         yield store.local_path(uri)
         return

@@ -1,4 +1,4 @@
-"""Any other scheme, and signed ``https://`` addresses, by way of fsspec: its calls block, and run in threads."""
+"""Any other scheme, and signed ``https://`` addresses, over fsspec, whose blocking functions run in threads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from wsi_mmm.errors import MissingPackage, NotFound, StorageError
-from wsi_mmm.storage.objects import timeout
-from wsi_mmm.storage.remote import Answer, Begins, Endpoint, RemoteStore, request, wait_for
-from wsi_mmm.storage.translate import NO_RANGES, translated
+from wsi_mmm.storage.objects import storage_timeout
+from wsi_mmm.storage.remote import Endpoint, OnBegin, RemoteStore, VersionedBytes, request, wait_for
+from wsi_mmm.storage.translate import NO_RANGES, translate_errors
 from wsi_mmm.storage.uris import redact
 
 T = TypeVar("T")
@@ -23,74 +23,81 @@ _THREADS = 16
 def open_file(uri: str) -> RemoteStore:
     """Open the object. Raises NotFound, StorageError."""
     fs, path = _file_system(uri)
-    detail = _asked(uri, lambda: fs.info(path))
-    if detail.get("size") is None:
+    info = _run_request(uri, lambda: fs.info(path))
+    if info.get("size") is None:
         raise StorageError(f"{redact(uri)}: the server does not say the size; copy the file to a local disk or to S3")
-    if detail.get("partial") is False:
+    if info.get("partial") is False:
         raise StorageError(f"{redact(uri)}: {NO_RANGES}")
-    tag = str(detail.get("ETag") or "")
-    # A server that keeps to RFC 9110 then refuses to serve parts of another version; weak tags cannot be asked for.
-    asked = {"headers": {"If-Match": tag}} if tag.startswith('"') and uri.startswith("http") else {}
+    tag = str(info.get("ETag") or "")
+    # A server that keeps to RFC 9110 then refuses ranges of another version; weak tags are not allowed in If-Match.
+    options = {"headers": {"If-Match": tag}} if tag.startswith('"') and uri.startswith("http") else {}
 
-    async def get(start: int, stop: int, begins: Begins) -> Answer:
-        return await _in_thread(uri, lambda: bytes(fs.cat_file(path, start=start, end=stop, **asked))), None
+    async def get(start: int, stop: int, on_begin: OnBegin) -> VersionedBytes:
+        return await _in_thread(uri, lambda: bytes(fs.cat_file(path, start=start, end=stop, **options))), None
 
-    return RemoteStore(uri, int(detail["size"]), None, get, _endpoint(_base(uri), timeout()))
+    return RemoteStore(uri, int(info["size"]), None, get, _endpoint_of(_server_of(uri), storage_timeout()))
 
 
 def read(uri: str) -> bytes:
     """Return the whole object."""
     fs, path = _file_system(uri)
-    return _asked(uri, lambda: bytes(fs.cat_file(path)))
+    return _run_request(uri, lambda: bytes(fs.cat_file(path)))
 
 
 def exists(uri: str) -> bool:
     """Tell whether there is such an object."""
     fs, path = _file_system(uri)
-    return _asked(uri, lambda: bool(fs.exists(path)))
+    return _run_request(uri, lambda: bool(fs.exists(path)))
 
 
 def list_uris(prefix: str) -> list[str]:
     """Return the URIs of all objects below a prefix, sorted."""
     fs, path = _file_system(prefix)
-    return _asked(prefix, lambda: sorted(str(fs.unstrip_protocol(p)) for p in fs.find(path)))
+    return _run_request(prefix, lambda: sorted(str(fs.unstrip_protocol(p)) for p in fs.find(path)))
 
 
 def write(uri: str, data: bytes) -> None:
     """Write the whole object. Raises OutputError."""
     fs, path = _file_system(uri)
-    with translated(uri, writing=True):
+    with translate_errors(uri, writing=True):
         fs.pipe_file(path, data)
 
 
 def delete(uri: str) -> None:
     """Delete the object if it is there. Raises OutputError."""
     fs, path = _file_system(uri)
-    with translated(uri, writing=True):
+    with translate_errors(uri, writing=True):
         if fs.exists(path):
             fs.rm_file(path)
 
 
-def _asked(uri: str, call: Callable[[], T]) -> T:
-    return wait_for(request(_endpoint(_base(uri), timeout()), redact(uri), 0, lambda begins: _in_thread(uri, call)))
+def _run_request(uri: str, operation: Callable[[], T]) -> T:
+    return wait_for(
+        request(
+            _endpoint_of(_server_of(uri), storage_timeout()),
+            redact(uri),
+            0,
+            lambda on_begin: _in_thread(uri, operation),
+        )
+    )
 
 
-async def _in_thread(uri: str, call: Callable[[], T]) -> T:
-    with translated(uri):
-        return await asyncio.get_running_loop().run_in_executor(_pool(os.getpid()), call)
+async def _in_thread(uri: str, operation: Callable[[], T]) -> T:
+    with translate_errors(uri):
+        return await asyncio.get_running_loop().run_in_executor(_thread_pool(os.getpid()), operation)
 
 
 @lru_cache(maxsize=1)
-def _pool(pid: int) -> ThreadPoolExecutor:
+def _thread_pool(pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, thread_name_prefix=f"fsspec-{pid}")
 
 
 @lru_cache(maxsize=16)
-def _endpoint(base: str, seconds: float) -> Endpoint:
+def _endpoint_of(base: str, seconds: float) -> Endpoint:
     return Endpoint(seconds)
 
 
-def _base(uri: str) -> str:
+def _server_of(uri: str) -> str:
     scheme, _, rest = uri.partition("://")
     return f"{scheme}://{rest.partition('/')[0]}"
 
@@ -99,7 +106,7 @@ def _file_system(uri: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        fs, path = fsspec.url_to_fs(uri, **_limits(uri))
+        fs, path = fsspec.url_to_fs(uri, **_client_options(uri))
     except ImportError as error:
         raise MissingPackage(f"{redact(uri)}: reading this needs one more package of the fsspec family") from error
     except ValueError as error:
@@ -109,10 +116,10 @@ def _file_system(uri: str) -> tuple[Any, str]:
     return fs, str(path)
 
 
-def _limits(uri: str) -> dict[str, Any]:
-    """Return the time-out that a blocking call over http keeps by itself: its thread cannot be stopped from outside."""
+def _client_options(uri: str) -> dict[str, Any]:
+    """Return a time-out for blocking requests over http: their threads cannot be stopped from outside."""
     if not uri.startswith(("http://", "https://")):
         return {}
     import aiohttp
 
-    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=timeout(), connect=5)}}
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=storage_timeout(), connect=5)}}

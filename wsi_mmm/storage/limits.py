@@ -1,6 +1,6 @@
-"""How large and how deep what comes from files may be: a small file that claims much is refused, not read.
+"""Limits on the size and depth of input files: a small file that claims to hold much is refused, not read.
 
-What a slide may claim is bounded where TIFF is parsed (slides/tiff_ifd, slides/tiff_meta).
+Limits on slides are checked by the TIFF parser (slides/tiff).
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ MAX_LISTS = 1 << 28
 MAX_OBJECTS = 10_000_000
 """Annotated objects of one file."""
 
-_PIECE = 8 << 20
+_CHUNK = 8 << 20
 
 
-def unpacked(data: bytes, name: str, endings: Sequence[str], error: type[WsiError] = InputError) -> bytes:
-    """``data``, or what is in it when it is gzip, or a zip with one file of these ``endings``.
+def unpack_file(data: bytes, name: str, endings: Sequence[str], error: type[WsiError] = InputError) -> bytes:
+    """Return ``data``, or its content when it is gzip, or a zip with one file of these ``endings``.
 
     Raises ``error`` when it is damaged, or unpacks to more than it may.
     """
     try:
         if data.startswith(b"\x1f\x8b"):
             with gzip.open(io.BytesIO(data)) as stream:
-                return _read(stream, len(data), name, error)
+                return _read_stream(stream, len(data), name, error)
         if data.startswith(b"PK\x03\x04"):
-            return _unzip(data, name, endings, error)
+            return _unzip_member(data, name, endings, error)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as damage:
         raise error(f"{name}: the compressed file is damaged ({damage}): export or copy it again") from damage
-    return _fitting(data, name, error)
+    return _check_size(data, name, error)
 
 
-def _unzip(data: bytes, name: str, endings: Sequence[str], error: type[WsiError]) -> bytes:
+def _unzip_member(data: bytes, name: str, endings: Sequence[str], error: type[WsiError]) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [m for m in archive.infolist() if m.filename.lower().endswith(tuple(endings))]
         members = [m for m in members if not m.filename.startswith("__MACOSX")]
@@ -54,19 +54,19 @@ def _unzip(data: bytes, name: str, endings: Sequence[str], error: type[WsiError]
             *some, last = endings
             raise error(f"{name}: the zip holds {len(members)} {', '.join(some)} or {last} files: pack one")
         with archive.open(members[0]) as stream:
-            return _read(stream, members[0].compress_size, name, error)
+            return _read_stream(stream, members[0].compress_size, name, error)
 
 
 class _Stream(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-def _read(stream: _Stream, packed: int, name: str, error: type[WsiError]) -> bytes:
-    """All of a stream of ``packed`` bytes, unless it gives more than these may stand for."""
+def _read_stream(stream: _Stream, packed: int, name: str, error: type[WsiError]) -> bytes:
+    """Return the unpacked bytes of a stream of ``packed`` bytes. Raises ``error`` when they are too many for those."""
     most = min(max(FREE, MAX_RATIO * packed), MAX_BYTES)
     parts: list[bytes] = []
     size = 0
-    while part := stream.read(_PIECE):
+    while part := stream.read(_CHUNK):
         size += len(part)
         if size > most:
             limit = f"{MAX_BYTES >> 30} GiB" if most == MAX_BYTES else f"{MAX_RATIO} times its size"
@@ -75,17 +75,17 @@ def _read(stream: _Stream, packed: int, name: str, error: type[WsiError]) -> byt
     return b"".join(parts)
 
 
-def _fitting(data: bytes, name: str, error: type[WsiError]) -> bytes:
+def _check_size(data: bytes, name: str, error: type[WsiError]) -> bytes:
     if len(data) > MAX_BYTES:
         raise error(f"{name}: more than {MAX_BYTES >> 30} GiB: split it")
     return data
 
 
-def parsed_json(
+def parse_json(
     data: bytes, name: str, error: type[WsiError] = InputError, otherwise: str = "no JSON that can be read"
 ) -> Any:
-    """What a JSON file says; ``error``, in the words of ``otherwise``, when it is none, nested too deep or too much."""
-    _fitting(data, name, error)
+    """Return the value of a JSON file. Raises ``error`` (text: ``otherwise``) for none, or one too deep or large."""
+    _check_size(data, name, error)
     if data.count(b"[") + data.count(b"{") > MAX_LISTS:
         raise error(f"{name}: more than {MAX_LISTS:,} lists and objects: split it")
     try:

@@ -9,49 +9,49 @@ from pathlib import Path
 
 from wsi_mmm.errors import NotFound, SlideChanged
 from wsi_mmm.storage.atomic import write_atomic
-from wsi_mmm.storage.ranges import Buffer, Counter, Merging, Range, Ranges, fetch_merged
+from wsi_mmm.storage.ranges import Buffer, Counter, MergeRule, Range, Ranges, fetch_merged
 from wsi_mmm.storage.translate import local_errors
 from wsi_mmm.storage.uris import local_path
 
-# A gap costs its copy, a further pread about as much as copying 16 KB. Nothing travels side by side: no cuts.
-_MERGING = Merging(gap=16 << 10, waste=1.0, part=64 << 20, longest=256 << 20)
-_FAR = Merging(gap=128 << 10, waste=0.12, part=64 << 20, longest=256 << 20)
-_NETWORKS = ("fuse", "nfs", "cifs", "smb", "ceph", "lustre", "beegfs", "gpfs", "gluster", "9p", "afs")
+# A gap costs its copy, a further pread about as much as copying 16 KB. Reads are not concurrent: no cuts.
+_DISK = MergeRule(gap=16 << 10, waste=1.0, part=64 << 20, longest=256 << 20)
+_NETWORK = MergeRule(gap=128 << 10, waste=0.12, part=64 << 20, longest=256 << 20)
+_NETWORK_SYSTEMS = ("fuse", "nfs", "cifs", "smb", "ceph", "lustre", "beegfs", "gpfs", "gluster", "9p", "afs")
 
 
 class LocalStore:
     """A file, read in ranges by several threads at once.
 
-    ``remote``: it lies on a mount of a network (NFS, JuiceFS and the like), where every read waits.
+    ``remote``: it is on a network mount (NFS, JuiceFS and the like), where every read waits.
     """
 
     def __init__(self, uri: str, descriptor: int) -> None:
         self.uri = uri
         self.remote = _network_mount(os.fstat(descriptor).st_dev)
-        self._merging = _FAR if self.remote else _MERGING
+        self._merging = _NETWORK if self.remote else _DISK
         self.counter = Counter()
         self._descriptor = descriptor
         self.size = os.fstat(descriptor).st_size
-        self.etag: str | None = self._version()
+        self.etag: str | None = self._file_version()
 
-    def _version(self) -> str:
+    def _file_version(self) -> str:
         stat = os.fstat(self._descriptor)
         return f"{stat.st_mtime_ns:x}-{stat.st_size:x}"
 
     def get_ranges(self, ranges: Ranges) -> list[Buffer]:
         """Return the bytes of each (start, length); short where the file ends."""
         with local_errors(self.uri):
-            found = fetch_merged(ranges, self.size, rule=self._merging, get=self._get)
-            if self._version() != self.etag:
+            found = fetch_merged(ranges, self.size, rule=self._merging, get=self._read_spans)
+            if self._file_version() != self.etag:
                 raise SlideChanged(f"{self.uri} was changed while it was read; run again")
         return found
 
-    def _get(self, spans: Sequence[Range]) -> list[Buffer]:
-        parts: list[Buffer] = [self._read(start, length) for start, length in spans]
+    def _read_spans(self, spans: Sequence[Range]) -> list[Buffer]:
+        parts: list[Buffer] = [self._read_span(start, length) for start, length in spans]
         self.counter.add(sum(len(part) for part in parts), len(parts))
         return parts
 
-    def _read(self, start: int, length: int) -> bytes:
+    def _read_span(self, start: int, length: int) -> bytes:
         part = os.pread(self._descriptor, length, start)
         while 0 < len(part) < length:  # a network file system may give less, and Linux gives 2 GB at most
             more = os.pread(self._descriptor, length - len(part), start + len(part))
@@ -74,7 +74,7 @@ def _network_mount(device: int) -> bool:
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             mount, _, kind = line.partition(" - ")
             if mount.split()[2:3] == [number]:
-                return kind.startswith(_NETWORKS) and not kind.startswith("fuseblk")
+                return kind.startswith(_NETWORK_SYSTEMS) and not kind.startswith("fuseblk")
     return False
 
 

@@ -1,4 +1,4 @@
-"""Merging byte ranges, so that many small reads become few, and handing each range its bytes without a copy."""
+"""Merge byte ranges so that many small reads become few requests, and cut the answers up again without a copy."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Counter:
 
 
 @dataclass(frozen=True, slots=True)
-class Merging:
-    """When ranges are joined: gaps of at most ``gap`` bytes, smallest first, while they add up to at most ``waste`` of
+class MergeRule:
+    """Rule for joining ranges: gaps of at most ``gap`` bytes, smallest first, while they add up to at most ``waste`` of
     the bytes wanted. Spans of ``part`` bytes and more are cut into equal parts of at least ``part``, at most ``most``
     of them unless a part would be longer than ``longest``.
     """
@@ -46,8 +46,8 @@ class Merging:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What to fetch, and where each range then lies.
+class FetchPlan:
+    """The spans to fetch, and the place of each range in them.
 
     ``spans`` (start, length), ascending, without overlap. ``first`` int64[n]: the span a range begins in, -1 when the
     range is empty; ``offset`` int64[n]: where in it; ``length`` int64[n]: its bytes inside the object.
@@ -59,25 +59,25 @@ class Plan:
     length: I64
 
 
-def plan(ranges: Ranges, size: int, rule: Merging) -> Plan:
-    """Return the spans that bring ``ranges``, clipped to an object of ``size`` bytes."""
+def plan_spans(ranges: Ranges, size: int, rule: MergeRule) -> FetchPlan:
+    """Return the spans that cover ``ranges``, clipped to an object of ``size`` bytes."""
     wanted = np.asarray(ranges, np.int64).reshape(-1, 2)
     start = np.clip(wanted[:, 0], 0, size)
     length = np.clip(wanted[:, 1], 0, size - start)
     full = np.flatnonzero(length)
     if not len(full):
-        return Plan([], np.full(len(start), -1), start, length)
-    order = full[np.argsort(start[full], kind="stable")]
-    begins = start[order]
-    ends = np.maximum.accumulate(begins + length[order])
-    spans = _cut(begins, ends, _breaks(begins, ends, rule), rule)
+        return FetchPlan([], np.full(len(start), -1), start, length)
+    by_start = full[np.argsort(start[full], kind="stable")]
+    begins = start[by_start]
+    ends = np.maximum.accumulate(begins + length[by_start])
+    spans = _cut_spans(begins, ends, _find_breaks(begins, ends, rule), rule)
     first = np.full(len(start), -1, np.int64)
     edges = spans[:, 0]
     first[full] = np.searchsorted(edges, start[full], side="right") - 1
-    return Plan([(int(a), int(b - a)) for a, b in spans], first, start - edges[first], length)
+    return FetchPlan([(int(a), int(b - a)) for a, b in spans], first, start - edges[first], length)
 
 
-def _breaks(begins: I64, ends: I64, rule: Merging) -> I64:
+def _find_breaks(begins: I64, ends: I64, rule: MergeRule) -> I64:
     """Return the positions before which a new span begins; ``ends`` are running maxima."""
     gaps = begins[1:] - ends[:-1]
     apart = np.flatnonzero(gaps > 0)
@@ -87,18 +87,18 @@ def _breaks(begins: I64, ends: I64, rule: Merging) -> I64:
     return np.sort(rising[~joined]) + 1
 
 
-def _cut(begins: I64, ends: I64, breaks: I64, rule: Merging) -> I64:
+def _cut_spans(begins: I64, ends: I64, breaks: I64, rule: MergeRule) -> I64:
     """Return int64[m, 2] (start, stop): the spans between ``breaks``, long ones in parts that end between ranges."""
     lows = begins[np.concatenate([[0], breaks])]
     highs = ends[np.concatenate([breaks - 1, [len(ends) - 1]])]
     if (highs - lows).max() < 2 * rule.part:
         return np.stack([lows, highs], axis=1)
-    whole = begins[1:][begins[1:] >= ends[:-1]]  # a cut here goes through no range
-    parts = [_parts(int(a), int(b), whole, rule) for a, b in zip(lows, highs, strict=True)]
+    whole = begins[1:][begins[1:] >= ends[:-1]]  # a cut here crosses no range
+    parts = [_cut_span(int(a), int(b), whole, rule) for a, b in zip(lows, highs, strict=True)]
     return np.concatenate(parts)
 
 
-def _parts(low: int, high: int, whole: I64, rule: Merging) -> I64:
+def _cut_span(low: int, high: int, whole: I64, rule: MergeRule) -> I64:
     length = high - low
     number = max(min(length // rule.part, rule.most), -(-length // rule.longest))
     if number < 2:
@@ -106,7 +106,7 @@ def _parts(low: int, high: int, whole: I64, rule: Merging) -> I64:
     cuts = low + length * np.arange(1, number, dtype=np.int64) // number
     if len(whole):
         after = np.clip(np.searchsorted(whole, cuts), 0, len(whole) - 1)
-        # A cut through a range costs a copy; one that would make a part half as long again costs more.
+        # A cut through a range costs a copy, but a part half as long again costs more.
         near = np.abs(whole[after] - cuts) < length // (2 * number)
         cuts = np.unique(np.where(near, whole[after], cuts))
     edges = np.concatenate([[low], cuts[(cuts > low) & (cuts < high)], [high]])
@@ -114,10 +114,10 @@ def _parts(low: int, high: int, whole: I64, rule: Merging) -> I64:
 
 
 def fetch_merged(
-    ranges: Ranges, size: int, *, rule: Merging, get: Callable[[Sequence[Range]], Sequence[Buffer]]
+    ranges: Ranges, size: int, *, rule: MergeRule, get: Callable[[Sequence[Range]], Sequence[Buffer]]
 ) -> list[Buffer]:
-    """Return the bytes of each range, clipped to ``size``, by way of ``get`` on merged spans: views, not copies."""
-    found = plan(ranges, size, rule)
+    """Return the bytes of each range, clipped to ``size``, fetched by ``get`` in merged spans: views, not copies."""
+    found = plan_spans(ranges, size, rule)
     if not found.spans:
         return [b""] * len(found.first)
     with spent("fetch"):
@@ -129,16 +129,16 @@ def fetch_merged(
             out.append(b"")
         else:
             view = views[n]
-            out.append(view[a:b] if b <= len(view) else _joined(views[n:], a, b))
+            out.append(view[a:b] if b <= len(view) else _join_views(views[n:], a, b))
     return out
 
 
-def _joined(views: Sequence[memoryview], start: int, stop: int) -> bytes:
-    """Return the bytes of a range that goes on in the next spans."""
-    pieces = []
+def _join_views(views: Sequence[memoryview], start: int, stop: int) -> bytes:
+    """Return the bytes of a range that continues in the next spans."""
+    parts = []
     for view in views:
-        pieces.append(view[start:stop])
+        parts.append(view[start:stop])
         start, stop = 0, stop - len(view)
         if stop <= 0:
             break
-    return b"".join(pieces)
+    return b"".join(parts)

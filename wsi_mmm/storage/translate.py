@@ -1,4 +1,4 @@
-"""What foreign libraries of storage raise, said in our words: once, here. No text of theirs is passed on.
+"""Errors of foreign storage libraries, translated into ours: once, here. None of their text is passed on.
 
 Errors of obstore come with the server's answer and sometimes with request headers in their text, so causes are
 recognised by words in it, and what is shown is ours.
@@ -59,17 +59,17 @@ _CAUSES: tuple[tuple[str, str, TransientCause | None], ...] = (
 
 
 @contextmanager
-def translated(uri: str, *, writing: bool = False) -> Iterator[None]:
+def translate_errors(uri: str, *, writing: bool = False) -> Iterator[None]:
     """Turn errors of obstore and of fsspec's file systems into ours."""
     try:
         yield
     except WsiError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a foreign file system raises is a storage error here
-        raise _known(error, uri, writing=writing) from None
+        raise _translate_error(error, uri, writing=writing) from None
 
 
-def _known(error: Exception, uri: str, *, writing: bool) -> WsiError:
+def _translate_error(error: Exception, uri: str, *, writing: bool) -> WsiError:
     name, kind = redact(uri), type(error).__name__
     status = getattr(error, "status", None)
     fail = OutputError if writing else StorageError
@@ -79,17 +79,17 @@ def _known(error: Exception, uri: str, *, writing: bool) -> WsiError:
         return fail(f"{name}: access denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE")
     if kind == "PreconditionError" or status == 412:
         return SlideChanged(f"{name} was replaced while it was read; run again")
-    text, cause = reason(error)
+    text, cause = _explain_error(error)
     return fail(f"{name}: {text}") if cause is None else TransientError(f"{name}: {text}", cause)
 
 
-def reason(error: Exception) -> tuple[str, TransientCause | None]:
+def _explain_error(error: Exception) -> tuple[str, TransientCause | None]:
     """Return the text for an error of ours, and why trying again may help (None: it does not)."""
     status = getattr(error, "status", None)
     text = (f"status code: {status} " if isinstance(status, int) else "") + f"{type(error).__name__} {error}"
-    if "169.254.169.254" in text:  # where keys are looked for when none are set
+    if "169.254.169.254" in text:  # the metadata address, asked for keys when none are set
         return _NO_KEYS, None
-    # Addresses may hold any word; a setting that every error of obstore tells is no time-out.
+    # Addresses may hold any word, and every error of obstore names its setting retry_timeout.
     lower = _ADDRESS.sub("", text).lower().replace("retry_timeout", "")
     for word, meaning, cause in _CAUSES:
         if word in lower:

@@ -18,7 +18,7 @@ def is_local(uri: str) -> bool:
 def is_service(uri: str) -> bool:
     """Tell whether ``uri`` is a slide of a WSI service: ``wsi://``, or http(s) whose path ends in ``/v3/slides/ID``.
 
-    Over http(s) an ID with a dot is taken for a file.
+    Over http(s) an ID with a dot means a file.
     """
     parts = urlsplit(uri)
     if parts.scheme == "wsi":
@@ -38,7 +38,7 @@ def join(uri: str, *parts: str) -> str:
 
 
 def redact(uri: str) -> str:
-    """Return ``uri`` without user, password, query and fragment: what may be shown."""
+    """Return ``uri`` without user, password, query and fragment, fit to be shown."""
     if is_local(uri):
         return uri
     parts = urlsplit(uri)

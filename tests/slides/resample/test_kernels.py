@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from helpers.resampled import resample
 from wsi_mmm.slides.resample import kernels
-from wsi_mmm.slides.resample.weights import Weights, taps
+from wsi_mmm.slides.resample.weights import average_rows, taps
 from wsi_mmm.types import I64, U8
 
 
@@ -30,7 +32,7 @@ def weights(rng: np.random.Generator, count: int, number: int, size: int) -> tup
 
 
 @pytest.mark.parametrize("down", [2, 3, 5, 9])
-@pytest.mark.parametrize("across", [2, 3, 4, 5, 6, 7, 11])
+@pytest.mark.parametrize("across", [2, 3, 4, 5, 6, 7, 11])  # 2, 4 and 6 in vectors
 def test_sums_are_exact_for_any_number_of_weights(down: int, across: int) -> None:
     """Vectors, and what is done one pixel at a time, agree with plain integers; bytes beside the target are left."""
     rng = np.random.default_rng(down * 100 + across)
@@ -40,7 +42,8 @@ def test_sums_are_exact_for_any_number_of_weights(down: int, across: int) -> Non
     target = frame[:, 5:-5]
     sums = np.zeros((kernels.ROWS, 70 * 3 + kernels.PAD), np.uint16)
     y32, x32 = y[1].astype(np.uint32), x[1].astype(np.uint32)
-    kernels.average(source.reshape(1, 60, -1), y[0], y32, x[0], x32, target, sums)
+    above, edge = np.empty((0, 210), np.uint8), np.empty((21, 0), np.uint16)
+    kernels.average_tile(source.reshape(60, -1), above, edge, y[0], y32, x[0], x32, target, sums)
     assert np.array_equal(target.reshape(21, 19, 3), plain(source, (y, x)))
     assert (frame[:, :5] == 77).all()
     assert (frame[:, -5:] == 77).all()
@@ -65,16 +68,39 @@ def test_pictures_smaller_than_the_weights_are_many_are_read_within_their_bounds
     assert np.array_equal(resample(source, y, x), source)
 
 
-def test_rows_may_come_piece_by_piece() -> None:
+def test_rows_may_come_a_few_at_a_time() -> None:
     """What is complete is written; the rest when its rows are there: the same picture."""
     rng = np.random.default_rng(3)
     source = rng.integers(0, 256, (90, 50, 3), dtype=np.uint8)
     y, x = taps(0, 47, 1.9), taps(0, 26, 1.9)
-    weights_of, out, done = Weights(y, x), np.zeros((47, 26, 3), np.uint8), 0
+    out, done = np.zeros((47, 26, 3), np.uint8), 0
     for bottom in (10, 11, 40, 88, y.stop):
-        stop = weights_of.complete(bottom)
+        stop = y.count_complete(bottom)
         assert stop >= done
-        weights_of.average(source[:bottom], 0, done, stop, out)
+        average_rows(source[:bottom], 0, (y, x), (done, stop), out)
         done = stop
     assert done == 47
     assert np.array_equal(out, resample(source[: y.stop, : x.stop], y, x))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.3, 1.9011, 2.0, 2.6, 4.7])
+def test_tile_after_tile_is_the_whole_picture(scale: float) -> None:
+    """Sums over the edges of tiles are finished by the next tile: right of it, and below."""
+    rng = np.random.default_rng(5)
+    picture, side = rng.integers(0, 256, (96, 128, 3), dtype=np.uint8), 32
+    y, x = taps(1, int(90 / scale), scale), taps(2, int(110 / scale), scale)
+    want = resample(picture[y.first : y.stop, x.first : x.stop], y, x)
+    out = np.zeros((len(y.begin), len(x.begin) * 3), np.uint8)
+    sums = np.zeros((kernels.ROWS, 3 * (x.taps + side) + kernels.PAD), np.uint16)
+    above = np.zeros((128 // side, y.taps, 3 * side), np.uint8)
+    row_stops = [0, *(y.count_complete(bottom) for bottom in (32, 64, 96))]
+    column_stops = [0, *(x.count_complete(right) for right in (32, 64, 96, 128))]
+    for row, (r0, r1) in enumerate(pairwise(row_stops)):
+        edge = np.zeros((r1 - r0, 3 * x.taps), np.uint16)
+        for column, (k0, k1) in enumerate(pairwise(column_stops)):
+            tile = np.ascontiguousarray(picture[row * side : (row + 1) * side, column * side : (column + 1) * side])
+            kernels.average_tile(
+                tile.reshape(side, 3 * side), above[column], edge, y.begin[r0:r1] - row * side, y.weight[r0:r1],
+                x.begin[k0:k1] - (column * side - x.taps), x.even_weight()[k0:k1], out[r0:r1, 3 * k0 : 3 * k1], sums,
+            )  # fmt: skip
+    assert np.array_equal(out.reshape(want.shape), want)

@@ -113,7 +113,7 @@ def test_what_was_fetched_before_is_used(stored: Slide, platform: FakePlatform) 
 
 def test_a_damaged_picture_is_white_and_named(platform: FakePlatform, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it, and nothing beside it."""
-    monkeypatch.setattr(reader, "decoded", lambda *_, **__: "damaged")
+    monkeypatch.setattr(reader, "decode_picture", lambda *_, **__: "damaged")
     canvas = opened(platform).read(Block(300, 300, 300, 300, 1.0, 1.0))
     assert (canvas.pixels == 255).all()
     x0, y0 = canvas.failed[:, :2].min(axis=0)

@@ -41,6 +41,6 @@ def test_small_levels_are_one_picture_and_cells_are_whole_native_tiles() -> None
     for cuts, side, mark in ((GridCuts(), 960, 1024), (RectangleCuts(), 240, 256)):
         assert cuts.sides(Level(2048, 2048, 1, 1, 256, 256)) == (2048, 2048)
         large = Level(9999, 9999, 1, 1, 240, 240)
-        assert cuts.sides(large) == (side, side) and cuts.mark_side(large) == mark
+        assert cuts.sides(large) == (side, side) and cuts.fingerprint_side(large) == mark
     assert GridCuts().pictures([3, 4], cells(5120, 5120)) == [[3], [4]]
     assert RectangleCuts().pictures([3, 4], cells(5120, 5120)) == [[3, 4]]

@@ -29,9 +29,9 @@ from wsi_mmm.errors import (
 from wsi_mmm.inputs import expand_inputs
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.service.cuts import GridCuts
-from wsi_mmm.slides.service.info import info_of, stored_at
-from wsi_mmm.slides.service.reader import Routes, ServiceReader, decoded
-from wsi_mmm.slides.service.wsi_service import _token, address_of
+from wsi_mmm.slides.service.info import parse_slide_info, storage_path
+from wsi_mmm.slides.service.reader import PictureRoutes, ServiceReader, decode_picture
+from wsi_mmm.slides.service.wsi_service import _service_token, parse_address
 from wsi_mmm.storage.uris import is_service
 from wsi_mmm.tiles.stream import stream
 from wsi_mmm.types import Block, Grid, Level
@@ -115,7 +115,7 @@ def test_a_run_over_tissue_asks_once_for_what_it_needs(web: FakeService, board: 
 def test_large_native_tiles_are_asked_for_as_tiles(board: Board) -> None:
     """A picture that is one native tile has an address of its own; at the edge its padding is cut off."""
     near = open_slide(str(board.path))
-    routes = Routes("/r/{level}/{x}/{y}/{width}/{height}", "/t/{level}/{x}/{y}", "image_format=png")
+    routes = PictureRoutes("/r/{level}/{x}/{y}/{width}/{height}", "/t/{level}/{x}/{y}", "image_format=png")
 
     paths: list[str] = []
 
@@ -141,7 +141,7 @@ def test_which_addresses_are_slides_of_a_service() -> None:
     """Any wsi:// with the path of a slide; http(s) too, unless the last part looks like a file."""
     assert all(map(is_service, ["wsi://h/v3/slides/a", "https://h:8/x/v3/slides/a/", "wsi://h/v3/slides/a.svs"]))
     assert not any(map(is_service, ["https://h/v3/slides/a.svs", "https://h/slides/a", "wsi://h/a", "/v3/slides/a"]))
-    address = address_of("wsi://h:8443/base/v3/slides/a%2Fb c?plugin=x")
+    address = parse_address("wsi://h:8443/base/v3/slides/a%2Fb c?plugin=x")
     assert address.slide == "https://h:8443/base/v3/slides/a%2Fb%20c"
     assert address.query == "image_format=png&plugin=x"
     assert [spec.uri for spec in expand_inputs(["wsi://h/v3/slides/a"])] == ["wsi://h/v3/slides/a"]
@@ -190,14 +190,14 @@ def test_the_token_opens_the_slide_and_is_nowhere_else(
 def test_the_token_goes_to_hosts_that_are_named_and_never_in_the_clear() -> None:
     """Another host gets none; http:// beyond this machine is refused."""
     env = {"WSI_MMM_SERVICE_TOKEN": TOKEN, "WSI_MMM_SERVICE_HOST": "good.org, other.org:8443"}
-    assert _token(address_of("wsi://good.org/v3/slides/a"), env) == TOKEN
-    assert _token(address_of("wsi://other.org:8443/v3/slides/a"), env) == TOKEN
-    assert _token(address_of("wsi://evil.org/v3/slides/a"), env) is None
-    assert _token(address_of("wsi://other.org/v3/slides/a"), env) is None
+    assert _service_token(parse_address("wsi://good.org/v3/slides/a"), env) == TOKEN
+    assert _service_token(parse_address("wsi://other.org:8443/v3/slides/a"), env) == TOKEN
+    assert _service_token(parse_address("wsi://evil.org/v3/slides/a"), env) is None
+    assert _service_token(parse_address("wsi://other.org/v3/slides/a"), env) is None
     with pytest.raises(ConfigError, match="could be read on the way") as caught:
-        _token(address_of("http://good.org/v3/slides/a"), env)
+        _service_token(parse_address("http://good.org/v3/slides/a"), env)
     with pytest.raises(ConfigError, match="holds characters"):
-        _token(address_of("wsi://h/v3/slides/a"), {"WSI_MMM_SERVICE_TOKEN": "a\nb"})
+        _service_token(parse_address("wsi://h/v3/slides/a"), {"WSI_MMM_SERVICE_TOKEN": "a\nb"})
     assert TOKEN not in str(caught.value)
 
 
@@ -305,7 +305,7 @@ def test_pictures_with_transparency_are_put_on_white() -> None:
     ):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "png")
-        got = decoded(buffer.getvalue(), 2, 1, name="x")
+        got = decode_picture(buffer.getvalue(), 2, 1, name="x")
         assert np.array_equal(got, want)
 
 
@@ -320,10 +320,10 @@ SAID = {
 
 def test_what_may_be_missing_may_be_missing() -> None:
     """Format, channels, tiles and resolution are optional; an unknown resolution is None, never a guess."""
-    info = info_of(SAID | {"tissue": "KIDNEY", "stain": None}, uri="u", mark=lambda: "m")
+    info = parse_slide_info(SAID | {"tissue": "KIDNEY", "stain": None}, uri="u", fingerprint=lambda: "m")
     assert (info.mpp_x, info.vendor, dict(info.properties)) == (0.499, "unknown", {"id": "a", "tissue": "KIDNEY"})
     for size in (None, {}, {"x": 0, "y": 0}, {"x": "1", "y": True}, {"x": float("nan"), "y": float("inf")}):
-        bare = info_of(SAID | {"pixel_size_nm": size, "tile_extent": None}, uri="u", mark=lambda: "m")
+        bare = parse_slide_info(SAID | {"pixel_size_nm": size, "tile_extent": None}, uri="u", fingerprint=lambda: "m")
         assert (bare.mpp_x, bare.mpp_y, bare.levels[0].tile_width) == (None, None, 256)
 
 
@@ -339,7 +339,7 @@ def test_what_may_be_missing_may_be_missing() -> None:
 def test_descriptions_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
     """Sizes that are none, levels that contradict the slide, and depths that would lose what they say."""
     with pytest.raises(SlideDamaged, match="description of the slide"):
-        info_of(SAID | change, uri="u", mark=lambda: "m")
+        parse_slide_info(SAID | change, uri="u", fingerprint=lambda: "m")
 
 
 OLD = {
@@ -359,9 +359,9 @@ NEW = {
 def test_a_storage_mapper_of_either_generation_is_recognised(web: FakeService, said: dict[str, object]) -> None:
     """Its address names no pictures: the error says what it is, and where the slide lies."""
     web.storage = {"m": said}
-    assert stored_at(said) == "/data/a.svs"
+    assert storage_path(said) == "/data/a.svs"
     with pytest.raises(StorageError, match=r"is a storage mapper.*/data/a\.svs"):
         open_slide(at(web, "m"))
     with pytest.raises(SlideNotFound, match="no such slide"):
         open_slide(at(web, "none"))
-    assert stored_at([]) == stored_at({"storage_addresses": [3]}) == ""
+    assert storage_path([]) == storage_path({"storage_addresses": [3]}) == ""

@@ -12,12 +12,12 @@ tissue) take stored levels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from wsi_mmm.slides.resample.weights import Taps, Weights, taps
+from wsi_mmm.slides.resample.weights import Taps, average_rows, taps
 from wsi_mmm.types import I64, U8, Block, Canvas, Level, SlideInfo
 
 WHITE = 255
@@ -177,9 +177,8 @@ class _Axis:
         return abs(self.scale - 1) < _SAME and abs(self.origin - round(self.origin)) < _SAME
 
     def taps(self, k0: int, k1: int, size: int) -> Taps:
-        every = taps(self.start + k0, k1 - k0, self.scale, self.origin)
         # Enlarging looks half a pixel beyond the edge: repeat the last pixel there, not the white outside.
-        return every if self.scale >= 1 else replace(every, index=np.clip(every.index, 0, size - 1))
+        return taps(self.start + k0, k1 - k0, self.scale, self.origin, size)
 
 
 def _axis(start: int, count: int, scale: float, origin: float) -> _Axis:
@@ -208,19 +207,18 @@ def _read_part(pixels: U8, x: _Axis, y: _Axis, part: tuple[int, int, int, int], 
 
 def _resampled(out: U8, ty: Taps, tx: Taps, source: Source, fetch: Fetch) -> I64:
     """Fetch row of tiles after row of tiles and average what is complete, while it is near the processor."""
-    weights = Weights(ty, tx)
     cuts = [ty.first, *range((ty.first // source.step + 1) * source.step, ty.stop, source.step), ty.stop]
-    rows = np.empty((max(np.diff(cuts)) + weights.taps_y, tx.stop - tx.first, 3), np.uint8)
+    rows = np.empty((max(np.diff(cuts)) + ty.taps, tx.stop - tx.first, 3), np.uint8)
     failed, base, held, done = [], ty.first, 0, 0  # rows[:held] are source rows from ``base`` on
     for top, bottom in pairwise(cuts):
         window = (tx.first, top, tx.stop, bottom)
         failed.append(_white_around(source, fetch, window, rows[held : held + bottom - top]))
         held += bottom - top
-        stop = weights.complete(bottom)
-        weights.average(rows[:held], base, done, stop, out)
+        stop = ty.count_complete(bottom)
+        average_rows(rows[:held], base, (ty, tx), (done, stop), out)
         done = stop
         if bottom < ty.stop:
-            kept = weights.first_row(done, bottom) - base
+            kept = min(int(ty.begin[done]), bottom) - base
             rows[: held - kept] = rows[kept:held].copy()
             base, held = base + kept, held - kept
     return merge_failed(failed)

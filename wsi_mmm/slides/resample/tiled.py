@@ -61,15 +61,20 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """How a window is filled: from ``only`` these native tiles (None: all under it); ``keep``: remember every tile.
+    """Native tiles that a window is filled from: ``only`` these (None: all under it).
 
-    Without ``keep`` those that lie wholly in the window, left of and above ``limit`` (source px), are forgotten: the
-    window's neighbours do not ask for them.
+    Those that lie wholly within ``inner`` (x0, y0, x1, y1; source px) are forgotten once they were used: the window's
+    neighbours do not ask for them. None: every tile is kept in the cache.
     """
 
     only: frozenset[int] | None = None
-    keep: bool = True
-    limit: tuple[float, float] = (math.inf, math.inf)
+    inner: tuple[float, float, float, float] | None = None
+
+    def inner_range(self, axis: int, side: int) -> range:
+        """The native tiles within ``inner`` along axis 0 (x) or 1 (y), which are ``side`` px wide."""
+        if self.inner is None:
+            return range(0)
+        return range(math.ceil(self.inner[axis] / side), math.floor(self.inner[axis + 2] / side))
 
 
 EVERYTHING = Want()
@@ -83,7 +88,7 @@ def fill(
 
     What ``load`` yields may be overwritten once the next tile is asked for, except for tiles that are kept.
     """
-    places, inner = _places(tiling, window, want)
+    places, whole, own = _places(tiling, window, want)
     failed: list[Window] = []
 
     def place(key: Key, tile: Tile) -> None:
@@ -92,23 +97,27 @@ def fill(
         if isinstance(tile, str):
             failed.append(level0_rect(info, tiling.source, tiling.window(key)))
 
-    own = [] if want.keep else [key for key in places if key in inner]
-    for key, tile, _ in load(own, keep=False) if own else ():
+    for key, tile, _ in load(list(own), keep=False) if own else ():
         place(key, tile)
     if len(own) < len(places):
-        cache.visit([key for key in places if want.keep or key not in inner], load, place, inner.__contains__)
+        cache.visit([key for key in places if key not in own], load, place, whole.__contains__)
     return merge_failed([np.array(failed, np.int64)]) if failed else NO_FAILURES
 
 
 Part = tuple[slice, slice]
 
 
-def _places(tiling: Tiling, window: Window, want: Want) -> tuple[dict[Key, tuple[Part, Part]], set[Key]]:
-    """Per tile under the window where it goes, and which part of it; and the tiles that lie wholly in the window."""
+def _places(
+    tiling: Tiling, window: Window, want: Want
+) -> tuple[dict[Key, tuple[Part, Part]], set[Key], dict[Key, None]]:
+    """Per tile under the window where it goes, and which part of it; those that lie wholly in the window; and those of
+    them that are not to be kept, in order."""
     x0, y0, x1, y1 = window
     source, width, height, columns = tiling.source, tiling.width, tiling.height, tiling.columns
+    inner_rows, inner_columns = want.inner_range(1, height), want.inner_range(0, width)
     places: dict[Key, tuple[Part, Part]] = {}
-    inner: set[Key] = set()
+    whole: set[Key] = set()
+    own: dict[Key, None] = {}
     for row in range(y0 // height, -(-y1 // height)):
         top = row * height
         bottom = min(top + height, source.height)
@@ -123,6 +132,8 @@ def _places(tiling: Tiling, window: Window, want: Want) -> tuple[dict[Key, tuple
             a, c = max(left, x0), min(right, x1)
             key = (source.level, source.shrink, number)
             places[key] = (down, slice(a - x0, c - x0)), (rows, slice(a - left, c - left))
-            if (a, b, c, d) == (left, top, right, bottom) and right <= want.limit[0] and bottom <= want.limit[1]:
-                inner.add(key)
-    return places, inner
+            if (a, b, c, d) == (left, top, right, bottom):
+                whole.add(key)
+                if row in inner_rows and column in inner_columns:
+                    own[key] = None
+    return places, whole, own

@@ -8,6 +8,7 @@ the same bits on any machine and in any block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,46 +16,62 @@ import numpy.typing as npt
 
 from wsi_mmm.types import I64, U8
 
+U32 = npt.NDArray[np.uint32]
 _ONE = 1 << 16
 _WEIGHT = 256  # sum of the weights of one output pixel along one axis
 
 
 @dataclass(frozen=True, slots=True)
 class Taps:
-    """One axis: output pixel k is the weighted sum of source px ``index[offsets[k]:offsets[k + 1]]`` (absolute)."""
+    """One axis: output pixel k is the sum over t of ``weight[k, t]`` / 256 of source px ``begin[k] + t`` (absolute).
 
-    offsets: I64
-    index: I64
-    weight: I64
+    ``begin`` int64[n], ascending; ``weight`` uint32[n, taps], two taps at least, each row of which sums to 256. Source
+    px ``first`` to ``stop`` - 1 are used; the taps of all pixels lie within them where there are that many.
+    """
+
+    begin: I64
+    weight: U32
+    first: int
+    stop: int
 
     @property
-    def first(self) -> int:
-        """First source px used."""
-        return int(self.index.min())
+    def taps(self) -> int:
+        """The number of weights of each pixel."""
+        return int(self.weight.shape[1])
 
-    @property
-    def stop(self) -> int:
-        """One past the last source px used."""
-        return int(self.index.max()) + 1
+    def even_weight(self) -> U32:
+        """``weight`` with an even number of taps, the last of them 0 where one was added."""
+        return self.weight if self.taps % 2 == 0 else np.pad(self.weight, ((0, 0), (0, 1)))
+
+    def count_complete(self, bottom: int) -> int:
+        """Return how many output pixels need no source px at or beyond ``bottom``."""
+        if bottom >= self.stop:
+            return len(self.begin)
+        return int(np.searchsorted(self.begin, bottom - self.taps, "right"))
 
 
-def taps(start: int, count: int, scale: float, origin: float = 0.0) -> Taps:
-    """Return the taps of output pixels start..start+count-1, each ``scale`` source px wide, from ``origin``."""
+@lru_cache(64)  # blocks in a row of the grid share one axis, those in a column the other
+def taps(start: int, count: int, scale: float, origin: float = 0.0, size: int | None = None) -> Taps:
+    """Return the taps of output pixels start..start+count-1, each ``scale`` source px wide, from ``origin``.
+
+    ``size``: the source px there are, at scales below 1, which look half a pixel beyond; the edge is repeated.
+    """
+    position = np.arange(start, start + count + 1)
     if scale < 1.0 - 1e-9:
-        return _bilinear(start, count, scale, origin)
-    edges = _fixed(origin + np.arange(start, start + count + 1) * scale)
-    first, stop = edges[:-1] >> 16, -(-edges[1:] >> 16)
-    number = stop - first
-    offsets = np.concatenate(([0], np.cumsum(number)))
-    rank = np.arange(offsets[-1]) - np.repeat(offsets[:-1], number)
-    index = np.repeat(first, number) + rank
-    low, high = np.repeat(edges[:-1], number), np.repeat(edges[1:], number)
+        centre = _fixed(origin + (position[:-1] + 0.5) * scale - 0.5)
+        right = ((centre & (_ONE - 1)) * _WEIGHT + _ONE // 2) >> 16
+        first, weight = centre >> 16, np.stack([_WEIGHT - right, right], axis=1)
+        if size is not None:
+            weight[(first < 0) | (first >= size - 1)] = _WEIGHT, 0
+            first = np.clip(first, 0, size - 1)
+        return _dense_taps(first, weight)
+    edges = _fixed(origin + position * scale)
+    low, high = edges[:-1, None], edges[1:, None]
+    first = edges[:-1] >> 16
+    most = int((-(-edges[1:] >> 16) - first).max())
     # Rounding the running sum, not each weight, keeps every sum at exactly _WEIGHT.
-    total = high - low
-    after = (np.minimum((index + 1) << 16, high) - low) * _WEIGHT
-    before = (np.maximum(index << 16, low) - low) * _WEIGHT
-    weight = (after + total // 2) // total - (before + total // 2) // total
-    return _without_zeros(offsets, index, weight)
+    covered = np.clip(((first[:, None] + np.arange(most + 1)) << 16) - low, 0, high - low) * _WEIGHT
+    return _dense_taps(first, np.diff((covered + (high - low) // 2) // (high - low), axis=1))
 
 
 def reach(start: I64, count: int, scale: float) -> tuple[I64, I64]:
@@ -69,89 +86,43 @@ def _fixed(position: npt.NDArray[np.floating[Any]]) -> I64:
     return np.asarray(np.floor(position * _ONE + 0.5), np.int64)
 
 
-def _bilinear(start: int, count: int, scale: float, origin: float) -> Taps:
-    centre = _fixed(origin + (np.arange(start, start + count) + 0.5) * scale - 0.5)
-    left = centre >> 16
-    right_weight = ((centre & (_ONE - 1)) * _WEIGHT + _ONE // 2) >> 16
-    index = np.stack([left, left + 1], axis=1).ravel()
-    weight = np.stack([_WEIGHT - right_weight, right_weight], axis=1).ravel()
-    return _without_zeros(np.arange(0, 2 * count + 1, 2), index, weight)
+def _dense_taps(first: I64, weight: I64) -> Taps:
+    """The taps of ``weight`` int64[n, m], which may begin and end with zeros, moved to within the source px used."""
+    used, most = weight > 0, weight.shape[1]
+    start = first + used.argmax(axis=1)
+    stop = first + most - used[:, ::-1].argmax(axis=1)
+    low, high, count = int(start.min()), int(stop.max()), max(2, int((stop - start).max()))
+    begin = np.clip(start, low, max(low, high - count))
+    at = (begin - first)[:, None] + np.arange(count)
+    moved = np.take_along_axis(weight, np.clip(at, 0, most - 1), axis=1)
+    moved[(at < 0) | (at >= most)] = 0
+    return Taps(begin, moved.astype(np.uint32), low, high)
 
 
-def _without_zeros(offsets: I64, index: I64, weight: I64) -> Taps:
-    keep = weight > 0
-    kept = np.concatenate(([0], np.cumsum(keep)))
-    return Taps(kept[offsets], index[keep], weight[keep])
+def average_rows(rows: U8, top: int, axes: tuple[Taps, Taps], span: tuple[int, int], out: U8) -> None:
+    """Write output rows span[0]..span[1]-1 of ``out`` uint8[all rows, columns, 3].
 
-
-class Weights:
-    """Both axes, ready for averaging rows of source pixels as they come."""
-
-    def __init__(self, y: Taps, x: Taps) -> None:
-        self._first_y, self._weight_y = _dense(y)
-        self._first_x, self._weight_x = _dense(x)
-        self._left, self._width = x.first, x.stop - x.first
-        self._bottom = y.stop
-        self.taps_y = self._weight_y.shape[1]
-        self._stop_y = self._first_y + self.taps_y
-        self._sums: Any = None
-
-    def complete(self, bottom: int) -> int:
-        """Return how many target rows need no source row at or below ``bottom``."""
-        if bottom >= self._bottom:
-            return len(self._first_y)
-        return int(np.searchsorted(self._stop_y, bottom, "right"))
-
-    def first_row(self, row: int, at_most: int) -> int:
-        """Return the first source row that target row ``row`` needs, ``at_most`` at most."""
-        return min(int(self._first_y[row]), at_most)
-
-    def average(self, rows: U8, first: int, start: int, stop: int, out: U8) -> None:
-        """Write target rows start..stop-1 of ``out`` uint8[all rows, columns, 3].
-
-        ``rows`` uint8[n, w, 3]: source rows from ``first`` on, columns from x.first to x.stop. Both may be parts of
-        larger pictures.
-        """
-        if stop > start:
-            # Where the picture is smaller than the weights are many, those beyond it are 0, but their pixels are read.
-            lack = int(self._first_y[stop - 1]) - first + self.taps_y - len(rows)
-            source = rows if lack <= 0 else np.pad(rows, ((0, lack), (0, 0), (0, 0)))
-            self.average_tiles(source[None], first, self._left, (start, stop), out)
-
-    def average_tiles(self, tiles: U8, first: int, left: int, span: tuple[int, int], out: U8) -> None:
-        """Write target rows span[0]..span[1]-1 of ``out`` uint8[all rows, columns, 3].
-
-        ``tiles`` uint8[k, n, w, 3]: pictures side by side, whose first pixel is source row ``first``, column ``left``.
-        """
-        start, stop = span
-        if stop <= start:
-            return
-        from wsi_mmm.slides.resample import kernels  # numba: a third of a second, for those who resample
-
-        if self._sums is None:
-            samples = 3 * max(tiles.shape[0] * tiles.shape[2], int(self._first_x[-1]) - left + self._weight_x.shape[1])
-            self._sums = np.zeros((kernels.ROWS, samples + kernels.PAD), np.uint16)
-        kernels.average(_flat(tiles), self._first_y[start:stop] - first, self._weight_y[start:stop],
-                        self._first_x - left, self._weight_x, _flat(out[start:stop]), self._sums)  # fmt: skip
-
-
-def _flat(pixels: U8) -> U8:
-    """Pictures uint8[..., h, w, 3] as uint8[..., h, w * 3] on the same memory: their rows are of whole pixels."""
-    shape, strides = pixels.shape[:-2], pixels.strides[:-2]
-    if pixels.flags.c_contiguous:
-        return pixels.reshape(*shape, pixels.shape[-2] * 3)
-    return np.lib.stride_tricks.as_strided(pixels, (*shape, pixels.shape[-2] * 3), (*strides, 1))
-
-
-def _dense(axis: Taps) -> tuple[I64, Any]:
-    """Per output pixel the first source px and the uint32 weights of it and those that follow it.
-
-    Every pixel has the same number of weights, two at least; they end with the axis where that is possible.
+    ``rows`` uint8[n, w, 3]: source rows from ``top`` on, columns from x.first to x.stop; ``axes``: y and x. ``out`` may
+    be part of a larger picture.
     """
-    start = np.minimum.reduceat(axis.index, axis.offsets[:-1])
-    owner = np.repeat(np.arange(len(start)), np.diff(axis.offsets))
-    taps = max(2, int((axis.index - start[owner]).max()) + 1)
-    first = np.clip(start, axis.first, max(axis.first, axis.stop - taps))
-    weight = np.zeros((len(start), taps), np.uint32)
-    np.add.at(weight, (owner, axis.index - first[owner]), axis.weight.astype(np.uint32))
-    return first, weight
+    (start, stop), (y, x) = span, axes
+    if stop <= start:
+        return
+    from wsi_mmm.slides.resample import kernels  # numba: a third of a second, for those who resample
+
+    # Where the picture is smaller than the weights are many, those beyond it are 0, but their pixels are read.
+    lack = int(y.begin[stop - 1]) - top + y.taps - len(rows)
+    source = rows if lack <= 0 else np.pad(rows, ((0, lack), (0, 0), (0, 0)))
+    width = 3 * source.shape[1]
+    above, edge = np.empty((0, width), np.uint8), np.empty((stop - start, 0), np.uint16)
+    sums = np.empty((kernels.ROWS, max(width, 3 * x.taps) + kernels.PAD), np.uint16)
+    kernels.average_tile(source.reshape(-1, width), above, edge, y.begin[start:stop] - top, y.weight[start:stop],
+                         x.begin - x.first, x.even_weight(), as_rows(out[start:stop]), sums)  # fmt: skip
+
+
+def as_rows(pixels: U8) -> U8:
+    """Return a picture uint8[h, w, 3] as uint8[h, w * 3] on the same memory: its rows are of whole pixels."""
+    height, width, _ = pixels.shape
+    if pixels.flags.c_contiguous:
+        return pixels.reshape(height, width * 3)
+    return np.lib.stride_tricks.as_strided(pixels, (height, width * 3), (pixels.strides[0], 1))

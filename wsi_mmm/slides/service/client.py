@@ -1,4 +1,4 @@
-"""GET requests to a slide service: verified TLS, a bearer token that is shown nowhere, answers of bounded size.
+"""GET requests to a slide service: verified TLS, a bearer token that is never shown, answers of bounded size.
 
 They run in the event loop of `remote`, which repeats what fails in passing: connections that break, and 502, 503, 504.
 Every other answer but 2xx is an error at once (429 one that may pass). No redirect is followed: the token goes to the
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_mmm.errors import NotFound, StorageError, TransientCause, TransientError, WsiError
 from wsi_mmm.storage.ranges import Counter
-from wsi_mmm.storage.remote import Begins, Endpoint, request, wait_for
+from wsi_mmm.storage.remote import Endpoint, OnBegin, request, wait_for
 from wsi_mmm.storage.translate import SHORT
 from wsi_mmm.timing import spent
 
@@ -40,66 +40,66 @@ _STATUS = {
 }
 
 
-class Client:
-    """What is known of one service: its token, its connections. Thread-safe; kept for the process's life."""
+class ServiceClient:
+    """The token and the connections of one service. Thread-safe; lives as long as the process."""
 
     def __init__(self, token: str | None, seconds: float, *, tls: bool, advice: str) -> None:
-        """``seconds``: until a request, repetitions included, is given up; ``advice``: how to give a (new) token."""
+        """``seconds`` until a request and its retries are given up; ``advice``: how to give a (new) token."""
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._tls, self._advice = tls, advice
-        # After 429 a service is left alone for longer than `remote` waits between tries.
+        # After 429 a service needs a longer rest than the pauses between retries here.
         self._endpoint = Endpoint(seconds, _CONCURRENT, doubles=False, final={TransientCause.TOO_MANY_REQUESTS})
         self._held: tuple[int, Any, asyncio.Task[None]] | None = None
 
     def get_many(self, urls: Sequence[str], most: Sequence[int], *, name: str, counter: Counter) -> list[bytes]:
         """Return the answers in order, at most ``most`` bytes each. Raises NotFound, StorageError."""
         with spent("fetch"):
-            return wait_for(self._all(urls, most, name, counter))
+            return wait_for(self._fetch_all(urls, most, name, counter))
 
-    async def _all(self, urls: Sequence[str], most: Sequence[int], name: str, counter: Counter) -> list[bytes]:
-        sends = [partial(self._send, url, size, name) for url, size in zip(urls, most, strict=True)]
-        tasks = [asyncio.create_task(self._one(send, name, counter)) for send in sends]
+    async def _fetch_all(self, urls: Sequence[str], most: Sequence[int], name: str, counter: Counter) -> list[bytes]:
+        sends = [partial(self._send_request, url, size, name) for url, size in zip(urls, most, strict=True)]
+        tasks = [asyncio.create_task(self._fetch_one(send, name, counter)) for send in sends]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _one(self, send: partial[Any], name: str, counter: Counter) -> bytes:
+    async def _fetch_one(self, send: partial[Any], name: str, counter: Counter) -> bytes:
         data: bytes = await request(self._endpoint, name, 0, send)
         counter.add(len(data))
         return data
 
-    async def _send(self, url: str, most: int, name: str, begins: Begins) -> bytes:
+    async def _send_request(self, url: str, most: int, name: str, on_begin: OnBegin) -> bytes:
         import yarl
 
-        with _translated(name):
+        with _translate_errors(name):
             address = yarl.URL(url, encoded=True)
-            async with self._session().get(address, headers=self._headers, allow_redirects=False) as answer:
-                begins()
+            async with self._open_session().get(address, headers=self._headers, allow_redirects=False) as answer:
+                on_begin()
                 if not 200 <= answer.status < 300:
-                    raise _refusal(answer.status, name, self._advice, sent=bool(self._headers))
-                return await _body(answer, most, name)
+                    raise _refusal_error(answer.status, name, self._advice, sent=bool(self._headers))
+                return await _read_body(answer, most, name)
 
-    def _session(self) -> aiohttp.ClientSession:
+    def _open_session(self) -> aiohttp.ClientSession:
         """Return this process's connections; called in the loop."""
         if self._held is None or self._held[0] != os.getpid():
             session = _new_session(tls=self._tls)
-            self._held = (os.getpid(), session, asyncio.create_task(_keep(session)))
+            self._held = (os.getpid(), session, asyncio.create_task(_close_at_end(session)))
         opened: aiohttp.ClientSession = self._held[1]
         return opened
 
 
 @cache
-def client(origin: str, token: str | None, seconds: float, advice: str) -> Client:
+def service_client(origin: str, token: str | None, seconds: float, advice: str) -> ServiceClient:
     """Return the client of a service at ``scheme://host:port``, the same for the same arguments."""
-    return Client(token, seconds, tls=origin.startswith("https://"), advice=advice)
+    return ServiceClient(token, seconds, tls=origin.startswith("https://"), advice=advice)
 
 
 def _new_session(*, tls: bool) -> aiohttp.ClientSession:
     import aiohttp
 
-    # Proxies, cookies and netrc are left out on purpose: what is sent is what is said here.
+    # No proxies, cookies or netrc, on purpose: only what is set here is sent.
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(ssl=ssl.create_default_context() if tls else True, limit=2 * _CONCURRENT),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT),
@@ -107,7 +107,7 @@ def _new_session(*, tls: bool) -> aiohttp.ClientSession:
     )
 
 
-async def _keep(session: aiohttp.ClientSession) -> None:
+async def _close_at_end(session: aiohttp.ClientSession) -> None:
     """Close the session when the loop ends, which cancels this."""
     try:
         await asyncio.Event().wait()
@@ -115,7 +115,7 @@ async def _keep(session: aiohttp.ClientSession) -> None:
         await session.close()
 
 
-async def _body(answer: aiohttp.ClientResponse, most: int, name: str) -> bytes:
+async def _read_body(answer: aiohttp.ClientResponse, most: int, name: str) -> bytes:
     parts, size = [], 0
     async for part in answer.content.iter_any():
         parts.append(part)
@@ -125,7 +125,7 @@ async def _body(answer: aiohttp.ClientResponse, most: int, name: str) -> bytes:
     return b"".join(parts)
 
 
-def _refusal(status: int, name: str, advice: str, *, sent: bool) -> WsiError:
+def _refusal_error(status: int, name: str, advice: str, *, sent: bool) -> WsiError:
     if status == 401:
         return StorageError(f"{name}: the service {'refuses the token' if sent else 'wants a token'} (401); {advice}")
     if status == 403:
@@ -144,8 +144,8 @@ def _refusal(status: int, name: str, advice: str, *, sent: bool) -> WsiError:
 
 
 @contextmanager
-def _translated(name: str) -> Iterator[None]:
-    """Turn errors of aiohttp into ours; no text of theirs is passed on."""
+def _translate_errors(name: str) -> Iterator[None]:
+    """Turn errors of aiohttp into ours; none of their text is passed on."""
     import aiohttp
 
     try:

@@ -1,4 +1,4 @@
-"""Which pictures of a service's slide are asked for, and the cells of them that are kept in memory.
+"""Rules for cutting levels of a service's slide into pictures to fetch, and pictures into cells to keep in memory.
 
 On a fixed grid (`GridCuts`) a pixel does not depend on the block it is read in, also where pictures are JPEGs: where a
 lossy picture begins changes its pixels. Lossless ones may be cut to what tiles need (`RectangleCuts`).
@@ -13,15 +13,15 @@ from typing import Protocol
 from wsi_mmm.slides.resample.tiled import Tiling
 from wsi_mmm.types import Level
 
-_SIDE = 1024  # px of a picture on the grid: at the edge of tissue larger ones bring more that nobody asked for
+_SIDE = 1024  # px of a picture on the grid: larger ones fetch more than is needed at the edge of tissue
 _WHOLE = 4 << 20  # px of a level that is fetched as one picture
 _CELL = 256  # px of a cell of a rectangle
-_LARGEST = 4 << 20  # px of a rectangle: a block of tiles is a few of them, which are under way side by side
-_MIDDLE = 256  # px of the picture by which a large level is known
+_LARGEST = 4 << 20  # px of a rectangle: a block of tiles is a few of them, fetched concurrently
+_MIDDLE = 256  # px of the fingerprint's picture of a large level
 
 
-class Cuts(Protocol):
-    """``by_tile``: cells that are native tiles are asked for as such; ``held``: pictures held compressed at a time."""
+class PictureCuts(Protocol):
+    """``by_tile``: fetch cells that are native tiles as such; ``held``: compressed pictures in memory at a time."""
 
     @property
     def by_tile(self) -> bool: ...
@@ -33,15 +33,15 @@ class Cuts(Protocol):
         """Return width and height of the cells of a level, px."""
 
     def pictures(self, numbers: Sequence[int], tiling: Tiling) -> list[list[int]]:
-        """Return the cells ``numbers`` by the picture that brings them: a full rectangle of cells each, row-major."""
+        """Return the cells ``numbers`` grouped by picture: a full rectangle of cells each, row-major."""
 
-    def mark_side(self, level: Level) -> int:
-        """Return the px of the picture that goes into the fingerprint, of the coarsest level."""
+    def fingerprint_side(self, level: Level) -> int:
+        """Return the side in px of the picture of the coarsest level that goes into the fingerprint."""
 
 
 @dataclass(frozen=True, slots=True)
 class GridCuts:
-    """Cells about 1024 px square in whole native tiles, of which each is decoded once at the other end; each cell is a
+    """Cells about 1024 px square in whole native tiles, so that the service decodes each once; each cell is a
     picture, and so is a level of no more than 4 megapixels."""
 
     by_tile: bool = True
@@ -51,21 +51,21 @@ class GridCuts:
         """Return width and height of the pictures that a level is fetched in, at most 25 megapixels."""
         if level.width * level.height <= _WHOLE:
             return level.width, level.height
-        return _side(level.tile_width, _SIDE), _side(level.tile_height, _SIDE)
+        return _whole_tiles(level.tile_width, _SIDE), _whole_tiles(level.tile_height, _SIDE)
 
     def pictures(self, numbers: Sequence[int], tiling: Tiling) -> list[list[int]]:
-        """Return every cell alone."""
+        """Return every cell as a picture."""
         return [[number] for number in numbers]
 
-    def mark_side(self, level: Level) -> int:
-        """Return a side of the grid."""
+    def fingerprint_side(self, level: Level) -> int:
+        """Return the side of the grid."""
         return _SIDE
 
 
 @dataclass(frozen=True, slots=True)
 class RectangleCuts:
-    """Cells of about 256 px in whole native tiles; what is missing of a block comes in rectangles of up to 4 megapixels
-    that hold nothing else. A level of no more than 4 megapixels is one picture."""
+    """Cells of about 256 px in whole native tiles; missing ones are fetched in rectangles of up to 4 megapixels
+    without others. A level of no more than 4 megapixels is one picture."""
 
     by_tile: bool = False
     held: int = 8
@@ -74,19 +74,19 @@ class RectangleCuts:
         """Return width and height of the cells of a level, px."""
         if level.width * level.height <= _WHOLE:
             return level.width, level.height
-        return _side(level.tile_width, _CELL), _side(level.tile_height, _CELL)
+        return _whole_tiles(level.tile_width, _CELL), _whole_tiles(level.tile_height, _CELL)
 
     def pictures(self, numbers: Sequence[int], tiling: Tiling) -> list[list[int]]:
-        """Return the cells by rectangles."""
+        """Return the cells grouped into rectangles."""
         return rectangles(numbers, tiling, _LARGEST)
 
-    def mark_side(self, level: Level) -> int:
-        """Little of a level that is large: it is asked for once more when it is read."""
+    def fingerprint_side(self, level: Level) -> int:
+        """Return a small side for a large level, since its pixels are fetched again when it is read."""
         return _SIDE if level.width * level.height <= _WHOLE else _MIDDLE
 
 
-def _side(native: int, wanted: int) -> int:
-    """Whole native tiles where they are of a common size; strips and odd sizes are left to the service."""
+def _whole_tiles(native: int, wanted: int) -> int:
+    """Return a side of whole native tiles; ``wanted`` for strips and odd sizes."""
     return native * max(1, wanted // native) if 16 <= native <= 4 * wanted else wanted
 
 
@@ -95,7 +95,7 @@ def rectangles(numbers: Sequence[int], tiling: Tiling, most: int) -> list[list[i
     found: list[list[int]] = []
     growing: dict[tuple[int, int], list[int]] = {}  # by first and last column
     row_before = -1
-    for row, runs in _runs(sorted(numbers), tiling, most).items():
+    for row, runs in _column_runs(sorted(numbers), tiling, most).items():
         if row != row_before + 1:
             growing.clear()
         grown: dict[tuple[int, int], list[int]] = {}
@@ -112,8 +112,8 @@ def rectangles(numbers: Sequence[int], tiling: Tiling, most: int) -> list[list[i
     return found
 
 
-def _runs(numbers: Sequence[int], tiling: Tiling, most: int) -> dict[int, list[tuple[int, int]]]:
-    """By row, the first and last column of cells side by side, none longer than ``most`` px allow."""
+def _column_runs(numbers: Sequence[int], tiling: Tiling, most: int) -> dict[int, list[tuple[int, int]]]:
+    """Return by row the runs (first, last column) of adjacent cells, each of at most ``most`` px."""
     longest = max(1, most // (tiling.width * tiling.height))
     found: dict[int, list[tuple[int, int]]] = {}
     for number in numbers:

@@ -1,4 +1,4 @@
-"""What a slide service says of a slide, made ours. Nothing it claims is trusted; what may be missing may be missing."""
+"""Parse a slide service's description of a slide: every value is checked, and optional ones may be missing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from wsi_mmm.types import Level, SlideInfo
 
 _MOST_LEVELS, _MOST_SIDE = 64, 1 << 30
 _TILE = 256
-_ASIDE = ("id", "format", "tissue", "stain", "block")  # texts that are kept
+_ASIDE = ("id", "format", "tissue", "stain", "block")  # texts that are kept as properties
 
 
-def parsed(data: bytes) -> Any:
+def parse_answer(data: bytes) -> Any:
     """Return the JSON value of an answer, None when it is no JSON."""
     try:
         return json.loads(data)
@@ -23,19 +23,19 @@ def parsed(data: bytes) -> Any:
         return None
 
 
-def info_of(said: object, *, uri: str, mark: Callable[[], str]) -> SlideInfo:
+def parse_slide_info(said: object, *, uri: str, fingerprint: Callable[[], str]) -> SlideInfo:
     """Return the slide of an EMPAIA SlideInfo (or a ``wsi`` input). Raises SlideDamaged.
 
-    ``mark`` finds its fingerprint. Wanted are ``extent`` and ``levels``; a resolution that is missing or not above 0
-    is unknown.
+    ``fingerprint`` computes the slide's. Required are ``extent`` and ``levels``; a resolution that is missing or not
+    above 0 is unknown.
     """
     try:
         if not isinstance(said, Mapping):
             raise TypeError("no object")
-        width, height = _sides(said["extent"])
-        tile = _tile(said.get("tile_extent"))
-        levels = tuple(_level(entry, (width, height), tile) for entry in said["levels"][: _MOST_LEVELS + 1])
-        _check(said, levels, (width, height))
+        width, height = _parse_sides(said["extent"])
+        tile = _tile_sides(said.get("tile_extent"))
+        levels = tuple(_parse_level(entry, (width, height), tile) for entry in said["levels"][: _MOST_LEVELS + 1])
+        _check_levels(said, levels, (width, height))
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise SlideDamaged(
             f"{uri}: the service's description of the slide cannot be used ({error}); is it a WSI service of v3?"
@@ -43,14 +43,15 @@ def info_of(said: object, *, uri: str, mark: Callable[[], str]) -> SlideInfo:
     size = said.get("pixel_size_nm")
     sides = size if isinstance(size, Mapping) else {}
     return SlideInfo(
-        uri=uri, width=width, height=height, mpp_x=_micrometres(sides.get("x")), mpp_y=_micrometres(sides.get("y")),
-        levels=levels, vendor=str(said.get("format") or "unknown")[:80], reader="wsi-service", fingerprint=mark,
+        uri=uri, width=width, height=height, levels=levels,
+        mpp_x=_to_micrometres(sides.get("x")), mpp_y=_to_micrometres(sides.get("y")),
+        vendor=str(said.get("format") or "unknown")[:80], reader="wsi-service", fingerprint=fingerprint,
         properties={name: said[name][:200] for name in _ASIDE if isinstance(said.get(name), str)},
     )  # fmt: skip
 
 
-def stored_at(said: object) -> str:
-    """Return where a storage mapper, old or new, says that a slide lies; empty when this is no answer of one."""
+def storage_path(said: object) -> str:
+    """Return the path of a slide in the answer of a storage mapper, old or new; empty when it is none."""
     if not isinstance(said, Mapping):
         return ""
     new, old = said.get("main_storage_address"), said.get("storage_addresses")
@@ -61,7 +62,7 @@ def stored_at(said: object) -> str:
     return str(main[0].get("address") or "") if main else ""
 
 
-def _check(said: Mapping[str, Any], levels: tuple[Level, ...], top: tuple[int, int]) -> None:
+def _check_levels(said: Mapping[str, Any], levels: tuple[Level, ...], top: tuple[int, int]) -> None:
     if not levels or len(levels) > _MOST_LEVELS:
         raise ValueError(f"{len(levels)} levels")
     if (levels[0].width, levels[0].height) != top:
@@ -73,26 +74,26 @@ def _check(said: Mapping[str, Any], levels: tuple[Level, ...], top: tuple[int, i
         raise ValueError(f"{depth} bits a channel, 8 can be read")
 
 
-def _level(entry: Mapping[str, Any], top: tuple[int, int], tile: tuple[int, int]) -> Level:
-    width, height = _sides(entry["extent"])
+def _parse_level(entry: Mapping[str, Any], top: tuple[int, int], tile: tuple[int, int]) -> Level:
+    width, height = _parse_sides(entry["extent"])
     return Level(width, height, top[0] / width, top[1] / height, *tile)
 
 
-def _sides(extent: Mapping[str, Any]) -> tuple[int, int]:
+def _parse_sides(extent: Mapping[str, Any]) -> tuple[int, int]:
     x, y = extent["x"], extent["y"]
     if not all(type(side) is int and 0 < side <= _MOST_SIDE for side in (x, y)):
         raise ValueError("an extent that is no size")
     return x, y
 
 
-def _tile(extent: object) -> tuple[int, int]:
+def _tile_sides(extent: object) -> tuple[int, int]:
     try:
-        return _sides(extent)  # type: ignore[arg-type]  # whatever it is
+        return _parse_sides(extent)  # type: ignore[arg-type]  # checked by what it raises
     except (KeyError, TypeError, ValueError):
         return _TILE, _TILE
 
 
-def _micrometres(nanometres: object) -> float | None:
+def _to_micrometres(nanometres: object) -> float | None:
     if isinstance(nanometres, bool) or not isinstance(nanometres, (int, float)):
         return None
     return nanometres / 1000 if 0 < nanometres < math.inf else None

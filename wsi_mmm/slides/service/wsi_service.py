@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from wsi_mmm.errors import ConfigError, NotFound, OptionError, StorageError, WsiError
-from wsi_mmm.slides.service.client import Client, client
-from wsi_mmm.slides.service.info import parsed, stored_at
-from wsi_mmm.slides.service.reader import Routes, ServiceReader
-from wsi_mmm.storage.objects import timeout
+from wsi_mmm.slides.service.client import ServiceClient, service_client
+from wsi_mmm.slides.service.info import parse_answer, storage_path
+from wsi_mmm.slides.service.reader import PictureRoutes, ServiceReader
+from wsi_mmm.storage.objects import storage_timeout
 from wsi_mmm.storage.ranges import Counter
 from wsi_mmm.storage.uris import is_service, redact
 
-_TIMEOUT = 300.0  # seconds: services give a picture as long
+_TIMEOUT = 300.0  # seconds: services may take as long for a picture
 _MOST_INFO = 1 << 20  # bytes of a description
 _FORMATS = ("png", "jpeg")
 _KNOWN = ("image_format", "image_quality", "plugin")
@@ -32,30 +32,30 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
-    """A slide of a service: ``slide`` is the address that everything of it is below; ``query`` goes with pictures."""
+class ServiceAddress:
+    """A slide of a service: ``slide`` is the base address of its resources, ``query`` goes with pictures."""
 
     name: str
     origin: str
     slide: str
     query: str
 
-    def routes(self) -> Routes:
-        """Return where a WSI service of v3 has its pictures."""
+    def routes(self) -> PictureRoutes:
+        """Return the addresses of pictures in a WSI service of v3."""
         region = "/region/level/{level}/start/{x}/{y}/size/{width}/{height}"
-        return Routes(self.slide + region, self.slide + "/tile/level/{level}/tile/{x}/{y}", self.query)
+        return PictureRoutes(self.slide + region, self.slide + "/tile/level/{level}/tile/{x}/{y}", self.query)
 
 
 def open_wsi_service(uri: str) -> ServiceReader:
     """Open a slide of a WSI service. Raises OptionError, SlideNotFound, SlideDamaged, StorageError."""
-    address = address_of(uri)
-    seconds = timeout(otherwise=_TIMEOUT)
-    asker = client(address.origin, _token(address, os.environ), seconds, _ADVICE)
-    return ServiceReader(_described(address, asker), address.routes(), asker, uri=address.name)
+    address = parse_address(uri)
+    seconds = storage_timeout(otherwise=_TIMEOUT)
+    client = service_client(address.origin, _service_token(address, os.environ), seconds, _ADVICE)
+    return ServiceReader(_fetch_info(address, client), address.routes(), client, uri=address.name)
 
 
-def address_of(uri: str) -> Address:
-    """Return what a URI says. Raises OptionError for one that names no slide of a service, or holds a login."""
+def parse_address(uri: str) -> ServiceAddress:
+    """Parse the URI of a slide. Raises OptionError for one that names no slide of a service, or holds a login."""
     name, parts = redact(uri), urlsplit(uri)
     if "@" in parts.netloc:
         raise OptionError(f"{name}: a login in the address would be shown; leave it out and {_ADVICE}")
@@ -63,13 +63,13 @@ def address_of(uri: str) -> Address:
         raise OptionError(f"{name} names no slide of a WSI service; {_SHAPE}")
     scheme = "https" if parts.scheme == "wsi" else parts.scheme
     folder, _, slide = parts.path.rstrip("/").rpartition("/")
-    origin = f"{scheme}://{_host(parts, name)}"
+    origin = f"{scheme}://{_parse_host(parts, name)}"
     path = f"{quote(unquote(folder), safe='/')}/{quote(unquote(slide), safe='')}"
-    return Address(name, origin, origin + path, _query(parts.query, name))
+    return ServiceAddress(name, origin, origin + path, _picture_query(parts.query, name))
 
 
-def _host(parts: SplitResult, name: str) -> str:
-    """Host and port, checked."""
+def _parse_host(parts: SplitResult, name: str) -> str:
+    """Return host and port. Raises OptionError."""
     try:
         port = parts.port
     except ValueError:
@@ -80,8 +80,8 @@ def _host(parts: SplitResult, name: str) -> str:
     return f"{host}:{port}" if port else host
 
 
-def _query(text: str, name: str) -> str:
-    """The parameters that go with every picture. Raises OptionError for those that are not known."""
+def _picture_query(text: str, name: str) -> str:
+    """Return the query of every picture. Raises OptionError for unknown parameters."""
     given = dict(parse_qsl(text, keep_blank_values=True))
     unknown = next((key for key in given if key not in _KNOWN), None)
     if unknown is not None:  # not shown: it may be a secret
@@ -96,8 +96,8 @@ def _query(text: str, name: str) -> str:
     return urlencode({key: given[key] for key in _KNOWN if key in given})
 
 
-def _token(address: Address, env: Mapping[str, str]) -> str | None:
-    """Return the token for this service, or None. Raises ConfigError where it would travel in the clear."""
+def _service_token(address: ServiceAddress, env: Mapping[str, str]) -> str | None:
+    """Return the token for this service, or None. Raises ConfigError when it would be sent unencrypted."""
     token = (env.get("WSI_MMM_SERVICE_TOKEN") or "").strip()
     parts = urlsplit(address.origin)
     only = [host.strip().lower() for host in (env.get("WSI_MMM_SERVICE_HOST") or "").split(",") if host.strip()]
@@ -113,24 +113,24 @@ def _token(address: Address, env: Mapping[str, str]) -> str | None:
     return token
 
 
-def _described(address: Address, asker: Client) -> object:
-    """What the service says of the slide."""
+def _fetch_info(address: ServiceAddress, client: ServiceClient) -> object:
+    """Fetch the service's description of the slide."""
     where = f"{address.slide}/info"
     plugin = urlencode([pair for pair in parse_qsl(address.query) if pair[0] == "plugin"])
     try:
-        data = _get(asker, f"{where}?{plugin}" if plugin else where, address.name)
+        data = _fetch_bytes(client, f"{where}?{plugin}" if plugin else where, address.name)
     except NotFound as error:
-        raise _is_mapper(address, asker) or error from None
-    said = parsed(data)
+        raise _mapper_error(address, client) or error from None
+    said = parse_answer(data)
     if said is None:
         raise StorageError(f"{address.name}: the service's answer is no JSON; is it a WSI service of v3?")
     return said
 
 
-def _is_mapper(address: Address, asker: Client) -> WsiError | None:
-    """The error to raise where the address is that of a storage mapper, which knows where slides lie, not pictures."""
+def _mapper_error(address: ServiceAddress, client: ServiceClient) -> WsiError | None:
+    """Return the error for an address of a storage mapper, which knows paths of slides but has no pictures."""
     try:
-        place = stored_at(parsed(_get(asker, address.slide, address.name)))
+        place = storage_path(parse_answer(_fetch_bytes(client, address.slide, address.name)))
     except WsiError:
         return None  # the first error says what is wrong
     if not place:
@@ -141,5 +141,5 @@ def _is_mapper(address: Address, asker: Client) -> WsiError | None:
     )
 
 
-def _get(asker: Client, url: str, name: str) -> bytes:
-    return asker.get_many([url], [_MOST_INFO], name=name, counter=Counter())[0]
+def _fetch_bytes(client: ServiceClient, url: str, name: str) -> bytes:
+    return client.get_many([url], [_MOST_INFO], name=name, counter=Counter())[0]

@@ -76,20 +76,22 @@ def _jpeg_decoder(plane: Plane) -> Decode:
     return decode
 
 
-def _completed(plane: Plane) -> Callable[[Buffer], bytes]:
+def _completed(plane: Plane) -> Callable[[Buffer], Buffer]:
     """Return what makes a tile a whole JPEG stream: with the shared tables, and with markers that say its colours."""
     head = _SOI + (_ADOBE + (b"\x01" if plane.photometric == 6 else b"\x00") if plane.samples == 3 else b"")
     head += _tables(plane)
     rgb = plane.photometric != 6
     plain = not rgb and not _tables(plane)
 
-    def complete(data: Buffer) -> bytes:
-        raw = bytes(data)
-        if plain and raw.startswith(_JFIF):  # all is said in the tile itself
-            return raw
-        if not raw.startswith(_SOI):
+    def complete(data: Buffer) -> Buffer:
+        start = bytes(data[:4])
+        if plain and start == _JFIF:  # all is said in the tile itself
+            return data
+        if start[:2] != _SOI:
             raise UndecodableError("no JPEG")
-        return head + (_without_colour_markers(raw) if rgb or not raw.startswith(_JFIF) else raw[2:])
+        if rgb or start != _JFIF:
+            return head + _without_colour_markers(bytes(data))
+        return b"".join((head, memoryview(data)[2:]))
 
     return complete
 

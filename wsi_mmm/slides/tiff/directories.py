@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from wsi_mmm.errors import NotASlide, SlideDamaged
-from wsi_mmm.storage.store import ByteStore, held, redact
+from wsi_mmm.storage.store import ByteStore, buffered, redact
 from wsi_mmm.types import I64
 
 _MAX_DIRECTORIES = 1024
@@ -78,7 +78,7 @@ class _Window:
     """Reads small pieces; what lies behind one is held, so that neighbouring directories cost one request."""
 
     def __init__(self, store: ByteStore) -> None:
-        self.store = held(store)
+        self.store = buffered(store)
 
     def read(self, start: int, length: int) -> bytes:
         """Return exactly these bytes. Raises SlideDamaged when the file ends before."""
@@ -87,10 +87,10 @@ class _Window:
                 f"{redact(self.store.uri)} is truncated: it has {self.store.size} bytes, a directory lies at {start}; "
                 "copy it again"
             )
-        piece = bytes(self.store.piece(start, length))
-        if len(piece) < length:
+        data = bytes(self.store.read_ahead(start, length))
+        if len(data) < length:
             raise SlideDamaged(f"{redact(self.store.uri)} is truncated at byte {start}; copy it again")
-        return piece
+        return data
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from wsi_mmm.errors import SlideDamaged
 from wsi_mmm.slides.base import Fetched, ReadStats
 from wsi_mmm.slides.fingerprint import fingerprint_of
-from wsi_mmm.slides.resample.cut import cut_tiles
+from wsi_mmm.slides.resample.cut import block_around, connected_groups, cut_tiles
 from wsi_mmm.slides.resample.direct import inner_numbers, needed_numbers, nested
-from wsi_mmm.slides.resample.rows import Stack, average_rows, fits
+from wsi_mmm.slides.resample.rows import NativeTiles, average_tiles, can_average
 from wsi_mmm.slides.resample.scaled import (  # fmt: skip
     WHITE,
     Source,
@@ -80,10 +80,11 @@ class TiffReader:
         """Bring the compressed native tiles under ``tiles`` (all of one scale) that are not in memory, decoded."""
         source = self._source(tiles[0])
         tiling = self._tiling(source)
-        numbers = np.unique(np.concatenate([needed_numbers(part, tiling) for part in tiles]))
-        missing = self._cache.missing([(source.level, source.shrink, n) for n in numbers.tolist()])
-        number_of = [key[2] for key in missing]
-        return Fetched(source.level, dict(zip(number_of, self._bytes(source.level, number_of), strict=True)))
+        return self._fetch_numbers(source, np.unique(np.concatenate([needed_numbers(part, tiling) for part in tiles])))
+
+    def _fetch_numbers(self, source: Source, numbers: I64) -> Fetched:
+        missing = [key[2] for key in self._cache.missing([(source.level, source.shrink, n) for n in numbers.tolist()])]
+        return Fetched(source.level, dict(zip(missing, self._bytes(source.level, missing), strict=True)))
 
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
         """Write n tiles to ``out``, n arrays uint8[size, size, 3]; return the level-0 rectangles that failed (white).
@@ -93,7 +94,7 @@ class TiffReader:
         tiling = self._tiling(self._source(tiles))
         whole = nested(tiles, tiling)
         failed = []
-        for which, read in ((whole, self._decode_into), (~whole, self._cut)):
+        for which, read in ((whole, self._decode_into), (~whole, self._resample)):
             at = np.flatnonzero(which)
             if len(at):
                 some = replace(tiles, xy=tiles.xy[at])
@@ -123,26 +124,31 @@ class TiffReader:
         load = partial(self._load, source, fetched)
         return fill(self.info, self._tiling(source), window, out, cache=self._cache, load=load, want=want)
 
-    def _cut(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
-        """Cut tiles from canvases that hold no more than they need."""
-        brought = self.fetch([tiles]) if fetched is None else fetched
-        source, reach = tiling.source, tiles.xy.max(axis=0) + tiles.size - tiles.overlap
-        limit = reach[0] * tiles.scale_x / source.downsample_x, reach[1] * tiles.scale_y / source.downsample_y
-        want = Want(frozenset(needed_numbers(tiles, tiling).tolist()), keep=False, limit=limit)
-        return cut_tiles(partial(self._averaged, tiling, want, brought), tiles, out)
+    def _resample(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
+        """Average native tiles into ``tiles``; by way of canvases where pixels are copied, or beyond the slide."""
+        source, needed = tiling.source, needed_numbers(tiles, tiling)
+        brought = self._fetch_numbers(source, needed) if fetched is None else fetched
+        # What lies between those bounds no neighbouring block asks for.
+        scale = np.array([tiles.scale_x / source.downsample_x, tiles.scale_y / source.downsample_y])
+        low, high = tiles.xy.min(axis=0) + tiles.overlap, tiles.xy.max(axis=0) + tiles.size - tiles.overlap
+        want = Want(frozenset(needed.tolist()), (*(low * scale).tolist(), *(high * scale).tolist()))
+        natives = NativeTiles(tiling, want, self._cache, partial(self._tiles, source, fetched=brought))
+        failed = []
+        for group, targets in connected_groups(tiles, out):
+            axes = taps_of(block_around(group), source)
+            if axes is not None and can_average(axes, tiling):
+                failed.append(self._rectangles(tiling, average_tiles(group, targets, axes, natives)))
+            else:
+                fetch = partial(self._fill, want=want, fetched=brought)
+                read = partial(read_scaled, sources=self._sources, fetch=fetch, exact_until=self._exact_until)
+                failed.append(cut_tiles(read, group, targets))
+        return merge_failed(failed)
 
-    def _averaged(self, tiling: Tiling, want: Want, fetched: Fetched, block: Block) -> Canvas:
-        """The block's canvas, of which only what ``want`` names is filled."""
-        source = tiling.source
-        axes = taps_of(block, source)
-        if axes is None or not fits(axes[0], tiling):
-            fetch = partial(self._fill, want=want, fetched=fetched)
-            return read_scaled(block, self._sources, fetch, self._exact_until)
-        pixels = np.empty((block.height, block.width, 3), np.uint8)
-        stack = Stack(tiling, want, self._cache, lambda numbers, to: self._tiles(source, numbers, fetched, to))
-        failed = average_rows(pixels, *axes, stack)
-        rectangles = [level0_rect(self.info, source, tiling.window((source.level, source.shrink, n))) for n in failed]
-        return Canvas(pixels, merge_failed([np.array(rectangles, np.int64).reshape(-1, 4)]))
+    def _rectangles(self, tiling: Tiling, numbers: Sequence[int]) -> I64:
+        """The level-0 rectangles of native tiles."""
+        level, shrink = tiling.source.level, tiling.source.shrink
+        found = [level0_rect(self.info, tiling.source, tiling.window((level, shrink, n))) for n in numbers]
+        return np.array(found, np.int64).reshape(-1, 4)
 
     def _decode_into(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
         """Decode nested tiles: native tiles of their size right where they belong, smaller ones beside each other."""
@@ -151,24 +157,24 @@ class TiffReader:
         scratch = None if numbers.shape[1] == 1 else np.empty((tiling.height, tiling.width, 3), np.uint8)
         buffers = targets if scratch is None else repeat(scratch)
         failed = []
-        tiles_of = self._tiles(source, numbers.ravel().tolist(), fetched, buffers)
+        tiles_of = self._tiles(source, numbers.ravel().tolist(), buffers, fetched)
         for target, (number, tile) in zip(targets, tiles_of, strict=True):
             if tile is not target:
                 target[...] = tile if isinstance(tile, np.ndarray) else WHITE
             if isinstance(tile, str):
-                failed.append(level0_rect(self.info, source, tiling.window((source.level, source.shrink, number))))
-        return np.array(failed, np.int64).reshape(-1, 4)
+                failed.append(number)
+        return self._rectangles(tiling, failed)
 
     def _load(
         self, source: Source, fetched: Fetched | None, keys: Sequence[Key], *, keep: bool = True
     ) -> Iterator[tuple[Key, Tile, int]]:
         tiling = self._tiling(source)
         scratch = None if keep else np.empty((tiling.height, tiling.width, 3), np.uint8)
-        for number, tile in self._tiles(source, [k[2] for k in keys], fetched, repeat(scratch)):
+        for number, tile in self._tiles(source, [k[2] for k in keys], repeat(scratch), fetched):
             yield (source.level, source.shrink, number), tile, size_of(tile)
 
     def _tiles(
-        self, source: Source, numbers: Sequence[int], fetched: Fetched | None, buffers: Iterable[U8 | None]
+        self, source: Source, numbers: Sequence[int], buffers: Iterable[U8 | None], fetched: Fetched | None
     ) -> Iterator[tuple[int, Tile]]:
         """Yield (number, pixels or why there are none) in the order given, decoded into ``buffers`` where possible."""
         plane, decode, most = self._planes[source.level], self._decode[source.level], self._most[source.level]
@@ -177,8 +183,9 @@ class TiffReader:
         buffer_of = iter(buffers)
         few = len(numbers) * most <= _FETCH_BYTES
         for group in [numbers] if few else _groups(numbers, self._counts[source.level]):
-            lengths = self._counts[source.level][group].tolist()
-            for number, raw, length in zip(group, self._bytes(source.level, group, fetched), lengths, strict=True):
+            lengths, data = self._counts[source.level][group].tolist(), self._bytes(source.level, group, fetched)
+            self._count(len(group))
+            for number, raw, length in zip(group, data, lengths, strict=True):
                 tile: Tile
                 try:
                     if plain and 0 < length == len(raw) <= most:
@@ -188,7 +195,6 @@ class TiffReader:
                 except UndecodableError as error:
                     tile = str(error)
                 yield number, tile
-        self._count(len(numbers))
 
     def _count(self, tiles: int) -> None:
         with self._lock:

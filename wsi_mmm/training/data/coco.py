@@ -12,7 +12,7 @@ import numpy as np
 
 from wsi_mmm.errors import InputError, MissingPackage
 from wsi_mmm.storage import store
-from wsi_mmm.storage.limits import parsed_json
+from wsi_mmm.storage.limits import parse_json
 from wsi_mmm.tasks.targets import Boxes, Target
 from wsi_mmm.training.data.base import ItemIndex
 from wsi_mmm.training.data.images import MAX_PX, MAX_SIDE, ImageItems, Origin, read_image
@@ -108,7 +108,7 @@ def _import_pycocotools() -> Any:
 
 
 def _parse_coco(uri: str) -> dict[str, Any]:
-    root = parsed_json(store.read_bytes(uri), store.redact(uri))
+    root = parse_json(store.read_bytes(uri), store.redact(uri))
     lists = isinstance(root, dict) and all(
         isinstance(root.get(k), list) for k in ("images", "annotations", "categories")
     )
