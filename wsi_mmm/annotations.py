@@ -20,7 +20,8 @@ import shapely
 from shapely.geometry import MultiPolygon, Polygon, shape
 from skimage.draw import polygon as fill_polygon
 
-from wsi_mmm.errors import AnnotationError
+from wsi_mmm.errors import AnnotationError, PluginError
+from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.storage.limits import MAX_OBJECTS, parse_json, unpack_file
 from wsi_mmm.types import F64, I64, Mask
 
@@ -77,6 +78,26 @@ class _Found:
     values: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class AnnotationFormat:
+    """A file format that an installed package offers under the entry points ``wsi_mmm.annotations``.
+
+    ``recognises(name, data)`` says whether the unpacked bytes of a file are of this format; ``parse(data, name,
+    values)`` gives its shapes, with the numbers named ``values``, and raises AnnotationError. Coordinates are level-0
+    px."""
+
+    recognises: Callable[[str, bytes], bool]
+    parse: Callable[[bytes, str, Sequence[str]], Shapes]
+
+
+def annotation_format(name: str) -> AnnotationFormat:
+    """Return the format that an installed package offers as ``name``. PluginError when it is none."""
+    plugin = load_plugin("annotations", name)
+    if not isinstance(plugin, AnnotationFormat):
+        raise PluginError(f"the annotation format {name!r} of a plug-in is no wsi_mmm.annotations.AnnotationFormat")
+    return plugin
+
+
 def load_shapes(path: str | Path, values: Sequence[str] = ()) -> Shapes:
     """The polygons of a local annotation file; for other URIs fetch the bytes and call ``parse_shapes``.
 
@@ -99,6 +120,10 @@ def parse_shapes(data: bytes, name: str, values: Sequence[str] = ()) -> Shapes:
     data = unpack_file(data, name, _ENDINGS, AnnotationError).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not data:
         raise AnnotationError(f"{name}: the file is empty: export the annotations again")
+    for plugin in plugin_names("annotations"):
+        known = annotation_format(plugin)
+        if known.recognises(name, data):
+            return known.parse(data, name, values)
     found = _xml_objects(data, name) if data.startswith(b"<") else _geojson_objects(data, name, values)
     return _collect_shapes(found, name)
 

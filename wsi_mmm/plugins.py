@@ -1,6 +1,7 @@
 """Extensions that installed packages offer through entry points (see docs/extending.md).
 
-A package names its object in its ``pyproject.toml``, and it can be used after ``pip install``, here and on every worker::
+A package names its object in its ``pyproject.toml``, and it can be used after ``pip install``, here and on every
+worker::
 
     [project.entry-points."wsi_mmm.readers"]
     npy = "my_package:npy_reader"
