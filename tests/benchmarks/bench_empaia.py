@@ -59,9 +59,9 @@ from helpers.processes import BIN
 from helpers.wsi_service import described, encoded, level_pixels
 from wsi_mmm.config import empaia_job
 from wsi_mmm.empaia.app import LIMITS
-from wsi_mmm.empaia.asked import regions_geojson, regions_of, wsi_of
 from wsi_mmm.empaia.client import AppApi
-from wsi_mmm.empaia.posting import PIECE, post_all
+from wsi_mmm.empaia.job_inputs import read_regions, read_slide, regions_geojson
+from wsi_mmm.empaia.posting import BLOCK, post_all
 from wsi_mmm.empaia.results import results_at
 from wsi_mmm.model.card import read_card
 from wsi_mmm.slides import Slide, open_slide
@@ -131,11 +131,11 @@ def two_regions(slide: Slide, boxes: F64) -> Row:
 
 def parity_row(path: Path, made: MeasuredPlatform, folder: Path, given: Row | None = None) -> Row:
     """The objects posted against those of a run over the file."""
-    wsi, where = wsi_of(made.inputs["slide"]), None
+    wsi, where = read_slide(made.inputs["slide"]), None
     folder.mkdir()
     if given:
         where = folder / "regions.geojson"
-        where.write_bytes(regions_geojson(tuple(regions_of(given, wsi))))
+        where.write_bytes(regions_geojson(tuple(read_regions(given, wsi))))
     expected = objects_of_the_cli(path, folder / "cli", wsi, where)
     found = parity([one["coordinates"] for one in posted(made, "nuclei_objects")], expected)
     return {**asdict(found), "holds": found.holds}
@@ -269,7 +269,7 @@ def too_much(rows: Sequence[Row]) -> list[str]:
     found = []
     if by_count[NUCLEI]["requests"] > MOST_REQUESTS:
         found.append(f"5,000 nuclei: {by_count[NUCLEI]['requests']} requests, bar {MOST_REQUESTS}")
-    pieces, many = by_count[2 * PIECE]["peak_mb"], by_count[MANY]["peak_mb"]
+    pieces, many = by_count[2 * BLOCK]["peak_mb"], by_count[MANY]["peak_mb"]
     if many > 1.1 * pieces + 20:
         found.append(f"{MANY:,} nuclei: {many:,.0f} MB, {pieces:,.0f} MB for two pieces")
     return found
@@ -295,7 +295,7 @@ def main() -> None:
             wrong += broken(rows[-1])
             print(slide_table(rows[-1]) + "\n", flush=True)
         if not given.no_memory:
-            posting = [memory_row(n, Path(name) / f"post-{n}") for n in (FEW, NUCLEI, 2 * PIECE, MANY)]
+            posting = [memory_row(n, Path(name) / f"post-{n}") for n in (FEW, NUCLEI, 2 * BLOCK, MANY)]
             wrong += too_much(posting)
             print(memory_table(posting))
     if given.json:

@@ -21,7 +21,7 @@ from helpers.wsi_service import described
 from wsi_mmm.cli.main import app
 from wsi_mmm.config import empaia_job
 from wsi_mmm.empaia import app as job
-from wsi_mmm.empaia.app import App, Ended, run_app
+from wsi_mmm.empaia.app import App, JobEnd, run_app
 from wsi_mmm.empaia.transport import Patience
 from wsi_mmm.engine.stages import context
 from wsi_mmm.slides import open_slide
@@ -39,9 +39,9 @@ Start = Callable[..., FakePlatform]
 Command = Callable[..., Result]
 
 
-def run(**told: Any) -> Ended:
+def run(**options: Any) -> JobEnd:
     """The app in this process, as `App` with these fields, not as patient as usual."""
-    return run_app(empaia_job(), App(**told), patience=QUICK)
+    return run_app(empaia_job(), App(**options), patience=QUICK)
 
 
 def posted(platform: FakePlatform, key: str) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ def published(tiny_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     work = tmp_path_factory.mktemp("published") / "work"
     with pytest.MonkeyPatch.context() as patch, platforms(tiny_slide, work.parent, patch) as begin:
         platform = begin()
-        assert run(work=str(work)) == Ended("finalized") and platform.ends == ["finalize"]
+        assert run(folder=str(work)) == JobEnd("finalized") and platform.ends == ["finalize"]
         assert platform.refused == []
     (work / "posting.json").unlink()
     return work
@@ -128,7 +128,7 @@ def command(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
     for name, value in (("since", None), ("proven", False)):  # storage has not failed yet, whatever other tests did
         monkeypatch.setattr(retry.process_outage, name, value)
     monkeypatch.setattr(job, "App", functools.partial(App, pause=0.0))
-    monkeypatch.setattr(job, "_WATCH", 0.01)
+    monkeypatch.setattr(job, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr("typer.testing._get_command", _made)
     monkeypatch.setattr(reader, "decode_picture", _decoded)
     monkeypatch.setattr(tissue, "find_tissue", _find_tissue)

@@ -12,10 +12,10 @@ import shapely
 
 import wsi_mmm
 from helpers.empaia_platform import FakePlatform
-from wsi_mmm.empaia.app import Ended
-from wsi_mmm.empaia.asked import regions_geojson, regions_of, wsi_of
+from wsi_mmm.empaia.app import JobEnd
 from wsi_mmm.empaia.bodies import Wsi
 from wsi_mmm.empaia.geometry import polygons
+from wsi_mmm.empaia.job_inputs import read_regions, read_slide, regions_geojson
 
 from .conftest import ROIS, Start, posted, rectangle, regions, run
 
@@ -50,12 +50,12 @@ def test_regions_of_every_shape(start: Start, tiny_slide: Path, tmp_path: Path) 
     count; the map has the same number of objects in it; progress rises; the job is finalized once."""
     given = regions(rectangle(500, 300, 300, 200), POLYGON, CIRCLE)
     platform = start(inputs={"regions": given})
-    assert run(pause=0.0) == Ended("finalized")
+    assert run(pause=0.0) == JobEnd("finalized")
     assert platform.state == "COMPLETED" and platform.log.count("PUT /finalize") == 1
     assert set(platform.outputs) == set(EAD["modes"]["standalone"]["outputs"])
 
-    wsi = wsi_of(platform.inputs["slide"])
-    asked = tuple(regions_of(given, wsi))
+    wsi = read_slide(platform.inputs["slide"])
+    asked = tuple(read_regions(given, wsi))
     (tmp_path / "regions.geojson").write_bytes(regions_geojson(asked))
     expected = objects_of_the_cli(tiny_slide, tmp_path / "cli", wsi, tmp_path / "regions.geojson")
     assert corners(platform) == expected and len(expected) > 20
@@ -85,11 +85,11 @@ def test_circles_hold_what_lies_in_them(start: Start) -> None:
     """Of a run over the whole slide, the objects whose centre is no farther from a circle's than its radius, and no
     others; counts and densities are those of the circle's area on the slide."""
     whole = start(mode="PREPROCESSING")
-    assert run() == Ended("finalized")
+    assert run() == JobEnd("finalized")
     every = corners(whole)
     drawn = [{"type": "circle", "center": [x, y], "radius": radius} for x, y, radius in CIRCLES]
     platform = start(inputs={"regions": regions(*drawn)})
-    assert run() == Ended("finalized") and platform.refused == []
+    assert run() == JobEnd("finalized") and platform.refused == []
 
     centres = shapely.get_coordinates(shapely.centroid([shapely.Polygon(one) for one in every]))
     beyond = np.array([np.hypot(*(centres - (x, y)).T) - radius for x, y, radius in CIRCLES])  # px
@@ -111,9 +111,9 @@ def test_preprocessing_is_the_whole_slide(start: Start, tiny_slide: Path, tmp_pa
     """Without regions; each object has a class of the EAD and a confidence, in the objects' order."""
     platform = start(mode="PREPROCESSING")
     del platform.inputs["regions"]
-    assert run() == Ended("finalized")
+    assert run() == JobEnd("finalized")
     assert set(platform.outputs) == set(EAD["modes"]["preprocessing"]["outputs"])
-    wsi = wsi_of(platform.inputs["slide"])
+    wsi = read_slide(platform.inputs["slide"])
     assert corners(platform) == objects_of_the_cli(tiny_slide, tmp_path / "cli", wsi, None)
     objects = posted(platform, "nuclei_objects")
     classes, confidences = posted(platform, "nuclei_classes"), posted(platform, "nuclei_confidences")
@@ -132,7 +132,7 @@ def test_preprocessing_is_the_whole_slide(start: Start, tiny_slide: Path, tmp_pa
 def test_a_region_without_tissue_has_no_objects(start: Start) -> None:
     """Empty collections, counts of 0, and the job is finalized."""
     platform = start(inputs={"regions": regions(rectangle(0, 0, 4, 4))})
-    assert run() == Ended("finalized")
+    assert run() == JobEnd("finalized")
     assert corners(platform) == [] and [one["value"] for one in posted(platform, "nuclei_counts")] == [0]
     assert set(platform.outputs) == set(EAD["modes"]["standalone"]["outputs"])
 

@@ -17,7 +17,7 @@ from click.testing import Result
 
 from helpers.empaia_platform import FakePlatform, Fault
 from wsi_mmm.empaia import app as job
-from wsi_mmm.empaia.app import Ended
+from wsi_mmm.empaia.app import JobEnd
 from wsi_mmm.empaia.results import Results, results_at
 from wsi_mmm.empaia.transport import Patience
 from wsi_mmm.storage import retry
@@ -217,7 +217,7 @@ def test_a_platform_that_is_silent_about_progress(
     start: Start, half_done: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keeps nobody waiting for as long as it is silent."""
-    monkeypatch.setattr(job, "_HEARD", 0.2)
+    monkeypatch.setattr(job, "_PROGRESS_TIMEOUT", 0.2)
     fault = Fault("/progress", 200, times=ALWAYS, wait=60.0)
     platform, began = start(faults=[fault]), time.monotonic()
     result = command("--work", half_done)
@@ -307,17 +307,17 @@ def test_a_job_that_is_given_to_two_apps(
     start: Start, half_done: str, published: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
     """Both end, the job ends once, and nothing is there twice, in one work folder or in two."""
-    both, look = threading.Barrier(2, timeout=60), job._looked_at
+    both, look = threading.Barrier(2, timeout=60), job._open_slide
 
-    def looked_at(order: Any, question: Any) -> Any:
+    def looked_at(request: Any, inputs: Any) -> Any:
         both.wait()  # both have looked for the mark of posting before either makes it
-        return look(order, question)
+        return look(request, inputs)
 
-    monkeypatch.setattr(job, "_looked_at", looked_at)
+    monkeypatch.setattr(job, "_open_slide", looked_at)
     platform = start()
     works = [half_done, half_done if shared else shutil.copytree(published, f"{half_done}-too")]
-    ends: list[Ended] = []
-    apps = [threading.Thread(target=lambda work=work: ends.append(run(work=str(work)))) for work in works]
+    ends: list[JobEnd] = []
+    apps = [threading.Thread(target=lambda work=work: ends.append(run(folder=str(work)))) for work in works]
     for one in apps:
         one.start()
     for one in apps:

@@ -18,7 +18,7 @@ import pytest
 from helpers.empaia_platform import JOB, MOST_ITEMS, TOKEN, FakePlatform
 from helpers.wsi_service import described
 from wsi_mmm.empaia import bodies
-from wsi_mmm.empaia.app import Ended
+from wsi_mmm.empaia.app import JobEnd
 from wsi_mmm.empaia.batches import Limits
 from wsi_mmm.empaia.bodies import Collection, Primitive, Record
 from wsi_mmm.empaia.client import AppApi
@@ -226,7 +226,7 @@ def test_a_large_slide(start: Start, tiny_slide: Path) -> None:
     given = {"slide": described(far, WSI_ID), "regions": regions(rectangle(8_400, 8_300, 400, 300))}
     platform = start(inputs=given)
     platform.slides = {WSI_ID: far}
-    assert run() == Ended("finalized")
+    assert run() == JobEnd("finalized")
     assert platform.refused == [] and platform.ends == ["finalize"]
     sizes = [re.search(r"GET /regions/.*/size/(\d+)/(\d+)$", line) for line in platform.log]
     pixels = [int(found[1]) * int(found[2]) for found in sizes if found]

@@ -18,12 +18,12 @@ from pyarrow import parquet
 from helpers.empaia_platform import FakePlatform
 from wsi_mmm.empaia import posting
 from wsi_mmm.empaia.app import LIMITS
-from wsi_mmm.empaia.asked import Asked, Region
 from wsi_mmm.empaia.bodies import Polygon, Record, Wsi, body
 from wsi_mmm.empaia.client import AppApi, Mode
 from wsi_mmm.empaia.ead import ead
 from wsi_mmm.empaia.geometry import area_of
-from wsi_mmm.empaia.posting import Answer, post_all
+from wsi_mmm.empaia.job_inputs import JobInputs, Region
+from wsi_mmm.empaia.posting import JobOutputs, post_all
 from wsi_mmm.empaia.results import Outline, Results
 from wsi_mmm.errors import JobError
 from wsi_mmm.model.card import ModelCard, read_card
@@ -75,14 +75,14 @@ def published(folder: Path, card: ModelCard, count: int, **columns: Any) -> Resu
     )
 
 
-def answer(results: Results, card: ModelCard, mode: Mode = Mode.preprocessing) -> Answer:
+def answer(results: Results, card: ModelCard, mode: Mode = Mode.preprocessing) -> JobOutputs:
     area = area_of(np.array([(0.0, 0.0), (2000, 0), (2000, 2000), (0, 2000)]), WSI)
     assert area is not None
     regions = (Region(ROI, area),) if mode is Mode.standalone else ()
-    return Answer(Asked(mode, WSI, regions), card, "wsi_mmm", results, TISSUE, INFO)
+    return JobOutputs(JobInputs(mode, WSI, regions), card, "wsi_mmm", results, TISSUE, INFO)
 
 
-def send(what: Answer, **told: Any) -> FakePlatform:
+def send(what: JobOutputs, **told: Any) -> FakePlatform:
     async def both() -> FakePlatform:
         async with FakePlatform(**told) as platform, AppApi(platform.job, LIMITS) as api:
             await post_all(api, what, lambda share: None)
@@ -125,7 +125,7 @@ class _Sink:
 
 def test_memory_is_that_of_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many objects there are, never more than two pieces of them are in memory, and one is in a request."""
-    monkeypatch.setattr(posting, "PIECE", 500)
+    monkeypatch.setattr(posting, "BLOCK", 500)
     card, sink = read_card("default"), _Sink()
     asyncio.run(post_all(sink, answer(published(tmp_path, card, 4321), card), lambda share: None))  # type: ignore[arg-type]
     assert sink.items == 3 * 4321 + len(TISSUE) and sink.most == 500 <= sink.held <= 1000

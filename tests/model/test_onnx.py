@@ -158,7 +158,7 @@ def test_a_transformer_is_exported_at_one_size(tmp_path: Path) -> None:
 def test_bits_do_not_depend_on_grouping_or_threads(small_model: Path, cache: Path) -> None:
     """Any cut of the tiles into calls, any order, any number of threads: the same bytes, near eager's."""
     one, three = runner(small_model, cache, 1), runner(small_model, cache, 3)
-    pixels = tiles(one.micro_batch(64) + 7)
+    pixels = tiles(one.batch_size(64) + 7)
     whole, eager = one.run(pixels, TASKS), runner(small_model, None, name="eager").run(pixels, TASKS)
     again, some, back = three.run(pixels, TASKS), three.run(pixels[5:9], TASKS), one.run(pixels[::-1].copy(), TASKS)
     for kind in ("features", "nuclei", "stain"):

@@ -67,7 +67,7 @@ def test_answers_have_the_promised_shapes(runners: dict[int, Runner]) -> None:
 @pytest.mark.parametrize("size", [64, 96])
 def test_bits_do_not_depend_on_batch_size_threads_or_companions(runners: dict[int, Runner], size: int) -> None:
     """Any cut of the tiles into calls, any order, any number of threads: the same bytes."""
-    pixels = tiles(2 * runners[1].micro_batch(size) + 3, size)
+    pixels = tiles(2 * runners[1].batch_size(size) + 3, size)
     whole = runners[1].run(pixels, TASKS)
     assert all(same(whole, runners[n].run(pixels, TASKS)) for n in (2, 3))
     assert same(part(whole, slice(5, 9)), runners[2].run(pixels[5:9], TASKS))
@@ -103,7 +103,7 @@ def test_calls_share_micro_batches(small_model: Path) -> None:
         results = [pool.submit(runner.run, pixels[:2])]
         begun.wait()
         results += [pool.submit(runner.run, pixels[i : i + 2]) for i in range(2, 40, 2)]
-        while len(runner._desk(64, ()).waiting._calls) < 19:
+        while len(runner._find_queue(64, ()).pending) < 19:
             time.sleep(0.01)
         hold.set()
         found = np.concatenate([result.result().features for result in results])
@@ -124,19 +124,6 @@ def test_a_pass_that_fails_fails_its_calls_and_no_others(small_model: Path) -> N
         runner.run(tiles(300))
     runner._pass = plain
     assert len(runner.run(tiles(300)).features) == 300
-
-
-def test_busy_time_is_counted_once(runners: dict[int, Runner]) -> None:
-    """Overlapping calls count once; nothing is counted before ``since`` or while idle."""
-    runner, since = runners[3], time.perf_counter()
-    threads = [threading.Thread(target=runner.run, args=(tiles(4), TASKS)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    passed = time.perf_counter() - since
-    assert 0 < runner.busy_seconds(since) <= passed
-    assert runner.busy_seconds(time.perf_counter()) == 0
 
 
 def test_wrong_pixels_tasks_and_devices_are_refused(runners: dict[int, Runner], small_model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.checkpoint import load_model
 from wsi_mmm.model.runner import Runner
-from wsi_mmm.model.staging import SLOTS, Stager, staged_ahead
+from wsi_mmm.model.staging import SLOTS, BatchStager
 from wsi_mmm.types import U8
 
 CPU = torch.device("cpu")
@@ -24,17 +25,13 @@ def parts(*counts: int) -> list[U8]:
     return [numbers.integers(0, 256, (count, 8, 8, 3), np.uint8) for count in counts]
 
 
-@pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("device", ["cpu", cuda])
-def test_each_part_arrives_whole_and_padded_with_zeros(device: str, ahead: bool) -> None:
-    """In order, however short the parts are."""
-    given, stager = parts(4, 2, 4, 1, 3), Stager(torch.device(device))
-    staged = staged_ahead(given, lambda part: stager.stage([part], 4), stager, ahead=ahead)
-    found = [(part, tiles.cpu().clone().numpy()) for part, tiles in staged]
-    assert len(found) == len(given)
-    for (part, tiles), wanted in zip(found, given, strict=True):
-        assert part is wanted
-        assert np.array_equal(tiles[: len(part)], wanted)
+def test_each_part_arrives_whole_and_padded_with_zeros(device: str) -> None:
+    """However short the parts are."""
+    stager = BatchStager(torch.device(device))
+    for part in parts(4, 2, 4, 1, 3):
+        tiles = stager.await_copy(stager.stage([part], 4)).cpu().numpy()
+        assert np.array_equal(tiles[: len(part)], part)
         assert tiles.shape == (4, 8, 8, 3)
         assert not tiles[len(part) :].any()
 
@@ -42,52 +39,33 @@ def test_each_part_arrives_whole_and_padded_with_zeros(device: str, ahead: bool)
 def test_several_parts_share_a_batch() -> None:
     """One after another, zeros after them."""
     one, two = parts(1, 2)
-    found = Stager(CPU).stage([one, two], 4).numpy()
+    found = BatchStager(CPU).stage([one, two], 4).numpy()
     assert np.array_equal(found[:3], np.concatenate([one, two]))
     assert not found[3:].any()
 
 
-@pytest.mark.parametrize("device", ["cpu", cuda])
-def test_tiles_that_lie_on_the_device_are_gathered_there(device: str) -> None:
-    """With others from memory or without, padded with zeros."""
-    one, two, three = parts(1, 2, 3)
-    there = torch.from_numpy(two).to(device)
-    for given in ([one, there, three], [there], [there, there]):
-        stager = Stager(torch.device(device))
-        found = stager.ready(stager.stage(given, 8)).cpu().numpy()
-        wanted = np.concatenate([two if part is there else part for part in given])
-        assert np.array_equal(found[: len(wanted)], wanted)
-        assert found.shape == (8, 8, 8, 3)
-        assert not found[len(wanted) :].any()
-
-
-@pytest.mark.parametrize("device", ["cpu", cuda])
-def test_the_model_says_the_same_of_tiles_on_the_device(small_model: Path, device: str) -> None:
-    """To the bit, whichever way they came."""
-    pixels = np.random.default_rng(0).integers(0, 256, (11, 64, 64, 3), np.uint8)
-    runner = Runner(load_model(small_model), device, 2)
-    assert np.array_equal(runner.run(torch.from_numpy(pixels).to(device)).features, runner.run(pixels).features)
-    with pytest.raises(ModelError, match="tiles must be uint8"):
-        runner.run(torch.zeros(1, 64, 64, 3, device=device))
-    runner.close()
-
-
-def test_the_next_part_is_staged_before_this_one_is_worked_on() -> None:
-    """One ahead, never more."""
-    order, stager = [], Stager(CPU)
-
-    def stage(part: U8) -> torch.Tensor:
-        order.append(f"stage {len(part)}")
-        return stager.stage([part], 4)
-
-    for part, _ in staged_ahead(parts(1, 2, 3), stage, stager):
-        order.append(f"work {len(part)}")
-    assert order == ["stage 1", "stage 2", "work 1", "stage 3", "work 2", "work 3"]
+@pytest.mark.parametrize(
+    ("kind", "wanted"), [("cuda", "stage stage compute stage compute compute"), ("cpu", "stage compute " * 3)]
+)
+def test_on_a_gpu_the_next_batch_is_staged_before_this_one_is_computed(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, kind: str, wanted: str
+) -> None:
+    """One ahead, never more; on a CPU none, since another thread may take it."""
+    runner, steps = Runner(load_model(small_model), "cpu", 1), []
+    queue = runner._find_queue(64, ())
+    runner._own_stager()  # of a CPU, whatever the runner says of its device from now on
+    stage, forward = BatchStager.stage, runner._forward
+    monkeypatch.setattr(BatchStager, "stage", lambda *args: steps.append("stage") or stage(*args))
+    monkeypatch.setattr(runner, "_forward", lambda *args: steps.append("compute") or forward(*args))
+    monkeypatch.setattr(runner, "device", types.SimpleNamespace(type=kind))
+    queue.add(np.zeros((3 * queue.size, 64, 64, 3), np.uint8))
+    runner._run_batches(queue)
+    assert steps == wanted.split()
 
 
 def test_buffers_are_used_again() -> None:
     """As many as there are slots, and one that holds a part in flight is not touched."""
-    stager = Stager(CPU)
+    stager = BatchStager(CPU)
     places = [stager.stage([part], 4).data_ptr() for part in parts(1, 2, 3, 1)]
     assert places[:SLOTS] == places[SLOTS:]
     assert len(set(places)) == SLOTS

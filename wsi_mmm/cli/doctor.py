@@ -129,18 +129,11 @@ def device() -> Finding:
 
 
 def encoder() -> Finding:
-    """How a model would be run here: threads, memory, and the micro-batches that were measured on this machine."""
+    """How a model would be run here."""
     from wsi_mmm.host_tuning import cpu_count
-    from wsi_mmm.model.tune import cpu_name, known_choices, tune_file
 
-    folder = Path(os.path.expanduser(config.user_cache()))  # raises nothing without a home
-    detail = f"{cpu_count()} model threads on {cpu_name()}, float32, channels_last, norms folded, freed memory kept"
-    sizes = [
-        f"{choice.get('encoder')} at {choice.get('tile')} px: {choice['micro_batch']} tiles"
-        for choice in known_choices(folder).values()
-    ]
-    found = f"micro-batches of {tune_file(folder)}: {', '.join(sizes)}" if sizes else "no micro-batch measured yet"
-    return Finding("ok", "encoder", f"{detail}; {found}")
+    detail = f"{cpu_count()} model threads, float32, channels_last, norms folded, freed memory kept"
+    return Finding("ok", "encoder", detail)
 
 
 def runtimes() -> Finding:

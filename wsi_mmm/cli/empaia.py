@@ -24,7 +24,7 @@ from wsi_mmm.cli.console import (
 
 if TYPE_CHECKING:
     from wsi_mmm.config import EmpaiaJob
-    from wsi_mmm.empaia.app import Ended
+    from wsi_mmm.empaia.app import JobEnd
 
 empaia_app = typer.Typer(
     help="Make a model an app of the EMPAIA platform, and run it.\n\n\b\n"
@@ -73,7 +73,7 @@ def init(
     say(f"wrote {path}: {made['namespace']}")
 
 
-class Pictures(StrEnum):
+class ImageFormat(StrEnum):
     """How the platform sends pixels."""
 
     png = "png"
@@ -85,8 +85,8 @@ def run(
     vendor: Annotated[str, typer.Option(help="Who offers the app, as for 'empaia init'.")] = "wsi_mmm",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     pictures: Annotated[
-        Pictures, typer.Option(help="png: results are those of the slide's file; jpeg: fewer bytes.")
-    ] = Pictures.png,
+        ImageFormat, typer.Option(help="png: results are those of the slide's file; jpeg: fewer bytes.")
+    ] = ImageFormat.png,
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -120,7 +120,7 @@ def run(
     job, places = config.empaia_job(), config.empaia_places()
     scheduler, work = scheduler or places.get("scheduler"), work or places.get("work")
     tls = config.default_tls() if scheduler and scheduler.startswith("tls://") else None
-    ended = _ended(job, (model, vendor, scheduler, tls, work, device, pictures.value))
+    ended = _run_app(job, (model, vendor, scheduler, tls, work, device, pictures.value))
     if flags.json:
         say_json({"job": job.id, "ended": ended.how, "message": ended.message})
     if ended.how == "finalized":
@@ -130,7 +130,7 @@ def run(
     return STOPPED if ended.how == "stopped" else NOTHING_RAN
 
 
-def _ended(job: EmpaiaJob, options: tuple[Any, ...]) -> Ended:
+def _run_app(job: EmpaiaJob, options: tuple[Any, ...]) -> JobEnd:
     """How the job ended; a signal that comes before the app can listen to it is told, too."""
     try:
         from wsi_mmm.empaia.app import App, run_app

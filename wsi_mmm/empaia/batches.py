@@ -1,4 +1,4 @@
-"""Objects to post, cut into batches that the platform takes; and which of them it has when its answer was lost."""
+"""Objects to post in batches of a size that the platform takes, and their ids if its answer was lost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from wsi_mmm.empaia.bodies import Record, body, encoded
 from wsi_mmm.errors import OutputError, PlatformError
@@ -18,7 +17,7 @@ _OPEN, _CLOSE = b'{"items":[', b"]}"
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request may hold: objects, bytes of JSON, pixels of a region."""
+    """The limits of one request: objects, bytes of JSON, pixels of a region."""
 
     items: int = 1000
     body: int = 4_000_000
@@ -30,7 +29,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class PostBatch:
     """The JSON of some objects, one each."""
 
     items: tuple[bytes, ...]
@@ -40,13 +39,13 @@ class Batch:
         """The body of their post."""
         return _OPEN + b",".join(self.items) + _CLOSE
 
-    def halves(self) -> tuple[Batch, Batch]:
+    def halves(self) -> tuple[PostBatch, PostBatch]:
         """The first half and the rest, in order."""
         middle = len(self.items) // 2
-        return Batch(self.items[:middle]), Batch(self.items[middle:])
+        return PostBatch(self.items[:middle]), PostBatch(self.items[middle:])
 
 
-def batches(records: Iterable[Record], job_id: str, limits: Limits) -> Iterator[Batch]:
+def batches(records: Iterable[Record], job_id: str, limits: Limits) -> Iterator[PostBatch]:
     """``records`` in order, in batches within the limits; one batch at a time is in memory."""
     held: list[bytes] = []
     size = room = limits.body - len(_OPEN) - len(_CLOSE)
@@ -55,15 +54,15 @@ def batches(records: Iterable[Record], job_id: str, limits: Limits) -> Iterator[
         if len(text) > room:
             raise OutputError(f"one object has {len(text)} bytes; the platform takes {limits.body} in a request")
         if held and (len(held) == limits.items or len(text) + 1 > size):
-            yield Batch(tuple(held))
+            yield PostBatch(tuple(held))
             held, size = [], room
         held.append(text)
         size -= len(text) + 1
     if held:
-        yield Batch(tuple(held))
+        yield PostBatch(tuple(held))
 
 
-def ids_of(answer: Any, count: int) -> list[str]:
+def ids_of(answer: object, count: int) -> list[str]:
     """The ids of ``count`` objects in the answer to their post, in order. PlatformError when it has others."""
     items = answer.get("items") if isinstance(answer, dict) else answer
     if not isinstance(items, list) or len(items) != count:
@@ -71,7 +70,7 @@ def ids_of(answer: Any, count: int) -> list[str]:
     return [id_of(item) for item in items]
 
 
-def id_of(answer: Any) -> str:
+def id_of(answer: object) -> str:
     """The id of a posted object. PlatformError when the answer has none."""
     found = answer.get("id") if isinstance(answer, dict) else None
     if not isinstance(found, str) or not found:
@@ -79,21 +78,21 @@ def id_of(answer: Any) -> str:
     return found
 
 
-def matched(sent: Sequence[bytes], found: Sequence[Mapping[str, Any]]) -> list[str]:
+def match_ids(sent: Sequence[bytes], found: Sequence[Mapping[str, object]]) -> list[str]:
     """The ids of ``sent`` among the objects ``found`` on the platform, by all that was sent of each.
 
     Objects that are alike in everything may stand for each other. PlatformError unless every one is found.
     """
     waiting: dict[str, list[str]] = {}
-    wanted = [json.loads(text) for text in sent]
+    wanted: list[dict[str, object]] = [json.loads(text) for text in sent]
     fields = sorted({name for item in wanted for name in item})
     for item in found:
-        waiting.setdefault(_key(item, fields), []).append(id_of(item))
-    keys = [_key(item, fields) for item in wanted]
+        waiting.setdefault(_comparison_key(item, fields), []).append(id_of(item))
+    keys = [_comparison_key(item, fields) for item in wanted]
     if any(count > len(waiting.get(key, ())) for key, count in Counter(keys).items()):
         raise PlatformError("the connection broke while objects were posted, and the platform does not show them all")
     return [waiting[key].pop(0) for key in keys]
 
 
-def _key(item: Mapping[str, Any], fields: Sequence[str]) -> str:
+def _comparison_key(item: Mapping[str, object], fields: Sequence[str]) -> str:
     return json.dumps([item.get(name) for name in fields], sort_keys=True)

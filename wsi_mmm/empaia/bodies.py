@@ -1,7 +1,7 @@
-"""What an app posts: frozen records that keep every rule of the platform, and their JSON bodies.
+"""The records that an app posts: frozen, they keep every rule of the platform, and their JSON bodies.
 
 A record that exists is one that the platform's schemas accept; OutputError names the rule that was broken. Coordinates
-are whole level-0 px; `empaia.geometry` makes them from findings. ``npp``: nanometres per px.
+are whole level-0 px; `empaia.geometry` makes them from objects. ``npp``: nanometres per px.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import operator
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from wsi_mmm.empaia.pixelmaps import Pixelmap, pixelmap_body
 from wsi_mmm.empaia.rules import checked_id, checked_name, checked_text
@@ -38,7 +38,7 @@ class Wsi:
         checked_id(self.id)
         if min(self.width, self.height) < 1:
             raise OutputError(f"slide {self.id} has no pixels: {self.width} x {self.height}")
-        _positive(self.npp, "the resolution of a slide")
+        _check_positive(self.npp, "the resolution of a slide")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Circle:
     radius: int
 
 
-Shape = Point | Polygon | Rectangle | Circle
+AnnotationShape = Point | Polygon | Rectangle | Circle
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Annotation:
     """A shape on a slide. ``npp_created``: at which resolution it was found; ``npp_viewing``: where to show it."""
 
     name: str
-    shape: Shape
+    shape: AnnotationShape
     wsi: Wsi
     npp_created: float
     npp_viewing: tuple[float, float] | None = None
@@ -92,9 +92,9 @@ class Annotation:
     def __post_init__(self) -> None:
         checked_name(self.name)
         checked_text(self.description)
-        _positive(self.npp_created, "npp_created")
+        _check_positive(self.npp_created, "npp_created")
         for value in self.npp_viewing or ():
-            _positive(value, "npp_viewing")
+            _check_positive(value, "npp_viewing")
         _check_shape(self.shape, self.wsi)
 
 
@@ -113,7 +113,7 @@ class ClassOf:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What a primitive or a collection is about."""
+    """The annotation, collection or slide that a primitive or a collection is about."""
 
     type: Literal["annotation", "collection", "wsi"]
     id: str
@@ -177,27 +177,27 @@ def type_of(record: Record) -> str:
             return f"{record.kind}_pixelmap"
 
 
-def body(record: Record, job_id: str) -> dict[str, Any]:
+def body(record: Record, job_id: str) -> dict[str, object]:
     """The JSON object of ``record``, made by job ``job_id``; fields that say nothing are left out."""
     match record:
         case Annotation():
-            fields = _annotation(record)
+            fields = _annotation_fields(record)
         case ClassOf():
             fields = {"value": record.value, "reference_id": record.annotation_id, "reference_type": "annotation"}
         case Primitive():
-            fields = {"name": record.name, "value": _primitive_value(record), **_reference(record.reference)}
+            fields = {"name": record.name, "value": _primitive_value(record), **_reference_fields(record.reference)}
             fields["description"] = record.description
         case Collection():
             items = [body(item, job_id) for item in record.items]
             fields = {"item_type": record.item_type, "name": record.name, "items": items}
-            fields |= {**_reference(record.reference), "description": record.description}
+            fields |= {**_reference_fields(record.reference), "description": record.description}
         case Pixelmap():
             fields = pixelmap_body(record)
-    said = {key: value for key, value in fields.items() if value is not None}
-    return {"type": type_of(record), **said, "creator_id": checked_id(job_id), "creator_type": "job"}
+    given = {key: value for key, value in fields.items() if value is not None}
+    return {"type": type_of(record), **given, "creator_id": checked_id(job_id), "creator_type": "job"}
 
 
-def encoded(value: Mapping[str, Any]) -> bytes:
+def encoded(value: Mapping[str, object]) -> bytes:
     """``value`` as JSON without spaces. OutputError for NaN, infinity and text that is not Unicode."""
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
@@ -208,7 +208,7 @@ def encoded(value: Mapping[str, Any]) -> bytes:
 # ------------------------------------------------------------------------------------------------ fields
 
 
-def _annotation(record: Annotation) -> dict[str, Any]:
+def _annotation_fields(record: Annotation) -> dict[str, object]:
     viewing = record.npp_viewing
     return {
         "name": record.name,
@@ -221,7 +221,7 @@ def _annotation(record: Annotation) -> dict[str, Any]:
     }
 
 
-def _shape_fields(shape: Shape) -> dict[str, Any]:
+def _shape_fields(shape: AnnotationShape) -> dict[str, object]:
     match shape:
         case Point(x, y):
             return {"coordinates": [int(x), int(y)]}
@@ -233,7 +233,7 @@ def _shape_fields(shape: Shape) -> dict[str, Any]:
             return {"center": [int(x), int(y)], "radius": int(radius)}
 
 
-def _reference(reference: Reference | None) -> dict[str, str]:
+def _reference_fields(reference: Reference | None) -> dict[str, str]:
     return {} if reference is None else {"reference_id": reference.id, "reference_type": reference.type}
 
 
@@ -241,7 +241,7 @@ def _primitive_value(record: Primitive) -> int | float | str:
     value = record.value
     match record.type:
         case "integer":
-            return _whole(value)
+            return _whole_number(value)
         case "float" if not isinstance(value, str | bool) and math.isfinite(value):
             return float(value)
         case "bool" if isinstance(value, bool):
@@ -255,7 +255,7 @@ def _primitive_value(record: Primitive) -> int | float | str:
 # ------------------------------------------------------------------------------------------------ rules
 
 
-def _whole(value: object) -> int:
+def _whole_number(value: object) -> int:
     """``value`` as int; OutputError for what is not a whole number by type (19.0 is not)."""
     try:
         if isinstance(value, bool):
@@ -265,7 +265,7 @@ def _whole(value: object) -> int:
         raise OutputError(f"{value!r} is no whole number") from error
 
 
-def _positive(value: float, what: str) -> None:
+def _check_positive(value: float, what: str) -> None:
     if not (math.isfinite(value) and value > 0):
         raise OutputError(f"{what} must be a finite number of nm per px above zero, not {value}")
 
@@ -277,7 +277,7 @@ def _is_uuid(text: str) -> bool:
         return False
 
 
-def _check_shape(shape: Shape, wsi: Wsi) -> None:
+def _check_shape(shape: AnnotationShape, wsi: Wsi) -> None:
     """Outlines may touch the slide's right and lower edge (width, height); points and centres are pixels inside it."""
     match shape:
         case Point(x, y):
@@ -297,10 +297,10 @@ def _check_shape(shape: Shape, wsi: Wsi) -> None:
 
 
 def _check_within(x: int, y: int, wsi: Wsi, *, edge: int) -> None:
-    if not (0 <= _whole(x) < wsi.width + edge and 0 <= _whole(y) < wsi.height + edge):
+    if not (0 <= _whole_number(x) < wsi.width + edge and 0 <= _whole_number(y) < wsi.height + edge):
         raise OutputError(f"({x}, {y}) lies outside the slide of {wsi.width} x {wsi.height} px; clip it first")
 
 
 def _check_size(*sizes: int) -> None:
-    if min(map(_whole, sizes)) < 1:
+    if min(map(_whole_number, sizes)) < 1:
         raise OutputError("a rectangle or circle needs a size of one pixel at least")

@@ -1,4 +1,4 @@
-"""A client of the App API v3: what one job may read of its slides and post of its findings.
+"""A client of the App API v3: what one job may read of its slides and post of its results.
 
 ::
 
@@ -17,17 +17,17 @@ import asyncio
 import gzip
 import json
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from enum import StrEnum
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 from urllib.parse import quote
 
 from wsi_mmm.config import EmpaiaJob
-from wsi_mmm.empaia.batches import Batch, Limits, batches, id_of, ids_of, matched
+from wsi_mmm.empaia.batches import Limits, PostBatch, batches, id_of, ids_of, match_ids
 from wsi_mmm.empaia.bodies import Collection, Record, body, encoded
 from wsi_mmm.empaia.pixelmaps import Pixelmap, tile_length
-from wsi_mmm.empaia.transport import Answer, Patience, Transport
+from wsi_mmm.empaia.transport import ApiResponse, Method, Patience, Transport
 from wsi_mmm.errors import OutputError, PlatformError
 
 _MESSAGE = 255  # characters of a failure's message
@@ -39,7 +39,7 @@ _OVER = (400, 409, 422, 423)  # what a platform may say to a job that has ended
 
 
 class Mode(StrEnum):
-    """What the platform wants of the job."""
+    """The modes of a job."""
 
     standalone = "STANDALONE"
     preprocessing = "PREPROCESSING"
@@ -56,7 +56,7 @@ class AppApi:
         self._transport = Transport(job, self._patience)
         self._counts: dict[str, int] = {}  # collection -> objects that it holds
         self._ended = ""
-        self._packs = True
+        self._compresses = True
 
     async def __aenter__(self) -> Self:
         await self._transport.__aenter__()
@@ -71,34 +71,34 @@ class AppApi:
 
     async def mode(self) -> Mode:
         """The mode of the job. PlatformError for one that this client does not know."""
-        answer = await self._get("/mode")
-        said = answer.get("mode") if isinstance(answer, dict) else answer
-        if not isinstance(said, str) or said.upper() not in set(Mode):
-            shown = str(said).replace(self._job.token, "***")[:40]
+        response = await self._get_json("/mode")
+        mode = response.get("mode") if isinstance(response, dict) else response
+        if not isinstance(mode, str) or mode.upper() not in set(Mode):
+            shown = str(mode).replace(self._job.token, "***")[:40]
             raise PlatformError(f"the EMPAIA platform started the app in the unknown mode {shown!r}")
-        return Mode(said.upper())
+        return Mode(mode.upper())
 
-    async def configuration(self) -> dict[str, Any]:
+    async def configuration(self) -> dict[str, object]:
         """The values of the EAD's configuration: ``global`` and ``customer``."""
-        answer = await self._get("/configuration")
-        return answer if isinstance(answer, dict) else {}
+        response = await self._get_json("/configuration")
+        return response if isinstance(response, dict) else {}
 
-    async def input(self, key: str, *, shallow: bool = False) -> Any:
+    async def input(self, key: str, *, shallow: bool = False) -> object:
         """The input ``key`` of the EAD; ``shallow``: a collection without its items."""
-        return await self._get(f"/inputs/{_part(key)}", shallow="true" if shallow else "false")
+        return await self._get_json(f"/inputs/{_path_part(key)}", shallow="true" if shallow else "false")
 
     async def region(self, wsi_id: str, level: int, box: tuple[int, int, int, int], *, kind: str = "jpeg") -> bytes:
         """The encoded picture of ``box`` (x, y, width, height), px of that level; white beyond the slide."""
         x, y, width, height = box
         if min(width, height) < 1 or width * height > self._limits.pixels:
             raise OutputError(f"a region of {width} x {height} px; ask for 1 to {self._limits.pixels} px")
-        path = f"/regions/{_part(wsi_id)}/level/{level}/start/{x}/{y}/size/{width}/{height}"
-        return (await self._done("GET", path, query={"image_format": kind})).data
+        path = f"/regions/{_path_part(wsi_id)}/level/{level}/start/{x}/{y}/size/{width}/{height}"
+        return (await self._send_request("GET", path, query={"image_format": kind})).data
 
     async def tile(self, wsi_id: str, level: int, position: tuple[int, int], *, kind: str = "jpeg") -> bytes:
         """The encoded picture of the slide's own tile at ``position`` (column, row) of a level."""
-        path = f"/tiles/{_part(wsi_id)}/level/{level}/position/{position[0]}/{position[1]}"
-        return (await self._done("GET", path, query={"image_format": kind})).data
+        path = f"/tiles/{_path_part(wsi_id)}/level/{level}/position/{position[0]}/{position[1]}"
+        return (await self._send_request("GET", path, query={"image_format": kind})).data
 
     # -------------------------------------------------------------------------------------------- posting
 
@@ -107,7 +107,7 @@ class AppApi:
         data = encoded(body(record, self._job.id))
         if len(data) > self._limits.body:
             raise OutputError(f"output '{key}' has {len(data)} bytes; post it empty and its items in batches")
-        posted = id_of((await self._done("POST", f"/outputs/{_part(key)}", data=data)).parsed())
+        posted = id_of((await self._send_request("POST", f"/outputs/{_path_part(key)}", data=data)).parsed())
         if isinstance(record, Collection):
             self._counts[posted] = len(record.items)
         return posted
@@ -128,25 +128,25 @@ class AppApi:
         if len(data) != tile_length(pixelmap):
             raise OutputError(f"a tile of '{pixelmap.name}' has {tile_length(pixelmap)} bytes, not {len(data)}")
         level, x, y = place
-        path = f"/pixelmaps/{_part(pixelmap_id)}/level/{level}/position/{x}/{y}/data"
-        if self._packs:
+        path = f"/pixelmaps/{_path_part(pixelmap_id)}/level/{level}/position/{x}/{y}/data"
+        if self._compresses:
             packed = gzip.compress(data, _LEVEL)
-            answer = await self._transport.ask("PUT", path, data=packed, kind=_BYTES, coding="gzip")
-            if answer.good or answer.status not in _UNREADABLE:
-                self._checked(answer, f"PUT {path}")
+            response = await self._transport.ask("PUT", path, data=packed, kind=_BYTES, coding="gzip")
+            if response.good or response.status not in _UNREADABLE:
+                self._check_response(response, f"PUT {path}")
                 return
-        await self._done("PUT", path, data=data, kind=_BYTES)
-        self._packs = False
+        await self._send_request("PUT", path, data=data, kind=_BYTES)
+        self._compresses = False
 
-    async def query(self, collection_id: str, *, skip: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
+    async def query(self, collection_id: str, *, skip: int, limit: int) -> tuple[int, list[Mapping[str, object]]]:
         """(how many objects a collection holds, ``limit`` of them from ``skip`` on)."""
-        path = f"/collections/{_part(collection_id)}/query"
-        asked = {"skip": str(skip), "limit": str(limit)}
-        answer = (await self._done("PUT", path, query=asked, data=b"{}")).parsed()
-        try:
-            return int(answer["item_count"]), list(answer["items"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlatformError("the EMPAIA platform did not say what a collection holds") from error
+        path = f"/collections/{_path_part(collection_id)}/query"
+        window = {"skip": str(skip), "limit": str(limit)}
+        found = (await self._send_request("PUT", path, query=window, data=b"{}")).parsed()
+        count, items = (found.get("item_count"), found.get("items")) if isinstance(found, dict) else (None, None)
+        if not isinstance(count, int) or not isinstance(items, list) or not all(isinstance(i, dict) for i in items):
+            raise PlatformError("the EMPAIA platform did not say what a collection holds")
+        return count, items
 
     # -------------------------------------------------------------------------------------------- the job
 
@@ -157,52 +157,52 @@ class AppApi:
 
     async def finalize(self) -> None:
         """The job is done and its outputs are complete. RuntimeError when it has ended already."""
-        await self._end("finalize", None)
+        await self._end_job("finalize", None)
 
     async def failure(self, message: str) -> None:
         """The job failed: ``message`` is for a pathologist; one line, cut to 255 characters, never with the token."""
         text = " ".join(message.replace(self._job.token, "***").split()) or "The app failed."
         short = text if len(text) <= _MESSAGE else text[: _MESSAGE - 1] + "…"
-        await self._end("failure", encoded({"user_message": short}))
+        await self._end_job("failure", encoded({"user_message": short}))
 
-    async def _end(self, how: str, data: bytes | None) -> None:
+    async def _end_job(self, how: str, data: bytes | None) -> None:
         if self._ended:
             raise RuntimeError(f"the job has ended already: {self._ended}")
         self._ended = how  # before waiting, so that nobody ends it a second time meanwhile
         try:
-            answer, lost = await self._transport.ask("PUT", f"/{how}", data=data, again=False), False
+            response, lost = await self._transport.ask("PUT", f"/{how}", data=data, again=False), False
             for pause in self._patience.pauses():
-                if not answer.unclear:
+                if not response.unclear:
                     break
                 await asyncio.sleep(pause)
-                answer, lost = await self._transport.ask("PUT", f"/{how}", data=data, again=False), True
-            if not (lost and answer.status in _OVER):  # it had arrived, although nobody said so
-                self._checked(answer, f"PUT /{how}")
+                response, lost = await self._transport.ask("PUT", f"/{how}", data=data, again=False), True
+            if not (lost and response.status in _OVER):  # it had arrived, although nobody said so
+                self._check_response(response, f"PUT /{how}")
         except BaseException:
             self._ended = ""  # it has not ended: it may still fail
             raise
 
     # -------------------------------------------------------------------------------------------- requests
 
-    async def _post_batch(self, collection_id: str, batch: Batch) -> list[str]:
-        path, count = f"/collections/{_part(collection_id)}/items", len(batch.items)
-        answer = await self._transport.ask("POST", path, data=batch.data)
+    async def _post_batch(self, collection_id: str, batch: PostBatch) -> list[str]:
+        path, count = f"/collections/{_path_part(collection_id)}/items", len(batch.items)
+        response = await self._transport.ask("POST", path, data=batch.data)
         for pause in self._patience.pauses():
-            if not answer.unclear:
+            if not response.unclear:
                 break
-            found = await self._recovered(collection_id, batch)
+            found = await self._recover_ids(collection_id, batch)
             if found is not None:
                 return found
             await asyncio.sleep(pause)
-            answer = await self._transport.ask("POST", path, data=batch.data)  # none had arrived
-        if answer.status == _TOO_LARGE and count > 1:
+            response = await self._transport.ask("POST", path, data=batch.data)  # none had arrived
+        if response.status == _TOO_LARGE and count > 1:
             first, rest = batch.halves()
             return await self._post_batch(collection_id, first) + await self._post_batch(collection_id, rest)
-        ids = ids_of(self._checked(answer, "posting objects").parsed(), count)
+        ids = ids_of(self._check_response(response, "posting objects").parsed(), count)
         self._counts[collection_id] = self._counts.get(collection_id, 0) + count
         return ids
 
-    async def _recovered(self, collection_id: str, batch: Batch) -> list[str] | None:
+    async def _recover_ids(self, collection_id: str, batch: PostBatch) -> list[str] | None:
         """The ids of a batch whose answer was lost; None when the platform has none of it."""
         before, count = self._counts.get(collection_id, 0), len(batch.items)
         held, items = await self.query(collection_id, skip=before, limit=count)
@@ -210,26 +210,36 @@ class AppApi:
             return None
         if held != before + count:
             raise PlatformError(f"a collection holds {held} objects where {before} or {before + count} were posted")
-        ids = matched(batch.items, items)
+        ids = match_ids(batch.items, items)
         self._counts[collection_id] = held
         return ids
 
-    async def _get(self, path: str, **query: str) -> Any:
-        return (await self._done("GET", path, query=query)).parsed()
+    async def _get_json(self, path: str, **query: str) -> object:
+        return (await self._send_request("GET", path, query=query)).parsed()
 
-    async def _done(self, method: Any, path: str, **request: Any) -> Answer:
-        return self._checked(await self._transport.ask(method, path, **request), f"{method} {path}")
+    async def _send_request(
+        self,
+        method: Method,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        data: bytes | None = None,
+        kind: str = "application/json",
+    ) -> ApiResponse:
+        response = await self._transport.ask(method, path, query=query, data=data, kind=kind)
+        return self._check_response(response, f"{method} {path}")
 
-    def _checked(self, answer: Answer, what: str) -> Answer:
+    def _check_response(self, response: ApiResponse, what: str) -> ApiResponse:
         """``answer`` if it is a 2xx; PlatformError in one line otherwise."""
-        if answer.good:
-            return answer
-        said = f"refused {what} ({answer.status}): {answer.problem}" if answer.status else f"{answer.problem}: {what}"
-        error = PlatformError(f"the EMPAIA platform {said}".replace(self._job.token, "***"))
-        error.status = answer.status
+        if response.good:
+            return response
+        refused = f"refused {what} ({response.status}): {response.problem}"
+        text = refused if response.status else f"{response.problem}: {what}"
+        error = PlatformError(f"the EMPAIA platform {text}".replace(self._job.token, "***"))
+        error.status = response.status
         raise error
 
 
-def _part(text: str) -> str:
+def _path_part(text: str) -> str:
     """``text`` as one part of a path, whatever characters it has."""
     return quote(text, safe="")

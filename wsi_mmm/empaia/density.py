@@ -18,7 +18,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(slots=True)
-class Density:
+class DensityGrid:
     """Counts of points on a grid of squares over a slide whose mpp is known."""
 
     info: SlideInfo
@@ -50,10 +50,10 @@ class Density:
 
         ``worked``: level-0 rectangles (x0, y0, x1, y1).
         """
-        number = self._level()
+        number = self._finest_level()
         level = self.info.levels[number]
         side = next((side for side in _SIDES if max(level.width, level.height) <= side), _SIDES[-1])
-        x0, y0, x1, y1 = self._reach(worked)
+        x0, y0, x1, y1 = self._covered_box(worked)
         across, down = side * level.downsample_x, side * level.downsample_y
         last_x, last_y = (level.width - 1) // side, (level.height - 1) // side
         tiles = (
@@ -72,25 +72,25 @@ class Density:
         level = self.info.levels[found.level]
         x0, y0, x1, y1 = found.tiles or (0, 0, 0, 0)
         for row in range(y0, y1 + 1):
-            down = self._cells(row * of.side, min(level.height, (row + 1) * of.side), level, axis=1)
+            down = self._cell_index(row * of.side, min(level.height, (row + 1) * of.side), level, axis=1)
             for column in range(x0, x1 + 1):
-                across = self._cells(column * of.side, min(level.width, (column + 1) * of.side), level, axis=0)
+                across = self._cell_index(column * of.side, min(level.width, (column + 1) * of.side), level, axis=0)
                 yield (found.level, column, row), np.float64(1e6 / CELL**2) * self.counts[np.ix_(down, across)]
 
-    def _cells(self, start: int, stop: int, level: Level, *, axis: int) -> I64:
+    def _cell_index(self, start: int, stop: int, level: Level, *, axis: int) -> I64:
         """In which squares the px ``start`` to ``stop`` of a level have their middle."""
         downsample = (level.downsample_x, level.downsample_y)[axis]
         middle = (np.arange(start, stop) + 0.5) * downsample
         found: I64 = np.minimum((middle / self.cell[axis]).astype(np.int64), self.counts.shape[1 - axis] - 1)
         return found
 
-    def _level(self) -> int:
+    def _finest_level(self) -> int:
         fine = [
             i for i, one in enumerate(self.info.levels) if max(one.downsample_x, one.downsample_y) <= min(self.cell)
         ]
         return fine[-1] if fine else 0
 
-    def _reach(self, worked: Sequence[Box]) -> Box:
+    def _covered_box(self, worked: Sequence[Box]) -> Box:
         """The rectangle round what was worked on and what was found; never empty, inside the slide."""
         across, down = self.cell
         rows, columns = np.nonzero(self.counts)

@@ -1,4 +1,4 @@
-"""The EAD: what an app of a model reads and gives, written from the model's card.
+"""The EAD: the inputs and outputs of an app, written from its model's card.
 
 Inputs: ``slide`` and, in standalone mode, ``regions`` (regions of interest, of one kind of shape). Outputs, by task:
 
@@ -20,45 +20,46 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from wsi_mmm.empaia.lint import GLOBAL, problems
+from wsi_mmm.empaia.lint import GLOBAL, ClassTree, Ead, IoType, problems
 from wsi_mmm.errors import ModelError, OutputError
 from wsi_mmm.model.card import ModelCard, TaskCard
 
-Regions = Literal["rectangle", "polygon", "circle"]
+RegionKind = Literal["rectangle", "polygon", "circle"]
 SCHEMA = "https://gitlab.com/empaia/integration/definitions/-/raw/main/ead/ead-schema.v3.json"
 
-Io = dict[str, dict[str, Any]]
+Io = dict[str, IoType]
 
 
 @dataclass(frozen=True, slots=True)
 class _Outputs:
-    """What a task adds to the EAD: to both modes, to standalone alone, to preprocessing alone."""
+    """The outputs that a task adds to the EAD: to both modes, to standalone alone, to preprocessing alone."""
 
     both: Io
     regions: Io
     slide: Io
 
 
-def ead(card: ModelCard, *, vendor: str = "wsi_mmm", regions: Regions = "rectangle") -> dict[str, Any]:
+def ead(card: ModelCard, *, vendor: str = "wsi_mmm", regions: RegionKind = "rectangle") -> Ead:
     """The description of ``card`` as an app. ModelError when a name cannot be one of the platform."""
     namespace = f"org.empaia.{slug(vendor)}.{slug(card.name)}.v3.0"
     some = [_of_task(task) for task in card.tasks]
     slide: Io = {"slide": {"type": "wsi"}}
-    asked = {"type": regions, "reference": "io.slide", "classes": [f"{GLOBAL}.classes.roi"]}
-    rois: Io = {"regions": {"type": "collection", "items": asked}}
-    both = _joined([{"tissue": _collection("polygon", "io.slide", about="io.slide")}, *(one.both for one in some)])
-    alone, whole = _joined([one.regions for one in some]), _joined([one.slide for one in some])
-    made = {
+    regions_type: IoType = {"type": regions, "reference": "io.slide", "classes": [f"{GLOBAL}.classes.roi"]}
+    rois: Io = {"regions": {"type": "collection", "items": regions_type}}
+    tissue: Io = {"tissue": _collection_type("polygon", "io.slide", about="io.slide")}
+    both = _join_outputs([tissue, *(one.both for one in some)])
+    alone, whole = _join_outputs([one.regions for one in some]), _join_outputs([one.slide for one in some])
+    made: Ead = {
         "$schema": SCHEMA,
-        "name": _fit(f"wsi_mmm {card.name}", 30),
-        "name_short": _fit(card.name, 10),
+        "name": _fit_name(f"wsi_mmm {card.name}", 30),
+        "name_short": _fit_name(card.name, 10),
         "namespace": namespace,
-        "description": _description(card),
-        "io": _joined([slide, rois, both, alone, whole]),
-        "classes": _classes(card),
-        "rendering": {"annotations": list(_rendering(card, namespace))},
+        "description": _describe_app(card),
+        "io": _join_outputs([slide, rois, both, alone, whole]),
+        "classes": _class_tree(card),
+        "rendering": {"annotations": list(_rendering_rules(card, namespace))},
         "permissions": {"data_transmission_to_external_service_provider": False, "wsi_raw_file_access": False},
         "modes": {
             "standalone": {"inputs": ["slide", "regions"], "outputs": [*both, *alone]},
@@ -71,7 +72,7 @@ def ead(card: ModelCard, *, vendor: str = "wsi_mmm", regions: Regions = "rectang
     return made
 
 
-def ead_json(made: dict[str, Any]) -> str:
+def ead_json(made: Ead) -> str:
     """The text of ``ead.json``."""
     return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
 
@@ -90,7 +91,7 @@ def write_ead(text: str, folder: Path) -> Path:
 def class_values(card: ModelCard, task: TaskCard, *, vendor: str = "wsi_mmm") -> tuple[str, ...]:
     """The platform's names of a task's classes, in the card's order."""
     base = f"org.empaia.{slug(vendor)}.{slug(card.name)}.v3.0.classes.{slug(task.name)}"
-    return tuple(f"{base}.{leaf}" for leaf in _leaves(task))
+    return tuple(f"{base}.{leaf}" for leaf in _leaf_keys(task))
 
 
 def slug(text: str) -> str:
@@ -102,17 +103,17 @@ def slug(text: str) -> str:
 
 
 def _of_task(task: TaskCard) -> _Outputs:
-    make = _KINDS.get(task.kind)
+    make = _TASK_OUTPUTS.get(task.kind)
     return _Outputs({}, {}, {}) if make is None else make(slug(task.name))
 
 
-def _objects(name: str) -> _Outputs:
-    area = _area(name)
+def _object_outputs(name: str) -> _Outputs:
+    area = _area_outputs(name)
     items = f"io.{name}_objects.items"
     return _Outputs(
         both={
             **area.both,
-            f"{name}_confidences": _collection("float", items),
+            f"{name}_confidences": _collection_type("float", items),
             f"{name}_map": {
                 "type": "continuous_pixelmap",
                 "reference": "io.slide",
@@ -120,8 +121,8 @@ def _objects(name: str) -> _Outputs:
             },
         },
         regions={
-            f"{name}_counts": _collection("integer", "io.regions.items"),
-            f"{name}_densities": _collection("float", "io.regions.items"),
+            f"{name}_counts": _collection_type("integer", "io.regions.items"),
+            f"{name}_densities": _collection_type("float", "io.regions.items"),
         },
         slide={
             f"{name}_slide_count": {"type": "integer", "reference": "io.slide"},
@@ -130,44 +131,47 @@ def _objects(name: str) -> _Outputs:
     )
 
 
-def _area(name: str) -> _Outputs:
-    objects = _collection("polygon", "io.slide", about="io.slide")
+def _area_outputs(name: str) -> _Outputs:
+    objects = _collection_type("polygon", "io.slide", about="io.slide")
+    classes = _collection_type("class", f"io.{name}_objects.items")
+    return _Outputs({f"{name}_objects": objects, f"{name}_classes": classes}, {}, {})
+
+
+def _class_outputs(name: str) -> _Outputs:
+    whole: IoType = {"type": "string", "reference": "io.slide"}
     return _Outputs(
-        {f"{name}_objects": objects, f"{name}_classes": _collection("class", f"io.{name}_objects.items")}, {}, {}
+        {f"{name}_classes": _collection_type("class", "io.tissue.items"), f"{name}_slide_class": whole}, {}, {}
     )
 
 
-def _choice(name: str) -> _Outputs:
-    whole = {"type": "string", "reference": "io.slide"}
-    return _Outputs({f"{name}_classes": _collection("class", "io.tissue.items"), f"{name}_slide_class": whole}, {}, {})
-
-
-def _number(name: str) -> _Outputs:
+def _value_output(name: str) -> _Outputs:
     return _Outputs({f"{name}_slide_value": {"type": "float", "reference": "io.slide"}}, {}, {})
 
 
-def _numbers(name: str) -> _Outputs:
-    return _Outputs({f"{name}_slide_values": _collection("float", "io.slide")}, {}, {})
+def _value_outputs(name: str) -> _Outputs:
+    return _Outputs({f"{name}_slide_values": _collection_type("float", "io.slide")}, {}, {})
 
 
-_KINDS: dict[str, Callable[[str], _Outputs]] = {
-    "instances": _objects,
-    "detect": _objects,
-    "segment": _area,
-    "multisegment": _area,
-    "classify": _choice,
-    "regress": _number,
-    "survive": _number,
-    "multilabel": _numbers,
+_TASK_OUTPUTS: dict[str, Callable[[str], _Outputs]] = {
+    "instances": _object_outputs,
+    "detect": _object_outputs,
+    "segment": _area_outputs,
+    "multisegment": _area_outputs,
+    "classify": _class_outputs,
+    "regress": _value_output,
+    "survive": _value_output,
+    "multilabel": _value_outputs,
 }
 
 
-def _collection(kind: str, reference: str, *, about: str | None = None) -> dict[str, Any]:
-    made: dict[str, Any] = {"type": "collection", "items": {"type": kind, "reference": reference}}
-    return made if about is None else {**made, "reference": about}
+def _collection_type(kind: str, reference: str, *, about: str | None = None) -> IoType:
+    made: IoType = {"type": "collection", "items": {"type": kind, "reference": reference}}
+    if about is not None:
+        made["reference"] = about
+    return made
 
 
-def _joined(some: list[Io]) -> Io:
+def _join_outputs(some: list[Io]) -> Io:
     """All in one. ModelError when two tasks would share a name."""
     names = [name for one in some for name in one]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -179,10 +183,10 @@ def _joined(some: list[Io]) -> Io:
 # ------------------------------------------------------------------------------------------------ names and classes
 
 
-def _classes(card: ModelCard) -> dict[str, Any]:
+def _class_tree(card: ModelCard) -> ClassTree:
     return {
         slug(task.name): {
-            leaf: {"name": _leaf_name(name)} for leaf, name in zip(_leaves(task), task.classes, strict=True)
+            leaf: {"name": _leaf_name(name)} for leaf, name in zip(_leaf_keys(task), task.classes, strict=True)
         }
         for task in card.tasks
         if task.kind in _CLASSED
@@ -192,15 +196,15 @@ def _classes(card: ModelCard) -> dict[str, Any]:
 _CLASSED = ("instances", "detect", "segment", "multisegment", "classify")
 
 
-def _rendering(card: ModelCard, namespace: str) -> Iterator[dict[str, str]]:
+def _rendering_rules(card: ModelCard, namespace: str) -> Iterator[dict[str, str]]:
     for task in card.tasks:
         if task.kind in _CLASSED:
-            for leaf, (red, green, blue) in zip(_leaves(task), task.colors, strict=True):
+            for leaf, (red, green, blue) in zip(_leaf_keys(task), task.colors, strict=True):
                 value = f"{namespace}.classes.{slug(task.name)}.{leaf}"
                 yield {"class_value": value, "color": f"#{red:02X}{green:02X}{blue:02X}"}
 
 
-def _leaves(task: TaskCard) -> list[str]:
+def _leaf_keys(task: TaskCard) -> list[str]:
     """The names of a task's classes in the tree; two that would be the same get their number."""
     plain = [slug(name) for name in task.classes]
     return [f"{name}_{i}" if plain.count(name) > 1 or name == "name" else name for i, name in enumerate(plain)]
@@ -212,12 +216,12 @@ def _leaf_name(name: str) -> str:
     return (words if len(words) >= 3 else f"class {words}")[:30].strip()
 
 
-def _fit(name: str, longest: int) -> str:
+def _fit_name(name: str, longest: int) -> str:
     fit = re.sub(r"[^A-Za-z0-9_\s-]+", "-", name)[:longest].strip()
     return fit if len(fit) >= 3 else f"{fit} app"
 
 
-def _description(card: ModelCard) -> str:
+def _describe_app(card: ModelCard) -> str:
     tasks = "; ".join(f"{task.name}: {', '.join(task.classes)}" for task in card.tasks)
     text = f"Research use only. Finds tissue and, at {card.mpp:g} micrometres per pixel, {tasks or 'nothing else'}."
     return text if len(text) <= 1000 else text[:999] + "…"

@@ -1,14 +1,14 @@
-"""Findings as shapes of the platform: whole level-0 px inside the slide, polygons without holes."""
+"""Objects as shapes of the platform: whole level-0 px inside the slide, polygons without holes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import shapely
+from shapely.geometry.base import BaseGeometry
 
 from wsi_mmm.empaia.bodies import Point, Polygon, Rectangle, Ring, Wsi
 from wsi_mmm.types import F64, I64, Mask
@@ -38,7 +38,7 @@ def rectangle(x0: float, y0: float, x1: float, y1: float, wsi: Wsi) -> Rectangle
 class Area:
     """A part of a slide, in level-0 px: a prepared shapely geometry."""
 
-    shape: Any
+    shape: BaseGeometry
 
     @property
     def size(self) -> float:
@@ -55,25 +55,21 @@ class Area:
         """bool[n]: which of ``points`` float64[n, 2] (x, y) lie in it or on its border."""
         return np.asarray(shapely.intersects_xy(self.shape, points[:, 0], points[:, 1]), np.bool_)
 
-    def geojson(self) -> str:
-        """It as a GeoJSON geometry."""
-        return str(shapely.to_geojson(self.shape))
-
 
 def area_of(ring: F64, wsi: Wsi) -> Area | None:
-    """What a ring float64[n, 2] (not closed) encloses of the slide; None when that is nothing."""
+    """The part of the slide that a ring float64[n, 2] (not closed) encloses; None when that is nothing."""
     if len(ring) < 3 or not np.isfinite(ring).all():
         return None
-    inside = shapely.intersection(_valid(shapely.Polygon(ring)), shapely.box(0, 0, wsi.width, wsi.height))
-    return _area(shapely.union_all(_pieces(inside)))
+    inside = shapely.intersection(_make_valid(shapely.Polygon(ring)), shapely.box(0, 0, wsi.width, wsi.height))
+    return _area_or_none(shapely.union_all(_polygon_parts(inside)))
 
 
 def joined(areas: Sequence[Area]) -> Area | None:
     """All of them as one; None for none."""
-    return _area(shapely.union_all([area.shape for area in areas])) if areas else None
+    return _area_or_none(shapely.union_all([area.shape for area in areas])) if areas else None
 
 
-def _area(shape: Any) -> Area | None:
+def _area_or_none(shape: BaseGeometry) -> Area | None:
     if shape.is_empty or shape.area <= 0:
         return None
     shapely.prepare(shape)
@@ -104,51 +100,51 @@ def polygons(rings: Sequence[F64], wsi: Wsi, *, keep_holes: bool, area: Area | N
         return []
     outside, *holes = [np.round(ring, 3) for ring in rings]  # GEOS overflows on slopes of 1e180
     shape = shapely.Polygon(outside, holes if keep_holes else [])
-    inside = shapely.intersection(_valid(shape), shapely.box(0, 0, wsi.width, wsi.height))
+    inside = shapely.intersection(_make_valid(shape), shapely.box(0, 0, wsi.width, wsi.height))
     if area is not None:
         inside = shapely.intersection(inside, area.shape)
-    pieces = _pieces(shapely.set_precision(inside, 1.0))
+    simple = _polygon_parts(shapely.set_precision(inside, 1.0))
     if not keep_holes:
-        pieces = [shapely.Polygon(piece.exterior) for piece in pieces]
-        return [Polygon(_corners(piece)) for piece in sorted(pieces, key=lambda piece: -piece.area)[:1]]
-    return [Polygon(_corners(piece)) for piece in _without_holes(pieces)]
+        simple = [shapely.Polygon(part.exterior) for part in simple]
+        return [Polygon(_outer_corners(part)) for part in sorted(simple, key=lambda part: -part.area)[:1]]
+    return [Polygon(_outer_corners(part)) for part in _without_holes(simple)]
 
 
-def _valid(shape: Any) -> Any:
+def _make_valid(shape: BaseGeometry) -> BaseGeometry:
     return shape if shape.is_valid else shapely.make_valid(shape)
 
 
-def _pieces(shape: Any) -> list[Any]:
+def _polygon_parts(shape: BaseGeometry) -> list[shapely.Polygon]:
     """The polygons of whatever geometry this is; lines and points between them have no area and go."""
     parts = shapely.get_parts(shape)
     found = [part for part in parts if part.geom_type == "Polygon" and part.area > 0]
     nested = [part for part in parts if part.geom_type in ("MultiPolygon", "GeometryCollection")]
-    return found + [piece for part in nested for piece in _pieces(part)]
+    return found + [part for part in nested for part in _polygon_parts(part)]
 
 
-def _without_holes(pieces: list[Any]) -> Iterator[Any]:
+def _without_holes(simple: list[shapely.Polygon]) -> Iterator[shapely.Polygon]:
     """Every piece with a hole is cut through that hole, until none has any."""
-    waiting, cuts = list(pieces), 0
+    waiting, cuts = list(simple), 0
     while waiting:
-        piece = waiting.pop()
-        if not piece.interiors:
-            yield piece
+        part = waiting.pop()
+        if not part.interiors:
+            yield part
         elif cuts >= _CUTS:
-            yield shapely.Polygon(piece.exterior)
+            yield shapely.Polygon(part.exterior)
         else:
             cuts += 1
-            waiting += _cut(piece, np.asarray(piece.interiors[0].coords, np.float64))
+            waiting += _cut_hole(part, np.asarray(part.interiors[0].coords, np.float64))
 
 
-def _cut(piece: Any, hole: npt.NDArray[np.float64]) -> list[Any]:
+def _cut_hole(part: BaseGeometry, hole: npt.NDArray[np.float64]) -> list[shapely.Polygon]:
     """``piece`` in two along the upright through ``hole`` [n, 2]; all corners stay whole numbers."""
-    x = _upright(hole)
-    x0, y0, x1, y1 = piece.bounds
+    x = _cut_position(hole)
+    x0, y0, x1, y1 = part.bounds
     halves = (shapely.box(x0, y0, x, y1), shapely.box(x, y0, x1, y1))
-    return [part for half in halves for part in _pieces(shapely.intersection(piece, half, grid_size=1.0))]
+    return [part for half in halves for part in _polygon_parts(shapely.intersection(part, half, grid_size=1.0))]
 
 
-def _upright(hole: npt.NDArray[np.float64]) -> float:
+def _cut_position(hole: npt.NDArray[np.float64]) -> float:
     """A whole x inside the hole; of a hole one px wide, the side on which it has an edge."""
     low, high = hole[:, 0].min(), hole[:, 0].max()
     if high - low >= 2:
@@ -157,6 +153,6 @@ def _upright(hole: npt.NDArray[np.float64]) -> float:
     return float(low if (corners == low).sum() >= 2 else high)
 
 
-def _corners(piece: Any) -> Ring:
+def _outer_corners(part: BaseGeometry) -> Ring:
     """The outside of a polygon, not closed."""
-    return tuple((int(x), int(y)) for x, y in shapely.get_coordinates(piece.exterior)[:-1])
+    return tuple((int(x), int(y)) for x, y in shapely.get_coordinates(part.exterior)[:-1])

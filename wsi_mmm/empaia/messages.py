@@ -41,11 +41,11 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, JobError):
         return str(error)
     if isinstance(error, PlatformError):
-        return _platform(error.status)
+        return _platform_message(error.status)
     return next((words for kind, words in _WORDS if isinstance(error, kind)), f"The app failed unexpectedly; {_TELL}")
 
 
-def _platform(status: int) -> str:
+def _platform_message(status: int) -> str:
     if status in (401, 403):
         return "The platform did not let the app in (any more); please start the job again."
     if status == 0 or status == 429 or status >= 500:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -61,12 +61,12 @@ class Pixelmap:
         checked_name(self.name)
         checked_text(self.description)
         checked_id(self.wsi_id)
-        wrong = next((text for text, holds in _rules(self) if not holds), None)
+        wrong = next((text for text, holds in _map_rules(self) if not holds), None)
         if wrong is not None:
             raise OutputError(f"pixelmap '{self.name}': {wrong}")
 
 
-def _rules(of: Pixelmap) -> list[tuple[str, bool]]:
+def _map_rules(of: Pixelmap) -> list[tuple[str, bool]]:
     """(what must hold, whether it does)."""
     floats = of.element_type.startswith("float")
     low, high = of.limits or (0.0, 1.0)
@@ -78,17 +78,20 @@ def _rules(of: Pixelmap) -> list[tuple[str, bool]]:
         ("the lower limit must lie below the upper", low < high),
         ("nominal ones need classes of their elements", bool(of.element_classes) or of.kind != "nominal"),
         ("continuous ones have no classes of elements", not (of.element_classes and of.kind == "continuous")),
-        (f"values must be finite {of.element_type}", all(_fits(value, of.element_type) for value in values)),
+        (f"values must be finite {of.element_type}", all(_fits_type(value, of.element_type) for value in values)),
         ("tiles have 256 to 2048 px", 256 <= of.side <= 2048),
         ("it needs a channel", of.channels >= 1),
         ("it needs levels, each once", len({level.level for level in of.levels}) == len(of.levels) > 0),
-        ("a number has two classes", all(_once(some) for some in (of.element_classes, of.channel_classes))),
+        (
+            "a number has two classes",
+            all(map(_has_no_duplicates, (of.element_classes, of.channel_classes))),
+        ),
         ("a class stands for no channel", all(0 <= number < of.channels for number, _ in of.channel_classes)),
         ("a class has 1 to 100 characters", all(0 < len(c) <= 100 for _, c in of.element_classes + of.channel_classes)),
     ]
 
 
-def _fits(value: float, element_type: ElementType) -> bool:
+def _fits_type(value: float, element_type: ElementType) -> bool:
     if not math.isfinite(value):
         return False
     if element_type.startswith("float"):
@@ -97,11 +100,11 @@ def _fits(value: float, element_type: ElementType) -> bool:
     return value == int(value) and span.min <= value <= span.max
 
 
-def _once(classes: Classes) -> bool:
+def _has_no_duplicates(classes: Classes) -> bool:
     return len({number for number, _ in classes}) == len(classes)
 
 
-def pixelmap_body(of: Pixelmap) -> dict[str, Any]:
+def pixelmap_body(of: Pixelmap) -> dict[str, object]:
     """The fields of ``of`` that are its own (no type, no creator)."""
     number = float if of.kind == "continuous" else int
     low, high = of.limits or (None, None)
@@ -114,20 +117,20 @@ def pixelmap_body(of: Pixelmap) -> dict[str, Any]:
         "neutral_value": None if of.neutral is None else number(of.neutral),
         "channel_count": of.channels,
         "tilesize": of.side,
-        "levels": [_level(level) for level in of.levels],
-        "element_class_mapping": _mapping(of.element_classes),
-        "channel_class_mapping": _mapping(of.channel_classes),
+        "levels": [_level_body(level) for level in of.levels],
+        "element_class_mapping": _class_mapping(of.element_classes),
+        "channel_class_mapping": _class_mapping(of.channel_classes),
         "reference_id": of.wsi_id,
         "reference_type": "wsi",
     }
 
 
-def _level(level: MapLevel) -> dict[str, int]:
+def _level_body(level: MapLevel) -> dict[str, int]:
     names = ("position_min_x", "position_min_y", "position_max_x", "position_max_y")
     return {"slide_level": level.level, **dict(zip(names, level.tiles or (), strict=False))}
 
 
-def _mapping(classes: Classes) -> list[dict[str, Any]] | None:
+def _class_mapping(classes: Classes) -> list[dict[str, int | str]] | None:
     return [{"number_value": number, "class_value": value} for number, value in classes] or None
 
 
@@ -136,7 +139,7 @@ def tile_length(of: Pixelmap) -> int:
     return of.side**2 * of.channels * np.dtype(of.element_type).itemsize
 
 
-def tile_bytes(of: Pixelmap, values: npt.NDArray[Any]) -> bytes:
+def tile_bytes(of: Pixelmap, values: npt.NDArray[np.floating | np.integer]) -> bytes:
     """One tile's bytes, little-endian: ``values`` [h, w] or [channels, h, w], padded with the neutral value.
 
     OutputError for values that are too many, not finite, beyond the limits, or would change by becoming elements.

@@ -1,4 +1,4 @@
-"""What a run has published of a slide, read back piece by piece: memory does not grow with the number of objects."""
+"""The published results of a slide, read back one by one: memory does not grow with the number of objects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -29,27 +29,47 @@ class Outline:
     numbers: Mapping[str, float]
 
 
+class SlideFacts(TypedDict, total=False):
+    """The entries of slide.json that are read here."""
+
+    objects: dict[str, int]
+    files: dict[str, str]
+    mpp_effective: float
+    answers: dict[str, float | None] | None
+
+
+class _Properties(TypedDict, total=False):
+    objectType: str
+    classification: dict[str, str]
+    measurements: dict[str, float]
+
+
+class _Feature(TypedDict):
+    geometry: dict[str, list[list[tuple[float, float]]]]
+    properties: _Properties
+
+
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The folder of one slide, and what its slide.json says."""
+    """The folder of one slide, and the contents of its slide.json."""
 
     folder: str
-    facts: Mapping[str, Any]
+    facts: SlideFacts
 
     def outlines(self, task: str) -> Iterator[Outline]:
         """The objects of a task that draws them, in the file's order."""
-        counts: Mapping[str, int] = self.facts["objects"]
+        counts = self.facts["objects"]
         names = list(counts)
         first = sum(counts[name] for name in names[: names.index(task)])
-        with _opened(store.join(self.folder, self.facts["files"]["geojson"])) as file:
-            drawn = (one for one in map(_feature, file) if one is not None)
+        with _open_lines(store.join(self.folder, self.facts["files"]["geojson"])) as file:
+            drawn = (one for one in map(_parse_feature, file) if one is not None)
             for number, one in enumerate(drawn):
                 if number >= first + counts[task]:
                     return
                 if number >= first:
-                    yield _outline(one)
+                    yield _read_outline(one)
 
-    def tiles(self) -> dict[str, npt.NDArray[Any]]:
+    def tiles(self) -> dict[str, npt.NDArray[np.generic]]:
         """Columns of the table of tiles; numbers that nobody knows are NaN."""
         data = store.read_bytes(store.join(self.folder, self.facts["files"]["tiles"]))
         table = parquet.read_table(io.BytesIO(data))
@@ -57,7 +77,7 @@ class Results:
 
 
 def results_at(folder: str) -> Results:
-    """What is published in ``folder``. OutputError when that cannot be read."""
+    """The results in ``folder``. OutputError when they cannot be read."""
     try:
         facts = json.loads(store.read_bytes(store.join(folder, "slide.json")))
         return Results(folder, facts)
@@ -67,22 +87,22 @@ def results_at(folder: str) -> Results:
         ) from error
 
 
-def _feature(line: bytes) -> dict[str, Any] | None:
+def _parse_feature(line: bytes) -> _Feature | None:
     """The object of a line of a GeoJSON file of ours; None for other lines, and for tiles."""
     if not line.startswith(b'{"type":"Feature",'):
         return None
-    found: dict[str, Any] = json.loads(line.rstrip(b",\n"))
+    found: _Feature = json.loads(line.rstrip(b",\n"))
     return None if found["properties"]["objectType"] == "tile" else found
 
 
-def _outline(found: dict[str, Any]) -> Outline:
-    said = found["properties"]
+def _read_outline(found: _Feature) -> Outline:
+    properties = found["properties"]
     rings = [np.array(ring[:-1], np.float64) for ring in found["geometry"]["coordinates"]]
-    return Outline(rings, said.get("classification", {}).get("name"), said.get("measurements", {}))
+    return Outline(rings, properties.get("classification", {}).get("name"), properties.get("measurements", {}))
 
 
 @contextmanager
-def _opened(uri: str) -> Iterator[Iterable[bytes]]:
+def _open_lines(uri: str) -> Iterator[Iterable[bytes]]:
     """The lines of a file, unpacked; one in a bucket comes to this machine's disk first."""
     with tempfile.TemporaryFile() if not store.is_local(uri) else store.local_path(uri).open("rb") as raw:
         if not store.is_local(uri):

@@ -19,13 +19,13 @@ def tissue_polygons(mask: TissueMask, wsi: Wsi, area: Area | None) -> list[Polyg
     anchor = np.column_stack([np.arange(count), np.zeros(count, np.int64)])
     drawn = to_objects(rings, frame, task="tissue", class_index=np.zeros(count, np.int32), anchor=anchor)
     found = simplify(drawn, max(mask.scale_x, mask.scale_y) / 2)
-    pieces = [
-        piece for i in range(count) for piece in polygons(_rings(found, i), wsi, keep_holes=True, area=area)
+    parts = [
+        polygon for i in range(count) for polygon in polygons(_object_rings(found, i), wsi, keep_holes=True, area=area)
     ]  # fmt: skip
-    return sorted(pieces, key=lambda piece: min((y, x) for x, y in piece.corners))
+    return sorted(parts, key=lambda polygon: min((y, x) for x, y in polygon.corners))
 
 
-def _rings(objects: Objects, number: int) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
+def _object_rings(objects: Objects, number: int) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
     first, last = objects.object_offsets[number : number + 2]
     offsets = objects.ring_offsets
     return [objects.coords[offsets[ring] : offsets[ring + 1]] for ring in range(first, last)]

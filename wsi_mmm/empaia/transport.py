@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import aiohttp
 
@@ -23,8 +23,8 @@ from wsi_mmm.storage.retry import RetryPolicy
 _BUSY = frozenset({502, 503, 504})
 _TOO_MANY = 429
 _LONGEST_WAIT = 30.0  # seconds, also of what Retry-After asks for
-_SAID = 10_000  # bytes of an answer in which its reason is looked for: longer than tokens are
-_ANSWER = 512 << 20  # bytes of the longest answer that is read
+_REASON_BYTES = 10_000  # bytes of an answer in which its reason is looked for: longer than tokens are
+_LONGEST_BODY = 512 << 20  # bytes of the longest answer that is read
 
 Method = Literal["GET", "POST", "PUT", "DELETE"]
 
@@ -44,7 +44,7 @@ class Patience:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ApiResponse:
     """``status`` of HTTP; 0: there was no answer, ``problem`` says why. ``sent``: the platform may have done it."""
 
     status: int
@@ -55,18 +55,19 @@ class Answer:
 
     @property
     def good(self) -> bool:
-        """Whether it is a 2xx, of any kind."""
+        """True for a 2xx of any kind."""
         return 200 <= self.status < 300
 
     @property
     def unclear(self) -> bool:
-        """Whether the platform may have done what was asked although it did not say so."""
+        """True if the platform may have done the request although it did not say so."""
         return (self.status == 0 and self.sent) or self.status in _BUSY
 
-    def parsed(self) -> Any:
+    def parsed(self) -> object:
         """The JSON of the answer; PlatformError when it is none."""
         try:
-            return json.loads(self.data)
+            found: object = json.loads(self.data)
+            return found
         except (RecursionError, ValueError) as error:
             raise PlatformError("the EMPAIA platform answered something that is no JSON") from error
 
@@ -106,7 +107,7 @@ class Transport:
         kind: str = "application/json",
         coding: str = "",
         again: bool | None = None,
-    ) -> Answer:
+    ) -> ApiResponse:
         """The last answer to a request for ``path`` below the job, after what retries its method allows.
 
         ``again``: whether it may be repeated when nobody knows whether it was done (None: unless it is a POST).
@@ -114,16 +115,16 @@ class Transport:
         """
         repeat = method != "POST" if again is None else again
         headers = {} if data is None else {"Content-Type": kind} | ({"Content-Encoding": coding} if coding else {})
-        answer = await self._once(method, path, query=query, data=data, headers=headers)
+        reply = await self._send_once(method, path, query=query, data=data, headers=headers)
         for pause in self._patience.pauses():
-            undone = answer.status == _TOO_MANY or (answer.status == 0 and not answer.sent)
-            if not (undone or (repeat and answer.unclear)):
+            undone = reply.status == _TOO_MANY or (reply.status == 0 and not reply.sent)
+            if not (undone or (repeat and reply.unclear)):
                 break
-            await asyncio.sleep(min(max(answer.wait, pause), _LONGEST_WAIT))
-            answer = await self._once(method, path, query=query, data=data, headers=headers)
-        return answer
+            await asyncio.sleep(min(max(reply.wait, pause), _LONGEST_WAIT))
+            reply = await self._send_once(method, path, query=query, data=data, headers=headers)
+        return reply
 
-    async def _once(
+    async def _send_once(
         self,
         method: Method,
         path: str,
@@ -131,7 +132,7 @@ class Transport:
         query: Mapping[str, str] | None,
         data: bytes | None,
         headers: Mapping[str, str],
-    ) -> Answer:
+    ) -> ApiResponse:
         if self._session is None:
             raise RuntimeError("the transport is not open")
         url = f"{self._job.api}/v3/{self._job.id}{path}"
@@ -144,35 +145,35 @@ class Transport:
                 headers={"Authorization": f"Bearer {self._job.token}", **headers},
                 allow_redirects=False,
             ) as response:
-                body = await _bounded(response)
-                return Answer(response.status, body, self.words(body), wait=_seconds(response.headers))
+                body = await _read_bounded(response)
+                return ApiResponse(response.status, body, self.reason_of(body), wait=_retry_after(response.headers))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            return Answer(0, problem=f"cannot be reached ({type(error).__name__})", sent=False)
+            return ApiResponse(0, problem=f"cannot be reached ({type(error).__name__})", sent=False)
         except TimeoutError:
-            return Answer(0, problem=f"did not answer within {self._patience.total:g} s")
+            return ApiResponse(0, problem=f"did not answer within {self._patience.total:g} s")
         except (aiohttp.ClientError, OSError) as error:
-            return Answer(0, problem=f"broke the connection off ({type(error).__name__})")
+            return ApiResponse(0, problem=f"broke the connection off ({type(error).__name__})")
 
-    def words(self, body: bytes) -> str:
+    def reason_of(self, body: bytes) -> str:
         """The reason an answer gives, shortened to one line; never with the token."""
-        text = body[:_SAID].decode("utf-8", "replace").replace(self._job.token, "***")
-        words = text.split()
-        if len(body) > _SAID:
-            words = words[:-1]  # it may be the beginning of a token
-        return " ".join(words)[:200]
+        text = body[:_REASON_BYTES].decode("utf-8", "replace").replace(self._job.token, "***")
+        reason_of = text.split()
+        if len(body) > _REASON_BYTES:
+            reason_of = reason_of[:-1]  # it may be the beginning of a token
+        return " ".join(reason_of)[:200]
 
 
-async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
     """The whole body; PlatformError when it is longer than any answer should be."""
     found = bytearray()
     async for chunk in response.content.iter_chunked(1 << 18):
         found += chunk
-        if len(found) > _ANSWER:
-            raise PlatformError(f"the EMPAIA platform answered with more than {_ANSWER >> 20} MB")
+        if len(found) > _LONGEST_BODY:
+            raise PlatformError(f"the EMPAIA platform answered with more than {_LONGEST_BODY >> 20} MB")
     return bytes(found)
 
 
-def _seconds(headers: Mapping[str, str]) -> float:
+def _retry_after(headers: Mapping[str, str]) -> float:
     """What Retry-After asks for; 0 when it says nothing, or a date."""
     asked = headers.get("Retry-After", "")
     return float(asked) if asked.isdecimal() else 0.0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import card_json
-from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.model.multitask import MultiTaskModel, normalise
 from wsi_mmm.types import U8
 
 TOLERANCE = 1e-3
@@ -55,7 +55,7 @@ class Graph(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """uint8[n, h, w, 3] -> (features, logits, ...)."""
         x = pixels.permute(0, 3, 1, 2).float()
-        x = (x - self.model.get_buffer("mean")) / self.model.get_buffer("std")
+        x = normalise(x, self.model.get_buffer("mean"), self.model.get_buffer("std"))
         vector, logits = self.model.forward_all(x, self.tasks)
         return (vector, *(logits[name] for name in self.tasks))
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 if TYPE_CHECKING:
     from wsi_mmm.model.multitask import MultiTaskModel
@@ -60,19 +59,6 @@ def freeze(model: MultiTaskModel, below: int) -> int:
         held += layer.depth < below
     model.train(model.training)
     return held
-
-
-def hold_norms(model: MultiTaskModel) -> None:
-    """Put into evaluation mode: batch norms of an encoder whose card says "frozen", and those that are frozen whole."""
-    whole = model.card.encoder.norm == "frozen"
-    for name, norm in model.named_modules():
-        if isinstance(norm, _BatchNorm) and ((whole and name.startswith("encoder.")) or _frozen(norm)):
-            norm.eval()
-
-
-def _frozen(norm: nn.Module) -> bool:
-    own = list(norm.parameters(recurse=False))
-    return bool(own) and not any(parameter.requires_grad for parameter in own)
 
 
 def _encoder_depths(backbone: nn.Module) -> dict[str, int]:

@@ -5,10 +5,11 @@ Heads are handed in (the tasks that make them live on a higher floor), so this r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.blocks import Resize, Squeezer
@@ -17,7 +18,6 @@ from wsi_mmm.model.decoders import build_decoder
 from wsi_mmm.model.encoder import PyramidEncoder
 from wsi_mmm.model.grouper import Grouper
 from wsi_mmm.model.heads import MAP_STRIDE
-from wsi_mmm.model.layers import hold_norms
 from wsi_mmm.model.neck import Neck
 
 
@@ -34,18 +34,18 @@ class MultiTaskModel(nn.Module):
         self.encoder = encoder
         self.kinds: dict[str, str] = {task.name: task.head for task in card.tasks}
         self.squeezer = Squeezer(encoder.channels[-1], card.decoder.bottleneck, card.squeezer)
-        self.decoder = self._decoder() if self._any("map", "image") else None
+        self.decoder = self._build_decoder() if self._has_head("map", "image") else None
         self.to_map = Resize(encoder.strides[0], MAP_STRIDE)
         self.heads = nn.ModuleDict(dict(heads))
-        self.neck = Neck(card.neck, encoder.channels, encoder.strides) if self._any("dense") else None
-        self.grouper = Grouper(card.bag, encoder.channels[-1]) if self._any("bag") else None
+        self.neck = Neck(card.neck, encoder.channels, encoder.strides) if self._has_head("dense") else None
+        self.grouper = Grouper(card.bag, encoder.channels[-1]) if self._has_head("bag") else None
         self.register_buffer("mean", torch.tensor(card.mean).view(1, 3, 1, 1) * 255.0, persistent=False)
         self.register_buffer("std", torch.tensor(card.std).view(1, 3, 1, 1) * 255.0, persistent=False)
 
-    def _any(self, *kinds: str) -> bool:
+    def _has_head(self, *kinds: str) -> bool:
         return any(kind in kinds for kind in self.kinds.values())
 
-    def _decoder(self) -> nn.Module:
+    def _build_decoder(self) -> nn.Module:
         try:
             return build_decoder(self.card.decoder, self.squeezer.width, self.encoder.channels[:-1])
         except ModelError as error:
@@ -72,9 +72,15 @@ class MultiTaskModel(nn.Module):
         return frozenset(name for name, kind in self.kinds.items() if kind == "bag")
 
     def train(self, mode: bool = True) -> MultiTaskModel:
-        """As every module's, but that norms whose statistics are to stay remain in evaluation mode."""
+        """Set the mode as every module does, but keep norms whose statistics are to stay in evaluation mode.
+
+        These are the batch norms of an encoder whose card says "frozen", and those none of whose parameters learn.
+        """
         super().train(mode)
-        hold_norms(self)
+        all_frozen = self.card.encoder.norm == "frozen"
+        for name, norm in self.named_modules():
+            if isinstance(norm, _BatchNorm) and ((all_frozen and name.startswith("encoder.")) or _is_frozen(norm)):
+                norm.eval()
         return self
 
     def prepare(self, pixels: Tensor) -> Tensor:
@@ -83,7 +89,22 @@ class MultiTaskModel(nn.Module):
         mean, std = (self.get_buffer(name).view(3).repeat(w) for name in ("mean", "std"))
         # Rows of 3 w values, in place: ten times faster than broadcasting over three channels, the same bits.
         rows = pixels.to(self.device, non_blocking=True).reshape(n, h, 3 * w).float()
-        return rows.sub_(mean).div_(std).view(n, h, w, 3).permute(0, 3, 1, 2)
+        return normalise(rows, mean, std).view(n, h, w, 3).permute(0, 3, 1, 2)
+
+    def trunk(self, x: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        """float[n, 3, h, w] from `prepare` -> by kind of head the tensor that such heads read; always "vector".
+
+        The one pass of encoder, pooling, decoder and neck: inference, training and export all go through it. Decoder
+        and neck run only where a head of ``kinds`` reads them. Bag heads read what the aggregator makes of "vector".
+        """
+        pyramid = self.encoder(x)
+        bottleneck, vector = self.squeezer(pyramid)
+        shared: dict[str, Tensor] = {"vector": vector}
+        if self.decoder is not None and not {"map", "image"}.isdisjoint(kinds):
+            shared["map"] = shared["image"] = self.to_map(self.decoder(bottleneck, pyramid))
+        if self.neck is not None and "dense" in kinds:
+            shared["dense"] = self.neck(pyramid)
+        return shared
 
     def forward(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
         """float[n, 3, h, w] from `prepare` -> logits of ``tasks`` (None: all), one encoder pass."""
@@ -91,16 +112,10 @@ class MultiTaskModel(nn.Module):
 
     def forward_all(self, x: Tensor, tasks: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The pooled vector float[n, D] and the logits of ``tasks`` (None: all) but those that `bag_logits` answers."""
-        names = self._known(tasks)
+        names = self._check_tasks(tasks)
         wanted = {name: kind for name in names if (kind := self.kinds[name]) != "bag"}
-        pyramid = self.encoder(x)
-        bottleneck, vector = self.squeezer(pyramid)
-        shared: dict[str, Tensor] = {"vector": vector}
-        if self.decoder is not None and not {"map", "image"}.isdisjoint(wanted.values()):
-            shared["map"] = shared["image"] = self.to_map(self.decoder(bottleneck, pyramid))
-        if self.neck is not None and "dense" in wanted.values():
-            shared["dense"] = self.neck(pyramid)
-        return vector, {name: self.heads[name](shared[kind]) for name, kind in wanted.items()}
+        shared = self.trunk(x, wanted.values())
+        return shared["vector"], {name: self.heads[name](shared[kind]) for name, kind in wanted.items()}
 
     def bag_logits(
         self, vectors: Tensor, bag: Tensor, tasks: Sequence[str] | None = None, *, bags: int | None = None
@@ -110,7 +125,7 @@ class MultiTaskModel(nn.Module):
         ``tasks`` (None: all bag tasks); ``bags``: how many bags there are (None: up to the largest number in ``bag``).
         ModelError for a task without a bag head.
         """
-        names = [name for name in self.tasks if name in self.bag_heads] if tasks is None else self._known(tasks)
+        names = [name for name in self.tasks if name in self.bag_heads] if tasks is None else self._check_tasks(tasks)
         other = [name for name in names if name not in self.bag_heads]
         if other or self.grouper is None:
             what = f"task '{other[0]}' is not" if other else "there is no task that is"
@@ -118,7 +133,7 @@ class MultiTaskModel(nn.Module):
         grouped, attention = self.grouper(vectors, bag, bags)
         return {name: self.heads[name](grouped) for name in names}, dict.fromkeys(names, attention)
 
-    def _known(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
+    def _check_tasks(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         names = self.tasks if tasks is None else tuple(tasks)
         unknown = [name for name in names if name not in self.heads]
         if unknown:
@@ -127,10 +142,19 @@ class MultiTaskModel(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """float[n, 3, h, w] from `prepare` -> pooled vectors float[n, D]; the heads are not run."""
-        vector: Tensor = self.squeezer(self.encoder(x))[1]
-        return vector
+        return self.trunk(x, ())["vector"]
 
     @property
     def vector_width(self) -> int:
         """D of `features`."""
         return self.squeezer.vector_width
+
+
+def normalise(rgb: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalise float RGB of 0..255, in place; ``mean`` and ``std``: the model's buffers, shaped to broadcast."""
+    return rgb.sub_(mean).div_(std)
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    own = list(norm.parameters(recurse=False))
+    return bool(own) and not any(parameter.requires_grad for parameter in own)

@@ -1,21 +1,26 @@
-"""Running a model the same way every time: fixed padded micro-batches, one intra-op thread, quantised answers.
+"""Running a model the same way every time: padded batches of one size, one intra-op thread each, quantised answers.
 
-Measured: the number of intra-op threads changes the bits of a convolution, the position in a batch and its companions
-do not as long as the batch has one shape. So a batch is cut into micro-batches of one fixed size (the last padded with
-zeros), each runs on one thread, and parallelism comes from several Python threads (torch releases the GIL).
+Measured: the number of intra-op threads changes the bits of a convolution; a tile's place in a batch and its companions
+do not, as long as the batch has one shape. So tiles are computed in batches of one fixed size, the last padded with
+zeros, each on one thread, and several Python threads run side by side (torch releases the GIL).
+
+Tiles of several callers share a batch. Measured on blocks of 64 tiles, many of which hold few at a slide's edge:
+padding the last batch of each block costs a tenth of the model's time.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,13 +29,15 @@ from wsi_mmm.host_tuning import cpu_count
 from wsi_mmm.model.fold import fold
 from wsi_mmm.model.identity import RUNTIMES
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.model.packing import Answers, Call, Packet, Waiting
-from wsi_mmm.model.runtime import forward_pass, versions
-from wsi_mmm.model.staging import Stager, staged_ahead
-from wsi_mmm.model.tune import Tuner, case_key
+from wsi_mmm.model.runtime import forward_pass
+from wsi_mmm.model.staging import BatchStager
+from wsi_mmm.timing import waited
 from wsi_mmm.types import F32, U8
 
 Quantise = Callable[[Tensor], Tensor]
+Answers = dict[str, npt.NDArray[Any]]
+"""By task; "" holds the pooled vectors."""
+
 _PIXELS_CPU = 8 * 256 * 256
 _PIXELS_CUDA = 64 * 256 * 256
 
@@ -44,22 +51,113 @@ class RunOutput:
     tables: dict[str, U8]
 
 
+@dataclass(slots=True, eq=False)
+class PendingTiles:
+    """Tiles uint8[n, s, s, 3] of one caller, and their answers as they come.
+
+    The first ``taken`` tiles are in batches; ``left`` tiles have no answer yet; times are of ``perf_counter``.
+    """
+
+    pixels: U8
+    answers: Answers = field(default_factory=dict)
+    taken: int = 0
+    left: int = 0
+    error: BaseException | None = None
+    added: float = field(default_factory=time.perf_counter)
+    begun: float = 0.0
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.left = len(self.pixels)
+
+    def wait(self) -> Answers:
+        """Return all answers in the order of the tiles; raise the error of a batch that failed."""
+        self.done.wait()
+        waited(self.begun - self.added)
+        if self.error is not None:
+            raise self.error
+        return self.answers
+
+
+@dataclass(frozen=True, slots=True)
+class TileSpan:
+    """Tiles ``start`` to ``stop`` of a caller's tiles."""
+
+    pending: PendingTiles
+    start: int
+    stop: int
+
+    @property
+    def pixels(self) -> U8:
+        """The tiles themselves."""
+        return self.pending.pixels[self.start : self.stop]
+
+
 @dataclass(slots=True)
-class _Desk:
-    """What belongs to one tile size and choice of tasks: the calls that wait, and the choice of the micro-batch."""
+class TileQueue:
+    """Tiles of one size for one choice of tasks, oldest first, handed out in batches of ``size``. Thread-safe."""
 
     tasks: tuple[str, ...]
-    tuner: Tuner
-    waiting: Waiting = field(default_factory=Waiting)
+    size: int
+    pending: deque[PendingTiles] = field(default_factory=deque)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, pixels: U8) -> PendingTiles:
+        """Put at least one tile at the end."""
+        pending = PendingTiles(pixels)
+        with self._lock:
+            self.pending.append(pending)
+        return pending
+
+    def take_batch(self) -> list[TileSpan]:
+        """Return the next ``size`` tiles, of one caller or of several; fewer when no more wait."""
+        spans: list[TileSpan] = []
+        with self._lock:
+            room = self.size
+            while room and self.pending:
+                first = self.pending[0]
+                first.begun = first.begun or time.perf_counter()
+                stop = min(len(first.pixels), first.taken + room)
+                spans.append(TileSpan(first, first.taken, stop))
+                room -= stop - first.taken
+                first.taken = stop
+                if stop == len(first.pixels):
+                    self.pending.popleft()
+        return spans
+
+    def finish(self, spans: Sequence[TileSpan], answers: Answers) -> None:
+        """Hand the answers of a batch, in the order of its tiles, to the callers."""
+        first = 0
+        for span in spans:
+            pending, count = span.pending, span.stop - span.start
+            with self._lock:
+                for name, values in answers.items():
+                    if name not in pending.answers:
+                        pending.answers[name] = np.empty((len(pending.pixels), *values.shape[1:]), values.dtype)
+            for name, values in answers.items():
+                pending.answers[name][span.start : span.stop] = values[first : first + count]
+            first += count
+            with self._lock:
+                pending.left -= count
+                if pending.left == 0:
+                    pending.done.set()
+
+    def fail(self, spans: Sequence[TileSpan], error: BaseException) -> None:
+        """Let the callers of a batch raise ``error``; their other tiles are dropped."""
+        with self._lock:
+            for pending in {span.pending for span in spans}:
+                pending.error = error
+                if pending in self.pending:
+                    self.pending.remove(pending)
+                pending.done.set()
 
 
 class Runner:
     """A model on a device, callable from several threads at once; answers depend on nothing but the pixels.
 
-    ``quantise``: task name -> logits to uint8 (the task's own `quantise`). ``threads``: micro-batches run side by side
-    on a CPU (None: one per core this process may use). ``device`` "auto": CUDA when there is one. ``runtime``: one of
-    `identity.RUNTIMES`. ``tune``: look for the micro-batch that costs least (see `tune`); the answers stay the same.
-    ``cache``: the user's cache folder, where such choices and ONNX files are kept (None: nowhere).
+    ``quantise``: task name -> logits to uint8 (the task's own `quantise`). ``threads``: batches run side by side on a
+    CPU (None: one per core this process may use). ``device`` "auto": CUDA when there is one. ``runtime``: one of
+    `identity.RUNTIMES`. ``cache``: the user's cache folder, where ONNX files are kept (None: nowhere).
     """
 
     def __init__(
@@ -70,196 +168,134 @@ class Runner:
         *,
         quantise: Mapping[str, Quantise] | None = None,
         runtime: str = "eager",
-        tune: bool = False,
         cache: Path | None = None,
     ) -> None:
         self.device = pick_device(device)
-        lean, self._norms = fold(model.eval())  # before it is moved: a GPU rounds too much to compare
-        self.model = lean.to(self.device)
+        folded, self._norms = fold(model.eval())  # before it is moved: a GPU rounds too much to compare
+        self.model = folded.to(self.device)
         self.runtime = runtime
         self.threads = max(1, threads or cpu_count()) if self.device.type == "cpu" else 1
         self.quantise = dict(quantise or {})
         self._pass = forward_pass(self.model, runtime, self.device, folder=cache)
-        self._cache = cache
-        self._tune = tune and self.device.type == "cpu" and runtime != "compile"  # a new size is compiled anew
-        self._desks: dict[tuple[int, tuple[str, ...]], _Desk] = {}
-        self._pool = ThreadPoolExecutor(self.threads, "model", initializer=_one_thread)
-        self._stagers = threading.local()
+        self._queues: dict[tuple[int, tuple[str, ...]], TileQueue] = {}
         self._lock = threading.Lock()
-        self._running = 0
-        self._since = 0.0
-        self._busy: list[tuple[float, float]] = []
+        self._stagers = threading.local()
+        self._pool = self._start_threads()
 
-    def micro_batch(self, size: int) -> int:
-        """Tiles of ``size`` px that run together unless measuring says otherwise."""
+    def batch_size(self, side: int) -> int:
+        """Tiles of ``side`` px that are computed together."""
         budget = _PIXELS_CPU if self.device.type == "cpu" else _PIXELS_CUDA
-        return max(1, budget // (size * size))
+        return max(1, budget // (side * side))
 
-    def run(self, pixels: U8 | Tensor, tasks: Sequence[str] = ()) -> RunOutput:
-        """Tiles uint8[n, s, s, 3], in memory or on the device -> features and the quantised answers of ``tasks``.
+    def run(self, pixels: U8, tasks: Sequence[str] = ()) -> RunOutput:
+        """Compute tiles uint8[n, s, s, 3]: their features and the quantised answers of ``tasks``.
 
-        Bit-identical for any n, any grouping of tiles into calls and any number of threads on one kind of device.
+        Bit-identical for any n, any grouping of tiles and any number of threads on one kind of device.
         """
-        if pixels.ndim != 4 or pixels.shape[3] != 3 or str(pixels.dtype) not in ("uint8", "torch.uint8"):
+        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
             raise ModelError(f"tiles must be uint8[n, s, s, 3], not {pixels.dtype}{list(pixels.shape)}")
-        self._check(tasks)
-        desk = self._desk(pixels.shape[1], tuple(tasks))
-        with _Busy(self):
-            if len(pixels):
-                desk.tuner.saw(len(pixels), lambda sizes: self._agreeing(pixels, desk, sizes))
-                answers = self._call(pixels, desk)
-            else:
-                answers = self._alone(pixels, desk, desk.tuner.size)
-        return _sorted(answers, frozenset(self.model.tile_heads))
+        queue = self._find_queue(pixels.shape[1], tuple(tasks))
+        if len(pixels):
+            pending = queue.add(pixels)
+            for _ in range(min(self.threads, -(-len(pixels) // queue.size))):
+                self._pool.submit(self._run_batches, queue)
+            answers = pending.wait()
+        else:  # one blank batch tells the shapes
+            blank = np.zeros((1, *pixels.shape[1:]), np.uint8)
+            computed = self._pool.submit(self._compute_alone, blank, queue).result()
+            answers = {name: values[:0] for name, values in computed.items()}
+        tables = self.model.tile_heads
+        return RunOutput(
+            answers[""],
+            {name: values for name, values in answers.items() if name and name not in tables},
+            {name: values for name, values in answers.items() if name in tables},
+        )
 
     def warm_up(self, side: int, tasks: Sequence[str] = ()) -> None:
         """Let each thread build its kernels for tiles of ``side`` px: a quarter of a second that nobody waits for."""
-        desk, together = self._desk(side, tuple(tasks)), threading.Barrier(self.threads)
+        queue, together = self._find_queue(side, tuple(tasks)), threading.Barrier(self.threads)
         blank = np.zeros((1, side, side, 3), np.uint8)
 
-        def one(_: int) -> None:
+        def compute_blank(_: int) -> None:
             together.wait()  # one on each thread
-            stager = self._stager()
-            self._micro(stager.ready(stager.stage([blank], desk.tuner.size)), 1, desk)
+            self._compute_alone(blank, queue)
 
-        list(self._pool.map(one, range(self.threads)))
-
-    def _check(self, tasks: Sequence[str]) -> None:
-        for name in tasks:
-            if name not in self.model.heads:
-                raise ModelError(f"the model has no task '{name}'; it has: {', '.join(self.model.tasks) or 'none'}")
-            if name not in self.quantise:
-                raise ModelError(f"Runner was given no quantise for task '{name}'; pass Task.quantise of every task")
-
-    def _desk(self, side: int, tasks: tuple[str, ...]) -> _Desk:
-        with self._lock:
-            if (side, tasks) not in self._desks:
-                card = self.model.card.model_dump(mode="json", include={"encoder", "decoder", "tasks"})
-                facts = {"encoder": self.model.card.encoder.name, "tile": side, "threads": self.threads}
-                facts |= {**versions(self.runtime), "runtime": self.runtime}
-                key = case_key(**facts, card=card, tasks=tasks) if self._tune else ""
-                self._desks[side, tasks] = _Desk(tasks, Tuner(self.micro_batch(side), key, facts, self._cache))
-            return self._desks[side, tasks]
-
-    def _call(self, pixels: U8 | Tensor, desk: _Desk) -> Answers:
-        """Leave the tiles to the lanes, which are threads that work until nothing waits, and wait for the answers."""
-        call = Call(pixels)
-        desk.waiting.add(call)
-        for _ in range(min(self.threads, -(-len(pixels) // desk.tuner.size))):
-            self._pool.submit(self._lane, desk)
-        return call.wait()
-
-    def _lane(self, desk: _Desk) -> None:
-        def taken() -> Iterator[Packet]:
-            while (packet := desk.waiting.take(desk.tuner.pick)).count:
-                yield packet
-
-        stager = self._stager()
-        staged = staged_ahead(taken(), lambda p: self._staged(p, desk), stager, ahead=self.device.type == "cuda")
-        for packet, tiles in staged:
-            if len(tiles) == 0:
-                continue  # failed as it was staged
-            try:
-                desk.waiting.give(packet.pieces, self._micro(tiles, packet.count, desk))
-            except BaseException as error:  # noqa: BLE001  (whoever waits for these tiles raises it)
-                desk.waiting.fail(packet.pieces, error)
-
-    def _staged(self, packet: Packet, desk: _Desk) -> Tensor:
-        """The tiles of a packet on the device; no tile when that failed, which its calls raise."""
-        try:
-            return self._stager().stage([piece.pixels for piece in packet.pieces], packet.size)
-        except BaseException as error:  # noqa: BLE001  (whoever waits for these tiles raises it)
-            desk.waiting.fail(packet.pieces, error)
-            return torch.empty(0, device=self.device)
-
-    def _micro(self, tiles: Tensor, count: int, desk: _Desk) -> Answers:
-        """One padded micro-batch; the padding's answers are cut off again. "" holds the features."""
-        began = time.thread_time()
-        with torch.inference_mode():
-            vector, logits = self._pass(tiles, desk.tasks)
-            answers = {"": vector.float()} | {name: self.quantise[name](x.float()) for name, x in logits.items()}
-            found = {name: x[:count].contiguous().cpu().numpy() for name, x in answers.items()}
-        if count == len(tiles):
-            desk.tuner.took(count, time.thread_time() - began)
-        return found
-
-    def _alone(self, pixels: U8 | Tensor, desk: _Desk, size: int) -> Answers:
-        """These tiles in micro-batches of their own, of ``size`` tiles."""
-
-        def one(first: int) -> Answers:
-            part = pixels[first : first + size]
-            return self._micro(self._stager().ready(self._stager().stage([part], size)), len(part), desk)
-
-        parts = list(self._pool.map(one, range(0, max(1, len(pixels)), size)))
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    def _stager(self) -> Stager:
-        if not hasattr(self._stagers, "one"):
-            self._stagers.one = Stager(self.device)
-        stager: Stager = self._stagers.one
-        return stager
-
-    def _agreeing(self, pixels: U8 | Tensor, desk: _Desk, sizes: Sequence[int]) -> list[int]:
-        """Those of ``sizes`` that give the very bits of the standard size on some of these tiles."""
-        few = pixels[: 2 * desk.tuner.standard]
-        wanted = self._alone(few, desk, desk.tuner.standard)
-
-        def same(size: int) -> bool:
-            found = self._alone(few, desk, size)
-            return all(np.array_equal(found[name], wanted[name]) for name in wanted)
-
-        return [size for size in sizes if same(size)]
+        list(self._pool.map(compute_blank, range(self.threads)))
 
     def facts(self) -> dict[str, Any]:
-        """What was chosen, for reports: runtime and tolerance, norms, micro-batch per tile size, threads, memory."""
+        """Return the runtime and its tolerance, norms, batch size per tile size and threads, for reports."""
         with self._lock:
-            sizes = {
-                f"{side} px": f"{desk.tuner.size} tiles ({desk.tuner.chosen})"
-                for (side, _), desk in sorted(self._desks.items())
-            }
+            sizes = {f"{side} px": f"{queue.size} tiles" for (side, _), queue in sorted(self._queues.items())}
         return {
             "device": str(self.device), "runtime": self.runtime, "tolerance": RUNTIMES[self.runtime],
             "norms": self._norms, "micro_batch": sizes, "threads": self.threads, "memory": "channels_last",
         }  # fmt: skip
 
-    def busy(self) -> list[tuple[float, float]]:
-        """Intervals (start, end; time.perf_counter) in which the model was running, merged, oldest first."""
-        with self._lock:
-            running = [(self._since, time.perf_counter())] if self._running else []
-            return [*self._busy, *running]
-
-    def busy_seconds(self, since: float = 0.0) -> float:
-        """Seconds after ``since`` (time.perf_counter) in which the model was running, overlaps counted once."""
-        return sum(max(0.0, end - max(start, since)) for start, end in self.busy())
-
     def close(self) -> None:
-        """Let the threads go; the runner cannot be used afterwards."""
+        """End the threads; the runner cannot be used afterwards."""
         self._pool.shutdown()
 
+    def _start_threads(self) -> ThreadPoolExecutor:
+        """Start the model's threads, which compute on one core each; those of the host process stay as they were."""
+        before, together = torch.get_num_threads(), threading.Barrier(self.threads)
+        pool = ThreadPoolExecutor(self.threads, "model", initializer=torch.set_num_threads, initargs=(1,))
+        list(pool.map(lambda _: together.wait(), range(self.threads)))
+        torch.set_num_threads(before)  # the setting is a thread's own, but also that of threads begun later
+        return pool
 
-class _Busy:
-    """While any of these is entered the runner counts as busy."""
+    def _find_queue(self, side: int, tasks: tuple[str, ...]) -> TileQueue:
+        for name in tasks:
+            if name not in self.model.heads:
+                raise ModelError(f"the model has no task '{name}'; it has: {', '.join(self.model.tasks) or 'none'}")
+            if name not in self.quantise:
+                raise ModelError(f"Runner was given no quantise for task '{name}'; pass Task.quantise of every task")
+        with self._lock:
+            return self._queues.setdefault((side, tasks), TileQueue(tasks, self.batch_size(side)))
 
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
+    def _run_batches(self, queue: TileQueue) -> None:
+        """Compute batches until none waits. On CUDA the next one is copied to the device while this one is computed."""
+        coming = self._stage_next(queue)
+        while coming is not None:
+            spans, staged = coming
+            tiles = self._own_stager().await_copy(staged)
+            coming = self._stage_next(queue) if self.device.type == "cuda" else None
+            try:
+                queue.finish(spans, self._forward(tiles, sum(span.stop - span.start for span in spans), queue.tasks))
+            except BaseException as error:  # noqa: BLE001  (the callers who wait for these tiles raise it)
+                queue.fail(spans, error)
+            coming = coming or self._stage_next(queue)
 
-    def __enter__(self) -> None:
-        r = self.runner
-        with r._lock:
-            if r._running == 0:
-                r._since = time.perf_counter()
-            r._running += 1
+    def _stage_next(self, queue: TileQueue) -> tuple[list[TileSpan], Tensor] | None:
+        """Take the next batch and begin to copy it to the device; None when no tile waits."""
+        while spans := queue.take_batch():
+            try:
+                return spans, self._own_stager().stage([span.pixels for span in spans], queue.size)
+            except BaseException as error:  # noqa: BLE001  (the callers who wait for these tiles raise it)
+                queue.fail(spans, error)
+        return None
 
-    def __exit__(self, *_: object) -> None:
-        r = self.runner
-        with r._lock:
-            r._running -= 1
-            if r._running == 0:
-                r._busy.append((r._since, time.perf_counter()))
+    def _compute_alone(self, pixels: U8, queue: TileQueue) -> Answers:
+        """Compute a few tiles in a batch of their own."""
+        stager = self._own_stager()
+        return self._forward(stager.await_copy(stager.stage([pixels], queue.size)), len(pixels), queue.tasks)
+
+    def _forward(self, tiles: Tensor, count: int, tasks: tuple[str, ...]) -> Answers:
+        """Run one padded batch; return the answers of its first ``count`` tiles."""
+        with torch.inference_mode():
+            vector, logits = self._pass(tiles, tasks)
+            answers = {"": vector.float()} | {name: self.quantise[name](x.float()) for name, x in logits.items()}
+            return {name: x[:count].contiguous().cpu().numpy() for name, x in answers.items()}
+
+    def _own_stager(self) -> BatchStager:
+        """The stager of the calling thread."""
+        if not hasattr(self._stagers, "own"):
+            self._stagers.own = BatchStager(self.device)
+        stager: BatchStager = self._stagers.own
+        return stager
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> device. ModelError if this machine has no such thing."""
+    """Return the device for "auto", "cpu", "cuda", "cuda:1" or "mps". ModelError if this machine has no such thing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -268,14 +304,3 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"the device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
     return device
-
-
-def _one_thread() -> None:
-    """Intra-op threads are a setting of the calling thread (OpenMP): one each."""
-    torch.set_num_threads(1)
-
-
-def _sorted(answers: Answers, tile: frozenset[str]) -> RunOutput:
-    rest = {name: values for name, values in answers.items() if name}
-    maps = {name: values for name, values in rest.items() if name not in tile}
-    return RunOutput(answers[""], maps, {name: values for name, values in rest.items() if name in tile})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -40,12 +39,6 @@ def forward_pass(model: MultiTaskModel, runtime: str, device: torch.device, *, f
             return network(model.prepare(pixels), tuple(tasks))
 
     return run
-
-
-def versions(runtime: str) -> dict[str, str]:
-    """The libraries whose release may change how fast ``runtime`` is."""
-    found = {"torch": str(torch.__version__)}
-    return found | {"onnxruntime": version("onnxruntime")} if runtime == "onnx" else found
 
 
 def _onnx_pass(model: MultiTaskModel, device: torch.device, folder: Path | None) -> Pass:

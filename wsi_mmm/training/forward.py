@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.model.multitask import MultiTaskModel, normalise
 from wsi_mmm.tasks import Task
 from wsi_mmm.tasks.reconstruct import Reconstruct
 
@@ -81,7 +81,7 @@ def shared(bench: TrainingContext, batch: TrainBatch, names: Sequence[str]) -> S
     with _autocast(bench):
         found: dict[str, Tensor] = {}
         if x is not None:
-            found = trunk(model, x, frozenset(kinds.values()))
+            found = model.trunk(x, kinds.values())
         elif batch.vectors is not None:
             found = {"vector": _as_weights(model, batch.vectors)}
         if "bag" in kinds.values() and model.grouper is not None and batch.bag is not None:
@@ -93,19 +93,7 @@ def hidden(model: MultiTaskModel, task: Reconstruct, x: Tensor, seed: int) -> tu
     """Normalised pictures float[n, 3, h, w] -> the same with parts hidden, and the target for them."""
     mean, std = (model.get_buffer(name).to(x.dtype) for name in ("mean", "std"))
     shown, target = task.hide((x * std + mean) / 255.0, seed)
-    return (shown * 255.0 - mean) / std, target
-
-
-def trunk(model: MultiTaskModel, x: Tensor, kinds: frozenset[str]) -> dict[str, Tensor]:
-    """float[n, 3, h, w] -> kind of head -> the tensor that such heads read (bags: from "vector")."""
-    pyramid = model.encoder(x)
-    bottleneck, vector = model.squeezer(pyramid)
-    found: dict[str, Tensor] = {"vector": vector}
-    if model.decoder is not None and not {"map", "image"}.isdisjoint(kinds):
-        found["map"] = found["image"] = model.to_map(model.decoder(bottleneck, pyramid))
-    if model.neck is not None and "dense" in kinds:
-        found["dense"] = model.neck(pyramid)
-    return found
+    return normalise(shown * 255.0, mean, std), target
 
 
 def loss_of(bench: TrainingContext, name: str, read: Tensor, target: Tensor) -> Tensor:

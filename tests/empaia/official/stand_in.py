@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from wsi_mmm.config import empaia_job
-from wsi_mmm.empaia.asked import wsi_of
 from wsi_mmm.empaia.bodies import Annotation, ClassOf, Collection, Polygon, Primitive, Record, Reference, Wsi
 from wsi_mmm.empaia.client import AppApi, Mode
+from wsi_mmm.empaia.job_inputs import read_slide
 from wsi_mmm.empaia.pixelmaps import MapLevel, Pixelmap, tile_bytes
 
 CLASSES = "org.empaia.wsi_mmm.default.v3.0.classes"
@@ -30,7 +30,7 @@ async def main(how: str) -> None:
             await api.failure("The slide is not of tissue.")
             return
         mode, said = await api.mode(), await api.input("slide")
-        wsi = wsi_of(said)
+        wsi = read_slide(said)
         picture = await api.region(wsi.id, 0, (0, 0, 64, 64))
         assert picture[:3] == b"\xff\xd8\xff"
         if how == "waits":

@@ -12,7 +12,7 @@ import pytest
 from helpers.eats import EAD, Judge
 from helpers.empaia_eads import BROKEN, GAPS
 from wsi_mmm.empaia import lint
-from wsi_mmm.empaia.ead import Regions, ead
+from wsi_mmm.empaia.ead import RegionKind, ead
 from wsi_mmm.model.card import ModelCard, TaskCard, read_card
 
 pytestmark = pytest.mark.empaia
@@ -40,7 +40,7 @@ def another() -> ModelCard:
 
 def test_descriptions_of_ours_are_accepted(judge: Judge) -> None:
     """deploy/empaia/ead.json, and those of another model with each shape of regions."""
-    shapes: tuple[Regions, ...] = ("rectangle", "polygon", "circle")
+    shapes: tuple[RegionKind, ...] = ("rectangle", "polygon", "circle")
     made = [ead(another(), vendor="my_hospital", regions=regions) for regions in shapes]
     deployed = json.loads(EAD.read_text(encoding="utf-8"))
     assert judge([("ead", one) for one in (deployed, *made)]) == [None] * 4

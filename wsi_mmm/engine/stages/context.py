@@ -140,7 +140,7 @@ def _load(recipe: Recipe) -> Runner:
     quantise = {task.info.name: task.quantise for task in tasks_of(recipe)}
     options = recipe.options
     runner = Runner(
-        model, device=options.device, threads=options.threads, quantise=quantise, runtime=options.runtime, tune=True,
+        model, device=options.device, threads=options.threads, quantise=quantise, runtime=options.runtime,
         cache=_user_cache(recipe),
     )  # fmt: skip
     runner.warm_up(recipe.tile, recipe.tasks)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from wsi_mmm.empaia import posting
-from wsi_mmm.empaia.asked import Asked, Region
 from wsi_mmm.empaia.bodies import Annotation, ClassOf, Collection, Point, Polygon, Primitive, Record, Reference, Wsi
+from wsi_mmm.empaia.check_outputs import CheckedOutputs
 from wsi_mmm.empaia.client import Mode
 from wsi_mmm.empaia.ead import ead
 from wsi_mmm.empaia.geometry import area_of
+from wsi_mmm.empaia.job_inputs import JobInputs, Region
 from wsi_mmm.empaia.pixelmaps import MapLevel, Pixelmap
-from wsi_mmm.empaia.promise import Promised
 from wsi_mmm.errors import OutputError
 from wsi_mmm.model.card import read_card
 
@@ -57,7 +57,7 @@ def nuclei(about: Reference | None = SLIDE, kind: Any = "polygon") -> Collection
     return Collection(kind, reference=about)
 
 
-async def filled(to: Promised, key: str, collection: Collection, *records: Record) -> list[str]:
+async def filled(to: CheckedOutputs, key: str, collection: Collection, *records: Record) -> list[str]:
     posted = await to.post_output(key, collection)
     return [one async for ids in to.post_items(posted, records) for one in ids]
 
@@ -67,10 +67,10 @@ def attempt(*steps: tuple[str, Collection | Record, tuple[Any, ...]], mode: Mode
     api = _Api()
     area = area_of(np.array([(0.0, 0), (9, 0), (9, 9)]), WSI)
     assert area is not None
-    asked = Asked(mode, WSI, (Region(ROI, area),) if mode is Mode.standalone else ())
+    asked = JobInputs(mode, WSI, (Region(ROI, area),) if mode is Mode.standalone else ())
 
     async def work() -> None:
-        to, ids = Promised(api, ead(read_card("default")), asked), [""]  # type: ignore[arg-type]
+        to, ids = CheckedOutputs(api, ead(read_card("default")), asked), [""]  # type: ignore[arg-type]
         for key, record, items in steps:
             made = [one(ids[0]) if callable(one) else one for one in items]
             if isinstance(record, Collection):
@@ -149,9 +149,9 @@ def test_an_output_that_is_missing_is_a_failure(start: Start, half_done: str, mo
     async def forgets(*_: object) -> None:
         pass
 
-    monkeypatch.setattr(posting, "_classes", forgets)
+    monkeypatch.setattr(posting, "_post_classes", forgets)
     platform = start()
-    ended = run(work=half_done)
+    ended = run(folder=half_done)
     assert ended.how == "failed" and "'stain_classes'" in ended.error and platform.ends == ["failure"]
     assert "PUT /finalize" not in platform.log and "nuclei_map" in platform.outputs
 
@@ -168,7 +168,7 @@ def test_the_app_sends_nothing_that_would_be_refused(
     else:
         monkeypatch.setattr(posting, "min", lambda *_: float("nan"), raising=False)
     platform = start()
-    ended = run(work=half_done)
+    ended = run(folder=half_done)
     assert ended.how == "failed" and ended.error and platform.ends == ["failure"] and platform.refused == []
     posted = json.dumps([platform.outputs, platform.items])
     assert f"{NUCLEUS}." not in posted and "NaN" not in posted and "nuclei_map" not in platform.outputs

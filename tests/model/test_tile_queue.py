@@ -8,26 +8,25 @@ import time
 import numpy as np
 import pytest
 
-from wsi_mmm.model.packing import Call, Waiting
+from wsi_mmm.model.runner import TileQueue
 from wsi_mmm.timing import lap
 
 
 def test_standing_in_the_queue_is_waiting_and_no_time_of_the_model() -> None:
     """From being added to its first tiles being taken; what follows is the model's."""
-    waiting = Waiting()
+    queue = TileQueue((), 2)
 
     def model() -> None:
         time.sleep(0.1)
-        packet = waiting.take(lambda: 2)
+        spans = queue.take_batch()
         time.sleep(0.05)
-        waiting.give(packet.pieces, {"": np.zeros((2, 3), np.float32)})
+        queue.finish(spans, {"": np.zeros((2, 3), np.float32)})
 
     with lap("model") as whole:
-        call = Call(np.zeros((2, 4, 4, 3), np.uint8))
-        waiting.add(call)
+        pending = queue.add(np.zeros((2, 4, 4, 3), np.uint8))
         thread = threading.Thread(target=model)
         thread.start()
-        assert call.wait()[""].shape == (2, 3)
+        assert pending.wait()[""].shape == (2, 3)
     thread.join()
     assert whole.taken.seconds["waiting"] >= 0.1
     assert whole.taken.seconds["model"] >= 0.05
@@ -37,12 +36,11 @@ def test_standing_in_the_queue_is_waiting_and_no_time_of_the_model() -> None:
 
 def test_a_call_that_was_never_taken_has_not_waited() -> None:
     """One that failed in the queue: its time stays where it was."""
-    waiting = Waiting()
+    queue = TileQueue((), 2)
     with lap("model") as whole:
-        call = Call(np.zeros((1, 4, 4, 3), np.uint8))
-        waiting.add(call)
-        call.error = ValueError("storm")
-        call.done.set()
+        pending = queue.add(np.zeros((1, 4, 4, 3), np.uint8))
+        pending.error = ValueError("storm")
+        pending.done.set()
         with pytest.raises(ValueError, match="storm"):
-            call.wait()
+            pending.wait()
     assert set(whole.taken.seconds) == {"model"}
