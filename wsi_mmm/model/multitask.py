@@ -25,7 +25,7 @@ class MultiTaskModel(nn.Module):
     """``model(x, tasks=[...])`` -> dict of logits. ``encoder``, ``squeezer`` and ``decoder`` can be used alone.
 
     The card says which head each task has; only the shared parts that some head reads are there: "map" and "image"
-    read the decoder's map, "dense" the neck's, "vector" the pooled vector, "bag" what the grouper makes of many.
+    read the decoder's map, "dense" the neck's, "vector" the pooled vector, "bag" what the grouper makes of many, "pixels" the image itself.
     """
 
     def __init__(self, card: ModelCard, encoder: PyramidEncoder, *, heads: Mapping[str, nn.Module]) -> None:
@@ -64,7 +64,7 @@ class MultiTaskModel(nn.Module):
     @property
     def tile_heads(self) -> frozenset[str]:
         """Tasks that answer per tile."""
-        return frozenset(name for name, kind in self.kinds.items() if kind == "vector")
+        return frozenset(name for name, kind in self.kinds.items() if kind in ("vector", "pixels"))
 
     @property
     def bag_heads(self) -> frozenset[str]:
@@ -104,6 +104,8 @@ class MultiTaskModel(nn.Module):
             shared["map"] = shared["image"] = self.to_map(self.decoder(bottleneck, pyramid))
         if self.neck is not None and "dense" in kinds:
             shared["dense"] = self.neck(pyramid)
+        if "pixels" in kinds:  # RGB in [0, 1]
+            shared["pixels"] = (x * self.get_buffer("std") + self.get_buffer("mean")) / 255.0
         return shared
 
     def forward(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
