@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import wsi_mmm
+from wsi_mmm import api
 
 HEAVY = {
     "torch",
@@ -53,6 +56,15 @@ def test_public_names_are_found_in_their_homes(name: str) -> None:
     """Every public name can be got from the package, and tab completion shows it."""
     assert getattr(wsi_mmm, name) is not None
     assert name in dir(wsi_mmm)
+
+
+def test_type_checkers_and_python_see_the_same_public_names() -> None:
+    """Type checkers read the imports under TYPE_CHECKING, Python the table of homes."""
+    body = ast.parse(Path(wsi_mmm.__file__).read_text()).body
+    [block] = [node for node in body if isinstance(node, ast.If)]
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert {one.name: node.module for node in imports for one in node.names} == wsi_mmm._HOMES
+    assert {name for name, home in wsi_mmm._HOMES.items() if home == "wsi_mmm.api"} <= set(api.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -118,7 +118,7 @@ def submit(
     """
     from wsi_mmm.engine.executors.dask import attached, client_of
 
-    asked = make_options(options, scheduler=_address(client))
+    asked = make_options(options, scheduler=_scheduler_address(client))
     request = request_run(slides, model_recipe(str(model), tasks, asked), output)
     connected = client_of(client, tls=request.tls)
     if not detach:
@@ -138,7 +138,7 @@ def attach(client: Client | str, job: str, *, tls: str | Path | None = None) -> 
     """
     from wsi_mmm.engine.executors.dask_jobs import job_of
 
-    return job_of(client, job, tls=tls_of(tls, _address(client)))
+    return job_of(client, job, tls=tls_of(tls, _scheduler_address(client)))
 
 
 def list_jobs(client: Client | str, *, tls: str | Path | None = None) -> list[tuple[JobStatus, bool]]:
@@ -146,7 +146,7 @@ def list_jobs(client: Client | str, *, tls: str | Path | None = None) -> list[tu
     the process that ran it is gone. Jobs that have ended stay until they are forgotten or fifty newer ones came."""
     from wsi_mmm.engine.executors.dask_jobs import notes_of
 
-    return notes_of(client, tls=tls_of(tls, _address(client)))
+    return notes_of(client, tls=tls_of(tls, _scheduler_address(client)))
 
 
 def embed(
@@ -308,5 +308,5 @@ def _load_report(request: RunRequest) -> RunReport:
     return recall(request.output, request.recipe, request.tasks)
 
 
-def _address(client: Client | str) -> str | None:
+def _scheduler_address(client: Client | str) -> str | None:
     return client if isinstance(client, str) else None

@@ -23,8 +23,8 @@ class SlideSpec:
 
     ``id`` names its folder in the output: unique in a run, one path component, never ``.`` or ``..``; empty means that
     ``unique_specs`` chooses it. ``mpp`` overrides what the file says of itself (micrometres per level-0 px, above 0).
-    ``mask`` is a GeoJSON or mask image that says where to look, in place of tissue detection. ``error``: what is wrong
-    with the manifest row it stands for; such a slide fails alone, with these words.
+    ``mask`` is a GeoJSON or mask image that says where to look, in place of tissue detection. ``error``: the fault of
+    its manifest row; such a slide fails alone, with this message.
     """
 
     uri: str
@@ -72,7 +72,7 @@ _SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD")
 
 
 def storage_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The object-store variables that are set; what may be secret shows as ``set``, URLs without credentials."""
+    """Return the object-store variables that are set; secrets show as ``set``, URLs without credentials."""
     source = os.environ if environ is None else environ
     present = {name: source[name] for name in STORAGE_VARIABLES if source.get(name)}
     return {name: "set" if _SECRET.search(name) else _without_login(value) for name, value in present.items()}
@@ -84,13 +84,13 @@ def _without_login(value: str) -> str:
 
 
 def user_cache(environ: Mapping[str, str] | None = None) -> str:
-    """Folder of what is kept per user and machine: in ``XDG_CACHE_HOME``, else in ``~/.cache`` (``~`` not expanded)."""
+    """Return the folder of files kept per user: in ``XDG_CACHE_HOME``, else in ``~/.cache`` (``~`` not expanded)."""
     base = (os.environ if environ is None else environ).get("XDG_CACHE_HOME") or "~/.cache"
     return f"{base.rstrip('/')}/wsi-mmm"
 
 
 def visible_gpus(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The NVIDIA GPUs that programs may use here, as CUDA_VISIBLE_DEVICES names them (all, when it is not set)."""
+    """Return the NVIDIA GPUs that programs may use, as CUDA_VISIBLE_DEVICES names them (all, when it is not set)."""
     named = (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return tuple(name.strip() for name in named.split(",") if name.strip() not in ("", "-1"))
@@ -98,24 +98,24 @@ def visible_gpus(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
 
 
 def trace_exporter(environ: Mapping[str, str] | None = None) -> str | None:
-    """The exporter that OTEL_TRACES_EXPORTER names, or "otlp"; None for "none"."""
+    """Return the exporter that OTEL_TRACES_EXPORTER names, or "otlp"; None for "none"."""
     name = (os.environ if environ is None else environ).get("OTEL_TRACES_EXPORTER") or "otlp"
     return None if name == "none" else name
 
 
 def default_tls(environ: Mapping[str, str] | None = None) -> str | None:
-    """The folder of certificates of ``WSI_MMM_TLS``, for clusters whose scheduler speaks TLS; or None."""
+    """Return the folder of certificates of ``WSI_MMM_TLS``, for clusters whose scheduler speaks TLS; or None."""
     return (os.environ if environ is None else environ).get("WSI_MMM_TLS") or None
 
 
 def default_cache(environ: Mapping[str, str] | None = None) -> str | None:
-    """The cache URI of ``WSI_MMM_CACHE``, or None: then a run keeps its cache beside its output."""
+    """Return the cache URI of ``WSI_MMM_CACHE``, or None: then a run keeps its cache beside its output."""
     return (os.environ if environ is None else environ).get("WSI_MMM_CACHE") or None
 
 
 @dataclass(frozen=True, slots=True)
 class EmpaiaJob:
-    """The job of the EMPAIA platform that this process is: address of its App API, id, and its token."""
+    """The job that the EMPAIA platform started this process for: address of its App API, id and token."""
 
     api: str
     id: str
@@ -123,7 +123,7 @@ class EmpaiaJob:
 
 
 def empaia_job(environ: Mapping[str, str] | None = None) -> EmpaiaJob:
-    """The job that the ``EMPAIA_...`` variables name: APP_API, JOB_ID, TOKEN; ConfigError names what is wrong."""
+    """Return the job that the ``EMPAIA_...`` variables name: APP_API, JOB_ID, TOKEN; ConfigError names the fault."""
     source = os.environ if environ is None else environ
     names = ("EMPAIA_APP_API", "EMPAIA_JOB_ID", "EMPAIA_TOKEN")
     values = [source.get(name, "").strip() for name in names]
@@ -141,8 +141,8 @@ def empaia_job(environ: Mapping[str, str] | None = None) -> EmpaiaJob:
 
 
 def empaia_places(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Where an app works, as far as the environment says: ``scheduler`` (``WSI_MMM_EMPAIA_SCHEDULER``), the address of
-    a Dask cluster, and ``work`` (``WSI_MMM_EMPAIA_WORK``), the folder or URI of what it writes on the way."""
+    """Return the places of an app that are set: ``scheduler`` (``WSI_MMM_EMPAIA_SCHEDULER``), the address of a Dask
+    cluster, and ``work`` (``WSI_MMM_EMPAIA_WORK``), the folder or URI of its intermediate files."""
     source = os.environ if environ is None else environ
     found = {name: source.get(f"WSI_MMM_EMPAIA_{name.upper()}", "").strip() for name in ("scheduler", "work")}
     return {name: value for name, value in found.items() if value}

@@ -1,4 +1,4 @@
-"""From what a user names (files, folders, patterns, prefixes, manifests) to slides with ids."""
+"""Expand files, folders, patterns, prefixes and manifests to slides with ids."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ MANIFEST_SUFFIXES = (".csv", ".tsv")
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
-    """Where a manifest keeps what; None: it has no such column."""
+class ManifestColumns:
+    """The columns of a manifest by meaning; None: there is no such column."""
 
     slide: str
     mpp: str | None
@@ -49,7 +49,7 @@ _ID = ("sample_id", "slide_id", "id")
 
 
 def expand_inputs(inputs: Sequence[str | Path | SlideSpec], mpp: float | None = None) -> list[SlideSpec]:
-    """Every slide that ``inputs`` name, each with its own id, in the order given and sorted inside a folder or pattern.
+    """Return every slide that ``inputs`` name, each with an id, in the order given, sorted inside a folder or pattern.
 
     An input is a slide (path or URI), a directory (searched recursively), a glob, an ``s3://`` (or other) prefix or
     pattern, or a manifest ``.csv``/``.tsv``. ``mpp`` applies to the slides whose manifest row says nothing.
@@ -73,16 +73,18 @@ def _expand_one(item: str | Path | SlideSpec) -> Iterable[SlideSpec]:
         raise InputError("an empty slide name was given")
     if uri.lower().endswith(MANIFEST_SUFFIXES):
         return read_manifest(uri)
-    return [SlideSpec(found) for found in (_local(_path(uri)) if store.is_local(uri) else _remote(uri))]
+    return [
+        SlideSpec(found) for found in (_local_slides(_local_path(uri)) if store.is_local(uri) else _remote_slides(uri))
+    ]
 
 
-def _local(path: str) -> list[str]:
+def _local_slides(path: str) -> list[str]:
     if os.path.isdir(path):
         return _files_below(path)
     if os.path.exists(path) or not glob.has_magic(path):
-        return [path]  # a missing file is that slide's own failure
+        return [path]  # a missing file fails alone, when it is opened
     found = filter(os.path.isfile, glob.glob(path, recursive=True))
-    return _some(one_per_series(sorted(found)), f"no file matches {path}")
+    return _require_slides(one_per_series(sorted(found)), f"no file matches {path}")
 
 
 def _files_below(folder: str) -> list[str]:
@@ -92,10 +94,10 @@ def _files_below(folder: str) -> list[str]:
         for name in names
         if is_slide_name(name) and not name.startswith(".")
     ]
-    return _some(one_per_series(sorted(found)), f"no slide in {folder} (looked for {_shown_suffixes()})")
+    return _require_slides(one_per_series(sorted(found)), f"no slide in {folder} (looked for {_shown_suffixes()})")
 
 
-def _remote(uri: str) -> list[str]:
+def _remote_slides(uri: str) -> list[str]:
     """A pattern, or a prefix (ends in ``/``, or no suffix), is listed; anything else, and a web address, is a slide."""
     fixed = re.split(r"[*\[]", uri, maxsplit=1)[0]
     if uri.lower().startswith(("http://", "https://", "wsi://")):
@@ -103,26 +105,26 @@ def _remote(uri: str) -> list[str]:
     if fixed != uri:
         if fixed.count("/") < 3:
             raise InputError(f"{store.redact(uri)}: name the bucket; only what follows it can be a pattern")
-        wanted = re.compile(_pattern(uri))
+        wanted = re.compile(_glob_regex(uri))
         found = [name for name in store.list_uris(fixed[: fixed.rfind("/")]) if wanted.fullmatch(name)]
-        return _some(found, f"nothing matches {store.redact(uri)}")
-    if "." in _name(uri) and not uri.endswith("/"):
+        return _require_slides(found, f"nothing matches {store.redact(uri)}")
+    if "." in _file_name(uri) and not uri.endswith("/"):
         return [uri]
     found = [name for name in store.list_uris(uri) if is_slide_name(name)]
-    return _some(found, f"no slide below {store.redact(uri)} (looked for {_shown_suffixes()})")
+    return _require_slides(found, f"no slide below {store.redact(uri)} (looked for {_shown_suffixes()})")
 
 
-def _pattern(glob_text: str) -> str:
+def _glob_regex(glob_text: str) -> str:
     """Glob to regular expression: ``*`` stays inside a folder, ``**`` crosses folders, ``[abc]`` as usual."""
-    parts = {r"**/": r"(?:.*/)?", r"**": r".*", r"*": r"[^/]*"}
-    pieces = re.split(r"(\*\*/|\*\*|\*|\[[^\]]+\])", glob_text)
+    replacements = {r"**/": r"(?:.*/)?", r"**": r".*", r"*": r"[^/]*"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\[[^\]]+\])", glob_text)
     return "".join(
-        parts.get(piece) or (piece.replace("[!", "[^") if piece.startswith("[") else re.escape(piece))
-        for piece in pieces
+        replacements.get(part) or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part))
+        for part in parts
     )
 
 
-def _some(found: list[str], otherwise: str) -> list[str]:
+def _require_slides(found: list[str], otherwise: str) -> list[str]:
     if not found:
         raise SlideNotFound(otherwise)
     return found
@@ -141,7 +143,7 @@ def _slide_suffixes() -> frozenset[str]:
 
 
 def is_slide_name(name: str) -> bool:
-    """Whether a file found in a folder is taken for a slide, by its suffix."""
+    """Return True if a file found in a folder is taken for a slide, by its suffix."""
     return PurePosixPath(name.lower()).suffix in _slide_suffixes()
 
 
@@ -156,7 +158,7 @@ def read_manifest(uri: str) -> list[SlideSpec]:
     Paths are relative to the manifest. A wrong row becomes a SlideSpec with an ``error`` that names row (the header is
     row 1) and column; a manifest that is wrong as a whole raises ManifestError.
     """
-    name = _name(uri)
+    name = _file_name(uri)
     rows = csv.reader(io.StringIO(_manifest_text(uri, name)), delimiter="\t" if name.lower().endswith(".tsv") else ",")
     try:
         numbered = [(number, row) for number, row in enumerate(rows, start=1) if any(cell.strip() for cell in row)]
@@ -165,24 +167,24 @@ def read_manifest(uri: str) -> list[SlideSpec]:
     if not numbered:
         raise ManifestError(f"{name} is empty; its first row names the columns, such as slide,mpp")
     header = [cell.strip() for cell in numbered[0][1]]
-    columns = _columns(header, name)
+    columns = _find_columns(header, name)
     if len(numbered) == 1:
         raise ManifestError(f"{name} has a header and no slides")
     return [_spec_or_error(header, row, columns, (name, n, uri)) for n, row in numbered[1:]]
 
 
 def _spec_or_error(
-    header: Sequence[str], cells: Sequence[str], columns: Columns, where: tuple[str, int, str]
+    header: Sequence[str], cells: Sequence[str], columns: ManifestColumns, where: tuple[str, int, str]
 ) -> SlideSpec:
     """The slide of a row; a wrong row becomes a slide that fails with the reason and does not stop the others."""
     name, number, manifest = where
     try:
-        return _row_spec(_row(header, cells, f"{name}: row {number}"), columns, where)
+        return _row_spec(_row_cells(header, cells, f"{name}: row {number}"), columns, where)
     except ManifestError as error:
         return SlideSpec(manifest, f"{safe_id(stem(manifest))}-row-{number}", error=str(error))
 
 
-def _row(header: Sequence[str], cells: Sequence[str], where: str) -> dict[str, str]:
+def _row_cells(header: Sequence[str], cells: Sequence[str], where: str) -> dict[str, str]:
     """Cells by column; cells missing at the end are empty, cells too many are a ManifestError."""
     if any(cell.strip() for cell in cells[len(header) :]):
         raise ManifestError(
@@ -193,15 +195,15 @@ def _row(header: Sequence[str], cells: Sequence[str], where: str) -> dict[str, s
 
 def _manifest_text(uri: str, name: str) -> str:
     try:
-        return store.read_bytes(_path(uri) if store.is_local(uri) else uri).decode("utf-8-sig")
+        return store.read_bytes(_local_path(uri) if store.is_local(uri) else uri).decode("utf-8-sig")
     except NotFound as error:
         raise ManifestError(f"no manifest at {store.redact(uri)}") from error
     except (StorageError, UnicodeDecodeError) as error:
         raise ManifestError(f"{name} cannot be read as UTF-8 text ({error})") from error
 
 
-def _columns(header: Sequence[str], name: str) -> Columns:
-    """Which column is what; names are compared without case."""
+def _find_columns(header: Sequence[str], name: str) -> ManifestColumns:
+    """Return the columns by meaning; names are compared without case."""
     repeated = {cell for cell in header if cell and header.count(cell) > 1}
     if repeated:
         raise ManifestError(f"{name}: row 1: column {sorted(repeated)[0]!r} is there twice")
@@ -214,10 +216,10 @@ def _columns(header: Sequence[str], name: str) -> Columns:
     if slide is None:
         wanted, found = ", ".join(_SLIDE), ", ".join(header)
         raise ManifestError(f"{name}: row 1: no column names the slides; call it one of {wanted} (found: {found})")
-    return Columns(slide, first(_MPP), first(_MASK), first(_ID))
+    return ManifestColumns(slide, first(_MPP), first(_MASK), first(_ID))
 
 
-def _row_spec(row: Mapping[str, str], columns: Columns, where: tuple[str, int, str]) -> SlideSpec:
+def _row_spec(row: Mapping[str, str], columns: ManifestColumns, where: tuple[str, int, str]) -> SlideSpec:
     name, number, manifest = where
 
     def cell(column: str | None) -> str:
@@ -231,19 +233,21 @@ def _row_spec(row: Mapping[str, str], columns: Columns, where: tuple[str, int, s
     except OptionError as error:
         raise ManifestError(f"{name}: row {number}, column {columns.mpp!r}: {error}") from error
     mask = cell(columns.mask)
-    return SlideSpec(_beside(uri, manifest), cell(columns.id), mpp, _beside(mask, manifest) if mask else None)
+    return SlideSpec(
+        _resolve_beside(uri, manifest), cell(columns.id), mpp, _resolve_beside(mask, manifest) if mask else None
+    )
 
 
-def _beside(uri: str, manifest: str) -> str:
+def _resolve_beside(uri: str, manifest: str) -> str:
     """``uri`` as seen from the folder of the manifest, unless it is absolute or has a scheme."""
-    if not store.is_local(uri) or os.path.isabs(_path(uri)):
-        return uri if not store.is_local(uri) else _path(uri)
+    if not store.is_local(uri) or os.path.isabs(_local_path(uri)):
+        return uri if not store.is_local(uri) else _local_path(uri)
     if not store.is_local(manifest):
         return manifest.rsplit("/", 1)[0] + "/" + uri
-    return os.path.normpath(os.path.join(os.path.dirname(_path(manifest)), uri))
+    return os.path.normpath(os.path.join(os.path.dirname(_local_path(manifest)), uri))
 
 
-def _path(uri: str) -> str:
+def _local_path(uri: str) -> str:
     """The path of a local URI, ``~`` expanded."""
     return os.path.expanduser(store.local_path(uri))
 
@@ -260,7 +264,7 @@ def unique_specs(specs: Sequence[SlideSpec]) -> list[SlideSpec]:
     """
     kept: dict[str, SlideSpec] = {}
     for number, spec in enumerate(specs):
-        key = _identity(spec.uri)
+        key = _slide_identity(spec.uri)
         if spec.error:
             kept[f"{key}#{number}"] = spec
         elif replace(kept.setdefault(key, spec), uri=spec.uri) != spec:
@@ -271,25 +275,25 @@ def unique_specs(specs: Sequence[SlideSpec]) -> list[SlideSpec]:
     ids = [safe_id(spec.id or stem(spec.uri)) for spec in kept.values()]
     namesakes = Counter(name.lower() for name in ids)
     return [
-        replace(spec, id=_qualified(spec, name, key) if namesakes[name.lower()] > 1 else name)
+        replace(spec, id=_qualified_id(spec, name, key) if namesakes[name.lower()] > 1 else name)
         for (key, spec), name in zip(kept.items(), ids, strict=True)
     ]
 
 
-def _qualified(spec: SlideSpec, name: str, identity: str) -> str:
+def _qualified_id(spec: SlideSpec, name: str, identity: str) -> str:
     if spec.id:
         raise ManifestError(f"the id {spec.id!r} is given to more than one slide; ids must differ")
     folder = safe_id(PurePosixPath(identity.partition("?")[0]).parent.name or "root")
     return f"{folder[:40]}-{name}-{sha256(identity.encode()).hexdigest()[:8]}"
 
 
-def _identity(uri: str) -> str:
-    return os.path.abspath(_path(uri)) if store.is_local(uri) else uri
+def _slide_identity(uri: str) -> str:
+    return os.path.abspath(_local_path(uri)) if store.is_local(uri) else uri
 
 
 def stem(uri: str) -> str:
     """The file name without folders, query and suffix (``.ome.tiff`` counts as one)."""
-    name = _name(uri)
+    name = _file_name(uri)
     lower = name.lower()
     for suffix in (".ome.tiff", ".ome.tif"):
         if lower.endswith(suffix):
@@ -297,11 +301,11 @@ def stem(uri: str) -> str:
     return PurePosixPath(name).stem
 
 
-def _name(uri: str) -> str:
+def _file_name(uri: str) -> str:
     """The last part of the path. An object-store key may hold ``?`` and ``#``; in a web address they end the path."""
     if uri.lower().startswith(("http://", "https://", "wsi://")):
         return PurePosixPath(unquote(urlsplit(uri).path)).name
-    return PurePosixPath(_path(uri) if store.is_local(uri) else uri.partition("://")[2]).name
+    return PurePosixPath(_local_path(uri) if store.is_local(uri) else uri.partition("://")[2]).name
 
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|report)(\..*)?", re.IGNORECASE)
@@ -323,7 +327,7 @@ def leads_away(output: str, name: str) -> str:
     """Why the results of the slide ``name`` would not lie in the folder ``output``; empty when they would."""
     if not store.is_local(output):
         return ""
-    root = os.path.realpath(_path(output))
+    root = os.path.realpath(_local_path(output))
     place = os.path.realpath(os.path.join(root, name))
     if place == os.path.join(root, name):
         return ""

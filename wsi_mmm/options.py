@@ -22,7 +22,7 @@ Affects = Literal["values", "result"]
 CommandName = Literal["run", "embed"]
 Placement = Literal["beside", "pool"]
 ValueCheck = Callable[[str, Any], str]
-"""What is wrong with the value of a named option, in words; empty when it is right."""
+"""Returns what is wrong with the value of a named option, as a message; empty when it is right."""
 
 WHAT, HOW, WHERE, SLIDES, WATCH = "What to compute", "How to compute it", "Where results go", "Slides", "Watch it"
 BOTH: tuple[CommandName, ...] = ("run", "embed")
@@ -136,114 +136,114 @@ def _switch_word(value: object) -> object:
 # ---------------------------------------------------------------- the options
 
 
-def _option(default: T, words: str, *flags: str, **rest: Any) -> T:
+def _run_option(default: T, words: str, *flags: str, **rest: Any) -> T:
     """A field of `RunOptions`, with the rest of its `Option`."""
     return field(default=default, metadata={"help": words, "flags": flags, **rest})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """What a run is asked for. Values are checked and made plain (int, float, bool, str); OptionError names the fault.
+    """The options of a run. Values are checked and made plain (int, float, bool, str); OptionError names the fault.
 
     None stands for what the model, the command or the machine decides.
     """
 
-    mpp: float | None = _option(
+    mpp: float | None = _run_option(
         None, "Resolution to work at, micrometres per pixel. (default: the model's)", "--mpp",
         panel=WHAT, affects=CHANGES_VALUES, check=_check_mpp,
     )  # fmt: skip
-    tile_size: int | None = _option(
+    tile_size: int | None = _run_option(
         None, "Tile width in px at that resolution. (default: the model's)", "--tile-size",
         panel=WHAT, affects=CHANGES_VALUES,
     )  # fmt: skip
-    overlap: int | None = _option(
+    overlap: int | None = _run_option(
         None, "Px that neighbouring tiles share. (default: the model's)", "--overlap",
         panel=WHAT, affects=CHANGES_VALUES,
     )  # fmt: skip
-    tissue: str = _option(
+    tissue: str = _run_option(
         "auto", "auto, none (the whole slide), or a GeoJSON or mask image.", "--tissue",
         panel=WHAT, metavar="WHERE", affects=CHANGES_RESULT, takes="a path or a word",
     )  # fmt: skip
-    regions: str | None = _option(
+    regions: str | None = _run_option(
         None, "GeoJSON of polygons (level-0 px): work only there.", "--regions",
         panel=WHAT, metavar="FILE", affects=CHANGES_RESULT, takes="a path or a word", commands=("run",),
         see="[outputs](outputs.md)",
     )  # fmt: skip
-    min_tissue: float = _option(
+    min_tissue: float = _run_option(
         0.02, "Share of a tile that must be tissue.", panel=WHAT, affects=CHANGES_RESULT, check=_check_share
     )
-    mpp_override: float | None = _option(
+    mpp_override: float | None = _run_option(
         None, "Take the slides' own pixel to be this many micrometres wide.", "--mpp-override",
         panel=SLIDES, affects=CHANGES_VALUES, per="slide", check=_check_mpp,
     )  # fmt: skip
-    reader: str | None = _option(
+    reader: str | None = _run_option(
         None, "Force a reader: tiff, openslide or tiffslide.", "--reader",
         panel=SLIDES, affects=CHANGES_VALUES, per="slide",
     )  # fmt: skip
-    cache: str | None = _option(
+    cache: str | None = _run_option(
         None, "Folder or s3:// prefix that keeps features and maps between runs. (environment: WSI_MMM_CACHE)",
         "--cache", panel=WHERE, takes="a path or a word",
     )  # fmt: skip
-    cache_tiles: str = _option(
+    cache_tiles: str = _run_option(
         "auto", "Keep read tiles in --cache too: on, off, or auto (where a measurement says that it pays).",
         "--cache-tiles", panel=WHERE, metavar="WHEN", parse=_switch_word, check=_one_of("auto", "on", "off"),
         see="[storage](storage.md)",
     )  # fmt: skip
-    cache_quota: int | None = _option(
+    cache_quota: int | None = _run_option(
         None, "Most that cached tiles take, such as 50GB; the least recently used go first.", "--cache-quota",
         panel=WHERE, metavar="SIZE", parse=parse_size,
     )  # fmt: skip
-    features: bool = _option(True, "Publish a feature vector per tile.", panel=WHERE, affects=CHANGES_VALUES)
-    save_maps: bool = _option(
+    features: bool = _run_option(True, "Publish a feature vector per tile.", panel=WHERE, affects=CHANGES_VALUES)
+    save_maps: bool = _run_option(
         False, "Keep the probability maps of segment tasks (Zarr).", "--maps",
         panel=WHERE, affects=CHANGES_RESULT, commands=("run",), see="[outputs](outputs.md)",
     )  # fmt: skip
-    gzip: bool = _option(
+    gzip: bool = _run_option(
         True, "Write result.geojson instead of result.geojson.gz.", "--no-gzip",
         panel=WHERE, affects=CHANGES_RESULT, commands=("run",), flag_value=False,
     )  # fmt: skip
-    overlay: bool = _option(
+    overlay: bool = _run_option(
         True,
         "Draw overlay.png, which reads the slide once more.",
         panel=WHERE,
         affects=CHANGES_RESULT,
         commands=("run",),
     )
-    bounds_offset: bool = _option(
+    bounds_offset: bool = _run_option(
         False, "Coordinates relative to the scanned area, for viewers that crop to it (see docs/outputs.md).",
         "--bounds-offset", panel=WHERE, affects=CHANGES_RESULT, commands=("run",),
     )  # fmt: skip
-    batch_size: int = _option(64, "Tiles per batch; changes speed only.", "--batch-size", check=_at_least(1))
-    block_tiles: int | None = _option(
+    batch_size: int = _run_option(64, "Tiles per batch; changes speed only.", "--batch-size", check=_at_least(1))
+    block_tiles: int | None = _run_option(
         None, "Rows and columns of tiles that are read and kept together. (default: 4, for embed 8)",
         affects=("values",), check=_check_blocks,
     )  # fmt: skip
-    workers: int = _option(
+    workers: int = _run_option(
         0, "Local worker processes, each on a GPU of its own; 0: this process. (default: 0)", "--workers",
         per="run", check=_at_least(0),
     )  # fmt: skip
-    threads: int | None = _option(None, "Model threads per process.", "--threads", check=_at_least(1))
-    device: str = _option(
+    threads: int | None = _run_option(None, "Model threads per process.", "--threads", check=_at_least(1))
+    device: str = _run_option(
         "auto", "auto, cpu, cuda or cuda:N. (default: auto)", "--device", affects=("values",), check=_check_device
     )
-    runtime: str = _option(
+    runtime: str = _run_option(
         "eager",
         "How the model runs: eager, compile, bf16 or onnx; the numbers differ a little. (default: eager)",
         "--runtime", affects=CHANGES_VALUES, check=_one_of("eager", "compile", "bf16", "onnx"),
     )  # fmt: skip
-    scheduler: str | None = _option(
+    scheduler: str | None = _run_option(
         None, "Dask scheduler to send the work to, such as tcp://host:8786.", "--scheduler",
         metavar="ADDRESS", per="run", see="[cluster](cluster.md)",
     )  # fmt: skip
-    tls: str | None = _option(
+    tls: str | None = _run_option(
         None, "Folder of ca.crt, tls.crt, tls.key for a tls:// scheduler.", "--tls",
         metavar="FOLDER", per="run", takes="a path or a word", see="[security](security.md)",
     )  # fmt: skip
-    placement: Placement = _option(  # noqa: RUF009  (a field)
+    placement: Placement = _run_option(  # noqa: RUF009  (a field)
         "beside", "Who reads tiles: workers that run the model (beside), or others, into --cache (pool).",
         "--placement", metavar="WHERE", per="run", check=_one_of("beside", "pool"), see="[cluster](cluster.md)",
     )  # fmt: skip
-    force: bool = _option(False, "Redo what is already done.", "--force")
+    force: bool = _run_option(False, "Redo what is already done.", "--force")
 
     def __post_init__(self) -> None:
         for option in RUN_OPTIONS:
@@ -358,7 +358,7 @@ OBSERVE_OPTIONS: tuple[Option, ...] = (
 """The fields of `Observe`, as the command line and settings files give them."""
 
 
-def _in_order() -> tuple[Option, ...]:
+def _help_sequence() -> tuple[Option, ...]:
     ordered = [*_FIRST, *RUN_OPTIONS]
     for option in (*_LAST, *OBSERVE_OPTIONS):
         places = [number for number, one in enumerate(ordered, start=1) if one.name == option.after]
@@ -366,7 +366,7 @@ def _in_order() -> tuple[Option, ...]:
     return tuple(ordered)
 
 
-OPTIONS: tuple[Option, ...] = _in_order()
+OPTIONS: tuple[Option, ...] = _help_sequence()
 """Every option of the commands ``run`` and ``embed``, in the order of their help."""
 
 

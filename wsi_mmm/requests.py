@@ -77,9 +77,9 @@ def _apply_options(base: Recipe, options: RunOptions) -> Recipe:
         options=replace(
             options,
             threads=options.threads or share,
-            tissue=options.tissue if options.tissue in ("auto", "none") else _absolute(options.tissue),
-            regions=options.regions and _absolute(options.regions),
-            cache=options.cache and _absolute(options.cache),
+            tissue=options.tissue if options.tissue in ("auto", "none") else _absolute_uri(options.tissue),
+            regions=options.regions and _absolute_uri(options.regions),
+            cache=options.cache and _absolute_uri(options.cache),
         ),
     )
 
@@ -89,18 +89,18 @@ def request_run(slides: Slides, recipe: Recipe, output: str | Path) -> RunReques
     options = recipe.options
     tls = tls_of(options.tls, options.scheduler)
     specs = expand_inputs([slides] if isinstance(slides, str | Path | SlideSpec) else slides, mpp=options.mpp_override)
-    out = _absolute(str(output).rstrip("/"))
+    out = _absolute_uri(str(output).rstrip("/"))
     for place in (out, options.cache):
         if place is not None:
             run_report.check_writable(place)
     tasks = tuple(
         SlideTask(
             id=spec.id,
-            uri=_absolute(spec.uri),
+            uri=_absolute_uri(spec.uri),
             output=store.join(out, spec.id),
             recipe=recipe,
             mpp=spec.mpp,
-            mask=spec.mask and _absolute(spec.mask),
+            mask=spec.mask and _absolute_uri(spec.mask),
             error=spec.error or leads_away(out, spec.id),
         )
         for spec in specs
@@ -117,5 +117,5 @@ def check_runtime_here(request: RunRequest) -> RunRequest:
     return request
 
 
-def _absolute(uri: str) -> str:
+def _absolute_uri(uri: str) -> str:
     return uri if "://" in uri else str(Path(uri).absolute())

@@ -507,7 +507,7 @@ def test_doctor_gives_a_line_per_check_and_hides_secrets(
     """Every finding has a status; a secret never shows."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA123")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
-    monkeypatch.setattr(doctor, "smoke", lambda: doctor.Finding("ok", "model", "fine"))
+    monkeypatch.setattr(doctor, "smoke", lambda: doctor.CheckResult("ok", "model", "fine"))
     result = invoke("doctor", "--json")
     assert result.exit_code == 0
     assert [line["what"] for line in json_lines(result)] == [
@@ -521,7 +521,7 @@ def test_doctor_gives_a_line_per_check_and_hides_secrets(
 def test_doctor_fails_with_the_fix_when_something_is_broken(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
     """A check that breaks is a finding, never a traceback."""
 
-    def broken() -> doctor.Finding:
+    def broken() -> doctor.CheckResult:
         raise ImportError("no torch here")
 
     for name in ("device", "smoke"):

@@ -23,7 +23,7 @@ class Clock:
 def test_plain_lines_show_tiles_sparingly(capsys: pytest.CaptureFixture[str]) -> None:
     """Slides and warnings always; tiles at most every few seconds, with their pace and the time left."""
     clock = Clock()
-    lines = progress.PlainLines(1, every=5, clock=clock)
+    lines = progress.PlainProgress(1, every=5, clock=clock)
     lines(Event("plan", "s", 0, 100, "100 tiles"))
     lines(Event("tile", "s", 5, 100))
     lines(Event("warning", "s", message="one tile is damaged"))
@@ -41,7 +41,7 @@ def test_plain_lines_show_tiles_sparingly(capsys: pytest.CaptureFixture[str]) ->
 def test_with_several_slides_the_whole_run_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     """How many have ended, their tiles and those to be expected, the pace of all and the time left."""
     clock = Clock()
-    lines = progress.PlainLines(4, every=5, clock=clock)
+    lines = progress.PlainProgress(4, every=5, clock=clock)
     for slide in "ab":
         lines(Event("plan", slide, 0, 100, "100 tiles"))
     clock.now = 10.0
@@ -57,7 +57,7 @@ def test_what_is_to_be_expected_becomes_what_is_known() -> None:
     """Slides that were done before, or failed before they were planned, have no tiles; those that failed later lose
     what was left; once all are planned nothing is guessed.
     """
-    overall = progress.Overall(4)
+    overall = progress.RunProgress(4)
     overall.hear(Event("slide", "before", 1, 4, "done before"), 0)
     overall.hear(Event("plan", "a", 0, 100), 0)
     assert (overall.expected, overall.tiles, overall.left) == (300, 0, None)
@@ -77,7 +77,7 @@ def test_what_is_to_be_expected_becomes_what_is_known() -> None:
 def test_machines_are_told_how_far_the_run_is(capsys: pytest.CaptureFixture[str]) -> None:
     """Every event as it is, and the progress of the whole run every few seconds."""
     clock = Clock()
-    lines = progress.JsonLines(2, every=5, clock=clock)
+    lines = progress.JsonProgress(2, every=5, clock=clock)
     lines(Event("plan", "s", 0, 100, "100 tiles"))
     clock.now = 10.0
     lines(Event("tile", "s", 20, 100))
@@ -91,7 +91,7 @@ def test_machines_are_told_how_far_the_run_is(capsys: pytest.CaptureFixture[str]
 
 def test_the_pace_is_that_of_the_last_minute() -> None:
     """Tiles that a cache gave at the start do not make the rest look quick for ever."""
-    pace = progress.Pace(window=60)
+    pace = progress.TilePace(window=60)
     for now, done in ((0, 0), (1, 1000), (61, 1060), (121, 1120)):
         pace.step(now, done)
     assert pace.rate == pytest.approx(1.0)
@@ -119,7 +119,7 @@ def test_bars_follow_the_events() -> None:
 
     screen = Console(file=open(os.devnull, "w"), force_terminal=True, width=100, record=True)  # noqa: SIM115
     with screen.file, Progress(console=screen, auto_refresh=False) as drawn:
-        bars = progress.Bars(drawn, 2)
+        bars = progress.ProgressBars(drawn, 2)
         bars(Event("tile", "[s]", 5, 10))
         assert [(task.description, task.completed, task.total) for task in drawn.tasks[1:]] == [("[s]", 5, 10)]
         bars(Event("stage", "[s]", message="publishing"))

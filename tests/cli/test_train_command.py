@@ -18,7 +18,7 @@ from helpers.annotation_targets import MODEL, geojson, joint
 from wsi_mmm import api
 from wsi_mmm.cli import console, train
 from wsi_mmm.cli.main import app
-from wsi_mmm.cli.train import EVERY, EXAMPLE, _Lines
+from wsi_mmm.cli.train import EVERY, EXAMPLE, _LossLines
 from wsi_mmm.errors import Cancelled, NotFinite
 from wsi_mmm.slides.fake import SyntheticTruth
 from wsi_mmm.training.fit import StepReport
@@ -155,7 +155,7 @@ def test_plain_lines_come_every_few_seconds(
     """The first step, then one line per few seconds, and the last step; what cannot be read is said at once."""
     monkeypatch.setattr(console.flags, "json", False)  # as the last command of another test may have left it
     now = [0.0]
-    lines = _Lines(lambda: now[0])
+    lines = _LossLines(lambda: now[0])
     for step, seconds in ((1, 0.0), (2, 1.0), (3, EVERY), (4, EVERY + 1)):
         now[0] = seconds
         lines(progress(step))
@@ -226,7 +226,7 @@ def test_two_ranks_do_one_training(config: Path, tmp_path: Path) -> None:
 
 def test_a_bar_on_a_terminal_counts_steps() -> None:
     """The bar takes steps and lines without a terminal at hand."""
-    with train._bar() as (step, line):
+    with train._draw_bar() as (step, line):
         step(progress(1, failed=("x: broken",), lost=1))
         line("validation at step 1")
 

@@ -115,7 +115,7 @@ class DarkPixels:
 
 def two_strides(name: str, *, pretrained: bool = False, args: Mapping[str, Any] | None = None) -> PyramidEncoder:
     """Average colours at strides 4 and 8: no weights."""
-    from torch import Tensor, nn
+    from torch import nn
     from torch.nn import functional
 
     from wsi_mmm.model.encoder import PyramidEncoder

@@ -1,4 +1,4 @@
-"""How commands talk: tables on a terminal, plain lines elsewhere, JSON lines for machines, one-line errors."""
+"""Output of commands: tables on a terminal, plain lines elsewhere, JSON lines for machines, one-line errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXIT_CODES = (
 
 @dataclass
 class _Flags:
-    """What ``--debug`` and ``--json`` set; the one mutable thing of the command line."""
+    """The state that ``--debug`` and ``--json`` set."""
 
     debug: bool = False
     json: bool = False
@@ -69,11 +69,11 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
         except WsiError as error:
             fail(error, str(error), NOTHING_RAN)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: not worth a message
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe has ended
             code = NOTHING_RAN
         except (typer.Exit, typer.Abort):
             raise
-        except Exception as error:  # noqa: BLE001  (the last line of defence: what nobody foresaw is shown, not hidden)
+        except Exception as error:  # noqa: BLE001  (an unexpected error is shown as one line, too)
             text = f"unexpected {type(error).__name__}: {error}; please report it with the output of --debug"
             fail(error, text, NOTHING_RAN)
         raise typer.Exit(code)
@@ -113,7 +113,7 @@ def say_json(value: object) -> None:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as what JSON knows: dataclasses are objects, tuples arrays, numpy scalars numbers, paths text."""
+    """Return ``value`` as plain JSON: dataclasses are objects, tuples arrays, numpy scalars numbers, paths text."""
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The command that finds out why things do not work: doctor. Every line says ok, warn or fail, and the fix."""
+"""The command doctor: checks of this machine. Every line is ok, warn or fail, with the fix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIBRARIES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """One line of the doctor; ``fix`` is empty when all is well."""
 
     status: Literal["ok", "warn", "fail"]
@@ -53,20 +53,17 @@ def doctor(
       wsi-mmm doctor -o /data/results --scheduler tcp://scheduler:8786
     """
     failed = 0
-    for finding in examine(output, scheduler, tls):
-        failed += finding.status == "fail"
+    for result in examine(output, scheduler, tls):
+        failed += result.status == "fail"
         if flags.json:
-            say_json(finding)
-        say(
-            f"{finding.status:<4}  {finding.what:<10}  {finding.detail}"
-            + (f"  ->  {finding.fix}" if finding.fix else "")
-        )
+            say_json(result)
+        say(f"{result.status:<4}  {result.what:<10}  {result.detail}" + (f"  ->  {result.fix}" if result.fix else ""))
     return 1 if failed else 0
 
 
-def examine(output: str, scheduler: str | None, tls: str | None = None) -> Iterator[Finding]:
-    """Every finding, in the order a person would look; none raises."""
-    checks: list[tuple[str, Callable[[], Finding]]] = [
+def examine(output: str, scheduler: str | None, tls: str | None = None) -> Iterator[CheckResult]:
+    """Yield the result of every check, in the order a person would look; none raises."""
+    checks: list[tuple[str, Callable[[], CheckResult]]] = [
         ("python", python),
         ("libraries", libraries),
         ("device", device),
@@ -83,29 +80,29 @@ def examine(output: str, scheduler: str | None, tls: str | None = None) -> Itera
         try:
             yield check()
         except WsiError as error:
-            yield Finding("fail", what, str(error))  # our own words name the fix
+            yield CheckResult("fail", what, str(error))  # the message names the fix
         except Exception as error:  # noqa: BLE001  (finding out what is broken is the very job)
-            yield Finding(
+            yield CheckResult(
                 "fail", what, f"{type(error).__name__}: {error}", 'pip install -c constraints.txt -e ".[dev]"'
             )
 
 
-def python() -> Finding:
+def python() -> CheckResult:
     """Version and platform."""
     detail = f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    return Finding("ok", "python", detail)
+    return CheckResult("ok", "python", detail)
 
 
-def libraries() -> Finding:
+def libraries() -> CheckResult:
     """Versions of what does the work; fail when one is missing."""
-    versions = {name: _version(name) for name in LIBRARIES}
+    versions = {name: _package_version(name) for name in LIBRARIES}
     missing = [name for name, version in versions.items() if version is None]
     if missing:
-        return Finding("fail", "libraries", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
-    return Finding("ok", "libraries", ", ".join(f"{name} {version}" for name, version in versions.items()))
+        return CheckResult("fail", "libraries", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    return CheckResult("ok", "libraries", ", ".join(f"{name} {version}" for name, version in versions.items()))
 
 
-def _version(name: str) -> str | None:
+def _package_version(name: str) -> str | None:
     from importlib import metadata  # not needed for --help
 
     try:
@@ -114,85 +111,89 @@ def _version(name: str) -> str | None:
         return None
 
 
-def device() -> Finding:
-    """What ``--device auto`` would take."""
+def device() -> CheckResult:
+    """The device that ``--device auto`` would take."""
     import torch
 
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
-        return Finding("ok", "device", f"cuda ({torch.cuda.device_count()}): {', '.join(sorted(names))}")
+        return CheckResult("ok", "device", f"cuda ({torch.cuda.device_count()}): {', '.join(sorted(names))}")
     detail = f"cpu, torch {torch.__version__}"
     if shutil.which("nvidia-smi"):
         fix = "install a torch build for this driver's CUDA version"
-        return Finding("warn", "device", f"{detail}; nvidia-smi is here but torch sees no GPU", fix)
-    return Finding("ok", "device", detail)
+        return CheckResult("warn", "device", f"{detail}; nvidia-smi is here but torch sees no GPU", fix)
+    return CheckResult("ok", "device", detail)
 
 
-def encoder() -> Finding:
-    """How a model would be run here."""
+def encoder() -> CheckResult:
+    """The way a model would be run here."""
     from wsi_mmm.host_tuning import cpu_count
 
     detail = f"{cpu_count()} model threads, float32, channels_last, norms folded, freed memory kept"
-    return Finding("ok", "encoder", detail)
+    return CheckResult("ok", "encoder", detail)
 
 
-def runtimes() -> Finding:
+def runtimes() -> CheckResult:
     """The ways to run a model that are installed here, and how far their numbers may lie from eager's."""
     from wsi_mmm.model.identity import RUNTIMES, lacking
 
     here = {name: words for name, words in RUNTIMES.items() if not lacking(name)}
     detail = "; ".join(f"{name}: {words}" for name, words in here.items())
     if "onnx" in here:
-        return Finding("ok", "runtimes", f"{detail} ({_version('onnxruntime')}; {', '.join(_providers())})")
-    return Finding("ok", "runtimes", f"{detail}; onnx is not installed (pip install 'wsi-mmm[onnx]')")
+        return CheckResult(
+            "ok", "runtimes", f"{detail} ({_package_version('onnxruntime')}; {', '.join(_onnx_providers())})"
+        )
+    return CheckResult("ok", "runtimes", f"{detail}; onnx is not installed (pip install 'wsi-mmm[onnx]')")
 
 
-def _providers() -> list[str]:
+def _onnx_providers() -> list[str]:
     from wsi_mmm.model.onnx import providers
 
     return providers()
 
 
-def openslide() -> Finding:
+def openslide() -> CheckResult:
     """The native library behind every vendor format but TIFF."""
-    version = _version("openslide-bin")
-    return Finding("ok", "openslide", f"library {version}") if version else Finding(
+    version = _package_version("openslide-bin")
+    return CheckResult("ok", "openslide", f"library {version}") if version else CheckResult(
         "warn", "openslide", "no packaged library; the system's is used if there is one", "pip install openslide-bin"
     )  # fmt: skip
 
 
-def storage() -> Finding:
+def storage() -> CheckResult:
     """Object-store variables; what may be secret is never shown."""
     found = config.storage_environment()
     if not found:
-        return Finding("ok", "storage", "no object-store variables set: s3:// uses the shared credentials file or role")
+        return CheckResult(
+            "ok", "storage", "no object-store variables set: s3:// uses the shared credentials file or role"
+        )
     detail = ", ".join(f"{name}={value}" for name, value in found.items())
     if "AWS_SECRET_ACCESS_KEY" in found and "AWS_ACCESS_KEY_ID" not in found:
-        return Finding("fail", "storage", detail, "set AWS_ACCESS_KEY_ID too")
+        return CheckResult("fail", "storage", detail, "set AWS_ACCESS_KEY_ID too")
     if "AWS_ACCESS_KEY_ID" in found and "AWS_SECRET_ACCESS_KEY" not in found:
-        return Finding("fail", "storage", detail, "set AWS_SECRET_ACCESS_KEY too")
+        return CheckResult("fail", "storage", detail, "set AWS_SECRET_ACCESS_KEY too")
     if not any(name.endswith("REGION") or name.startswith("AWS_ENDPOINT") for name in found):
-        return Finding("warn", "storage", detail, "set AWS_REGION, or AWS_ENDPOINT_URL for another S3 server")
-    return Finding("ok", "storage", detail)
+        return CheckResult("warn", "storage", detail, "set AWS_REGION, or AWS_ENDPOINT_URL for another S3 server")
+    return CheckResult("ok", "storage", detail)
 
 
-def writable(output: str) -> Finding:
-    """Whether results can be written there, and how much room a local disk has."""
+def writable(output: str) -> CheckResult:
+    """A test file in the output folder, and the free space of a local disk."""
     from wsi_mmm.engine.monitoring.run_report import check_writable
     from wsi_mmm.storage import store
 
     check_writable(output)
     if not store.is_local(output):
-        return Finding("ok", "output", f"{store.redact(output)} can be written")
+        return CheckResult("ok", "output", f"{store.redact(output)} can be written")
     free = shutil.disk_usage(output).free / 1e9
     if free < 2:
-        return Finding(
+        return CheckResult(
             "warn", "output", f"{output}: {free:.1f} GB free", "a slide's cache can take gigabytes; free some"
         )
-    return Finding("ok", "output", f"{output} can be written, {free:.0f} GB free")
+    return CheckResult("ok", "output", f"{output} can be written, {free:.0f} GB free")
 
 
-def smoke() -> Finding:
+def smoke() -> CheckResult:
     """Read a small synthetic slide and run the default model on it once."""
     from wsi_mmm import api
     from wsi_mmm.slides.fake import synthetic_slide
@@ -204,14 +205,14 @@ def smoke() -> Finding:
         row = api.run([str(slide)], output=str(Path(folder) / "out")).slides[0]
         seconds = time.monotonic() - start
     if row.status != "done":
-        return Finding(
+        return CheckResult(
             "fail", "model", f"the default model on a synthetic slide: {row.status}, {row.error}", "reinstall"
         )
-    return Finding("ok", "model", f"{row.objects} objects in a synthetic slide, {seconds:.1f} s with loading")
+    return CheckResult("ok", "model", f"{row.objects} objects in a synthetic slide, {seconds:.1f} s with loading")
 
 
-def cluster(address: str, folder: str | None) -> Finding:
-    """Whether the scheduler answers, on an encrypted connection if so asked, and its workers can do the work."""
+def cluster(address: str, folder: str | None) -> CheckResult:
+    """The answer of the scheduler, on an encrypted connection if so asked, and the fitness of its workers."""
     from wsi_mmm.engine.executors import dask
     from wsi_mmm.engine.executors.tls import tls_of
 
@@ -219,7 +220,7 @@ def cluster(address: str, folder: str | None) -> Finding:
     executor = dask.connect(address, timeout=5.0, tls=tls_of(found, address))
     try:
         if executor.warnings:
-            return Finding("warn", "scheduler", executor.warnings[0], "install the same wsi-mmm on every worker")
-        return Finding("ok", "scheduler", f"{address} answers and its workers can do the work")
+            return CheckResult("warn", "scheduler", executor.warnings[0], "install the same wsi-mmm on every worker")
+        return CheckResult("ok", "scheduler", f"{address} answers and its workers can do the work")
     finally:
         executor.close()

@@ -74,7 +74,7 @@ def init(
 
 
 class ImageFormat(StrEnum):
-    """How the platform sends pixels."""
+    """The format in which the platform sends pixels."""
 
     png = "png"
     jpeg = "jpeg"
@@ -95,9 +95,10 @@ def run(
             metavar="ADDRESS",
         ),
     ] = None,
-    work: Annotated[
+    scratch: Annotated[
         str | None,
         typer.Option(
+            "--work",
             help="Folder or s3:// prefix to write to on the way; a job started again goes on from there. "
             "(environment: WSI_MMM_EMPAIA_WORK; default: a temporary folder)",
             metavar="FOLDER",
@@ -118,9 +119,9 @@ def run(
     from wsi_mmm import config
 
     job, places = config.empaia_job(), config.empaia_places()
-    scheduler, work = scheduler or places.get("scheduler"), work or places.get("work")
+    scheduler, scratch = scheduler or places.get("scheduler"), scratch or places.get("work")
     tls = config.default_tls() if scheduler and scheduler.startswith("tls://") else None
-    ended = _run_app(job, (model, vendor, scheduler, tls, work, device, pictures.value))
+    ended = _run_app(job, (model, vendor, scheduler, tls, scratch, device, pictures.value))
     if flags.json:
         say_json({"job": job.id, "ended": ended.how, "message": ended.message})
     if ended.how == "finalized":
@@ -131,7 +132,7 @@ def run(
 
 
 def _run_app(job: EmpaiaJob, options: tuple[Any, ...]) -> JobEnd:
-    """How the job ended; a signal that comes before the app can listen to it is told, too."""
+    """Run the job and return how it ended, also when a signal comes before the app can handle it."""
     try:
         from wsi_mmm.empaia.app import App, run_app
 

@@ -84,8 +84,8 @@ def fit(
         for one in found
     ]
     table(rows, ("head", "balanced accuracy", "AUROC", "folds", "examples"))
-    told = f"judged on {found[0].figures['judged_on']}"
-    say(told if found[0].figures["folds"] else "too few slides or regions to hold any out: how good it is is unknown")
+    judged = f"judged on {found[0].figures['judged_on']}"
+    say(judged if found[0].figures["folds"] else "too few slides or regions to hold any out: how good it is is unknown")
     say(f"head {output}")
 
 
@@ -96,7 +96,7 @@ def predict(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Let a head speak of embedded slides.
+    """Predict with a head on embedded slides.
 
     \b
     Examples:

@@ -41,20 +41,20 @@ def list_(scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debu
     """
     from wsi_mmm import api
 
-    found = api.list_jobs(scheduler, tls=_tls(scheduler, tls))
+    found = api.list_jobs(scheduler, tls=_tls_folder(scheduler, tls))
     if flags.json:
-        for note, fine in found:
-            say_json({"job": note, "silent": not fine})
+        for status, alive in found:
+            say_json({"job": status, "silent": not alive})
         return
     rows = [
         (
-            note.id,
-            note.state if fine else "silent",
-            f"{note.slides_done}/{note.slides_total}",
-            _tiles(note),
-            note.output,
+            status.id,
+            status.state if alive else "silent",
+            f"{status.slides_done}/{status.slides_total}",
+            _tile_counts(status),
+            status.output,
         )
-        for note, fine in found
+        for status, alive in found
     ]
     table(rows, ("job", "state", "slides", "tiles", "output"))
     say(f"{len(found)} jobs at {scheduler}")
@@ -67,15 +67,16 @@ def watch(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False,
     Examples:
       wsi-mmm jobs watch 1a2b3c4d --scheduler tcp://host:8786
     """
-    note = None
-    for note in _job(name, scheduler, tls).watch():
+    status = None
+    for status in _attach_job(name, scheduler, tls).watch():
         if flags.json:
-            say_json(note)
+            say_json(status)
         else:
-            say(f"{note.state}  {note.slides_done}/{note.slides_total} slides, {_tiles(note)} tiles{_since(note)}")
-    if note is not None and note.error:
-        say(note.error)
-    return 0 if note is not None and note.state == "done" else 1
+            slides = f"{status.slides_done}/{status.slides_total} slides"
+            say(f"{status.state}  {slides}, {_tile_counts(status)} tiles{_time_running(status)}")
+    if status is not None and status.error:
+        say(status.error)
+    return 0 if status is not None and status.state == "done" else 1
 
 
 def cancel(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debug = False) -> None:
@@ -85,42 +86,42 @@ def cancel(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False
     Examples:
       wsi-mmm jobs cancel 1a2b3c4d --scheduler tcp://host:8786
     """
-    _job(name, scheduler, tls).cancel()
+    _attach_job(name, scheduler, tls).cancel()
     if flags.json:
         say_json({"job": name, "asked": "cancel"})
     say(f"job {name} is asked to stop")
 
 
 def forget(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debug = False) -> None:
-    """Drop what the cluster knows of a job; one that runs is stopped. Results stay where they are.
+    """Remove a job from the cluster's list; one that runs is stopped. Results stay where they are.
 
     \b
     Examples:
       wsi-mmm jobs forget 1a2b3c4d --scheduler tcp://host:8786
     """
-    _job(name, scheduler, tls).forget()
+    _attach_job(name, scheduler, tls).forget()
     if flags.json:
         say_json({"job": name, "asked": "forget"})
     say(f"job {name} is forgotten")
 
 
-def _job(name: str, scheduler: str, tls: str | None) -> Any:
+def _attach_job(name: str, scheduler: str, tls: str | None) -> Any:
     from wsi_mmm import api
 
-    return api.attach(scheduler, name, tls=_tls(scheduler, tls))
+    return api.attach(scheduler, name, tls=_tls_folder(scheduler, tls))
 
 
-def _tls(scheduler: str, given: str | None) -> str | None:
+def _tls_folder(scheduler: str, given: str | None) -> str | None:
     return given or (config.default_tls() if scheduler.startswith("tls://") else None)
 
 
-def _tiles(note: JobStatus) -> str:
-    return f"{note.tiles_done:,}/{note.tiles_total:,}"
+def _tile_counts(status: JobStatus) -> str:
+    return f"{status.tiles_done:,}/{status.tiles_total:,}"
 
 
-def _since(note: JobStatus) -> str:
-    """How long it has run, by the clock of whoever runs it."""
-    return f", {duration(max(0.0, (note.ended or time.time()) - note.started))}" if note.started else ""
+def _time_running(status: JobStatus) -> str:
+    """Return the time a job has run, by the clock of the process that runs it."""
+    return f", {duration(max(0.0, (status.ended or time.time()) - status.started))}" if status.started else ""
 
 
 for _command_name, _command in (("list", list_), ("watch", watch), ("cancel", cancel), ("forget", forget)):

@@ -20,10 +20,10 @@ app = typer.Typer(
     epilog=EXIT_CODES,
 )
 
-_WORK, _LEARN, _LOOK, _REST = "Work through slides", "Learn", "Look at one slide", "Models and machine"
+_PROCESS, _LEARN, _LOOK, _REST = "Work through slides", "Learn", "Look at one slide", "Models and machine"
 
 
-def _version(value: bool) -> None:
+def _show_version(value: bool) -> None:
     if value:
         typer.echo(f"wsi-mmm {__version__}")
         raise typer.Exit
@@ -32,7 +32,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Whole-slide images in, QuPath-ready GeoJSON out.
@@ -46,10 +46,10 @@ def root(
 
 
 for _name, _panel, _command in (
-    ("run", _WORK, run.run),
-    ("embed", _WORK, run.embed),
-    ("export", _WORK, models.export),
-    ("demo", _WORK, run.demo),
+    ("run", _PROCESS, run.run),
+    ("embed", _PROCESS, run.embed),
+    ("export", _PROCESS, models.export),
+    ("demo", _PROCESS, run.demo),
     ("train", _LEARN, train.train),
     ("info", _LOOK, slide.info),
     ("thumbnail", _LOOK, slide.thumbnail),
@@ -58,7 +58,7 @@ for _name, _panel, _command in (
 ):
     app.command(_name, rich_help_panel=_panel, epilog=EXIT_CODES)(guarded(_command))
 app.add_typer(fewshot.fewshot_app, name="fewshot", rich_help_panel=_LEARN)
-app.add_typer(jobs.jobs_app, name="jobs", rich_help_panel=_WORK)
+app.add_typer(jobs.jobs_app, name="jobs", rich_help_panel=_PROCESS)
 app.add_typer(cache.cache_app, name="cache", rich_help_panel=_REST)
 app.add_typer(empaia.empaia_app, name="empaia", rich_help_panel=_REST)
 app.add_typer(models.models_app, name="models", rich_help_panel=_REST)
@@ -67,10 +67,10 @@ app.add_typer(models.models_app, name="models", rich_help_panel=_REST)
 def main() -> None:
     """Entry point of the ``wsi-mmm`` command; tunes the process, which a library call never does."""
     tune_process()
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, _raise_interrupt)
     app()
 
 
-def _stop(*_: object) -> NoReturn:
-    """SIGTERM, which batch systems send before they kill, stops as Ctrl-C does."""
+def _raise_interrupt(*_: object) -> NoReturn:
+    """Handle SIGTERM, which batch systems send before they kill, as Ctrl-C."""
     raise KeyboardInterrupt

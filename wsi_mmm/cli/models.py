@@ -36,16 +36,16 @@ def packaged() -> list[str]:
 def models(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
     """List the packaged models, show one, or write one for other tools."""
     if context.invoked_subcommand is None:
-        guarded(_list)()
+        guarded(_list_models)()
 
 
-def _list() -> None:
+def _list_models() -> None:
     from wsi_mmm.model.card import read_card
 
     cards = [read_card(name) for name in packaged()]
     if flags.json:
         for card in cards:
-            say_json(_dump(card))
+            say_json(_card_json(card))
         return
     rows = [
         (card.name, ", ".join(f"{task.name} ({task.kind})" for task in card.tasks), f"{card.mpp:g}", card.tile_size)
@@ -55,7 +55,7 @@ def _list() -> None:
     say("wsi-mmm models show NAME tells how it was trained, how good it is and where it fails.")
 
 
-def _dump(card: ModelCard) -> dict[str, Any]:
+def _card_json(card: ModelCard) -> dict[str, Any]:
     return card.model_dump(mode="json")
 
 
@@ -74,22 +74,24 @@ def show(
     from wsi_mmm.model.card import read_card
     from wsi_mmm.model.fetched import fetched
 
-    card = _dump(read_card(fetched(name, user_cache())))
+    card = _card_json(read_card(fetched(name, user_cache())))
     if flags.json:
         say_json(card)
         return
     tasks = card.pop("tasks", [])
     card["data"] = {key: value for key, value in card["data"].items() if key not in ("configuration", "items")}
-    facts({key: _short(value) for key, value in card.items() if value not in (None, "", [], {})}, f"model {name}")
+    facts(
+        {key: _shorten_value(value) for key, value in card.items() if value not in (None, "", [], {})}, f"model {name}"
+    )
     for task in tasks:
         say(f"  task {task['name']} ({task['kind']}): {', '.join(task['classes'])}")
 
 
-def _short(value: object) -> str:
+def _shorten_value(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_short(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_shorten_value(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_short, value))
+        return ", ".join(map(_shorten_value, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -134,7 +136,7 @@ models_app.command("export", epilog=EXIT_CODES)(guarded(export_model))
 
 
 class Format(StrEnum):
-    """What features are exported to."""
+    """File formats of exported features."""
 
     h5 = "h5"
     pt = "pt"

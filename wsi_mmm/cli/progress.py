@@ -1,4 +1,4 @@
-"""What a run shows while it goes and at its end: bars on a terminal, plain lines elsewhere, JSON lines for machines."""
+"""The output of a run: bars on a terminal, plain lines elsewhere, JSON lines for machines; a summary at its end."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ Clock = Callable[[], float]
 
 @contextlib.contextmanager
 def progress(slides: int = 0) -> Iterator[Callable[[Event], None]]:
-    """The listener that fits where stdout goes, for a run over that many slides (0: not known yet)."""
+    """Yield the listener that suits stdout, for a run over that many slides (0: not known yet)."""
     if flags.json:
-        yield JsonLines(slides)
+        yield JsonProgress(slides)
     elif sys.stdout.isatty():
-        with _bars(slides) as listener:
+        with _draw_bars(slides) as listener:
             yield listener
     else:
-        yield PlainLines(slides)
+        yield PlainProgress(slides)
 
 
 @dataclass(slots=True)
-class Pace:
+class TilePace:
     """Tiles per second of one slide over the last ``window`` seconds, and the seconds left at that pace."""
 
     window: float = 60.0
     marks: deque[tuple[float, int]] = field(default_factory=deque)
 
     def step(self, now: float, done: int) -> None:
-        """Take note that ``done`` tiles are done at ``now`` (seconds on any clock)."""
+        """Record that ``done`` tiles are done at ``now`` (seconds on any clock)."""
         self.marks.append((now, done))
         while len(self.marks) > 2 and now - self.marks[1][0] >= self.window:
             self.marks.popleft()
 
     @property
     def rate(self) -> float:
-        """Tiles per second; 0 while nothing can be said."""
+        """Tiles per second; 0 while unknown."""
         if len(self.marks) < 2:
             return 0.0
         (start, before), (end, after) = self.marks[0], self.marks[-1]
         return (after - before) / (end - start) if end > start else 0.0
 
     def words(self, total: int) -> str:
-        """``2.1 tiles/s, 3 min left``; empty while nothing can be said."""
+        """``2.1 tiles/s, 3 min left``; empty while unknown."""
         if not self.rate:
             return ""
         return f"{self.rate:.1f} tiles/s, {duration((total - self.marks[-1][1]) / self.rate)} left"
@@ -70,39 +70,39 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class Paces:
-    """The pace of every slide in work."""
+class SlidePaces:
+    """The pace of every slide that is being processed."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self.clock = clock
-        self.slides: dict[str, Pace] = {}
+        self.slides: dict[str, TilePace] = {}
 
     def hear(self, event: Event) -> str:
-        """Take in an event; the words for a "tile" event, else empty."""
+        """Record an event; return the pace for a "tile" event, else an empty string."""
         if event.kind == "slide":
             self.slides.pop(event.slide, None)
         if event.kind not in ("plan", "tile"):
             return ""
-        pace = self.slides.setdefault(event.slide, Pace())
+        pace = self.slides.setdefault(event.slide, TilePace())
         pace.step(self.clock(), event.done)
         return pace.words(event.total) if event.kind == "tile" else ""
 
 
 @dataclass(slots=True)
-class Overall:
-    """All slides of a run: how many there are and have ended, and their tiles; those not yet planned are guessed."""
+class RunProgress:
+    """Slides and tiles of a run, done and expected; tiles of slides not yet planned are estimated."""
 
     slides: int = 0
     ended: int = 0
     tiles: int = 0
-    pace: Pace = field(default_factory=Pace)
+    pace: TilePace = field(default_factory=TilePace)
     _known: int = 0  # tiles of slides that are planned or have ended
     _planned: int = 0  # slides
     _ended_unplanned: int = 0
     _open: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def hear(self, event: Event, now: float) -> None:
-        """Take in an event that happened at ``now`` (seconds on any clock)."""
+        """Record an event that happened at ``now`` (seconds on any clock)."""
         if event.kind in ("plan", "tile"):
             done, total = self._open.get(event.slide, (0, 0))
             self._planned += event.slide not in self._open
@@ -124,29 +124,29 @@ class Overall:
 
     @property
     def left(self) -> float | None:
-        """Seconds left at the present pace; None while nothing can be said."""
+        """Seconds left at the present pace; None while unknown."""
         return max(0, self.expected - self.tiles) / self.pace.rate if self.pace.rate else None
 
     def words(self) -> str:
-        """``1,200 of about 9,000 tiles, 2.1 tiles/s, 3 min left`` with what can be said."""
+        """``1,200 of about 9,000 tiles, 2.1 tiles/s, 3 min left``, as far as known."""
         about = "about " * (self._planned + self._ended_unplanned < self.slides)
         parts = [f"{self.tiles:,} of {about}{self.expected:,} tiles", self.pace.words(self.expected)]
         return ", ".join(part for part in parts if part)
 
     def facts(self) -> dict[str, Any]:
-        """The same for machines."""
+        """Return the same as a JSON object."""
         return {
             "slides_done": self.ended, "slides": self.slides, "tiles_done": self.tiles, "tiles_expected": self.expected,
             "tiles_per_s": round(self.pace.rate, 2), "seconds_left": None if self.left is None else round(self.left),
         }  # fmt: skip
 
 
-class JsonLines:
-    """Events as JSON, and how far the run is at most every ``every`` seconds."""
+class JsonProgress:
+    """Print events as JSON, and the progress of the run at most every ``every`` seconds."""
 
     def __init__(self, slides: int = 0, every: float = 5.0, clock: Clock = time.monotonic) -> None:
         self.every, self.clock, self.last = every, clock, clock()
-        self.overall = Overall(slides)
+        self.overall = RunProgress(slides)
 
     def __call__(self, event: Event) -> None:
         now = self.clock()
@@ -157,14 +157,14 @@ class JsonLines:
             say_json({"progress": self.overall.facts()})
 
 
-class PlainLines:
-    """Events as lines: every slide, stage and warning, and tiles at most every ``every`` seconds, with the whole run's
-    where there are several slides.
+class PlainProgress:
+    """Print events as lines: every slide, stage and warning, and tiles at most every ``every`` seconds; with several
+    slides a line for the whole run, too.
     """
 
     def __init__(self, slides: int = 0, every: float = 5.0, clock: Clock = time.monotonic) -> None:
         self.every, self.clock = every, clock
-        self.paces, self.overall = Paces(clock), Overall(slides)
+        self.paces, self.overall = SlidePaces(clock), RunProgress(slides)
         self.last = clock()
 
     def __call__(self, event: Event) -> None:
@@ -192,22 +192,22 @@ def line(event: Event, pace: str = "") -> str:
 
 
 @contextlib.contextmanager
-def _bars(slides: int) -> Iterator[Callable[[Event], None]]:
+def _draw_bars(slides: int) -> Iterator[Callable[[Event], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     name, pace = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[pace]}", markup=False)
     columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), pace)
     with Progress(*columns, refresh_per_second=4) as bars:
-        yield Bars(bars, slides)
+        yield ProgressBars(bars, slides)
 
 
-class Bars:
-    """Events as bars: one for the slides, one for the tiles of each slide in work; the rest is printed above them."""
+class ProgressBars:
+    """Show events as bars: one for the slides, one for the tiles of each open slide; other events are printed above."""
 
     def __init__(self, bars: Progress, slides: int = 0) -> None:
         self.bars = bars
         self.slides = bars.add_task("slides", total=slides or None, pace="")
-        self.paces, self.overall = Paces(), Overall(slides)
+        self.paces, self.overall = SlidePaces(), RunProgress(slides)
         self.rows: dict[str, Any] = {}
 
     def __call__(self, event: Event) -> None:
@@ -235,7 +235,7 @@ class Bars:
 # ------------------------------------------------------------------------------------------------ at the end
 
 
-def verdict(report: RunReport) -> int:
+def print_report(report: RunReport) -> int:
     """Print how the slides ended and where their results are; return the exit code."""
     if flags.json:
         say_json({"report": {"path": report.path, "seconds": report.seconds, "slides": list(report.slides)}})
@@ -245,7 +245,7 @@ def verdict(report: RunReport) -> int:
     counts = Counter(row.status for row in report.slides)
     total = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
     say(f"{total} in {duration(report.seconds)}")
-    for name, path in results(report):
+    for name, path in result_files(report):
         say(f"{name:<8} {path}")
     if report.unsaved:
         error_line(f"the report could not be written: {report.unsaved}")
@@ -255,8 +255,8 @@ def verdict(report: RunReport) -> int:
 SHOWN = 5  # slides whose files are named one by one at the end of a run
 
 
-def results(report: RunReport) -> Iterator[tuple[str, str]]:
-    """What to open, as (name, path): the files of a few slides, or the folder of many, then the report."""
+def result_files(report: RunReport) -> Iterator[tuple[str, str]]:
+    """Yield (name, path) of the files to open: those of a few slides, or the folder of many, then the report."""
     good = [row for row in report.slides if row.status != "failed"]
     if len(good) > SHOWN:
         yield "results", f"{report.output}  (a folder per slide)"

@@ -9,7 +9,7 @@ import typer
 
 from wsi_mmm.cli.console import Debug, Json, error_line, flags, say, say_json
 from wsi_mmm.cli.options import Output, add_flags, read_options
-from wsi_mmm.cli.progress import progress, verdict
+from wsi_mmm.cli.progress import print_report, progress
 from wsi_mmm.errors import ManifestError, OptionError, WsiError
 from wsi_mmm.options import CommandName
 
@@ -36,8 +36,8 @@ def run(inputs: list[str], output: str, given: Mapping[str, Any]) -> int:
     from wsi_mmm import api
 
     if given["detach"] and not given["dry_run"]:
-        return _submit(inputs, output, given)
-    return _execute("run", api.run_request, inputs, output, given)
+        return _submit_job(inputs, output, given)
+    return _run_slides("run", api.run_request, inputs, output, given)
 
 
 @add_flags("embed", output="features")
@@ -55,7 +55,7 @@ def embed(inputs: list[str], output: str, given: Mapping[str, Any]) -> int:
     """
     from wsi_mmm import api
 
-    return _execute("embed", api.embed_request, inputs, output, given)
+    return _run_slides("embed", api.embed_request, inputs, output, given)
 
 
 def demo(
@@ -75,10 +75,10 @@ def demo(
 
     with progress(1) as listener:
         report = api.demo(output, seed=seed, progress=listener)
-    return verdict(report)
+    return print_report(report)
 
 
-def _execute(
+def _run_slides(
     command: CommandName, request: Callable[..., RunRequest], inputs: list[str], output: str, given: Mapping[str, Any]
 ) -> int:
     """Run the slides of a request, or with --dry-run only open them."""
@@ -92,10 +92,10 @@ def _execute(
     say(f"{count} slide{'s' * (count != 1)} -> {output}")
     with progress(count) as listener:
         report = api.execute(asked, listener, observe=observe)
-    return verdict(report)
+    return print_report(report)
 
 
-def _submit(inputs: list[str], output: str, given: Mapping[str, Any]) -> int:
+def _submit_job(inputs: list[str], output: str, given: Mapping[str, Any]) -> int:
     """Submit the run to its scheduler and print the id of the job."""
     from wsi_mmm import api
 

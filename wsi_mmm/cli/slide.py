@@ -45,7 +45,7 @@ def info(
     for spec in expand_inputs(slides, mpp_override):
         try:
             with open_slide(spec.uri, spec.mpp, reader) as slide:
-                _show(slide.info)
+                _show_info(slide.info)
             statuses.append("done")
         except WsiError as error:  # the other slides can still be shown
             error_line(str(error))
@@ -53,7 +53,7 @@ def info(
     return exit_code(statuses)
 
 
-def _show(slide: SlideInfo) -> None:
+def _show_info(slide: SlideInfo) -> None:
     if flags.json:
         say_json(slide)
         return
@@ -102,7 +102,7 @@ def thumbnail(
     with open_slide(slide, reader=reader) as opened:
         pixels = opened.thumbnail(max_size)
     write_picture(output, pixels)
-    _wrote(output, {"width": pixels.shape[1], "height": pixels.shape[0]})
+    _report_written(output, {"width": pixels.shape[1], "height": pixels.shape[0]})
 
 
 def tissue(
@@ -134,10 +134,10 @@ def tissue(
     write_picture(output, np.where(found.mask, 255, 0).astype(np.uint8))
     beside = overlay_name(output)
     write_picture(beside, shade(picture, found.mask))
-    _wrote(output, {"overlay": beside, "coverage": round(float(found.mask.mean()), 4)})
+    _report_written(output, {"overlay": beside, "coverage": round(float(found.mask.mean()), 4)})
 
 
-def _wrote(output: str, more: dict[str, object]) -> None:
+def _report_written(output: str, more: dict[str, object]) -> None:
     if flags.json:
         say_json({"output": output, **more})
     else:

@@ -85,18 +85,18 @@ def train(
 
     if dry_run:
         _show_annotations(api.read_annotations(config, settings or ()))
-        _show(api.prepare_training(config, settings or ()))
+        _show_data(api.prepare_training(config, settings or ()))
         return
     if fractions is not None:
-        percents = _percents(fractions)
-        with _listening() as listener:
+        percents = _parse_percents(fractions)
+        with _training_listener() as listener:
             curve = api.train_fractions(
                 config, percents=percents, seeds=seeds, metric=metric, settings=settings or (), listener=listener
             )
         if curve.metric:  # the first rank
             _show_curve(curve)
         return
-    with _listening() as listener:
+    with _training_listener() as listener:
         done = api.train(config, settings=settings or (), listener=listener)
     if not done.model:
         return  # not the first rank
@@ -109,7 +109,7 @@ def train(
     say(f"done in {duration(done.seconds)}; wsi-mmm run SLIDES -m {done.model} -o results/")
 
 
-def _percents(text: str) -> list[float]:
+def _parse_percents(text: str) -> list[float]:
     try:
         return [float(part.strip().removesuffix("%")) for part in text.split(",")]
     except ValueError as error:
@@ -140,7 +140,7 @@ def _show_annotations(found: Mapping[str, Mapping[str, BucketReport]]) -> None:
                 say()
 
 
-def _show(prepared: Prepared) -> None:
+def _show_data(prepared: Prepared) -> None:
     from wsi_mmm.training.job import describe
 
     rows = prepared.summary()
@@ -148,17 +148,19 @@ def _show(prepared: Prepared) -> None:
         for row in rows:
             say_json(row)
         return
-    shown = [(r["data"], ", ".join(r["tasks"]), r["train"], r["val"], r["test"], _counts(r["classes"])) for r in rows]
+    shown = [
+        (r["data"], ", ".join(r["tasks"]), r["train"], r["val"], r["test"], _join_counts(r["classes"])) for r in rows
+    ]
     table(shown, ("data", "tasks", "train", "val", "test", "classes of train"))
     say(describe(prepared))
 
 
-def _counts(classes: Mapping[str, int]) -> str:
+def _join_counts(classes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in classes.items())
 
 
 @contextmanager
-def _listening() -> Iterator[TrainingListener]:
+def _training_listener() -> Iterator[TrainingListener]:
     from wsi_mmm.training.job import TrainingListener
 
     if flags.json:
@@ -168,14 +170,14 @@ def _listening() -> Iterator[TrainingListener]:
             on_checkpoint=lambda step, uri: say_json({"step": step, "checkpoint": uri}),
         )
     elif sys.stdout.isatty():
-        with _bar() as (step, line):
-            yield TrainingListener(step, lambda n, found: line(_told(n, found)), say=line)
+        with _draw_bar() as (step, line):
+            yield TrainingListener(step, lambda n, found: line(_validation_line(n, found)), say=line)
     else:
-        yield TrainingListener(_Lines(), lambda n, found: say(_told(n, found)), say=say)
+        yield TrainingListener(_LossLines(), lambda n, found: say(_validation_line(n, found)), say=say)
 
 
-class _Lines:
-    """Losses every few seconds, and what could not be read when it first happens."""
+class _LossLines:
+    """Print losses every few seconds, and items that cannot be read when it first happens."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -198,13 +200,13 @@ def words(progress: StepReport) -> str:
     return f"loss {losses}, {progress.pace:.2f} steps/s, {duration(left)} left{skipped}"
 
 
-def _told(step: int, found: Mapping[str, Mapping[str, float]]) -> str:
-    figures = "; ".join(f"{t} " + " ".join(f"{m} {v:.3f}" for m, v in ms.items()) for t, ms in found.items())
-    return f"validation at step {step}: {figures}"
+def _validation_line(step: int, found: Mapping[str, Mapping[str, float]]) -> str:
+    metrics = "; ".join(f"{t} " + " ".join(f"{m} {v:.3f}" for m, v in ms.items()) for t, ms in found.items())
+    return f"validation at step {step}: {metrics}"
 
 
 @contextmanager
-def _bar() -> Iterator[tuple[Callable[[StepReport], None], Callable[[str], None]]]:
+def _draw_bar() -> Iterator[tuple[Callable[[StepReport], None], Callable[[str], None]]]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 

@@ -19,7 +19,7 @@ _REPORTED = [o.name for o in RUN_OPTIONS if o.per != "run" and o.name not in _RE
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How slides are turned into results.
+    """The model and the options that turn slides into results.
 
     ``model``: name or path of a model, or of a bare encoder when ``encoder`` is true; ``model_hash`` identifies its
     weights. ``mpp`` micrometres per target px; ``tile``/``overlap`` target px; ``block_tiles``: rows and columns of
@@ -80,7 +80,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as a flat JSON object, for reports and workers."""
-        return self._identity() | {
+        return self._model_facts() | {
             "block_tiles": self.block_tiles, "weights": self.weights, "user_cache": self.user_cache,
             **{name: getattr(self.options, name) for name in _REPORTED},
         }  # fmt: skip
@@ -88,9 +88,9 @@ class Recipe:
     def published(self) -> dict[str, Any]:
         """Return the part of the recipe that a result depends on, for slide.json: nothing of time or place."""
         names = [name for name in recipe_names("result") if name not in _RESOLVED]
-        return self._identity() | {name: getattr(self.options, name) for name in names}
+        return self._model_facts() | {name: getattr(self.options, name) for name in names}
 
-    def _identity(self) -> dict[str, Any]:
+    def _model_facts(self) -> dict[str, Any]:
         names = ("model", "model_hash", "tasks", "mpp", "tile", "overlap", "encoder")
         return {name: getattr(self, name) for name in names}
 

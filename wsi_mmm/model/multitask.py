@@ -24,9 +24,9 @@ from wsi_mmm.model.neck import Neck
 class MultiTaskModel(nn.Module):
     """``model(x, tasks=[...])`` -> dict of logits. ``encoder``, ``squeezer`` and ``decoder`` can be used alone.
 
-    The card says which head each task has; only the shared parts that some head reads are there: "map" and "image"
-    read the decoder's map, "dense" the neck's, "vector" the pooled vector, "bag" what the grouper makes of many, "pixels" the image itself.
-    """
+    The card says which head each task has; only the shared parts that some head reads are there: "map" and "image" read
+    the decoder's map, "dense" the neck's, "vector" the pooled vector, "bag" what the grouper makes of many, "pixels"
+    the image itself."""
 
     def __init__(self, card: ModelCard, encoder: PyramidEncoder, *, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
