@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 if TYPE_CHECKING:
-    from wsi_mmm.slides.fake import SyntheticTruth
+    from wsi_mmm.slides.fake import SyntheticNuclei
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,7 +92,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_truth(tiny_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> SyntheticTruth:
+def tiny_truth(tiny_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> SyntheticNuclei:
     """The nuclei of ``tiny_slide``: the same arguments give the same slide."""
     from wsi_mmm.slides.fake import synthetic_slide
 

@@ -16,8 +16,7 @@ from wsi_mmm.engine.executors.tls import tls_of
 from wsi_mmm.engine.job import Job
 from wsi_mmm.engine.monitoring import run_report
 from wsi_mmm.engine.monitoring.observe import NOTHING, Observe
-from wsi_mmm.engine.monitoring.recall import recall
-from wsi_mmm.engine.monitoring.run_report import RunReport
+from wsi_mmm.engine.monitoring.run_report import RunReport, load_report
 from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.engine.units import Executor
 from wsi_mmm.errors import PluginError
@@ -116,37 +115,38 @@ def submit(
     ``detach=False`` this process drives the run, and the run ends with it. ``options`` are those of `run`. Both kinds
     of job have ``.progress``, ``.result(timeout)``, ``.cancel()``, ``.done``.
     """
-    from wsi_mmm.engine.executors.dask import attached, client_of
+    from wsi_mmm.engine.executors.dask import attach_executor, client_of
 
     asked = make_options(options, scheduler=_scheduler_address(client))
     request = request_run(slides, model_recipe(str(model), tasks, asked), output)
     connected = client_of(client, tls=request.tls)
     if not detach:
-        return Job(lambda listener, stop: run_slides(request, attached(connected), listener, stop, observe=observe))
-    from wsi_mmm.engine.executors.dask_jobs import JobSpec, launch
+        executor = partial(attach_executor, connected)
+        return Job(lambda listener, stop: run_slides(request, executor, listener, stop, observe=observe))
+    from wsi_mmm.engine.executors.dask_jobs import JobSpec, launch_job
 
     remote = replace(request, tls=None)  # paths of this machine
     job = JobSpec(partial(run_slides, remote, observe=observe), partial(_load_report, remote))
-    return launch(connected, request.output, len(request.tasks), job)
+    return launch_job(connected, request.output, len(request.tasks), job)
 
 
 def attach(client: Client | str, job: str, *, tls: str | Path | None = None) -> ClusterJob[RunReport]:
     """Return the job of that id on the cluster of a Dask ``client``, or at an address, whoever submitted it.
 
-    It has ``.note`` (its status), ``.progress``, ``.watch()``, ``.result(timeout)``, ``.cancel()``, ``.forget()``.
+    It has ``.status``, ``.progress``, ``.watch()``, ``.result(timeout)``, ``.cancel()``, ``.forget()``.
     ClusterError when the cluster knows no such job.
     """
-    from wsi_mmm.engine.executors.dask_jobs import job_of
+    from wsi_mmm.engine.executors.dask_jobs import find_job
 
-    return job_of(client, job, tls=tls_of(tls, _scheduler_address(client)))
+    return find_job(client, job, tls=tls_of(tls, _scheduler_address(client)))
 
 
 def list_jobs(client: Client | str, *, tls: str | Path | None = None) -> list[tuple[JobStatus, bool]]:
     """Return every job that a cluster knows, the oldest first, and whether it is alive: False when it should run and
     the process that ran it is gone. Jobs that have ended stay until they are forgotten or fifty newer ones came."""
-    from wsi_mmm.engine.executors.dask_jobs import notes_of
+    from wsi_mmm.engine.executors.dask_jobs import job_statuses
 
-    return notes_of(client, tls=tls_of(tls, _scheduler_address(client)))
+    return job_statuses(client, tls=tls_of(tls, _scheduler_address(client)))
 
 
 def embed(
@@ -305,7 +305,7 @@ def _plugin_executor(name: str, request: RunRequest) -> Executor:
 
 def _load_report(request: RunRequest) -> RunReport:
     """Return the report of a run that has ended, from the files it wrote."""
-    return recall(request.output, request.recipe, request.tasks)
+    return load_report(request.output, request.recipe, request.tasks)
 
 
 def _scheduler_address(client: Client | str) -> str | None:

@@ -1,8 +1,8 @@
-"""Where the time of a thread goes: laps, each cut into stages that do not overlap.
+"""Where the time of a thread goes, in stages that do not overlap.
 
-A lap is what one thread does for one unit of work. Whoever fetches, decodes or writes in it says so with ``spent``, and
-the time goes to the innermost stage alone, so the stages of a lap add up to its length. Two readings of the clock per
-stage; outside a lap ``spent`` does nothing.
+A `StageTimer` covers one step that a thread does for one unit of work. Code that fetches, decodes or writes within it
+says so with ``timed("fetch")``, and the time is counted for the innermost stage alone, so the stages of a timer add up
+to its length. A stage costs two readings of the clock; outside a timer ``timed`` does nothing.
 """
 
 from __future__ import annotations
@@ -17,43 +17,55 @@ from typing import Literal
 
 Stage = Literal["prepare", "fetch", "decode", "model", "interpret", "write", "waiting"]
 STAGES: tuple[Stage, ...] = ("prepare", "fetch", "decode", "model", "interpret", "write", "waiting")
+Step = Literal["plan", "extract", "read", "model", "write", "interpret", "publish"]
+STAGE_OF_STEP: dict[Step, Stage] = {
+    "plan": "prepare", "extract": "decode", "read": "decode", "model": "model", "write": "write",
+    "interpret": "interpret", "publish": "write",
+}  # fmt: skip
+"""The stage that a step's time is counted for unless ``timed`` says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lap:
-    """What a thread did for one unit: ``start``, ``end`` in epoch seconds; ``seconds`` per stage, together its length.
+class StepTime:
+    """What a thread did in one step: ``start``, ``end`` in epoch seconds; ``seconds`` per stage, together its length.
 
     ``thread``: the system's number of the thread.
     """
 
+    step: Step
     thread: int
     start: float
     end: float
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-
-class _Hand(threading.local):
-    """The lap that this thread runs."""
-
-    lap: lap | None = None
-
-
-_hand = _Hand()
+    @property
+    def length(self) -> float:
+        """Seconds from start to end."""
+        return self.end - self.start
 
 
-class lap:  # noqa: N801  (used like a function, in a with statement)
-    """A lap of this thread for ``unit`` (a name for logs); what is not said to be another stage is ``stage``."""
+class _ThreadState(threading.local):
+    """The timer that this thread runs in."""
 
-    __slots__ = ("_began", "_epoch", "_outer", "_seconds", "_since", "_stages", "taken", "unit")
+    timer: StageTimer | None = None
 
-    def __init__(self, stage: Stage, unit: str = "") -> None:
-        self.unit = unit
-        self.taken = Lap(0, 0.0, 0.0)
-        self._stages: list[str] = [stage]
+
+_state = _ThreadState()
+
+
+class StageTimer:
+    """A context that times a step of this thread; ``unit``: the name of the work unit, for logs."""
+
+    __slots__ = ("_began", "_epoch", "_outer", "_seconds", "_since", "_stages", "result", "step", "unit")
+
+    def __init__(self, step: Step, unit: str = "") -> None:
+        self.step, self.unit = step, unit
+        self.result = StepTime(step, 0, 0.0, 0.0)
+        self._stages: list[str] = [STAGE_OF_STEP[step]]
         self._seconds: dict[str, float] = {}
 
-    def __enter__(self) -> lap:
-        self._outer, _hand.lap = _hand.lap, self
+    def __enter__(self) -> StageTimer:
+        self._outer, _state.timer = _state.timer, self
         self._epoch = time.time()
         self._began = self._since = time.perf_counter()
         return self
@@ -61,74 +73,74 @@ class lap:  # noqa: N801  (used like a function, in a with statement)
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._cut()
-        _hand.lap = self._outer
+        self._count_stage()
+        _state.timer = self._outer
         seconds = {name: max(0.0, spent) for name, spent in self._seconds.items()}
         end = self._epoch + self._since - self._began
-        self.taken = Lap(threading.get_native_id(), self._epoch, end, seconds)
+        self.result = StepTime(self.step, threading.get_native_id(), self._epoch, end, seconds)
 
-    def _cut(self) -> None:
+    def _count_stage(self) -> None:
         now, stage = time.perf_counter(), self._stages[-1]
         self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._since
         self._since = now
 
     def enter(self, stage: str) -> None:
-        """From now on it is this stage, until ``leave``."""
-        self._cut()
+        """Count for ``stage`` from now on, until ``leave``."""
+        self._count_stage()
         self._stages.append(stage)
 
     def leave(self) -> None:
-        """It is again the stage of before."""
-        self._cut()
+        """Count for the stage before the last ``enter`` again."""
+        self._count_stage()
         self._stages.pop()
 
     def move(self, stage: str, seconds: float) -> None:
-        """Of the present stage that many seconds were another one."""
+        """Count so many seconds of the present stage for another one."""
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
         here = self._stages[-1]
         self._seconds[here] = self._seconds.get(here, 0.0) - seconds
 
 
-class spent:  # noqa: N801  (used like a function, in a with statement)
-    """The time within is spent on ``stage``, when this thread runs a lap."""
+class timed:  # noqa: N801  (used like a function, in a with statement)
+    """A context whose time is counted for ``stage``, when this thread runs in a `StageTimer`."""
 
-    __slots__ = ("_lap", "_stage")
+    __slots__ = ("_stage", "_timer")
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
 
     def __enter__(self) -> None:
-        self._lap = _hand.lap
-        if self._lap is not None:
-            self._lap.enter(self._stage)
+        self._timer = _state.timer
+        if self._timer is not None:
+            self._timer.enter(self._stage)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lap is not None:
-            self._lap.leave()
+        if self._timer is not None:
+            self._timer.leave()
 
 
-def waited(seconds: float) -> None:
-    """Say afterwards that so much of the present stage was spent waiting for others."""
-    if _hand.lap is not None and seconds > 0:
-        _hand.lap.move("waiting", seconds)
+def count_waiting(seconds: float) -> None:
+    """Count so many seconds of the present stage as waiting for other threads."""
+    if _state.timer is not None and seconds > 0:
+        _state.timer.move("waiting", seconds)
 
 
-def unit() -> str:
-    """The unit of work that this thread is at; empty when none."""
-    return _hand.lap.unit if _hand.lap is not None else ""
+def current_unit() -> str:
+    """The name of the work unit that this thread is at; empty when none."""
+    return _state.timer.unit if _state.timer is not None else ""
 
 
-def worker() -> str:
-    """This process among all machines: ``host:pid``."""
+def worker_name() -> str:
+    """The name of this process among all machines: ``host:pid``."""
     return f"{os.uname().nodename}:{os.getpid()}"
 
 
-def together(laps: Iterable[Lap]) -> dict[str, float]:
-    """Seconds per stage over several laps."""
+def sum_stages(times: Iterable[StepTime]) -> dict[str, float]:
+    """Seconds per stage over several steps."""
     seconds: dict[str, float] = {}
-    for one in laps:
+    for one in times:
         for stage, more in one.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + more
     return seconds

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 
 from wsi_mmm.engine.executors import isolated
-from wsi_mmm.engine.stages import steps
-from wsi_mmm.engine.units import UnitResult, WorkUnit
+from wsi_mmm.engine.stages import perform as stages
+from wsi_mmm.engine.units import UnitResult, WorkUnit, result_status
 
 Step = Callable[[WorkUnit], UnitResult]
 
@@ -37,7 +37,7 @@ def told(step: Step) -> Step:
         except BaseException as error:
             say("raised", unit.name, f"{type(error).__name__}: {error}"[:200])
             raise
-        say(result.status, unit.name)
+        say(result_status(result), unit.name)
         return result
 
     return perform
@@ -45,5 +45,5 @@ def told(step: Step) -> Step:
 
 def dask_setup(worker: object) -> None:
     """Called by Dask in a worker that begins."""
-    steps.perform, isolated.perform = told(steps.perform), told(isolated.perform)
+    stages.perform, isolated.perform = told(stages.perform), told(isolated.perform)
     say("start")

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/scale_record.py SLIDE ... [-o tests/benchmarks/scale_units.json]
 
-Per kind of unit: [tiles, seconds] of each one, seconds being those of its laps without waiting. One process, so that
+Per kind of unit: [tiles, seconds] of each one, seconds being those of its steps without waiting. One process, so that
 units hardly wait for each other; still run it on an idle machine.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import wsi_mmm
 from wsi_mmm import timing
-from wsi_mmm.engine.events import WatchedExecutor
-from wsi_mmm.engine.units import UnitResult
+from wsi_mmm.engine.monitoring.accounting import RunAccounting
+from wsi_mmm.engine.units import ForwardResult, UnitResult, WorkUnit
 
 HERE = Path(__file__).parent
 
@@ -26,22 +26,22 @@ HERE = Path(__file__).parent
 def recorded(slides: list[Path]) -> dict[str, list[tuple[int, float]]]:
     """(tiles, seconds) of every unit of a run over ``slides``, by kind."""
     found: dict[str, list[tuple[int, float]]] = {}
-    inner = WatchedExecutor.wait
+    inner = RunAccounting.watch
 
-    def wait(self: WatchedExecutor, timeout: float) -> UnitResult | None:
-        receipt = inner(self, timeout)
-        if receipt is not None:
-            spent = timing.together(receipt.laps)
+    def watch(self: RunAccounting, thing: WorkUnit | UnitResult) -> None:
+        inner(self, thing)
+        if not isinstance(thing, WorkUnit):
+            spent = timing.sum_stages(thing.facts.times)
             busy = sum(seconds for stage, seconds in spent.items() if stage != "waiting")
-            found.setdefault(receipt.kind, []).append((receipt.tiles, round(busy, 4)))
-        return receipt
+            tiles = thing.tiles if isinstance(thing, ForwardResult) else 0
+            found.setdefault(thing.facts.kind, []).append((tiles, round(busy, 4)))
 
-    WatchedExecutor.wait = wait  # type: ignore[method-assign]
+    RunAccounting.watch = watch  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as output:
             report = wsi_mmm.run(slides, output=output)
     finally:
-        WatchedExecutor.wait = inner  # type: ignore[method-assign]
+        RunAccounting.watch = inner  # type: ignore[method-assign]
     if report.exit_code:
         raise SystemExit(f"error: {[row.error for row in report.slides]}")
     return found

@@ -1,6 +1,6 @@
-"""Made-up slides and units for `bench_scale`: no pixels, receipts of the right size, durations of measured runs.
+"""Made-up slides and units for `bench_scale`: no pixels, results of the right size, durations of measured runs.
 
-`perform` stands in for ``steps.perform`` on workers; whatever is round it is the real thing.
+`perform` stands in for ``stages.perform`` on workers; whatever is round it is the real thing.
 """
 
 from __future__ import annotations
@@ -11,14 +11,26 @@ import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
-from wsi_mmm.engine.plan import SlidePlan
+from wsi_mmm.engine.events import SlideStatus
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.units import Kind, SlideTask, UnitResult, WorkUnit
-from wsi_mmm.timing import Lap, worker
+from wsi_mmm.engine.units import (
+    ForwardResult,
+    InterpretResult,
+    Kind,
+    PlanResult,
+    PublishResult,
+    SlidePlan,
+    SlideSummary,
+    SlideTask,
+    UnitFacts,
+    UnitResult,
+    WorkUnit,
+)
+from wsi_mmm.timing import Step, StepTime, worker_name
 from wsi_mmm.types import Grid, Level, SlideInfo
 
 FILE = Path(__file__).parent / "scale_units.json"
@@ -99,14 +111,14 @@ def plan(task: SlideTask) -> SlidePlan:
 
 @dataclass
 class Fake:
-    """What stands in for ``steps.perform``; ``done`` counts."""
+    """What stands in for ``stages.perform``; ``done`` counts."""
 
     durations: Durations
     done: int = 0
     hosts: dict[int, str] = field(default_factory=dict)
 
     def perform(self, unit: WorkUnit) -> UnitResult:
-        """Sleep as long as the unit would take; give a receipt like the one it would give."""
+        """Sleep as long as the unit would take; give a result like the one it would give."""
         start = time.time()
         time.sleep(self.durations.of(unit.kind, unit.name))
         self.done += 1
@@ -114,42 +126,37 @@ class Fake:
 
 
 def result(unit: WorkUnit, start: float, end: float) -> UnitResult:
-    """Of the size that receipts have; its laps end when the unit ended."""
-    tiles = len(unit.index()) if unit.kind == "forward" else 0
-    laps = tuple(_laps(unit.kind, start, end))
-    facts: dict[str, Any] = {
-        "plan": lambda: {"payload": plan(unit.slide)},
-        "forward": lambda: {
-            "tiles": tiles, "busy": ((start, end),), "device": "cpu", "encoder": ENCODER, "payload": "",
-            "stages": {"read": 0.1, "model": end - start, "write": 0.05},
-        },
-        "interpret": lambda: {"objects": 100, "stages": {"interpret": end - start}},
-        "publish": lambda: {"objects": 5000, "stages": {"publish": end - start}, "payload": _published(unit.slide)},
-    }[unit.kind]()  # fmt: skip
-    return UnitResult(
-        unit.kind, unit.slide.id, unit.block, "ok", pid=os.getpid(), bytes_read=10_000_000, peak_rss_mb=1400.0,
-        laps=laps, worker=worker(), **facts,
+    """Of the size that results have; its steps end when the unit ended."""
+    facts = UnitFacts(
+        unit.kind, unit.slide.id, unit.block, os.getpid(), worker_name(), 10_000_000, 1400.0,
+        tuple(_times(unit.kind, start, end)),
     )  # fmt: skip
+    if unit.kind == "plan":
+        return PlanResult(facts, plan(unit.slide))
+    if unit.kind == "forward":
+        return ForwardResult(facts, len(unit.index()), device="cpu", encoder=ENCODER)
+    if unit.kind == "interpret":
+        return InterpretResult(facts, 100)
+    return PublishResult(facts, _published())
 
 
-def _laps(kind: Kind, start: float, end: float) -> list[Lap]:
+def _times(kind: Kind, start: float, end: float) -> list[StepTime]:
     """A forward passes three threads, the others one."""
     if kind != "forward":
-        return [Lap(3, start, end, {"write" if kind == "publish" else "interpret": end - start})]
+        stage = "write" if kind == "publish" else "prepare" if kind == "plan" else "interpret"
+        return [StepTime(cast("Step", kind), 3, start, end, {stage: end - start})]
     third = (end - start) / 3
-    parts = (("decode", "fetch"), ("model", "prepare"), ("write", "write"))
+    parts: tuple[tuple[Step, str, str], ...] = (
+        ("read", "decode", "fetch"), ("model", "model", "prepare"), ("write", "write", "write")
+    )  # fmt: skip
     return [
-        Lap(thread, start + thread * third, start + (thread + 1) * third, {names[0]: third, names[1]: 0.0})
-        for thread, names in enumerate(parts)
+        StepTime(step, thread, start + thread * third, start + (thread + 1) * third, {other: 0.0, stage: third})
+        for thread, (step, stage, other) in enumerate(parts)
     ]
 
 
-def _published(task: SlideTask) -> dict[str, Any]:
-    """What slide.json says."""
-    return {
-        "format": "wsi-mmm-slide/1", "id": task.id, "uri": task.uri, "status": "done", "recipe": task.recipe.to_json(),
-        "fingerprint": "f" * 32, "reader": "tiff", "vendor": "aperio", "mpp_effective": 0.5,
-        "tiles": 784, "objects": {"nuclei": 5000},
-        "classes": {"nuclei": {"nucleus": 5000}, "stain": {"H&E": 784, "IHC": 0, "Giemsa": 0, "other": 0}},
-        "files": {name: f"{name}.out" for name in ("geojson", "overlay", "tiles", "features")},
-    }  # fmt: skip
+def _published() -> SlideSummary:
+    """The summary of a slide.json."""
+    classes = {"nuclei": {"nucleus": 5000}, "stain": {"H&E": 784, "IHC": 0, "Giemsa": 0, "other": 0}}
+    files = {name: f"{name}.out" for name in ("geojson", "overlay", "tiles", "features")}
+    return SlideSummary(SlideStatus.DONE, 784, {"nuclei": 5000}, classes, files, 0.5, "tiff")

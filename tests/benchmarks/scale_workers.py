@@ -18,7 +18,7 @@ import dask
 from distributed import Worker
 
 from benchmarks.scale_units import Fake, durations
-from wsi_mmm.engine.stages import steps
+from wsi_mmm.engine.stages import perform
 
 QUIET = {
     "distributed.worker.profile.enabled": False,
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("count", type=int)
     parser.add_argument("--speed", type=float, default=1.0)
     given = parser.parse_args()
-    steps.perform = Fake(durations(given.speed)).perform
+    perform.perform = Fake(durations(given.speed)).perform
     with dask.config.set(QUIET), tempfile.TemporaryDirectory() as folder:
         asyncio.run(serve(given.address, given.count, folder))
 

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from wsi_mmm.cli import progress
-from wsi_mmm.engine.events import Event
+from wsi_mmm.engine.events import Event, SlideStatus
 
 
 class Clock:
@@ -108,8 +108,8 @@ def test_a_duration_is_said_as_a_person_would(seconds: float, words: str) -> Non
 
 def test_the_reason_of_the_only_slide_is_said_once() -> None:
     """With one slide the error line on stderr follows at once; with more, the reason is part of the line."""
-    assert progress.line(Event("slide", "s", 1, 1, "failed: no mpp")) == "[1/1] s: failed"
-    assert progress.line(Event("slide", "s", 1, 2, "failed: no mpp")) == "[1/2] s: failed: no mpp"
+    assert progress.line(Event("slide", "s", 1, 1, "failed: no mpp", SlideStatus.FAILED)) == "[1/1] s: failed"
+    assert progress.line(Event("slide", "s", 1, 2, "failed: no mpp", SlideStatus.FAILED)) == "[1/2] s: failed: no mpp"
 
 
 def test_bars_follow_the_events() -> None:

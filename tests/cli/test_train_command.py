@@ -20,7 +20,7 @@ from wsi_mmm.cli import console, train
 from wsi_mmm.cli.main import app
 from wsi_mmm.cli.train import EVERY, EXAMPLE, _LossLines
 from wsi_mmm.errors import Cancelled, NotFinite
-from wsi_mmm.slides.fake import SyntheticTruth
+from wsi_mmm.slides.fake import SyntheticNuclei
 from wsi_mmm.training.fit import StepReport
 
 
@@ -51,7 +51,7 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def slides(tmp_path: Path, tiny_slide: Path, tiny_truth: SyntheticTruth) -> Path:
+def slides(tmp_path: Path, tiny_slide: Path, tiny_truth: SyntheticNuclei) -> Path:
     """Nuclei of two slides, annotated under another name."""
     for name in "ab":
         (tmp_path / f"{name}.tiff").symlink_to(tiny_slide)

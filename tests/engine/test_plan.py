@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.plans import plan_of
-from wsi_mmm.engine.plan import SlidePlan, core_of, forward_units, interpret_units, needed_blocks, window_of
+from wsi_mmm.engine.plan import core_of, forward_units, interpret_units, needed_blocks, window_of
+from wsi_mmm.engine.units import SlidePlan
 
 plans = st.builds(
     plan_of,

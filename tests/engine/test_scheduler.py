@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from helpers.plans import plan_of
+from helpers.plans import plan_of, result_of
 from wsi_mmm.engine.events import Event
-from wsi_mmm.engine.plan import SlidePlan
-from wsi_mmm.engine.scheduler import AHEAD, SlideState, busy_share, open_street, outcome
-from wsi_mmm.engine.units import Kind, SlideTask, UnitResult, WorkUnit
-from wsi_mmm.errors import Cancelled
+from wsi_mmm.engine.monitoring.run_report import unreadable_text
+from wsi_mmm.engine.scheduler import AHEAD, schedule
+from wsi_mmm.engine.units import Capabilities, Kind, SlidePlan, SlideTask, UnitResult, WorkUnit, failure_of
+from wsi_mmm.errors import Cancelled, StorageError
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Pretend:
     partial: str = ""
     log: list[WorkUnit] = field(default_factory=list)
     flying: list[WorkUnit] = field(default_factory=list)
+    capabilities: Capabilities = field(default_factory=Capabilities)
 
     def room(self, kind: Kind) -> int:
         return 4 - len(self.flying)
@@ -38,15 +39,10 @@ class Pretend:
     def wait(self, timeout: float) -> UnitResult | None:
         unit = self.flying.pop(random.Random(self.seed + len(self.log)).randrange(len(self.flying)))
         self.log.append(unit)
-        base = UnitResult(unit.kind, unit.slide.id, unit.block, "ok", pid=1)
         if unit.name == self.fail:
-            return replace(base, status="failed", error="storm")
-        if unit.kind == "plan":
-            return replace(base, payload=self.plans[unit.slide.id])
-        if unit.kind == "forward":
-            bad = ((0, 0, 64, 64),) if unit.name == self.partial else ()
-            return replace(base, tiles=len(unit.index()), failed=bad, status="partial" if bad else "ok")
-        return replace(base, objects=7)
+            return failure_of(unit, StorageError("storm"))
+        bad = ((0, 0, 64, 64),) if unit.name == self.partial else ()
+        return result_of(unit, plan=self.plans[unit.slide.id], failed=bad)
 
     def close(self, *, cancel: bool = False) -> None:
         self.flying.clear()
@@ -63,7 +59,7 @@ def test_each_work_runs_once_and_after_what_it_needs(seed: int) -> None:
     """Whatever the order of receipts: every work exactly once, interpret after its forwards, publish last."""
     tasks, plans = slides(4)
     executor = Pretend(plans, seed)
-    states = list(open_street(tasks).run(executor))
+    states = list(schedule(tasks).run(executor))
     assert {s.status for s in states} == {"done"} and len(states) == 4
     names = [unit.name for unit in executor.log]
     assert len(names) == len(set(names))
@@ -82,7 +78,7 @@ def test_a_slide_that_fails_does_not_stop_the_others() -> None:
     tasks, plans = slides(3)
     block = plans["s1"].index[0] // 2
     executor = Pretend(plans, fail=f"s1/forward/{block[0]}-{block[1]}")
-    states = {s.task.id: s for s in open_street(tasks).run(executor)}
+    states = {s.task.id: s for s in schedule(tasks).run(executor)}
     assert {name: s.status for name, s in states.items()} == {"s0": "done", "s1": "failed", "s2": "done"}
     assert states["s1"].error == "storm"
     assert not any(w.kind == "publish" and w.slide.id == "s1" for w in executor.log)
@@ -92,16 +88,17 @@ def test_a_bad_tile_makes_the_slide_partial_and_is_listed() -> None:
     """A tile that cannot be read is listed; the slide is published and marked partial."""
     tasks, plans = slides(1)
     block = plans["s0"].index[0] // 2
-    [state] = open_street(tasks).run(Pretend(plans, partial=f"s0/forward/{block[0]}-{block[1]}"))
+    [state] = schedule(tasks).run(Pretend(plans, partial=f"s0/forward/{block[0]}-{block[1]}"))
     assert state.status == "partial" and list(state.failed) == [(0, 0, 64, 64)]
-    assert "1 of " in state.error and "first at x=0, y=0" in state.error and "copy the slide again" in state.error
+    text = unreadable_text(state)
+    assert "1 of " in text and "first at x=0, y=0" in text and "copy the slide again" in text
 
 
 def test_empty_glass_is_a_valid_empty_result() -> None:
     """A slide without tissue goes straight to publish and ends as empty."""
     plan = plan_of(300, 300, 2, 8, 0.0, 0)
     executor = Pretend({"s": plan})
-    [state] = open_street([plan.slide]).run(executor)
+    [state] = schedule([plan.slide]).run(executor)
     assert state.status == "empty" and [w.kind for w in executor.log] == ["plan", "publish"]
 
 
@@ -109,23 +106,10 @@ def test_events_count_tiles_up_to_the_total() -> None:
     """The last tile event of a slide says all tiles are done."""
     tasks, plans = slides(2)
     events: list[Event] = []
-    list(open_street(tasks, events.append).run(Pretend(plans)))
+    list(schedule(tasks, events.append).run(Pretend(plans)))
     for task in tasks:
         last = [e for e in events if e.kind == "tile" and e.slide == task.id][-1]
         assert last.done == last.total == len(plans[task.id].index)
-
-
-def test_how_a_slide_ended_is_said_in_numbers() -> None:
-    """Objects, tiles and seconds of a slide that is done; the reason of one that is not; what was done before."""
-    state = SlideState(slides(1)[0][0], status="done", tiles=26, started=1.0, ended=11.0)
-    state.payload = {"objects": {"nuclei": 2431}, "tiles": 26, "status": "done"}
-    assert outcome(state) == "done, 2,431 objects in 26 tiles, 10.0 s (2.6 tiles/s)"
-    state.status = "skipped"
-    assert outcome(state) == "done before, 2,431 objects in 26 tiles; --force redoes"
-    state.status, state.error = "failed", "no mpp"
-    assert outcome(state) == "failed: no mpp"
-    empty = SlideState(state.task, status="empty", started=1.0, ended=2.5)
-    assert outcome(empty) == "empty (no tissue found), 0 tiles, 1.5 s"
 
 
 def test_cancel_is_heard() -> None:
@@ -134,33 +118,7 @@ def test_cancel_is_heard() -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(Cancelled):
-        deque(open_street(tasks).run(Pretend(plans), stop), maxlen=0)
-
-
-def test_busy_share_is_the_union_of_model_time_over_wall_time() -> None:
-    """Overlapping model threads of one process are not counted twice."""
-    tasks, plans = slides(1)
-    [state] = open_street(tasks).run(Pretend(plans))
-    state.started, state.ended = 100.0, 110.0
-    state.busy = [(1, 100.0, 104.0), (1, 102.0, 106.0), (1, 108.0, 110.0)]
-    assert busy_share(state) == pytest.approx(0.8)
-
-
-def test_a_slide_counts_the_model_busy_with_its_neighbours_too() -> None:
-    """Two slides under way at once: neither was idle while the model worked on the other; time outside is cut off."""
-    tasks, plans = slides(2)
-    scheduler = open_street(tasks)
-    begun = time.time() - 10
-    for name in ("s0", "s1"):
-        state = SlideState(plans[name].slide, status="running", plan=plans[name], started=begun, running=2)
-        scheduler.slides[name] = state
-    states = dict(scheduler.slides)
-    for name, span in (("s0", (begun - 1, begun + 4)), ("s1", (begun + 4, begun + 7))):
-        scheduler.receive(UnitResult("interpret", name, (0, 0), "ok", pid=1, busy=(span,)))
-    for name in ("s0", "s1"):
-        scheduler.receive(UnitResult("publish", name, (0, 0), "ok", pid=2))
-    assert not scheduler.slides
-    assert busy_share(states["s0"]) == pytest.approx(0.7, abs=0.01) == busy_share(states["s1"])
+        deque(schedule(tasks).run(Pretend(plans), stop), maxlen=0)
 
 
 @dataclass
@@ -171,6 +129,7 @@ class Counting:
     places: int
     flying: deque[WorkUnit] = field(default_factory=deque)
     units: int = 0
+    capabilities: Capabilities = field(default_factory=Capabilities)
 
     def room(self, kind: Kind) -> int:
         return self.places - len(self.flying)
@@ -181,10 +140,7 @@ class Counting:
 
     def wait(self, timeout: float) -> UnitResult | None:
         unit = self.flying.popleft()
-        base = UnitResult(
-            unit.kind, unit.slide.id, unit.block, "ok", pid=self.units % 7, busy=((self.units, self.units + 0.5),)
-        )
-        return replace(base, payload=replace(self.plan, slide=unit.slide)) if unit.kind == "plan" else base
+        return result_of(unit, plan=replace(self.plan, slide=unit.slide))
 
     def close(self, *, cancel: bool = False) -> None:
         self.flying.clear()
@@ -193,7 +149,7 @@ class Counting:
 def many(count: int, places: int) -> tuple[int, int, float]:
     """Most slides under way, most things held, and seconds per work of a run over ``count`` slides."""
     plan = plan_of(300, 300, 2, 8, 1.0, 0)
-    scheduler = open_street([replace(plan.slide, id=f"s{n}") for n in range(count)])
+    scheduler = schedule([replace(plan.slide, id=f"s{n}") for n in range(count)])
     executor, open_, held, begun = Counting(plan, places), 0, 0, time.perf_counter()
     for _ in scheduler.run(executor):
         open_ = max(open_, len(scheduler.slides) + 1)
@@ -211,8 +167,8 @@ def test_what_is_held_does_not_grow_with_the_number_of_slides() -> None:
 def test_a_slide_that_has_ended_is_let_go() -> None:
     """The state that a report is made of holds no works any more, and the street has forgotten it."""
     tasks, plans = slides(3)
-    scheduler = open_street(tasks)
+    scheduler = schedule(tasks)
     for state in scheduler.run(Pretend(plans)):
-        assert not state.waiting and not state.unlocks and not state.forward_left
+        assert not state.interprets.units and not state.interprets.needed_by and not state.forward_left
         assert state.task.id not in scheduler.slides
     assert scheduler.ended == scheduler.total == 3

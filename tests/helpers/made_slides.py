@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from wsi_mmm.slides.fake import SyntheticTruth, checkerboard_slide, synthetic_image, synthetic_slide
+from wsi_mmm.slides.fake import SyntheticNuclei, checkerboard_slide, synthetic_image, synthetic_slide
 from wsi_mmm.slides.tiff.directories import read_directories, table
 from wsi_mmm.storage.store import open_store
 from wsi_mmm.types import U8
@@ -17,7 +17,7 @@ class Made(NamedTuple):
     """A synthetic slide on disk, its true nuclei, and its level 0 before compression."""
 
     path: Path
-    truth: SyntheticTruth
+    truth: SyntheticNuclei
     image: U8
 
 

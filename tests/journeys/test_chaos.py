@@ -25,10 +25,10 @@ POISON = '''
 import importlib.abc, importlib.util, os, sys
 
 class Poison(importlib.abc.MetaPathFinder):
-    """Once the steps are imported, reading one block of one slide ends its process."""
+    """Once the forward stage is imported, reading one block of one slide ends its process."""
 
     def find_spec(self, name, path, target=None):
-        if name != "wsi_mmm.engine.stages.steps":
+        if name != "wsi_mmm.engine.stages.forward":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -36,14 +36,14 @@ class Poison(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            read = module.read
+            read = module.read_tiles
 
-            def poisoned(work):
-                if (work.slide.id, work.block) == ("poisoned", (1, 1)):
+            def poisoned(ctx):
+                if (ctx.unit.slide.id, ctx.unit.block) == ("poisoned", (1, 1)):
                     {deed}
-                return read(work)
+                return read(ctx)
 
-            module.read = poisoned
+            module.read_tiles = poisoned
 
         spec.loader.exec_module = exec_module
         return spec
@@ -161,7 +161,7 @@ def test_a_job_whose_scheduler_is_gone_is_told_so(slides: list[Path], tmp_path: 
     """Whoever waits for a job on the cluster gets one line, too."""
     with PlainCluster(tmp_path, workers=1) as cluster, cluster.client() as client:
         job = wsi_mmm.submit(client, slides, output=tmp_path / "out", block_tiles=1)
-        wait_until(lambda: job.note.tiles_total > 0, "the plan", 500)
+        wait_until(lambda: job.status.tiles_total > 0, "the plan", 500)
         threading.Timer(1, lambda: kill(cluster.scheduler.pid)).start()
         with pytest.raises(ClusterError, match="the connection to the scheduler was lost"):
             job.result(120)

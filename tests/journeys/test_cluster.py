@@ -100,7 +100,7 @@ def test_a_job_outlives_the_process_that_submitted_it(cluster: PlainCluster, tin
         notes = list(jobs[0].watch(0.2))
         assert notes[-1].state == "done" and notes[-1].slides_done == 1
         assert [note.tiles_done for note in notes] == sorted(note.tiles_done for note in notes)
-        assert jobs[1].note == notes[-1]
+        assert jobs[1].status == notes[-1]
         assert [job.result(60).exit_code for job in jobs] == [0, 0]
         assert name in {note.id for note, fine in wsi_mmm.list_jobs(other) if fine}
         jobs[0].forget()
@@ -116,8 +116,8 @@ def test_a_job_is_cancelled_from_elsewhere(cluster: PlainCluster, many_slides: l
         with pytest.raises(Cancelled):
             first.result(60)
         second = wsi_mmm.submit(one, many_slides, output=tmp_path / "b", block_tiles=1, detach=False)
-        wait_until(lambda: any(note.state == "running" for note in JobRegistry(other).notes()), "the note of a run")
-        [name] = [note.id for note in JobRegistry(other).notes() if note.state == "running"]
+        wait_until(lambda: any(note.state == "running" for note in JobRegistry(other).statuses()), "the note of a run")
+        [name] = [note.id for note in JobRegistry(other).statuses() if note.state == "running"]
         wsi_mmm.attach(other, name).cancel()
         with pytest.raises(Cancelled):
             second.result(30)
@@ -128,7 +128,7 @@ def test_a_run_that_has_ended_is_told_on_the_board(
     client: distributed.Client, cluster: PlainCluster, tiny_slide: Path, tmp_path: Path, good: bool
 ) -> None:
     """At once, however it ended: as long as it counted as running, other jobs would have a share only."""
-    known = {note.id for note in JobRegistry(client).notes()}
+    known = {note.id for note in JobRegistry(client).statuses()}
 
     def heard(event: wsi_mmm.Event) -> None:
         if not good and event.kind == "tile":
@@ -136,7 +136,7 @@ def test_a_run_that_has_ended_is_told_on_the_board(
 
     with contextlib.nullcontext() if good else pytest.raises((KeyboardInterrupt, Cancelled)):
         wsi_mmm.run(tiny_slide, output=tmp_path, block_tiles=1, scheduler=cluster.address, progress=heard)
-    [note] = [note for note in JobRegistry(client).notes() if note.id not in known]
+    [note] = [note for note in JobRegistry(client).statuses() if note.id not in known]
     assert note.state == ("done" if good else "cancelled")
 
 
@@ -145,10 +145,10 @@ def test_a_job_whose_books_were_on_a_worker_that_died_goes_on(
 ) -> None:
     """Another worker keeps them, what is done stays done, and the bytes are the same."""
     job = wsi_mmm.submit(client, tiny_slide, output=tmp_path, block_tiles=1)
-    wait_until(lambda: job.note.tiles_done > 0, "the first tiles")
-    subprocess.run(["kill", "-9", job.note.where.rpartition(":")[2]], check=True)
+    wait_until(lambda: job.status.tiles_done > 0, "the first tiles")
+    subprocess.run(["kill", "-9", job.status.where.rpartition(":")[2]], check=True)
     report = job.result(200)
-    assert job.note.tries == 2
+    assert job.status.tries == 2
     assert [row.status for row in report.slides] == ["done"]
     assert (tmp_path / "tiny" / "result.geojson.gz").read_bytes() == quiet_bytes
 

@@ -15,8 +15,10 @@ import psutil
 import pytest
 
 import wsi_mmm
-from wsi_mmm.api import RunReport
-from wsi_mmm.engine.events import Event
+from wsi_mmm.api import RunReport, run_request
+from wsi_mmm.engine.events import Event, silent
+from wsi_mmm.engine.executors.serial import SerialExecutor
+from wsi_mmm.engine.run import run_slides
 
 
 def published(slide: Path, output: Path, **options: Any) -> bytes:
@@ -55,6 +57,14 @@ def test_a_cold_and_a_warm_cache_give_the_same_bytes(tiny_slide: Path, quiet_byt
     [row] = report.slides
     assert (tmp_path / "warm" / row.id / "result.geojson.gz").read_bytes() == quiet_bytes
     assert row.cache_hits == row.tiles and row.busy_share == 0
+
+
+def test_the_serial_executor_gives_the_same_bytes(tiny_slide: Path, quiet_bytes: bytes, tmp_path: Path) -> None:
+    """One thread, one unit at a time: the specification that threads and workers are held to."""
+    request = run_request(str(tiny_slide), output=tmp_path, block_tiles=2)
+    [row] = run_slides(request, SerialExecutor(), silent).slides
+    assert row.status == "done", row.error
+    assert (tmp_path / row.id / "result.geojson.gz").read_bytes() == quiet_bytes
 
 
 def test_a_second_run_finds_the_slide_done(tiny_slide: Path, tmp_path: Path) -> None:
@@ -184,7 +194,7 @@ def test_kill_9_of_the_run_and_again(tiny_slide: Path, quiet_bytes: bytes, tmp_p
 def test_worker_processes_give_the_same_bytes(
     workers: int, tiny_slide: Path, quiet_bytes: bytes, tmp_path: Path
 ) -> None:
-    """One and two Dask workers give what the serial executor gives."""
+    """One and two Dask workers give what one process gives."""
     assert published(tiny_slide, tmp_path, workers=workers, block_tiles=2) == quiet_bytes
 
 

@@ -1,4 +1,4 @@
-"""Squeezer, decoders and neck: shapes, and what each kind promises."""
+"""Global pooling, decoders and neck: shapes, and what each kind promises."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.blocks import Resize, Squeezer, build_pool
+from wsi_mmm.model.blocks import GlobalPooling, Resize, build_pool
 from wsi_mmm.model.card import DecoderCard, NeckCard, SqueezerCard
 from wsi_mmm.model.decoders import build_decoder
 from wsi_mmm.model.neck import Neck
@@ -63,7 +63,7 @@ def test_generalised_mean_lies_between_mean_and_maximum() -> None:
 def test_heads_that_do_not_divide_the_channels_are_refused() -> None:
     """The message names the option."""
     with pytest.raises(ModelError, match=r"squeezer\.heads is 5"):
-        Squeezer(32, 16, SqueezerCard(kind="attention", heads=5))
+        GlobalPooling(32, 16, SqueezerCard(kind="attention", heads=5))
 
 
 @pytest.mark.parametrize("kind", ["unet", "fpn"])

@@ -103,5 +103,5 @@ def test_a_worker_refuses_another_model_than_the_run_began_with(stored: str, sma
     recipe = model_recipe(stored, None, RunOptions())
     for name in (stored, str(small_model)):
         with pytest.raises(ModelError, match="is not the one the run was begun with"):
-            context.tasks_of(dataclasses.replace(recipe, model=name, model_hash="0" * 64))
-    assert [task.info.name for task in context.tasks_of(recipe)] == list(recipe.tasks)
+            context.recipe_tasks(dataclasses.replace(recipe, model=name, model_hash="0" * 64))
+    assert [task.info.name for task in context.recipe_tasks(recipe)] == list(recipe.tasks)

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import BagCard
-from wsi_mmm.model.grouper import Grouper
+from wsi_mmm.model.grouper import MilAggregator
 
 KINDS = ["mean", "gated", "transformer"]
 
 
-def grouper(kind: str, heads: int = 2, width: int = 8) -> Grouper:
+def grouper(kind: str, heads: int = 2, width: int = 8) -> MilAggregator:
     """A grouper of seeded random weights over vectors of 6 channels, in float64."""
     torch.manual_seed(1)
     card = BagCard.model_validate({"kind": kind, "width": width, "hidden": 5, "heads": heads})
-    return Grouper(card, 6).double().eval()
+    return MilAggregator(card, 6).double().eval()
 
 
 def ragged() -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def test_a_long_bag_beside_short_ones_is_not_padded() -> None:
     """One bag of 20,000 tiles among 2,000 of one: padded to the longest these would take 240 GB."""
     bag = torch.cat([torch.zeros(20_000, dtype=torch.int64), torch.arange(1, 2001)])
     vectors = torch.randn(len(bag), 768)
-    model = Grouper(BagCard(kind="gated", width=0), 768).eval()
+    model = MilAggregator(BagCard(kind="gated", width=0), 768).eval()
     with torch.inference_mode():
         out, attention = model(vectors, bag)
     assert out.shape == (2001, 768)
@@ -112,7 +112,7 @@ def test_huge_scores_do_not_overflow() -> None:
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     """The message names the option."""
     with pytest.raises(ModelError, match=r"bag\.heads is 3"):
-        Grouper(BagCard(width=8, heads=3), 6)
+        MilAggregator(BagCard(width=8, heads=3), 6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -97,7 +97,7 @@ def test_a_model_that_onnx_runtime_answers_otherwise_is_not_published(
         saved = lambda path, external_data: shutil.copy(exported.path, path)  # noqa: E731
         return SimpleNamespace(model=SimpleNamespace(metadata_props={}), save=saved)
 
-    monkeypatch.setattr(onnx, "_traced", foreign)
+    monkeypatch.setattr(onnx, "_trace_graph", foreign)
     torch.manual_seed(5)
     other = build_model(model.card).eval()
     with pytest.raises(ModelError, match=r"differ from torch's by .* beyond 0\.001; nothing was written"):
@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
 ) -> None:
     """OutputError with the path."""
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(onnx, "_traced", lambda *_: SimpleNamespace(model=SimpleNamespace(metadata_props={})))
+    monkeypatch.setattr(onnx, "_trace_graph", lambda *_: SimpleNamespace(model=SimpleNamespace(metadata_props={})))
     with pytest.raises(OutputError, match=r"file/a\.onnx: file exists; choose another folder"):
         export_onnx(model, tmp_path / "file" / "a.onnx")
 
@@ -137,7 +137,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
 )
 def test_the_tile_size_is_free_for_plain_convolutions_only(name: str, free: bool) -> None:
     """What a transformer makes of its positions depends on the size, and so does some padding."""
-    assert exporting.any_size(load_encoder(name, "random")) is free
+    assert exporting.fits_any_size(load_encoder(name, "random")) is free
 
 
 @pytest.mark.slow
@@ -187,8 +187,8 @@ def test_a_file_is_made_once_per_model_and_size(
     assert made == []
     other = folded(load_model(small_model))
     next(other.heads.parameters()).data.add_(1.0)
-    assert onnx._key(other, tuple(TASKS), 64) != onnx._key(folded(load_model(small_model)), tuple(TASKS), 64)
-    assert kept.stem == onnx._key(folded(load_model(small_model)), tuple(TASKS), 64)
+    assert onnx._file_key(other, tuple(TASKS), 64) != onnx._file_key(folded(load_model(small_model)), tuple(TASKS), 64)
+    assert kept.stem == onnx._file_key(folded(load_model(small_model)), tuple(TASKS), 64)
 
 
 @pytest.mark.parametrize("place", ["broken", "file", "none"])
@@ -233,8 +233,8 @@ def test_without_the_packages_one_line_names_the_fix(
 def test_a_device_that_onnx_runtime_lacks_is_refused(exported: Exported) -> None:
     """It never falls back to the CPU without a word."""
     with pytest.raises(ModelError, match="cannot use cuda:0; pip install onnxruntime-gpu"):
-        onnx._providers(torch.device("cuda:0"), ["CPUExecutionProvider"])
-    [first, _] = onnx._providers(torch.device("cuda:1"), ["CUDAExecutionProvider"])
+        onnx._choose_providers(torch.device("cuda:0"), ["CPUExecutionProvider"])
+    [first, _] = onnx._choose_providers(torch.device("cuda:1"), ["CUDAExecutionProvider"])
     assert (first[0], first[1]["device_id"]) == ("CUDAExecutionProvider", "1")
 
 

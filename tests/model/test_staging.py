@@ -54,7 +54,7 @@ def test_on_a_gpu_the_next_batch_is_staged_before_this_one_is_computed(
     runner, steps = Runner(load_model(small_model), "cpu", 1), []
     queue = runner._find_queue(64, ())
     runner._own_stager()  # of a CPU, whatever the runner says of its device from now on
-    stage, forward = BatchStager.stage, runner._forward
+    stage, forward = BatchStager.stage, runner._forward_batch
     monkeypatch.setattr(BatchStager, "stage", lambda *args: steps.append("stage") or stage(*args))
     monkeypatch.setattr(runner, "_forward", lambda *args: steps.append("compute") or forward(*args))
     monkeypatch.setattr(runner, "device", types.SimpleNamespace(type=kind))

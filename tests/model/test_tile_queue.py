@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from wsi_mmm.model.runner import TileQueue
-from wsi_mmm.timing import lap
+from wsi_mmm.timing import StageTimer
 
 
 def test_standing_in_the_queue_is_waiting_and_no_time_of_the_model() -> None:
@@ -22,25 +22,25 @@ def test_standing_in_the_queue_is_waiting_and_no_time_of_the_model() -> None:
         time.sleep(0.05)
         queue.finish(spans, {"": np.zeros((2, 3), np.float32)})
 
-    with lap("model") as whole:
+    with StageTimer("model") as whole:
         pending = queue.add(np.zeros((2, 4, 4, 3), np.uint8))
         thread = threading.Thread(target=model)
         thread.start()
         assert pending.wait()[""].shape == (2, 3)
     thread.join()
-    assert whole.taken.seconds["waiting"] >= 0.1
-    assert whole.taken.seconds["model"] >= 0.05
-    total = whole.taken.end - whole.taken.start
-    assert sum(whole.taken.seconds.values()) == pytest.approx(total, abs=1e-6)
+    assert whole.result.seconds["waiting"] >= 0.1
+    assert whole.result.seconds["model"] >= 0.05
+    total = whole.result.end - whole.result.start
+    assert sum(whole.result.seconds.values()) == pytest.approx(total, abs=1e-6)
 
 
 def test_a_call_that_was_never_taken_has_not_waited() -> None:
     """One that failed in the queue: its time stays where it was."""
     queue = TileQueue((), 2)
-    with lap("model") as whole:
+    with StageTimer("model") as whole:
         pending = queue.add(np.zeros((1, 4, 4, 3), np.uint8))
         pending.error = ValueError("storm")
         pending.done.set()
         with pytest.raises(ValueError, match="storm"):
             pending.wait()
-    assert set(whole.taken.seconds) == {"model"}
+    assert set(whole.result.seconds) == {"model"}

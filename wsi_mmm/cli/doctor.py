@@ -219,8 +219,8 @@ def cluster(address: str, folder: str | None) -> CheckResult:
     found = folder or (config.default_tls() if address.startswith("tls://") else None)
     executor = dask.connect(address, timeout=5.0, tls=tls_of(found, address))
     try:
-        if executor.warnings:
-            return CheckResult("warn", "scheduler", executor.warnings[0], "install the same wsi-mmm on every worker")
+        if warnings := executor.capabilities.warnings:
+            return CheckResult("warn", "scheduler", warnings[0], "install the same wsi-mmm on every worker")
         return CheckResult("ok", "scheduler", f"{address} answers and its workers can do the work")
     finally:
         executor.close()

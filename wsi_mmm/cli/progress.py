@@ -186,7 +186,7 @@ def line(event: Event, pace: str = "") -> str:
     number = f"[{event.done}/{event.total}] " if event.kind == "slide" and event.total else ""
     words = "warning: " if event.kind == "warning" else ""
     detail = ", ".join(part for part in (count, pace, event.message) if part)
-    if event.kind == "slide" and event.total == 1 and detail.startswith("failed: "):
+    if event.total == 1 and event.status == "failed":
         detail = "failed"  # the reason is the very next line
     return f"{words}{number}{event.slide}" + (f": {detail}" if detail and event.slide else detail)
 

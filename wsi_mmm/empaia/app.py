@@ -305,7 +305,7 @@ def _open_slide(request: RunRequest, inputs: JobInputs) -> tuple[ModelCard, Slid
     from wsi_mmm.tiles.tissue import tissue_mask
 
     [task] = request.tasks
-    with context.slide_of(task) as slide:
+    with context.open_slides.slide(context.slide_key(task)) as slide:
         slide.scale(request.recipe.mpp)
         area = joined([region.area for region in inputs.regions])
         found = tissue_polygons(tissue_mask(slide), inputs.wsi, area)

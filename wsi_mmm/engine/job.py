@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from wsi_mmm.engine.events import Event, Listener
-from wsi_mmm.engine.units import Executor
 
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class Progress:
-    """How far a job is: tiles and slides, done and in all (``tiles_total`` grows while slides are being planned)."""
+class JobProgress:
+    """How far a job is: tiles and slides, done and in total (``tiles_total`` grows while slides are planned)."""
 
     tiles_done: int = 0
     tiles_total: int = 0
@@ -45,20 +43,20 @@ class Progress:
 
 
 class Job(Generic[T]):
-    """A run that goes on while the caller does other things. ``T`` is what ``result`` gives: a RunReport."""
+    """A run in a thread of this process. ``T`` is the type of its ``result``: a RunReport."""
 
     def __init__(self, run: Callable[[Listener, threading.Event], T]) -> None:
-        self.progress = Progress()
+        self.progress = JobProgress()
         self._stop = threading.Event()
         self._outcome: list[T] = []
         self._error: list[BaseException] = []
-        self._thread = threading.Thread(target=self._run, args=(run,), name="wsi-mmm-job", daemon=True)
+        self._thread = threading.Thread(target=self._run_job, args=(run,), name="wsi-mmm-job", daemon=True)
         self._thread.start()
 
-    def _run(self, run: Callable[[Listener, threading.Event], T]) -> None:
+    def _run_job(self, run: Callable[[Listener, threading.Event], T]) -> None:
         try:
             self._outcome.append(run(self.progress.hear, self._stop))
-        except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
+        except BaseException as error:  # noqa: BLE001  (raised by `result`)
             self._error.append(error)
 
     @property
@@ -79,14 +77,3 @@ class Job(Generic[T]):
     def cancel(self) -> None:
         """Stop the run; what is done stays, and running the same again resumes. Returns at once."""
         self._stop.set()
-
-
-@contextmanager
-def closed_after(executor: Executor) -> Iterator[None]:
-    """The executor is closed at the end; what has not begun is cancelled when an exception ends the context."""
-    finished = False
-    try:
-        yield
-        finished = True
-    finally:
-        executor.close(cancel=not finished)

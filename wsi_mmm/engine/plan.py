@@ -1,4 +1,4 @@
-"""Cutting a slide into works: pure arithmetic on arrays of tiles."""
+"""Cut a slide into work units: pure arithmetic on arrays of tiles."""
 
 from __future__ import annotations
 
@@ -6,29 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_mmm.engine.units import Kind, SlideTask, WorkUnit, pack
+from wsi_mmm.engine.units import BlockIndex, Kind, SlidePlan, WorkUnit, pack_tiles
 from wsi_mmm.tiles.grid import blocks
-from wsi_mmm.types import F32, I64, Grid, SlideInfo
-
-
-@dataclass(frozen=True, slots=True)
-class SlidePlan:
-    """One slide, planned: its grid and the tiles ``index`` int64[n, 2] (row, column) that hold tissue.
-
-    ``tissue`` float32[n]: share of each tile that is tissue. ``entry``: URI of the cache entry its values rest in.
-    ``maps``: some task answers per pixel, so blocks are interpreted.
-    """
-
-    slide: SlideTask
-    info: SlideInfo
-    grid: Grid
-    index: I64
-    tissue: F32
-    entry: str
-    halo: int
-    stride: int
-    mpp_effective: float
-    maps: bool = True
+from wsi_mmm.types import I64, Grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +22,21 @@ class Span:
 
 
 def forward_units(plan: SlidePlan) -> list[WorkUnit]:
-    """One work per block that holds tiles, row-major."""
+    """One unit per block that holds tiles, row-major."""
     found = blocks(plan.grid, plan.index, plan.slide.recipe.block_tiles)
-    return [_work("forward", plan, (block.row, block.col), block.index) for block in found]
+    return [_make_unit("forward", plan, (block.row, block.col), block.index) for block in found]
 
 
 def interpret_units(plan: SlidePlan) -> list[WorkUnit]:
-    """One work per block whose core some tile reaches, carrying the tiles that its window needs; row-major."""
-    units, band = [], _Band(plan)
-    for row, column in _reached(plan).tolist():
-        units.append(_work("interpret", plan, (row, column), band.tiles(row, column)))
+    """One unit per block whose core some tile reaches, with the tiles that its window needs; row-major."""
+    units, block_row = [], _BlockRow(plan)
+    for row, column in _reached_blocks(plan).tolist():
+        units.append(_make_unit("interpret", plan, (row, column), block_row.tiles(row, column)))
     return units
 
 
-def core_of(grid: Grid, block_tiles: int, block: tuple[int, int], stride: int = 1) -> Span:
-    """The rectangle of the slide that a block alone speaks for; cores tile the slide without gap or overlap.
+def core_of(grid: Grid, block_tiles: int, block: BlockIndex, stride: int = 1) -> Span:
+    """The rectangle of the slide whose objects a block owns; cores tile the slide without gap or overlap.
 
     The slide's far edges are rounded up to whole map pixels of ``stride`` px.
     """
@@ -78,13 +58,13 @@ def window_of(grid: Grid, core: Span, halo: int, stride: int) -> Span:
     return Span(y0, x0, y1, x1)
 
 
-def needed_blocks(unit: WorkUnit) -> set[tuple[int, int]]:
+def needed_blocks(unit: WorkUnit) -> set[BlockIndex]:
     """The blocks whose forward must be in before this work can be interpreted."""
     block = unit.slide.recipe.block_tiles
     return set(map(tuple, (unit.index() // block).tolist()))
 
 
-def _reached(plan: SlidePlan) -> I64:
+def _reached_blocks(plan: SlidePlan) -> I64:
     """Blocks int64[n, 2] whose core overlaps some tile: a tile may reach into the next block by its overlap."""
     grid, block = plan.grid, plan.slide.recipe.block_tiles
     if not len(plan.index):
@@ -98,8 +78,8 @@ def _reached(plan: SlidePlan) -> I64:
     return np.unique(np.concatenate(corners), axis=0)
 
 
-class _Band:
-    """Tiles of a row of blocks, by column: blocks look for theirs among these, and not among all of a slide."""
+class _BlockRow:
+    """Tiles of one row of blocks, by column, so that a block need not search all tiles of a slide."""
 
     def __init__(self, plan: SlidePlan) -> None:
         self._plan, self._row = plan, -1
@@ -107,25 +87,25 @@ class _Band:
         self._index = self._columns = np.zeros((0, 2), np.int64)
 
     def tiles(self, row: int, column: int) -> I64:
-        """Those that share area with the window of a block, row-major."""
+        """The tiles that share area with the window of a block, row-major."""
         grid, block = self._plan.grid, self._plan.slide.recipe.block_tiles
         window = window_of(
             grid, core_of(grid, block, (row, column), self._plan.stride), self._plan.halo, self._plan.stride
         )
         if row != self._row:
-            self._turn(row, window)
-        first, last = _meeting(grid, window.x0, window.x1)
+            self._load_row(row, window)
+        first, last = _tiles_meeting(grid, window.x0, window.x1)
         low, high = np.searchsorted(self._columns, [first, last])
         return self._index[np.sort(self._places[low:high])]
 
-    def _turn(self, row: int, window: Span) -> None:
-        low, high = np.searchsorted(self._rows, _meeting(self._plan.grid, window.y0, window.y1))
+    def _load_row(self, row: int, window: Span) -> None:
+        low, high = np.searchsorted(self._rows, _tiles_meeting(self._plan.grid, window.y0, window.y1))
         self._row, self._index = row, self._plan.index[low:high]
         self._places = np.argsort(self._index[:, 1], kind="stable")
         self._columns = self._index[self._places, 1]
 
 
-def _meeting(grid: Grid, start: int, stop: int) -> tuple[int, int]:
+def _tiles_meeting(grid: Grid, start: int, stop: int) -> tuple[int, int]:
     """Rows (or columns) of tiles that share px with [start, stop): the first, and one past the last.
 
     Row k covers [k * stride, k * stride + tile).
@@ -133,5 +113,5 @@ def _meeting(grid: Grid, start: int, stop: int) -> tuple[int, int]:
     return max(0, (start - grid.tile) // grid.stride + 1), -(-stop // grid.stride)
 
 
-def _work(kind: Kind, plan: SlidePlan, block: tuple[int, int], tiles: I64) -> WorkUnit:
-    return WorkUnit(kind, plan.slide, block, pack(tiles), plan.grid, plan.entry)
+def _make_unit(kind: Kind, plan: SlidePlan, block: BlockIndex, tiles: I64) -> WorkUnit:
+    return WorkUnit(kind, plan.slide, block, pack_tiles(tiles), plan.grid, plan.entry)

@@ -1,32 +1,31 @@
-"""Carrying out an order: from checked slides and a recipe to a report, on any executor."""
+"""Run all slides of a request on an executor and return the report."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from urllib.parse import urlsplit
 
-from wsi_mmm import timing
-from wsi_mmm.engine.events import Listener, WatchedExecutor, greet, silent
-from wsi_mmm.engine.executors.job_registry import JobRegistry, JobStatus, LiveJobs, new_id, publishing_status
+from wsi_mmm.engine.events import Event, Listener, silent
 from wsi_mmm.engine.executors.tls import Tls
-from wsi_mmm.engine.job import Progress, closed_after
-from wsi_mmm.engine.monitoring import run_report
-from wsi_mmm.engine.monitoring.observe import NOTHING, Hooks, Observe, all_of, observing
-from wsi_mmm.engine.monitoring.run_report import RunReport
+from wsi_mmm.engine.monitoring.observe import NOTHING, Hooks, Observe, combine_hooks, observing
+from wsi_mmm.engine.monitoring.run_report import RunReport, begin_report, outcome_text
 from wsi_mmm.engine.output_lock import TAKEN, claimed
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.scheduler import open_street
-from wsi_mmm.engine.sizes import largest_first
-from wsi_mmm.engine.units import Executor, SlideTask
-from wsi_mmm.errors import OutputTaken
+from wsi_mmm.engine.scheduler import schedule
+from wsi_mmm.engine.units import Executor, SlideTask, UnitResult, WorkUnit
+from wsi_mmm.errors import OutputTaken, WsiError
+from wsi_mmm.storage import store
+
+LISTED = 3  # slides of one folder of a bucket from which on the folder is listed
 
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """A run that has been checked: what to do, with what, where to."""
+    """A run that has been checked: which slides, by which recipe, to which output."""
 
     tasks: tuple[SlideTask, ...]
     recipe: Recipe
@@ -35,44 +34,89 @@ class RunRequest:
 
 
 def run_slides(
-    order: RunRequest,
+    request: RunRequest,
     executor: Executor | Callable[[], Executor],
     listener: Listener,
     stop: threading.Event | None = None,
     *,
     observe: Observe = NOTHING,
 ) -> RunReport:
-    """Do it, and close the executor. Raises OutputTaken, ClusterError; Cancelled soon after ``stop`` is set."""
+    """Run every slide of a request, close the executor, and return the report.
+
+    The output is claimed, the executor is made, and then the scheduler starts units on it as slides, memory and workers
+    allow. A slide that fails does not stop the others. What is done stays done: the same request resumes.
+
+    Raises OutputTaken, ClusterError; Cancelled soon after ``stop`` is set.
+    """
     stop = stop or threading.Event()
-    with claimed(order.output, [task.id for task in order.tasks]) as taken, observing(observe) as seen:
-        if len(taken) == len(order.tasks):
-            raise OutputTaken(f"{order.output}: {TAKEN}")
-        tasks = [replace(task, error=task.error or TAKEN) if task.id in taken else task for task in order.tasks]
-        made = executor() if callable(executor) else executor
-        # Closed last: how the run ended is told on the board by way of the executor's client.
-        with closed_after(made), _on_board(order, made, stop) as noted:
-            heard = all_of([Hooks(listener), Hooks(noted), seen]).listener
-            greet(made, heard)
-            scheduler = open_street(largest_first(tasks, made), heard, order.recipe.options.placement)
-            report = run_report.begin(order.output, order.recipe, tasks)
+    with claimed(request.output, [task.id for task in request.tasks]) as taken, observing(observe) as observers:
+        if len(taken) == len(request.tasks):
+            raise OutputTaken(f"{request.output}: {TAKEN}")
+        tasks = [replace(task, error=task.error or TAKEN) if task.id in taken else task for task in request.tasks]
+        running = executor() if callable(executor) else executor
+        able = running.capabilities
+        announcing = able.announce(request.output, len(tasks), stop) if able.announce else nullcontext(silent)
+        # The announcement ends before the executor is closed: it needs the executor's connection.
+        with _close_after(running), announcing as announced:
+            hooks = combine_hooks([Hooks(listener), Hooks(announced), observers])
+            for warning in able.warnings:
+                hooks.listener(Event("warning", "", message=warning))
+            if able.dashboard:
+                hooks.listener(Event("stage", "", message=f"dashboard: {able.dashboard}"))
+            report = begin_report(request.output, request.recipe, tasks)
+
+            def watch(thing: WorkUnit | UnitResult) -> None:
+                report.accounting.watch(thing)
+                hooks.watch(thing)
+
+            scheduler = schedule(
+                largest_first(tasks) if able.many_workers else tasks, hooks.listener, request.recipe.options.placement
+            )
             try:
-                watched = WatchedExecutor(made, report.ledger.watch, seen.watch)
-                for state in scheduler.run(watched, stop):
-                    report.add(state)
+                for state in scheduler.run(running, stop, watch):
+                    row = report.add(state)
+                    text = outcome_text(state, row.cache_hits)
+                    done, total = scheduler.ended, scheduler.total
+                    hooks.listener(Event("slide", state.task.id, done, total, text, state.status))
             finally:
                 report.save()
     return report
 
 
 @contextmanager
-def _on_board(order: RunRequest, executor: Executor, stop: threading.Event) -> Iterator[Listener]:
-    """A run on a cluster whose books are kept here stands on its board, too: others see it, share with it, stop it."""
-    client: Any = getattr(executor, "client", None)
-    if client is None or getattr(executor, "posted", True):
-        yield silent
-        return
-    board, progress = JobRegistry(client), Progress()
-    note = JobStatus(new_id(), order.output, slides_total=len(order.tasks), where=timing.worker())
-    executor.jobs = LiveJobs(board, note.id)  # type: ignore[attr-defined]
-    with publishing_status(board, note, progress, stop):
-        yield progress.hear
+def _close_after(executor: Executor) -> Iterator[None]:
+    """Close the executor at the end; units that have not begun are dropped when an exception ends the context."""
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        executor.close(cancel=not finished)
+
+
+def largest_first(tasks: list[SlideTask]) -> list[SlideTask]:
+    """The tasks, largest files first: a large slide that comes last would leave the other workers idle.
+
+    The number of tiles shows only in the plan, which is not made yet; the size of the file is known and goes with it.
+    """
+    if len(tasks) < 2:
+        return tasks
+    sizes = file_sizes(task.uri for task in tasks)
+    return sorted(tasks, key=lambda task: -sizes.get(task.uri, 0))
+
+
+def file_sizes(uris: Iterable[str]) -> dict[str, int]:
+    """Bytes of each slide where that is known without opening it; folders (DICOM, MIRAX) are left out."""
+    sizes: dict[str, int] = {}
+    folders: dict[str, list[str]] = {}
+    for uri in uris:
+        if store.is_local(uri):
+            with suppress(OSError):
+                sizes[uri] = os.stat(store.local_path(uri)).st_size
+        else:
+            folders.setdefault(uri.rpartition("/")[0], []).append(uri)
+    for folder, wanted in folders.items():
+        if len(wanted) >= LISTED and urlsplit(folder).scheme == "s3":
+            with suppress(WsiError):  # opening the slides will show what is wrong
+                sizes |= store.list_sizes(folder)
+    return sizes

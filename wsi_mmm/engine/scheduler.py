@@ -1,7 +1,7 @@
-"""The street: which works of which slides may begin, and what their receipts add up to.
+"""The scheduler: which units of which slides may begin, and which slides have ended.
 
-A slide walks plan -> forward of its blocks -> interpret of its blocks, each as soon as the blocks round it are in ->
-publish. Pure bookkeeping: no I/O, no threads, so it can be driven by any executor and by tests.
+A slide goes through plan -> forward of its blocks -> interpret of its blocks, each as soon as the blocks round it are
+in -> publish. No I/O and no threads, so it can be driven by any executor and by tests.
 """
 
 from __future__ import annotations
@@ -11,310 +11,269 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from wsi_mmm.engine.events import Event, Listener, silent
-from wsi_mmm.engine.monitoring.busy import BusyTimes
-from wsi_mmm.engine.plan import SlidePlan, forward_units, interpret_units, needed_blocks
-from wsi_mmm.engine.stages.extract import extract_units, squares_under, through_pool
-from wsi_mmm.engine.units import Executor, Kind, Placement, SlideTask, UnitResult, WorkUnit
+from wsi_mmm.engine.events import Event, Listener, SlideStatus, silent
+from wsi_mmm.engine.plan import forward_units, interpret_units, needed_blocks
+from wsi_mmm.engine.stages.extract import extract_units, shard_groups_under, through_pool
+from wsi_mmm.engine.units import (
+    BlockIndex,
+    Box,
+    Executor,
+    ExtractResult,
+    Failure,
+    ForwardResult,
+    InterpretResult,
+    Kind,
+    Placement,
+    PlanResult,
+    PublishResult,
+    SlidePlan,
+    SlideSummary,
+    SlideTask,
+    UnitResult,
+    Watch,
+    WorkUnit,
+)
 from wsi_mmm.errors import Cancelled
 
-# Later stops first: what is nearly done frees memory and disk; new slides are planned while others are on their way.
-ORDER: tuple[Kind, ...] = ("publish", "interpret", "forward", "extract", "plan")
+# Later stages first: a slide that is nearly done frees memory and disk.
+PRIORITY: tuple[Kind, ...] = ("publish", "interpret", "forward", "extract", "plan")
 POLL = 0.5  # seconds between looks at whether the user wants to stop
 AHEAD = 2  # slides planned at once beyond those that keep the executor full
 GUESS = 4.0  # forwards of a slide, until some are known
 
 
 @dataclass(slots=True)
+class Blocked:
+    """Units that wait for blocks (or groups of shards): each becomes ready when all that it needs are in."""
+
+    units: dict[BlockIndex, tuple[WorkUnit, set[BlockIndex]]] = field(default_factory=dict)
+    needed_by: dict[BlockIndex, list[BlockIndex]] = field(default_factory=dict)
+
+    def add(self, unit: WorkUnit, needs: set[BlockIndex]) -> None:
+        """Hold a unit until all of ``needs`` are in."""
+        self.units[unit.block] = (unit, needs)
+        for block in needs:
+            self.needed_by.setdefault(block, []).append(unit.block)
+
+    def release(self, block: BlockIndex) -> Iterator[WorkUnit]:
+        """The units that became ready because ``block`` is in."""
+        for waiting in self.needed_by.pop(block, ()):
+            unit, needs = self.units[waiting]
+            needs.discard(block)
+            if not needs:
+                del self.units[waiting]
+                yield unit
+
+    def clear(self) -> None:
+        """Drop every unit."""
+        self.units.clear()
+        self.needed_by.clear()
+
+
+@dataclass(slots=True)
 class SlideState:
-    """What is known of a slide on its way, and in the end what became of it."""
+    """A slide under way, and in the end how it ended.
+
+    ``status``: None until it has ended; ``resumed``: an earlier run had published it; ``failed``: tiles with pixels
+    that cannot be read; ``tile_cache``: what was measured and chosen for its tiles, for people. ``started``,
+    ``ended``: epoch seconds, 0 before.
+    """
 
     task: SlideTask
-    status: str = "waiting"
+    status: SlideStatus | None = None
+    resumed: bool = False
     error: str = ""
     traceback: str = ""
     plan: SlidePlan | None = None
+    summary: SlideSummary | None = None
     tiles: int = 0
-    objects: int = 0
-    cache_hits: int = 0
-    failed: dict[tuple[int, int, int, int], None] = field(default_factory=dict)
-    forward_left: set[tuple[int, int]] = field(default_factory=set)
-    waiting: dict[tuple[int, int], tuple[WorkUnit, set[tuple[int, int]]]] = field(default_factory=dict)
-    unlocks: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
-    behind: dict[tuple[int, int], tuple[WorkUnit, set[tuple[int, int]]]] = field(default_factory=dict)  # extracts
-    opens: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
-    interpret_left: int = 0
-    running: int = 0
+    failed: dict[Box, None] = field(default_factory=dict)
+    tile_cache: str = ""
     started: float = 0.0
     ended: float = 0.0
-    busy: list[tuple[int, float, float]] = field(default_factory=list)
-    bytes_read: dict[int, int] = field(default_factory=dict)
-    peak_rss_mb: dict[int, float] = field(default_factory=dict)
-    stages: dict[str, float] = field(default_factory=dict)
-    devices: set[str] = field(default_factory=set)
-    tile_cache: str = ""
-    encoders: dict[int, str] = field(default_factory=dict)
-    forward_span: tuple[float, float] = (0.0, 0.0)  # epoch: the first tiles are asked for, the last values are in
-    payload: Any = None
+    running: int = 0
+    forward_left: set[BlockIndex] = field(default_factory=set)
+    interpret_left: int = 0
+    interprets: Blocked = field(default_factory=Blocked)  # by the forwards of the blocks round them
+    forwards: Blocked = field(default_factory=Blocked)  # by the extracts under their tiles
 
     @property
-    def finished(self) -> bool:
-        """Nothing of this slide is left to do or to wait for."""
-        return self.ended > 0
+    def seconds(self) -> float:
+        """Seconds from its first unit to its end."""
+        return max(0.0, self.ended - self.started)
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """The works of a run that are ready, by kind, and the slides under way; a slide that has ended is let go.
+    """The units of a run that are ready, by kind, and the slides under way; a slide that has ended is forgotten.
 
-    What a receipt costs does not grow with the number of slides, and what is held does not either, but for the tasks
-    that are still to come.
+    Neither the cost of a result nor the memory grows with the number of slides, except for the tasks still to come.
     """
 
     upcoming: deque[SlideTask]
     listener: Listener = silent
+    placement: Placement = "beside"
     total: int = 0
     ended: int = 0
     slides: dict[str, SlideState] = field(default_factory=dict)  # under way, the one that began first at the front
-    ready: dict[Kind, deque[WorkUnit]] = field(default_factory=lambda: {kind: deque() for kind in ORDER})
-    busy: BusyTimes = field(default_factory=BusyTimes)
+    ready: dict[Kind, deque[WorkUnit]] = field(default_factory=lambda: {kind: deque() for kind in PRIORITY})
     planning: int = 0  # slides whose plan is not in yet
     planned: int = 0  # ever
-    forwards: int = 0  # of all those plans
-    placement: Placement = "beside"
-    flying: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})  # forward or not
+    planned_forwards: int = 0  # of all those plans
+    forwards_running: int = 0
+    others_running: int = 0
 
-    def run(self, executor: Executor, stop: threading.Event | None = None) -> Iterator[SlideState]:
-        """Drive the executor until every slide is finished; yields each slide's state as it ends.
+    def run(
+        self, executor: Executor, stop: threading.Event | None = None, watch: Watch = lambda unit_or_result: None
+    ) -> Iterator[SlideState]:
+        """Drive the executor until every slide has ended; yields each slide's state as it ends.
 
         Raises Cancelled soon after ``stop`` is set.
         """
         while True:
-            self._start(executor)
-            if not any(self.flying.values()):
+            self._open_slides(executor)
+            for unit in self._next_units(executor):
+                watch(unit)
+                executor.start(unit)
+            if not self.forwards_running + self.others_running:
                 return
             result = executor.wait(POLL)
             if stop is not None and stop.is_set():
                 raise Cancelled("cancelled; run the same again to resume")
             if result is None:
                 continue
-            self.flying[result.kind == "forward"] -= 1
-            state = self.slides[result.slide]
-            self.receive(result)
-            if state.finished:
+            watch(result)
+            state = self.receive(result)
+            if state.status is not None and not state.running:
+                self._close_slide(state)
                 yield state
 
-    def _start(self, executor: Executor) -> None:
-        self._open_slides(executor)
-        for kind in ORDER:
-            queue = self.ready[kind]
-            while queue and executor.room(kind) > 0 and not (kind == "extract" and self._ahead(executor)):
-                unit = queue.popleft()
-                state = self.slides.get(unit.slide.id)
-                if state is None or state.status != "running":
-                    continue  # of a slide that has failed meanwhile
-                state.running += 1
-                state.started = state.started or time.time()
-                if kind == "forward":
-                    state.forward_span = (state.forward_span[0] or time.time(), 0.0)
-                self.flying[kind == "forward"] += 1
-                executor.start(unit)
-
-    def _ahead(self, executor: Executor) -> bool:
-        """Whether so much has been extracted that the models have enough to do: what is in a cache may leave it."""
-        return len(self.ready["forward"]) > 2 * AHEAD * (self.flying[True] + executor.room("forward"))
+    # ------------------------------------------------------------ starting units
 
     def _open_slides(self, executor: Executor) -> None:
         """Plan as many slides as keep the executor full, by what the plans so far came to, and no more."""
-        full = self.flying[True] + executor.room("forward")
-        most = AHEAD + self.flying[False] + executor.room("plan")
-        each = max(1.0, self.forwards / self.planned) if self.planned else GUESS
+        full = self.forwards_running + executor.room("forward")
+        most = AHEAD + self.others_running + executor.room("plan")
+        each = max(1.0, self.planned_forwards / self.planned) if self.planned else GUESS
         while self.upcoming and len(self.slides) < most:
             waiting = len(self.ready["forward"])
             if waiting >= AHEAD * full or (self.planning >= AHEAD and waiting + self.planning * each >= full):
                 return
-            self._open(self.upcoming.popleft())
+            task = self.upcoming.popleft()
+            self.slides[task.id] = SlideState(task)
+            self.planning += 1
+            self.ready["plan"].append(WorkUnit("plan", task))
 
-    def _open(self, task: SlideTask) -> None:
-        self.slides[task.id] = SlideState(task, status="running")
-        self.planning += 1
-        self.ready["plan"].append(WorkUnit("plan", task))
+    def _next_units(self, executor: Executor) -> Iterator[WorkUnit]:
+        """Units to start now, as long as the executor has room."""
+        for kind in PRIORITY:
+            queue = self.ready[kind]
+            while queue and executor.room(kind) > 0 and not (kind == "extract" and self._enough_extracted(executor)):
+                unit = queue.popleft()
+                state = self.slides.get(unit.slide.id)
+                if state is None or state.status is not None:
+                    continue  # of a slide that has failed meanwhile
+                state.running += 1
+                state.started = state.started or time.time()
+                self._count_running(kind, 1)
+                yield unit
 
-    # ------------------------------------------------------------ receipts
+    def _count_running(self, kind: Kind, change: int) -> None:
+        if kind == "forward":
+            self.forwards_running += change
+        else:
+            self.others_running += change
 
-    def receive(self, result: UnitResult) -> None:
-        """Take in what came of a work: count it, and make ready what it allows."""
-        state = self.slides[result.slide]
+    def _enough_extracted(self, executor: Executor) -> bool:
+        """The models have enough to do: what is extracted too early may be evicted from the cache."""
+        return len(self.ready["forward"]) > 2 * AHEAD * (self.forwards_running + executor.room("forward"))
+
+    # ------------------------------------------------------------ taking in results
+
+    def receive(self, result: UnitResult) -> SlideState:
+        """Take in a result and make ready the units that it allows; gives the state of its slide."""
+        state = self.slides[result.facts.slide]
         state.running -= 1
-        _count(state, result)
-        self.busy.add(result.pid, result.busy)
-        if result.kind == "plan":
+        self._count_running(result.facts.kind, -1)
+        if result.facts.kind == "plan":
             self.planning, self.planned = self.planning - 1, self.planned + 1
-        if result.status == "failed":
-            _fail(state, result)
-        elif state.status == "running":
-            next_of = {
-                "plan": self._planned, "extract": self._extracted, "forward": self._forwarded,
-                "interpret": self._interpreted,
-            }  # fmt: skip
-            next_of.get(result.kind, self._published)(state, result)
-        if state.status != "running" and not state.running:
-            self._end(state)
+        if state.status is not None:
+            return state  # it has failed; other units of it were still running
+        match result:
+            case Failure():
+                state.status, state.error, state.traceback = SlideStatus.FAILED, result.error, result.traceback
+            case PlanResult():
+                self._take_plan(state, result)
+            case ExtractResult():
+                self.ready["forward"].extend(state.forwards.release(result.facts.block))
+            case ForwardResult():
+                self._take_forward(state, result)
+            case InterpretResult():
+                state.interpret_left -= 1
+                self._publish_when_ready(state)
+            case PublishResult():
+                state.summary = result.summary
+                done = SlideStatus.DONE if state.tiles else SlideStatus.EMPTY
+                state.status = SlideStatus.PARTIAL if state.failed else done
+        return state
 
-    def _end(self, state: SlideState) -> None:
-        """The slide is told of, and let go: its works and its plan with it, but for what a report says of them."""
-        state.ended = time.time()
-        state.busy = self.busy.within(state.started, state.ended)
-        del self.slides[state.task.id]
-        for held in (state.forward_left, state.waiting, state.unlocks, state.behind, state.opens):
-            held.clear()
-        self.busy.forget(next((other.started for other in self.slides.values() if other.started), state.ended))
-        self.ended += 1
-        self.listener(Event("slide", state.task.id, self.ended, self.total, outcome(state)))
-
-    def _planned(self, state: SlideState, result: UnitResult) -> None:
-        if result.status == "cached":
-            state.status, state.payload = "skipped", result.payload
+    def _take_plan(self, state: SlideState, result: PlanResult) -> None:
+        if result.plan is None:
+            assert result.published is not None
+            state.status, state.resumed, state.summary = result.published.status, True, result.published
             return
-        pooled = through_pool(result.payload) if self.placement == "pool" else None
-        plan = state.plan = pooled or result.payload
+        pooled = through_pool(result.plan) if self.placement == "pool" else None
+        plan = state.plan = pooled or result.plan
         units = forward_units(plan)
-        self.forwards += len(units)
+        self.planned_forwards += len(units)
         state.forward_left = {unit.block for unit in units}
-        if pooled:
-            self._extract_first(state, plan, units)
+        if pooled:  # the forwards wait until the shards under their tiles are in
+            self.ready["extract"].extend(extract_units(plan))
+            for unit in units:
+                state.forwards.add(unit, shard_groups_under(unit))
         else:
             self.ready["forward"].extend(units)
         if plan.maps:
             for unit in interpret_units(plan):
-                needs = needed_blocks(unit)
-                state.waiting[unit.block] = (unit, needs)
-                for block in needs:
-                    state.unlocks.setdefault(block, []).append(unit.block)
-        state.interpret_left = len(state.waiting)
+                state.interprets.add(unit, needed_blocks(unit))
+        state.interpret_left = len(state.interprets.units)
         self.listener(Event("plan", state.task.id, 0, len(plan.index), f"{len(plan.index)} tiles"))
-        self._maybe_publish(state)
+        self._publish_when_ready(state)
 
-    def _extract_first(self, state: SlideState, plan: SlidePlan, units: list[WorkUnit]) -> None:
-        """The forwards wait until the shards under their tiles are in."""
-        self.ready["extract"].extend(extract_units(plan))
-        for unit in units:
-            needs = squares_under(unit)
-            state.behind[unit.block] = (unit, needs)
-            for square in needs:
-                state.opens.setdefault(square, []).append(unit.block)
-
-    def _extracted(self, state: SlideState, result: UnitResult) -> None:
-        for block in state.opens.pop(result.block, ()):
-            unit, needs = state.behind[block]
-            needs.discard(result.block)
-            if not needs:
-                del state.behind[block]
-                self.ready["forward"].append(unit)
-
-    def _forwarded(self, state: SlideState, result: UnitResult) -> None:
+    def _take_forward(self, state: SlideState, result: ForwardResult) -> None:
         state.tiles += result.tiles
-        state.cache_hits += result.tiles if result.status == "cached" else 0
-        if result.payload and not state.tile_cache:
-            state.tile_cache = str(result.payload)
+        state.failed |= dict.fromkeys(result.failed)
+        if result.tile_cache and not state.tile_cache:
+            state.tile_cache = result.tile_cache
             self.listener(Event("stage", state.task.id, message=state.tile_cache))
-        state.forward_left.discard(result.block)
-        state.forward_span = (state.forward_span[0], time.time())
-        for block in state.unlocks.pop(result.block, ()):
-            unit, needs = state.waiting[block]
-            needs.discard(result.block)
-            if not needs:
-                del state.waiting[block]
-                self.ready["interpret"].append(unit)
+        state.forward_left.discard(result.facts.block)
+        self.ready["interpret"].extend(state.interprets.release(result.facts.block))
         total = len(state.plan.index) if state.plan else 0
         self.listener(Event("tile", state.task.id, state.tiles, total))
-        self._maybe_publish(state)
+        self._publish_when_ready(state)
 
-    def _interpreted(self, state: SlideState, result: UnitResult) -> None:
-        state.interpret_left -= 1
-        self._maybe_publish(state)
-
-    def _maybe_publish(self, state: SlideState) -> None:
-        if state.plan and not state.forward_left and not state.interpret_left and not state.waiting:
+    def _publish_when_ready(self, state: SlideState) -> None:
+        if state.plan and not state.forward_left and not state.interpret_left:
             self.listener(Event("stage", state.task.id, message="publishing"))
             plan = state.plan
             self.ready["publish"].append(WorkUnit("publish", plan.slide, grid=plan.grid, entry=plan.entry))
 
-    def _published(self, state: SlideState, result: UnitResult) -> None:
-        state.objects, state.payload = result.objects, result.payload
-        state.status = "partial" if state.failed else ("done" if state.tiles else "empty")
-        if state.failed:
-            state.error = unreadable(state)
+    def _close_slide(self, state: SlideState) -> None:
+        """Forget a slide that has ended, with its units; the report needs only its state."""
+        state.ended = time.time()
+        del self.slides[state.task.id]
+        state.forward_left.clear()
+        state.interprets.clear()
+        state.forwards.clear()
+        self.ended += 1
 
 
-def _fail(state: SlideState, result: UnitResult) -> None:
-    """Its works that wait are passed over when their turn comes."""
-    if state.status == "running":
-        state.status, state.error, state.traceback = "failed", result.error, str(result.payload or "")
-
-
-def _count(state: SlideState, result: UnitResult) -> None:
-    state.failed |= dict.fromkeys(result.failed)
-    state.bytes_read[result.pid] = max(state.bytes_read.get(result.pid, 0), result.bytes_read)
-    state.peak_rss_mb[result.pid] = max(state.peak_rss_mb.get(result.pid, 0.0), result.peak_rss_mb)
-    state.devices |= {result.device} - {""}
-    if result.encoder:
-        state.encoders[result.pid] = result.encoder
-    for stage, seconds in result.stages.items():
-        state.stages[stage] = state.stages.get(stage, 0.0) + seconds
-
-
-def open_street(tasks: Iterable[SlideTask], listener: Listener = silent, placement: Placement = "beside") -> Scheduler:
-    """A street on which every slide is still to come, in the order given.
+def schedule(tasks: Iterable[SlideTask], listener: Listener = silent, placement: Placement = "beside") -> Scheduler:
+    """A scheduler with every slide still to come, in the order given.
 
     ``placement``: tiles are read by the workers that run the model ("beside"), or by others into the cache ("pool").
+    Without a cache they are read beside the model.
     """
     upcoming = deque(tasks)
-    return Scheduler(upcoming, listener, len(upcoming), placement=placement)
-
-
-def unreadable(state: SlideState) -> str:
-    """What is wrong with a slide that is published in part, and what mends it."""
-    x, y, _, _ = min(state.failed, key=lambda tile: (tile[1], tile[0]))
-    count = f"{len(state.failed)} of {state.tiles} tiles hold pixels that cannot be read (first at x={x}, y={y}"
-    return f"{count}; all are in report.json): copy the slide again, then run again"
-
-
-def outcome(state: SlideState) -> str:
-    """How a slide ended, in words: what was found, in how many tiles, in how many seconds; or why not."""
-    if state.status == "failed":
-        return f"failed: {state.error}"
-    facts = state.payload if isinstance(state.payload, dict) else {}
-    found = sum(facts.get("objects", {}).values())
-    objects = f"{found:,} object{'s' * (found != 1)} in " if facts.get("objects") else ""
-    if state.status == "skipped":
-        return f"{facts.get('status', 'done')} before, {objects}{facts.get('tiles', 0):,} tiles; --force redoes"
-    seconds = state.ended - state.started
-    rate = f" ({state.tiles / seconds:.1f} tiles/s)" if seconds > 0 and state.tiles > state.cache_hits else ""
-    reason = {"empty": " (no tissue found)", "partial": f" ({len(state.failed)} tiles cannot be read)"}
-    size = f"{objects}{state.tiles:,} tile{'s' * (state.tiles != 1)}"
-    return f"{state.status}{reason.get(state.status, '')}, {size}, {seconds:.1f} s{rate}"
-
-
-def busy_share(state: SlideState) -> float:
-    """Share of the slide's wall time in which the model ran, averaged over the processes that ran it.
-
-    The model counts as busy with whatever slide it works on: slides overlap, and what matters is that it never waits.
-    """
-    wall = state.ended - state.started
-    by_pid: dict[int, list[tuple[float, float]]] = {}
-    for pid, start, end in state.busy:
-        by_pid.setdefault(pid, []).append((max(start, state.started), min(end, state.ended)))
-    if wall <= 0 or not by_pid:
-        return 0.0
-    return min(1.0, sum(_union(spans) for spans in by_pid.values()) / len(by_pid) / wall)
-
-
-def _union(spans: list[tuple[float, float]]) -> float:
-    total, reached = 0.0, 0.0
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
+    return Scheduler(upcoming, listener, placement, len(upcoming))

@@ -1,24 +1,35 @@
-"""The records that travel between the street and an executor, and the Executor port.
+"""The records that travel between the scheduler and an executor, and the Executor port.
 
-A work is a few hundred bytes: no pixels, no secrets. Whoever performs it opens the slide itself.
+A work unit is a few hundred bytes: no pixels, no secrets. The worker that runs it opens the slide itself.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import numpy as np
 
+from wsi_mmm.engine.events import Listener, SlideStatus
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.timing import Lap
-from wsi_mmm.types import I64, Grid
+from wsi_mmm.errors import WsiError
+from wsi_mmm.timing import StepTime
+from wsi_mmm.types import F32, I64, Grid, SlideInfo
 
 Kind = Literal["plan", "extract", "forward", "interpret", "publish"]
 Placement = Literal["beside", "pool"]
-Status = Literal["ok", "partial", "failed", "cached"]
+UnitStatus = Literal["ok", "partial", "failed", "cached"]
+BlockIndex = tuple[int, int]
+"""Row and column of a block of tiles."""
+Box = tuple[int, int, int, int]
+"""Level-0 (x, y, width, height)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +51,13 @@ class SlideTask:
 
     @property
     def scratch(self) -> str:
-        """Folder for parts and, without a cache, maps; gone once the slide is published."""
+        """Folder for parts and, without a cache, maps; removed once the slide is published."""
         return f"{self.output}/.work/{self.result_hash()}"
 
     def result_hash(self) -> str:
         """Hash of what the objects depend on: the recipe, the reader, and what the user said of this slide.
 
-        What a mask file holds is compared apart (slide.json keeps its hash): where it lies does not matter.
+        The content of a mask file is compared apart (slide.json keeps its hash): where it lies does not matter.
         """
         recipe, masked = self.recipe.result_hash(self.reader), self.mask is not None
         if self.mpp is None and not masked:
@@ -55,12 +66,36 @@ class SlideTask:
 
 
 @dataclass(frozen=True, slots=True)
+class SlidePlan:
+    """One slide, planned: its grid and the tiles ``index`` int64[n, 2] (row, column) that hold tissue.
+
+    ``tissue`` float32[n]: share of each tile that is tissue. ``entry``: URI of the cache entry that holds its values.
+    ``maps``: some task answers per pixel, so blocks are interpreted.
+    """
+
+    slide: SlideTask
+    info: SlideInfo
+    grid: Grid
+    index: I64
+    tissue: F32
+    entry: str
+    halo: int
+    stride: int
+    mpp_effective: float
+    maps: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class WorkUnit:
-    """One thing to do. ``block`` (row, column) of the block grid; ``tiles`` packs int32 (row, column) pairs."""
+    """The smallest piece of a run that is scheduled and resumed.
+
+    ``block`` (row, column) of the block grid; ``tiles`` packs int32 (row, column) pairs; ``entry``: URI of the cache
+    entry that holds its values. ``grid``: None until the slide is planned.
+    """
 
     kind: Kind
     slide: SlideTask
-    block: tuple[int, int] = (0, 0)
+    block: BlockIndex = (0, 0)
     tiles: bytes = b""
     grid: Grid | None = None
     entry: str = ""
@@ -68,63 +103,210 @@ class WorkUnit:
     @property
     def name(self) -> str:
         """Unique within a run."""
-        return f"{self.slide.id}/{self.kind}/{self.block[0]}-{self.block[1]}"
+        return unit_name(self.slide.id, self.kind, self.block)
+
+    @property
+    def planned_grid(self) -> Grid:
+        """The grid, of a unit whose slide is planned."""
+        assert self.grid is not None
+        return self.grid
 
     def index(self) -> I64:
-        """The tiles of this work, int64[n, 2] (row, column)."""
+        """The tiles of this unit, int64[n, 2] (row, column)."""
         return np.frombuffer(self.tiles, np.int32).reshape(-1, 2).astype(np.int64)
 
 
-def pack(index: I64) -> bytes:
-    """Tiles int64[n, 2] as the bytes that a Work carries."""
+def pack_tiles(index: I64) -> bytes:
+    """Tiles int64[n, 2] as the bytes that a WorkUnit holds."""
     return index.astype(np.int32).tobytes()
 
 
-@dataclass(frozen=True, slots=True)
-class UnitResult:
-    """What came of a work. ``failed``: level-0 (x, y, width, height) of tiles with unreadable pixels.
+def unit_name(slide: str, kind: Kind, block: BlockIndex) -> str:
+    """The name of a unit within a run: ``slide/kind/row-column``."""
+    return f"{slide}/{kind}/{block[0]}-{block[1]}"
 
-    ``busy``: (start, end) epoch seconds in which the model ran; ``bytes_read`` is cumulative for (pid, slide).
-    ``encoder``: JSON of what the Runner chose. ``laps``: where the time of the threads of ``worker`` (host:pid) went.
+
+# ---------------------------------------------------------------- results
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFacts:
+    """Facts that every result has: which unit it is of, where that ran and what it took.
+
+    ``worker``: host:pid; ``bytes_read``: by this process from this slide so far; ``times``: one per step.
     """
 
     kind: Kind
     slide: str
-    block: tuple[int, int]
-    status: Status
-    error: str = ""
-    tiles: int = 0
-    failed: tuple[tuple[int, int, int, int], ...] = ()
-    objects: int = 0
-    busy: tuple[tuple[float, float], ...] = ()
+    block: BlockIndex = (0, 0)
     pid: int = 0
-    bytes_read: int = 0
-    cache_hits: int = 0
-    peak_rss_mb: float = 0.0
-    stages: dict[str, float] = field(default_factory=dict)
-    device: str = ""
-    encoder: str = ""
-    payload: Any = None
-    laps: tuple[Lap, ...] = ()
     worker: str = ""
+    bytes_read: int = 0
+    peak_rss_mb: float = 0.0
+    times: tuple[StepTime, ...] = ()
 
     @property
     def name(self) -> str:
-        """That of the work."""
-        return f"{self.slide}/{self.kind}/{self.block[0]}-{self.block[1]}"
+        """The name of the unit."""
+        return unit_name(self.slide, self.kind, self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class SlideSummary:
+    """The parts of slide.json that reports show."""
+
+    status: SlideStatus
+    tiles: int = 0
+    objects: Mapping[str, int] = field(default_factory=dict)
+    classes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    mpp_effective: float | None = None
+    reader: str | None = None
+    answers: Mapping[str, str | float | None] | None = None
+
+    @property
+    def object_count(self) -> int:
+        """Objects of all tasks."""
+        return sum(self.objects.values())
+
+    @staticmethod
+    def from_json(facts: Mapping[str, object]) -> SlideSummary:
+        """The summary of what slide.json holds."""
+        return SlideSummary(
+            SlideStatus(cast("str", facts.get("status", "done"))),
+            cast("int", facts.get("tiles", 0)),
+            cast("dict[str, int]", facts.get("objects", {})),
+            cast("dict[str, dict[str, int]]", facts.get("classes", {})),
+            cast("dict[str, str]", facts.get("files", {})),
+            cast("float | None", facts.get("mpp_effective")),
+            cast("str | None", facts.get("reader")),
+            cast("dict[str, str | float | None] | None", facts.get("answers")),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlanResult:
+    """A slide was planned; or an earlier run has published it (``published``), and there is no plan."""
+
+    facts: UnitFacts
+    plan: SlidePlan | None = None
+    published: SlideSummary | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractResult:
+    """Pixels were put into the shared cache."""
+
+    facts: UnitFacts
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardResult:
+    """A block went through the network, or an earlier run had done that (``cached``).
+
+    ``failed``: tiles with pixels that cannot be read; ``encoder``: JSON of what the Runner chose; ``tile_cache``: what
+    was measured and chosen for the slide's tiles, for people.
+    """
+
+    facts: UnitFacts
+    tiles: int
+    failed: tuple[Box, ...] = ()
+    cached: bool = False
+    device: str = ""
+    encoder: str = ""
+    tile_cache: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class InterpretResult:
+    """The objects of a block were written to its part file."""
+
+    facts: UnitFacts
+    objects: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PublishResult:
+    """The files of a slide were written."""
+
+    facts: UnitFacts
+    summary: SlideSummary
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A unit raised. ``error``: one line; ``traceback``: only for faults that are not the user's."""
+
+    facts: UnitFacts
+    error: str
+    traceback: str = ""
+
+
+UnitResult = PlanResult | ExtractResult | ForwardResult | InterpretResult | PublishResult | Failure
+
+
+def result_status(result: UnitResult) -> UnitStatus:
+    """The outcome of a unit in one word, for logs and metrics."""
+    match result:
+        case Failure():
+            return "failed"
+        case ForwardResult(cached=True):
+            return "cached"
+        case PlanResult(published=SlideSummary()):
+            return "cached"
+        case ForwardResult(failed=failed) if failed:
+            return "partial"
+        case _:
+            return "ok"
+
+
+def failure_of(unit: WorkUnit, error: BaseException) -> Failure:
+    """The result of a unit that raised. Our own errors explain themselves; others come with their traceback."""
+    known = isinstance(error, WsiError)
+    text = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
+    detail = "" if known else "".join(traceback.format_exception(error))
+    return Failure(UnitFacts(unit.kind, unit.slide.id, unit.block, os.getpid()), text, detail)
+
+
+# ---------------------------------------------------------------- the port
+
+Watch = Callable[[WorkUnit | UnitResult], None]
+"""Called with every unit that is started and with every result, in the thread that drives the run."""
+
+Announce = Callable[[str, int, threading.Event], AbstractContextManager[Listener]]
+"""Given a run's output, its number of slides and its stop event: a context in which other jobs on the same workers see
+the run, share the workers with it and may stop it. It gives a listener that must hear the run's events."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an executor tells a run about itself.
+
+    ``many_workers``: slides are shared by many workers, so the largest are best started first; ``warnings``: workers
+    that cannot be used; ``announce``: None where nobody else shares the workers.
+    """
+
+    many_workers: bool = False
+    dashboard: str = ""
+    warnings: tuple[str, ...] = ()
+    announce: Announce | None = None
 
 
 class Executor(Protocol):
-    """Performs works in any order, each at least once. The serial executor is the specification."""
+    """Runs units in any order, each at least once. `SerialExecutor` is the specification."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this executor is like; does not change."""
 
     def room(self, kind: Kind) -> int:
-        """How many more works of this kind may be started now."""
+        """How many more units of this kind may be started now."""
 
     def start(self, unit: WorkUnit) -> None:
-        """Begin a work; returns at once."""
+        """Begin a unit."""
 
     def wait(self, timeout: float) -> UnitResult | None:
-        """The next finished work's receipt, or None after ``timeout`` seconds. A failed work is a receipt too."""
+        """The next result, or None after ``timeout`` seconds. A unit that raised gives a Failure."""
 
     def close(self, *, cancel: bool = False) -> None:
-        """Let go of threads, processes and open slides; with ``cancel``, drop what has not begun."""
+        """Release threads, processes and open slides; with ``cancel``, drop units that have not begun."""

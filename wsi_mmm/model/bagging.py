@@ -33,7 +33,7 @@ def answer_bag(
     """
     with ThreadPoolExecutor(1, "bag", initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            return pool.submit(_answer, runner, vectors, tasks).result()
+            return pool.submit(_answer_bag, runner, vectors, tasks).result()
         except (MemoryError, RuntimeError) as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]
             text = f"the slide's {len(vectors):,} tiles cannot be answered as one bag ({line}); use a coarser mpp"
@@ -41,7 +41,9 @@ def answer_bag(
 
 
 @torch.inference_mode()
-def _answer(runner: Runner, vectors: F32, tasks: Sequence[str]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, F32]]:
+def _answer_bag(
+    runner: Runner, vectors: F32, tasks: Sequence[str]
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, F32]]:
     model = runner.model if runner.device.type == "cpu" else bag_part(runner.model).to("cpu")
     x = torch.from_numpy(np.ascontiguousarray(vectors, np.float32))
     logits, attention = model.bag_logits(x, torch.zeros(len(x), dtype=torch.int64), tuple(tasks))

@@ -21,7 +21,7 @@ def conv_unit(inputs: int, outputs: int, kernel: int = 3) -> nn.Sequential:
     )
 
 
-class Squeezer(nn.Module):
+class GlobalPooling(nn.Module):
     """Pyramid -> (bottleneck map float[n, width, h, w], pooled vector float[n, D]).
 
     The vector is pooled from the coarsest encoder map (by default its mean), so it means the same with or without

@@ -33,20 +33,20 @@ _LATER = frozenset({"squeezer", "neck", "bag", "kind", "norm"})
 """Fields that the first cards did not have; see `_Part`."""
 
 
-class _Part(BaseModel):
+class _CardPart(BaseModel):
     """Later fields are left out while they hold their default: old cards, and hashes made from them, stay the same."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     @model_serializer(mode="wrap")
-    def _brief(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _drop_later_defaults(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields = type(self).model_fields
         raw: dict[str, Any] = written(self)
         later = {name for name in raw if name in _LATER and not fields[name].is_required()}
         return {k: v for k, v in raw.items() if k not in later or getattr(self, k) != fields[k].default}
 
 
-class TaskCard(_Part):
+class TaskCard(_CardPart):
     """One task. ``head`` and ``outputs`` say which head holds its weights and how many logits that gives;
     ``params`` are numbers that its kind understands (thresholds, background class).
 
@@ -71,7 +71,7 @@ class TaskCard(_Part):
         return self
 
 
-class EncoderCard(_Part):
+class EncoderCard(_CardPart):
     """A timm model name and the arguments it is created with.
 
     ``norm``: batch norms learn their statistics in training ("train"), or keep those that came with the weights
@@ -83,14 +83,14 @@ class EncoderCard(_Part):
     norm: Literal["train", "frozen"] = "train"
 
 
-class SqueezerCard(_Part):
+class SqueezerCard(_CardPart):
     """How the coarsest map becomes a vector: mean, max, generalised mean (its power learns), or attention."""
 
     kind: Literal["mean", "max", "gem", "attention"] = "mean"
     heads: int = Field(default=4, ge=1)
 
 
-class DecoderCard(_Part):
+class DecoderCard(_CardPart):
     """``bottleneck``: channels after squeezing (0: none). ``widths``: decoder channels per stride, finest first.
 
     ``kind``: see `model.decoders`; "fpn" wants all ``widths`` the same.
@@ -101,13 +101,13 @@ class DecoderCard(_Part):
     kind: Literal["unet", "fpn"] = "unet"
 
 
-class NeckCard(_Part):
+class NeckCard(_CardPart):
     """Channels of the map of stride 4 that dense heads read."""
 
     width: int = Field(default=64, ge=1)
 
 
-class BagCard(_Part):
+class BagCard(_CardPart):
     """How tiles become one vector (`model.grouper`). ``width``: its channels, 0: those of the tiles' vectors.
 
     ``hidden``: channels of the attention's inside; ``heads``: attentions side by side, each for its share of the
@@ -122,7 +122,7 @@ class BagCard(_Part):
     dropout: float = Field(default=0.1, ge=0, lt=1)
 
 
-class ModelCard(_Part):
+class ModelCard(_CardPart):
     """See the module text. ``tile_size`` and ``overlap`` are target px at ``mpp``; mean/std are of RGB in [0, 1]."""
 
     format: Literal["wsi-mmm-model/1"] = "wsi-mmm-model/1"
@@ -145,7 +145,7 @@ class ModelCard(_Part):
     weights_sha256: str = ""
 
     @model_validator(mode="after")
-    def _sound(self) -> ModelCard:
+    def _check_card(self) -> ModelCard:
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
         if self.overlap * 2 > self.tile_size:

@@ -29,14 +29,14 @@ def build_model(card: ModelCard, *, weights: str | None = "random") -> MultiTask
     ``weights`` of the encoder: "random"; None downloads timm's own, or those of the ``hf-hub:`` id that the encoder is
     called by; else a local ``.safetensors`` file. `declared_normalisation` says which mean and std such weights want.
     """
-    return _assemble(card, _encoder(card.encoder.name, weights, card.encoder.args))
+    return _assemble_model(card, _build_encoder(card.encoder.name, weights, card.encoder.args))
 
 
 def declared_normalisation(
     name: str, weights: str | None = "random"
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and std of RGB in [0, 1] that timm declares for the encoder ``name``; ImageNet's where it declares none."""
-    return _normalisation(_encoder(name, weights, {}))
+    return _declared_mean_std(_build_encoder(name, weights, {}))
 
 
 def load_model(name_or_path: str | Path = "default", device: str | torch.device = "cpu") -> MultiTaskModel:
@@ -48,8 +48,10 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
     path = model_path(name_or_path) / WEIGHTS
     weights = _read_weights(path, card.weights_sha256)
     model = build_model(card)
-    _fill(model, {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}, path)
-    return _ready(model, device)
+    _fill_all(
+        model, {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}, path
+    )
+    return _move_to_device(model, device)
 
 
 def save_model(
@@ -74,25 +76,25 @@ def load_encoder(name: str, weights: str | None = None, device: str | torch.devi
 
     ``weights``: None downloads timm's own; "random" takes none; else a local ``.safetensors`` file.
     """
-    encoder = _encoder(name, weights, {})
-    mean, std = _normalisation(encoder)
+    encoder = _build_encoder(name, weights, {})
+    mean, std = _declared_mean_std(encoder)
     card = ModelCard(
         name=name, encoder=EncoderCard(name=name), decoder=DecoderCard(bottleneck=0),
         mpp=0.5, tile_size=256, overlap=0, mean=mean, std=std,
     )  # fmt: skip
-    return _ready(_assemble(card, encoder), device)
+    return _move_to_device(_assemble_model(card, encoder), device)
 
 
-def _encoder(name: str, weights: str | None, args: Mapping[str, Any]) -> PyramidEncoder:
+def _build_encoder(name: str, weights: str | None, args: Mapping[str, Any]) -> PyramidEncoder:
     """See `build_model` for ``weights``."""
     encoder = build_encoder(name, pretrained=weights is None, args=args)
     if weights not in (None, "random"):
         path = Path(str(weights)).expanduser()
-        _fill_encoder(encoder, _read_weights(path, ""), path)
+        _load_backbone(encoder, _read_weights(path, ""), path)
     return encoder
 
 
-def _assemble(card: ModelCard, encoder: PyramidEncoder) -> MultiTaskModel:
+def _assemble_model(card: ModelCard, encoder: PyramidEncoder) -> MultiTaskModel:
     vector = encoder.channels[-1]
     spec = HeadSpec(
         card.decoder.widths[0] if card.decoder.widths else 0, vector, card.bag.width or vector, card.neck.width
@@ -101,7 +103,7 @@ def _assemble(card: ModelCard, encoder: PyramidEncoder) -> MultiTaskModel:
     return MultiTaskModel(card, encoder, heads=heads)
 
 
-def _ready(model: MultiTaskModel, device: str | torch.device) -> MultiTaskModel:
+def _move_to_device(model: MultiTaskModel, device: str | torch.device) -> MultiTaskModel:
     try:
         model.to(device=device)
     except (RuntimeError, AssertionError) as error:
@@ -125,7 +127,7 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
         raise ModelError(f"the weights {path} cannot be read as safetensors: {str(error).splitlines()[0]}") from error
 
 
-def _fill(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+def _fill_all(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Load weights that must fit exactly. ModelError names the first that does not."""
     wanted = module.state_dict()
     odd = sorted(set(wanted) ^ set(weights))
@@ -139,7 +141,7 @@ def _fill(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     module.load_state_dict(dict(weights))
 
 
-def _fill_encoder(encoder: PyramidEncoder, weights: Mapping[str, Tensor], path: Path) -> None:
+def _load_backbone(encoder: PyramidEncoder, weights: Mapping[str, Tensor], path: Path) -> None:
     """Load a backbone's own file: names as in timm's plain model, classifier and other extras left out."""
     wanted = encoder.backbone.state_dict()
     named = {
@@ -151,10 +153,10 @@ def _fill_encoder(encoder: PyramidEncoder, weights: Mapping[str, Tensor], path: 
     found = {
         key: value.float() if value.is_floating_point() else value for key, value in chosen.items() if value is not None
     }
-    _fill(encoder.backbone, found, path)
+    _fill_all(encoder.backbone, found, path)
 
 
-def _normalisation(encoder: PyramidEncoder) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _declared_mean_std(encoder: PyramidEncoder) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and std that timm knows for these weights, else ImageNet's."""
     known = getattr(encoder.backbone, "pretrained_cfg", None) or getattr(
         getattr(encoder.backbone, "model", None), "pretrained_cfg", None
@@ -170,7 +172,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `save_tensors` wrote. ModelError if it cannot be read."""
+    """Return the tensors and the metadata of a file of `save_tensors`. ModelError if it cannot be read."""
     try:
         with safe_open(path, "pt") as file:
             facts = dict(file.metadata() or {})

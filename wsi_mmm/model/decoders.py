@@ -42,7 +42,8 @@ class UNetDecoder(nn.Module):
     def __init__(self, bottleneck: int, channels: Sequence[int], widths: Sequence[int]) -> None:
         super().__init__()
         above = [*widths[1:], bottleneck]
-        self.carry = nn.ModuleList(nn.Conv2d(a, w, 1, bias=False) for a, w in zip(above, widths, strict=True))
+        reduce = nn.ModuleList(nn.Conv2d(a, w, 1, bias=False) for a, w in zip(above, widths, strict=True))
+        self.add_module("carry", reduce)  # the name that checkpoints have
         self.lateral = nn.ModuleList(nn.Conv2d(c, w, 1, bias=False) for c, w in zip(channels, widths, strict=True))
         self.norm = nn.ModuleList(nn.BatchNorm2d(w) for w in widths)
         self.fuse = nn.ModuleList(conv_unit(w, w) if i else nn.Identity() for i, w in enumerate(widths))
@@ -50,10 +51,11 @@ class UNetDecoder(nn.Module):
 
     def forward(self, bottleneck: Tensor, pyramid: Sequence[Tensor]) -> Tensor:
         """``bottleneck`` from the squeezer, ``pyramid`` from the encoder."""
-        x = bottleneck
+        x, reduce = bottleneck, self.get_submodule("carry")
+        assert isinstance(reduce, nn.ModuleList)
         for i in reversed(range(len(self.lateral))):
             size = pyramid[i].shape[-2:]
-            x = functional.interpolate(self.carry[i](x), size=size, mode="bilinear", align_corners=False)
+            x = functional.interpolate(reduce[i](x), size=size, mode="bilinear", align_corners=False)
             x = self.fuse[i](torch.relu(self.norm[i](x + self.lateral[i](pyramid[i]))))
         return x
 

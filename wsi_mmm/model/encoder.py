@@ -59,10 +59,11 @@ def build_encoder(name: str, *, pretrained: bool = False, args: Mapping[str, Any
     try:
         backbone = _features_only(name, pretrained, options)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
-        raise ModelError(f"timm cannot build the encoder '{name}': {_line(error)}") from error
+        raise ModelError(f"timm cannot build the encoder '{name}': {_first_line(error)}") from error
     except Exception as error:  # huggingface_hub raises its own tree (offline, gated, missing): one meaning for us
+        why = _first_line(error)
         raise ModelError(
-            f"the weights of '{name}' cannot be downloaded ({_line(error)}); pass them with --weights FILE.safetensors"
+            f"the weights of '{name}' cannot be downloaded ({why}); pass them with --weights FILE.safetensors"
         ) from error
     info: Any = backbone.feature_info
     return PyramidEncoder(backbone, tuple(info.channels()), tuple(int(r) for r in info.reduction()))
@@ -90,6 +91,6 @@ def _features_only(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
     return backbone
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type when it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -34,7 +34,7 @@ Session = Callable[[U8], list[np.ndarray[Any, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written. ``side``: the one tile size in px that fits, or None: any multiple of 32 px, also oblong.
+    """An exported file. ``side``: the one tile size in px that fits, or None: any multiple of 32 px, also oblong.
 
     ``difference``: the largest from the model on seeded noise, as a share of the largest answer.
     """
@@ -46,7 +46,7 @@ class Exported:
 
 
 class Graph(nn.Module):
-    """What is traced: pixels in, a tuple of answers out."""
+    """The traced module: pixels in, a tuple of answers out."""
 
     def __init__(self, model: MultiTaskModel, tasks: tuple[str, ...]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Graph(nn.Module):
         return (vector, *(logits[name] for name in self.tasks))
 
 
-def asked(model: MultiTaskModel, tasks: Sequence[str] | None) -> tuple[str, ...]:
+def select_tasks(model: MultiTaskModel, tasks: Sequence[str] | None) -> tuple[str, ...]:
     bags = {task.name for task in model.card.tasks if task.head == "bag"}
     names = tuple(name for name in model.tasks if name not in bags) if tasks is None else tuple(dict.fromkeys(tasks))
     for name in names:
@@ -75,8 +75,8 @@ def asked(model: MultiTaskModel, tasks: Sequence[str] | None) -> tuple[str, ...]
     return names
 
 
-def any_size(model: MultiTaskModel) -> bool:
-    """Whether the tile size can stay free: what a transformer or TensorFlow's padding makes of it depends on it."""
+def fits_any_size(model: MultiTaskModel) -> bool:
+    """Return whether the tile size can stay free: transformers and TensorFlow's padding depend on it."""
     if model.encoder.resampled:
         return False
     kinds = {type(module).__name__ for module in model.modules()}
@@ -86,7 +86,7 @@ def any_size(model: MultiTaskModel) -> bool:
 def facts(model: MultiTaskModel, tasks: tuple[str, ...]) -> dict[str, str]:
     """Metadata of the file: text, JSON where it is not a plain value."""
     card = model.card
-    told = [
+    described = [
         {"name": task.name, "kind": task.kind, "head": task.head, "classes": task.classes}
         for task in (card.task(name) for name in tasks)
     ]
@@ -95,24 +95,24 @@ def facts(model: MultiTaskModel, tasks: tuple[str, ...]) -> dict[str, str]:
         "wsi_mmm.card_sha256": hashlib.sha256(card_json(card).encode()).hexdigest(),
         "wsi_mmm.mpp": f"{card.mpp:g}",
         "wsi_mmm.tile_size": str(card.tile_size),
-        "wsi_mmm.tasks": json.dumps(told),
+        "wsi_mmm.tasks": json.dumps(described),
     }
 
 
-def noise(count: int, height: int, width: int) -> Tensor:
+def seeded_noise(count: int, height: int, width: int) -> Tensor:
     """Seeded noise uint8[count, height, width, 3]."""
     numbers = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (count, height, width, 3), generator=numbers, dtype=torch.uint8)
 
 
-def compared(graph: Graph, session: Session, side: int | None, name: str) -> float:
+def compare_export(graph: Graph, session: Session, side: int | None, name: str) -> float:
     """The largest difference between ``session``, which ``name`` runs, and the model on seeded noise, as a share of the
     largest answer. ModelError beyond `TOLERANCE`."""
     card = graph.model.card.tile_size
     sizes = [(side, side)] if side else [(card, card), (2 * STEP, 3 * STEP)]
     worst = 0.0
     for height, width in sizes:
-        pixels = noise(3, height, width)
+        pixels = seeded_noise(3, height, width)
         with torch.inference_mode():
             vector, logits = graph.model.forward_all(graph.model.prepare(pixels), graph.tasks)
         for wanted, found in zip([vector, *logits.values()], session(pixels.numpy()), strict=True):

@@ -33,7 +33,7 @@ def fetched(name: str, cache: str | None) -> str:
         return str(store.local_path(name))
     with _lock:
         if (name, str(cache)) not in _known:
-            _known[name, str(cache)] = str(_fetch(name, _folder(cache)))
+            _known[name, str(cache)] = str(_fetch_model(name, _model_cache(cache)))
         return _known[name, str(cache)]
 
 
@@ -44,7 +44,7 @@ def forget(name: str) -> None:
             del _known[key]
 
 
-def _folder(cache: str | None) -> Path:
+def _model_cache(cache: str | None) -> Path:
     try:
         folder = Path(cache).expanduser() / "models" if cache else Path(tempfile.mkdtemp(prefix="wsi-mmm-models-"))
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,10 +53,10 @@ def _folder(cache: str | None) -> Path:
     return folder
 
 
-def _fetch(uri: str, folder: Path) -> Path:
+def _fetch_model(uri: str, folder: Path) -> Path:
     shown = store.redact(uri)
     try:
-        data = _card(uri)
+        data = _fetch_card(uri)
         raw = json.loads(data)
     except WsiError as error:
         raise ModelError(f"no model at {shown}: it has no {CARD} that can be read ({error})") from error
@@ -69,13 +69,13 @@ def _fetch(uri: str, folder: Path) -> Path:
     if (target / CARD).is_file() and (target / WEIGHTS).is_file():
         return target
     with atomic_folder(target, replace=False) as made:
-        if _copy(store.join(uri, WEIGHTS), made / WEIGHTS) != wanted:
+        if _copy_object(store.join(uri, WEIGHTS), made / WEIGHTS) != wanted:
             raise ModelError(f"the weights of {shown} are not those its card was written for: copy the model again")
         (made / CARD).write_bytes(data)
     return target
 
 
-def _card(uri: str) -> bytes:
+def _fetch_card(uri: str) -> bytes:
     held = store.open_store(store.join(uri, CARD))
     try:
         if held.size > MOST_CARD:
@@ -85,15 +85,15 @@ def _card(uri: str) -> bytes:
         held.close()
 
 
-def _copy(uri: str, path: Path) -> str:
+def _copy_object(uri: str, path: Path) -> str:
     """The object into a file, a piece at a time; its sha256 hex."""
     held, digest = store.open_store(uri), hashlib.sha256()
     try:
         with path.open("wb") as file:
             for start in range(0, held.size, _CHUNK):
-                [piece] = held.get_ranges([(start, min(_CHUNK, held.size - start))])
-                digest.update(piece)
-                file.write(piece)
+                [chunk] = held.get_ranges([(start, min(_CHUNK, held.size - start))])
+                digest.update(chunk)
+                file.write(chunk)
     finally:
         held.close()
     return digest.hexdigest()

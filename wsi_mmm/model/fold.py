@@ -34,20 +34,20 @@ def fold(model: MultiTaskModel) -> tuple[MultiTaskModel, str]:
     if not norms:
         return model, "none to fold"
     try:
-        probe = _probe(model)
-        wanted, pairs = _watched(model, probe)
+        probe = _seeded_input(model)
+        wanted, pairs = _find_pairs(model, probe)
     except (RuntimeError, AssertionError, ValueError) as error:  # a size that this encoder does not take
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         return model, f"not folded: the model could not be tried at {model.card.tile_size} px ({line})"
     if not pairs:
         return model, f"not folded: no convolution feeds one of the {norms} alone"
-    lean = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     for conv, norm in pairs.items():
-        _fold(lean, conv, norm)
-    lean.requires_grad_(False)
-    if not _agree(wanted, _answers(lean, probe)):
+        _fold_norm(copied, conv, norm)
+    copied.requires_grad_(False)
+    if not _all_close(wanted, _all_answers(copied, probe)):
         return model, f"not folded: the answers would change by more than {TOLERANCE:g} of the largest"
-    return lean, f"{len(pairs)} of {norms} folded into convolutions"
+    return copied, f"{len(pairs)} of {norms} folded into convolutions"
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -58,20 +58,20 @@ def _is_conv(module: nn.Module) -> bool:
     return type(module) in (nn.Conv2d, Conv2dSame)  # others change their weights as they run
 
 
-def _probe(model: MultiTaskModel) -> Tensor:
+def _seeded_input(model: MultiTaskModel) -> Tensor:
     side = model.card.tile_size
     noise = torch.randint(0, 256, (1, side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return model.prepare(noise)
 
 
 @torch.inference_mode()
-def _answers(model: MultiTaskModel, probe: Tensor) -> list[Tensor]:
+def _all_answers(model: MultiTaskModel, probe: Tensor) -> list[Tensor]:
     """Everything the model says of the probe."""
     vector, logits = model.forward_all(probe)
     return [vector, *logits.values()]
 
 
-def _watched(model: MultiTaskModel, probe: Tensor) -> tuple[list[Tensor], dict[str, str]]:
+def _find_pairs(model: MultiTaskModel, probe: Tensor) -> tuple[list[Tensor], dict[str, str]]:
     """The answers, and the names of convolutions whose result goes into a norm: {convolution: norm}."""
     made: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no two share an id
     calls: dict[str, int] = {}
@@ -90,7 +90,7 @@ def _watched(model: MultiTaskModel, probe: Tensor) -> tuple[list[Tensor], dict[s
         if _is_conv(module) or _is_norm(module)
     ]
     try:
-        answers = _answers(model, probe)
+        answers = _all_answers(model, probe)
     finally:
         for handle in handles:
             handle.remove()
@@ -98,7 +98,7 @@ def _watched(model: MultiTaskModel, probe: Tensor) -> tuple[list[Tensor], dict[s
     return answers, once
 
 
-def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
+def _fold_norm(model: nn.Module, conv_name: str, norm_name: str) -> None:
     """norm(conv(x)) = conv'(x) with w' = w * s, b' = (b - mean) * s + shift, s = gain / sqrt(var + eps)."""
     conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
     assert isinstance(conv, nn.Conv2d)
@@ -111,15 +111,15 @@ def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
         conv.weight.copy_(conv.weight.double() * scale.view(-1, 1, 1, 1))
         conv.bias = nn.Parameter(((bias - mean) * scale + shift).float())
     parent, _, name = norm_name.rpartition(".")
-    setattr(model.get_submodule(parent), name, _rest(norm))
+    setattr(model.get_submodule(parent), name, _without_norm(norm))
 
 
-def _rest(norm: nn.BatchNorm2d) -> nn.Module:
-    """What a norm does besides: the activation that timm puts into it."""
+def _without_norm(norm: nn.BatchNorm2d) -> nn.Module:
+    """Return the rest of a norm: the activation that timm puts into it."""
     return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
 
 
-def _agree(wanted: list[Tensor], found: list[Tensor]) -> bool:
+def _all_close(wanted: list[Tensor], found: list[Tensor]) -> bool:
     limits = [TOLERANCE * float(one.abs().max()) for one in wanted]
     return all(
         float((one - other).abs().max()) <= limit for one, other, limit in zip(wanted, found, limits, strict=True)

@@ -1,4 +1,4 @@
-"""Groupers: the vectors of many tiles -> one vector per bag, and how much each tile had to say.
+"""Aggregators: the vectors of many tiles -> one vector per bag, and how much each tile had to say.
 
 Bags are ragged: ``vectors`` float[m, D] with ``bag`` int64[m], the number 0 .. b - 1 of the bag that each belongs to,
 in any order. Nothing is padded but inside the transformer, where tiles of one bag look at each other.
@@ -14,7 +14,7 @@ from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import BagCard
 
 
-class Grouper(nn.Module):
+class MilAggregator(nn.Module):
     """(vectors float[m, D], bag int64[m]) -> (bag vectors float[b, width], attention float[m], sum 1 per bag).
 
     "mean": all tiles count alike. "gated": gated attention (Ilse, Tomczak, Welling 2018, equation 9). "transformer":
@@ -26,7 +26,7 @@ class Grouper(nn.Module):
         self.width = card.width or inputs
         if self.width % card.heads:
             raise ModelError(f"bag.heads is {card.heads}, which does not divide the bag's {self.width} channels")
-        self.embed = _embed(card, inputs)
+        self.embed = _build_embedding(card, inputs)
         layers = card.layers if card.kind == "transformer" else 0
         self.blocks = nn.ModuleList(BagBlock(self.width, card.heads, card.dropout) for _ in range(layers))
         self.score = None if card.kind == "mean" else GatedScore(self.width, card.hidden, card.heads)
@@ -36,13 +36,13 @@ class Grouper(nn.Module):
         count = (int(bag.max()) + 1 if len(bag) else 0) if bags is None else bags
         x = self.embed(vectors)
         if len(self.blocks) and len(x):
-            x = self._transformed(x, bag, count)
+            x = self._run_blocks(x, bag, count)
         scores = x.new_zeros(len(x), 1) if self.score is None else self.score(x)
         weights = softmax_per_bag(scores, bag, count)  # float32 also under autocast: sums of many small numbers
         shares = x.unflatten(1, (weights.shape[1], -1)) * weights[:, :, None]
         return sum_per_bag(shares.flatten(1), bag, count), weights.mean(dim=1)
 
-    def _transformed(self, x: Tensor, bag: Tensor, count: int) -> Tensor:
+    def _run_blocks(self, x: Tensor, bag: Tensor, count: int) -> Tensor:
         """Rows laid out as padded bags [b, longest, width] for the blocks, and back."""
         place = _place_in_bag(bag, count)
         padded = x.new_zeros(count, int(place.max()) + 1, x.shape[1])
@@ -53,7 +53,7 @@ class Grouper(nn.Module):
         return padded[bag, place]
 
 
-def _embed(card: BagCard, inputs: int) -> nn.Module:
+def _build_embedding(card: BagCard, inputs: int) -> nn.Module:
     if not card.width:
         return nn.Identity()
     return nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, card.width), nn.GELU(), nn.Dropout(card.dropout))
@@ -96,10 +96,10 @@ class BagBlock(nn.Module):
 
 def _place_in_bag(bag: Tensor, count: int) -> Tensor:
     """int64[m]: how many rows of the same bag come before each row."""
-    order = torch.argsort(bag, stable=True)
+    ranking = torch.argsort(bag, stable=True)
     sizes = torch.bincount(bag, minlength=count)
     place = torch.empty_like(bag)
-    place[order] = torch.arange(len(bag), device=bag.device) - (sizes.cumsum(0) - sizes)[bag[order]]
+    place[ranking] = torch.arange(len(bag), device=bag.device) - (sizes.cumsum(0) - sizes)[bag[ranking]]
     return place
 
 

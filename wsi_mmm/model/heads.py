@@ -16,7 +16,7 @@ MAP_STRIDE = 2
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """What heads are fed: channels of the decoder's map, the pooled vector, the bag's vector, the neck's map."""
+    """Widths that heads read: channels of the decoder's map, the pooled vector, the bag's vector, the neck's map."""
 
     map_width: int
     vector_width: int

@@ -36,7 +36,7 @@ def check_runtime(runtime: str) -> None:
 
 
 def is_model(name: str) -> bool:
-    """Whether ``name`` is a packaged model or a model folder, rather than the name of a bare encoder."""
+    """Return whether ``name`` is a packaged model or a model folder, rather than the name of a bare encoder."""
     return name in zoo_names() or (Path(name).expanduser() / CARD).is_file()
 
 

@@ -67,7 +67,7 @@ def _encoder_depths(backbone: nn.Module) -> dict[str, int]:
     A backbone without such numbers: its children one by one.
     """
     depths: dict[str, int] = {}
-    stages = list(_stages(backbone))
+    stages = list(_stage_names(backbone))
     stem = int(bool(stages) and not stages[0][1])
     numbers = {stage: stem + i for i, stage in enumerate(dict.fromkeys(s for _, s in stages if s))}
     depth = 0
@@ -80,7 +80,7 @@ def _encoder_depths(backbone: nn.Module) -> dict[str, int]:
     return {name: children.index(name.split(".")[0]) for name, _ in stages}
 
 
-def _stages(backbone: nn.Module) -> Iterator[tuple[str, str]]:
+def _stage_names(backbone: nn.Module) -> Iterator[tuple[str, str]]:
     """(parameter, name of its stage or "")."""
     for name, _ in backbone.named_parameters():
         match = _STAGE.match(name)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.blocks import Resize, Squeezer
+from wsi_mmm.model.blocks import GlobalPooling, Resize
 from wsi_mmm.model.card import ModelCard
 from wsi_mmm.model.decoders import build_decoder
 from wsi_mmm.model.encoder import PyramidEncoder
-from wsi_mmm.model.grouper import Grouper
+from wsi_mmm.model.grouper import MilAggregator
 from wsi_mmm.model.heads import MAP_STRIDE
 from wsi_mmm.model.neck import Neck
 
@@ -24,21 +24,22 @@ from wsi_mmm.model.neck import Neck
 class MultiTaskModel(nn.Module):
     """``model(x, tasks=[...])`` -> dict of logits. ``encoder``, ``squeezer`` and ``decoder`` can be used alone.
 
-    The card says which head each task has; only the shared parts that some head reads are there: "map" and "image" read
-    the decoder's map, "dense" the neck's, "vector" the pooled vector, "bag" what the grouper makes of many, "pixels"
-    the image itself."""
+    The card says which head each task has; only the shared parts that some head reads are there: "map" and "image"
+    read the decoder's map, "dense" the neck's, "vector" the pooled vector, "bag" the aggregate of many vectors,
+    "pixels" the image.
+    """
 
     def __init__(self, card: ModelCard, encoder: PyramidEncoder, *, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.card = card
         self.encoder = encoder
         self.kinds: dict[str, str] = {task.name: task.head for task in card.tasks}
-        self.squeezer = Squeezer(encoder.channels[-1], card.decoder.bottleneck, card.squeezer)
+        self.squeezer = GlobalPooling(encoder.channels[-1], card.decoder.bottleneck, card.squeezer)
         self.decoder = self._build_decoder() if self._has_head("map", "image") else None
         self.to_map = Resize(encoder.strides[0], MAP_STRIDE)
         self.heads = nn.ModuleDict(dict(heads))
         self.neck = Neck(card.neck, encoder.channels, encoder.strides) if self._has_head("dense") else None
-        self.grouper = Grouper(card.bag, encoder.channels[-1]) if self._has_head("bag") else None
+        self.grouper = MilAggregator(card.bag, encoder.channels[-1]) if self._has_head("bag") else None
         self.register_buffer("mean", torch.tensor(card.mean).view(1, 3, 1, 1) * 255.0, persistent=False)
         self.register_buffer("std", torch.tensor(card.std).view(1, 3, 1, 1) * 255.0, persistent=False)
 
@@ -53,7 +54,7 @@ class MultiTaskModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property

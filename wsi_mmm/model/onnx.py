@@ -18,7 +18,18 @@ import numpy as np
 import torch
 
 from wsi_mmm.errors import ModelError, OutputError
-from wsi_mmm.model.exporting import FEATURES, PIXELS, Exported, Graph, Session, any_size, asked, compared, facts, noise
+from wsi_mmm.model.exporting import (
+    FEATURES,
+    PIXELS,
+    Exported,
+    Graph,
+    Session,
+    compare_export,
+    facts,
+    fits_any_size,
+    seeded_noise,
+    select_tasks,
+)
 from wsi_mmm.model.identity import check_runtime
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.storage.atomic import atomic_file
@@ -39,22 +50,22 @@ def export_onnx(
     file, or when ONNX Runtime gives other answers; OutputError when the file cannot be written.
     """
     check_runtime("onnx")
-    names = asked(model, tasks)
+    names = select_tasks(model, tasks)
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     if size > _LIMIT:
         raise ModelError(f"the model has {size / 1e9:.1f} GB of weights; an ONNX file holds at most 2 GB")
     graph = Graph(copy.deepcopy(model).cpu(), names).eval()
-    fixed = side or (None if any_size(model) else model.card.tile_size)
+    fixed = side or (None if fits_any_size(model) else model.card.tile_size)
     with torch.inference_mode(False), torch.no_grad():
-        program = _traced(graph, fixed)
+        program = _trace_graph(graph, fixed)
     program.model.metadata_props.update(facts(model, names))
     with atomic_file(path) as half:
         program.save(str(half), external_data=False)
-        difference = compared(graph, open_session(half, torch.device("cpu")), fixed, "ONNX Runtime")
+        difference = compare_export(graph, open_session(half, torch.device("cpu")), fixed, "ONNX Runtime")
     return Exported(path, names, fixed, difference)
 
 
-def _traced(graph: Graph, side: int | None) -> Any:
+def _trace_graph(graph: Graph, side: int | None) -> Any:
     """torch's ONNX program of the graph, its batch free, and its height and width too when ``side`` is None."""
     free = {0: torch.export.Dim("n")}
     if side is None:
@@ -62,7 +73,7 @@ def _traced(graph: Graph, side: int | None) -> Any:
     shown = side or graph.model.card.tile_size
     try:
         program = torch.onnx.export(
-            graph, (noise(2, shown, shown),), dynamo=True, dynamic_shapes=(free,), verbose=False,
+            graph, (seeded_noise(2, shown, shown),), dynamo=True, dynamic_shapes=(free,), verbose=False,
             input_names=[PIXELS], output_names=[FEATURES, *graph.tasks],
         )  # fmt: skip
     except Exception as error:  # its tree is wide and holds bare RuntimeErrors: one meaning for us
@@ -83,7 +94,7 @@ def open_session(path: Path, device: torch.device) -> Session:
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # its own threads would change bits, as torch's do
     options.enable_cpu_mem_arena = False  # as fast (memory.py keeps what is freed), and nothing grows
     options.log_severity_level = 3
-    wanted = _providers(device, providers())
+    wanted = _choose_providers(device, providers())
     try:
         session = ort.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:  # onnxruntime's errors have no common base but this
@@ -95,14 +106,14 @@ def open_session(path: Path, device: torch.device) -> Session:
 
 
 def providers() -> list[str]:
-    """What the ONNX Runtime that is installed here can run on, by its own names."""
+    """Return the execution providers of the installed ONNX Runtime, by its own names."""
     import onnxruntime as ort
 
     return list(ort.get_available_providers())
 
 
-def _providers(device: torch.device, there: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-    """What runs the graph on this kind of device, with what keeps its bits the same from run to run."""
+def _choose_providers(device: torch.device, there: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """Choose providers for this kind of device, with settings that keep bits the same from run to run."""
     if device.type == "cpu":
         return [("CPUExecutionProvider", {})]
     if device.type != "cuda" or "CUDAExecutionProvider" not in there:
@@ -115,7 +126,7 @@ def _providers(device: torch.device, there: Sequence[str]) -> list[tuple[str, di
     return [("CUDAExecutionProvider", settings), ("CPUExecutionProvider", {})]
 
 
-def kept_session(
+def cached_session(
     model: MultiTaskModel, tasks: tuple[str, ...], side: int, *, device: torch.device, folder: Path | None
 ) -> Session:
     """``model`` with ``tasks`` for tiles of ``side`` px, from its file below ``folder``, which is made if need be.
@@ -123,16 +134,16 @@ def kept_session(
     Without a folder, or with one that cannot be written, the file lives as long as it takes to read it.
     """
     if folder is not None:
-        path = folder / "onnx" / f"{_key(model, tasks, side)}.onnx"
+        path = folder / "onnx" / f"{_file_key(model, tasks, side)}.onnx"
         try:
-            return _kept(model, path, tasks, side, device)
+            return _open_cached(model, path, tasks, side, device)
         except OutputError:
             pass
     with tempfile.TemporaryDirectory(prefix="wsi-mmm-onnx-") as there:
-        return _kept(model, Path(there) / "model.onnx", tasks, side, device)
+        return _open_cached(model, Path(there) / "model.onnx", tasks, side, device)
 
 
-def _kept(model: MultiTaskModel, path: Path, tasks: tuple[str, ...], side: int, device: torch.device) -> Session:
+def _open_cached(model: MultiTaskModel, path: Path, tasks: tuple[str, ...], side: int, device: torch.device) -> Session:
     if path.is_file():
         try:
             return open_session(path, device)
@@ -142,7 +153,7 @@ def _kept(model: MultiTaskModel, path: Path, tasks: tuple[str, ...], side: int, 
     return open_session(path, device)
 
 
-def _key(model: MultiTaskModel, tasks: tuple[str, ...], side: int) -> str:
+def _file_key(model: MultiTaskModel, tasks: tuple[str, ...], side: int) -> str:
     """Names what a kept file depends on: the weights themselves, since "random" ones share a name."""
     card = model.card.model_dump(mode="json", exclude={"data", "licence", "metrics", "limits"})
     facts = {"format": _FORMAT, "torch": torch.__version__, "card": card, "tasks": tasks, "side": side}

@@ -31,7 +31,7 @@ from wsi_mmm.model.identity import RUNTIMES
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.model.runtime import forward_pass
 from wsi_mmm.model.staging import BatchStager
-from wsi_mmm.timing import waited
+from wsi_mmm.timing import count_waiting
 from wsi_mmm.types import F32, U8
 
 Quantise = Callable[[Tensor], Tensor]
@@ -73,7 +73,7 @@ class PendingTiles:
     def wait(self) -> Answers:
         """Return all answers in the order of the tiles; raise the error of a batch that failed."""
         self.done.wait()
-        waited(self.begun - self.added)
+        count_waiting(self.begun - self.added)
         if self.error is not None:
             raise self.error
         return self.answers
@@ -260,7 +260,9 @@ class Runner:
             tiles = self._own_stager().await_copy(staged)
             coming = self._stage_next(queue) if self.device.type == "cuda" else None
             try:
-                queue.finish(spans, self._forward(tiles, sum(span.stop - span.start for span in spans), queue.tasks))
+                queue.finish(
+                    spans, self._forward_batch(tiles, sum(span.stop - span.start for span in spans), queue.tasks)
+                )
             except BaseException as error:  # noqa: BLE001  (the callers who wait for these tiles raise it)
                 queue.fail(spans, error)
             coming = coming or self._stage_next(queue)
@@ -277,9 +279,9 @@ class Runner:
     def _compute_alone(self, pixels: U8, queue: TileQueue) -> Answers:
         """Compute a few tiles in a batch of their own."""
         stager = self._own_stager()
-        return self._forward(stager.await_copy(stager.stage([pixels], queue.size)), len(pixels), queue.tasks)
+        return self._forward_batch(stager.await_copy(stager.stage([pixels], queue.size)), len(pixels), queue.tasks)
 
-    def _forward(self, tiles: Tensor, count: int, tasks: tuple[str, ...]) -> Answers:
+    def _forward_batch(self, tiles: Tensor, count: int, tasks: tuple[str, ...]) -> Answers:
         """Run one padded batch; return the answers of its first ``count`` tiles."""
         with torch.inference_mode():
             vector, logits = self._pass(tiles, tasks)

@@ -14,7 +14,7 @@ from wsi_mmm.errors import ModelError
 from wsi_mmm.model.exporting import Session
 from wsi_mmm.model.identity import RUNTIMES, check_runtime
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.model.onnx import kept_session
+from wsi_mmm.model.onnx import cached_session
 
 Pass = Callable[[Tensor, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
 
@@ -35,7 +35,7 @@ def forward_pass(model: MultiTaskModel, runtime: str, device: torch.device, *, f
         network = torch.compile(model.forward_all, dynamic=False, options={"freezing": True})
 
     def run(pixels: Tensor, tasks: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        with _precision(runtime, device):
+        with _autocast_for(runtime, device):
             return network(model.prepare(pixels), tuple(tasks))
 
     return run
@@ -49,7 +49,7 @@ def _onnx_pass(model: MultiTaskModel, device: torch.device, folder: Path | None)
     def session(side: int, tasks: tuple[str, ...]) -> Session:
         with lock:  # the first to come makes the file, the others wait for it
             if (side, tasks) not in sessions:
-                sessions[side, tasks] = kept_session(model, tasks, side, device=device, folder=folder)
+                sessions[side, tasks] = cached_session(model, tasks, side, device=device, folder=folder)
             return sessions[side, tasks]
 
     def run(pixels: Tensor, tasks: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -61,5 +61,5 @@ def _onnx_pass(model: MultiTaskModel, device: torch.device, folder: Path | None)
     return run
 
 
-def _precision(runtime: str, device: torch.device) -> AbstractContextManager[object]:
+def _autocast_for(runtime: str, device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16) if runtime == "bf16" else nullcontext()

@@ -19,7 +19,7 @@ def pack(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
 
 
 def unpack(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `pack` made. ModelError naming ``source`` if it is no such file, or not whole."""
+    """Return tensors and facts of a file of `pack`. ModelError naming ``source`` if it is none, or not whole."""
     try:
         (length,) = struct.unpack("<Q", data[:8])
         facts = json.loads(data[8 : 8 + length]).get("__metadata__", {})

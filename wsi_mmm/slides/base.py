@@ -20,7 +20,7 @@ _MAX_REGION = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class ReadStats:
-    """What a reader has cost so far (cumulative): bytes and requests of storage, native tiles decoded."""
+    """The cumulative cost of a reader: bytes and requests of storage, native tiles decoded."""
 
     bytes_read: int = 0
     requests: int = 0
@@ -64,7 +64,7 @@ class TileReader(Reader, Protocol):
 
     @property
     def remote(self) -> bool:
-        """Whether fetching waits for a network."""
+        """True when fetching waits for a network."""
 
     def fetch(self, tiles: Sequence[Tiles]) -> Fetched:
         """Bring what these tiles (all of one scale) need, in merged ranges; decode nothing. Raises StorageError."""

@@ -1,4 +1,4 @@
-"""Which DICOM files belong together: a slide is a series, one file per level, and OpenSlide opens it by any of them."""
+"""DICOM files that belong together: a slide is a series, one file per level; OpenSlide opens it by any of them."""
 
 from __future__ import annotations
 

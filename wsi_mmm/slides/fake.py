@@ -12,7 +12,7 @@ import numpy.typing as npt
 from wsi_mmm.errors import OptionError
 from wsi_mmm.slides.base import ReadStats
 from wsi_mmm.slides.resample.scaled import NO_FAILURES, Source, Window, read_scaled, sources_of
-from wsi_mmm.slides.synthetic import SyntheticTruth, synthetic_image
+from wsi_mmm.slides.synthetic import SyntheticNuclei, synthetic_image
 from wsi_mmm.slides.tiff.writer import TiffForm, write_tiff
 from wsi_mmm.types import I64, U8, Block, Canvas, Level, SlideInfo
 
@@ -26,7 +26,7 @@ _OME = (
     'PhysicalSizeX="{mpp}" PhysicalSizeXUnit="µm" PhysicalSizeY="{mpp}" PhysicalSizeYUnit="µm">'
     '<Channel ID="Channel:0:0" SamplesPerPixel="3"/><TiffData/></Pixels></Image></OME>'
 )
-__all__ = ["VARIANTS", "ArrayReader", "SyntheticTruth", "checkerboard_slide", "synthetic_image", "synthetic_slide"]
+__all__ = ["VARIANTS", "ArrayReader", "SyntheticNuclei", "checkerboard_slide", "synthetic_image", "synthetic_slide"]
 VARIANTS = (
     "jpeg", "rgb", "svs", "bigtiff", "ome", "no-mpp", "jpeg2000", "jpeg2000-ycc", "lzw", "deflate", "zstd", "none",
     "strips",
@@ -50,7 +50,7 @@ class ArrayReader:
 
     def read(self, block: Block) -> Canvas:
         """Return the block's pixels."""
-        return read_scaled(block, self._sources, self._fetch)
+        return read_scaled(block, self._sources, self._fill_window)
 
     def stats(self) -> ReadStats:
         """Return zeros: memory costs nothing."""
@@ -59,7 +59,7 @@ class ArrayReader:
     def close(self) -> None:
         """Do nothing."""
 
-    def _fetch(self, source: Source, window: Window, out: U8) -> I64:
+    def _fill_window(self, source: Source, window: Window, out: U8) -> I64:
         x0, y0, x1, y1 = window
         out[...] = self._array[y0:y1, x0:x1]
         f = self._failed
@@ -78,13 +78,13 @@ def synthetic_slide(
     mpp: float = 0.5,
     nuclei: int = 2000,
     variant: str = "jpeg",
-) -> SyntheticTruth:
+) -> SyntheticNuclei:
     """Write an H&E-like slide and return its nuclei. Same arguments, same file. Raises OutputError, OptionError."""
     if variant not in VARIANTS:
         raise OptionError(f"there is no variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-    top, truth = synthetic_image(seed, width=width, height=height, mpp=mpp, nuclei=nuclei)
+    top, drawn = synthetic_image(seed, width=width, height=height, mpp=mpp, nuclei=nuclei)
     write_tiff(path, list(pyramid(top)), form_of(variant, width, height, mpp=mpp))
-    return truth
+    return drawn
 
 
 _PLAIN_FORMS = ("rgb", "jpeg2000", "jpeg2000-ycc", "lzw", "deflate", "zstd", "none")

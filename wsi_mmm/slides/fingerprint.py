@@ -1,4 +1,4 @@
-"""What a slide is called by its content: equal bytes, equal fingerprint, on any storage."""
+"""A slide's fingerprint: a hash of its content. Equal bytes have equal fingerprints, on any storage."""
 
 from __future__ import annotations
 

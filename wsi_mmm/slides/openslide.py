@@ -23,7 +23,7 @@ _DEFAULT_TILE = 256
 
 def detect(uri: str) -> str | None:
     """Return the vendor OpenSlide sees in a local file, or None."""
-    found: str | None = _library().OpenSlide.detect_format(str(local_path(uri)))
+    found: str | None = _import_openslide().OpenSlide.detect_format(str(local_path(uri)))
     return found
 
 
@@ -35,7 +35,7 @@ def open_with_openslide(uri: str) -> RegionReader:
     if not path.is_file():
         raise SlideNotFound(f"{uri}: no such file; check the path")
     handle = _Handle(path)
-    return RegionReader(_info(uri, path, handle.slide), handle.read, handle.close)
+    return RegionReader(_slide_info(uri, path, handle.slide), handle.read, handle.close)
 
 
 class _Handle:
@@ -44,16 +44,16 @@ class _Handle:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self.slide = _open(path)
+        self.slide = _open_openslide(path)
 
     def close(self) -> None:
         self.slide.close()
 
     def read(self, level: int, window: Window) -> U8 | str:
-        found = self._region(level, window)
-        return found if not isinstance(found, str) else self._region(level, window)
+        found = self._read_region(level, window)
+        return found if not isinstance(found, str) else self._read_region(level, window)
 
-    def _region(self, level: int, window: Window) -> U8 | str:
+    def _read_region(self, level: int, window: Window) -> U8 | str:
         x0, y0, x1, y1 = window
         slide = self.slide
         # OpenSlide places regions by one downsample per level, the mean of x and y.
@@ -61,19 +61,19 @@ class _Handle:
         corner = (round(x0 * downsample), round(y0 * downsample))
         try:
             image = slide.read_region(corner, level, (x1 - x0, y1 - y0))
-        except _library().OpenSlideError as error:
-            self._reopen(slide)
+        except _import_openslide().OpenSlideError as error:
+            self._reopen_slide(slide)
             return str(error)
         return over_white(np.asarray(image))
 
-    def _reopen(self, broken: Any) -> None:
+    def _reopen_slide(self, broken: Any) -> None:
         with self._lock:
             if self.slide is broken:
-                self.slide = _open(self._path)
+                self.slide = _open_openslide(self._path)
 
 
-def _open(path: Path) -> Any:
-    library = _library()
+def _open_openslide(path: Path) -> Any:
+    library = _import_openslide()
     try:
         return library.OpenSlide(str(path))
     except library.OpenSlideUnsupportedFormatError as error:
@@ -82,29 +82,29 @@ def _open(path: Path) -> Any:
         raise SlideDamaged(f"{path} cannot be opened by OpenSlide: {error}; copy it again") from error
 
 
-def _info(uri: str, path: Path, slide: Any) -> SlideInfo:
+def _slide_info(uri: str, path: Path, slide: Any) -> SlideInfo:
     properties = {str(k): str(v) for k, v in slide.properties.items()}
     width, height = slide.dimensions
     levels = tuple(
-        Level(w, h, width / w, height / h, _tile(properties, n, "width"), _tile(properties, n, "height"))
+        Level(w, h, width / w, height / h, _tile_side(properties, n, "width"), _tile_side(properties, n, "height"))
         for n, (w, h) in enumerate(slide.level_dimensions)
     )
-    mpp = [_positive(properties.get(f"openslide.mpp-{axis}")) for axis in "xy"]
+    mpp = [_positive_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy"]
     return SlideInfo(
         uri=uri, width=width, height=height, mpp_x=mpp[0], mpp_y=mpp[1], levels=levels,
         vendor=properties.get("openslide.vendor", "unknown"), reader="openslide",
-        fingerprint=_fingerprint(uri, path, properties),
-        objective=_positive(properties.get("openslide.objective-power")),
+        fingerprint=_openslide_fingerprint(uri, path, properties),
+        objective=_positive_number(properties.get("openslide.objective-power")),
         bounds_x=int(properties.get("openslide.bounds-x", 0)), bounds_y=int(properties.get("openslide.bounds-y", 0)),
         properties=properties,
     )  # fmt: skip
 
 
-def _tile(properties: dict[str, str], level: int, side: str) -> int:
+def _tile_side(properties: dict[str, str], level: int, side: str) -> int:
     return int(properties.get(f"openslide.level[{level}].tile-{side}", _DEFAULT_TILE))
 
 
-def _positive(text: str | None) -> float | None:
+def _positive_number(text: str | None) -> float | None:
     try:
         value = float(text or 0)
     except ValueError:  # vendors put words there too
@@ -112,7 +112,7 @@ def _positive(text: str | None) -> float | None:
     return value if 0 < value < math.inf else None
 
 
-def _fingerprint(uri: str, path: Path, properties: dict[str, str]) -> str:
+def _openslide_fingerprint(uri: str, path: Path, properties: dict[str, str]) -> str:
     """Of one file: as any slide. Of a slide in several files: OpenSlide's quick hash and their sizes."""
     quick = properties.get("openslide.quickhash-1")
     if quick is None or properties.get("openslide.vendor") not in _MANY_FILES:
@@ -127,7 +127,7 @@ def _fingerprint(uri: str, path: Path, properties: dict[str, str]) -> str:
     return blake2b(f"{quick},{sizes}".encode(), digest_size=16).hexdigest()
 
 
-def _library() -> Any:
+def _import_openslide() -> Any:
     try:
         import openslide
     except (ImportError, OSError) as error:

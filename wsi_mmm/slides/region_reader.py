@@ -38,7 +38,7 @@ class RegionReader:
 
     def read(self, block: Block) -> Canvas:
         """Return the block's pixels; what cannot be decoded is white and listed."""
-        return read_scaled(block, self._sources, self._fetch, _EXACT_UNTIL)
+        return read_scaled(block, self._sources, self._fill_window, _EXACT_UNTIL)
 
     def stats(self) -> ReadStats:
         """Return the chunks decoded; what the library read from the disk is not known."""
@@ -49,18 +49,20 @@ class RegionReader:
         self._close()
         self._cache.clear()
 
-    def _fetch(self, source: Source, window: Window, out: U8) -> I64:
-        tiling = self._tiling(source)
-        return fill(self.info, tiling, window, out, cache=self._cache, load=partial(self._load, tiling))
+    def _fill_window(self, source: Source, window: Window, out: U8) -> I64:
+        tiling = self._tiling_of(source)
+        return fill(self.info, tiling, window, out, cache=self._cache, load=partial(self._load_chunks, tiling))
 
-    def _tiling(self, source: Source) -> Tiling:
+    def _tiling_of(self, source: Source) -> Tiling:
         level = self.info.levels[source.level]
         # Chunks of whole native tiles: the library decodes each one once.
         width = level.tile_width * max(1, _CHUNK // level.tile_width)
         height = level.tile_height * max(1, _CHUNK // level.tile_height)
         return Tiling(source, width, height)
 
-    def _load(self, tiling: Tiling, keys: Sequence[Key], *, keep: bool = True) -> Iterator[tuple[Key, Tile, int]]:
+    def _load_chunks(
+        self, tiling: Tiling, keys: Sequence[Key], *, keep: bool = True
+    ) -> Iterator[tuple[Key, Tile, int]]:
         for key in keys:
             tile: Tile = self._read_chunk(tiling.source.level, tiling.window(key))
             with self._lock:

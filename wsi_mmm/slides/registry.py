@@ -1,4 +1,4 @@
-"""Which reader reads a slide: decided by its content, or named by the user; never a silent second try."""
+"""Choosing the reader of a slide: by its content, or as the user named it; never a silent second try."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def _by_content(uri: str) -> Reader:
         return open_wsi_service(uri)
     store = buffered(open_store(uri))
     try:
-        found = _examine(store)
+        found = _examine_content(store)
         if not isinstance(found, str):
-            return _tiff(store, found)
+            return _read_tiff(store, found)
     except BaseException:
         store.close()
         raise
@@ -75,13 +75,13 @@ def _by_content(uri: str) -> Reader:
     return find_reader(found)(uri)
 
 
-def _tiff(store: BufferedStore, directories: list[Directory] | None = None) -> Reader:
+def _read_tiff(store: BufferedStore, directories: list[Directory] | None = None) -> Reader:
     reader = TiffReader(store, directories)
     store.drop_buffers()
     return reader
 
 
-def _examine(store: BufferedStore) -> str | list[Directory]:
+def _examine_content(store: BufferedStore) -> str | list[Directory]:
     """Return the directories of a TIFF for our own reader, else a reader's name. Raises NotASlide, SlideDamaged."""
     name = redact(store.uri)
     if store.size == 0:
@@ -133,7 +133,7 @@ def _seen_by_openslide(uri: str) -> bool:
 def _open_tiff(uri: str) -> Reader:
     store = buffered(open_store(uri))
     try:
-        return _tiff(store)
+        return _read_tiff(store)
     except BaseException:
         store.close()
         raise

@@ -25,7 +25,7 @@ _REACH = 1.5  # a nucleus is painted, with its cytoplasm, up to this many radii
 
 
 @dataclass(frozen=True, slots=True)
-class SyntheticTruth:
+class SyntheticNuclei:
     """The nuclei of a synthetic slide, level-0 px; polygons are in continuous coordinates (pixel i covers [i, i + 1)).
 
     ``centers`` [n, 2] (x, y); ``radii`` [n, 2] (long, short); ``angles`` [n] radians; ``polygons`` [n, 48, 2] outlines
@@ -62,25 +62,25 @@ class _Shapes:
     touching: Mask
 
 
-def synthetic_image(seed: int, *, width: int, height: int, mpp: float, nuclei: int) -> tuple[U8, SyntheticTruth]:
+def synthetic_image(seed: int, *, width: int, height: int, mpp: float, nuclei: int) -> tuple[U8, SyntheticNuclei]:
     """Return the picture uint8[height, width, 3] and its nuclei; fewer than ``nuclei`` when they do not fit."""
     rng = np.random.default_rng(seed)
-    scene = _scene(rng, width, height)
-    shapes = _place(rng, scene, nuclei, 0.5 / mpp)
-    grain = [_noise(rng, _NOISE, sigma) for sigma in (0.8, (1.6, 4.5), (4.5, 1.6), 3.0)]
+    scene = _draw_scene(rng, width, height)
+    shapes = _place_nuclei(rng, scene, nuclei, 0.5 / mpp)
+    grain = [_smooth_noise(rng, _NOISE, sigma) for sigma in (0.8, (1.6, 4.5), (4.5, 1.6), 3.0)]
     out = np.empty((height, width, 3), np.uint8)
     stains = np.empty((2, height, width), np.float32)
     for y in range(0, height, _BAND):
-        _stroma(stains, scene, grain, y)
+        _stain_stroma(stains, scene, grain, y)
     for n in range(len(shapes.centers)):
-        _nucleus(stains, shapes, n, (grain[0], float(rng.uniform(0.85, 1.35))))
+        _stain_nucleus(stains, shapes, n, (grain[0], float(rng.uniform(0.85, 1.35))))
     for y in range(0, height, _BAND):
-        out[y : y + _BAND] = _light(stains[:, y : y + _BAND], grain[0], y)
-    truth = SyntheticTruth(shapes.centers, shapes.radii, shapes.angles, _outlines(shapes), shapes.touching)
-    return out, truth
+        out[y : y + _BAND] = _light_through(stains[:, y : y + _BAND], grain[0], y)
+    drawn = SyntheticNuclei(shapes.centers, shapes.radii, shapes.angles, _nucleus_outlines(shapes), shapes.touching)
+    return out, drawn
 
 
-def _noise(rng: np.random.Generator, side: int, sigma: float | tuple[float, float]) -> F32:
+def _smooth_noise(rng: np.random.Generator, side: int, sigma: float | tuple[float, float]) -> F32:
     """Return smooth noise [side, side] that repeats, mean 0, deviation 1."""
     from scipy.ndimage import gaussian_filter
 
@@ -88,7 +88,7 @@ def _noise(rng: np.random.Generator, side: int, sigma: float | tuple[float, floa
     return np.asarray((field - field.mean()) / field.std(), np.float32)
 
 
-def _scene(rng: np.random.Generator, width: int, height: int) -> _Scene:
+def _draw_scene(rng: np.random.Generator, width: int, height: int) -> _Scene:
     from scipy.ndimage import zoom
 
     rows, columns = height // _COARSE + 2, width // _COARSE + 2
@@ -110,7 +110,7 @@ def _scene(rng: np.random.Generator, width: int, height: int) -> _Scene:
     return _Scene(width, height, *(np.asarray(f, np.float32) for f in (tissue, cells, stain, weave)))
 
 
-def _at(field: F32, y0: int, y1: int, width: int) -> F32:
+def _rows_of_field(field: F32, y0: int, y1: int, width: int) -> F32:
     """Return a slow field enlarged (bilinear) to rows y0..y1-1."""
     x = np.arange(width) / _COARSE
     y = np.arange(y0, y1) / _COARSE
@@ -120,25 +120,25 @@ def _at(field: F32, y0: int, y1: int, width: int) -> F32:
     return np.asarray(rows[:, j] * (1 - fx) + rows[:, j + 1] * fx, np.float32)
 
 
-def _tiled(texture: F32, y0: int, y1: int, width: int) -> F32:
+def _rows_of_texture(texture: F32, y0: int, y1: int, width: int) -> F32:
     rows = texture[np.arange(y0, y1) % _NOISE]
     return np.tile(rows, (1, -(-width // _NOISE)))[:, :width]
 
 
-def _stroma(stains: F32, scene: _Scene, grain: list[F32], y0: int) -> None:
+def _stain_stroma(stains: F32, scene: _Scene, grain: list[F32], y0: int) -> None:
     y1 = min(y0 + _BAND, scene.height)
     size = (y0, y1, scene.width)
-    fine, across, along, soft = (_tiled(g, *size) for g in grain)
-    weave = _at(scene.weave, *size)
-    edge = _at(scene.tissue, *size) + 0.15 * soft
-    inside = np.clip(edge * 1.5 + 0.5, 0, 1) * _at(scene.stain, *size)
+    fine, across, along, soft = (_rows_of_texture(g, *size) for g in grain)
+    weave = _rows_of_field(scene.weave, *size)
+    edge = _rows_of_field(scene.tissue, *size) + 0.15 * soft
+    inside = np.clip(edge * 1.5 + 0.5, 0, 1) * _rows_of_field(scene.stain, *size)
     fibres = across * weave + along * (1 - weave)
-    dense = _at(scene.cells, *size)
+    dense = _rows_of_field(scene.cells, *size)
     stains[0, y0:y1] = inside * np.clip(0.10 + 0.10 * dense + 0.035 * fine + 0.03 * soft, 0, 2)
     stains[1, y0:y1] = inside * np.clip(0.40 - 0.10 * dense + 0.07 * fibres + 0.06 * soft + 0.025 * fine, 0.03, 2)
 
 
-def _place(rng: np.random.Generator, scene: _Scene, number: int, unit: float) -> _Shapes:
+def _place_nuclei(rng: np.random.Generator, scene: _Scene, number: int, unit: float) -> _Shapes:
     """Choose where nuclei lie: in tissue, dense or not, apart or just touching; ``unit`` px per half micron."""
     long = rng.uniform(5.6, 9.0, number) * unit
     radii = np.stack([long, np.maximum(5.0 * unit, long * rng.uniform(0.62, 1.0, number))], axis=1)
@@ -155,11 +155,15 @@ def _place(rng: np.random.Generator, scene: _Scene, number: int, unit: float) ->
         for n in range(number):
             for k in range(12):
                 if touching[n] and kept:
-                    centers[n] = _beside(centers, radii, angles, n, (kept[int(spots[n, k]) % len(kept)], around[n, k]))
+                    centers[n] = _place_beside(
+                        centers, radii, angles, n, (kept[int(spots[n, k]) % len(kept)], around[n, k])
+                    )
                 else:
                     row, column = divmod(int(spots[n, k]), scene.tissue.shape[1])
                     centers[n] = (np.array([column, row]) + jitter[n, k]) * _COARSE
-                if crowd.fits(centers[n], radii[n], near=0.86 if touching[n] else 1.12) and _in(scene, centers[n]):
+                if crowd.fits(centers[n], radii[n], near=0.86 if touching[n] else 1.12) and _is_in_tissue(
+                    scene, centers[n]
+                ):
                     crowd.add(centers[n], radii[n])
                     kept.append(n)
                     break
@@ -167,12 +171,12 @@ def _place(rng: np.random.Generator, scene: _Scene, number: int, unit: float) ->
     return _Shapes(centers[keep], radii[keep], angles[keep], bumps[keep], touching[keep])
 
 
-def _in(scene: _Scene, center: F64) -> bool:
+def _is_in_tissue(scene: _Scene, center: F64) -> bool:
     column, row = (center / _COARSE).astype(int)
     return bool(scene.tissue[row, column] > 0.4)
 
 
-def _beside(centers: F64, radii: F64, angles: F64, n: int, other: tuple[int, float]) -> F64:
+def _place_beside(centers: F64, radii: F64, angles: F64, n: int, other: tuple[int, float]) -> F64:
     """Return where nucleus n just touches an earlier one in the given direction."""
     m, direction = other
     reach = sum(
@@ -217,7 +221,7 @@ def _outline_radius(bumps: F64, theta: Any) -> F64:
     return np.asarray(1 + waves[0] + waves[1] + waves[2])
 
 
-def _outlines(shapes: _Shapes) -> F64:
+def _nucleus_outlines(shapes: _Shapes) -> F64:
     theta = np.arange(_CORNERS) * (2 * np.pi / _CORNERS)
     found = np.empty((len(shapes.centers), _CORNERS, 2))
     for n, bumps in enumerate(shapes.bumps):
@@ -228,7 +232,7 @@ def _outlines(shapes: _Shapes) -> F64:
     return found
 
 
-def _nucleus(stains: F32, shapes: _Shapes, n: int, look: tuple[F32, float]) -> None:
+def _stain_nucleus(stains: F32, shapes: _Shapes, n: int, look: tuple[F32, float]) -> None:
     """Paint one nucleus: dark rim, mottled inside, a touch of cytoplasm around."""
     grain, strength = look
     (cx, cy), (long, short) = shapes.centers[n], shapes.radii[n]
@@ -250,9 +254,9 @@ def _nucleus(stains: F32, shapes: _Shapes, n: int, look: tuple[F32, float]) -> N
     window[1] = (window[1] + halo * (window[1] > 0.02)) * (1 - 0.35 * cover)
 
 
-def _light(stains: F32, grain: F32, y0: int) -> U8:
+def _light_through(stains: F32, grain: F32, y0: int) -> U8:
     height, width = stains.shape[1:]
-    noise = 1.3 * _tiled(grain, y0 + 333, y0 + 333 + height, width)
+    noise = 1.3 * _rows_of_texture(grain, y0 + 333, y0 + 333 + height, width)
     out = np.empty((height, width, 3), np.uint8)
     for n in range(3):
         light = _LIGHT * np.exp(-(_HAEMATOXYLIN[n] * stains[0] + _EOSIN[n] * stains[1])) + noise

@@ -17,7 +17,7 @@ from wsi_mmm.types import U8, Level, SlideInfo
 
 def open_with_tiffslide(uri: str) -> RegionReader:
     """Open a TIFF slide. Raises SlideNotFound, NotASlide, SlideDamaged."""
-    library = _library()
+    library = _import_tiffslide()
     store = open_store(uri)
     try:
         mark = fingerprint(store)
@@ -25,15 +25,15 @@ def open_with_tiffslide(uri: str) -> RegionReader:
         store.close()
     try:
         slide = library.TiffSlide(str(local_path(uri)) if is_local(uri) else uri)
-        info = _info(uri, slide, mark)
+        info = _slide_info(uri, slide, mark)
     except library.TiffFileError as error:
         raise NotASlide(f"{redact(uri)} is no slide that tiffslide knows; leave out the reader") from error
     except (ValueError, KeyError, IndexError, OSError, TypeError) as error:
         raise SlideDamaged(f"{redact(uri)} cannot be opened by tiffslide; leave out the reader") from error
-    return RegionReader(info, lambda level, window: _region(slide, level, window), slide.close)
+    return RegionReader(info, lambda level, window: _read_region(slide, level, window), slide.close)
 
 
-def _region(slide: Any, level: int, window: Window) -> U8 | str:
+def _read_region(slide: Any, level: int, window: Window) -> U8 | str:
     x0, y0, x1, y1 = window
     downsample = slide.level_downsamples[level]
     corner = (round(x0 * downsample), round(y0 * downsample))
@@ -44,11 +44,11 @@ def _region(slide: Any, level: int, window: Window) -> U8 | str:
     return np.ascontiguousarray(pixels[..., :3])
 
 
-def _info(uri: str, slide: Any, mark: str) -> SlideInfo:
+def _slide_info(uri: str, slide: Any, mark: str) -> SlideInfo:
     properties = {str(k): str(v) for k, v in slide.properties.items() if v is not None}
     width, height = slide.dimensions
     levels = tuple(
-        Level(w, h, width / w, height / h, _side(properties, n, "width"), _side(properties, n, "height"))
+        Level(w, h, width / w, height / h, _tile_side(properties, n, "width"), _tile_side(properties, n, "height"))
         for n, (w, h) in enumerate(slide.level_dimensions)
     )
     mpp = [float(properties.get(f"tiffslide.mpp-{axis}") or 0) or None for axis in "xy"]
@@ -59,11 +59,11 @@ def _info(uri: str, slide: Any, mark: str) -> SlideInfo:
     )  # fmt: skip
 
 
-def _side(properties: dict[str, str], level: int, side: str) -> int:
+def _tile_side(properties: dict[str, str], level: int, side: str) -> int:
     return int(properties.get(f"tiffslide.level[{level}].tile-{side}") or 256)
 
 
-def _library() -> Any:
+def _import_tiffslide() -> Any:
     try:
         import tiffslide
     except ImportError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_mmm.timing import spent
+from wsi_mmm.timing import timed
 from wsi_mmm.types import I64
 
 Range = tuple[int, int]  # start, length
@@ -120,7 +120,7 @@ def fetch_merged(
     found = plan_spans(ranges, size, rule)
     if not found.spans:
         return [b""] * len(found.first)
-    with spent("fetch"):
+    with timed("fetch"):
         views = [memoryview(part) for part in get(found.spans)]
     stops = found.offset + found.length
     out: list[Buffer] = []

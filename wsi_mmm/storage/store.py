@@ -18,7 +18,7 @@ from wsi_mmm.storage.objects import object_store
 from wsi_mmm.storage.retry import retry_transient
 from wsi_mmm.storage.translate import translate_errors
 from wsi_mmm.storage.uris import is_local, join, local_path, redact
-from wsi_mmm.timing import spent
+from wsi_mmm.timing import timed
 
 __all__ = [
     "BufferedStore", "ByteStore", "buffered", "delete", "exists", "is_local", "join", "list_uris", "local_path",
@@ -37,13 +37,13 @@ def open_store(uri: str) -> ByteStore:
 
 def read_bytes(uri: str) -> bytes:
     """Return the whole object. Raises NotFound, StorageError."""
-    with spent("fetch"):
+    with timed("fetch"):
         return local.read_bytes(uri) if is_local(uri) else _remote_files(uri).read(uri)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write the whole object at once: rename on a file system, one PUT on S3. Raises OutputError."""
-    with spent("write"):
+    with timed("write"):
         if is_local(uri):
             local.write_bytes(uri, data)
         else:

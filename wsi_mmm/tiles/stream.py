@@ -23,7 +23,7 @@ from wsi_mmm.errors import OptionError
 from wsi_mmm.slides.base import Fetched, Reader, TileReader
 from wsi_mmm.slides.resample.cut import fill_tiles
 from wsi_mmm.tiles.grid import BlockTiles, any_overlap, blocks, level0_boxes, tile_xy, tiles_at
-from wsi_mmm.timing import spent
+from wsi_mmm.timing import timed
 from wsi_mmm.types import I64, U8, Batch, Grid, Mask, Tiles
 
 READ_AHEAD = 1
@@ -117,7 +117,7 @@ class Prefetcher(Generic[Key, Data]):
             future = self._remove(key)
             self._begin_fetches()
         try:
-            with spent("fetch"):
+            with timed("fetch"):
                 return None if future is None else future.result()
         except Exception as error:  # noqa: BLE001  (the caller reads by itself, and raises what is wrong)
             _log.debug("fetching ahead failed: %s", error)

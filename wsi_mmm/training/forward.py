@@ -73,17 +73,17 @@ def shared(bench: TrainingContext, batch: TrainBatch, names: Sequence[str]) -> S
     torch.manual_seed(batch.seed & 0x7FFFFFFFFFFFFFFF)
     model = bench.model
     kinds = {name: model.kinds[name] for name in names}
-    x = None if batch.pixels is None else _as_weights(model, bench.look(model, batch))
+    x = None if batch.pixels is None else _cast_to_weights(model, bench.look(model, batch))
     targets = {name: batch.targets[name] for name in names}
     first = bench.tasks[names[0]]
     if x is not None and isinstance(first, Reconstruct):
         x, targets[names[0]] = hidden(model, first, x, batch.seed)
-    with _autocast(bench):
+    with _autocast_context(bench):
         found: dict[str, Tensor] = {}
         if x is not None:
             found = model.trunk(x, kinds.values())
         elif batch.vectors is not None:
-            found = {"vector": _as_weights(model, batch.vectors)}
+            found = {"vector": _cast_to_weights(model, batch.vectors)}
         if "bag" in kinds.values() and model.grouper is not None and batch.bag is not None:
             found["bag"] = model.grouper(found["vector"], batch.bag, len(batch))[0]
     return Shared({name: found[kind] for name, kind in kinds.items()}, targets)
@@ -98,20 +98,20 @@ def hidden(model: MultiTaskModel, task: Reconstruct, x: Tensor, seed: int) -> tu
 
 def loss_of(bench: TrainingContext, name: str, read: Tensor, target: Tensor) -> Tensor:
     """The loss of one task, from what its head reads."""
-    with _autocast(bench):
+    with _autocast_context(bench):
         logits = bench.model.heads[name](read)
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     target = target.to(logits.device, non_blocking=True)
     return bench.tasks[name].loss(logits, target.to(logits.dtype) if target.is_floating_point() else target)
 
 
-def _as_weights(model: MultiTaskModel, x: Tensor) -> Tensor:
+def _cast_to_weights(model: MultiTaskModel, x: Tensor) -> Tensor:
     """In the weights' own type and place: tests train in float64."""
     like = next(model.parameters())
     return x.to(like.device, like.dtype, non_blocking=True)
 
 
-def _autocast(bench: TrainingContext) -> contextlib.AbstractContextManager[object]:
+def _autocast_context(bench: TrainingContext) -> contextlib.AbstractContextManager[object]:
     if bench.precision is None:
         return contextlib.nullcontext()
     return torch.autocast(bench.model.device.type, bench.precision)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from helpers.eats import SLIDE, Platform, as_triangle, ran, said, write_inputs
 from wsi_mmm.cli.main import app
-from wsi_mmm.slides.fake import SyntheticTruth
+from wsi_mmm.slides.fake import SyntheticNuclei
 
 pytestmark = [pytest.mark.empaia, pytest.mark.timeout(300)]
 
@@ -52,7 +52,7 @@ def test_regions_of_interest(platform: Platform, inputs: Path, tmp_path: Path) -
         assert any(touches(one["coordinates"], region) for region in regions)
 
 
-def test_another_model(platform: Platform, other_model: Path, tiny_truth: SyntheticTruth, tmp_path: Path) -> None:
+def test_another_model(platform: Platform, other_model: Path, tiny_truth: SyntheticNuclei, tmp_path: Path) -> None:
     """A model's folder and `wsi-mmm empaia init` make an app: another vendor, polygons as regions; a validated job."""
     done = CliRunner().invoke(
         app,

@@ -53,7 +53,7 @@ GOOD = (2, wsi_mmm.__version__, True)
 
 @pytest.fixture(autouse=True)
 def _always_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dask, "LOOK", 0.0)
+    monkeypatch.setattr(dask, "CHECK_EVERY", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_cluster_that_cannot_do_the_work_is_refused(workers: dict[str, Any], w
 def test_a_worker_that_cannot_do_the_work_is_left_out() -> None:
     """The others do it; the one left out is a warning."""
     executor = DaskExecutor(FakeClient({"a": GOOD, "b": (2, None, True)}))
-    assert executor.warnings == ["worker b cannot be used: wsi-mmm is not installed there"]
+    assert executor.capabilities.warnings == ("worker b cannot be used: wsi-mmm is not installed there",)
     assert executor.room("forward") == AHEAD * 2
 
 
@@ -96,7 +96,7 @@ def test_a_cluster_that_has_lost_its_workers_for_long_ends_the_run(monkeypatch: 
     executor = DaskExecutor(client)
     client.workers.clear()
     assert executor.wait(0) is None
-    monkeypatch.setattr(dask, "PATIENCE", -1.0)
+    monkeypatch.setattr(dask, "NO_WORKER_SECONDS", -1.0)
     with pytest.raises(ClusterError, match="no worker has been there"):
         executor.wait(0)
 

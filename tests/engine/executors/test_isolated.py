@@ -12,7 +12,7 @@ from helpers.plans import plan_of
 from wsi_mmm.engine.executors import isolated
 from wsi_mmm.engine.plan import forward_units
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.units import SlideTask, WorkUnit
+from wsi_mmm.engine.units import Failure, SlideTask, WorkUnit
 from wsi_mmm.errors import ClusterError
 
 
@@ -29,12 +29,12 @@ def test_an_error_comes_back_as_a_receipt(tmp_path: Path) -> None:
     task = SlideTask("s", str(tmp_path / "no.svs"), str(tmp_path / "out"), Recipe("m", "h", (), 0.5, 64, 0))
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     result = isolated.perform(WorkUnit("plan", task))
-    assert result.status == "failed" and "no.svs" in result.error
+    assert isinstance(result, Failure) and "no.svs" in result.error
     assert not before or len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_an_ending_is_said_in_words() -> None:
     """Signals by name, codes by number."""
-    assert isolated.ending(-9) == "its process was killed (out of memory?)"
-    assert isolated.ending(-11) == "its process crashed (SIGSEGV)"
-    assert isolated.ending(1) == "its process ended with code 1"
+    assert isolated.describe_exit(-9) == "its process was killed (out of memory?)"
+    assert isolated.describe_exit(-11) == "its process crashed (SIGSEGV)"
+    assert isolated.describe_exit(1) == "its process ended with code 1"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from helpers.plans import plan_of
 from wsi_mmm.engine.executors import wire
-from wsi_mmm.engine.plan import SlidePlan, forward_units, interpret_units
+from wsi_mmm.engine.plan import forward_units, interpret_units
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.units import UnitResult, WorkUnit, pack
+from wsi_mmm.engine.units import PlanResult, SlidePlan, UnitFacts, WorkUnit, pack_tiles
 from wsi_mmm.options import RunOptions
 
 plans = st.builds(
@@ -27,7 +27,7 @@ plans = st.builds(
 def sent(unit: WorkUnit) -> WorkUnit:
     text = wire.recipe_json(unit.slide.recipe)
     key = wire.recipe_key(text)
-    return wire.unpacked(wire.packed(unit, key), {key: text}.get)
+    return wire.unpack_unit(wire.pack_unit(unit, key), {key: text}.get)
 
 
 def real_plan(width: int, height: int) -> SlidePlan:
@@ -57,7 +57,7 @@ def test_tiles_in_any_order_arrive_in_it() -> None:
     """A list that is not row-major, or names a tile twice, is sent as it is."""
     plan = plan_of(300, 300, 2, 8, 1.0, 0)
     for index in ([[3, 1], [0, 2]], [[1, 1], [1, 1]], [[70_000, 2], [70_001, 0]]):
-        unit = WorkUnit("forward", plan.slide, (0, 0), pack(np.array(index)), plan.grid)
+        unit = WorkUnit("forward", plan.slide, (0, 0), pack_tiles(np.array(index)), plan.grid)
         assert sent(unit).index().tolist() == index
 
 
@@ -65,9 +65,9 @@ def test_a_work_is_a_few_hundred_bytes() -> None:
     """However many tiles a block has, and with long names."""
     plan = real_plan(9000, 9000)
     key = wire.recipe_key(wire.recipe_json(plan.slide.recipe))
-    assert max(len(wire.packed(unit, key)) for unit in forward_units(plan)) < 520
+    assert max(len(wire.pack_unit(unit, key)) for unit in forward_units(plan)) < 520
     large = replace(plan, slide=replace(plan.slide, recipe=replace(plan.slide.recipe, block_tiles=32)))
-    assert max(len(wire.packed(unit, key)) for unit in forward_units(large)) < 700
+    assert max(len(wire.pack_unit(unit, key)) for unit in forward_units(large)) < 700
 
 
 def test_the_recipe_is_asked_for_once() -> None:
@@ -79,30 +79,31 @@ def test_the_recipe_is_asked_for_once() -> None:
         asked.append(key)
         return text if key == wire.recipe_key(text) else None
 
-    first, again = (wire.recipe_of(wire.recipe_key(text), find) for _ in range(2))
+    first, again = (wire.load_recipe(wire.recipe_key(text), find) for _ in range(2))
     assert first == recipe and again is first and len(asked) == 1
     with pytest.raises(LookupError):
-        wire.recipe_of("0" * 16, find)
+        wire.load_recipe("0" * 16, find)
 
 
 def test_what_is_sent_can_be_read_by_a_person() -> None:
     """A dumped task graph shows JSON: whoever looks for a secret in it finds plain text to look through."""
     plan = real_plan(900, 900)
-    assert json.loads(wire.packed(forward_units(plan)[0], "k"))[2][1] == plan.slide.uri
+    assert json.loads(wire.pack_unit(forward_units(plan)[0], "k"))[2][1] == plan.slide.uri
 
 
 @given(plans)
 def test_a_plan_arrives_with_what_works_are_made_of(plan: SlidePlan) -> None:
     """The works of a plan that travelled are those of the plan."""
-    result = UnitResult("plan", plan.slide.id, (0, 0), "ok", payload=plan)
-    there = pickle.loads(pickle.dumps(wire.light(result)))
-    back = wire.whole(there, plan.slide).payload
-    assert forward_units(back) == forward_units(plan) and interpret_units(back) == interpret_units(plan)
+    result = PlanResult(UnitFacts("plan", plan.slide.id), plan)
+    there = pickle.loads(pickle.dumps(wire.pack_result(result)))
+    back = wire.unpack_result(there, plan.slide)
+    assert isinstance(back, PlanResult) and back.plan is not None and back.facts == result.facts
+    assert forward_units(back.plan) == forward_units(plan) and interpret_units(back.plan) == interpret_units(plan)
 
 
 def test_a_plan_is_small_on_its_way() -> None:
     """That of a gigapixel slide takes a fiftieth of what it is in memory."""
     plan = real_plan(28_000, 28_000)
     assert len(plan.index) > 200_000
-    light = wire.light(UnitResult("plan", plan.slide.id, (0, 0), "ok", payload=plan))
+    light = wire.pack_result(PlanResult(UnitFacts("plan", plan.slide.id), plan))
     assert len(pickle.dumps(light)) < len(pickle.dumps(plan)) / 50

@@ -23,25 +23,25 @@ def test_spans_in_any_order_give_their_union(seed: int) -> None:
     spans = [(float(start), start + draw.randrange(1, 60) / 10) for start in starts]
     times = BusyTimes()
     for span in spans:
-        times.add(1, [span])
+        times.add("a", [span])
     for since, until in ((0.0, 110.0), (13.0, 57.0), (40.0, 41.0)):
         found = times.within(since, until)
         assert sum(end - start for _, start, end in found) == pytest.approx(covered(spans, since, until))
 
 
 def test_processes_are_kept_apart() -> None:
-    """Spans of two processes at one time are two spans."""
+    """Spans of two workers at one time are two spans."""
     times = BusyTimes()
-    times.add(1, [(0.0, 2.0)])
-    times.add(2, [(1.0, 3.0)])
-    assert times.within(0.0, 5.0) == [(1, 0.0, 2.0), (2, 1.0, 3.0)]
+    times.add("a", [(0.0, 2.0)])
+    times.add("b", [(1.0, 3.0)])
+    assert times.within(0.0, 5.0) == [("a", 0.0, 2.0), ("b", 1.0, 3.0)]
 
 
 def test_what_nobody_needs_any_more_is_dropped() -> None:
     """However long a run: as many spans are held as its slides under way need, and some more."""
     times, most = BusyTimes(), 0
     for n in range(20_000):
-        times.add(n % 3, [(float(n), n + 0.5)])
+        times.add(f"w{n % 3}", [(float(n), n + 0.5)])
         times.forget(before=n - 50.0)
         most = max(most, len(times.within(0.0, 1e9)))
     assert most <= 1200

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from wsi_mmm.engine.events import Event
-from wsi_mmm.engine.monitoring.hooks import Hooks, all_of, hidden, status_of
-from wsi_mmm.engine.units import UnitResult
+from wsi_mmm.engine.monitoring.hooks import Hooks, combine_hooks, redact_uris
+from wsi_mmm.engine.units import PlanResult, UnitFacts
 
 
 @pytest.mark.parametrize(
@@ -20,32 +20,19 @@ from wsi_mmm.engine.units import UnitResult
 )
 def test_uris_in_a_text_are_shown_without_credentials(text: str, shown: str) -> None:
     """Users, passwords and queries go, wherever in the text the URI stands; the rest stays."""
-    assert hidden(text) == shown
+    assert redact_uris(text) == shown
 
 
 def test_several_hooks_hear_the_same_in_order() -> None:
     """All of them, one after another; none is needed."""
     heard: list[tuple[int, object]] = []
-    hooks = all_of([Hooks(lambda e, n=n: heard.append((n, e)), lambda t, n=n: heard.append((n, t))) for n in (1, 2)])
-    event, result = Event("stage", "s"), UnitResult("plan", "s", (0, 0), "ok")
+    hooks = combine_hooks(
+        [Hooks(lambda e, n=n: heard.append((n, e)), lambda t, n=n: heard.append((n, t))) for n in (1, 2)]
+    )
+    event, result = Event("stage", "s"), PlanResult(UnitFacts("plan", "s"))
     hooks.listener(event)
     hooks.watch(result)
     assert heard == [(1, event), (2, event), (1, result), (2, result)]
-    nothing = all_of([])
+    nothing = combine_hooks([])
     nothing.listener(event)
     nothing.watch(result)
-
-
-@pytest.mark.parametrize(
-    ("message", "status"),
-    [
-        ("done, 7 objects in 9 tiles, 3.0 s", "done"),
-        ("failed: no mpp", "failed"),
-        ("partial (2 tiles cannot be read), 9 tiles, 3.0 s", "partial"),
-        ("done before, 9 tiles; --force redoes", "done"),
-        ("empty (no tissue found), 0 tiles, 1.5 s", "empty"),
-    ],
-)
-def test_the_status_of_a_slide_is_the_first_word_of_its_event(message: str, status: str) -> None:
-    """As `street.outcome` words it."""
-    assert status_of(Event("slide", "s", 1, 1, message)) == status

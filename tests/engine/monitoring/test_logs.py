@@ -13,7 +13,7 @@ import pytest
 from wsi_mmm.engine.monitoring.logs import NAME, logging_to
 from wsi_mmm.engine.monitoring.observe import Hooks
 from wsi_mmm.errors import OptionError, OutputError
-from wsi_mmm.timing import lap
+from wsi_mmm.timing import StageTimer
 
 Story = Callable[[Hooks], None]
 
@@ -65,7 +65,7 @@ def test_no_line_shows_a_secret(tmp_path: Path, story: Story) -> None:
 def test_what_a_thread_says_is_of_the_unit_that_it_is_at(tmp_path: Path) -> None:
     """Lines of other rooms get the slide and the unit of the lap that their thread runs."""
     path = tmp_path / "run.jsonl"
-    with logging_to(str(path), "info"), lap("decode", "s/forward/3-4"):
+    with logging_to(str(path), "info"), StageTimer("read", "s/forward/3-4"):
         logging.getLogger("wsi_mmm.storage.remote").warning("tried again")
     [line] = [json.loads(line) for line in path.read_text().splitlines()]
     assert (line["event"], line["slide"], line["unit"]) == ("wsi_mmm.storage.remote", "s", "s/forward/3-4")

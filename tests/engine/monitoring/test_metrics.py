@@ -15,9 +15,9 @@ import pytest
 from wsi_mmm.engine.monitoring import metrics, workers
 from wsi_mmm.engine.monitoring.metrics import MetricsRecorder, serving
 from wsi_mmm.engine.monitoring.observe import Hooks
-from wsi_mmm.engine.units import UnitResult
+from wsi_mmm.engine.units import ForwardResult, UnitFacts
 from wsi_mmm.errors import MissingPackage, OptionError
-from wsi_mmm.timing import Lap
+from wsi_mmm.timing import StepTime
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
@@ -85,20 +85,21 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_busy_share_is_that_of_the_last_minute() -> None:
     """Averaged over the workers that ran a model; what was before the run or a minute ago counts for nothing."""
-    book, now = MetricsRecorder(prometheus_client.CollectorRegistry()), time.time()
-    assert book.share() == 0.0
-    book._since = now - 600
+    recorder, now = MetricsRecorder(prometheus_client.CollectorRegistry()), time.time()
+    assert recorder.share() == 0.0
+    recorder._since = now - 600
     for worker, spans in (("a:1", ((now - 300, now - 45),)), ("b:1", ((now - 30, now - 15), (now - 20, now)))):
-        book.receive(UnitResult("forward", "s", (0, 0), "ok", worker=worker, busy=spans))
-    assert book.share() == pytest.approx((15 + 30) / 2 / 60, abs=0.01)
+        times = tuple(StepTime("model", 1, start, end) for start, end in spans)
+        recorder.receive(ForwardResult(UnitFacts("forward", "s", worker=worker, times=times), 0))
+    assert recorder.share() == pytest.approx((15 + 30) / 2 / 60, abs=0.01)
 
 
 def test_bytes_are_counted_once_for_each_worker() -> None:
     """Receipts tell what a worker has read of a slide so far; a slide that was opened anew begins at nothing."""
     registry = prometheus_client.CollectorRegistry()
-    book = MetricsRecorder(registry)
+    recorder = MetricsRecorder(registry)
     for worker, total in (("a:1", 100), ("a:1", 150), ("b:1", 70), ("a:1", 150), ("a:1", 20)):
-        book.receive(UnitResult("forward", "s", (0, 0), "ok", worker=worker, bytes_read=total))
+        recorder.receive(ForwardResult(UnitFacts("forward", "s", worker=worker, bytes_read=total), 0))
     assert registry.get_sample_value("wsi_mmm_read_bytes_total") == 150 + 70 + 20
 
 
@@ -106,9 +107,9 @@ def test_a_worker_counts_where_it_serves_metrics(monkeypatch: pytest.MonkeyPatch
     """Only where distributed has loaded prometheus_client, and then among what it serves there; elsewhere nothing."""
     registry = prometheus_client.CollectorRegistry()
     monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
-    monkeypatch.setattr(workers, "_books", [])
+    monkeypatch.setattr(workers, "_recorders", [])
     monkeypatch.delitem(sys.modules, "distributed.worker", raising=False)
-    result = UnitResult("forward", "s", (0, 0), "ok", tiles=4, worker="a:1")
+    result = ForwardResult(UnitFacts("forward", "s", worker="a:1"), 4)
     workers.count_here(result)
     assert registry.get_sample_value("wsi_mmm_tiles_total") is None
     monkeypatch.setitem(sys.modules, "distributed.worker", types.ModuleType("distributed.worker"))
@@ -120,14 +121,14 @@ def test_a_worker_counts_where_it_serves_metrics(monkeypatch: pytest.MonkeyPatch
 
 def test_a_unit_costs_microseconds() -> None:
     """Under 50 us of processor time for counting a receipt."""
-    book, count, now = MetricsRecorder(prometheus_client.CollectorRegistry()), 2000, time.time()
-    laps = tuple(Lap(n, 1.0, 2.0, {"fetch": 0.5, "decode": 0.5}) for n in range(3))
-    facts = {"tiles": 4, "laps": laps}
-    results = [
-        UnitResult("forward", f"s{n % 7}", (n, 0), "ok", worker=f"a:{n % 9}", busy=((now + n, now + n + 1),), **facts)
-        for n in range(count)
-    ]
+    recorder, count, now = MetricsRecorder(prometheus_client.CollectorRegistry()), 2000, time.time()
+    times = tuple(StepTime("read", n, 1.0, 2.0, {"fetch": 0.5, "decode": 0.5}) for n in range(2))
+    results = []
+    for n in range(count):
+        model = StepTime("model", 3, now + n, now + n + 1, {"model": 1.0})
+        facts = UnitFacts("forward", f"s{n % 7}", (n, 0), worker=f"a:{n % 9}", times=(*times, model))
+        results.append(ForwardResult(facts, 4))
     begun = time.thread_time()
     for result in results:
-        book.receive(result)
+        recorder.receive(result)
     assert (time.thread_time() - begun) / count < 50e-6

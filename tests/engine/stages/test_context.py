@@ -25,18 +25,18 @@ def grid(tiny_slide: Path) -> Iterator[Grid]:
 
 def test_entries_of_slides_long_gone_are_let_go(grid: Grid, tmp_path: Path) -> None:
     """The latest ones stay, and one that is asked for again and again stays whatever comes between."""
-    first = context.entry_of(str(tmp_path / "first"), grid, 4)
-    second = context.entry_of(str(tmp_path / "second"), grid, 4)
-    for number in range(2 * context.KEPT):
-        context.entry_of(str(tmp_path / str(number)), grid, 4)
-        assert context.entry_of(str(tmp_path / "first"), grid, 4) is first
-    assert len(context._entries) == context.KEPT
-    assert context.entry_of(str(tmp_path / "second"), grid, 4) is not second
+    first = context.cache_entry(str(tmp_path / "first"), grid, 4)
+    second = context.cache_entry(str(tmp_path / "second"), grid, 4)
+    for number in range(2 * context.KEPT_ENTRIES):
+        context.cache_entry(str(tmp_path / str(number)), grid, 4)
+        assert context.cache_entry(str(tmp_path / "first"), grid, 4) is first
+    assert len(context._entries) == context.KEPT_ENTRIES
+    assert context.cache_entry(str(tmp_path / "second"), grid, 4) is not second
 
 
 def test_what_is_forgotten_is_made_anew(grid: Grid, tmp_path: Path) -> None:
     """Entries below a folder that goes are not used again; those beside it are."""
-    gone, kept = (context.entry_of(str(tmp_path / name / "e"), grid, 4) for name in ("a", "b"))
+    gone, kept = (context.cache_entry(str(tmp_path / name / "e"), grid, 4) for name in ("a", "b"))
     context.forget_entries(str(tmp_path / "a"))
-    assert context.entry_of(str(tmp_path / "a" / "e"), grid, 4) is not gone
-    assert context.entry_of(str(tmp_path / "b" / "e"), grid, 4) is kept
+    assert context.cache_entry(str(tmp_path / "a" / "e"), grid, 4) is not gone
+    assert context.cache_entry(str(tmp_path / "b" / "e"), grid, 4) is kept

@@ -8,12 +8,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.plans import plan_of
+from helpers.plans import plan_of, result_of
 from wsi_mmm.cache.shard import SHARD
-from wsi_mmm.engine.plan import SlidePlan, forward_units
-from wsi_mmm.engine.scheduler import open_street
-from wsi_mmm.engine.stages.extract import SIDE, extract_units, squares_under, through_pool
-from wsi_mmm.engine.units import Kind, UnitResult, WorkUnit
+from wsi_mmm.engine.plan import forward_units
+from wsi_mmm.engine.scheduler import schedule
+from wsi_mmm.engine.stages.extract import SIDE, extract_units, shard_groups_under, through_pool
+from wsi_mmm.engine.units import Kind, SlidePlan, UnitResult, WorkUnit
 from wsi_mmm.options import RunOptions
 
 plans = st.builds(
@@ -41,12 +41,12 @@ def test_every_shard_under_a_tile_is_brought_in_once(plan: SlidePlan) -> None:
 
 
 @given(plans)
-def test_a_forward_waits_for_the_squares_under_its_tiles(plan: SlidePlan) -> None:
+def test_a_forward_waits_for_the_shard_groups_under_its_tiles(plan: SlidePlan) -> None:
     """And each of them is extracted by some work."""
     made = {unit.block for unit in extract_units(plan)}
     for unit in forward_units(plan):
-        squares = {(row // SIDE, column // SIDE) for row, column in touched(plan, unit.index())}
-        assert squares_under(unit) == squares <= made
+        groups = {(row // SIDE, column // SIDE) for row, column in touched(plan, unit.index())}
+        assert shard_groups_under(unit) == groups <= made
 
 
 def test_tiles_go_through_a_cache_only_where_there_is_one() -> None:
@@ -75,12 +75,7 @@ class Recorder:
 
     def wait(self, timeout: float) -> UnitResult | None:
         unit = self.flying.pop()
-        base = UnitResult(unit.kind, unit.slide.id, unit.block, "ok")
-        if unit.kind == "plan":
-            return replace(base, payload=replace(self.plan, slide=unit.slide))
-        if unit.kind == "forward":
-            return replace(base, tiles=len(unit.index()))
-        return base
+        return result_of(unit, plan=replace(self.plan, slide=unit.slide))
 
     def close(self, *, cancel: bool = False) -> None:
         self.flying.clear()
@@ -91,7 +86,7 @@ def kinds(placement: str) -> dict[str, list[str]]:
     plan = plan_of(900, 900, 2, 8, 1.0, 0)
     recipe = replace(plan.slide.recipe, options=RunOptions(cache="/c"))
     executor = Recorder(plan)
-    scheduler = open_street([replace(plan.slide, id=f"s{n}", recipe=recipe) for n in range(6)], placement=placement)
+    scheduler = schedule([replace(plan.slide, id=f"s{n}", recipe=recipe) for n in range(6)], placement=placement)
     assert all(state.status == "done" for state in scheduler.run(executor))
     found: dict[str, list[str]] = {}
     for unit in executor.units:

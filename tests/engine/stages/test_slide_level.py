@@ -11,8 +11,9 @@ import pytest
 
 from helpers.plans import plan_of
 from wsi_mmm.cache import ArraySpec, Entry
-from wsi_mmm.engine.plan import SlidePlan, forward_units
+from wsi_mmm.engine.plan import forward_units
 from wsi_mmm.engine.stages import context, slide_level
+from wsi_mmm.engine.units import SlidePlan, WorkUnit
 from wsi_mmm.model import bagging
 from wsi_mmm.tasks.classify import Classify
 from wsi_mmm.types import F32, TaskInfo
@@ -36,37 +37,38 @@ def test_features_are_gathered_in_the_order_of_the_tiles(block: int, tmp_path: P
     """Whatever the blocks they were written in."""
     plan = plan_of(700, 500, block, 0, 0.6, seed=3)
     entry, wanted = filled(plan, tmp_path)
-    assert (slide_level.gathered(entry, plan.index, block) == wanted).all()
+    assert (slide_level.gather_features(entry, plan.index, block) == wanted).all()
     some = plan.index[::-2]
-    assert (slide_level.gathered(entry, some, block) == wanted[::-2]).all()
+    assert (slide_level.gather_features(entry, some, block) == wanted[::-2]).all()
 
 
 def test_tiles_that_cannot_be_read_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are white: they are left out of the bag, and their attention is not known. None left: no answer."""
     plan = plan_of(500, 300, 2, 0, 0.9, seed=1)
-    entry, wanted = filled(plan, tmp_path)
+    _, wanted = filled(plan, tmp_path)
     seen: list[F32] = []
 
     def answer(runner: object, vectors: F32, tasks: list[str]) -> tuple[dict[str, F32], dict[str, F32]]:
         seen.append(vectors)
         return {"t": np.array([0.25, 0.75], np.float32)}, {"t": np.full(len(vectors), 0.5, np.float32)}
 
-    monkeypatch.setattr(context, "tasks_of", lambda recipe: [GRADE])
-    monkeypatch.setattr(context, "runner_of", lambda recipe: SimpleNamespace())
+    monkeypatch.setattr(context, "recipe_tasks", lambda recipe: [GRADE])
+    monkeypatch.setattr(context, "load_runner", lambda recipe: SimpleNamespace())
     monkeypatch.setattr(bagging, "answer_bag", answer)
+    ctx = context.UnitContext(WorkUnit("publish", plan.slide, grid=plan.grid, entry=str(tmp_path)))
     failed = np.zeros(len(plan.index), np.bool_)
     failed[[1, 4]] = True
-    found = slide_level.answers(plan, entry, failed)
+    found = slide_level.answer_slide(ctx, plan, failed)
     assert (seen[0] == wanted[~failed]).all()
     assert found.columns == {"t": "high", "t:low": 0.25, "t:high": 0.75}
     assert np.isnan(found.attention["t"][failed]).all()
     assert (found.attention["t"][~failed] == 0.5).all()
-    nothing = slide_level.answers(plan, entry, np.ones(len(plan.index), np.bool_))
+    nothing = slide_level.answer_slide(ctx, plan, np.ones(len(plan.index), np.bool_))
     assert nothing.columns == {}
     assert np.isnan(nothing.attention["t"]).all()
     assert len(seen) == 1
-    monkeypatch.setattr(context, "tasks_of", lambda recipe: [replace(GRADE, scope="tile")])
-    assert slide_level.answers(plan, entry, failed) == slide_level.SlideAnswers()
+    monkeypatch.setattr(context, "recipe_tasks", lambda recipe: [replace(GRADE, scope="tile")])
+    assert slide_level.answer_slide(ctx, plan, failed) == slide_level.SlideAnswers()
 
 
 def test_answers_are_words_and_numbers_that_json_has() -> None:

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from wsi_mmm.slides.base import TileReader
 from wsi_mmm.slides.registry import READERS
-from wsi_mmm.slides.resample.direct import inner_numbers, needed_numbers, nested
 from wsi_mmm.slides.resample.scaled import sources_of
-from wsi_mmm.slides.resample.tiled import Tiling
+from wsi_mmm.slides.resample.tiled import Tiling, inner_numbers, needed_numbers, nested
 from wsi_mmm.slides.resample.weights import Taps, taps
 from wsi_mmm.types import U8, Block, Level, Tiles
 

@@ -16,7 +16,7 @@ from shapely.geometry import Polygon, box
 from helpers.annotation_targets import discs, geojson, patches, save
 from wsi_mmm.errors import ConfigError, InputError
 from wsi_mmm.outputs.exports import write_features
-from wsi_mmm.slides.fake import SyntheticTruth
+from wsi_mmm.slides.fake import SyntheticNuclei
 from wsi_mmm.tasks.targets import Boxes, Survival
 from wsi_mmm.training.config import TrainConfig, parse
 from wsi_mmm.training.data.base import DataSource, Sample
@@ -199,7 +199,7 @@ def dicom(path: Path, patient: str) -> None:
 
 
 @pytest.fixture
-def study(tiny_slide: Path, tiny_truth: SyntheticTruth, tmp_path: Path) -> Path:
+def study(tiny_slide: Path, tiny_truth: SyntheticNuclei, tmp_path: Path) -> Path:
     """Two copies of the tiny slide, of two patients, with their nuclei and a region in QuPath's words."""
     for name in ("p1_a", "p2_a"):
         (tmp_path / f"{name}.tiff").symlink_to(tiny_slide)

@@ -19,7 +19,7 @@ from helpers.faulty import Faulty
 from helpers.moto import moto_server
 from wsi_mmm.errors import AnnotationError, ConfigError, InputError, ManifestError, OptionError, SlideNotFound
 from wsi_mmm.slides import open_slide
-from wsi_mmm.slides.fake import SyntheticTruth
+from wsi_mmm.slides.fake import SyntheticNuclei
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Boxes
 from wsi_mmm.training.data.annotation_targets import AnnotationTarget
@@ -52,7 +52,7 @@ def geojson(path: Path, shapes: Sequence[tuple[str, Any]]) -> str:
 
 
 @pytest.fixture
-def nuclei(tiny_truth: SyntheticTruth, tmp_path: Path) -> str:
+def nuclei(tiny_truth: SyntheticNuclei, tmp_path: Path) -> str:
     return geojson(tmp_path / "nuclei.geojson", [("nucleus", Polygon(xy)) for xy in tiny_truth.polygons])
 
 

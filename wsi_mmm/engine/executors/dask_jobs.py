@@ -1,14 +1,13 @@
 """Jobs that live on a Dask cluster: begun from one process, watched, awaited and cancelled from any other.
 
-The books of such a job are kept by a worker, beside its other work: a task that has left the worker's threads. When
-that worker dies another one begins it anew, and goes on where it was, for what is done is done. The scheduler keeps the
-note of the job (`board`) and, until it is forgotten, its result.
+A worker drives such a job, beside its units, in a task that has left the worker's threads. When that worker dies
+another one begins the task again, and resumes. The scheduler keeps the status of the job (`job_registry`) and, until it
+is forgotten, its result.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,77 +17,77 @@ from typing import Any, Generic, TypeVar
 from distributed import Client, Future, get_client, secede
 from distributed.scheduler import KilledWorker
 
+from wsi_mmm import timing
 from wsi_mmm.engine.events import Listener
 from wsi_mmm.engine.executors.dask import DaskExecutor, client_of, workers_of
-from wsi_mmm.engine.executors.job_registry import EVERY, JobRegistry, JobStatus, LiveJobs, new_id, publishing_status
+from wsi_mmm.engine.executors.job_registry import EVERY, JobRegistry, JobStatus, LiveJobs, new_job_id, publishing_status
 from wsi_mmm.engine.executors.pools import LABEL_RESOURCE
 from wsi_mmm.engine.executors.tls import Tls
-from wsi_mmm.engine.job import Progress
+from wsi_mmm.engine.job import JobProgress
 from wsi_mmm.errors import Cancelled, ClusterError, WsiError
 
 T = TypeVar("T")
 
 BOOKS = "BOOKS"
-"""The Dask resource of workers that keep the books of jobs; without any, every worker does."""
-URGENT = 100  # before all works: a job that has begun shares the cluster with the others
-BEGUN = 3.0  # seconds that a job which somebody cancels may take to hear of it
+"""The Dask resource of workers that drive jobs; without any, every worker may."""
+URGENT = 100  # before all units: a job that has begun shares the cluster with the others
+CANCEL_SECONDS = 3.0  # that a job which waits for a worker may take to notice that it is cancelled
 
 JobFunction = Callable[[DaskExecutor, Listener, threading.Event], T]
 
 
 @dataclass(frozen=True, slots=True)
 class JobSpec(Generic[T]):
-    """What a job does on its executor, and how its result is found again when the worker that held it is gone."""
+    """A job: ``run`` on its executor, and ``load_result`` when the worker that held the result is gone."""
 
     run: JobFunction[T]
-    recall: Callable[[], T]
+    load_result: Callable[[], T]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[T]):
-    """What came of an errand."""
+    """The result of a job, or the error that ended it."""
 
     result: T | None = None
     error: WsiError | None = None
 
 
-def _keep_books(name: str, errand: JobSpec[T]) -> Outcome[T]:
-    """What the worker does that keeps a job's books."""
+def _run_job(name: str, spec: JobSpec[T]) -> Outcome[T]:
+    """Drive a job from a worker."""
     client = get_client()
     secede()
-    board, progress, stop = JobRegistry(client), Progress(), threading.Event()
-    note = board.note(name)
+    registry, progress, stop = JobRegistry(client), JobProgress(), threading.Event()
+    status = registry.status(name)
     try:
-        if note.over:
-            return Outcome(errand.recall() if note.state == "done" else None)
-        note = replace(note, where=f"{os.uname().nodename}:{os.getpid()}")
-        if board.asked_to_stop(name):
+        if status.over:
+            return Outcome(spec.load_result() if status.state == "done" else None)
+        if registry.should_stop(name):
             stop.set()
-        with publishing_status(board, note, progress, stop):
-            executor = DaskExecutor(client, jobs=LiveJobs(board, name))
-            return Outcome(errand.run(executor, progress.hear, stop))
+        with publishing_status(registry, replace(status, where=timing.worker_name()), progress, stop):
+            executor = DaskExecutor(client, jobs=LiveJobs(registry, name))
+            return Outcome(spec.run(executor, progress.hear, stop))
     except WsiError as error:
         return Outcome(error=error)
 
 
-def launch(client: Client, output: str, slides: int, errand: JobSpec[T]) -> ClusterJob[T]:
+def launch_job(client: Client, output: str, slides: int, spec: JobSpec[T]) -> ClusterJob[T]:
     """Begin a job on the cluster; returns at once. ClusterError when the cluster cannot do it."""
     DaskExecutor(client)  # says what is wrong with the workers
-    board = JobRegistry(client)
-    for old in board.surplus():
+    registry = JobRegistry(client)
+    for old in registry.surplus():
         ClusterJob(client, old.id).forget()
-    note = JobStatus(new_id(), output, slides_total=slides)
-    board.post(note)
+    status = JobStatus(new_job_id(), output, slides_total=slides)
+    registry.put_status(status)
     apart = any(BOOKS in facts.resources for facts in workers_of(client).values())
     future = client.submit(
-        _keep_books, note.id, errand, key=_key(note.id), pure=False, priority=URGENT,
+        _run_job, status.id, spec, key=_job_key(status.id), pure=False, priority=URGENT,
         resources={BOOKS: LABEL_RESOURCE} if apart else None,
     )  # fmt: skip
-    client.publish_dataset(future, name=_key(note.id))
-    return ClusterJob(client, note.id)
+    client.publish_dataset(future, name=_job_key(status.id))
+    return ClusterJob(client, status.id)
 
 
-def _key(name: str) -> str:
+def _job_key(name: str) -> str:
     return f"wsi-mmm-job-{name}"
 
 
@@ -100,38 +99,38 @@ class ClusterJob(Generic[T]):
     id: str
 
     @property
-    def note(self) -> JobStatus:
-        """How it stands. ClusterError when nobody knows it any more."""
-        with _said():
-            return JobRegistry(self.client).note(self.id)
+    def status(self) -> JobStatus:
+        """Its state and progress. ClusterError when the cluster does not know the job any more."""
+        with _translate_errors():
+            return JobRegistry(self.client).status(self.id)
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> JobProgress:
         """How far it is."""
-        return self.note.progress()
+        return self.status.progress()
 
     @property
     def done(self) -> bool:
         """It has ended, well or not."""
-        return self.note.over or self._future().status in ("error", "cancelled")
+        return self.status.over or self._future().status in ("error", "cancelled")
 
     def watch(self, every: float = EVERY) -> Iterator[JobStatus]:
-        """Its note now, whenever it has changed, and when it has ended."""
+        """Yield its status now, whenever it has changed, and when it has ended."""
         shown: JobStatus | None = None
         while True:
-            note = self.note
-            if shown is None or replace(note, beat=0) != replace(shown, beat=0):
-                yield note
-            shown = note
-            if note.over:
+            status = self.status
+            if shown is None or replace(status, beat=0) != replace(shown, beat=0):
+                yield status
+            shown = status
+            if status.over:
                 return
-            self._check()
+            self._raise_task_error()
             time.sleep(every)
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the report. TimeoutError after ``timeout`` seconds, Cancelled after ``cancel``, or its own error."""
         try:
-            with _said():
+            with _translate_errors():
                 outcome = self._future().result(timeout=timeout)
         except TimeoutError as error:
             share = f"{self.progress.fraction:.0%} of its tiles"
@@ -139,85 +138,87 @@ class ClusterJob(Generic[T]):
         if outcome.error is not None:
             raise outcome.error
         if outcome.result is None:
-            self._tell(self.note)
-            raise ClusterError(f"the result of job {self.id} is gone; see the report in {self.note.output}")
+            self._raise_ended(self.status)
+            raise ClusterError(f"the result of job {self.id} is gone; see the report in {self.status.output}")
         return outcome.result
 
     def cancel(self) -> None:
         """Ask it to stop; what is done stays, and submitting the same again resumes. Returns soon."""
-        with _said():
-            board = JobRegistry(self.client)
-            board.ask_to_stop(self.id)
-            until = time.monotonic() + BEGUN
-            while board.note(self.id).state == "waiting":
-                if time.monotonic() > until:  # no worker has found the time to begin it
-                    board.post(replace(board.note(self.id), state="cancelled", ended=time.time()))
+        with _translate_errors():
+            registry = JobRegistry(self.client)
+            registry.ask_to_stop(self.id)
+            until = time.monotonic() + CANCEL_SECONDS
+            while registry.status(self.id).state == "waiting":
+                if time.monotonic() > until:  # no worker was free to begin it
+                    registry.put_status(replace(registry.status(self.id), state="cancelled", ended=time.time()))
                     return
                 time.sleep(0.1)
 
     def forget(self) -> None:
         """Let the cluster drop what it knows of the job; one that still runs is cancelled."""
-        with _said():
-            if not self.note.over:
+        with _translate_errors():
+            if not self.status.over:
                 self.cancel()
             with contextlib.suppress(KeyError):
-                self.client.unpublish_dataset(_key(self.id))
+                self.client.unpublish_dataset(_job_key(self.id))
             JobRegistry(self.client).forget(self.id)
 
     def _future(self) -> Future[Outcome[T]]:
         try:
-            future: Future[Outcome[T]] = self.client.get_dataset(_key(self.id))
+            future: Future[Outcome[T]] = self.client.get_dataset(_job_key(self.id))
         except KeyError as error:
-            self._tell(self.note)
+            self._raise_ended(self.status)
             raise ClusterError(f"the job {self.id} runs in the process that began it; see its output") from error
         return future
 
-    def _check(self) -> None:
-        """Raise what ended it, when it cannot say so itself."""
-        with contextlib.suppress(TimeoutError), _said():
-            future: Any = self.client.get_dataset(_key(self.id), default=None)
+    def _raise_task_error(self) -> None:
+        """Raise the error of the job's task, when it ended without a status."""
+        with contextlib.suppress(TimeoutError), _translate_errors():
+            future: Any = self.client.get_dataset(_job_key(self.id), default=None)
             if future is not None and future.status in ("error", "cancelled"):
                 future.result(timeout=10)
 
-    def _tell(self, note: JobStatus) -> None:
-        if note.state == "cancelled":
+    def _raise_ended(self, status: JobStatus) -> None:
+        """Raise the error of a job that did not end well."""
+        if status.state == "cancelled":
             raise Cancelled("cancelled; submit the same again to resume")
-        if note.state == "failed":
-            raise ClusterError(note.error or f"the job {self.id} has failed")
+        if status.state == "failed":
+            raise ClusterError(status.error or f"the job {self.id} has failed")
 
 
 @contextlib.contextmanager
-def _said() -> Iterator[None]:
-    """What Dask says of a cluster that is not there any more, in our words."""
+def _translate_errors() -> Iterator[None]:
+    """Translate what Dask raises when a cluster is gone into a ClusterError."""
     try:
         yield
     except (WsiError, TimeoutError):
         raise
     except KilledWorker as error:
-        raise ClusterError(
-            "every worker that kept the books of this job died; submit the same again to resume"
-        ) from error
+        raise ClusterError("every worker that drove this job died; submit the same again to resume") from error
     except Exception as error:
         if not (isinstance(error, OSError) or type(error).__module__.startswith("distributed")):
             raise
         raise ClusterError("the connection to the scheduler was lost; submit the same again to resume") from error
 
 
-def job_of(client: Client | str, name: str, *, tls: Tls | None = None) -> ClusterJob[Any]:
+def find_job(client: Client | str, name: str, *, tls: Tls | None = None) -> ClusterJob[Any]:
     """The job of that id on a cluster. ClusterError when there is none."""
     job: ClusterJob[Any] = ClusterJob(client_of(client, tls=tls), name)
-    _ = job.note
+    _ = job.status
     return job
 
 
-def notes_of(client: Client | str, *, tls: Tls | None = None) -> list[tuple[JobStatus, bool]]:
-    """All jobs that a cluster knows; whether each is alive or has ended (else whoever ran it is gone).
+def job_statuses(client: Client | str, *, tls: Tls | None = None) -> list[tuple[JobStatus, bool]]:
+    """All jobs that a cluster knows, and whether each is alive or has ended (else the process that ran it is gone).
 
-    Takes some seconds where one says that it runs.
+    Takes some seconds when there is one that runs.
     """
-    with _said():
-        board = JobRegistry(client_of(client, tls=tls))
-        before = {note.id: note.beat for note in board.notes() if note.state == "running"}
+    with _translate_errors():
+        registry = JobRegistry(client_of(client, tls=tls))
+        before = {status.id: status.beat for status in registry.statuses() if status.state == "running"}
         if before:
             time.sleep(2.5 * EVERY)
-        return [(note, note.state != "running" or note.beat != before.get(note.id)) for note in board.notes()]
+        return [
+            (status, status.state != "running" or status.beat != before.get(status.id))
+            for status in registry.statuses()
+        ]

@@ -9,14 +9,14 @@ from typing import Any
 
 from distributed import Client, LocalCluster
 
-from wsi_mmm.engine.executors.dask import DaskExecutor, over
+from wsi_mmm.engine.executors.dask import DaskExecutor, own_executor
 from wsi_mmm.errors import ClusterError
 from wsi_mmm.host_tuning import cpu_count
 
 MAIN_GUARD = "in a script, call it below: if __name__ == '__main__':"
 
 
-class _OnGpus(LocalCluster):
+class _GpuCluster(LocalCluster):
     """Each worker process sees one GPU only, those of ``gpus`` in turn; one that is started anew sees the same."""
 
     def __init__(self, gpus: Sequence[str], **options: Any) -> None:
@@ -47,7 +47,7 @@ def local_cluster(workers: int, gpus: Sequence[str] = ()) -> DaskExecutor:
     }  # fmt: skip
     try:
         if len(gpus) > 1:
-            cluster: LocalCluster = _OnGpus(gpus, **options)
+            cluster: LocalCluster = _GpuCluster(gpus, **options)
             cluster.scale(workers)
         else:
             cluster = LocalCluster(n_workers=workers, **options)
@@ -55,4 +55,4 @@ def local_cluster(workers: int, gpus: Sequence[str] = ()) -> DaskExecutor:
         client.wait_for_workers(workers, timeout=60)
     except (OSError, RuntimeError, TimeoutError) as error:
         raise ClusterError(f"the {workers} worker processes did not start ({error}); {MAIN_GUARD}") from error
-    return over(client, cluster)
+    return own_executor(client, cluster)

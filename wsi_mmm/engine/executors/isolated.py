@@ -1,7 +1,7 @@
-"""A work in a process of its own: for those in whose company workers have died.
+"""Run one unit in a subprocess: isolates units that were on a worker when it was killed.
 
-What kills its process (a codec that crashes, more memory than there is) kills nothing else, and is known for certain
-to be the fault of this work, where a worker may have died of a neighbour.
+What kills the subprocess (a codec that crashes, too little memory) kills nothing else, and is certainly the fault of
+this unit, where a worker may have died of another unit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PROGRAM = "import sys; from wsi_mmm.engine.executors.isolated import serve; ser
 
 
 def perform(unit: WorkUnit) -> UnitResult:
-    """The receipt of a work, done in a new process. ClusterError when that process dies of it."""
+    """The result of a unit that is run in a new process. ClusterError when that process dies."""
     here, there = os.pipe(), os.pipe()
     with Connection(there[0], writable=False) as back, Connection(here[1], readable=False) as forth:
         command = [sys.executable, "-c", _PROGRAM, str(here[0]), str(there[1])]
@@ -30,27 +30,29 @@ def perform(unit: WorkUnit) -> UnitResult:
             forth.send(unit)
             result: UnitResult = back.recv()
         except (EOFError, OSError) as error:
-            raise ClusterError(f"{named(unit)}: {ending(process.wait())}, after every worker that tried it") from error
+            raise ClusterError(
+                f"{describe_unit(unit)}: {describe_exit(process.wait())}, after every worker that tried it"
+            ) from error
     process.wait()
     return result
 
 
 def serve(source: int, sink: int) -> None:
-    """What the new process does; ``source``, ``sink``: the file descriptors that it hears and answers by."""
-    from wsi_mmm.engine.executors.threads import failure
-    from wsi_mmm.engine.stages import steps
+    """Run in the new process: read the unit from file descriptor ``source``, write its result to ``sink``."""
+    from wsi_mmm.engine.stages.perform import perform as run_unit
+    from wsi_mmm.engine.units import failure_of
     from wsi_mmm.storage.retry import retry_unit
 
     with Connection(source, writable=False) as hear, Connection(sink, readable=False) as answer:
         unit: WorkUnit = hear.recv()
         try:
-            answer.send(retry_unit(steps.perform, unit))
-        except Exception as error:  # noqa: BLE001  (told in the receipt)
-            answer.send(failure(unit, error))
+            answer.send(retry_unit(run_unit, unit))
+        except Exception as error:  # noqa: BLE001  (sent as a Failure)
+            answer.send(failure_of(unit, error))
 
 
-def ending(code: int) -> str:
-    """How a process ended, in words; ``code``: its exit code, of a signal negative."""
+def describe_exit(code: int) -> str:
+    """How a process ended; ``code``: its exit code, negative for a signal."""
     if code == -signal.SIGKILL:
         return "its process was killed (out of memory?)"
     if code < 0:
@@ -58,6 +60,6 @@ def ending(code: int) -> str:
     return f"its process ended with code {code}"
 
 
-def named(unit: WorkUnit) -> str:
-    """A work as errors name it; the slide stands beside."""
+def describe_unit(unit: WorkUnit) -> str:
+    """A unit as error texts name it, without its slide."""
     return f"{unit.kind} of block {unit.block[0]}-{unit.block[1]}" if unit.grid else unit.kind

@@ -1,7 +1,7 @@
-"""The board of a cluster: a note per job, kept by its scheduler, which every process that reaches it can read.
+"""The jobs of a cluster: a status per job, kept by Dask's scheduler, that every process on the cluster can read.
 
-A note is a few hundred bytes, written anew every second while its job runs (``beat`` counts that: whoever sees it stand
-still knows that nobody runs the job any more). No Dask here: a client that keeps metadata is all there is to know.
+A status is a few hundred bytes, written anew every second while its job runs. ``beat`` counts the writes: a beat that
+stands still means that nobody runs the job any more. This module needs no Dask, only a client that keeps metadata.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
-from wsi_mmm.engine.job import Progress
+from wsi_mmm.engine.job import JobProgress
 from wsi_mmm.errors import Cancelled, ClusterError
 
-State = Literal["waiting", "running", "done", "failed", "cancelled"]
-ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
+JobState = Literal["waiting", "running", "done", "failed", "cancelled"]
+ENDED: tuple[JobState, ...] = ("done", "failed", "cancelled")
 JOBS = "wsi-mmm-jobs"
-EVERY = 1.0  # seconds between notes, and between looks at whether the job is to stop
-SILENT = 30.0  # seconds without a new note after which a job counts no more
-KEPT = 50  # jobs that have ended and are remembered
-SPOKEN = 20  # warnings that a note carries
+EVERY = 1.0  # seconds between writes, and between looks at whether the job is to stop
+SILENT = 30.0  # seconds without a new beat after which a job does not count any more
+KEPT_JOBS = 50  # jobs that have ended and are remembered
+KEPT_WARNINGS = 20
 
 
 class MetadataClient(Protocol):
-    """What keeps the board: a Dask client, by which the scheduler does."""
+    """A client that keeps metadata for all: a Dask client, whose scheduler keeps it."""
 
     def get_metadata(self, keys: list[str], default: Any = None) -> Any:
-        """What is kept under nested keys."""
+        """The value under nested keys."""
 
     def set_metadata(self, key: list[str], value: Any) -> None:
         """Keep a value of plain types under nested keys."""
@@ -38,14 +38,14 @@ class MetadataClient(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """How a job stands. ``started``, ``ended``: epoch seconds where it runs, 0 when not yet; ``error``: one line.
+    """The state of a job. ``started``, ``ended``: epoch seconds, 0 when not yet; ``error``: one line.
 
-    ``tries``: how often it was begun: again when the worker that ran it died. ``where``: host:pid of who runs it.
+    ``tries``: how often it was begun: again when the worker that ran it died. ``where``: host:pid that runs it.
     """
 
     id: str
     output: str
-    state: State = "waiting"
+    state: JobState = "waiting"
     slides_done: int = 0
     slides_total: int = 0
     tiles_done: int = 0
@@ -60,113 +60,114 @@ class JobStatus:
 
     @property
     def over(self) -> bool:
-        """Nothing will change any more."""
+        """The job has ended; nothing will change."""
         return self.state in ENDED
 
-    def progress(self) -> Progress:
-        """As a job in this process would show it."""
-        return Progress(self.tiles_done, self.tiles_total, self.slides_done, self.slides_total, list(self.warnings))
+    def progress(self) -> JobProgress:
+        """The progress, as a job in this process has it."""
+        return JobProgress(self.tiles_done, self.tiles_total, self.slides_done, self.slides_total, list(self.warnings))
 
-    def of(self, progress: Progress) -> JobStatus:
-        """The note with the numbers of now."""
+    def updated(self, progress: JobProgress) -> JobStatus:
+        """The status with the numbers of ``progress`` and the next beat."""
         return replace(
             self, tiles_done=progress.tiles_done, tiles_total=progress.tiles_total, slides_done=progress.slides_done,
-            warnings=tuple(progress.warnings[:SPOKEN]), beat=self.beat + 1,
+            warnings=tuple(progress.warnings[:KEPT_WARNINGS]), beat=self.beat + 1,
         )  # fmt: skip
 
 
-def new_id() -> str:
-    """The name of a job: eight letters and digits."""
+def new_job_id() -> str:
+    """A new id: eight letters and digits."""
     return uuid.uuid4().hex[:8]
 
 
 @dataclass(frozen=True, slots=True)
 class JobRegistry:
-    """The notes of all jobs of a cluster."""
+    """The statuses of all jobs of a cluster."""
 
-    keeper: MetadataClient
+    client: MetadataClient
 
-    def post(self, note: JobStatus) -> None:
-        """Put a note in the place of an earlier one of that job."""
-        self.keeper.set_metadata([JOBS, note.id, "note"], {**asdict(note), "warnings": list(note.warnings)})
+    def put_status(self, status: JobStatus) -> None:
+        """Replace the status of a job."""
+        self.client.set_metadata([JOBS, status.id, "status"], {**asdict(status), "warnings": list(status.warnings)})
 
-    def note(self, name: str) -> JobStatus:
-        """The note of a job. ClusterError when there is none."""
-        found = self.keeper.get_metadata([JOBS], default={}).get(name)
-        if not found or "note" not in found:
+    def status(self, name: str) -> JobStatus:
+        """The status of a job. ClusterError when there is none."""
+        found = self.client.get_metadata([JOBS], default={}).get(name)
+        if not found or "status" not in found:
             raise ClusterError(f"there is no job {name!r} on this cluster; its scheduler knows those of 'jobs list'")
-        return _note(found["note"])
+        return _parse_status(found["status"])
 
-    def notes(self) -> list[JobStatus]:
-        """Those of all jobs, the oldest first."""
-        kept = self.keeper.get_metadata([JOBS], default={}).values()
-        return sorted(
-            (_note(one["note"]) for one in kept if one and "note" in one), key=lambda note: note.started or 1e12
-        )
+    def statuses(self) -> list[JobStatus]:
+        """The statuses of all jobs, the oldest first."""
+        kept = self.client.get_metadata([JOBS], default={}).values()
+        found = [_parse_status(one["status"]) for one in kept if one and "status" in one]
+        return sorted(found, key=lambda status: status.started or 1e12)
 
     def ask_to_stop(self, name: str) -> None:
-        """Whoever runs the job hears of it within EVERY seconds."""
-        self.note(name)
-        self.keeper.set_metadata([JOBS, name, "stop"], True)
+        """Ask the process that runs a job to stop; it notices within EVERY seconds."""
+        self.status(name)
+        self.client.set_metadata([JOBS, name, "stop"], True)
 
-    def asked_to_stop(self, name: str) -> bool:
-        """Whether somebody wants the job to stop."""
-        found = self.keeper.get_metadata([JOBS], default={}).get(name) or {}
+    def should_stop(self, name: str) -> bool:
+        """Somebody has asked the job to stop."""
+        found = self.client.get_metadata([JOBS], default={}).get(name) or {}
         return bool(found.get("stop"))
 
     def forget(self, name: str) -> None:
-        """Take the note away."""
-        self.keeper.set_metadata([JOBS, name], None)
+        """Remove the status of a job."""
+        self.client.set_metadata([JOBS, name], None)
 
     def surplus(self) -> list[JobStatus]:
-        """Jobs that ended longest ago, beyond those that are remembered."""
-        over = sorted((note for note in self.notes() if note.over), key=lambda note: note.ended)
-        return over[: max(0, len(over) - KEPT)]
+        """The jobs that ended longest ago, beyond those that are remembered."""
+        over = sorted((status for status in self.statuses() if status.over), key=lambda status: status.ended)
+        return over[: max(0, len(over) - KEPT_JOBS)]
 
 
-def _note(raw: dict[str, Any]) -> JobStatus:
+def _parse_status(raw: dict[str, Any]) -> JobStatus:
     known = {field.name for field in fields(JobStatus)}
     return JobStatus(**{**{k: v for k, v in raw.items() if k in known}, "warnings": tuple(raw.get("warnings", ()))})
 
 
 class LiveJobs:
-    """Which jobs are alive, as seen from here: those whose beat went on in the last SILENT seconds."""
+    """The jobs that are alive: their beat went on in the last SILENT seconds, as seen from here."""
 
-    def __init__(self, board: JobRegistry, own: str = "") -> None:
-        self._board, self._own = board, own
+    def __init__(self, registry: JobRegistry, own: str = "") -> None:
+        self._registry, self._own = registry, own
         self._seen: dict[str, tuple[int, float]] = {}
 
     def running(self) -> set[str]:
-        """Ids of the jobs that want work now, one's own included."""
+        """Ids of the jobs that have units to run, one's own included."""
         now, found = time.monotonic(), {self._own} - {""}
-        for note in self._board.notes():
-            if note.state == "running":
-                beat, since = self._seen.get(note.id, (-1, now))
-                since = now if beat != note.beat else since
-                self._seen[note.id] = note.beat, since
+        for status in self._registry.statuses():
+            if status.state == "running":
+                beat, since = self._seen.get(status.id, (-1, now))
+                since = now if beat != status.beat else since
+                self._seen[status.id] = status.beat, since
                 if now - since < SILENT:
-                    found.add(note.id)
+                    found.add(status.id)
         return found
 
     def __call__(self) -> int:
-        """How many there are, at least one."""
+        """The number of live jobs, at least one."""
         return max(1, len(self.running()))
 
 
 @contextmanager
-def publishing_status(board: JobRegistry, note: JobStatus, progress: Progress, stop: threading.Event) -> Iterator[None]:
-    """While the context lasts the job's note is kept up to date, and ``stop`` is set when somebody asks for it.
+def publishing_status(
+    registry: JobRegistry, status: JobStatus, progress: JobProgress, stop: threading.Event
+) -> Iterator[None]:
+    """Keep the status of a job up to date while the context lasts; ``stop`` is set when somebody asks for it.
 
-    In the end the note says how it ended, by the exception that left the context.
+    The last status holds how the job ended: by the exception that left the context, or well.
     """
-    note = replace(note, state="running", started=note.started or time.time(), tries=note.tries + 1)
-    ended, board_note = threading.Event(), [note]
-    board.post(note)
+    status = replace(status, state="running", started=status.started or time.time(), tries=status.tries + 1)
+    ended, latest = threading.Event(), [status]
+    registry.put_status(status)
     thread = threading.Thread(
-        target=_keep_posting, args=(board, board_note, progress, stop, ended), name="wsi-mmm-board", daemon=True
+        target=_publish_until, args=(ended, registry, latest, progress, stop), name="wsi-mmm-board", daemon=True
     )
     thread.start()
-    state: State = "failed"
+    state: JobState = "failed"
     error = ""
     try:
         yield
@@ -180,25 +181,25 @@ def publishing_status(board: JobRegistry, note: JobStatus, progress: Progress, s
     finally:
         ended.set()
         thread.join(10 * EVERY)
-        last = replace(board_note[0].of(progress), state=state, error=error, ended=time.time())
-        _try_to_post(board, last)
+        _try_put_status(registry, replace(latest[0].updated(progress), state=state, error=error, ended=time.time()))
 
 
-def _keep_posting(
-    board: JobRegistry, note: list[JobStatus], progress: Progress, stop: threading.Event, ended: threading.Event
+def _publish_until(
+    ended: threading.Event,
+    registry: JobRegistry,
+    latest: list[JobStatus],
+    progress: JobProgress,
+    stop: threading.Event,
 ) -> None:
     while not ended.wait(EVERY):
-        note[0] = note[0].of(progress)
-        if not _try_to_post(board, note[0]):
-            continue
-        if board.asked_to_stop(note[0].id):
+        latest[0] = latest[0].updated(progress)
+        if _try_put_status(registry, latest[0]) and registry.should_stop(latest[0].id):
             stop.set()
 
 
-def _try_to_post(board: JobRegistry, note: JobStatus) -> bool:
-    """A board that is gone is told by what the job itself does on the cluster."""
+def _try_put_status(registry: JobRegistry, status: JobStatus) -> bool:
     try:
-        board.post(note)
-    except Exception:  # noqa: BLE001
+        registry.put_status(status)
+    except Exception:  # noqa: BLE001  (a scheduler that is gone ends the job by what the job does on the cluster)
         return False
     return True

@@ -1,4 +1,4 @@
-"""Which workers do what: pools of places, by the Dask resources that workers say they have."""
+"""Pools of workers, by the Dask resources that they were started with."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ MODELS = "GPU"
 """The Dask resource of workers that run models. Where some have it, the others do everything else."""
 READERS = "CPU"
 """That of workers which only read, for the placement "pool"; where no worker has it, all others do that."""
-LABEL_RESOURCE = 1e-6  # of a resource that says what a worker is for, and not how much it can do at once
+LABEL_RESOURCE = 1e-6  # a tiny amount: the Dask resource is used as a label, not as a quota
 
 Pool = Literal["model", "read", "rest"]
 POOLS: tuple[Pool, ...] = ("model", "read", "rest")
-# What ends a slide goes before.
-FIRST: dict[Kind, int] = {"publish": 3, "interpret": 2, "plan": 1, "extract": 0, "forward": 0}
+# Units that end a slide go first.
+PRIORITY_OF_KIND: dict[Kind, int] = {"publish": 3, "interpret": 2, "plan": 1, "extract": 0, "forward": 0}
 
 
 def pool_of(kind: Kind) -> Pool:
-    """Where works of a kind wait for a place."""
+    """The pool of workers that runs units of a kind."""
     return "model" if kind == "forward" else "read" if kind == "extract" else "rest"
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What the scheduler says of a worker."""
+    """A worker as the scheduler describes it."""
 
     threads: int
     resources: dict[str, float]
 
 
-def labelled(workers: Iterable[WorkerFacts], resource: str) -> list[WorkerFacts]:
-    """Those that have a resource."""
+def workers_with(workers: Iterable[WorkerFacts], resource: str) -> list[WorkerFacts]:
+    """The workers that have a resource."""
     return [worker for worker in workers if worker.resources.get(resource)]

@@ -1,6 +1,6 @@
-"""Works and plans as they travel: what a worker cannot know, in JSON, and the tiles as bits.
+"""Units and plans as they travel: what a worker cannot know, in JSON, and the tiles as bits.
 
-The recipe is sent by its key, and kept once per process (`keep`): a work of sixteen tiles is some 350 bytes.
+The recipe is sent by its key, and kept once per process: a unit of sixteen tiles is some 350 bytes.
 """
 
 from __future__ import annotations
@@ -12,33 +12,31 @@ import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from wsi_mmm.engine.plan import SlidePlan
 from wsi_mmm.engine.recipe import Recipe, recipe_from_json
-from wsi_mmm.engine.units import SlideTask, UnitResult, WorkUnit, pack
+from wsi_mmm.engine.units import PlanResult, SlidePlan, SlideTask, UnitFacts, UnitResult, WorkUnit, pack_tiles
 from wsi_mmm.types import F32, I64, Grid
 
 _lock = threading.Lock()
 _recipes: dict[str, Recipe] = {}
 
 Find = Callable[[str], str | None]
-"""Gives the JSON of the recipe of a key, or None when nobody knows it any more."""
+"""Gives the JSON of the recipe of a key, or None when it is not known any more."""
 
 
 def recipe_json(recipe: Recipe) -> str:
-    """All of a recipe; ``recipe_key`` is made from this."""
+    """A recipe as JSON; ``recipe_key`` is made from it."""
     return json.dumps(recipe.to_json(), sort_keys=True)
 
 
 def recipe_key(text: str) -> str:
-    """What a recipe is called on its way: 16 hex digits of a hash of its JSON."""
+    """The key of a recipe: 16 hex digits of a hash of its JSON."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def recipe_of(key: str, find: Find) -> Recipe:
+def load_recipe(key: str, find: Find) -> Recipe:
     """The recipe of a key, asked for once per process. LookupError when it is gone."""
     with _lock:
         if key not in _recipes:
@@ -49,26 +47,26 @@ def recipe_of(key: str, find: Find) -> Recipe:
         return _recipes[key]
 
 
-def packed(unit: WorkUnit, key: str) -> bytes:
-    """A work as it is sent; ``key``: that of its recipe."""
+def pack_unit(unit: WorkUnit, key: str) -> bytes:
+    """A unit as it is sent; ``key``: the key of its recipe."""
     slide, grid = unit.slide, unit.grid
     place = [slide.id, slide.uri, slide.output, slide.mpp, slide.mask, slide.error, slide.reader]
-    rest = [unit.block, _shrunk(unit.tiles), grid and astuple(grid), unit.entry]
+    rest = [unit.block, _pack_bits(unit.tiles), grid and astuple(grid), unit.entry]
     return json.dumps([key, unit.kind, place, *rest], separators=(",", ":")).encode()
 
 
-def unpacked(data: bytes, find: Find) -> WorkUnit:
-    """The work that was `packed`, equal to it."""
+def unpack_unit(data: bytes, find: Find) -> WorkUnit:
+    """The unit that `pack_unit` packed, equal to it."""
     key, kind, place, block, tiles, grid, entry = json.loads(data)
     name, uri, output, mpp, mask, error, reader = place
-    slide = SlideTask(name, uri, output, recipe_of(key, find), mpp, mask, error, reader)
-    return WorkUnit(kind, slide, tuple(block), _grown(tiles), Grid(*grid) if grid else None, entry)
+    slide = SlideTask(name, uri, output, load_recipe(key, find), mpp, mask, error, reader)
+    return WorkUnit(kind, slide, tuple(block), _unpack_bits(tiles), Grid(*grid) if grid else None, entry)
 
 
 # ---------------------------------------------------------------- tiles
 
 
-def _shrunk(tiles: bytes) -> str:
+def _pack_bits(tiles: bytes) -> str:
     """Tiles as the rectangle they lie in and a bit for each of its places: 70 bytes for those of a block."""
     if not tiles:
         return ""
@@ -82,7 +80,7 @@ def _shrunk(tiles: bytes) -> str:
     return f"{low[0]},{low[1]},{size[0]},{size[1]}," + base64.b64encode(data).decode()
 
 
-def _grown(text: str) -> bytes:
+def _unpack_bits(text: str) -> bytes:
     if not text:
         return b""
     if text.startswith("!"):
@@ -90,38 +88,43 @@ def _grown(text: str) -> bytes:
     *numbers, data = text.split(",")
     row, column, height, width = map(int, numbers)
     bits = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(data)), np.uint8), count=height * width)
-    return pack(np.argwhere(bits.reshape(height, width)) + np.array([row, column]))
+    return pack_tiles(np.argwhere(bits.reshape(height, width)) + np.array([row, column]))
 
 
-# ---------------------------------------------------------------- plans
+# ---------------------------------------------------------------- results
 
 
 @dataclass(frozen=True, slots=True)
 class PackedPlan:
-    """A plan without what the books do not need: the tissue of each tile, the slide's own properties, its recipe."""
+    """A PlanResult as it travels: without the tissue of each tile and the properties of the slide, which stay in the
+    plan's file; the task is known where it arrives."""
 
+    facts: UnitFacts
     plan: SlidePlan
     tiles: str
 
 
+SentResult = UnitResult | PackedPlan
+
 _NO_TILES: I64 = np.zeros((0, 2), np.int64)
 _NO_TISSUE: F32 = np.zeros(0, np.float32)
+_NO_RECIPE = Recipe("", "", (), 1.0, 64, 0)
 
 
-def light(result: UnitResult) -> UnitResult:
-    """A receipt as it travels; only that of a plan is heavy."""
-    plan = result.payload
-    if not isinstance(plan, SlidePlan):
+def pack_result(result: UnitResult) -> SentResult:
+    """A result as it travels; only that of a plan is heavy."""
+    if not isinstance(result, PlanResult) or result.plan is None:
         return result
-    bare: Any = None  # the task is known where the receipt goes
-    kept = replace(plan, index=_NO_TILES, tissue=_NO_TISSUE, slide=bare, info=replace(plan.info, properties={}))
-    return replace(result, payload=PackedPlan(kept, _shrunk(pack(plan.index))))
+    plan = result.plan
+    task = SlideTask(plan.slide.id, "", "", _NO_RECIPE, reader=plan.slide.reader)
+    bare = replace(plan, index=_NO_TILES, tissue=_NO_TISSUE, slide=task, info=replace(plan.info, properties={}))
+    return PackedPlan(result.facts, bare, _pack_bits(pack_tiles(plan.index)))
 
 
-def whole(result: UnitResult, slide: SlideTask) -> UnitResult:
-    """The receipt with a plan that works can be made of; its ``tissue`` stays behind, in the file of the plan."""
-    if not isinstance(result.payload, PackedPlan):
-        return result
-    index = np.frombuffer(_grown(result.payload.tiles), np.int32).reshape(-1, 2).astype(np.int64)
-    plan = result.payload.plan
-    return replace(result, payload=replace(plan, slide=replace(slide, reader=plan.info.reader), index=index))
+def unpack_result(sent: SentResult, slide: SlideTask) -> UnitResult:
+    """The result, with a plan that units can be made of; its ``tissue`` stays in the file of the plan."""
+    if not isinstance(sent, PackedPlan):
+        return sent
+    index = np.frombuffer(_unpack_bits(sent.tiles), np.int32).reshape(-1, 2).astype(np.int64)
+    task = replace(slide, reader=sent.plan.slide.reader)
+    return PlanResult(sent.facts, replace(sent.plan, slide=task, index=index))

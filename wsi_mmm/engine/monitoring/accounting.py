@@ -1,106 +1,180 @@
-"""Where the time of a run went, per slide and per worker, kept from what went out and what came back.
+"""Where the time of a run went and what it took, per slide and per worker, from the units started and their results.
 
-A worker is a process; its threads are those that ran laps. What they did not spend in laps, between the first and the
-last one of the worker, they waited: so per worker the stages add up to its wall time times its threads. Per slide they
-add up to the time from starting each of its units to having its receipt.
+A worker is a process; its threads are those that ran steps. The time between the first and the last step of the worker
+that they did not spend in steps they waited: so per worker the stages add up to its wall time times its threads. Per
+slide they add up to the time from starting each of its units to having its result.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from wsi_mmm import timing
-from wsi_mmm.engine.units import UnitResult, WorkUnit
+from wsi_mmm.engine.monitoring.busy import BusyTimes, Span
+from wsi_mmm.engine.units import ForwardResult, UnitResult, WorkUnit
 
 Seconds = dict[str, float]
 
 
-def _none() -> Seconds:
+def _zero_seconds() -> Seconds:
     return dict.fromkeys(timing.STAGES, 0.0)
 
 
-def _add(total: Seconds, more: Seconds) -> None:
+def _add_seconds(total: Seconds, more: Seconds) -> None:
     for stage, seconds in more.items():
         total[stage] = total.get(stage, 0.0) + seconds
 
 
+def busy_spans(result: UnitResult) -> Iterator[tuple[float, float]]:
+    """The (start, end) in epoch seconds in which the model ran for a unit: its loading is not counted."""
+    for one in result.facts.times:
+        if one.step == "model":
+            yield one.start + one.seconds.get("prepare", 0.0), one.end
+
+
 @dataclass(slots=True)
-class WorkerTime:
-    """What a process did for a run. ``first``, ``last``: epoch seconds of its clock; ``lapped``: seconds in laps."""
+class WorkerTotals:
+    """What a process did for a run. ``first``, ``last``: epoch seconds; ``in_steps``: seconds of all threads."""
 
     first: float = float("inf")
     last: float = 0.0
-    lapped: float = 0.0
+    in_steps: float = 0.0
     threads: set[int] = field(default_factory=set)
-    seconds: Seconds = field(default_factory=_none)
+    seconds: Seconds = field(default_factory=_zero_seconds)
     units: int = 0
     tiles: int = 0
-    failures: int = 0
 
     def add(self, result: UnitResult) -> None:
-        """Take in a receipt of this worker."""
-        for lap in result.laps:
-            self.first, self.last = min(self.first, lap.start), max(self.last, lap.end)
-            self.lapped += lap.end - lap.start
-            self.threads.add(lap.thread)
-        _add(self.seconds, timing.together(result.laps))
+        """Count a result of this worker."""
+        for one in result.facts.times:
+            self.first, self.last = min(self.first, one.start), max(self.last, one.end)
+            self.in_steps += one.length
+            self.threads.add(one.thread)
+        _add_seconds(self.seconds, timing.sum_stages(result.facts.times))
         self.units += 1
-        self.tiles += result.tiles if result.kind == "forward" else 0
-        self.failures += result.status == "failed"
+        self.tiles += result.tiles if isinstance(result, ForwardResult) else 0
 
-    def times(self) -> Seconds:
+    def stage_seconds(self) -> Seconds:
         """Seconds per stage; together ``wall`` times the number of threads."""
-        idle = self.wall * len(self.threads) - self.lapped
+        idle = self.wall * len(self.threads) - self.in_steps
         return {**self.seconds, "waiting": self.seconds["waiting"] + max(0.0, idle)}
 
     @property
     def wall(self) -> float:
-        """Seconds from its first lap to the end of its last one."""
+        """Seconds from its first step to the end of its last one."""
         return max(0.0, self.last - self.first)
 
 
 @dataclass(slots=True)
-class TimeAccounting:
-    """Slides under way and workers, with the time they took. ``now``: seconds on a clock that never goes back."""
+class SlideTotals:
+    """What a slide took. ``seconds`` per stage of all threads; ``steps``: seconds per step, as report.json names them.
+
+    ``forward_started``, ``forward_ended``: epoch seconds of the first block asked for and the last one in, 0 before.
+    ``busy``: when the models of all workers ran while this slide was under way, with whatever slide.
+    """
+
+    seconds: Seconds = field(default_factory=_zero_seconds)
+    steps: Seconds = field(default_factory=dict)
+    started: float = 0.0
+    forward_started: float = 0.0
+    forward_ended: float = 0.0
+    cache_hits: int = 0
+    bytes_read: dict[str, int] = field(default_factory=dict)
+    peak_rss_mb: dict[str, float] = field(default_factory=dict)
+    devices: set[str] = field(default_factory=set)
+    encoders: dict[str, str] = field(default_factory=dict)
+    busy: list[Span] = field(default_factory=list)
+
+    def add(self, result: UnitResult) -> None:
+        """Count a result of this slide."""
+        facts = result.facts
+        self.bytes_read[facts.worker] = max(self.bytes_read.get(facts.worker, 0), facts.bytes_read)
+        self.peak_rss_mb[facts.worker] = max(self.peak_rss_mb.get(facts.worker, 0.0), facts.peak_rss_mb)
+        for one in facts.times:
+            busy = one.length - (one.seconds.get("prepare", 0.0) if one.step == "model" else 0.0)
+            self.steps[one.step] = self.steps.get(one.step, 0.0) + busy
+        if isinstance(result, ForwardResult):
+            self.forward_ended = time.time()
+            self.cache_hits += result.tiles if result.cached else 0
+            self.devices |= {result.device} - {""}
+            if result.encoder:
+                self.encoders[facts.worker] = result.encoder
+
+    def busy_share(self, started: float, ended: float) -> float:
+        """Share of a slide's wall time in which the model ran, averaged over the workers that ran it.
+
+        The model counts as busy with whatever slide it works on: slides overlap, and what matters is that it never
+        waits. ``started``, ``ended``: epoch seconds of the slide.
+        """
+        by_worker: dict[str, list[tuple[float, float]]] = {}
+        for worker, start, end in self.busy:
+            by_worker.setdefault(worker, []).append((max(start, started), min(end, ended)))
+        if ended <= started or not by_worker:
+            return 0.0
+        return min(1.0, sum(_covered(spans) for spans in by_worker.values()) / len(by_worker) / (ended - started))
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Seconds that lie in at least one of the spans."""
+    total, reached = 0.0, 0.0
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+@dataclass(slots=True)
+class RunAccounting:
+    """The totals of slides under way and of workers. ``now``: seconds on a clock that never goes back."""
 
     now: Callable[[], float] = time.perf_counter
-    workers: dict[str, WorkerTime] = field(default_factory=dict)
-    slides: dict[str, Seconds] = field(default_factory=dict)
+    workers: dict[str, WorkerTotals] = field(default_factory=dict)
+    slides: dict[str, SlideTotals] = field(default_factory=dict)
+    busy: BusyTimes = field(default_factory=BusyTimes)
     _started: dict[str, float] = field(default_factory=dict)
 
     def watch(self, thing: WorkUnit | UnitResult) -> None:
-        """Take note of a unit that is started, or of what came of it."""
+        """Take in a unit that is started, or a result."""
         if isinstance(thing, WorkUnit):
             self._started[thing.name] = self.now()
+            slide = self.slides.setdefault(thing.slide.id, SlideTotals())
+            slide.started = slide.started or time.time()
+            if thing.kind == "forward":
+                slide.forward_started = slide.forward_started or time.time()
         else:
-            self._receive(thing)
+            self._count_result(thing)
 
-    def _receive(self, result: UnitResult) -> None:
-        took = self.now() - self._started.pop(result.name, self.now())
-        slide, spent = self.slides.setdefault(result.slide, _none()), timing.together(result.laps)
-        _add(slide, spent)
-        slide["waiting"] += max(0.0, took - sum(spent.values()))
-        if result.worker:
-            self.workers.setdefault(result.worker, WorkerTime()).add(result)
+    def _count_result(self, result: UnitResult) -> None:
+        facts = result.facts
+        took = self.now() - self._started.pop(facts.name, self.now())
+        slide, spent = self.slides.setdefault(facts.slide, SlideTotals()), timing.sum_stages(facts.times)
+        slide.add(result)
+        _add_seconds(slide.seconds, spent)
+        slide.seconds["waiting"] += max(0.0, took - sum(spent.values()))
+        self.busy.add(facts.worker, busy_spans(result))
+        if facts.worker:
+            self.workers.setdefault(facts.worker, WorkerTotals()).add(result)
 
-    def slide(self, name: str) -> Seconds:
-        """Seconds per stage of a slide that has ended, which is let go."""
-        return self.slides.pop(name, _none())
+    def close_slide(self, name: str, started: float, ended: float) -> SlideTotals:
+        """Forget and return the totals of a slide that was under way from ``started`` to ``ended`` (epoch seconds)."""
+        totals = self.slides.pop(name, SlideTotals())
+        totals.busy = self.busy.within(started, ended)
+        self.busy.forget(next((other.started for other in self.slides.values() if other.started), ended))
+        return totals
 
-    def rows(self) -> list[dict[str, Any]]:
+    def worker_rows(self) -> list[dict[str, str | int | float | Seconds]]:
         """One row per worker, for the report."""
         return [
             {
                 "worker": name, "threads": len(one.threads), "seconds": round(one.wall, 3), "units": one.units,
-                "tiles": one.tiles, "time": rounded(one.times()),
+                "tiles": one.tiles, "time": round_seconds(one.stage_seconds()),
             }
             for name, one in sorted(self.workers.items())
         ]  # fmt: skip
 
 
-def rounded(seconds: Seconds) -> Seconds:
-    """To milliseconds, in the order of ``clock.STAGES``."""
+def round_seconds(seconds: Seconds) -> Seconds:
+    """To milliseconds, in the order of ``timing.STAGES``."""
     return {stage: round(seconds[stage], 3) for stage in timing.STAGES}

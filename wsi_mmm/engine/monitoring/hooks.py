@@ -1,4 +1,4 @@
-"""What a kind of telemetry hears of a run, and what it may say of it."""
+"""The hooks by which logs, metrics and traces see a run."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wsi_mmm.engine.events import Event, Listener, Watch, silent, unwatched
-from wsi_mmm.engine.units import UnitResult, WorkUnit
+from wsi_mmm.engine.events import Event, Listener, silent
+from wsi_mmm.engine.units import UnitResult, Watch, WorkUnit
 from wsi_mmm.storage import store
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>]+")
 
 
+def ignore_unit(thing: WorkUnit | UnitResult) -> None:
+    """Ignore a unit or a result."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """``listener`` hears events; ``watch`` sees works as they are started, and receipts."""
+    """``listener`` hears events; ``watch`` sees units as they are started, and results."""
 
     listener: Listener = silent
-    watch: Watch = unwatched
+    watch: Watch = ignore_unit
 
 
-def all_of(hooks: Sequence[Hooks]) -> Hooks:
-    """One pair of hooks for all of these, in order."""
+def combine_hooks(hooks: Sequence[Hooks]) -> Hooks:
+    """Hooks that call all of these, in order."""
     if not hooks:
         return Hooks()
 
@@ -37,11 +41,6 @@ def all_of(hooks: Sequence[Hooks]) -> Hooks:
     return Hooks(listen, watch)
 
 
-def hidden(text: str) -> str:
-    """``text`` with every URI in it bare of user, password and query."""
+def redact_uris(text: str) -> str:
+    """``text`` with user, password and query removed from every URI in it."""
     return _URI.sub(lambda found: store.redact(found[0]), text) if "://" in text else text
-
-
-def status_of(event: Event) -> str:
-    """How the slide of a "slide" event ended: its first word (done, empty, partial, failed)."""
-    return event.message.partition(" ")[0].rstrip(":,")

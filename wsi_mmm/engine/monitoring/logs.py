@@ -13,52 +13,62 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from wsi_mmm import timing
 from wsi_mmm.engine.events import Event
-from wsi_mmm.engine.monitoring.hooks import Hooks, hidden, status_of
-from wsi_mmm.engine.units import UnitResult, WorkUnit
+from wsi_mmm.engine.monitoring.hooks import Hooks, redact_uris
+from wsi_mmm.engine.units import (
+    Failure,
+    ForwardResult,
+    InterpretResult,
+    PlanResult,
+    PublishResult,
+    UnitResult,
+    WorkUnit,
+    result_status,
+)
 from wsi_mmm.errors import OptionError, OutputError
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 NAME = "wsi_mmm"
+
+Fields = dict[str, object]
 
 
 class JsonLines(logging.Formatter):
     """A record as one line of JSON, without credentials; ``record.facts`` are fields of their own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
-        facts: dict[str, Any] = getattr(record, "facts", {})
-        unit = timing.unit()
+        """Format a record as a line of JSON, without the line break."""
+        facts: Fields = getattr(record, "facts", {})
+        unit = timing.current_unit()
         about = {"slide": unit.partition("/")[0], "unit": unit} if unit and "slide" not in facts else {}
         line = {
-            "time": _utc(record.created), "level": record.levelname.lower(), "event": facts.get("event", record.name),
-            "message": hidden(record.getMessage()), **about,
-            **{name: hidden(value) if isinstance(value, str) else value for name, value in facts.items()},
+            "time": _utc_text(record.created), "level": record.levelname.lower(),
+            "event": facts.get("event", record.name), "message": redact_uris(record.getMessage()), **about,
+            **{name: redact_uris(value) if isinstance(value, str) else value for name, value in facts.items()},
         }  # fmt: skip
         if record.exc_info:
-            line["traceback"] = hidden(self.formatException(record.exc_info))
+            line["traceback"] = redact_uris(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
-def _utc(seconds: float) -> str:
+def _utc_text(seconds: float) -> str:
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
     return f"{whole}.{int(seconds % 1 * 1000):03d}Z"
 
 
 @contextmanager
 def logging_to(path: str | None, level: str = "info") -> Iterator[Hooks]:
-    """Log a run to the end of the file ``path``, or to stderr. Raises OutputError, OptionError."""
+    """Append the log of a run to the file ``path``, or write it to stderr. Raises OutputError, OptionError."""
     if level not in LEVELS:
         raise OptionError(f"there is no log level {level!r}; choose one of {', '.join(LEVELS)}")
-    handler, logger = _handler(path), logging.getLogger(NAME)
+    handler, logger = _open_handler(path), logging.getLogger(NAME)
     handler.setFormatter(JsonLines())
     before, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(LEVELS[level])
-    logger.propagate = False  # else whoever set up logging gets every line twice
+    logger.propagate = False  # else an application that set up logging gets every line twice
     try:
         yield Hooks(_Lines(logger).hear, _Lines(logger).watch)
     finally:
@@ -68,7 +78,7 @@ def logging_to(path: str | None, level: str = "info") -> Iterator[Hooks]:
         handler.close()
 
 
-def _handler(path: str | None) -> logging.Handler:
+def _open_handler(path: str | None) -> logging.Handler:
     if path is None:
         return logging.StreamHandler(sys.stderr)
     try:
@@ -94,28 +104,38 @@ class _Lines:
         """An event; slides that failed are errors."""
         level = _EVENT_LEVELS.get(event.kind, logging.INFO)
         if event.kind == "slide":
-            level = _BAD.get(status_of(event), level)
+            level = _BAD.get(event.status or "", level)
         if self.logger.isEnabledFor(level):
-            facts: dict[str, Any] = {"event": event.kind, "slide": event.slide}
+            facts: Fields = {"event": event.kind, "slide": event.slide}
             if event.total:
                 facts |= {"done": event.done, "total": event.total}
-            self._say(level, event.message, facts)
+            self._log(level, event.message, facts)
 
     def watch(self, thing: WorkUnit | UnitResult) -> None:
-        """What came of a unit; those that failed or lack tiles are told at their level."""
-        if isinstance(thing, UnitResult):
-            level = _BAD.get(thing.status, logging.DEBUG)
+        """A result; units that failed or lack tiles are logged as errors and warnings."""
+        if not isinstance(thing, WorkUnit):
+            level = _BAD.get(result_status(thing), logging.DEBUG)
             if self.logger.isEnabledFor(level):
-                self._say(level, thing.error, _facts(thing))
+                self._log(level, thing.error if isinstance(thing, Failure) else "", _result_fields(thing))
 
-    def _say(self, level: int, message: str, facts: dict[str, Any]) -> None:
+    def _log(self, level: int, message: str, facts: Fields) -> None:
         self.logger.log(level, "%s", message, extra={"facts": facts})
 
 
-def _facts(result: UnitResult) -> dict[str, Any]:
-    seconds = {stage: round(spent, 4) for stage, spent in timing.together(result.laps).items()}
-    counts = {"tiles": result.tiles, "failed_tiles": len(result.failed), "objects": result.objects}
-    facts: dict[str, Any] = {"event": "unit", "slide": result.slide, "unit": result.name}
-    facts |= {"kind": result.kind, "status": result.status}
-    facts |= {name: count for name, count in counts.items() if count}
-    return facts | {"seconds": seconds, "worker": result.worker or f"pid {result.pid}"}
+def _result_fields(result: UnitResult) -> Fields:
+    facts = result.facts
+    match result:
+        case PlanResult(plan=plan):
+            counts = {"tiles": len(plan.index) if plan else 0}
+        case ForwardResult():
+            counts = {"tiles": result.tiles, "failed_tiles": len(result.failed)}
+        case InterpretResult():
+            counts = {"objects": result.objects}
+        case PublishResult():
+            counts = {"objects": result.summary.object_count}
+        case _:
+            counts = {}
+    seconds = {stage: round(spent, 4) for stage, spent in timing.sum_stages(facts.times).items()}
+    fields: Fields = {"event": "unit", "slide": facts.slide, "unit": facts.name, "kind": facts.kind}
+    fields |= {"status": result_status(result), **{name: count for name, count in counts.items() if count}}
+    return fields | {"seconds": seconds, "worker": facts.worker or f"pid {facts.pid}"}

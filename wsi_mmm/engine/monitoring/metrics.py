@@ -17,9 +17,10 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from wsi_mmm import timing
 from wsi_mmm.engine.events import Event
+from wsi_mmm.engine.monitoring.accounting import busy_spans
 from wsi_mmm.engine.monitoring.busy import BusyTimes
-from wsi_mmm.engine.monitoring.hooks import Hooks, status_of
-from wsi_mmm.engine.units import UnitResult, WorkUnit
+from wsi_mmm.engine.monitoring.hooks import Hooks
+from wsi_mmm.engine.units import ForwardResult, PublishResult, UnitResult, WorkUnit, result_status
 from wsi_mmm.errors import MissingPackage, OptionError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ REMEMBERED = 1024  # slides whose bytes so far are known
 
 
 class MetricsRecorder:
-    """The metrics of what receipts and events say; any thread may read them."""
+    """The metrics of results; any thread may read them."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         from prometheus_client import Counter, Gauge
@@ -48,31 +49,32 @@ class MetricsRecorder:
         self.seconds = counter("stage_seconds", "Seconds of all threads by stage", "stage")
         self.busy = Gauge("wsi_mmm_busy_share", "Share of the last minute that the models ran", registry=registry)
         self.busy.set_function(self.share)
-        self._spans, self._workers = BusyTimes(), dict[str, int]()
+        self._spans = BusyTimes()
         self._bytes: OrderedDict[tuple[str, str], int] = OrderedDict()
         self._lock, self._since = threading.Lock(), time.time()
 
     def receive(self, result: UnitResult) -> None:
-        """Count what came of a unit."""
-        self.units.labels(result.kind, result.status).inc()
-        if result.kind == "forward":
+        """Count a result."""
+        facts = result.facts
+        self.units.labels(facts.kind, result_status(result)).inc()
+        if isinstance(result, ForwardResult):
             self.tiles.inc(result.tiles)
-            self.hits.inc(result.tiles if result.status == "cached" else 0)
+            self.hits.inc(result.tiles if result.cached else 0)
             self.failed.inc(len(result.failed))
-        elif result.kind == "publish":
-            self.objects.inc(result.objects)
-        for stage, seconds in timing.together(result.laps).items():
+        elif isinstance(result, PublishResult):
+            self.objects.inc(result.summary.object_count)
+        for stage, seconds in timing.sum_stages(facts.times).items():
             self.seconds.labels(stage).inc(seconds)
-        self.bytes.inc(self._more(result))
+        if facts.bytes_read:
+            self.bytes.inc(self._new_bytes(facts.worker, facts.slide, facts.bytes_read))
         with self._lock:
-            worker = self._workers.setdefault(result.worker, len(self._workers))
-            self._spans.add(worker, result.busy)
+            self._spans.add(facts.worker, busy_spans(result))
             self._spans.forget(time.time() - WINDOW)
 
-    def _more(self, result: UnitResult) -> int:
-        """Bytes beyond those of the last receipt of this worker and slide; all, when the slide was opened anew."""
-        key = result.worker, result.slide
-        before, total = self._bytes.pop(key, 0), result.bytes_read
+    def _new_bytes(self, worker: str, slide: str, total: int) -> int:
+        """Bytes beyond those of the last result of this worker and slide; all, when the slide was opened anew."""
+        key = worker, slide
+        before = self._bytes.pop(key, 0)
         self._bytes[key] = total
         if len(self._bytes) > REMEMBERED:
             self._bytes.popitem(last=False)
@@ -89,19 +91,19 @@ class MetricsRecorder:
 
 
 def process_recorder() -> MetricsRecorder:
-    """A Book in the registry of the whole process. Once per process."""
+    """The recorder in the registry of the whole process; may be made once per process."""
     from prometheus_client import REGISTRY
 
     return MetricsRecorder(REGISTRY)
 
 
 class RunMetrics:
-    """A Book, and what only the process that keeps the books of a run knows."""
+    """A MetricsRecorder, and the metrics that only the client that drives a run knows."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         from prometheus_client import Counter, Gauge
 
-        self.book = MetricsRecorder(registry)
+        self.recorder = MetricsRecorder(registry)
         self.slides = Counter("wsi_mmm_slides", "Slides by how they ended", ["status"], registry=registry)
         self.asked = Gauge("wsi_mmm_slides_asked", "Slides of the run", registry=registry)
         self.planned = Counter("wsi_mmm_tiles_planned", "Tiles of the slides planned so far", registry=registry)
@@ -111,51 +113,61 @@ class RunMetrics:
         if event.kind == "plan":
             self.planned.inc(event.total)
         elif event.kind == "slide":
-            self.slides.labels(status_of(event)).inc()
+            self.slides.labels(event.status or "").inc()
             self.asked.set(event.total)
 
     def watch(self, thing: WorkUnit | UnitResult) -> None:
         if isinstance(thing, WorkUnit):
             self.flying.labels(thing.kind).inc()
         else:
-            self.flying.labels(thing.kind).dec()
-            self.book.receive(thing)
+            self.flying.labels(thing.facts.kind).dec()
+            self.recorder.receive(thing)
 
 
 # ---------------------------------------------------------------- serving
 
 
-class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    """A server whose requests keep nobody waiting, not even the end of the process."""
+class _MetricsServer(socketserver.ThreadingMixIn, WSGIServer):
+    """A server whose open requests do not delay the end of the process."""
 
     daemon_threads = True
 
 
-class _Silent(WSGIRequestHandler):
+class _QuietHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing on stderr."""
+        """Write nothing to stderr."""
 
 
 @contextmanager
 def serving(port: int) -> Iterator[Hooks]:
-    """Serve the metrics of a run at ``http://127.0.0.1:port/metrics``. Raises MissingPackage, OptionError."""
+    """Serve the metrics of a run at ``http://127.0.0.1:port/metrics``. Raises MissingPackage, OptionError.
+
+    The port is taken at once; its thread begins with the first unit, for a process with one thread begins sooner
+    (see ``ahead``).
+    """
     try:
         from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
     except ImportError as error:
         raise MissingPackage("metrics need prometheus_client; pip install 'wsi-mmm[metrics]'") from error
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    book = RunMetrics(registry)
+    metrics = RunMetrics(registry)
     try:
-        server = make_server(LOOPBACK, port, make_wsgi_app(registry), _Server, _Silent)
+        server = make_server(LOOPBACK, port, make_wsgi_app(registry), _MetricsServer, _QuietHandler)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"metrics cannot be served on port {port}: {reason}; choose another port") from error
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="wsi-mmm-metrics", daemon=True)
-    thread.start()
+
+    def watch(thing: WorkUnit | UnitResult) -> None:
+        if thread.ident is None:
+            thread.start()
+        metrics.watch(thing)
+
     try:
-        yield Hooks(book.hear, book.watch)
+        yield Hooks(metrics.hear, watch)
     finally:
-        server.shutdown()
-        thread.join()
+        if thread.ident is not None:
+            server.shutdown()
+            thread.join()
         server.server_close()

@@ -1,7 +1,7 @@
 """A run seen from outside: structured logs, metrics for Prometheus, traces for OpenTelemetry.
 
-All of it is made from what the engine says anyway: events, works that go out and receipts that come back. Nothing is
-imported, opened or begun unless it is asked for, and no URI is shown with credentials (``hooks.hidden``).
+All of it is made from the events, units and results of the engine. Nothing is imported, opened or begun unless it is
+asked for, and no URI is shown with credentials (`hooks.redact_uris`).
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from wsi_mmm.engine.monitoring.hooks import Hooks, all_of
+from wsi_mmm.engine.monitoring.hooks import Hooks, combine_hooks
 
-__all__ = ["NOTHING", "Hooks", "Observe", "all_of", "observing"]
+__all__ = ["NOTHING", "Hooks", "Observe", "combine_hooks", "observing"]
 
 
 @dataclass(frozen=True, slots=True)
 class Observe:
-    """What a run shall show of itself.
+    """The logs, metrics and traces that a run writes.
 
     ``log_file``: JSON lines are added to it. ``log_level``: "debug" (every unit), "info" (every slide; the default),
     "warning" or "error"; without a file the lines go to stderr. ``metrics_port``: serve metrics on that port of
@@ -51,4 +51,4 @@ def observing(what: Observe = NOTHING) -> Iterator[Hooks]:
             from wsi_mmm.engine.monitoring.traces import exporter_named, tracing
 
             hooks.append(stack.enter_context(tracing(exporter_named(what.traces))))
-        yield all_of(hooks)
+        yield combine_hooks(hooks)

@@ -1,4 +1,4 @@
-"""The run report: a row per slide as it ends, report.json and report.html at the end."""
+"""The run report: a row per slide as it ends, report.json and report.html at the end; and the texts about slides."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from importlib import metadata
 from typing import Any
 
 from wsi_mmm._version import __version__
-from wsi_mmm.engine.monitoring.accounting import Seconds, TimeAccounting, rounded
+from wsi_mmm.engine.events import SlideStatus
+from wsi_mmm.engine.monitoring.accounting import RunAccounting, SlideTotals, round_seconds
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.scheduler import SlideState, busy_share
+from wsi_mmm.engine.scheduler import SlideState
 from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.errors import OptionError, OutputError, StorageError
 from wsi_mmm.outputs import exports
-from wsi_mmm.outputs.report import SlideRow, report_html, report_json
+from wsi_mmm.outputs.report import FACTS, SlideRow, report_html, report_json
 from wsi_mmm.outputs.slides_table import slides_csv, slides_parquet
 from wsi_mmm.storage import store
 
@@ -32,23 +33,23 @@ class RunReport:
 
     ``exit_code``: 0 every slide succeeded, 3 some failed or have tiles that could not be read, 4 none succeeded.
     ``unsaved``: why report.json and report.html could not be written; then a code of 0 is 3, too.
-    ``ledger``: where the time went, from the works and receipts that it is shown.
+    ``accounting``: where the time went, from the units and results that it is shown.
     """
 
     output: str
     recipe: Recipe
-    order: tuple[str, ...]
+    names: tuple[str, ...]
     rows: dict[str, SlideRow] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
     seconds: float = 0.0
     device: str = ""
     unsaved: str = ""
-    ledger: TimeAccounting = field(default_factory=TimeAccounting)
+    accounting: RunAccounting = field(default_factory=RunAccounting)
 
     @property
     def slides(self) -> list[SlideRow]:
         """Rows of the slides that have ended."""
-        return [self.rows[name] for name in self.order if name in self.rows]
+        return [self.rows[name] for name in self.names if name in self.rows]
 
     @property
     def path(self) -> str:
@@ -58,21 +59,23 @@ class RunReport:
     @property
     def exit_code(self) -> int:
         """The exit code of a command that ran this; slides that never ended count as failed."""
-        missing = ["failed"] * (len(self.order) - len(self.slides))
+        missing = ["failed"] * (len(self.names) - len(self.slides))
         return exit_code([*(row.status for row in self.slides), *missing], saved=not self.unsaved)
 
-    def add(self, state: SlideState) -> None:
-        """Take in a slide that has ended."""
-        self.rows[state.task.id] = row_of(state, self.ledger.slide(state.task.id))
+    def add(self, state: SlideState) -> SlideRow:
+        """Add the row of a slide that has ended."""
+        totals = self.accounting.close_slide(state.task.id, state.started, state.ended)
+        row = self.rows[state.task.id] = make_row(state, totals)
+        return row
 
     def save(self) -> None:
         """Write report.json and report.html, whole; the slides' results stand even when that fails (``unsaved``)."""
         try:
-            self._save()
+            self._write_files()
         except StorageError as error:
             self.unsaved = str(error)
 
-    def _save(self) -> None:
+    def _write_files(self) -> None:
         self.seconds = time.time() - self.started
         facts = {
             "wsi_mmm_version": __version__, "versions": versions(), "recipe": self.recipe.to_json(),
@@ -80,20 +83,20 @@ class RunReport:
             "argv": [store.redact(word) for word in sys.argv],
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(self.seconds, 3),
-            "device": self._device(), "slides_asked": len(self.order), "workers": self.ledger.rows(),
+            "device": self._device_names(), "slides_asked": len(self.names), "workers": self.accounting.worker_rows(),
         }  # fmt: skip
         store.write_bytes(store.join(self.output, "report.json"), report_json(facts, self.slides))
         if any("answers" in row.extra for row in self.slides):
             store.write_bytes(store.join(self.output, "slides.csv"), slides_csv(self.slides))
             store.write_bytes(store.join(self.output, "slides.parquet"), slides_parquet(self.slides))
-        store.write_bytes(self.path, report_html(facts, self.slides, self._overlays()))
+        store.write_bytes(self.path, report_html(facts, self.slides, self._read_overlays()))
 
-    def _device(self) -> str:
+    def _device_names(self) -> str:
         """What the model ran on; what was asked for when it ran nowhere (all slides resumed, failed or empty)."""
         used = {str(row.extra["device"]) for row in self.rows.values() if row.extra.get("device")}
         return ", ".join(sorted(used)) or self.recipe.options.device
 
-    def _overlays(self) -> dict[str, bytes]:
+    def _read_overlays(self) -> dict[str, bytes]:
         """The pictures of at most 200 slides: the page stays one that a browser opens."""
         found = {}
         for row in self.slides[:200]:
@@ -110,61 +113,107 @@ def exit_code(statuses: Sequence[str], *, saved: bool = True) -> int:
     return 4 if all(status == "failed" for status in statuses) else 3
 
 
-def begin(output: str, recipe: Recipe, tasks: Iterable[SlideTask]) -> RunReport:
+def begin_report(output: str, recipe: Recipe, tasks: Iterable[SlideTask]) -> RunReport:
     """A report with no rows yet."""
     return RunReport(output, recipe, tuple(task.id for task in tasks))
 
 
-def row_of(state: SlideState, time_of: Seconds | None = None) -> SlideRow:
-    """A slide's row from what its receipts added up to; one that was published before keeps what slide.json says.
+def load_report(output: str, recipe: Recipe, tasks: Sequence[SlideTask]) -> RunReport:
+    """The report of a run that has ended, from report.json. StorageError when it is not there, or no report."""
+    uri = store.join(output, "report.json")
+    try:
+        facts = json.loads(store.read_bytes(uri))
+        rows = {row["id"]: _load_row(row) for row in facts["slides"]}
+        seconds = float(facts["seconds"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{store.redact(uri)} is no report of a run; run again, which resumes") from error
+    return RunReport(output, recipe, tuple(task.id for task in tasks), rows, seconds=seconds)
 
-    ``time_of``: seconds per stage, of the ledger.
-    """
-    recipe, facts = state.task.recipe, state.payload if isinstance(state.payload, dict) else {}
-    seconds = max(0.0, state.ended - state.started)
-    skipped = state.status == "skipped"
-    tiles = int(facts.get("tiles", 0)) if skipped else state.tiles
+
+def _load_row(row: dict[str, Any]) -> SlideRow:
+    extra = {name: value for name, value in row.items() if name not in FACTS}
+    return SlideRow(**{name: row[name] for name in FACTS}, extra=extra)
+
+
+# ---------------------------------------------------------------- rows and texts
+
+
+def make_row(state: SlideState, totals: SlideTotals) -> SlideRow:
+    """The row of a slide that has ended; one that an earlier run published keeps the numbers of its slide.json."""
+    recipe, summary = state.task.recipe, state.summary
+    tiles = summary.tiles if summary and state.resumed else state.tiles
+    mpp_effective = summary.mpp_effective if summary else None
+    status = state.status or SlideStatus.FAILED
+    error = unreadable_text(state) if status is SlideStatus.PARTIAL else state.error
     return SlideRow(
         id=state.task.id,
         uri=store.redact(state.task.uri),
-        status=str(facts.get("status", "done")) if skipped else state.status,
-        error=state.error or None,
+        status=status.value,
+        error=error or None,
         mpp_requested=recipe.mpp,
-        mpp_effective=facts.get("mpp_effective") or (state.plan.mpp_effective if state.plan else None),
+        mpp_effective=mpp_effective or (state.plan.mpp_effective if state.plan else None),
         tiles=tiles,
         failed_tiles=len(state.failed),
-        objects=sum(facts.get("objects", {}).values()) if facts else 0,
-        seconds=round(seconds, 3),
-        tiles_per_s=round(tiles / seconds, 2) if seconds and not skipped else 0.0,
-        busy_share=round(busy_share(state), 4),
-        bytes_read=sum(state.bytes_read.values()),
-        cache_hits=tiles if skipped else state.cache_hits,
-        peak_rss_mb=round(sum(state.peak_rss_mb.values()), 1),
-        extra=_extra(state, facts, resumed=skipped) | ({"time": rounded(time_of)} if time_of else {}),
+        objects=summary.object_count if summary else 0,
+        seconds=round(state.seconds, 3),
+        tiles_per_s=round(tiles / state.seconds, 2) if state.seconds and not state.resumed else 0.0,
+        busy_share=round(totals.busy_share(state.started, state.ended), 4),
+        bytes_read=sum(totals.bytes_read.values()),
+        cache_hits=tiles if state.resumed else totals.cache_hits,
+        peak_rss_mb=round(sum(totals.peak_rss_mb.values()), 1),
+        extra=_extra_facts(state, totals),
     )
 
 
-def _extra(state: SlideState, facts: dict[str, Any], *, resumed: bool) -> dict[str, Any]:
+def _extra_facts(state: SlideState, totals: SlideTotals) -> dict[str, Any]:
+    summary, began = state.summary, totals.forward_started
+    first_busy = min((start for _, start, _ in totals.busy), default=0.0)  # with this slide or a neighbour
+    files = summary.files if summary else {}
     return {
-        "resumed": resumed,
+        "resumed": state.resumed,
         "failures": [[x, y, x + width, y + height] for x, y, width, height in sorted(state.failed)],
-        "stages": {name: round(seconds, 3) for name, seconds in sorted(state.stages.items())},
-        "features_s": round(max(0.0, state.forward_span[1] - state.forward_span[0]), 3),
-        "model_began_s": round(max(0.0, _first_busy(state) - state.forward_span[0]), 3),
-        "classes": facts.get("classes", {}),
-        **({"answers": facts["answers"]} if "answers" in facts else {}),
-        "files": {k: store.join(store.redact(state.task.output), v) for k, v in facts.get("files", {}).items()},
-        "device": ", ".join(sorted(state.devices)) or None,
-        "encoder": [json.loads(facts) for facts in sorted(set(state.encoders.values()))],
+        "stages": {step: round(seconds, 3) for step, seconds in sorted(totals.steps.items())},
+        "features_s": round(max(0.0, totals.forward_ended - began), 3),
+        "model_began_s": round(max(0.0, first_busy - began), 3),
+        "classes": summary.classes if summary else {},
+        **({"answers": summary.answers} if summary and summary.answers is not None else {}),
+        "files": {k: store.join(store.redact(state.task.output), v) for k, v in files.items()},
+        "device": ", ".join(sorted(totals.devices)) or None,
+        "encoder": [json.loads(facts) for facts in sorted(set(totals.encoders.values()))],
         **({"tile_cache": state.tile_cache} if state.tile_cache else {}),
-        "reader": facts.get("reader") or (state.plan.info.reader if state.plan else None),
+        "reader": (summary and summary.reader) or (state.plan.info.reader if state.plan else None),
+        "time": round_seconds(totals.seconds),
         **({"traceback": state.traceback} if state.traceback else {}),  # only for faults that are not the user's
     }
 
 
-def _first_busy(state: SlideState) -> float:
-    """Epoch seconds at which the model began with this slide or a neighbour of it; 0 when it never did."""
-    return min((start for _, start, _ in state.busy), default=0.0)
+def unreadable_text(state: SlideState) -> str:
+    """The fault of a slide that is published in part, and how to mend it."""
+    x, y, _, _ = min(state.failed, key=lambda tile: (tile[1], tile[0]))
+    count = f"{len(state.failed)} of {state.tiles} tiles hold pixels that cannot be read (first at x={x}, y={y}"
+    return f"{count}; all are in report.json): copy the slide again, then run again"
+
+
+def outcome_text(state: SlideState, cache_hits: int = 0) -> str:
+    """How a slide ended: objects, tiles and seconds, or the reason of a failure."""
+    if state.status is SlideStatus.FAILED:
+        return f"failed: {state.error}"
+    summary = state.summary
+    count = summary.object_count if summary else 0
+    objects = f"{count:,} object{'s' * (count != 1)} in " if summary and summary.objects else ""
+    if summary and state.resumed:
+        return f"{summary.status} before, {objects}{summary.tiles:,} tiles; --force redoes"
+    rate = f" ({state.tiles / state.seconds:.1f} tiles/s)" if state.seconds and state.tiles > cache_hits else ""
+    reasons = {
+        SlideStatus.EMPTY: " (no tissue found)",
+        SlideStatus.PARTIAL: f" ({len(state.failed)} tiles cannot be read)",
+    }
+    reason = reasons.get(state.status, "") if state.status else ""
+    size = f"{objects}{state.tiles:,} tile{'s' * (state.tiles != 1)}"
+    return f"{state.status}{reason}, {size}, {state.seconds:.1f} s{rate}"
+
+
+# ---------------------------------------------------------------- around a run
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Traces of a run for OpenTelemetry: a span for the run, one per slide, one per unit. Needs the extra ``tracing``.
 
-Spans are made where the books are kept, from the times that receipts bring along, so workers need no library and no
+Spans are made by the client that drives the run, from the times in the results, so workers need no library and no
 context travels. Endpoint, headers, sampling, service name and batching follow the OTEL_ variables, which the library
 reads. This is the home of opentelemetry.
 """
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wsi_mmm import timing
 from wsi_mmm._version import __version__
-from wsi_mmm.engine.events import Event
-from wsi_mmm.engine.monitoring.hooks import Hooks, hidden, status_of
-from wsi_mmm.engine.units import SlideTask, UnitResult, WorkUnit
+from wsi_mmm.engine.events import Event, SlideStatus
+from wsi_mmm.engine.monitoring.hooks import Hooks, redact_uris
+from wsi_mmm.engine.units import Failure, ForwardResult, SlideTask, UnitResult, WorkUnit, result_status
 from wsi_mmm.errors import MissingPackage, OptionError
 from wsi_mmm.storage import store
 
@@ -52,7 +52,7 @@ def exporter_named(name: str) -> SpanExporter:
     return exporter
 
 
-def _provider(exporter: _Careful) -> TracerProvider:
+def _make_provider(exporter: _GiveUpExporter) -> TracerProvider:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -71,9 +71,9 @@ def tracing(exporter: SpanExporter) -> Iterator[Hooks]:
 
     A collector that does not answer costs the run nothing and its end PATIENCE seconds at most: it is told in one line.
     """
-    careful = _Careful(exporter)
-    spans = _Spans(careful)
-    with _quiet():
+    careful = _GiveUpExporter(exporter)
+    spans = _RunSpans(careful)
+    with _quiet_library():
         try:
             yield Hooks(spans.hear, spans.watch)
         except BaseException as error:
@@ -89,7 +89,7 @@ def tracing(exporter: SpanExporter) -> Iterator[Hooks]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet_library() -> Iterator[None]:
     """The library tells of each batch and each try; one line of ours is enough."""
     logger = logging.getLogger("opentelemetry")
     before = logger.level
@@ -100,7 +100,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-class _Careful:
+class _GiveUpExporter:
     """An exporter that gives up after the first batch that could not be sent: the others would cost as much time."""
 
     def __init__(self, inner: SpanExporter) -> None:
@@ -125,77 +125,78 @@ def _ns(seconds: float) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Open:
+class _OpenSpan:
     """A span that is open, and what spans below it are started in."""
 
     span: Span
     context: Context
 
 
-class _Spans:
+class _RunSpans:
     """The spans that are open: that of the run and those of the slides under way."""
 
-    def __init__(self, exporter: _Careful) -> None:
+    def __init__(self, exporter: _GiveUpExporter) -> None:
         self._exporter, self._begun = exporter, time.time_ns()
         self._provider: TracerProvider | None = None
         self._tracer: Tracer | None = None
-        self._run: _Open | None = None
-        self._slides: dict[str, _Open] = {}
+        self._run: _OpenSpan | None = None
+        self._slides: dict[str, _OpenSpan] = {}
         self._started: dict[str, float] = {}
 
     def watch(self, thing: WorkUnit | UnitResult) -> None:
-        """A unit goes out, or comes back and becomes a span."""
+        """Take in a unit that is started, or a result, which becomes a span."""
         if isinstance(thing, WorkUnit):
             if thing.slide.id not in self._slides:
-                self._begin(thing.slide)
+                self._begin_slide(thing.slide)
             self._started[thing.name] = time.time()
-        elif thing.slide in self._slides:
-            self._unit(thing)
+        elif thing.facts.slide in self._slides:
+            self._add_unit(thing)
 
-    def _open(self, name: str, above: _Open | None, **facts: Any) -> _Open:
+    def _open_span(self, name: str, above: _OpenSpan | None, **facts: Any) -> _OpenSpan:
         from opentelemetry.trace import set_span_in_context
 
         if self._tracer is None:
-            self._provider = _provider(self._exporter)
+            self._provider = _make_provider(self._exporter)
             self._tracer = self._provider.get_tracer("wsi_mmm", __version__)
         span = self._tracer.start_span(name, context=above.context if above else None, **facts)
-        return _Open(span, set_span_in_context(span))
+        return _OpenSpan(span, set_span_in_context(span))
 
-    def _begin(self, task: SlideTask) -> None:
+    def _begin_slide(self, task: SlideTask) -> None:
         if self._run is None:
-            self._run = self._open("run", None, start_time=self._begun)
+            self._run = self._open_span("run", None, start_time=self._begun)
         facts = {"wsi_mmm.slide": task.id, "wsi_mmm.uri": store.redact(task.uri)}
-        self._slides[task.id] = self._open("slide", self._run, attributes=facts)
+        self._slides[task.id] = self._open_span("slide", self._run, attributes=facts)
 
-    def _unit(self, result: UnitResult) -> None:
+    def _add_unit(self, result: UnitResult) -> None:
         assert self._tracer is not None
-        started = self._started.pop(result.name, time.time())
-        begin = min((lap.start for lap in result.laps), default=started)
-        end = max((lap.end for lap in result.laps), default=time.time())
-        above = self._slides[result.slide].context
+        facts = result.facts
+        started = self._started.pop(facts.name, time.time())
+        begin = min((one.start for one in facts.times), default=started)
+        end = max((one.end for one in facts.times), default=time.time())
+        above = self._slides[facts.slide].context
         span = self._tracer.start_span(
-            result.kind, context=above, start_time=_ns(begin), attributes=_attributes(result)
+            facts.kind, context=above, start_time=_ns(begin), attributes=_unit_attributes(result)
         )
-        if result.status == "failed":
-            _fault(span, result.error)
+        if isinstance(result, Failure):
+            _mark_failed(span, result.error)
         span.end(end_time=_ns(max(begin, end)))
 
     def hear(self, event: Event) -> None:
-        """The span of a slide ends with the slide."""
+        """Take in an event: the span of a slide ends with the slide."""
         if event.kind == "slide" and event.slide in self._slides:
             span = self._slides.pop(event.slide).span
-            span.set_attribute("wsi_mmm.status", status_of(event))
-            if status_of(event) == "failed":
-                _fault(span, event.message)
+            span.set_attribute("wsi_mmm.status", event.status or "")
+            if event.status is SlideStatus.FAILED:
+                _mark_failed(span, event.message)
             span.end()
 
     def fail(self, reason: str) -> None:
-        """The run ends with an exception."""
+        """Mark what is open as failed: the run ends with an exception."""
         for one in [*self._slides.values(), *([self._run] if self._run else [])]:
-            _fault(one.span, reason)
+            _mark_failed(one.span, reason)
 
     def close(self) -> None:
-        """End what is open and hand over what is left."""
+        """End open spans and send what is left."""
         for one in self._slides.values():
             one.span.end()
         if self._run is not None:
@@ -206,16 +207,17 @@ class _Spans:
             self._exporter.shutdown()
 
 
-def _attributes(result: UnitResult) -> dict[str, str | int | float]:
-    facts: dict[str, str | int | float] = {
-        "wsi_mmm.slide": result.slide, "wsi_mmm.unit": result.name, "wsi_mmm.status": result.status,
-        "wsi_mmm.worker": result.worker, "wsi_mmm.tiles": result.tiles,
+def _unit_attributes(result: UnitResult) -> dict[str, str | int | float]:
+    facts = result.facts
+    found: dict[str, str | int | float] = {
+        "wsi_mmm.slide": facts.slide, "wsi_mmm.unit": facts.name, "wsi_mmm.status": result_status(result),
+        "wsi_mmm.worker": facts.worker, "wsi_mmm.tiles": result.tiles if isinstance(result, ForwardResult) else 0,
     }  # fmt: skip
-    stages = timing.together(result.laps)
-    return facts | {f"wsi_mmm.seconds.{stage}": seconds for stage, seconds in stages.items()}
+    stages = timing.sum_stages(facts.times)
+    return found | {f"wsi_mmm.seconds.{stage}": seconds for stage, seconds in stages.items()}
 
 
-def _fault(span: Span, reason: str) -> None:
+def _mark_failed(span: Span, reason: str) -> None:
     from opentelemetry.trace import Status, StatusCode
 
-    span.set_status(Status(StatusCode.ERROR, hidden(reason)))
+    span.set_status(Status(StatusCode.ERROR, redact_uris(reason)))

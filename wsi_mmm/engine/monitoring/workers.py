@@ -1,4 +1,4 @@
-"""Metrics of the workers of a cluster: counters that join those which distributed serves at a worker's ``/metrics``."""
+"""Metrics of the workers of a cluster: counters beside those that distributed serves at a worker's ``/metrics``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from wsi_mmm.engine.monitoring.metrics import MetricsRecorder
 
 _lock = threading.Lock()
-_books: list[MetricsRecorder] = []
+_recorders: list[MetricsRecorder] = []
 
 
 def count_here(result: UnitResult) -> None:
-    """On a worker that serves metrics: count a unit among them. Elsewhere this does nothing, and loads nothing."""
+    """Count a unit in the metrics of this worker; does nothing, and loads nothing, where none are served."""
     if "prometheus_client" not in sys.modules or "distributed.worker" not in sys.modules:
         return
     with _lock:
-        if not _books:
+        if not _recorders:
             from wsi_mmm.engine.monitoring.metrics import process_recorder
 
-            _books.append(process_recorder())
-        _books[0].receive(result)
+            _recorders.append(process_recorder())
+        _recorders[0].receive(result)

@@ -1,4 +1,4 @@
-"""What a process keeps open between works: slides, models, cache entries. One home, so that closing is one call."""
+"""What a process keeps open between units (slides, models, cache entries), and the context that a unit runs in."""
 
 from __future__ import annotations
 
@@ -7,124 +7,143 @@ import resource
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from wsi_mmm import timing
-from wsi_mmm.cache import CachedReader, Choice, Entry, Quota, choose, pixels_uri
+from wsi_mmm.cache import Entry
+from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.units import SlideTask
+from wsi_mmm.engine.units import SlideTask, UnitFacts, WorkUnit
 from wsi_mmm.errors import MissingPackage, ModelError
-from wsi_mmm.slides import Slide, open_slide
+from wsi_mmm.slides import Reader, Slide
 from wsi_mmm.storage import store
-from wsi_mmm.types import I64, Grid, Tiles
+from wsi_mmm.timing import StageTimer, Step, StepTime, timed, worker_name
+from wsi_mmm.types import Grid, Tiles
 
 if TYPE_CHECKING:
     from wsi_mmm.model.runner import Runner
     from wsi_mmm.tasks.base import Task
 
-K = TypeVar("K")
-V = TypeVar("V")
+KEPT_ENTRIES = 32  # cache entries, so that a process that has seen thousands of slides is as small as before
 
-OPEN_SLIDES = 8
-KEPT = (
-    32  # of each thing that belongs to a slide, so that a process that has seen thousands of them is as small as before
-)
-
+open_slides = SlidePool()
 _lock = threading.RLock()
 _loading = threading.Lock()  # of its own: slides are opened and their tissue is found while a model loads
-_slides: OrderedDict[tuple[str, float | None, str | None], tuple[Slide, int]] = OrderedDict()
 _runners: dict[tuple[str, str, int | None, str], Runner] = {}
 _models: dict[tuple[str, str], str] = {}
+_tasks: dict[tuple[str, str, tuple[str, ...]], list[Task]] = {}
 _entries: OrderedDict[tuple[str, int], Entry] = OrderedDict()
-_readers: OrderedDict[tuple[str, str], CachedReader] = OrderedDict()
-_choices: OrderedDict[tuple[str, str], Choice] = OrderedDict()
-_quotas: dict[tuple[str, int], Quota] = {}
 
 
-def _recent(kept: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
-    """What is kept under ``key``, made when it is not; those that were asked for longest ago go. Hold the lock."""
-    if key not in kept:
-        kept[key] = make()
-    kept.move_to_end(key)
-    while len(kept) > KEPT:
-        kept.popitem(last=False)
-    return kept[key]
+@dataclass(slots=True)
+class UnitContext:
+    """What a unit needs, each opened when it is first asked for. Used by one thread at a time."""
+
+    unit: WorkUnit
+    times: list[StepTime] = field(default_factory=list)
+    _opened: ExitStack = field(default_factory=ExitStack)
+    _slide: Slide | None = None
+
+    @property
+    def task(self) -> SlideTask:
+        """The slide of the unit, as it was asked for."""
+        return self.unit.slide
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run."""
+        return self.unit.slide.recipe
+
+    @property
+    def grid(self) -> Grid:
+        """The target grid of a slide that is planned."""
+        return self.unit.planned_grid
+
+    @property
+    def slide(self) -> Slide:
+        """The slide, open until the unit ends. Raises what `open_slide` raises."""
+        if self._slide is None:
+            with timed("prepare"):
+                self._slide = self._opened.enter_context(open_slides.slide(slide_key(self.task)))
+        return self._slide
+
+    @property
+    def cache(self) -> Entry:
+        """The cache entry that holds the values of the slide."""
+        return cache_entry(self.unit.entry, self.grid, self.recipe.block_tiles)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The tasks of the recipe."""
+        return recipe_tasks(self.recipe)
+
+    @property
+    def runner(self) -> Runner:
+        """The model on its device. Raises ModelError, MissingPackage."""
+        return load_runner(self.recipe)
+
+    def reader(self, tiles: Tiles) -> Reader:
+        """The reader for ``tiles``: the slide's own, or the tile cache in front of it; open until the unit ends."""
+        options, caching = self.recipe.options, None
+        _ = self.slide  # opening it is timed
+        if options.cache is not None and options.cache_tiles != "off":
+            caching = TileCaching(options.cache, "on" if options.cache_tiles == "on" else "auto", options.cache_quota)
+        return self._opened.enter_context(open_slides.reader(slide_key(self.task), tiles, caching))
+
+    def tile_cache_text(self) -> str:
+        """What was measured and chosen for the slide's tiles in this process, for people; empty when nothing was."""
+        return next(iter(open_slides.choice_texts(self.slide.info.uri)), "")
+
+    @contextmanager
+    def step(self, step: Step) -> Iterator[None]:
+        """Time a step; a step that raises leaves no time behind."""
+        with StageTimer(step, self.unit.name) as timer:
+            yield
+        self.times.append(timer.result)
+
+    def facts(self) -> UnitFacts:
+        """The facts of the unit's result, as of now."""
+        unit, bytes_read = self.unit, self._slide.reader.stats().bytes_read if self._slide else 0
+        return UnitFacts(
+            unit.kind, unit.slide.id, unit.block, os.getpid(), worker_name(), bytes_read, peak_rss_mb(),
+            tuple(self.times),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Give back what was opened."""
+        self._opened.close()
+        self._slide = None
 
 
 @contextmanager
-def slide_of(task: SlideTask) -> Iterator[Slide]:
-    """The slide of a task, opened once per process; at most a handful of idle ones stay open."""
-    key = (task.uri, task.mpp, task.recipe.options.reader)
-    with _lock:
-        slide, users = _slides.pop(key) if key in _slides else (_opened(*key), 0)
-        _slides[key] = (slide, users + 1)
-        _trim()
+def unit_context(unit: WorkUnit) -> Iterator[UnitContext]:
+    """The context of a unit, closed at the end."""
+    ctx = UnitContext(unit)
     try:
-        yield slide
+        yield ctx
     finally:
-        with _lock:
-            if key in _slides:
-                _slides[key] = (slide, _slides[key][1] - 1)
+        ctx.close()
 
 
-def _opened(uri: str, mpp: float | None, reader: str | None) -> Slide:
-    with timing.spent("prepare"):
-        return open_slide(uri, mpp, reader)
+def slide_key(task: SlideTask) -> SlideKey:
+    """What `open_slides` opens for a task."""
+    return SlideKey(task.uri, task.mpp, task.recipe.options.reader)
 
 
-def _trim() -> None:
-    idle = [key for key, (_, users) in _slides.items() if users == 0]
-    for key in idle[: max(0, len(_slides) - OPEN_SLIDES)]:
-        _slides.pop(key)[0].close()
-
-
-def reader_of(slide: Slide, task: SlideTask, grid: Grid, index: I64) -> CachedReader | None:
-    """The tile cache in front of a slide's reader, where the recipe asks for one or it pays on tiles ``index``."""
-    recipe = task.recipe
-    if recipe.options.cache is None or recipe.options.cache_tiles == "off":
-        return None
-    key = (task.uri, pixels_uri(recipe.options.cache, slide.info, grid.scale_x, grid.scale_y))
-
-    def made() -> CachedReader:
-        return CachedReader(slide.reader, key[1], grid.scale_x, grid.scale_y, quota=_quota(recipe))
-
-    with _lock:
-        reader = _recent(_readers, key, made)
-        if reader.inner is not slide.reader:
-            reader = _readers[key] = made()
-        if recipe.options.cache_tiles == "on":
-            return reader
-        tiles = Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y)
-        return reader if _recent(_choices, key, lambda: choose(reader, tiles)).use else None
-
-
-def _quota(recipe: Recipe) -> Quota | None:
-    if recipe.options.cache is None or recipe.options.cache_quota is None:
-        return None
-    key = (recipe.options.cache, recipe.options.cache_quota)
-    if key not in _quotas:
-        _quotas[key] = Quota(store.local_path(recipe.options.cache), recipe.options.cache_quota)
-    return _quotas[key]
-
-
-def tile_cache_words(task: SlideTask) -> str:
-    """What was measured and chosen for the tiles of a slide in this process; nothing where nothing was to be chosen."""
-    return next((choice.words for (uri, _), choice in _choices.items() if uri == task.uri), "")
-
-
-def runner_of(recipe: Recipe) -> Runner:
+def load_runner(recipe: Recipe) -> Runner:
     """The model of a recipe on its device, loaded once per process by what it is, wherever it lies."""
-    key = (f"{recipe.model_hash}/{recipe.tasks}", recipe.options.device, recipe.options.threads, recipe.options.runtime)
-    with timing.spent("prepare"), _loading:
+    options = recipe.options
+    key = (f"{recipe.model_hash}/{recipe.tasks}", options.device, options.threads, options.runtime)
+    with timed("prepare"), _loading:
         if key not in _runners:
-            _runners[key] = _load(recipe)
+            _runners[key] = _make_runner(recipe)
         return _runners[key]
 
 
-def _load(recipe: Recipe) -> Runner:
+def _make_runner(recipe: Recipe) -> Runner:
     try:
         from wsi_mmm.model.checkpoint import load_encoder, load_model
         from wsi_mmm.model.runner import Runner
@@ -136,9 +155,9 @@ def _load(recipe: Recipe) -> Runner:
     if recipe.encoder:
         model = load_encoder(recipe.model, weights=recipe.weights)
     else:
-        model = load_model(_model_of(recipe))
-    quantise = {task.info.name: task.quantise for task in tasks_of(recipe)}
+        model = load_model(_local_model(recipe))
     options = recipe.options
+    quantise = {task.info.name: task.quantise for task in recipe_tasks(recipe)}
     runner = Runner(
         model, device=options.device, threads=options.threads, quantise=quantise, runtime=options.runtime,
         cache=_user_cache(recipe),
@@ -147,7 +166,7 @@ def _load(recipe: Recipe) -> Runner:
     return runner
 
 
-def _model_of(recipe: Recipe) -> str:
+def _local_model(recipe: Recipe) -> str:
     """The folder of a recipe's model on this machine. ModelError when it is not the one that the run began with."""
     from wsi_mmm.model.card import read_card
     from wsi_mmm.model.fetched import fetched, forget
@@ -174,25 +193,34 @@ def _user_cache(recipe: Recipe) -> Path | None:
     return None
 
 
-def tasks_of(recipe: Recipe) -> list[Task]:
-    """The tasks of a recipe, made from the model's card alone (no torch)."""
+def recipe_tasks(recipe: Recipe) -> list[Task]:
+    """The tasks of a recipe, made once per process from the model's card alone (no torch)."""
     if recipe.encoder or not recipe.tasks:
         return []
     from wsi_mmm.model.card import read_card
     from wsi_mmm.tasks import make_task
 
-    cards = {card.name: card for card in read_card(_model_of(recipe)).tasks}
-    return [make_task(cards[name]) for name in recipe.tasks]
+    key = (recipe.model, recipe.model_hash, recipe.tasks)
+    if key not in _tasks:
+        cards = {card.name: card for card in read_card(_local_model(recipe)).tasks}
+        _tasks[key] = [make_task(cards[name]) for name in recipe.tasks]
+    return _tasks[key]
 
 
-def entry_of(uri: str, grid: Grid, block: int) -> Entry:
-    """The cache entry at ``uri``, its arrays opened once per process."""
+def cache_entry(uri: str, grid: Grid, block: int) -> Entry:
+    """The cache entry at ``uri``, its arrays opened once per process; those used longest ago are forgotten."""
+    key = (uri, block)
     with _lock:
-        return _recent(_entries, (uri, block), lambda: Entry(uri, grid.rows, grid.columns, block))
+        if key not in _entries:
+            _entries[key] = Entry(uri, grid.rows, grid.columns, block)
+        _entries.move_to_end(key)
+        while len(_entries) > KEPT_ENTRIES:
+            _entries.popitem(last=False)
+        return _entries[key]
 
 
 def forget_entries(prefix: str) -> None:
-    """Drop what is known of the entries under ``prefix``, whose files are about to go."""
+    """Forget the entries under ``prefix``, whose files are about to be removed."""
     with _lock:
         for key in [key for key in _entries if key[0].startswith(prefix)]:
             del _entries[key]
@@ -200,17 +228,13 @@ def forget_entries(prefix: str) -> None:
 
 def release(*, models: bool = True) -> None:
     """Close every slide and forget entries; with ``models``, the models too."""
+    open_slides.close()
     with _lock:
-        for slide, _ in _slides.values():
-            slide.close()
-        _slides.clear()
         _entries.clear()
-        _readers.clear()
-        _choices.clear()
-        _quotas.clear()
         if models:
             _runners.clear()
             _models.clear()
+            _tasks.clear()
 
 
 def peak_rss_mb() -> float:

@@ -1,30 +1,26 @@
-"""Extracting: CPU workers read tiles into the shared cache, from which the workers that run models take them.
+"""Extract: CPU workers read tiles into the shared cache, from which the workers that run models take them.
 
-The cache keeps shards of pixels. They are brought in by squares of shards, each by one work and only once; a block's
-forward begins when the squares under its tiles are in.
+The cache keeps shards of pixels. Each unit brings in a group of `SIDE` x `SIDE` neighbouring shards, and each group is
+brought in once; a block's forward begins when the groups under its tiles are in.
 """
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import replace
 
 import numpy as np
 
+from wsi_mmm.cache import CachedReader
 from wsi_mmm.cache.shard import SHARD
-from wsi_mmm.engine.plan import SlidePlan
-from wsi_mmm.engine.stages import context
-from wsi_mmm.engine.units import UnitResult, WorkUnit, pack
-from wsi_mmm.types import I64, Grid
+from wsi_mmm.engine.stages.context import UnitContext
+from wsi_mmm.engine.units import BlockIndex, SlidePlan, WorkUnit, pack_tiles
+from wsi_mmm.types import I64, Grid, Tiles
 
-SIDE = 4  # shards along a square: 4,096 px of the target grid
-
-Square = tuple[int, int]
+SIDE = 4  # shards along a group: 4,096 px of the target grid
 
 
 def through_pool(plan: SlidePlan) -> SlidePlan | None:
-    """The plan with tiles that go through the cache; None where there is no cache or no tile."""
+    """The plan with tiles that go through the cache; None where there is no cache, or no tile."""
     recipe = plan.slide.recipe
     if recipe.options.cache is None or not len(plan.index):
         return None
@@ -33,25 +29,24 @@ def through_pool(plan: SlidePlan) -> SlidePlan | None:
 
 
 def extract_units(plan: SlidePlan) -> list[WorkUnit]:
-    """One work per square of shards that holds some tile; ``tiles`` are its shards (row, column)."""
+    """One unit per group of shards that holds some tile; ``tiles`` are its shards (row, column)."""
     if not len(plan.index):
         return []
-    shards = _shards(plan.grid, plan.index)
-    squares, number = np.unique(shards // SIDE, axis=0, return_inverse=True)
+    shards = _shards_under(plan.grid, plan.index)
+    corners, number = np.unique(shards // SIDE, axis=0, return_inverse=True)
     groups = np.split(shards[np.argsort(number.ravel(), kind="stable")], np.cumsum(np.bincount(number.ravel()))[:-1])
     return [
-        WorkUnit("extract", plan.slide, (int(row), int(column)), pack(group), plan.grid, plan.entry)
-        for (row, column), group in zip(squares, groups, strict=True)
+        WorkUnit("extract", plan.slide, (int(row), int(column)), pack_tiles(group), plan.grid, plan.entry)
+        for (row, column), group in zip(corners, groups, strict=True)
     ]
 
 
-def squares_under(unit: WorkUnit) -> set[Square]:
-    """The squares that hold the pixels of a forward work."""
-    assert unit.grid is not None
-    return set(map(tuple, (_shards(unit.grid, unit.index()) // SIDE).tolist()))
+def shard_groups_under(unit: WorkUnit) -> set[BlockIndex]:
+    """The groups of shards that hold the pixels of a forward unit: the ``block`` of their extract units."""
+    return set(map(tuple, (_shards_under(unit.planned_grid, unit.index()) // SIDE).tolist()))
 
 
-def _shards(grid: Grid, index: I64) -> I64:
+def _shards_under(grid: Grid, index: I64) -> I64:
     """Shards int64[n, 2] (row, column) that tiles touch within the slide, each once, row-major."""
     steps = np.unique(np.append(np.arange(0, grid.tile, SHARD), grid.tile - 1))
     offsets = np.stack(np.meshgrid(steps, steps, indexing="ij"), -1).reshape(-1, 2)
@@ -60,16 +55,9 @@ def _shards(grid: Grid, index: I64) -> I64:
     return np.unique(inside // SHARD, axis=0)
 
 
-def extract(unit: WorkUnit) -> UnitResult:
-    """Bring the shards of a work in that are not; what cannot be read of them is known to the cache."""
-    started = time.perf_counter()
-    assert unit.grid is not None
-    with context.slide_of(unit.slide) as slide:
-        cached = context.reader_of(slide, unit.slide, unit.grid, unit.index())
-        assert cached is not None  # see `through_pool`
-        cached.fill([(row, column) for row, column in unit.index().tolist()])
-        spent = {"extract": time.perf_counter() - started}
-        return UnitResult(
-            "extract", unit.slide.id, unit.block, "ok", pid=os.getpid(), stages=spent,
-            bytes_read=slide.reader.stats().bytes_read, peak_rss_mb=context.peak_rss_mb(),
-        )  # fmt: skip
+def extract(ctx: UnitContext) -> None:
+    """Read the shards of a unit that the cache does not hold; the cache knows what cannot be read of them."""
+    grid, index = ctx.grid, ctx.unit.index()
+    cached = ctx.reader(Tiles(index[:, ::-1] * grid.stride, grid.tile, grid.scale_x, grid.scale_y))
+    assert isinstance(cached, CachedReader)  # see `through_pool`
+    cached.fill([(row, column) for row, column in index.tolist()])

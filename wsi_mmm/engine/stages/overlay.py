@@ -1,4 +1,4 @@
-"""What the overlay shows of a slide: gathered while objects stream by, drawn at the end. Memory stays bounded."""
+"""The overlay of a slide: gathered while its objects are written, drawn at the end. Memory stays bounded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from wsi_mmm.engine.plan import SlidePlan
+from wsi_mmm.engine.units import SlidePlan
 from wsi_mmm.outputs import ragged
 from wsi_mmm.outputs.density import Density
 from wsi_mmm.outputs.overlay import Field, Scene, legend_counts, overlay_png
@@ -37,11 +37,11 @@ class Picture:
         self.density = Density(self.plan.info.width, self.plan.info.height)
 
     def add(self, info: TaskInfo, objects: Objects) -> None:
-        """Take note of objects that are being written."""
+        """Take in objects that are being written."""
         if info.dissolves:
             self.areas.append((info, ragged.part(objects, 0, min(len(objects), MAX_AREAS))))
         elif info.kind not in ("classify", "multilabel", "regress", "survive"):
-            self.density.add(centres(objects, self.plan))
+            self.density.add(object_centres(objects, self.plan))
             if info not in self.instances:
                 self.instances.append(info)
 
@@ -57,27 +57,27 @@ class Picture:
             width=info.width,
             height=info.height,
             mpp=info.mpp_x,
-            tissue=self._tissue(),
+            tissue=self._tissue_mask(),
             density=self.density if self.instances else None,
             areas=self.areas,
-            fields=self._fields(find),
+            fields=self._dense_fields(find),
             counts=legend_counts(list(infos), classes),
         )
         return overlay_png(scene)
 
-    def _tissue(self) -> Mask:
-        """The tiles that were looked at, as a mask that covers just the slide, wherever the last tiles end."""
+    def _tissue_mask(self) -> Mask:
+        """The tiles of the plan, as a mask that covers just the slide, wherever the last tiles end."""
         grid = self.plan.grid
         tiles = np.zeros((grid.rows, grid.columns), bool)
         tiles[self.plan.index[:, 0], self.plan.index[:, 1]] = True
         return tiles[np.ix_(_tile_of(grid.height, grid.rows, grid), _tile_of(grid.width, grid.columns, grid))]
 
-    def _fields(self, find: Find) -> list[Field]:
+    def _dense_fields(self, find: Find) -> list[Field]:
         scale_x, scale_y = self.plan.grid.scale_x, self.plan.grid.scale_y
         side = FIELD_PX * max(scale_x, scale_y)
-        return [self._field(x, y, find) for x, y in self.density.densest(side, FIELDS)] if self.instances else []
+        return [self._close_up(x, y, find) for x, y in self.density.densest(side, FIELDS)] if self.instances else []
 
-    def _field(self, x: float, y: float, find: Find) -> Field:
+    def _close_up(self, x: float, y: float, find: Find) -> Field:
         grid = self.plan.grid
         scale = grid.scale_x  # both ways: outlines are drawn with one scale, also where mpp_x and mpp_y differ
         block = Block(0, 0, FIELD_PX, FIELD_PX, scale, scale, int(x), int(y))
@@ -87,13 +87,13 @@ class Picture:
 
 
 def _tile_of(length: int, count: int, grid: Grid) -> I64:
-    """Which tile each of the evenly spaced px along a side of ``length`` target px belongs to: `MASK_PX` per stride."""
+    """The tile that each of the evenly spaced px along a side of ``length`` target px lies in: `MASK_PX` per stride."""
     places = max(1, round(MASK_PX * length / grid.stride))
     found: I64 = np.minimum(((np.arange(places) + 0.5) * length / places / grid.stride).astype(np.int64), count - 1)
     return found
 
 
-def centres(objects: Objects, plan: SlidePlan) -> F64:
+def object_centres(objects: Objects, plan: SlidePlan) -> F64:
     """Level-0 (x, y) of the owning pixels, float64[n, 2]."""
     placed: F64 = (objects.anchor[:, ::-1] + 0.5) * np.array([plan.grid.scale_x, plan.grid.scale_y])
     return placed

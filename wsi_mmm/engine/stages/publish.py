@@ -1,10 +1,8 @@
-"""Publish: from the parts and the cache of a slide to the files a person opens. Everything whole, slide.json last."""
+"""Publish a slide: from its parts and its cache to the files that people open, each written whole, slide.json last."""
 
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from wsi_mmm._version import __version__
-from wsi_mmm.cache import ArraySpec, Entry
-from wsi_mmm.engine.plan import SlidePlan, core_of, interpret_units
-from wsi_mmm.engine.stages import context, slide_level, steps, workdir
+from wsi_mmm.cache import ArraySpec
+from wsi_mmm.engine.plan import core_of, interpret_units
+from wsi_mmm.engine.stages import slide_level, workdir
+from wsi_mmm.engine.stages.context import UnitContext
+from wsi_mmm.engine.stages.interpret import blended_core
 from wsi_mmm.engine.stages.overlay import THUMBNAIL, Picture
-from wsi_mmm.engine.stages.regions import asked_regions, region_hash
-from wsi_mmm.engine.units import SlideTask, UnitResult, WorkUnit
+from wsi_mmm.engine.stages.prepare import load_slide_plan, published_before, region_hash, regions_of_interest
+from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
 from wsi_mmm.outputs import merge, polygons, ragged
 from wsi_mmm.outputs.attention import attention_png
 from wsi_mmm.outputs.exports import write_features
@@ -29,14 +29,14 @@ from wsi_mmm.storage import store
 from wsi_mmm.storage.folders import published_file
 from wsi_mmm.tasks.base import Task
 from wsi_mmm.tiles.grid import tile_boxes, tile_size_level0, tile_xy
-from wsi_mmm.types import I64, Objects, TaskInfo
+from wsi_mmm.types import I64, Mask, Objects, TaskInfo
 
 Values = Mapping[str, np.ndarray[Any, Any]]
 
 
 @dataclass(slots=True)
 class Published:
-    """What publishing a slide has come to so far."""
+    """The files and counts of a slide that is being published."""
 
     counts: dict[str, int] = field(default_factory=dict)
     classes: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -46,66 +46,55 @@ class Published:
     dropped: int = 0
 
 
-def publish(unit: WorkUnit) -> UnitResult:
-    """Write every file of a slide; the receipt carries its slide.json."""
-    started = time.perf_counter()
-    task = unit.slide
-    with context.slide_of(task) as slide:
-        if again := _published(task, slide.info.fingerprint):
-            return again
-        plan = steps.replan(task, slide)
-        done, failed = Published(), _failed(plan, unit)
-        tables = _tables(plan, unit)
-        done.answers = slide_level.answers(plan, _entry(plan, unit), failed)
-        picture = Picture(slide, plan)
-        if task.recipe.tasks:
-            regions = asked_regions(task)
-            _geojson(plan, tables, done, picture, regions)
-            if task.recipe.options.overlay:
-                done.files["overlay"] = _write(task, "overlay.png", _overlay(plan, picture, done, regions))
-        done.files["tiles"] = _write(task, "tiles.parquet", _tiles(plan, tables, failed, done.answers))
-        if task.recipe.options.features and len(plan.index):
-            done.files["features"] = _features(plan, unit)
-        if task.recipe.options.save_maps:
-            done.files["maps"] = _maps(plan, unit)
-            for name, shares in done.answers.attention.items():
-                drawn = attention_png(slide.thumbnail(THUMBNAIL), plan.grid, plan.index, shares)
-                done.files[f"attention-{name}"] = _write(task, f"attention-{name}.png", drawn)
-        steps.check_kept(task)
-        facts = _facts(plan, done, partial=bool(failed.any()))
-        _write(task, "slide.json", json.dumps(facts, indent=1).encode())
-        if not failed.any():
-            steps.remove_scratch(task)
-        seconds = {"publish": time.perf_counter() - started}
-        return UnitResult(
-            "publish", task.id, (0, 0), "ok", objects=sum(done.counts.values()), pid=os.getpid(),
-            bytes_read=slide.reader.stats().bytes_read, peak_rss_mb=context.peak_rss_mb(), stages=seconds,
-            payload=facts,
-        )  # fmt: skip
-
-
-def _published(task: SlideTask, fingerprint: str) -> UnitResult | None:
-    """What a try before this one had published when it was cut short while tidying up: the plan goes first there."""
-    if store.exists(workdir.plan_uri(task)):
-        return None
-    facts = steps.published(task, fingerprint, region_hash(task))
-    if facts is None:
-        return None
-    steps.remove_scratch(task)
-    objects = sum(facts["objects"].values())
-    return UnitResult("publish", task.id, (0, 0), "ok", objects=objects, pid=os.getpid(), payload=facts)
+def publish(ctx: UnitContext) -> SlideSummary:
+    """Write every file of a slide."""
+    task, slide = ctx.task, ctx.slide
+    gone = not store.exists(workdir.plan_uri(task))
+    if gone and (summary := published_before(task, slide.info.fingerprint)) is not None:
+        workdir.remove_scratch(task)  # an earlier try was cut short while it tidied up, the plan first
+        return summary
+    plan = load_slide_plan(ctx)
+    done, failed = Published(), _failed_tiles(ctx, plan)
+    tables = _task_tables(ctx, plan)
+    done.answers = slide_level.answer_slide(ctx, plan, failed)
+    picture = Picture(slide, plan)
+    if task.recipe.tasks:
+        regions = regions_of_interest(task)
+        _write_geojson(ctx, plan, tables, done, picture, regions)
+        if task.recipe.options.overlay:
+            done.files["overlay"] = _write_file(task, "overlay.png", _draw_overlay(ctx, plan, picture, done, regions))
+    table = _tiles_table(ctx, plan, tables, failed, done.answers)
+    done.files["tiles"] = _write_file(task, "tiles.parquet", table)
+    if task.recipe.options.features and len(plan.index):
+        done.files["features"] = _write_features(ctx, plan)
+    if task.recipe.options.save_maps:
+        done.files["maps"] = _write_maps(ctx, plan)
+        for name, shares in done.answers.attention.items():
+            image = attention_png(slide.thumbnail(THUMBNAIL), plan.grid, plan.index, shares)
+            done.files[f"attention-{name}"] = _write_file(task, f"attention-{name}.png", image)
+    workdir.check_kept(task)
+    facts = _slide_json(plan, done, partial=bool(failed.any()))
+    _write_file(task, "slide.json", json.dumps(facts, indent=1).encode())
+    if not failed.any():
+        workdir.remove_scratch(task)
+    return SlideSummary.from_json(facts)
 
 
 # ---------------------------------------------------------------- GeoJSON
 
 
-def _geojson(
-    plan: SlidePlan, tables: dict[str, Values], done: Published, picture: Picture, asked: Regions | None
+def _write_geojson(
+    ctx: UnitContext,
+    plan: SlidePlan,
+    tables: dict[str, Values],
+    done: Published,
+    picture: Picture,
+    interest: Regions | None,
 ) -> None:
     task = plan.slide
-    found = [t for t in context.tasks_of(task.recipe) if t.scope != "bag"]
+    found = [t for t in ctx.tasks if t.scope != "bag"]
     name = "result.geojson.gz" if task.recipe.options.gzip else "result.geojson"
-    regions = {t.info.name: _regions(t, plan) for t in found if t.info.dissolves}
+    regions = {t.info.name: _merge_regions(t, plan) for t in found if t.info.dissolves}
     counts = {name: len(objects) for name, objects in regions.items()}
     with published_file(store.join(task.output, name)) as path:
         with GeoJSONWriter(
@@ -114,24 +103,25 @@ def _geojson(
             for t in found:
                 before = writer.written
                 classes = np.zeros(len(t.info.classes), np.int64)
-                for found_objects in _objects(t, plan, tables, regions):
+                for found_objects in _task_objects(t, plan, tables, regions):
                     # Map px at the far edges reach beyond the slide by up to one of them.
-                    objects = _asked(t, polygons.clip(found_objects, plan.info.width, plan.info.height), asked, done)
+                    clipped = polygons.clip(found_objects, plan.info.width, plan.info.height)
+                    objects = _within_interest(t, clipped, interest, done)
                     classes += np.bincount(objects.class_index[objects.class_index >= 0], minlength=len(classes))
                     picture.add(t.info, objects)
-                    writer.write(_placed(objects, plan))
+                    writer.write(_shift_to_bounds(objects, plan))
                 if t.scope == "pixel":
                     done.counts[t.info.name] = writer.written - before
                 if t.info.kind == "multilabel" and len(plan.index):  # a tile may have several
-                    classes = _holding(t, tables[t.info.name])
+                    classes = _count_labels(t, tables[t.info.name])
                 if t.info.kind not in ("regress", "survive"):  # numbers have no classes to count
                     done.classes[t.info.name] = dict(zip(t.info.classes, classes.tolist(), strict=True))
         done.repaired, done.dropped = done.repaired + writer.repaired, done.dropped + writer.dropped
     done.files["geojson"] = name
 
 
-def _asked(task: Task, objects: Objects, regions: Regions | None, done: Published) -> Objects:
-    """What of ``objects`` lies in the regions that were asked for; tiles are those that touch them already."""
+def _within_interest(task: Task, objects: Objects, regions: Regions | None, done: Published) -> Objects:
+    """The part of ``objects`` that lies in the regions of interest; tiles were chosen by them already."""
     if regions is None or task.scope == "tile":
         return objects
     if task.info.dissolves:
@@ -141,68 +131,73 @@ def _asked(task: Task, objects: Objects, regions: Regions | None, done: Publishe
     return kept.objects
 
 
-def _overlay(plan: SlidePlan, picture: Picture, done: Published, regions: Regions | None) -> bytes:
-    found = {t.info.name: t for t in context.tasks_of(plan.slide.recipe)}
+def _draw_overlay(
+    ctx: UnitContext, plan: SlidePlan, picture: Picture, done: Published, regions: Regions | None
+) -> bytes:
+    found = {t.info.name: t for t in ctx.tasks}
 
     def find(info: TaskInfo, box: tuple[float, float, float, float]) -> Objects:
-        return _asked(found[info.name], _within(found[info.name], plan, box), regions, Published())
+        task = found[info.name]
+        return _within_interest(task, _objects_near(task, plan, box), regions, Published())
 
     return picture.png([t.info for t in found.values()], done.classes, find)
 
 
-def _within(task: Task, plan: SlidePlan, box: tuple[float, float, float, float]) -> Objects:
+def _objects_near(task: Task, plan: SlidePlan, box: tuple[float, float, float, float]) -> Objects:
     """Objects of a task whose owning pixel lies in, or near, a level-0 rectangle, from the parts it meets."""
     grid, near = plan.grid, plan.halo
     x0, x1 = box[0] / grid.scale_x - near, box[2] / grid.scale_x + near
     y0, y1 = box[1] / grid.scale_y - near, box[3] / grid.scale_y + near
-    pieces = []
+    parts = []
     for unit in interpret_units(plan):
         core = core_of(grid, plan.slide.recipe.block_tiles, unit.block, plan.stride)
         if core.x0 < x1 and core.x1 > x0 and core.y0 < y1 and core.y1 > y0:
             part = workdir.load_part(plan.slide, task.info.name, unit.block)
             y, x = part.anchor[:, 0], part.anchor[:, 1]
-            pieces.append(ragged.take(part, (x >= x0) & (x < x1) & (y >= y0) & (y < y1)))
-    return ragged.concat(pieces) if pieces else ragged.empty(task.info.name)
+            parts.append(ragged.take(part, (x >= x0) & (x < x1) & (y >= y0) & (y < y1)))
+    return ragged.concat(parts) if parts else ragged.empty(task.info.name)
 
 
-def _objects(task: Task, plan: SlidePlan, tables: dict[str, Values], regions: dict[str, Objects]) -> Iterator[Objects]:
-    """The objects of one task in their published order, in pieces of bounded size."""
+def _task_objects(
+    task: Task, plan: SlidePlan, tables: dict[str, Values], regions: dict[str, Objects]
+) -> Iterator[Objects]:
+    """The objects of one task in their published order, in portions of bounded size."""
     if task.info.dissolves:
         yield regions[task.info.name]
     elif task.scope == "pixel":
-        yield from _instances(task, plan)
+        yield from _sorted_instances(task, plan)
     elif len(plan.index):
-        yield _squares(task, plan, tables[task.info.name])
+        yield _tile_rectangles(task, plan, tables[task.info.name])
 
 
-def _instances(task: Task, plan: SlidePlan) -> Iterator[Objects]:
+def _sorted_instances(task: Task, plan: SlidePlan) -> Iterator[Objects]:
     """Row of blocks by row of blocks, each sorted by (y, x) of the owning pixel: the order does not know the blocks."""
     rows: dict[int, list[tuple[int, int]]] = {}
     for unit in interpret_units(plan):
         rows.setdefault(unit.block[0], []).append(unit.block)
     for blocks in rows.values():
         objects = ragged.concat([workdir.load_part(plan.slide, task.info.name, block) for block in blocks])
-        order = np.lexsort((objects.anchor[:, 1], objects.anchor[:, 0]))
-        yield ragged.take(objects, order)
+        by_position = np.lexsort((objects.anchor[:, 1], objects.anchor[:, 0]))
+        yield ragged.take(objects, by_position)
 
 
-def _regions(task: Task, plan: SlidePlan) -> Objects:
+def _merge_regions(task: Task, plan: SlidePlan) -> Objects:
     """Regions cut by block borders made whole, scaled to level-0 px."""
-    pieces = [workdir.load_part(plan.slide, task.info.name, unit.block) for unit in interpret_units(plan)]
-    if not pieces:
+    parts = [workdir.load_part(plan.slide, task.info.name, unit.block) for unit in interpret_units(plan)]
+    if not parts:
         return ragged.empty(task.info.name)
-    merged = merge.merge_regions(pieces)
+    merged = merge.merge_regions(parts)
     scaled = replace(merged, coords=merged.coords * np.array([plan.grid.scale_x, plan.grid.scale_y]))
     return polygons.simplify(scaled, plan.grid.scale_x * task.stride)
 
 
-def _holding(task: Task, values: Values) -> I64:
-    """Tiles of which each label holds: a probability of at least a half."""
+def _count_labels(task: Task, values: Values) -> I64:
+    """Tiles that have each label: a probability of at least a half."""
     return np.array([np.count_nonzero(values[f"{task.info.name}:{c}"] >= 0.5) for c in task.info.classes], np.int64)
 
 
-def _squares(task: Task, plan: SlidePlan, values: Values) -> Objects:
-    """One rectangle per tile, cut at the slide's edge, with every number that the task says of it as a measurement.
+def _tile_rectangles(task: Task, plan: SlidePlan, values: Values) -> Objects:
+    """One rectangle per tile, cut at the slide's edge, with the numbers of the task as measurements.
 
     Its class is the one that the task names (-1: none), or that of a task which has only one.
     """
@@ -221,7 +216,7 @@ def _squares(task: Task, plan: SlidePlan, values: Values) -> Objects:
     )  # fmt: skip
 
 
-def _placed(objects: Objects, plan: SlidePlan) -> Objects:
+def _shift_to_bounds(objects: Objects, plan: SlidePlan) -> Objects:
     """Shifted into QuPath's cropped frame when the recipe asks for it."""
     info = plan.info
     if not plan.slide.recipe.options.bounds_offset or not (info.bounds_x or info.bounds_y):
@@ -232,47 +227,43 @@ def _placed(objects: Objects, plan: SlidePlan) -> Objects:
 # ---------------------------------------------------------------- tables, features, maps
 
 
-def _entry(plan: SlidePlan, unit: WorkUnit) -> Entry:
-    return context.entry_of(unit.entry, plan.grid, plan.slide.recipe.block_tiles)
-
-
-def _tables(plan: SlidePlan, unit: WorkUnit) -> dict[str, Values]:
-    """Per tile task: its columns (``Task.table``), in the order of ``plan.index``."""
+def _task_tables(ctx: UnitContext, plan: SlidePlan) -> dict[str, Values]:
+    """Per tile task: its columns (``Task.table``), one row per tile of ``plan.index``."""
     tables = {}
-    for task in context.tasks_of(plan.slide.recipe):
+    for task in ctx.tasks:
         if task.scope == "tile" and len(plan.index):
-            entry, name = _entry(plan, unit), f"tables/{task.info.name}"
-            kept = entry.existing(name)
-            dense = entry.read(ArraySpec(name, kept.shape[2:], str(kept.dtype)), slice(None), slice(None))
+            name = f"tables/{task.info.name}"
+            kept = ctx.cache.existing(name)
+            dense = ctx.cache.read(ArraySpec(name, kept.shape[2:], str(kept.dtype)), slice(None), slice(None))
             tables[task.info.name] = task.table(dense[plan.index[:, 0], plan.index[:, 1]])
     return tables
 
 
-def _failed(plan: SlidePlan, unit: WorkUnit) -> Any:
-    """Which tiles had pixels that could not be read: bool[n]."""
-    entry, grid = _entry(plan, unit), plan.grid
+def _failed_tiles(ctx: UnitContext, plan: SlidePlan) -> Mask:
+    """The tiles with pixels that could not be read: bool[n]."""
     bad = set()
     for row, column in np.unique(plan.index // plan.slide.recipe.block_tiles, axis=0).tolist():
-        result = entry.receipt(f"{row}-{column}") or {}
-        bad |= {(x, y) for x, y, _, _ in result.get("failed", ())}
-    xy = tile_xy(grid, plan.index).tolist()
-    return np.array([(x, y) in bad for x, y in xy], bool)
+        marks = ctx.cache.receipt(workdir.block_name((row, column))) or {}
+        bad |= {(x, y) for x, y, _, _ in marks.get("failed", ())}
+    return np.array([(x, y) in bad for x, y in tile_xy(plan.grid, plan.index).tolist()], bool)
 
 
-def _tiles(plan: SlidePlan, tables: dict[str, Values], failed: Any, answers: slide_level.SlideAnswers) -> bytes:
+def _tiles_table(
+    ctx: UnitContext, plan: SlidePlan, tables: dict[str, Values], failed: Mask, answers: slide_level.SlideAnswers
+) -> bytes:
     columns = {name: column for values in tables.values() for name, column in values.items()}
     columns |= {f"{name}:attention": shares for name, shares in answers.attention.items()}
     return tiles_table(
         index=plan.index, xy=tile_xy(plan.grid, plan.index), size=tile_size_level0(plan.grid), failed=failed,
         tissue=plan.tissue, columns=columns,
-        classes={t.info.name: t.info.classes for t in context.tasks_of(plan.slide.recipe)},
+        classes={t.info.name: t.info.classes for t in ctx.tasks},
     )  # fmt: skip
 
 
-def _features(plan: SlidePlan, unit: WorkUnit) -> str:
+def _write_features(ctx: UnitContext, plan: SlidePlan) -> str:
     """``features`` float32[n, D] and ``coords`` int64[n, 2], with the attributes that TRIDENT and CLAM know."""
-    entry, recipe, info = _entry(plan, unit), plan.slide.recipe, plan.info
-    vectors = slide_level.gathered(entry, plan.index, recipe.block_tiles)
+    recipe, info = plan.slide.recipe, plan.info
+    vectors = slide_level.gather_features(ctx.cache, plan.index, recipe.block_tiles)
     width, _ = tile_size_level0(plan.grid)
     native = info.objective or (10.0 / info.mpp_x if info.mpp_x else 0.0)
     attributes = {
@@ -285,23 +276,22 @@ def _features(plan: SlidePlan, unit: WorkUnit) -> str:
     return "features.zarr"
 
 
-def _maps(plan: SlidePlan, unit: WorkUnit) -> str:
-    """Blended maps of the pixel tasks, for whoever wants to look at what the objects were made of."""
-    entry = _entry(plan, unit)
+def _write_maps(ctx: UnitContext, plan: SlidePlan) -> str:
+    """Blended maps of the pixel tasks: the values that the objects were made of."""
     units = interpret_units(plan)
-    for task in context.tasks_of(plan.slide.recipe):
+    for task in ctx.tasks:
         if task.scope == "pixel":
-            pieces = (steps.blended_core(task, w, entry) for w in units)
-            write_map(store.join(plan.slide.output, "maps", f"{task.info.name}.zarr"), task, plan.grid, pieces)
+            cores = (blended_core(task, unit, ctx.cache) for unit in units)
+            write_map(store.join(plan.slide.output, "maps", f"{task.info.name}.zarr"), task, plan.grid, cores)
     return "maps"
 
 
 # ---------------------------------------------------------------- files
 
 
-def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]:
-    """slide.json: what was done to this slide and what came of it; nothing of time or place, so reruns agree."""
-    info, recipe, said = plan.info, plan.slide.recipe, done.answers.columns
+def _slide_json(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, object]:
+    """slide.json: how this slide was processed and what was found; nothing of time or place, so reruns agree."""
+    info, recipe, answers = plan.info, plan.slide.recipe, done.answers.columns
     return {
         "format": "wsi-mmm-slide/1", "wsi_mmm_version": __version__, "id": plan.slide.id,
         "uri": store.redact(plan.slide.uri), "status": "partial" if partial else "done" if len(plan.index) else "empty",
@@ -310,10 +300,10 @@ def _facts(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, Any]
         "vendor": info.vendor, "width": info.width, "height": info.height, "mpp_x": info.mpp_x, "mpp_y": info.mpp_y,
         "mpp_requested": recipe.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),
         "objects": done.counts, "classes": done.classes, "repaired": done.repaired, "dropped": done.dropped,
-        "files": done.files, **({} if said is None else {"answers": said}),
+        "files": done.files, **({} if answers is None else {"answers": answers}),
     }  # fmt: skip
 
 
-def _write(task: SlideTask, name: str, data: bytes) -> str:
+def _write_file(task: SlideTask, name: str, data: bytes) -> str:
     store.write_bytes(store.join(task.output, name), data)
     return name

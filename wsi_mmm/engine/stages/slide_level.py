@@ -1,4 +1,4 @@
-"""What bag tasks say of a whole slide: the features of its tiles, in one order, through the model's grouper once."""
+"""Answers of bag tasks for a whole slide: the features of its tiles go through the model's aggregator once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_mmm.cache import ArraySpec, Entry
-from wsi_mmm.engine.plan import SlidePlan
-from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.stages import context
+from wsi_mmm.engine.stages.context import UnitContext
+from wsi_mmm.engine.units import SlidePlan
 from wsi_mmm.types import F32, I64, Mask
 
 
@@ -27,37 +26,32 @@ class SlideAnswers:
     attention: dict[str, F32] = field(default_factory=dict)
 
 
-def asked(recipe: Recipe) -> list[str]:
-    """Names of the tasks that answer per slide: they need the features in the cache, whether published or not."""
-    return [task.info.name for task in context.tasks_of(recipe) if task.scope == "bag"]
-
-
-def answers(plan: SlidePlan, entry: Entry, failed: Mask) -> SlideAnswers:
-    """The answers of a slide whose forward works are in. Tiles in ``failed`` bool[n] are left out: they are white.
+def answer_slide(ctx: UnitContext, plan: SlidePlan, failed: Mask) -> SlideAnswers:
+    """The answers of a slide whose blocks are all forwarded. Tiles in ``failed`` bool[n] are left out: they are white.
 
     Holds the features of the slide's tiles, 4 D bytes each, and one cache shard at a time.
     """
-    names, recipe = asked(plan.slide.recipe), plan.slide.recipe
-    if not names:
+    tasks = [task for task in ctx.tasks if task.scope == "bag"]
+    names = [task.info.name for task in tasks]
+    if not tasks:
         return SlideAnswers()
     blank = np.full(len(plan.index), np.nan, np.float32)
     if failed.all():
         return SlideAnswers({}, dict.fromkeys(names, blank))
     from wsi_mmm.model.bagging import answer_bag
 
-    vectors = gathered(entry, plan.index[~failed], recipe.block_tiles)
-    values, shares = answer_bag(context.runner_of(recipe), vectors, names)
+    vectors = gather_features(ctx.cache, plan.index[~failed], plan.slide.recipe.block_tiles)
+    values, shares = answer_bag(ctx.runner, vectors, names)
     columns: dict[str, str | float | None] = {}
-    for task in context.tasks_of(recipe):
-        if task.scope == "bag":
-            columns |= json_row(task.table(values[task.info.name][None]), task.info.classes)
+    for task in tasks:
+        columns |= json_row(task.table(values[task.info.name][None]), task.info.classes)
     attention = {name: blank.copy() for name in names}
     for name in names:
         attention[name][~failed] = shares[name]
     return SlideAnswers(columns, attention)
 
 
-def gathered(entry: Entry, index: I64, block: int) -> F32:
+def gather_features(entry: Entry, index: I64, block: int) -> F32:
     """Features float32[n, D] of tiles ``index`` int64[n, 2] (row, column), in their order, each shard read once."""
     spec = ArraySpec("features", entry.existing("features").shape[2:], "float32")
     found = np.empty((len(index), *spec.item), np.float32)
@@ -71,7 +65,7 @@ def gathered(entry: Entry, index: I64, block: int) -> F32:
 
 
 def json_row(columns: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]) -> dict[str, str | float | None]:
-    """One row of ``Task.table`` in words and numbers that JSON has; float32 by its shortest digits."""
+    """One row of ``Task.table`` as class names and numbers that JSON has; float32 by its shortest digits."""
     row: dict[str, str | float | None] = {}
     for name, values in columns.items():
         if np.issubdtype(values.dtype, np.integer):

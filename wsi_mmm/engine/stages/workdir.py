@@ -1,62 +1,74 @@
-"""Part files: what an interpret work leaves for publish. Plain npz (never pickled), named by task and block."""
+"""The work folder of a slide under way: its plan and the parts of its blocks. Plain npz, never pickled."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from wsi_mmm.engine.plan import SlidePlan
-from wsi_mmm.engine.units import SlideTask
-from wsi_mmm.errors import StorageError
+from wsi_mmm.engine.stages import context
+from wsi_mmm.engine.units import BlockIndex, SlidePlan, SlideTask
+from wsi_mmm.errors import OutputError, StorageError
 from wsi_mmm.storage import store
 from wsi_mmm.types import F32, I64, Objects
 
-_FIELDS = ("coords", "ring_offsets", "object_offsets", "class_index", "anchor")
-
+Arrays = dict[str, npt.NDArray[Any]]
 
 PLAN = "plan.npz"
+_FIELDS = ("coords", "ring_offsets", "object_offsets", "class_index", "anchor")
+_HALF_WRITTEN = re.compile(
+    r"\.(result\.geojson(\.gz)?|overlay\.png|attention-[\w-]+\.png|tiles\.parquet|slide\.json)\.\w+"
+)
+
+
+def block_name(block: BlockIndex) -> str:
+    """A block as files name it: ``row-column``."""
+    return f"{block[0]}-{block[1]}"
 
 
 def plan_uri(slide: SlideTask) -> str:
-    """Where the plan of a slide in work lies."""
+    """The file of the plan of a slide under way."""
     return store.join(slide.scratch, PLAN)
 
 
-def part_uri(slide: SlideTask, task: str, block: tuple[int, int]) -> str:
-    """Where the part of a block lies."""
-    return store.join(slide.scratch, "parts", f"{task}-{block[0]}-{block[1]}.npz")
+def part_uri(slide: SlideTask, task: str, block: BlockIndex) -> str:
+    """The file of the part of a block."""
+    return store.join(slide.scratch, "parts", f"{task}-{block_name(block)}.npz")
 
 
-def save_part(slide: SlideTask, task: str, block: tuple[int, int], objects: Objects) -> None:
+def save_part(slide: SlideTask, task: str, block: BlockIndex, objects: Objects) -> None:
     """Write a part whole, or not at all."""
     arrays = {name: getattr(objects, name) for name in _FIELDS}
     arrays |= {f"m/{name}": values for name, values in objects.measurements.items()}
-    _save(part_uri(slide, task, block), arrays)
+    _save_arrays(part_uri(slide, task, block), arrays)
 
 
-def load_part(slide: SlideTask, task: str, block: tuple[int, int]) -> Objects:
-    """Read a part back; a missing one is a StorageError that names it."""
-    arrays = _load(part_uri(slide, task, block))
+def load_part(slide: SlideTask, task: str, block: BlockIndex) -> Objects:
+    """Read a part; a missing one is a StorageError that names it."""
+    arrays = _load_arrays(part_uri(slide, task, block))
     measured = {name[2:]: values for name, values in arrays.items() if name.startswith("m/")}
     coords, ring_offsets, object_offsets, class_index, anchor = (arrays[name] for name in _FIELDS)
     return Objects(task, coords, ring_offsets, object_offsets, class_index, anchor, measured)
 
 
 def save_plan(plan: SlidePlan) -> None:
-    """Write down which tiles a slide's results are made of."""
-    _save(plan_uri(plan.slide), {"index": plan.index, "tissue": plan.tissue})
+    """Write the tiles that a slide's results are made of."""
+    _save_arrays(plan_uri(plan.slide), {"index": plan.index, "tissue": plan.tissue})
 
 
 def load_plan(slide: SlideTask) -> tuple[I64, F32]:
     """Tiles int64[n, 2] (row, column) and their tissue share float32[n]."""
-    arrays = _load(plan_uri(slide))
+    arrays = _load_arrays(plan_uri(slide))
     return arrays["index"], arrays["tissue"]
 
 
-def read_json(uri: str) -> dict[str, Any] | None:
+def read_json(uri: str) -> dict[str, object] | None:
     """A JSON object, or None when it is missing or torn."""
     if not store.exists(uri):
         return None
@@ -67,13 +79,38 @@ def read_json(uri: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _save(uri: str, arrays: dict[str, Any]) -> None:
+def remove_scratch(task: SlideTask) -> None:
+    """Remove parts and maps of this slide that are not in a shared cache; the plan goes first (see `check_kept`)."""
+    scratch = store.join(task.output, ".work")
+    context.forget_entries(scratch)
+    for uri in sorted(store.list_uris(scratch), key=lambda uri: not uri.endswith(PLAN)):
+        store.delete(uri)
+    if store.is_local(scratch):
+        shutil.rmtree(store.local_path(scratch), ignore_errors=True)  # the empty folders
+
+
+def remove_half_written(task: SlideTask) -> None:
+    """Remove the files that a run was writing beside their final names when it was killed."""
+    if store.is_local(task.output):
+        for path in Path(store.local_path(task.output)).glob(".*"):
+            if _HALF_WRITTEN.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+
+def check_kept(task: SlideTask) -> None:
+    """Raise OutputError when another run has removed this slide's scratch: what was read from it may be blank."""
+    if not store.exists(plan_uri(task)):
+        where = f"the files in work at {store.redact(task.output)} are gone"
+        raise OutputError(f"{where}: does another run use the same output? run this again")
+
+
+def _save_arrays(uri: str, arrays: Arrays) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     store.write_bytes(uri, buffer.getvalue())
 
 
-def _load(uri: str) -> dict[str, Any]:
+def _load_arrays(uri: str) -> Arrays:
     try:
         with np.load(io.BytesIO(store.read_bytes(uri)), allow_pickle=False) as found:
             return {name: found[name] for name in found.files}

@@ -20,7 +20,7 @@ OFFSET = 1 << 15  # sums are kept less this, as signed numbers of 16 bits
 PAD = 32  # samples behind a row of sums that vectors may read
 
 
-def _compiled(function: Callable[..., None]) -> Any:
+def _compile_loop(function: Callable[..., None]) -> Any:
     """Compile on first use, once per machine; where no folder for compiled code can be written, once per process."""
     try:
         return njit(nogil=True, cache=True)(function)
@@ -73,7 +73,7 @@ _two_in_rows, _four_in_rows, _six_in_rows = (_average_pixels(taps, ROWS) for tap
 _two, _four, _six = (_average_pixels(taps, 1) for taps in (2, 4, 6))
 
 
-@_compiled
+@_compile_loop
 def _sum_rows(  # noqa: PLR0913 (compiled: plain arrays)
     tile: Any, above: Any, first: Any, weight: Any, r0: int, r1: int, sums: Any, lead: int
 ) -> None:
@@ -98,7 +98,7 @@ def _sum_rows(  # noqa: PLR0913 (compiled: plain arrays)
                     line[j] = uint16(line[j] + w * more[j])
 
 
-@_compiled
+@_compile_loop
 def _sum_columns(sums: Any, first: Any, weight: Any, k0: int, r0: int, rows: int, target: Any) -> None:
     """Round the sums of columns k0 and on; any number of taps, one pixel at a time."""
     taps = weight.shape[1]
@@ -113,7 +113,7 @@ def _sum_columns(sums: Any, first: Any, weight: Any, k0: int, r0: int, rows: int
                 out[3 * k + channel] = uint8(total >> uint32(16))
 
 
-@_compiled
+@_compile_loop
 def _sum_columns_by_vectors(sums: Any, first: Any, weight: Any, r0: int, rows: int, target: Any) -> None:
     """The same for 2, 4 or 6 taps, in vectors. The last column is left out: its fourth byte lies outside."""
     taps, line, step = weight.shape[1], sums.ctypes.data, sums.strides[0]
@@ -137,7 +137,7 @@ def _sum_columns_by_vectors(sums: Any, first: Any, weight: Any, r0: int, rows: i
                 _six(source + r * step, step, place + r * pitch, pitch, weights)
 
 
-@_compiled
+@_compile_loop
 def average_tile(  # noqa: PLR0913 (compiled: plain arrays)
     tile: Any, above: Any, edge: Any, first_y: Any, weight_y: Any, first_x: Any, weight_x: Any, target: Any, sums: Any
 ) -> None:

@@ -24,7 +24,7 @@ Decode = Callable[[Sequence[int], Iterator[U8 | None]], Iterator[tuple[int, Tile
 
 @dataclass(frozen=True, slots=True)
 class NativeTiles:
-    """What tiles are made from: the native tiles of ``tiling`` that ``want`` names, by ``decode`` or from ``cache``."""
+    """The native tiles of ``tiling`` that ``want`` names, got by ``decode`` or from ``cache``."""
 
     tiling: Tiling
     want: Want

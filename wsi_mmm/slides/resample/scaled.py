@@ -56,7 +56,7 @@ def sources_of(levels: Sequence[Level], shrinks: Sequence[int] = (1,)) -> tuple[
     top = levels[0]
     found = []
     for n, level in enumerate(levels):
-        down_x, down_y = _downsample(top, level)
+        down_x, down_y = _pixel_spacing(top, level)
         for s in shrinks:
             if level.tile_width % s == 0 and level.tile_height % s == 0:
                 width, height = -(-level.width // s), -(-level.height // s)
@@ -76,7 +76,7 @@ def sources_of(levels: Sequence[Level], shrinks: Sequence[int] = (1,)) -> tuple[
     return tuple(found)
 
 
-def _downsample(top: Level, level: Level) -> tuple[float, float]:
+def _pixel_spacing(top: Level, level: Level) -> tuple[float, float]:
     """Return the spacing of a level's pixels in level-0 px.
 
     Writers halve or quarter, and round the size up or down: where one integer explains both sides, that is the spacing
@@ -100,15 +100,15 @@ def pick(sources: Sequence[Source], block: Block, exact_until: float = 1.0) -> S
 def copied(source: Source, scale_x: float, scale_y: float) -> bool:
     """Tell whether target px at this scale (origin 0) are pixels of ``source``."""
     return (
-        _axis(0, 0, scale_x / source.downsample_x, 0.0).copies()
-        and _axis(0, 0, scale_y / source.downsample_y, 0.0).copies()
+        _block_axis(0, 0, scale_x / source.downsample_x, 0.0).copies()
+        and _block_axis(0, 0, scale_y / source.downsample_y, 0.0).copies()
     )
 
 
 def _fine_enough(block: Block, source: Source) -> bool:
     """Averaging averages is exact only where the boxes nest; else the source must be clearly finer than the target."""
     return all(
-        scale >= _FINER * down or (_whole(scale / down) and origin % down == 0)
+        scale >= _FINER * down or (_is_whole(scale / down) and origin % down == 0)
         for scale, down, origin in (
             (block.scale_x, source.downsample_x, block.origin_x),
             (block.scale_y, source.downsample_y, block.origin_y),
@@ -116,7 +116,7 @@ def _fine_enough(block: Block, source: Source) -> bool:
     )
 
 
-def _whole(ratio: float) -> bool:
+def _is_whole(ratio: float) -> bool:
     return round(ratio) >= 1 and abs(ratio - round(ratio)) < _SAME
 
 
@@ -124,21 +124,21 @@ def read_scaled(block: Block, sources: Sequence[Source], fetch: Fetch, exact_unt
     """Return the block's canvas, fetched from the best source and resampled once."""
     source = pick(sources, block, exact_until)
     pixels = np.empty((block.height, block.width, 3), np.uint8)
-    x = _axis(block.x, block.width, block.scale_x / source.downsample_x, block.origin_x / source.downsample_x)
-    y = _axis(block.y, block.height, block.scale_y / source.downsample_y, block.origin_y / source.downsample_y)
+    x = _block_axis(block.x, block.width, block.scale_x / source.downsample_x, block.origin_x / source.downsample_x)
+    y = _block_axis(block.y, block.height, block.scale_y / source.downsample_y, block.origin_y / source.downsample_y)
     kx0, kx1 = x.inside(source.extent_x)
     ky0, ky1 = y.inside(source.extent_y)
     if (kx0, kx1, ky0, ky1) != (0, block.width, 0, block.height):
         pixels[...] = WHITE
-    parts = _parts(kx0, kx1, ky0, ky1, max(1.0, x.scale) * max(1.0, y.scale))
+    parts = _cut_parts(kx0, kx1, ky0, ky1, max(1.0, x.scale) * max(1.0, y.scale))
     failed = [_read_part(pixels, x, y, part, source=source, fetch=fetch) for part in parts]
     return Canvas(pixels, merge_failed(failed))
 
 
 def taps_of(block: Block, source: Source) -> tuple[Taps, Taps] | None:
     """Return how the block's rows and columns are averaged; None where pixels are copied or lie beyond ``source``."""
-    x = _axis(block.x, block.width, block.scale_x / source.downsample_x, block.origin_x / source.downsample_x)
-    y = _axis(block.y, block.height, block.scale_y / source.downsample_y, block.origin_y / source.downsample_y)
+    x = _block_axis(block.x, block.width, block.scale_x / source.downsample_x, block.origin_x / source.downsample_x)
+    y = _block_axis(block.y, block.height, block.scale_y / source.downsample_y, block.origin_y / source.downsample_y)
     right, bottom = min(source.extent_x, source.width), min(source.extent_y, source.height)
     if (x.copies() and y.copies()) or not (x.within(right) and y.within(bottom)):
         return None
@@ -181,12 +181,12 @@ class _Axis:
         return taps(self.start + k0, k1 - k0, self.scale, self.origin, size)
 
 
-def _axis(start: int, count: int, scale: float, origin: float) -> _Axis:
+def _block_axis(start: int, count: int, scale: float, origin: float) -> _Axis:
     # Within 1e-6 of an equal scale the positions of a slide 100,000 px wide drift by less than a tenth of a pixel.
     return _Axis(start, count, 1.0 if abs(scale - 1) < _SAME else scale, origin)
 
 
-def _parts(kx0: int, kx1: int, ky0: int, ky1: int, cost: float) -> list[tuple[int, int, int, int]]:
+def _cut_parts(kx0: int, kx1: int, ky0: int, ky1: int, cost: float) -> list[tuple[int, int, int, int]]:
     """Cut the output into parts whose source stays small; pixels do not depend on the cut."""
     side = max(1, int((_CANVAS_PIXELS / cost) ** 0.5))
     if (kx1 - kx0) * (ky1 - ky0) <= side * side:
@@ -202,10 +202,10 @@ def _read_part(pixels: U8, x: _Axis, y: _Axis, part: tuple[int, int, int, int], 
     if x.copies() and y.copies():
         left, top = x.start + kx0 + round(x.origin), y.start + ky0 + round(y.origin)
         return _white_around(source, fetch, (left, top, left + kx1 - kx0, top + ky1 - ky0), out)
-    return _resampled(out, y.taps(ky0, ky1, source.height), x.taps(kx0, kx1, source.width), source, fetch)
+    return _resample_part(out, y.taps(ky0, ky1, source.height), x.taps(kx0, kx1, source.width), source, fetch)
 
 
-def _resampled(out: U8, ty: Taps, tx: Taps, source: Source, fetch: Fetch) -> I64:
+def _resample_part(out: U8, ty: Taps, tx: Taps, source: Source, fetch: Fetch) -> I64:
     """Fetch row of tiles after row of tiles and average what is complete, while it is near the processor."""
     cuts = [ty.first, *range((ty.first // source.step + 1) * source.step, ty.stop, source.step), ty.stop]
     rows = np.empty((max(np.diff(cuts)) + ty.taps, tx.stop - tx.first, 3), np.uint8)

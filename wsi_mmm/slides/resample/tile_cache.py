@@ -22,7 +22,7 @@ class TileCache(Generic[Key, Value]):
         self.used = 0
         self._hot: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
         self._cold: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
-        self._flying: set[Key] = set()
+        self._loading: set[Key] = set()
         self._changed = threading.Condition()
 
     def visit(
@@ -38,16 +38,16 @@ class TileCache(Generic[Key, Value]):
         """
         left = list(keys)
         while left:
-            have, mine, theirs = self._claim(left)
+            have, mine, theirs = self._claim_keys(left)
             for key, value in have:
                 use(key, value)
             if mine:
-                with self._release(mine):
+                with self._release_keys(mine):
                     for key, value, size in load(mine):
                         use(key, value)
-                        self._land(key, value, size, cold=cold(key))
+                        self._store_value(key, value, size, cold=cold(key))
             elif theirs and not have:
-                self._wait(theirs)
+                self._wait_for(theirs)
             left = theirs
 
     def missing(self, keys: Sequence[Key]) -> list[Key]:
@@ -62,28 +62,28 @@ class TileCache(Generic[Key, Value]):
             self._cold.clear()
             self.used = 0
 
-    def _claim(self, keys: Sequence[Key]) -> tuple[list[tuple[Key, Value]], list[Key], list[Key]]:
+    def _claim_keys(self, keys: Sequence[Key]) -> tuple[list[tuple[Key, Value]], list[Key], list[Key]]:
         have: list[tuple[Key, Value]] = []
         mine: list[Key] = []
         theirs: list[Key] = []
         with self._changed:
             for key in keys:
-                found = self._find(key)
+                found = self._find_value(key)
                 if found is not None:
                     have.append((key, found[0]))
-                elif key in self._flying:
+                elif key in self._loading:
                     theirs.append(key)
                 else:
                     mine.append(key)
-            self._flying.update(mine)
+            self._loading.update(mine)
         return have, mine, theirs
 
-    def _wait(self, keys: Sequence[Key]) -> None:
+    def _wait_for(self, keys: Sequence[Key]) -> None:
         """Return when at least one of ``keys`` has landed or was given up."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._flying.issuperset(keys))
+            self._changed.wait_for(lambda: not self._loading.issuperset(keys))
 
-    def _find(self, key: Key) -> tuple[Value, int] | None:
+    def _find_value(self, key: Key) -> tuple[Value, int] | None:
         for shelf in (self._hot, self._cold):
             if key in shelf:
                 shelf.move_to_end(key)
@@ -91,17 +91,17 @@ class TileCache(Generic[Key, Value]):
         return None
 
     @contextmanager
-    def _release(self, keys: Sequence[Key]) -> Iterator[None]:
+    def _release_keys(self, keys: Sequence[Key]) -> Iterator[None]:
         try:
             yield
         finally:
             with self._changed:
-                self._flying.difference_update(keys)
+                self._loading.difference_update(keys)
                 self._changed.notify_all()
 
-    def _land(self, key: Key, value: Value, size: int, *, cold: bool) -> None:
+    def _store_value(self, key: Key, value: Value, size: int, *, cold: bool) -> None:
         with self._changed:
-            self._flying.discard(key)
+            self._loading.discard(key)
             (self._cold if cold else self._hot)[key] = (value, size)
             self.used += size
             while self.used > self.limit and (self._cold or self._hot):

@@ -1,4 +1,7 @@
-"""Filling a window of a source from native tiles that are decoded once and cached. Shared by all readers of files."""
+"""Native tiles over a source: the ones that tiles of a target grid need, and windows filled from them.
+
+Native tiles are decoded once and cached. Shared by all readers of files.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from typing import Protocol
 
 import numpy as np
 
-from wsi_mmm.slides.resample.scaled import NO_FAILURES, WHITE, Source, Window, level0_rect, merge_failed
+from wsi_mmm.slides.resample.scaled import NO_FAILURES, WHITE, Source, Window, copied, level0_rect, merge_failed
 from wsi_mmm.slides.resample.tile_cache import TileCache
-from wsi_mmm.types import I64, U8, SlideInfo
+from wsi_mmm.slides.resample.weights import reach
+from wsi_mmm.types import I64, U8, Mask, SlideInfo, Tiles
 
 CACHE_BYTES = 128 << 20
 Key = tuple[int, int, int]  # level, shrink, tile number (row-major)
@@ -59,6 +63,48 @@ class Tiling:
         return x, y, min(x + self.width, self.source.width), min(y + self.height, self.source.height)
 
 
+def nested(tiles: Tiles, tiling: Tiling) -> Mask:
+    """Return bool[n]: tiles made of whole native tiles, pixel for pixel, that lie wholly on the slide."""
+    source = tiling.source
+    width, height = tiling.width, tiling.height
+    if not copied(source, tiles.scale_x, tiles.scale_y) or tiles.size % width or tiles.size % height:
+        return np.zeros(len(tiles.xy), bool)
+    x, y = tiles.xy[:, 0], tiles.xy[:, 1]
+    right, bottom = min(source.extent_x, source.width) - tiles.size, min(source.extent_y, source.height) - tiles.size
+    return np.asarray((x % width == 0) & (y % height == 0) & (x <= right) & (y <= bottom), bool)
+
+
+def inner_numbers(tiles: Tiles, tiling: Tiling) -> I64:
+    """Return the numbers int64[n, k * k] of the native tiles of nested tiles, row-major in each."""
+    down, across = tiles.size // tiling.height, tiles.size // tiling.width
+    row, column = tiles.xy[:, 1] // tiling.height, tiles.xy[:, 0] // tiling.width
+    inner = np.arange(down)[:, None] * tiling.columns + np.arange(across)
+    return (row * tiling.columns + column)[:, None] + inner.ravel()
+
+
+def needed_numbers(tiles: Tiles, tiling: Tiling) -> I64:
+    """Return the sorted numbers int64[m] of all native tiles that some tile uses."""
+    if nested(tiles, tiling).all():
+        return np.sort(inner_numbers(tiles, tiling), axis=None)
+    source = tiling.source
+    c0, c1 = _tile_span(tiles.xy[:, 0], tiles.size, tiles.scale_x / source.downsample_x, source.width, tiling.width)
+    r0, r1 = _tile_span(tiles.xy[:, 1], tiles.size, tiles.scale_y / source.downsample_y, source.height, tiling.height)
+    left, top = int(c0.min()), int(r0.min())
+    marks = np.zeros((int(r1.max()) - top + 1, int(c1.max()) - left + 1), np.int32)
+    for r, c, sign in ((r0, c0, 1), (r0, c1, -1), (r1, c0, -1), (r1, c1, 1)):  # a rectangle is four corners, summed
+        np.add.at(marks, (r - top, c - left), sign)
+    row, column = np.nonzero(marks.cumsum(axis=0).cumsum(axis=1))
+    return np.asarray((row + top) * tiling.columns + column + left, np.int64)
+
+
+def _tile_span(start: I64, count: int, scale: float, size: int, step: int) -> tuple[I64, I64]:
+    """First native tile and one past the last along an axis, for tiles that begin at ``start``."""
+    first, stop = reach(start, count, scale)
+    first, stop = np.clip(first, 0, size), np.clip(stop, 0, size)
+    stop = np.where(stop > first, -(-stop // step), first // step)
+    return np.minimum(first // step, stop), stop
+
+
 @dataclass(frozen=True, slots=True)
 class Want:
     """Native tiles that a window is filled from: ``only`` these (None: all under it).
@@ -88,7 +134,7 @@ def fill(
 
     What ``load`` yields may be overwritten once the next tile is asked for, except for tiles that are kept.
     """
-    places, whole, own = _places(tiling, window, want)
+    places, whole, own = _place_tiles(tiling, window, want)
     failed: list[Window] = []
 
     def place(key: Key, tile: Tile) -> None:
@@ -107,7 +153,7 @@ def fill(
 Part = tuple[slice, slice]
 
 
-def _places(
+def _place_tiles(
     tiling: Tiling, window: Window, want: Want
 ) -> tuple[dict[Key, tuple[Part, Part]], set[Key], dict[Key, None]]:
     """Per tile under the window where it goes, and which part of it; those that lie wholly in the window; and those of

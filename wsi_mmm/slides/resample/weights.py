@@ -58,14 +58,14 @@ def taps(start: int, count: int, scale: float, origin: float = 0.0, size: int | 
     """
     position = np.arange(start, start + count + 1)
     if scale < 1.0 - 1e-9:
-        centre = _fixed(origin + (position[:-1] + 0.5) * scale - 0.5)
+        centre = _fixed_point(origin + (position[:-1] + 0.5) * scale - 0.5)
         right = ((centre & (_ONE - 1)) * _WEIGHT + _ONE // 2) >> 16
         first, weight = centre >> 16, np.stack([_WEIGHT - right, right], axis=1)
         if size is not None:
             weight[(first < 0) | (first >= size - 1)] = _WEIGHT, 0
             first = np.clip(first, 0, size - 1)
         return _dense_taps(first, weight)
-    edges = _fixed(origin + position * scale)
+    edges = _fixed_point(origin + position * scale)
     low, high = edges[:-1, None], edges[1:, None]
     first = edges[:-1] >> 16
     most = int((-(-edges[1:] >> 16) - first).max())
@@ -77,11 +77,13 @@ def taps(start: int, count: int, scale: float, origin: float = 0.0, size: int | 
 def reach(start: I64, count: int, scale: float) -> tuple[I64, I64]:
     """First source px and one past the last that output pixels start..start+count-1 use at most, for each start."""
     if scale < 1.0 - 1e-9:
-        return _fixed((start + 0.5) * scale - 0.5) >> 16, (_fixed((start + count - 0.5) * scale - 0.5) >> 16) + 2
-    return _fixed(start * scale) >> 16, -(-_fixed((start + count) * scale) >> 16)
+        return _fixed_point((start + 0.5) * scale - 0.5) >> 16, (
+            _fixed_point((start + count - 0.5) * scale - 0.5) >> 16
+        ) + 2
+    return _fixed_point(start * scale) >> 16, -(-_fixed_point((start + count) * scale) >> 16)
 
 
-def _fixed(position: npt.NDArray[np.floating[Any]]) -> I64:
+def _fixed_point(position: npt.NDArray[np.floating[Any]]) -> I64:
     """Source px, rounded to 1/65536."""
     return np.asarray(np.floor(position * _ONE + 0.5), np.int64)
 

@@ -19,7 +19,7 @@ from wsi_mmm.errors import NotFound, StorageError, TransientCause, TransientErro
 from wsi_mmm.storage.ranges import Counter
 from wsi_mmm.storage.remote import Endpoint, OnBegin, request, wait_for
 from wsi_mmm.storage.translate import SHORT
-from wsi_mmm.timing import spent
+from wsi_mmm.timing import timed
 
 if TYPE_CHECKING:
     import aiohttp
@@ -53,7 +53,7 @@ class ServiceClient:
 
     def get_many(self, urls: Sequence[str], most: Sequence[int], *, name: str, counter: Counter) -> list[bytes]:
         """Return the answers in order, at most ``most`` bytes each. Raises NotFound, StorageError."""
-        with spent("fetch"):
+        with timed("fetch"):
             return wait_for(self._fetch_all(urls, most, name, counter))
 
     async def _fetch_all(self, urls: Sequence[str], most: Sequence[int], name: str, counter: Counter) -> list[bytes]:

@@ -21,10 +21,9 @@ from wsi_mmm.errors import StorageError
 from wsi_mmm.slides.base import Fetched, ReadStats
 from wsi_mmm.slides.region_reader import over_white
 from wsi_mmm.slides.resample.cut import cut_tiles
-from wsi_mmm.slides.resample.direct import needed_numbers
 from wsi_mmm.slides.resample.scaled import Source, Window, pick, read_scaled, sources_of
 from wsi_mmm.slides.resample.tile_cache import TileCache
-from wsi_mmm.slides.resample.tiled import EVERYTHING, Key, Tile, Tiling, Want, fill, size_of
+from wsi_mmm.slides.resample.tiled import EVERYTHING, Key, Tile, Tiling, Want, fill, needed_numbers, size_of
 from wsi_mmm.slides.service.client import ServiceClient
 from wsi_mmm.slides.service.cuts import GridCuts, PictureCuts
 from wsi_mmm.slides.service.info import parse_slide_info

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from wsi_mmm.slides.tiff.metadata import Plane
+from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.types import U8
 
 # APP14 'Adobe', version 100, no flags, then the colour transform: 0 = none (RGB), 1 = YCbCr.
@@ -18,7 +19,6 @@ _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 _SOI = b"\xff\xd8"
 _JFIF = b"\xff\xd8\xff\xe0"
 _YCC_J2K = 33003
-Buffer = bytes | memoryview
 
 
 class UndecodableError(Exception):
@@ -39,8 +39,8 @@ def decoder(plane: Plane) -> Decode:
     if plane.compression == 7:
         return _jpeg_decoder(plane)
     if plane.compression in (33003, 33005, 34712):
-        return lambda data, shrink, rows, out=None: _jpeg2000(plane, bytes(data), rows)
-    return lambda data, shrink, rows, out=None: _plain(plane, bytes(data), rows)
+        return lambda data, shrink, rows, out=None: _decode_jpeg2000(plane, bytes(data), rows)
+    return lambda data, shrink, rows, out=None: _decode_plain(plane, bytes(data), rows)
 
 
 def shrinks(plane: Plane) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ def most_bytes(plane: Plane) -> int:
 def _jpeg_decoder(plane: Plane) -> Decode:
     import simplejpeg
 
-    inverted, complete = plane.photometric == 0, _completed(plane)
+    inverted, complete = plane.photometric == 0, _stream_completer(plane)
 
     def decode(data: Buffer, shrink: int, rows: int, out: U8 | None = None) -> U8:
         raw = complete(data)
@@ -70,18 +70,18 @@ def _jpeg_decoder(plane: Plane) -> Decode:
             raise UndecodableError(str(error)) from error
         if pixels.shape[1] != width or (plane.tiled and pixels.shape[0] != height):
             raise UndecodableError(f"a JPEG of {pixels.shape[1]} x {pixels.shape[0]} px")
-        whole = buffer if pixels.shape[0] == height else _padded(pixels, height, -(-rows // shrink))
+        whole = buffer if pixels.shape[0] == height else _pad_strip(pixels, height, -(-rows // shrink))
         return 255 - whole if inverted else whole
 
     return decode
 
 
-def _completed(plane: Plane) -> Callable[[Buffer], Buffer]:
+def _stream_completer(plane: Plane) -> Callable[[Buffer], Buffer]:
     """Return what makes a tile a whole JPEG stream: with the shared tables, and with markers that say its colours."""
     head = _SOI + (_ADOBE + (b"\x01" if plane.photometric == 6 else b"\x00") if plane.samples == 3 else b"")
-    head += _tables(plane)
+    head += _shared_tables(plane)
     rgb = plane.photometric != 6
-    plain = not rgb and not _tables(plane)
+    plain = not rgb and not _shared_tables(plane)
 
     def complete(data: Buffer) -> Buffer:
         start = bytes(data[:4])
@@ -96,7 +96,7 @@ def _completed(plane: Plane) -> Callable[[Buffer], Buffer]:
     return complete
 
 
-def _tables(plane: Plane) -> bytes:
+def _shared_tables(plane: Plane) -> bytes:
     """The quantisation and Huffman tables that all tiles share, without the markers round them."""
     tables = plane.directory.values.get(347, b"")
     stop = tables.rfind(b"\xff\xd9")
@@ -115,7 +115,7 @@ def _without_colour_markers(data: bytes) -> bytes:
     return b"".join([*kept, data[at:]])
 
 
-def _padded(pixels: U8, height: int, rows: int) -> U8:
+def _pad_strip(pixels: U8, height: int, rows: int) -> U8:
     """The last strip of an image may be shorter than the others; rows below its ``rows`` are outside the image."""
     if not rows <= pixels.shape[0] <= height:
         raise UndecodableError(f"a strip of {pixels.shape[0]} rows where {rows} are needed")
@@ -124,7 +124,7 @@ def _padded(pixels: U8, height: int, rows: int) -> U8:
     return full
 
 
-def _jpeg2000(plane: Plane, data: bytes, needed: int) -> U8:
+def _decode_jpeg2000(plane: Plane, data: bytes, needed: int) -> U8:
     import imagecodecs
 
     at = data.find(b"\xff\x4f\xff\x51", 0, 4096)
@@ -136,8 +136,8 @@ def _jpeg2000(plane: Plane, data: bytes, needed: int) -> U8:
         raise UndecodableError(str(error)) from error
     # Halved chroma (Aperio's 33003) is enlarged by the codec, which then also turns it into RGB.
     ycc = (plane.compression == _YCC_J2K or plane.photometric == 6) and not subsampled
-    found = _from_ycc(_rgb(plane, pixels)) if ycc else _rgb(plane, pixels)
-    return found if len(found) == plane.tile_height else _padded(found, plane.tile_height, needed)
+    found = _from_ycc(_as_rgb(plane, pixels)) if ycc else _as_rgb(plane, pixels)
+    return found if len(found) == plane.tile_height else _pad_strip(found, plane.tile_height, needed)
 
 
 def _check_size(plane: Plane, data: bytes, at: int, needed: int) -> bool:
@@ -165,11 +165,11 @@ def _from_ycc(pixels: U8) -> U8:
     return np.clip(np.floor(rgb + 0.5), 0, 255).astype(np.uint8)
 
 
-def _plain(plane: Plane, data: bytes, needed: int) -> U8:
+def _decode_plain(plane: Plane, data: bytes, needed: int) -> U8:
     """Uncompressed, LZW, deflate, packbits or zstd, with an optional horizontal predictor."""
     row = plane.tile_width * plane.samples
     size = row * plane.tile_height
-    raw = _unpacked(plane.compression, data, size)
+    raw = _unpack_bytes(plane.compression, data, size)
     rows = len(raw) // row
     if rows < needed:
         raise UndecodableError(f"{len(raw)} bytes of {size}")
@@ -177,11 +177,11 @@ def _plain(plane: Plane, data: bytes, needed: int) -> U8:
     pixels = pixels.reshape(-1, plane.tile_width, plane.samples)
     if plane.predictor == 2:
         pixels = np.cumsum(pixels, axis=1, dtype=np.uint8)
-    found = _rgb(plane, pixels)
-    return found if len(found) == plane.tile_height else _padded(found, plane.tile_height, needed)
+    found = _as_rgb(plane, pixels)
+    return found if len(found) == plane.tile_height else _pad_strip(found, plane.tile_height, needed)
 
 
-def _unpacked(compression: int, data: bytes, size: int) -> bytes:
+def _unpack_bytes(compression: int, data: bytes, size: int) -> bytes:
     if compression == 1:
         return data[:size]
     import imagecodecs
@@ -200,7 +200,7 @@ def _unpacked(compression: int, data: bytes, size: int) -> bytes:
         raise UndecodableError(str(error)) from error
 
 
-def _rgb(plane: Plane, pixels: Any) -> U8:
+def _as_rgb(plane: Plane, pixels: Any) -> U8:
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.shape[1:2] != (plane.tile_width,):

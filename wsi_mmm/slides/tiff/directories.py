@@ -29,7 +29,7 @@ OFFSET_TAGS = (324, 325, 273, 279)  # tile and strip tables: big, read only for 
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TagEntry:
     """One tag: where its ``count`` values of TIFF type ``kind`` lie in the file, or the values themselves."""
 
     kind: int
@@ -48,9 +48,9 @@ class Directory:
     """One image of the file: its tags, small values loaded."""
 
     offset: int
-    entries: Mapping[int, Entry]
+    entries: Mapping[int, TagEntry]
     values: Mapping[int, bytes]
-    order: str
+    endian: str
     sub: tuple[Directory, ...] = field(default=())
 
     def numbers(self, tag: int) -> list[float]:
@@ -59,7 +59,7 @@ class Directory:
         if entry is None or raw is None or entry.kind == 2:
             return []
         with np.errstate(invalid="ignore"):  # numbers that are none: 0 below
-            flat = np.frombuffer(raw, self.order + _TYPES[entry.kind]).astype(np.float64)
+            flat = np.frombuffer(raw, self.endian + _TYPES[entry.kind]).astype(np.float64)
         if entry.kind in _PAIRS:
             return [float(a / b) if b else 0.0 for a, b in flat.reshape(-1, 2)]
         return [float(v) if np.isfinite(v) else 0.0 for v in flat]
@@ -75,7 +75,7 @@ class Directory:
 
 
 class _Window:
-    """Reads small pieces; what lies behind one is held, so that neighbouring directories cost one request."""
+    """Reads short ranges; the bytes behind one are kept, so that neighbouring directories cost one request."""
 
     def __init__(self, store: ByteStore) -> None:
         self.store = buffered(store)
@@ -95,20 +95,20 @@ class _Window:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    order: str
+    endian: str
     big: bool
 
     @property
     def entry(self) -> struct.Struct:
-        return struct.Struct(self.order + ("HHQ8s" if self.big else "HHI4s"))
+        return struct.Struct(self.endian + ("HHQ8s" if self.big else "HHI4s"))
 
     @property
     def pointer(self) -> struct.Struct:
-        return struct.Struct(self.order + ("Q" if self.big else "I"))
+        return struct.Struct(self.endian + ("Q" if self.big else "I"))
 
     @property
     def counter(self) -> struct.Struct:
-        return struct.Struct(self.order + ("Q" if self.big else "H"))
+        return struct.Struct(self.endian + ("Q" if self.big else "H"))
 
 
 def is_tiff(head: bytes) -> bool:
@@ -127,25 +127,25 @@ def read_directories(store: ByteStore) -> list[Directory]:
     layout = _Layout("<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+"))
     first = layout.pointer.unpack_from(head, 8 if layout.big else 4)[0]
     seen: set[int] = set()
-    chain = _chain(window, layout, first, seen)
+    chain = _read_chain(window, layout, first, seen)
     if not chain:
         raise SlideDamaged(f"{redact(store.uri)} is a TIFF without any image; copy it again")
-    found = [_loaded(window, d, _NUMBERS if n else _TEXTS + _NUMBERS) for n, d in enumerate(chain)]
+    found = [_load_values(window, d, _NUMBERS if n else _TEXTS + _NUMBERS) for n, d in enumerate(chain)]
     return [_with_sub(window, layout, d, seen) for d in found]
 
 
-def _chain(window: _Window, layout: _Layout, offset: int, seen: set[int]) -> list[Directory]:
+def _read_chain(window: _Window, layout: _Layout, offset: int, seen: set[int]) -> list[Directory]:
     found: list[Directory] = []
     while offset:
         if offset in seen:
             raise SlideDamaged(f"{redact(window.store.uri)} is damaged: its directories form a loop; copy it again")
-        _remember(window, offset, seen)
-        directory, offset = _directory(window, layout, offset)
+        _remember_offset(window, offset, seen)
+        directory, offset = _read_directory(window, layout, offset)
         found.append(directory)
     return found
 
 
-def _remember(window: _Window, offset: int, seen: set[int]) -> None:
+def _remember_offset(window: _Window, offset: int, seen: set[int]) -> None:
     seen.add(offset)
     if len(seen) > _MAX_DIRECTORIES:
         name = redact(window.store.uri)
@@ -154,47 +154,47 @@ def _remember(window: _Window, offset: int, seen: set[int]) -> None:
         )
 
 
-def _directory(window: _Window, layout: _Layout, offset: int) -> tuple[Directory, int]:
+def _read_directory(window: _Window, layout: _Layout, offset: int) -> tuple[Directory, int]:
     counter, entry, pointer = layout.counter, layout.entry, layout.pointer
     number = counter.unpack(window.read(offset, counter.size))[0]
     if not 0 < number <= _MAX_TAGS:
         raise SlideDamaged(f"{redact(window.store.uri)} is damaged: a directory claims {number} tags")
     raw = window.read(offset + counter.size, number * entry.size + pointer.size)
-    entries: dict[int, Entry] = {}
+    entries: dict[int, TagEntry] = {}
     for tag, kind, count, value in entry.iter_unpack(raw[: number * entry.size]):
         if kind in _TYPES and tag not in entries:
-            entries[tag] = _entry(window, layout, tag, (kind, count, value))
+            entries[tag] = _check_entry(window, layout, tag, (kind, count, value))
     following: int = pointer.unpack_from(raw, number * entry.size)[0]
-    return Directory(offset, entries, {}, layout.order), following
+    return Directory(offset, entries, {}, layout.endian), following
 
 
-def _entry(window: _Window, layout: _Layout, tag: int, found: tuple[int, int, bytes]) -> Entry:
+def _check_entry(window: _Window, layout: _Layout, tag: int, found: tuple[int, int, bytes]) -> TagEntry:
     kind, count, value = found
-    entry = Entry(kind, count, 0, None)
+    entry = TagEntry(kind, count, 0, None)
     size = entry.size
     if size <= len(value):
-        return Entry(kind, count, 0, value[:size])
+        return TagEntry(kind, count, 0, value[:size])
     offset = layout.pointer.unpack(value)[0]
     if offset + size > window.store.size and (tag in OFFSET_TAGS or tag in _NUMBERS):
         raise SlideDamaged(
             f"{redact(window.store.uri)} is truncated or damaged: tag {tag} claims {size} bytes at {offset}, "
             f"the file has {window.store.size}"
         )
-    return Entry(kind, count, offset, None)
+    return TagEntry(kind, count, offset, None)
 
 
-def _loaded(window: _Window, directory: Directory, wanted: Sequence[int] = _NUMBERS) -> Directory:
+def _load_values(window: _Window, directory: Directory, wanted: Sequence[int] = _NUMBERS) -> Directory:
     """Load the values of the ``wanted`` tags; the tables of tiles are big, and asked for of the levels in use only."""
     values: dict[int, bytes] = {}
     for tag, entry in directory.entries.items():
         if entry.inline is not None:
             values[tag] = entry.inline
         elif tag in wanted and entry.size <= (_MAX_TEXT if tag in _TEXTS else _MAX_NUMBERS):
-            values[tag] = _value(window, entry)
-    return Directory(directory.offset, directory.entries, values, directory.order)
+            values[tag] = _read_value(window, entry)
+    return Directory(directory.offset, directory.entries, values, directory.endian)
 
 
-def _value(window: _Window, entry: Entry) -> bytes:
+def _read_value(window: _Window, entry: TagEntry) -> bytes:
     return window.read(entry.offset, entry.size) if entry.offset + entry.size <= window.store.size else b""
 
 
@@ -208,7 +208,7 @@ def table(store: ByteStore, directories: Sequence[Directory], tags: Sequence[int
         raw = entry.inline if entry.inline is not None else next(parts)
         if len(raw) < entry.size or entry.kind not in (3, 4, 13, 16, 18):
             raise SlideDamaged(f"{redact(store.uri)} is truncated inside its table of tiles; copy it again")
-        out.append(np.frombuffer(raw, directory.order + _TYPES[entry.kind]).astype(np.int64))
+        out.append(np.frombuffer(raw, directory.endian + _TYPES[entry.kind]).astype(np.int64))
     return out
 
 
@@ -217,6 +217,6 @@ def _with_sub(window: _Window, layout: _Layout, directory: Directory, seen: set[
     sub = []
     for offset in dict.fromkeys(int(v) for v in directory.numbers(SUBIFDS)):
         if offset and offset not in seen:
-            _remember(window, offset, seen)
-            sub.append(_loaded(window, _directory(window, layout, offset)[0]))
-    return Directory(directory.offset, directory.entries, directory.values, directory.order, tuple(sub))
+            _remember_offset(window, offset, seen)
+            sub.append(_load_values(window, _read_directory(window, layout, offset)[0]))
+    return Directory(directory.offset, directory.entries, directory.values, directory.endian, tuple(sub))

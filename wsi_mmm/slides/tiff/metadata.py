@@ -1,4 +1,4 @@
-"""What a TIFF slide is: which directories are pyramid levels, what vendor wrote it, and its resolution."""
+"""Pyramid levels, vendor and resolution of a TIFF slide, found in its directories."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def describe(directories: Sequence[Directory], name: str) -> TiffSlide:
     vendor = vendor_of(first)
     if vendor is None:
         raise NotASlide(f"{name} is a vendor's TIFF that only OpenSlide reads; give reader='openslide' or leave it out")
-    planes = _pyramid(directories, name)
+    planes = _find_pyramid(directories, name)
     top = planes[0]
     if vendor == "ome" and top.samples == 1 and _ome_channels(text) > 1:
         raise NotASlide(
@@ -80,8 +80,8 @@ def describe(directories: Sequence[Directory], name: str) -> TiffSlide:
         for p in planes
     )
     properties = _aperio_properties(text) if vendor == "aperio" else {}
-    mpp = _mpp(first, vendor, text, properties)
-    return TiffSlide(planes, levels, vendor, mpp, _objective(vendor, text, properties), properties)
+    mpp = _find_mpp(first, vendor, text, properties)
+    return TiffSlide(planes, levels, vendor, mpp, _find_objective(vendor, text, properties), properties)
 
 
 def vendor_of(first: Directory) -> str | None:
@@ -98,7 +98,7 @@ def vendor_of(first: Directory) -> str | None:
     return "generic-tiff"
 
 
-def _pyramid(directories: Sequence[Directory], name: str) -> tuple[Plane, ...]:
+def _find_pyramid(directories: Sequence[Directory], name: str) -> tuple[Plane, ...]:
     top = plane_of(directories[0], name)
     _check_supported(top, name)
     chosen = [top]
@@ -187,20 +187,20 @@ def _aperio_properties(text: str) -> dict[str, str]:
     return {f"aperio.{key.strip()}": value.strip() for key, value in pairs}
 
 
-def _mpp(first: Directory, vendor: str, text: str, properties: Mapping[str, str]) -> tuple[float, float] | None:
+def _find_mpp(first: Directory, vendor: str, text: str, properties: Mapping[str, str]) -> tuple[float, float] | None:
     if vendor == "aperio":
-        return _plausible(*(2 * [_float(properties.get("aperio.MPP"))]))
+        return _plausible_mpp(*(2 * [_parse_float(properties.get("aperio.MPP"))]))
     if vendor == "ome":
         return _ome_mpp(text)
     across, down, unit = first.numbers(282), first.numbers(283), first.number(296, 2)
     if unit not in (2, 3) or not across or not down or min(across[0], down[0]) <= 0:
         return None
     length = 10000.0 if unit == 3 else 25400.0
-    mpp = _plausible(length / across[0], length / down[0])
+    mpp = _plausible_mpp(length / across[0], length / down[0])
     return None if mpp and unit == 2 and max(mpp) > _COARSEST_BY_INCH else mpp
 
 
-def _plausible(x: float | None, y: float | None) -> tuple[float, float] | None:
+def _plausible_mpp(x: float | None, y: float | None) -> tuple[float, float] | None:
     low, high = _PLAUSIBLE_MPP
     return (x, y) if x is not None and y is not None and low <= x <= high and low <= y <= high else None
 
@@ -211,14 +211,14 @@ def _ome_mpp(text: str) -> tuple[float, float] | None:
         return None
     sizes = []
     for axis in "XY":
-        value, unit = _float(pixels.get(f"PhysicalSize{axis}")), pixels.get(f"PhysicalSize{axis}Unit", "µm")
+        value, unit = _parse_float(pixels.get(f"PhysicalSize{axis}")), pixels.get(f"PhysicalSize{axis}Unit", "µm")
         sizes.append(None if value is None or unit not in _UNITS else value * _UNITS[unit])
-    return _plausible(*sizes)
+    return _plausible_mpp(*sizes)
 
 
 def _ome_channels(text: str) -> int:
     pixels = _ome_element(text, "Pixels") or {}
-    return int(_float(pixels.get("SizeC")) or 1)
+    return int(_parse_float(pixels.get("SizeC")) or 1)
 
 
 def _ome_element(text: str, name: str) -> Mapping[str, str] | None:
@@ -233,14 +233,14 @@ def _ome_element(text: str, name: str) -> Mapping[str, str] | None:
     return None if found is None else found.attrib
 
 
-def _objective(vendor: str, text: str, properties: Mapping[str, str]) -> float | None:
+def _find_objective(vendor: str, text: str, properties: Mapping[str, str]) -> float | None:
     if vendor == "aperio":
-        return _float(properties.get("aperio.AppMag"))
+        return _parse_float(properties.get("aperio.AppMag"))
     attributes = _ome_element(text, "Objective") if vendor == "ome" else None
-    return None if attributes is None else _float(attributes.get("NominalMagnification"))
+    return None if attributes is None else _parse_float(attributes.get("NominalMagnification"))
 
 
-def _float(text: str | None) -> float | None:
+def _parse_float(text: str | None) -> float | None:
     """Return a positive decimal, a comma read as a point (as OpenSlide does); None for anything else."""
     if text is None or not _NUMBER.fullmatch(text.strip()):
         return None

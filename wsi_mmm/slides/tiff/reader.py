@@ -19,7 +19,6 @@ from wsi_mmm.errors import SlideDamaged
 from wsi_mmm.slides.base import Fetched, ReadStats
 from wsi_mmm.slides.fingerprint import fingerprint_of
 from wsi_mmm.slides.resample.cut import block_around, connected_groups, cut_tiles
-from wsi_mmm.slides.resample.direct import inner_numbers, needed_numbers, nested
 from wsi_mmm.slides.resample.rows import NativeTiles, average_tiles, can_average
 from wsi_mmm.slides.resample.scaled import (  # fmt: skip
     WHITE,
@@ -33,9 +32,20 @@ from wsi_mmm.slides.resample.scaled import (  # fmt: skip
     taps_of,
 )
 from wsi_mmm.slides.resample.tile_cache import TileCache
-from wsi_mmm.slides.resample.tiled import CACHE_BYTES, EVERYTHING, Key, Tile, Tiling, Want, fill, size_of
+from wsi_mmm.slides.resample.tiled import (
+    CACHE_BYTES,
+    EVERYTHING,
+    Key,
+    Tile,
+    Tiling,
+    Want,
+    fill,
+    inner_numbers,
+    needed_numbers,
+    nested,
+    size_of,
+)
 from wsi_mmm.slides.tiff.codecs import (
-    Buffer,
     UndecodableError,
     decoder,
     most_bytes,
@@ -43,6 +53,7 @@ from wsi_mmm.slides.tiff.codecs import (
 )
 from wsi_mmm.slides.tiff.directories import Directory, read_directories, table
 from wsi_mmm.slides.tiff.metadata import COMPRESSIONS, Plane, TiffSlide, describe
+from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.storage.store import ByteStore, redact
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
 
@@ -61,40 +72,40 @@ class TiffReader:
         slide = describe(directories or read_directories(store), name)
         self._store = store
         self._planes = slide.planes
-        self._offsets, self._counts = _tables(store, slide.planes, name)
+        self._offsets, self._counts = _read_tables(store, slide.planes, name)
         self._decode = [decoder(plane) for plane in slide.planes]
         self._most = [most_bytes(plane) for plane in slide.planes]
         self._cache: TileCache[Key, Tile] = TileCache(cache_bytes)
         self._decoded = 0
         self._lock = threading.Lock()
-        self.info = _info(store, slide)
+        self.info = _slide_info(store, slide)
         self.remote = store.remote
         self._sources = sources_of(slide.levels, shrinks(slide.planes[0]))
         self._exact_until = _EXACT_JPEG if len(self._sources) > len(slide.levels) else _EXACT
 
     def read(self, block: Block) -> Canvas:
         """Return the block's pixels; tiles that cannot be decoded are white and listed. Raises StorageError."""
-        return read_scaled(block, self._sources, self._fill, self._exact_until)
+        return read_scaled(block, self._sources, self._fill_window, self._exact_until)
 
     def fetch(self, tiles: Sequence[Tiles]) -> Fetched:
         """Bring the compressed native tiles under ``tiles`` (all of one scale) that are not in memory, decoded."""
-        source = self._source(tiles[0])
-        tiling = self._tiling(source)
+        source = self._pick_source(tiles[0])
+        tiling = self._tiling_of(source)
         return self._fetch_numbers(source, np.unique(np.concatenate([needed_numbers(part, tiling) for part in tiles])))
 
     def _fetch_numbers(self, source: Source, numbers: I64) -> Fetched:
         missing = [key[2] for key in self._cache.missing([(source.level, source.shrink, n) for n in numbers.tolist()])]
-        return Fetched(source.level, dict(zip(missing, self._bytes(source.level, missing), strict=True)))
+        return Fetched(source.level, dict(zip(missing, self._compressed_bytes(source.level, missing), strict=True)))
 
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
         """Write n tiles to ``out``, n arrays uint8[size, size, 3]; return the level-0 rectangles that failed (white).
 
         Tiles that are native ones are decoded where they shall lie; others are cut from a canvas. Raises StorageError.
         """
-        tiling = self._tiling(self._source(tiles))
+        tiling = self._tiling_of(self._pick_source(tiles))
         whole = nested(tiles, tiling)
         failed = []
-        for which, read in ((whole, self._decode_into), (~whole, self._resample)):
+        for which, read in ((whole, self._decode_into), (~whole, self._resample_tiles)):
             at = np.flatnonzero(which)
             if len(at):
                 some = replace(tiles, xy=tiles.xy[at])
@@ -110,21 +121,21 @@ class TiffReader:
         self._store.close()
         self._cache.clear()
 
-    def _source(self, tiles: Tiles) -> Source:
+    def _pick_source(self, tiles: Tiles) -> Source:
         block = Block(0, 0, tiles.size, tiles.size, tiles.scale_x, tiles.scale_y)
         return pick(self._sources, block, self._exact_until)
 
-    def _tiling(self, source: Source) -> Tiling:
+    def _tiling_of(self, source: Source) -> Tiling:
         plane = self._planes[source.level]
         return Tiling(source, plane.tile_width // source.shrink, plane.tile_height // source.shrink)
 
-    def _fill(
+    def _fill_window(
         self, source: Source, window: Window, out: U8, *, want: Want = EVERYTHING, fetched: Fetched | None = None
     ) -> I64:
-        load = partial(self._load, source, fetched)
-        return fill(self.info, self._tiling(source), window, out, cache=self._cache, load=load, want=want)
+        load = partial(self._load_tiles, source, fetched)
+        return fill(self.info, self._tiling_of(source), window, out, cache=self._cache, load=load, want=want)
 
-    def _resample(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
+    def _resample_tiles(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
         """Average native tiles into ``tiles``; by way of canvases where pixels are copied, or beyond the slide."""
         source, needed = tiling.source, needed_numbers(tiles, tiling)
         brought = self._fetch_numbers(source, needed) if fetched is None else fetched
@@ -132,19 +143,19 @@ class TiffReader:
         scale = np.array([tiles.scale_x / source.downsample_x, tiles.scale_y / source.downsample_y])
         low, high = tiles.xy.min(axis=0) + tiles.overlap, tiles.xy.max(axis=0) + tiles.size - tiles.overlap
         want = Want(frozenset(needed.tolist()), (*(low * scale).tolist(), *(high * scale).tolist()))
-        natives = NativeTiles(tiling, want, self._cache, partial(self._tiles, source, fetched=brought))
+        natives = NativeTiles(tiling, want, self._cache, partial(self._decode_tiles, source, fetched=brought))
         failed = []
         for group, targets in connected_groups(tiles, out):
             axes = taps_of(block_around(group), source)
             if axes is not None and can_average(axes, tiling):
-                failed.append(self._rectangles(tiling, average_tiles(group, targets, axes, natives)))
+                failed.append(self._level0_rectangles(tiling, average_tiles(group, targets, axes, natives)))
             else:
-                fetch = partial(self._fill, want=want, fetched=brought)
+                fetch = partial(self._fill_window, want=want, fetched=brought)
                 read = partial(read_scaled, sources=self._sources, fetch=fetch, exact_until=self._exact_until)
                 failed.append(cut_tiles(read, group, targets))
         return merge_failed(failed)
 
-    def _rectangles(self, tiling: Tiling, numbers: Sequence[int]) -> I64:
+    def _level0_rectangles(self, tiling: Tiling, numbers: Sequence[int]) -> I64:
         """The level-0 rectangles of native tiles."""
         level, shrink = tiling.source.level, tiling.source.shrink
         found = [level0_rect(self.info, tiling.source, tiling.window((level, shrink, n))) for n in numbers]
@@ -153,27 +164,27 @@ class TiffReader:
     def _decode_into(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
         """Decode nested tiles: native tiles of their size right where they belong, smaller ones beside each other."""
         source, numbers = tiling.source, inner_numbers(tiles, tiling)
-        targets = list(out) if numbers.shape[1] == 1 else _cells(out, tiling)
+        targets = list(out) if numbers.shape[1] == 1 else _native_parts(out, tiling)
         scratch = None if numbers.shape[1] == 1 else np.empty((tiling.height, tiling.width, 3), np.uint8)
         buffers = targets if scratch is None else repeat(scratch)
         failed = []
-        tiles_of = self._tiles(source, numbers.ravel().tolist(), buffers, fetched)
+        tiles_of = self._decode_tiles(source, numbers.ravel().tolist(), buffers, fetched)
         for target, (number, tile) in zip(targets, tiles_of, strict=True):
             if tile is not target:
                 target[...] = tile if isinstance(tile, np.ndarray) else WHITE
             if isinstance(tile, str):
                 failed.append(number)
-        return self._rectangles(tiling, failed)
+        return self._level0_rectangles(tiling, failed)
 
-    def _load(
+    def _load_tiles(
         self, source: Source, fetched: Fetched | None, keys: Sequence[Key], *, keep: bool = True
     ) -> Iterator[tuple[Key, Tile, int]]:
-        tiling = self._tiling(source)
+        tiling = self._tiling_of(source)
         scratch = None if keep else np.empty((tiling.height, tiling.width, 3), np.uint8)
-        for number, tile in self._tiles(source, [k[2] for k in keys], repeat(scratch), fetched):
+        for number, tile in self._decode_tiles(source, [k[2] for k in keys], repeat(scratch), fetched):
             yield (source.level, source.shrink, number), tile, size_of(tile)
 
-    def _tiles(
+    def _decode_tiles(
         self, source: Source, numbers: Sequence[int], buffers: Iterable[U8 | None], fetched: Fetched | None
     ) -> Iterator[tuple[int, Tile]]:
         """Yield (number, pixels or why there are none) in the order given, decoded into ``buffers`` where possible."""
@@ -182,25 +193,28 @@ class TiffReader:
         plain = plane.tiled and plane.width % shrink == 0 and plane.height % shrink == 0
         buffer_of = iter(buffers)
         few = len(numbers) * most <= _FETCH_BYTES
-        for group in [numbers] if few else _groups(numbers, self._counts[source.level]):
-            lengths, data = self._counts[source.level][group].tolist(), self._bytes(source.level, group, fetched)
-            self._count(len(group))
+        for group in [numbers] if few else _fetch_groups(numbers, self._counts[source.level]):
+            lengths, data = (
+                self._counts[source.level][group].tolist(),
+                self._compressed_bytes(source.level, group, fetched),
+            )
+            self._count_decoded(len(group))
             for number, raw, length in zip(group, data, lengths, strict=True):
                 tile: Tile
                 try:
                     if plain and 0 < length == len(raw) <= most:
                         tile = decode(raw, shrink, rows, next(buffer_of))
                     else:
-                        tile = self._tile(source, number, raw, next(buffer_of))
+                        tile = self._check_and_decode(source, number, raw, next(buffer_of))
                 except UndecodableError as error:
                     tile = str(error)
                 yield number, tile
 
-    def _count(self, tiles: int) -> None:
+    def _count_decoded(self, tiles: int) -> None:
         with self._lock:
             self._decoded += tiles
 
-    def _bytes(self, level: int, numbers: Sequence[int], fetched: Fetched | None = None) -> list[Buffer]:
+    def _compressed_bytes(self, level: int, numbers: Sequence[int], fetched: Fetched | None = None) -> list[Buffer]:
         """The compressed bytes of native tiles in the order given, fetching what ``fetched`` lacks."""
         known = fetched.data if fetched is not None and fetched.level == level else {}
         missing = [n for n in numbers if n not in known] if known else list(numbers)
@@ -215,17 +229,17 @@ class TiffReader:
         late = dict(zip(missing, found, strict=True))
         return [late[n] if n in late else known[n] for n in numbers]
 
-    def _tile(self, source: Source, number: int, data: Buffer, out: U8 | None = None) -> Tile:
+    def _check_and_decode(self, source: Source, number: int, data: Buffer, out: U8 | None = None) -> Tile:
         length = int(self._counts[source.level][number])
         if length == 0:
-            return self._left_out(source, number)
+            return self._left_out_tile(source, number)
         if length > self._most[source.level]:
             return f"it claims {length} bytes"
         if len(data) < length:
             return "the file ends inside the tile"
-        return self._decoded_tile(source, number, data, out)
+        return self._decode_clipped(source, number, data, out)
 
-    def _left_out(self, source: Source, number: int) -> Tile:
+    def _left_out_tile(self, source: Source, number: int) -> Tile:
         """Return what stands for a tile the file leaves out: blank on level 0, else made from finer levels."""
         finer = [s for s in self._sources if s.level < source.level]
         if not finer:
@@ -234,10 +248,10 @@ class TiffReader:
         row, column = divmod(number, plane.columns)
         width, height = plane.tile_width // source.shrink, plane.tile_height // source.shrink
         scales = source.downsample_x, source.downsample_y
-        canvas = read_scaled(Block(column * width, row * height, width, height, *scales), finer, self._fill)
+        canvas = read_scaled(Block(column * width, row * height, width, height, *scales), finer, self._fill_window)
         return "a finer tile under it cannot be decoded" if len(canvas.failed) else canvas.pixels
 
-    def _decoded_tile(self, source: Source, number: int, data: Buffer, out: U8 | None) -> U8:
+    def _decode_clipped(self, source: Source, number: int, data: Buffer, out: U8 | None) -> U8:
         plane, decode = self._planes[source.level], self._decode[source.level]
         if plane.tiled and source.shrink == 1:
             return decode(data, 1, plane.tile_height, out)
@@ -249,10 +263,10 @@ class TiffReader:
         # The last pixels would mix the slide with the padding beyond its edge, which may hold anything.
         full = decode(data, 1, plane.tile_height if plane.tiled else height)
         full[height:], full[:, width:] = WHITE, WHITE
-        return _shrunk(full, source.shrink)
+        return _shrink_pixels(full, source.shrink)
 
 
-def _cells(out: Sequence[U8], tiling: Tiling) -> list[U8]:
+def _native_parts(out: Sequence[U8], tiling: Tiling) -> list[U8]:
     """The parts of the tiles that native tiles fill, row-major in each."""
     height, width = tiling.height, tiling.width
     return [
@@ -263,7 +277,7 @@ def _cells(out: Sequence[U8], tiling: Tiling) -> list[U8]:
     ]
 
 
-def _shrunk(pixels: U8, factor: int) -> U8:
+def _shrink_pixels(pixels: U8, factor: int) -> U8:
     height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
     boxes = pixels.reshape(height, factor, width, factor, 3)
     total: npt.NDArray[np.uint32] = boxes.sum(axis=(1, 3), dtype=np.uint32)
@@ -271,14 +285,14 @@ def _shrunk(pixels: U8, factor: int) -> U8:
     return mean
 
 
-def _groups(numbers: Sequence[int], counts: I64) -> Iterator[Sequence[int]]:
+def _fetch_groups(numbers: Sequence[int], counts: I64) -> Iterator[Sequence[int]]:
     """Cut into runs of about _FETCH_BYTES compressed bytes (one tile at least)."""
     run = np.cumsum(counts[list(numbers)]) // _FETCH_BYTES
     cuts = [0, *(np.flatnonzero(np.diff(run)) + 1).tolist(), len(numbers)]
     yield from (numbers[a:b] for a, b in pairwise(cuts) if b > a)
 
 
-def _tables(store: ByteStore, planes: Sequence[Plane], name: str) -> tuple[list[I64], list[I64]]:
+def _read_tables(store: ByteStore, planes: Sequence[Plane], name: str) -> tuple[list[I64], list[I64]]:
     """Return offsets and byte counts of the native tiles per level, fetched together."""
     tags = [pair for p in planes for pair in ((324, 325) if p.tiled else (273, 279))]
     directories = [p.directory for p in planes for _ in range(2)]
@@ -292,7 +306,7 @@ def _tables(store: ByteStore, planes: Sequence[Plane], name: str) -> tuple[list[
     return offsets, counts
 
 
-def _info(store: ByteStore, slide: TiffSlide) -> SlideInfo:
+def _slide_info(store: ByteStore, slide: TiffSlide) -> SlideInfo:
     top = slide.planes[0]
     properties = dict(slide.properties) | {"tiff.compression": COMPRESSIONS[top.compression]}
     if not top.tiled:

@@ -44,36 +44,36 @@ def write_tiff(path: str | Path, levels: Sequence[U8], form: TiffForm) -> None:
 class _Writer:
     def __init__(self, form: TiffForm) -> None:
         self.form = form
-        self.encode = _encoder(form)
+        self.encode = _tile_encoder(form)
         self.pointer = "Q" if form.big else "I"
         self.out = bytearray(b"II+\0\x08\0\0\0" + bytes(8) if form.big else b"II*\0" + bytes(4))
 
     def file(self, levels: Sequence[U8]) -> bytes:
-        tables = [self._tiles(level) for level in levels]
+        tables = [self._write_tiles(level) for level in levels]
         following = 0
         sub: list[int] = []
         # From the last directory to the first, so that each knows where the next one lies.
         for n in range(len(levels) - 1, 0, -1):
-            at = self._directory(levels[n], tables[n], 0 if self.form.sub_ifds else following, reduced=True)
+            at = self._write_directory(levels[n], tables[n], 0 if self.form.sub_ifds else following, reduced=True)
             sub.insert(0, at)
             following = 0 if self.form.sub_ifds else at
-        following = self._directory(levels[0], tables[0], following, sub=sub if self.form.sub_ifds else [])
+        following = self._write_directory(levels[0], tables[0], following, sub=sub if self.form.sub_ifds else [])
         struct.pack_into("<" + self.pointer, self.out, 8 if self.form.big else 4, following)
         return bytes(self.out)
 
-    def _tiles(self, level: U8) -> list[tuple[int, int]]:
+    def _write_tiles(self, level: U8) -> list[tuple[int, int]]:
         height, width = level.shape[:2]
         tile = self.form.tile
         found = []
         for y in range(0, height, tile):
             for x in range(0, width, width if self.form.strips else tile):
-                part = level[y : y + tile] if self.form.strips else _padded(level[y : y + tile, x : x + tile], tile)
+                part = level[y : y + tile] if self.form.strips else _pad_tile(level[y : y + tile, x : x + tile], tile)
                 data = self.encode(np.ascontiguousarray(part))
                 found.append((len(self.out), len(data)))
                 self.out += data
         return found
 
-    def _directory(
+    def _write_directory(
         self, level: U8, tiles: list[tuple[int, int]], following: int, *, reduced: bool = False, sub: Sequence[int] = ()
     ) -> int:
         height, width = level.shape[:2]
@@ -93,10 +93,10 @@ class _Writer:
         if photometric == 6:
             tags.append((530, "H", [2, 2]))
         if not reduced:
-            tags += self._about(sub)
-        return self._put(sorted(tags, key=lambda t: t[0]), following)
+            tags += self._describing_tags(sub)
+        return self._write_tags(sorted(tags, key=lambda t: t[0]), following)
 
-    def _about(self, sub: Sequence[int]) -> list[tuple[int, str, Sequence[int] | bytes]]:
+    def _describing_tags(self, sub: Sequence[int]) -> list[tuple[int, str, Sequence[int] | bytes]]:
         tags: list[tuple[int, str, Sequence[int] | bytes]] = []
         if self.form.description:
             tags.append((270, "s", self.form.description.encode() + b"\0"))
@@ -107,7 +107,7 @@ class _Writer:
             tags.append((330, self.pointer, sub))
         return tags
 
-    def _put(self, tags: Sequence[tuple[int, str, Sequence[int] | bytes]], following: int) -> int:
+    def _write_tags(self, tags: Sequence[tuple[int, str, Sequence[int] | bytes]], following: int) -> int:
         """Append a directory and its values; return where it lies."""
         kinds = {"H": 3, "I": 4, "Q": 16, "s": 2, "R": 5}
         room = 8 if self.form.big else 4
@@ -117,21 +117,21 @@ class _Writer:
             raw = values if isinstance(values, bytes) else struct.pack(form, *values)
             count = len(values) // (2 if code == "R" else 1)
             if len(raw) > room:
-                where = self._align()
+                where = self._align_file()
                 self.out += raw
                 raw = struct.pack("<" + self.pointer, where)
             rows += struct.pack("<HH" + self.pointer, tag, kinds[code], count) + raw.ljust(room, b"\0")
-        at = self._align()
+        at = self._align_file()
         self.out += struct.pack("<Q" if self.form.big else "<H", len(tags)) + rows
         self.out += struct.pack("<" + self.pointer, following)
         return at
 
-    def _align(self) -> int:
+    def _align_file(self) -> int:
         self.out += bytes(-len(self.out) % 8)
         return len(self.out)
 
 
-def _padded(part: U8, tile: int) -> U8:
+def _pad_tile(part: U8, tile: int) -> U8:
     """The padding beyond the edge is dark: a reader that lets it in is caught by its picture."""
     if part.shape[:2] == (tile, tile):
         return part
@@ -140,7 +140,7 @@ def _padded(part: U8, tile: int) -> U8:
     return full
 
 
-def _encoder(form: TiffForm) -> Encode:
+def _tile_encoder(form: TiffForm) -> Encode:
     import imagecodecs
 
     def predicted(pixels: U8) -> U8:
@@ -148,7 +148,7 @@ def _encoder(form: TiffForm) -> Encode:
 
     encoders: dict[str, Encode] = {
         "jpeg": lambda p: bytes(imagecodecs.jpeg8_encode(p, level=form.quality, subsampling="420")),
-        "rgb": lambda p: _unmarked(
+        "rgb": lambda p: _without_markers(
             imagecodecs.jpeg8_encode(p, level=form.quality, colorspace="RGB", outcolorspace="RGB")
         ),
         "jpeg2000": lambda p: bytes(imagecodecs.jpeg2k_encode(p, level=45, codecformat="j2k", mct=True)),
@@ -169,7 +169,7 @@ def _to_ycc(pixels: U8) -> U8:
     return np.clip(np.round(planes), 0, 255).astype(np.uint8)
 
 
-def _unmarked(data: Any) -> bytes:
+def _without_markers(data: Any) -> bytes:
     """Take the Adobe marker out of an RGB JPEG and number its components 1, 2, 3: only the TIFF tag says RGB now."""
     data = bytes(data)
     out = bytearray(data[:2])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.stages import steps, workdir
-from wsi_mmm.engine.stages.regions import region_hash
+from wsi_mmm.engine.stages import workdir
+from wsi_mmm.engine.stages.prepare import published_before, region_hash
 from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.errors import OutputError
 
@@ -27,7 +27,7 @@ def publish(task: SlideTask, **facts: str) -> None:
 
 
 def answered(task: SlideTask) -> bool:
-    return steps.published(task, "f", region_hash(task)) is not None
+    return published_before(task, "f") is not None
 
 
 def test_the_same_question_is_answered_once(task: SlideTask) -> None:
@@ -73,17 +73,17 @@ def test_a_published_slide_leaves_no_scratch_and_others_notice(task: SlideTask) 
     unit.mkdir(parents=True)
     (unit / "0").write_bytes(b"x")
     Path(workdir.plan_uri(task)).write_bytes(b"x")
-    steps.check_kept(task)
-    steps.remove_scratch(task)
+    workdir.check_kept(task)
+    workdir.remove_scratch(task)
     assert list(Path(task.output).iterdir()) == []
     with pytest.raises(OutputError, match="another run"):
-        steps.check_kept(task)
+        workdir.check_kept(task)
 
 
 def test_what_a_killed_run_was_writing_is_tidied_up(task: SlideTask, tmp_path: Path) -> None:
     """Half files beside the results go; results and files of others stay."""
     for name in (".result.geojson.gz.x1y2", ".slide.json.ab_c", "result.geojson.gz", ".hidden", ".work"):
         (tmp_path / name).touch()
-    steps.remove_halves(task)
+    workdir.remove_half_written(task)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", ".work", "result.geojson.gz"]
-    steps.remove_halves(replace(task, output=str(tmp_path / "not yet there")))
+    workdir.remove_half_written(replace(task, output=str(tmp_path / "not yet there")))

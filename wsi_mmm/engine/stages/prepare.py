@@ -1,0 +1,94 @@
+"""Plan a slide: open it, find its tissue, choose its tiles; or find that an earlier run has published it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+
+from wsi_mmm.engine.stages import workdir
+from wsi_mmm.engine.stages.context import UnitContext
+from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
+from wsi_mmm.errors import ManifestError, OutputError
+from wsi_mmm.model.identity import device_kind
+from wsi_mmm.outputs.inside import Regions, regions_of
+from wsi_mmm.storage import store
+from wsi_mmm.tiles.grid import make_grid, tile_boxes
+from wsi_mmm.tiles.tissue import select_tiles, tissue_mask, tissue_share
+from wsi_mmm.types import F32, I64
+
+
+def prepare(ctx: UnitContext) -> SlidePlan | SlideSummary:
+    """The plan of a slide, written to its work folder, or the summary of what an earlier run has published."""
+    task, recipe = ctx.task, ctx.recipe
+    if task.error:
+        raise ManifestError(task.error)
+    workdir.remove_half_written(task)
+    if recipe.options.force:
+        workdir.remove_scratch(task)
+    slide = ctx.slide
+    task = replace(task, reader=slide.info.reader)
+    done = None if recipe.options.force else published_before(task, slide.info.fingerprint)
+    if done is not None:
+        if not store.exists(workdir.plan_uri(task)):
+            workdir.remove_scratch(task)  # left behind when a run ended while it tidied up
+        return done
+    slide.scale(recipe.mpp)  # explains what to do when the slide has no mpp
+    grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
+    mask = tissue_mask(slide, task.mask or recipe.options.tissue)
+    index = select_tiles(grid, mask, min_tissue=recipe.options.min_tissue)
+    if (regions := regions_of_interest(task)) is not None:
+        index = index[regions.touched(tile_boxes(grid, index))]
+    plan = _make_plan(ctx, task, index, tissue_share(grid, mask, index))
+    workdir.save_plan(plan)
+    return plan
+
+
+def load_slide_plan(ctx: UnitContext) -> SlidePlan:
+    """The plan that this slide's parts were made by, from its work folder."""
+    return _make_plan(ctx, ctx.task, *workdir.load_plan(ctx.task))
+
+
+def _make_plan(ctx: UnitContext, task: SlideTask, index: I64, share: F32) -> SlidePlan:
+    recipe, info = ctx.recipe, ctx.slide.info
+    grid = make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
+    tasks = [t for t in ctx.tasks if t.scope == "pixel"]
+    root = recipe.options.cache or store.join(task.scratch, "cache")
+    name = recipe.forward_hash(device_kind(recipe.options.device), (grid.scale_x, grid.scale_y), task.reader)
+    return SlidePlan(
+        task, info, grid, index, share, store.join(root, info.fingerprint, name),
+        halo=max([t.halo for t in tasks], default=0),
+        stride=int(np.lcm.reduce([t.stride for t in tasks] or [1])),
+        mpp_effective=grid.scale_x * (info.mpp_x or 0.0),
+        maps=bool(tasks),
+    )  # fmt: skip
+
+
+def published_before(task: SlideTask, fingerprint: str) -> SlideSummary | None:
+    """The summary of an earlier run of the same recipe, when that is complete.
+
+    Raises OutputError when the folder holds the results of another slide: two slides of one name, run apart.
+    """
+    found = workdir.read_json(store.join(task.output, "slide.json"))
+    if not found:
+        return None
+    if found.get("fingerprint") != fingerprint:
+        other = f"{store.redact(task.output)} holds the results of another slide ({found.get('uri')})"
+        raise OutputError(f"{other}; choose another --output, or --force to replace them")
+    same = (found.get("result_hash"), found.get("region")) == (task.result_hash(), region_hash(task))
+    return SlideSummary.from_json(found) if same and found.get("status") in ("done", "empty") else None
+
+
+def regions_of_interest(task: SlideTask) -> Regions | None:
+    """The regions that a run is restricted to, or None. Raises AnnotationError, OptionError, StorageError."""
+    where = task.recipe.options.regions
+    return regions_of(store.read_bytes(where), store.redact(where)) if where else None
+
+
+def region_hash(task: SlideTask) -> str:
+    """Hash of the files that restrict a run to a part of the slide; empty when there is none."""
+    where = task.mask or task.recipe.options.tissue
+    files = [] if where in ("auto", "none") else [where]
+    files += [task.recipe.options.regions] if task.recipe.options.regions else []
+    return "+".join(hashlib.sha256(store.read_bytes(file)).hexdigest()[:32] for file in files)
