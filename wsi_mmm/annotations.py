@@ -98,6 +98,12 @@ def annotation_format(name: str) -> AnnotationFormat:
     return plugin
 
 
+def find_format(name: str, data: bytes) -> AnnotationFormat | None:
+    """Return the format of a plug-in that recognises the bytes of a file, or None."""
+    formats = map(annotation_format, plugin_names("annotations"))
+    return next((known for known in formats if known.recognises(name, data)), None)
+
+
 def load_shapes(path: str | Path, values: Sequence[str] = ()) -> Shapes:
     """The polygons of a local annotation file; for other URIs fetch the bytes and call ``parse_shapes``.
 
@@ -120,10 +126,8 @@ def parse_shapes(data: bytes, name: str, values: Sequence[str] = ()) -> Shapes:
     data = unpack_file(data, name, _ENDINGS, AnnotationError).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not data:
         raise AnnotationError(f"{name}: the file is empty: export the annotations again")
-    for plugin in plugin_names("annotations"):
-        known = annotation_format(plugin)
-        if known.recognises(name, data):
-            return known.parse(data, name, values)
+    if plugin := find_format(name, data):
+        return plugin.parse(data, name, values)
     found = _xml_objects(data, name) if data.startswith(b"<") else _geojson_objects(data, name, values)
     return _collect_shapes(found, name)
 

@@ -76,7 +76,7 @@ def make_task(card: TaskCard) -> Task:
         needed = f"{first} head{' (or ' + ', '.join(others) + ')' if others else ''}"
         raise ModelError(f"task '{card.name}' of kind '{card.kind}' needs a {needed}, not '{card.head}'")
     try:
-        task = kind.from_params(TaskInfo(card.name, card.kind, card.classes, card.colors), card.params, scope)
+        task = kind.from_params(TaskInfo(card.name, card.kind, card.classes, card.colors, scope), card.params, scope)
     except TypeError as error:
         raise ModelError(f"task '{card.name}' has a parameter that '{card.kind}' does not know: {error}") from error
     if card.outputs != task.channels:
