@@ -1,4 +1,4 @@
-"""Where the time of a thread goes, in stages that do not overlap.
+"""The time of a thread, divided into stages that do not overlap.
 
 A `StageTimer` covers one step that a thread does for one unit of work. Code that fetches, decodes or writes within it
 says so with ``timed("fetch")``, and the time is counted for the innermost stage alone, so the stages of a timer add up
@@ -27,7 +27,7 @@ STAGE_OF_STEP: dict[Step, Stage] = {
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """What a thread did in one step: ``start``, ``end`` in epoch seconds; ``seconds`` per stage, together its length.
+    """The time of one step of a thread: ``start``, ``end`` in epoch seconds, and ``seconds`` per stage, which add up.
 
     ``thread``: the system's number of the thread.
     """

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import wsi_mmm
-from wsi_mmm.cache import CachedReader, Choice, choose
+from wsi_mmm.cache import CachedReader, TileCacheChoice, choose
 from wsi_mmm.cache.choice import pays
 from wsi_mmm.cache.quota import stored_shards
 from wsi_mmm.errors import OptionError
@@ -72,8 +72,8 @@ def test_the_rule(read_ms: float, cached_ms: float, use: bool) -> None:
 
 def test_the_choice_in_words() -> None:
     """Both figures, in milliseconds a tile."""
-    assert Choice(True, 31.02, 1.21).words == "tiles cached: reading costs 31 ms a tile, the cache 1.2"
-    assert Choice(False, 0.3, 0.1).words == "tiles not cached: reading costs 0.3 ms a tile, the cache 0.1"
+    assert TileCacheChoice(True, 31.02, 1.21).words == "tiles cached: reading costs 31 ms a tile, the cache 1.2"
+    assert TileCacheChoice(False, 0.3, 0.1).words == "tiles not cached: reading costs 0.3 ms a tile, the cache 0.1"
 
 
 def test_a_run_says_what_it_chose(tiny_slide: Path, tmp_path: Path) -> None:

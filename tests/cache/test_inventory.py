@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from wsi_mmm.cache import ArraySpec, CachedReader, Entry
+from wsi_mmm.cache import ArraySpec, CachedReader, CacheEntry
 from wsi_mmm.cache.inventory import DAY, clean, inventory
 from wsi_mmm.cli.main import app
 from wsi_mmm.errors import InputError
@@ -28,7 +28,7 @@ def cache(tmp_path: Path) -> Path:
     slide = ArrayReader(np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8))
     for name in (OLD, NEW):
         CachedReader(slide, str(tmp_path / name / "pixels/1-1"), 1.0, 1.0).read(Block(0, 0, 300, 300, 1.0, 1.0))
-        Entry(str(tmp_path / name / "abc"), 4, 4, 4).write_block(VALUES, np.array([[1, 1]]), np.ones((1, 8)))
+        CacheEntry(str(tmp_path / name / "abc"), 4, 4, 4).write_block(VALUES, np.array([[1, 1]]), np.ones((1, 8)))
     then = time.time() - 10 * DAY
     for path in (tmp_path / OLD).rglob("*"):
         os.utime(path, (then, then))

@@ -239,7 +239,7 @@ def test_the_token_is_nowhere(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_token_that_an_answer_quotes_is_cut_out(blanks: int) -> None:
     """Also where the part of a long answer that is read ends within it."""
     transport = Transport(EmpaiaJob("http://x", "j", "a" * 50 + "b" * 50), Patience())
-    assert "aaa" not in transport.words(b" " * blanks + b"a" * 50 + b"b" * 50 + b" and more" * 100)
+    assert "aaa" not in transport.reason_of(b" " * blanks + b"a" * 50 + b"b" * 50 + b" and more" * 100)
 
 
 def test_nobody_there() -> None:

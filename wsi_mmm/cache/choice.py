@@ -27,8 +27,8 @@ SAMPLE = 16  # tiles
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """Whether to keep tiles, and what was measured: milliseconds per tile from the reader and from the cache."""
+class TileCacheChoice:
+    """Keep tiles or not (``use``); measured milliseconds per tile from the reader and from the cache."""
 
     use: bool
     read_ms: float
@@ -41,23 +41,23 @@ class Choice:
         return f"{verdict}: reading costs {self.read_ms:.2g} ms a tile, the cache {self.cached_ms:.2g}"
 
 
-def choose(cached: CachedReader, tiles: Tiles) -> Choice:
+def choose(cached: CachedReader, tiles: Tiles) -> TileCacheChoice:
     """Read a few of ``tiles`` from the slide, then from the cache, and decide. Raises StorageError, OutputError.
 
     The shards under them stay where the cache pays; else those that were not there before are removed.
     """
-    sample = _sample(tiles)
+    sample = _nearby_tiles(tiles)
     out = list(np.empty((len(sample.xy), sample.size, sample.size, 3), np.uint8))
     first = Tiles(sample.xy[:1], sample.size, sample.scale_x, sample.scale_y)
     fill_tiles(cached.inner, first, out[:1], None)  # imports, connections and compiled code are not the slide's cost
     # Other threads are at work too: what they take is no cost of reading, so the work of this thread is measured, and
     # only where a network is waited for the time that passes.
     clock = time.perf_counter if cached.remote or not is_local(cached.uri) else time.thread_time
-    read_ms = _milliseconds(lambda: fill_tiles(cached.inner, sample, out, None), clock) / len(out)
+    read_ms = _measure_ms(lambda: fill_tiles(cached.inner, sample, out, None), clock) / len(out)
     before = cached.stored_under(sample)
     cached.read_tiles(sample, out)
-    cached_ms = _milliseconds(lambda: cached.read_tiles(sample, out), clock) / len(out)
-    choice = Choice(pays(read_ms, cached_ms, out[0]), read_ms, cached_ms)
+    cached_ms = _measure_ms(lambda: cached.read_tiles(sample, out), clock) / len(out)
+    choice = TileCacheChoice(pays(read_ms, cached_ms, out[0]), read_ms, cached_ms)
     if not choice.use:
         cached.drop(cached.stored_under(sample) - before)
     return choice
@@ -74,14 +74,14 @@ def pays(read_ms: float, cached_ms: float, tile: U8) -> bool:
     return read_ms >= FASTER * cached_ms and read_ms - cached_ms >= SAVES * tile.nbytes / 1e6
 
 
-def _sample(tiles: Tiles) -> Tiles:
+def _nearby_tiles(tiles: Tiles) -> Tiles:
     """Tiles that lie near the first of them: few shards are filled for a measurement."""
     far = np.abs(tiles.xy - tiles.xy[0]).max(axis=1)
     near = np.sort(np.argsort(far, kind="stable")[:SAMPLE])
     return Tiles(tiles.xy[near], tiles.size, tiles.scale_x, tiles.scale_y)
 
 
-def _milliseconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+def _measure_ms(step: Callable[[], object], clock: Callable[[], float]) -> float:
     begin = clock()
-    work()
+    step()
     return 1000 * (clock() - begin)

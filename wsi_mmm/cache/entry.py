@@ -2,7 +2,7 @@
 
 Everything is content-addressed: ``<root>/<slide fingerprint>/<key>/...`` where the key is a hash of what the values
 depend on. Writers own whole shards (one shard = one block of the grid) and every writer of a shard writes the same
-bytes, so concurrent and repeated writes are harmless; a shard is put whole (temp + rename, or one PUT). A *receipt*,
+bytes, so concurrent and repeated writes are harmless; a shard is put whole (temp + rename, or one PUT). A record,
 a small JSON object written last, says that all shards of a block are in: a crash leaves either both or a block to redo.
 Chunks carry a checksum: what was damaged at rest is an error or is made anew, never other values.
 
@@ -72,7 +72,7 @@ class ArraySpec:
 
 
 @dataclass(slots=True)
-class Entry:
+class CacheEntry:
     """One content-addressed entry. Arrays are made on first use; opening them is cheap and thread-safe."""
 
     uri: str
@@ -86,10 +86,10 @@ class Entry:
         """The array of ``spec``, created when absent; two creators at once write the same metadata."""
         with self._lock:
             if spec.name not in self._arrays:
-                self._arrays[spec.name] = self._open(spec)
+                self._arrays[spec.name] = self._open_array(spec)
             return self._arrays[spec.name]
 
-    def _open(self, spec: ArraySpec) -> zarr.Array[Any]:
+    def _open_array(self, spec: ArraySpec) -> zarr.Array[Any]:
         shape = (self.rows, self.columns, *spec.item)
         # Features are small: one chunk a shard. Maps are large: one chunk a tile, so a neighbour can be read alone.
         heavy = int(np.prod(spec.item)) * np.dtype(spec.dtype).itemsize > 16384
@@ -127,7 +127,7 @@ class Entry:
         high = min(row + self.block, self.rows), min(column + self.block, self.columns)
         dense = np.zeros((high[0] - row, high[1] - column, *spec.item), spec.dtype)
         dense[index[:, 0] - row, index[:, 1] - column] = values
-        _put(self.uri, self.array(spec), (slice(row, high[0]), slice(column, high[1])), dense)
+        _write_shard(self.uri, self.array(spec), (slice(row, high[0]), slice(column, high[1])), dense)
 
     def read(self, spec: ArraySpec, rows: slice, columns: slice) -> Array:
         """Values of a rectangle of tiles; tiles never written are zero."""
@@ -139,8 +139,8 @@ class Entry:
 
         return storage.retry_transient(values)
 
-    def receipt(self, block: str) -> dict[str, Any] | None:
-        """The receipt of a block, or None when the block is not (wholly) in."""
+    def block_record(self, block: str) -> dict[str, Any] | None:
+        """Return the record of a block, or None unless all its shards are in."""
         uri = storage.join(self.uri, "receipts", f"{block}.json")
         if not storage.exists(uri):
             return None
@@ -150,12 +150,12 @@ class Entry:
             return None
         return found if isinstance(found, dict) else None
 
-    def put_receipt(self, block: str, receipt: Mapping[str, Any]) -> None:
-        """Say that all shards of the block are in. Call it last."""
-        storage.write_bytes(storage.join(self.uri, "receipts", f"{block}.json"), json.dumps(dict(receipt)).encode())
+    def write_block_record(self, block: str, record: Mapping[str, Any]) -> None:
+        """Record that all shards of the block are in: call it last."""
+        storage.write_bytes(storage.join(self.uri, "receipts", f"{block}.json"), json.dumps(dict(record)).encode())
 
 
-def _put(uri: str, array: zarr.Array[Any], place: tuple[slice, slice], values: Array) -> None:
+def _write_shard(uri: str, array: zarr.Array[Any], place: tuple[slice, slice], values: Array) -> None:
     """Write the whole shard at ``place``. Zarr reads what is there before: what is damaged is removed first."""
 
     def put() -> None:

@@ -16,8 +16,8 @@ DAY = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What a cache holds of a slide (its fingerprint): bytes of tiles and of values, and when either was last used."""
+class CachedSlide:
+    """A slide (its fingerprint) in a cache: bytes of its tiles and of its values, and when either was last used."""
 
     slide: str
     tiles: int
@@ -25,35 +25,35 @@ class Held:
     used: float
 
 
-def inventory(uri: str) -> list[Held]:
+def inventory(uri: str) -> list[CachedSlide]:
     """One row per slide, the largest first. Raises InputError unless ``uri`` is a folder that is a cache."""
-    root = _root(uri)
-    return sorted((_held(folder) for folder in _slides(root)), key=lambda held: -(held.tiles + held.values))
+    found = [_slide_contents(folder) for folder in _slide_folders(_cache_folder(uri))]
+    return sorted(found, key=lambda slide: -(slide.tiles + slide.values))
 
 
 def clean(uri: str, *, older_than: float = 0.0, values: bool = False) -> int:
     """Remove tiles that were not used for ``older_than`` days; with ``values``, features and maps too (of slides of
     which nothing was used since). Returns the bytes that were freed. Raises InputError, OutputError.
     """
-    root, limit = _root(uri), time.time() - older_than * DAY
+    root, limit = _cache_folder(uri), time.time() - older_than * DAY
     freed = 0
     try:
-        for held in inventory(uri) if values else ():
-            if held.used <= limit:
-                shutil.rmtree(root / held.slide)
-                freed += held.tiles + held.values
+        for found in inventory(uri) if values else ():
+            if found.used <= limit:
+                shutil.rmtree(root / found.slide)
+                freed += found.tiles + found.values
         for shard in stored_shards(root):
             if shard.used <= limit:
                 shard.path.unlink(missing_ok=True)
                 freed += shard.size
     except OSError as error:
         raise OutputError(f"cannot remove {error.filename}: {error.strerror}") from error
-    for folder in _slides(root):
+    for folder in _slide_folders(root):
         drop_empty(folder / "pixels")
     return freed
 
 
-def _root(uri: str) -> Path:
+def _cache_folder(uri: str) -> Path:
     if not store.is_local(uri):
         raise InputError(f"{store.redact(uri)} is in a bucket: look at it and clean it with the tools of the bucket")
     root = store.local_path(uri)
@@ -62,7 +62,7 @@ def _root(uri: str) -> Path:
     return root
 
 
-def _slides(root: Path) -> Iterator[Path]:
+def _slide_folders(root: Path) -> Iterator[Path]:
     """Folders named by a fingerprint: nothing else below a cache is touched."""
     for folder in sorted(root.iterdir()):
         name = folder.name
@@ -70,7 +70,7 @@ def _slides(root: Path) -> Iterator[Path]:
             yield folder
 
 
-def _held(folder: Path) -> Held:
+def _slide_contents(folder: Path) -> CachedSlide:
     tiles = values = 0
     used = 0.0
     for path in folder.rglob("*"):
@@ -84,4 +84,4 @@ def _held(folder: Path) -> Held:
                 tiles += facts.st_size
             else:
                 values += facts.st_size
-    return Held(folder.name, tiles, values, used)
+    return CachedSlide(folder.name, tiles, values, used)

@@ -28,7 +28,7 @@ from wsi_mmm.cache.shard import (
     TAIL,
     Buffer,
     DamagedShardError,
-    Index,
+    ShardIndex,
     pack,
     read_index,
     unpack,
@@ -40,8 +40,8 @@ from wsi_mmm.slides.resample.scaled import merge_failed
 from wsi_mmm.storage import store as storage
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
 
-Key = tuple[int, int]  # row and column of a shard
-Wanted = Sequence[tuple[int, U8]]  # number of a chunk in its shard, where its pixels shall lie
+ShardKey = tuple[int, int]  # row and column of a shard
+WantedChunks = Sequence[tuple[int, U8]]  # number of a chunk in its shard, where its pixels shall lie
 
 _LOCKS = 64
 
@@ -68,10 +68,10 @@ class CachedReader:
     hits: int = 0
     filled: int = 0
     _shape: tuple[int, int] = field(init=False)
-    _touched: set[Key] = field(default_factory=set)
-    _claimed: set[Key] = field(default_factory=set)
+    _touched: set[ShardKey] = field(default_factory=set)
+    _claimed: set[ShardKey] = field(default_factory=set)
     _listed: set[str] | None = None
-    _made: bool = False
+    _ensured: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _filling: list[threading.Lock] = field(default_factory=lambda: [threading.Lock() for _ in range(_LOCKS)])
 
@@ -85,7 +85,7 @@ class CachedReader:
 
     @property
     def remote(self) -> bool:
-        """Whether filling waits for a network."""
+        """Return whether filling waits for a network."""
         return isinstance(self.inner, TileReader) and self.inner.remote
 
     def read(self, block: Block) -> Canvas:
@@ -96,11 +96,11 @@ class CachedReader:
         top, left = max(0, block.y), max(0, block.x)
         bottom, right = min(self._shape[0], block.y + block.height), min(self._shape[1], block.x + block.width)
         failed = [
-            self._paste((y, x), pixels, block)
+            self._paste_shard((y, x), pixels, block)
             for y in range(top // SHARD, -(-bottom // SHARD))
             for x in range(left // SHARD, -(-right // SHARD))
         ]
-        return Canvas(pixels, _touching(merge_failed(failed), block))
+        return Canvas(pixels, _failures_under(merge_failed(failed), block))
 
     def fetch(self, tiles: Sequence[Tiles]) -> Fetched:
         """Bring what the shards under ``tiles`` need that are not in and that nobody here has asked for yet."""
@@ -108,12 +108,12 @@ class CachedReader:
             return NOTHING_FETCHED
         if any(not self._same_scale(some) for some in tiles):
             return self.inner.fetch(tiles)
-        under = {key for some in tiles for key in self._under(some)}
+        under = {key for some in tiles for key in self._shards_under(some)}
         with self._lock:
             keys = sorted(under - self._claimed)
             self._claimed.update(keys)
-        keys = self._absent(keys)
-        return self.inner.fetch([self._as_tile(key) for key in keys]) if keys else NOTHING_FETCHED
+        keys = self._absent_shards(keys)
+        return self.inner.fetch([self._shard_tile(key) for key in keys]) if keys else NOTHING_FETCHED
 
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
         """Write the tiles to ``out``, as ``read`` would give them; return the level-0 rectangles that failed."""
@@ -121,49 +121,49 @@ class CachedReader:
             return fill_tiles(self.inner, tiles, out, fetched)
         whole = all(one.flags.c_contiguous for one in out)
         if tiles.size != CHUNK or not whole or (tiles.xy % CHUNK).any() or (tiles.xy < 0).any():
-            self._bring(tiles, fetched)
+            self._fill_fetched(tiles, fetched)
             return cut_tiles(self.read, tiles, out)
         failed = []
         for key, wanted in self._by_shard(tiles, out).items():
-            failed.append(self._visit(key, wanted, fetched))
+            failed.append(self._read_shard(key, wanted, fetched))
         return merge_failed(failed)
 
     def stats(self) -> ReadStats:
-        """What the inner reader read."""
+        """Return the cost of the inner reader."""
         return self.inner.stats()
 
     def close(self) -> None:
         """Close the inner reader."""
         self.inner.close()
 
-    def stored_under(self, tiles: Tiles) -> set[Key]:
+    def stored_under(self, tiles: Tiles) -> set[ShardKey]:
         """The shards under ``tiles`` that are in."""
-        return {key for key in self._under(tiles) if storage.exists(self._place(key))}
+        return {key for key in self._shards_under(tiles) if storage.exists(self._shard_uri(key))}
 
     def holds(self, tiles: Tiles) -> bool:
-        """Whether every shard under ``tiles`` is in."""
-        return self._under(tiles) == self.stored_under(tiles)
+        """Return whether every shard under ``tiles`` is in."""
+        return self._shards_under(tiles) == self.stored_under(tiles)
 
-    def fill(self, keys: Iterable[Key]) -> None:
+    def fill(self, keys: Iterable[ShardKey]) -> None:
         """Bring shards in that are not; the bytes for all of them are fetched together."""
-        keys = self._absent(sorted(keys))
+        keys = self._absent_shards(sorted(keys))
         fetched = None
         if keys and isinstance(self.inner, TileReader):
-            fetched = self.inner.fetch([self._as_tile(key) for key in keys])
+            fetched = self.inner.fetch([self._shard_tile(key) for key in keys])
         for key in keys:
-            self._visit(key, (), fetched)
+            self._read_shard(key, (), fetched)
 
-    def drop(self, keys: Iterable[Key]) -> None:
+    def drop(self, keys: Iterable[ShardKey]) -> None:
         """Remove shards."""
         for key in keys:
-            storage.delete(self._place(key))
+            storage.delete(self._shard_uri(key))
 
     # ------------------------------------------------------------ shards
 
     def _same_scale(self, tiles: Tiles) -> bool:
         return (tiles.scale_x, tiles.scale_y) == (self.scale_x, self.scale_y)
 
-    def _under(self, tiles: Tiles) -> set[Key]:
+    def _shards_under(self, tiles: Tiles) -> set[ShardKey]:
         """The shards that tiles touch."""
         low = np.maximum(tiles.xy, 0) // SHARD
         high = np.minimum(tiles.xy + tiles.size, [self._shape[1], self._shape[0]])
@@ -171,9 +171,9 @@ class CachedReader:
         spans = zip(low.tolist(), high.tolist(), strict=True)
         return {(y, x) for (x0, y0), (x1, y1) in spans for y in range(y0, y1) for x in range(x0, x1)}
 
-    def _by_shard(self, tiles: Tiles, out: Sequence[U8]) -> dict[Key, list[tuple[int, U8]]]:
+    def _by_shard(self, tiles: Tiles, out: Sequence[U8]) -> dict[ShardKey, list[tuple[int, U8]]]:
         """Tiles that are chunks, by the shard they lie in; those beyond the slide are made white."""
-        found: dict[Key, list[tuple[int, U8]]] = {}
+        found: dict[ShardKey, list[tuple[int, U8]]] = {}
         for (x, y), target in zip((tiles.xy // CHUNK).tolist(), out, strict=True):
             if y * CHUNK >= self._shape[0] or x * CHUNK >= self._shape[1]:
                 target[...] = 255
@@ -181,13 +181,13 @@ class CachedReader:
                 found.setdefault((y // SIDE, x // SIDE), []).append((y % SIDE * SIDE + x % SIDE, target))
         return found
 
-    def _bring(self, tiles: Tiles, fetched: Fetched | None) -> None:
+    def _fill_fetched(self, tiles: Tiles, fetched: Fetched | None) -> None:
         """Fill the shards for which bytes were fetched, while they are at hand."""
         if fetched is not None and len(fetched.data):
-            for key in sorted(self._under(tiles)):
-                self._visit(key, (), fetched)
+            for key in sorted(self._shards_under(tiles)):
+                self._read_shard(key, (), fetched)
 
-    def _paste(self, key: Key, pixels: U8, block: Block) -> I64:
+    def _paste_shard(self, key: ShardKey, pixels: U8, block: Block) -> I64:
         """Copy what shard ``key`` has of the block to its canvas."""
         wanted: list[tuple[int, U8]] = []
         places: list[tuple[U8, U8]] = []
@@ -200,31 +200,31 @@ class CachedReader:
                 wanted.append((number, chunk))
                 target = pixels[y0 - block.y : y1 - block.y, x0 - block.x : x1 - block.x]
                 places.append((target, chunk[y0 - top : y1 - top, x0 - left : x1 - left]))
-        failed = self._visit(key, wanted)
+        failed = self._read_shard(key, wanted)
         for target, part in places:
             target[...] = part
         return failed
 
-    def _visit(self, key: Key, wanted: Wanted, fetched: Fetched | None = None) -> I64:
+    def _read_shard(self, key: ShardKey, wanted: WantedChunks, fetched: Fetched | None = None) -> I64:
         """Write chunks of a shard to their places, from the cache or from the slide; return what failed."""
-        failed = self._stored(key, wanted)
+        failed = self._read_stored(key, wanted)
         if failed is not None:
             return failed
         with self._filling[hash(key) % _LOCKS]:
-            failed = self._stored(key, wanted)  # another thread may have been here in the meantime
+            failed = self._read_stored(key, wanted)  # another thread may have been here in the meantime
             if failed is not None:
                 return failed
-            pixels, failed = self._fill(key, fetched)
+            pixels, failed = self._fill_shard(key, fetched)
         for number, target in wanted:
             y, x = (CHUNK * n for n in divmod(number, SIDE))
             target[...] = pixels[y : y + CHUNK, x : x + CHUNK]
         return failed
 
-    def _stored(self, key: Key, wanted: Wanted) -> I64 | None:
+    def _read_stored(self, key: ShardKey, wanted: WantedChunks) -> I64 | None:
         """Write chunks from the cache and return what failed; None when the shard is not in, or damaged."""
-        place = self._place(key)
+        place = self._shard_uri(key)
         try:
-            index, chunks = _opened(place, [number for number, _ in wanted])
+            index, chunks = _open_shard(place, [number for number, _ in wanted])
             for data, (_, target) in zip(chunks, wanted, strict=True):
                 unpack(data, target)
         except (NotFound, DamagedShardError):  # what it is made from is still there
@@ -234,17 +234,17 @@ class CachedReader:
             known = key in self._touched
             self._touched.add(key)
         if not known:
-            _touch(place)
+            _mark_used(place)
         return index.failed
 
-    def _fill(self, key: Key, fetched: Fetched | None) -> tuple[U8, I64]:
+    def _fill_shard(self, key: ShardKey, fetched: Fetched | None) -> tuple[U8, I64]:
         """Read a shard from the slide and put it in; its pixels uint8[1024, 1024, 3] and what failed."""
         pixels = np.empty((SHARD, SHARD, 3), np.uint8)
-        failed = fill_tiles(self.inner, self._as_tile(key), [pixels], fetched)
-        self._make()
+        failed = fill_tiles(self.inner, self._shard_tile(key), [pixels], fetched)
+        self._ensure_pixels()
         inside = self._shape[0] - key[0] * SHARD, self._shape[1] - key[1] * SHARD
         data = pack(pixels, inside, failed)
-        storage.write_bytes(self._place(key), data)
+        storage.write_bytes(self._shard_uri(key), data)
         with self._lock:
             self.filled += 1
             self._touched.add(key)
@@ -252,24 +252,24 @@ class CachedReader:
             self.quota.wrote(len(data))
         return pixels, failed
 
-    def _as_tile(self, key: Key) -> Tiles:
+    def _shard_tile(self, key: ShardKey) -> Tiles:
         return Tiles(np.array([[key[1] * SHARD, key[0] * SHARD]], np.int64), SHARD, self.scale_x, self.scale_y)
 
-    def _absent(self, keys: list[Key]) -> list[Key]:
+    def _absent_shards(self, keys: list[ShardKey]) -> list[ShardKey]:
         """Those of ``keys`` that are not in; a bucket is asked once, for all."""
         if storage.is_local(self.uri):
-            return [key for key in keys if not storage.exists(self._place(key))]
+            return [key for key in keys if not storage.exists(self._shard_uri(key))]
         with self._lock:
             if self._listed is None:
                 self._listed = set(storage.list_uris(storage.join(self.uri, "pixels", "c")))
-        return [key for key in keys if self._place(key) not in self._listed]
+        return [key for key in keys if self._shard_uri(key) not in self._listed]
 
-    def _place(self, key: Key) -> str:
+    def _shard_uri(self, key: ShardKey) -> str:
         return storage.join(self.uri, "pixels", f"c/{key[0]}/{key[1]}/0")
 
-    def _make(self) -> None:
+    def _ensure_pixels(self) -> None:
         """The array's description, so that any Zarr library can read what lies here. Once per reader."""
-        if self._made:
+        if self._ensured:
             return
         ensure_array(
             self.uri,
@@ -281,10 +281,10 @@ class CachedReader:
             fill_value=255,
             compressors=[BloscCodec(cname=CODEC, clevel=LEVEL, shuffle="noshuffle"), Crc32cCodec()],
         )
-        self._made = True
+        self._ensured = True
 
 
-def _opened(uri: str, numbers: Sequence[int]) -> tuple[Index, list[Buffer]]:
+def _open_shard(uri: str, numbers: Sequence[int]) -> tuple[ShardIndex, list[Buffer]]:
     """Index and chunks of a shard. Raises NotFound, DamagedShardError, StorageError."""
     if not storage.is_local(uri):
         data = memoryview(storage.read_bytes(uri))  # one request
@@ -292,14 +292,14 @@ def _opened(uri: str, numbers: Sequence[int]) -> tuple[Index, list[Buffer]]:
         return index, [data[a : a + n] for a, n in index.spans[list(numbers)].tolist()]
     try:
         with open(storage.local_path(uri), "rb", buffering=0) as file:
-            return _parts(file.fileno(), numbers)
+            return _read_parts(file.fileno(), numbers)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(uri) from error
     except OSError as error:
         raise StorageError(f"cannot read the cache at {uri}: {error.strerror}; check the disk") from error
 
 
-def _parts(file: int, numbers: Sequence[int]) -> tuple[Index, list[Buffer]]:
+def _read_parts(file: int, numbers: Sequence[int]) -> tuple[ShardIndex, list[Buffer]]:
     """Open files outlive their removal by another process, and are never written twice."""
     size = os.fstat(file).st_size
     try:
@@ -310,7 +310,7 @@ def _parts(file: int, numbers: Sequence[int]) -> tuple[Index, list[Buffer]]:
     return index, [os.pread(file, n, a) for a, n in index.spans[list(numbers)].tolist()]
 
 
-def _touch(uri: str) -> None:
+def _mark_used(uri: str) -> None:
     """Say that a shard was used: those used least recently go first when the cache is full."""
     if storage.is_local(uri):
         path = storage.local_path(uri)
@@ -320,7 +320,7 @@ def _touch(uri: str) -> None:
             return
 
 
-def _touching(rects: I64, block: Block) -> I64:
+def _failures_under(rects: I64, block: Block) -> I64:
     left, right = block.x * block.scale_x, (block.x + block.width) * block.scale_x
     top, bottom = block.y * block.scale_y, (block.y + block.height) * block.scale_y
     keep = (rects[:, 0] < right) & (rects[:, 2] > left) & (rects[:, 1] < bottom) & (rects[:, 3] > top)

@@ -29,10 +29,10 @@ Buffer = bytes | memoryview
 
 _MISSING = (1 << 64) - 1
 _INDEX = 16 * SIDE * SIDE + 4
-_NOTE = struct.Struct("<I4sI")  # rectangles, magic, CRC-32C of what stands before it
+_FAILURES = struct.Struct("<I4sI")  # rectangles, magic, CRC-32C of what stands before it
 _MAGIC = b"wsi1"
 _RECT = 32
-TAIL = _INDEX + _NOTE.size + 8 * _RECT
+TAIL = _INDEX + _FAILURES.size + 8 * _RECT
 """Bytes at the end of a shard that hold its index and, unless much of it failed, its note."""
 
 
@@ -41,8 +41,8 @@ class DamagedShardError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
-    """Where the chunks lie: ``spans`` int64[16, 2], offset and length (0: blank). ``failed`` int64[n, 4]."""
+class ShardIndex:
+    """The places of a shard's chunks: ``spans`` int64[16, 2], offset and length (0: blank). ``failed`` int64[n, 4]."""
 
     spans: I64
     failed: I64
@@ -56,36 +56,36 @@ def pack(pixels: U8, inside: tuple[int, int], failed: I64) -> bytes:
     for number in range(SIDE * SIDE):
         y, x = (CHUNK * n for n in divmod(number, SIDE))
         if y < inside[0] and x < inside[1]:
-            data = _packed(np.ascontiguousarray(pixels[y : y + CHUNK, x : x + CHUNK]))
+            data = _compress_chunk(np.ascontiguousarray(pixels[y : y + CHUNK, x : x + CHUNK]))
             spans[number] = at, len(data)
             parts.append(data)
             at += len(data)
-    note = failed.astype("<i8").tobytes() + struct.pack("<I4s", len(failed), _MAGIC)
-    return b"".join([*parts, _summed(note), _summed(spans.astype("<u8").tobytes())])
+    failures = failed.astype("<i8").tobytes() + struct.pack("<I4s", len(failed), _MAGIC)
+    return b"".join([*parts, _with_checksum(failures), _with_checksum(spans.astype("<u8").tobytes())])
 
 
-def read_index(tail: Buffer, size: int) -> Index:
+def read_index(tail: Buffer, size: int) -> ShardIndex:
     """The index of a shard of ``size`` bytes from its last ``tail``; IndexError when the tail is too short.
 
     Raises DamagedShardError.
     """
-    table = _checked(tail[-_INDEX:], _INDEX)
+    table = _verify_checksum(tail[-_INDEX:], _INDEX)
     spans = np.frombuffer(table, "<u8").reshape(-1, 2)
     blank = spans[:, 1] == _MISSING
-    note = tail[: len(tail) - _INDEX]
-    if len(note) < _NOTE.size:
+    failures = tail[: len(tail) - _INDEX]
+    if len(failures) < _FAILURES.size:
         raise DamagedShardError("cut")
-    count, magic, _ = _NOTE.unpack(note[-_NOTE.size :])
-    length = count * _RECT + _NOTE.size
+    count, magic, _ = _FAILURES.unpack(failures[-_FAILURES.size :])
+    length = count * _RECT + _FAILURES.size
     if magic != _MAGIC or length + _INDEX > size:
         raise DamagedShardError("no note")
-    if length > len(note):
+    if length > len(failures):
         raise IndexError(length + _INDEX)
-    rects = np.frombuffer(_checked(note[-length:], length)[: count * _RECT], "<i8").reshape(-1, 4)
+    rects = np.frombuffer(_verify_checksum(failures[-length:], length)[: count * _RECT], "<i8").reshape(-1, 4)
     found = np.where(blank[:, None], 0, spans).astype(np.int64)
     if (found < 0).any() or (found.sum(axis=1) > size).any():
         raise DamagedShardError("a chunk beyond the end")
-    return Index(found, rects.astype(np.int64))
+    return ShardIndex(found, rects.astype(np.int64))
 
 
 def unpack(data: Buffer, out: U8) -> None:
@@ -93,7 +93,7 @@ def unpack(data: Buffer, out: U8) -> None:
     if not len(data):
         out[...] = 255
         return
-    body = _checked(data, len(data))
+    body = _verify_checksum(data, len(data))
     if len(body) < 16 or int.from_bytes(body[4:8], "little") != out.nbytes:
         raise DamagedShardError("a chunk of another size")
     try:
@@ -102,15 +102,15 @@ def unpack(data: Buffer, out: U8) -> None:
         raise DamagedShardError(str(error)) from error
 
 
-def _packed(chunk: U8) -> bytes:
-    return _summed(blosc.compress(chunk, CODEC.encode(), LEVEL, blosc.NOSHUFFLE))
+def _compress_chunk(chunk: U8) -> bytes:
+    return _with_checksum(blosc.compress(chunk, CODEC.encode(), LEVEL, blosc.NOSHUFFLE))
 
 
-def _summed(data: bytes) -> bytes:
+def _with_checksum(data: bytes) -> bytes:
     return data + struct.pack("<I", google_crc32c.value(data))
 
 
-def _checked(data: Buffer, length: int) -> Buffer:
+def _verify_checksum(data: Buffer, length: int) -> Buffer:
     """What stands before the CRC-32C at the end. Raises DamagedShardError."""
     if len(data) != length or length < 4:
         raise DamagedShardError("cut")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from wsi_mmm.cache.choice import Choice, choose
+from wsi_mmm.cache.choice import TileCacheChoice, choose
 from wsi_mmm.cache.pixels import CachedReader, pixels_uri
 from wsi_mmm.cache.quota import Quota
 from wsi_mmm.slides import Reader, Slide, open_slide
@@ -24,7 +24,7 @@ KEPT_CHOICES = 1024  # slides whose measurement is remembered
 
 @dataclass(frozen=True, slots=True)
 class TileCaching:
-    """Where tiles are kept: folder or URI ``root``; ``use`` "auto" measures on each slide whether that pays.
+    """A tile cache at the folder or URI ``root``; ``use`` "auto" measures on each slide whether that pays.
 
     ``quota``: bytes that the cache may take, for a folder on a local disk.
     """
@@ -36,7 +36,7 @@ class TileCaching:
 
 @dataclass(frozen=True, slots=True)
 class SlideKey:
-    """What is opened: the slide's URI, the mpp that a user gives for it, and the reader that is asked for."""
+    """A slide to open: its URI, the mpp that a user gives for it, and the reader that is asked for."""
 
     uri: str
     mpp: float | None = None
@@ -77,7 +77,7 @@ class SlidePool:
 
     limit: int = OPEN_SLIDES
     _entries: OrderedDict[SlideKey, _PoolEntry] = field(default_factory=OrderedDict)
-    _choices: OrderedDict[tuple[str, str, float, float], Choice] = field(default_factory=OrderedDict)
+    _choices: OrderedDict[tuple[str, str, float, float], TileCacheChoice] = field(default_factory=OrderedDict)
     _quotas: dict[tuple[str, int], Quota] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _process: int = field(default_factory=os.getpid)
@@ -85,11 +85,11 @@ class SlidePool:
     @contextmanager
     def slide(self, key: SlideKey) -> Iterator[Slide]:
         """The slide, open until the context ends and for a while after it. Raises what `open_slide` raises."""
-        entry = self._enter(key)
+        entry = self._enter_slide(key)
         try:
             yield entry.open(key)
         finally:
-            self._leave(entry)
+            self._leave_slide(entry)
 
     @contextmanager
     def reader(self, key: SlideKey, tiles: Tiles, caching: TileCaching | None) -> Iterator[Reader]:
@@ -98,7 +98,7 @@ class SlidePool:
         The first call for a slide and scale reads a few of them to measure whether the cache pays. Raises as `slide`
         does, and OutputError.
         """
-        entry = self._enter(key)
+        entry = self._enter_slide(key)
         try:
             slide = entry.open(key)
             cached = None
@@ -107,10 +107,10 @@ class SlidePool:
                     cached = self._cached_reader(entry, slide, tiles, caching)
             yield cached or slide.reader
         finally:
-            self._leave(entry)
+            self._leave_slide(entry)
 
     def choice_texts(self, uri: str | None = None) -> list[str]:
-        """What was measured and chosen, for reports: a line per slide; of the slide at ``uri`` alone when given."""
+        """The measurements and choices, for reports: a line per slide; of the slide at ``uri`` alone when given."""
         with self._lock:
             found = sorted((key, choice) for key, choice in self._choices.items() if uri in (None, key[0]))
         return [choice.words if uri else f"{store.redact(key[0])}: {choice.words}" for key, choice in found]
@@ -128,7 +128,7 @@ class SlidePool:
         with self._lock:
             return sum(entry.slide is not None for entry in self._entries.values())
 
-    def _enter(self, key: SlideKey) -> _PoolEntry:
+    def _enter_slide(self, key: SlideKey) -> _PoolEntry:
         if self._process != os.getpid():  # files and threads of the parent are not ours
             self._entries, self._lock, self._process = OrderedDict(), threading.Lock(), os.getpid()
         with self._lock:
@@ -137,7 +137,7 @@ class SlidePool:
             entry.users += 1
         return entry
 
-    def _leave(self, entry: _PoolEntry) -> None:
+    def _leave_slide(self, entry: _PoolEntry) -> None:
         with self._lock:
             entry.users -= 1
             idle = [key for key, one in self._entries.items() if one.users == 0]

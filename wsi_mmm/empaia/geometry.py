@@ -119,7 +119,7 @@ def _polygon_parts(shape: BaseGeometry) -> list[shapely.Polygon]:
     parts = shapely.get_parts(shape)
     found = [part for part in parts if part.geom_type == "Polygon" and part.area > 0]
     nested = [part for part in parts if part.geom_type in ("MultiPolygon", "GeometryCollection")]
-    return found + [part for part in nested for part in _polygon_parts(part)]
+    return found + [inner for part in nested for inner in _polygon_parts(part)]
 
 
 def _without_holes(simple: list[shapely.Polygon]) -> Iterator[shapely.Polygon]:
@@ -141,7 +141,7 @@ def _cut_hole(part: BaseGeometry, hole: npt.NDArray[np.float64]) -> list[shapely
     x = _cut_position(hole)
     x0, y0, x1, y1 = part.bounds
     halves = (shapely.box(x0, y0, x, y1), shapely.box(x, y0, x1, y1))
-    return [part for half in halves for part in _polygon_parts(shapely.intersection(part, half, grid_size=1.0))]
+    return [inner for half in halves for inner in _polygon_parts(shapely.intersection(part, half, grid_size=1.0))]
 
 
 def _cut_position(hole: npt.NDArray[np.float64]) -> float:

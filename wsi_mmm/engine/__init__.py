@@ -1,1 +1,1 @@
-"""Who runs what, where: plans slides into works, hands works to an executor, publishes what comes back."""
+"""The engine: plans slides into work units, runs the units on an executor, and publishes the results."""

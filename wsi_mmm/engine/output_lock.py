@@ -1,4 +1,4 @@
-"""Who works on which slide of an output folder: two runs at once must not tidy up each other's work."""
+"""Locks on the slides of an output folder: two runs at once must not remove each other's files."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def claimed(output: str, slides: Iterable[str]) -> Iterator[set[str]]:
     Each id is one byte of a lock file, locked by the system: a run that dies, by whatever cause, holds nothing. Where
     there are no such locks (object stores, some network file systems) nothing is claimed and nothing is held.
     """
-    descriptor = _open(output)
+    descriptor = _open_lock_file(output)
     if descriptor is None:
         yield set()
         return
     try:
-        yield {slide for slide in slides if not _lock(descriptor, slide)}
+        yield {slide for slide in slides if not _lock_slide(descriptor, slide)}
     finally:
         os.close(descriptor)
 
 
-def _open(output: str) -> int | None:
+def _open_lock_file(output: str) -> int | None:
     if not store.is_local(output) or not hasattr(fcntl, "F_OFD_SETLK"):
         return None
     try:
@@ -41,7 +41,7 @@ def _open(output: str) -> int | None:
         return None  # that the folder cannot be written is said elsewhere
 
 
-def _lock(descriptor: int, slide: str) -> bool:
+def _lock_slide(descriptor: int, slide: str) -> bool:
     """Whether the byte of ``slide`` is ours now, or cannot be anybody's."""
     offset = int.from_bytes(sha256(slide.encode()).digest()[:7], "big")
     # struct flock; "open file description" locks belong to the descriptor, so two runs in one process differ too.

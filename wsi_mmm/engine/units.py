@@ -280,7 +280,7 @@ the run, share the workers with it and may stop it. It gives a listener that mus
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an executor tells a run about itself.
+    """Facts about an executor that a run needs to know.
 
     ``many_workers``: slides are shared by many workers, so the largest are best started first; ``warnings``: workers
     that cannot be used; ``announce``: None where nobody else shares the workers.
@@ -297,7 +297,7 @@ class Executor(Protocol):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this executor is like; does not change."""
+        """The facts about this executor; they do not change."""
 
     def room(self, kind: Kind) -> int:
         """How many more units of this kind may be started now."""

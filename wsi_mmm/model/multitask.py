@@ -55,7 +55,7 @@ class MultiTaskModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return next(self.parameters()).device
+        return self.get_buffer("mean").device
 
     @property
     def tasks(self) -> tuple[str, ...]:

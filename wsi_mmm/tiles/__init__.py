@@ -1,1 +1,1 @@
-"""Which tiles of a slide, and in what order they come: grid, tissue, stream."""
+"""The tiles of a slide: grid arithmetic, tissue, and reading them in streams."""

@@ -44,7 +44,7 @@ WINDOW_UM = 72.0
 
 
 @dataclass(frozen=True, slots=True)
-class Features:
+class PixelFeatures:
     """Per-pixel float32[h, w] maps (``density`` float32[h, w, 3]: optical density above the local glass).
 
     ``depth``: mean density of the channels; ``chroma``: their spread; ``texture``: share of finely structured
@@ -64,29 +64,29 @@ def find_tissue(rgb: U8, um_per_px: float = 8.0) -> Mask:
     ``um_per_px`` may be a guess: it only sets the sizes of windows and of what is too small to keep.
     """
     window = max(5, 2 * round(WINDOW_UM / um_per_px / 2) + 1)
-    features = _features(rgb, window)
-    weak, seed = _candidates(features)
-    ink = _ink(features, weak, um_per_px)
-    mask = _hysteresis(weak & ~ink, seed & ~ink)
-    return _tidy(mask, features, um_per_px)
+    features = _measure_features(rgb, window)
+    weak, seed = _tissue_candidates(features)
+    ink = _find_ink(features, weak, um_per_px)
+    mask = _apply_hysteresis(weak & ~ink, seed & ~ink)
+    return _tidy_mask(mask, features, um_per_px)
 
 
-def _features(rgb: U8, window: int) -> Features:
+def _measure_features(rgb: U8, window: int) -> PixelFeatures:
     density = _DENSITY[rgb]
-    mean = _mean(density)
-    texture = _texture(mean, window)
-    glass = _glass(density, mean, texture)
+    mean = _box_mean(density)
+    texture = _local_texture(mean, window)
+    glass = _glass_colour(density, mean, texture)
     density -= DEFAULT_GLASS if glass is None else glass
-    return Features(
+    return PixelFeatures(
         density=density,
-        depth=_mean(density),
+        depth=_box_mean(density),
         chroma=_spread_of(density),
         texture=texture,
         has_glass=glass is not None,
     )
 
 
-def _mean(pixels: F32) -> F32:
+def _box_mean(pixels: F32) -> F32:
     """The mean of three channels; numpy's own along an axis of three takes ten times as long."""
     return np.asarray((pixels[..., 0] + pixels[..., 1] + pixels[..., 2]) / np.float32(3), np.float32)
 
@@ -98,7 +98,7 @@ def _spread_of(pixels: F32) -> F32:
     return np.asarray(largest - np.minimum(np.minimum(red, green), blue), np.float32)
 
 
-def _texture(mean: F32, window: int) -> F32:
+def _local_texture(mean: F32, window: int) -> F32:
     """Share of pixels in the window that differ from their 3 x 3 surroundings by more than noise or smooth edges do."""
     fine = np.abs(mean - ndimage.uniform_filter(mean, 3))
     bright = fine[mean < GLASS_DENSITY]
@@ -108,7 +108,7 @@ def _texture(mean: F32, window: int) -> F32:
     return np.asarray(ndimage.uniform_filter(busy.astype(np.float32), window), np.float32)
 
 
-def _glass(density: F32, mean: F32, texture: F32) -> F32 | None:
+def _glass_colour(density: F32, mean: F32, texture: F32) -> F32 | None:
     """Optical density float32[h, w, 3] of smooth, bright, neutral px nearby, else the slide's; None without glass."""
     spread = _spread_of(density)
     smooth = (texture < 0.05) & (mean < GLASS_DENSITY) & (spread < GLASS_CHROMA)
@@ -118,14 +118,14 @@ def _glass(density: F32, mean: F32, texture: F32) -> F32 | None:
     # Pure white is mostly what a scanner writes where it did not look; glass that is there tells more.
     scanned = smooth & (mean > 0)
     smooth = scanned if scanned.sum() >= enough else smooth
-    reference = _mode(density, mean, smooth)
+    reference = _histogram_mode(density, mean, smooth)
     offset = density - reference
     neutral = _spread_of(offset) < SHADE_CHROMA
-    glass = smooth & neutral & (_mean(offset) < SHADE_DEPTH)
-    return _spread(density, glass, reference)
+    glass = smooth & neutral & (_box_mean(offset) < SHADE_DEPTH)
+    return _mode_spread(density, glass, reference)
 
 
-def _mode(density: F32, mean: F32, smooth: Mask) -> F32:
+def _histogram_mode(density: F32, mean: F32, smooth: Mask) -> F32:
     """The commonest colour of smooth bright pixels: the mean around the highest peak of their density histogram."""
     values = mean[smooth]
     counts, edges = np.histogram(values, bins=np.arange(0, GLASS_DENSITY + 0.02, 0.01))
@@ -135,11 +135,11 @@ def _mode(density: F32, mean: F32, smooth: Mask) -> F32:
     return np.asarray(np.median(density[smooth][near], axis=0), np.float32)
 
 
-def _spread(density: F32, glass: Mask, reference: F32) -> F32:
+def _mode_spread(density: F32, glass: Mask, reference: F32) -> F32:
     """The glass colour carried smoothly over the whole picture from pixels ``glass``, ``reference`` far from any."""
     weight = glass.astype(np.float32)
     layers = np.concatenate([(density - reference) * weight[..., None], weight[..., None]], axis=2)
-    small = _shrink(layers, 4)
+    small = _shrink_image(layers, 4)
     # Each scale counts as far as it saw glass; the constant lets the reference win where none did.
     seen = ndimage.gaussian_filter(small, (2, 2, 0)) + 0.02 * ndimage.gaussian_filter(small, (12, 12, 0))
     field = np.repeat(np.repeat(seen[..., :3] / (seen[..., 3:] + 1e-4), 4, axis=0), 4, axis=1)
@@ -147,7 +147,7 @@ def _spread(density: F32, glass: Mask, reference: F32) -> F32:
     return np.asarray(reference + field, np.float32)
 
 
-def _shrink(layers: F32, factor: int) -> F32:
+def _shrink_image(layers: F32, factor: int) -> F32:
     """Means over ``factor`` x ``factor`` px, the last ones of repeated edge px."""
     height, width, depth = layers.shape
     layers = np.pad(layers, ((0, -height % factor), (0, -width % factor), (0, 0)), mode="edge")
@@ -155,7 +155,7 @@ def _shrink(layers: F32, factor: int) -> F32:
     return np.asarray(blocks.mean(axis=(1, 3)), np.float32)
 
 
-def _candidates(features: Features) -> tuple[Mask, Mask]:
+def _tissue_candidates(features: PixelFeatures) -> tuple[Mask, Mask]:
     """(weak, seed): pixels that may be tissue next to a seed, and pixels that are tissue beyond doubt."""
     depth = ndimage.uniform_filter(features.depth, 3)
     chroma = ndimage.uniform_filter(features.chroma, 3)
@@ -164,23 +164,23 @@ def _candidates(features: Features) -> tuple[Mask, Mask]:
     return weak, seed
 
 
-def _ink(features: Features, weak: Mask, um_per_px: float) -> Mask:
+def _find_ink(features: PixelFeatures, weak: Mask, um_per_px: float) -> Mask:
     """Pixels of pen strokes: smooth, dense, wide, and of a colour that textured tissue on this slide hardly has."""
     dense = weak & (features.depth > 0.2)
     smooth = dense & (features.texture < 0.3)
     textured = weak & (features.texture > 0.5)
-    foreign = _implausible(features)
+    foreign = _implausible_colour(features)
     # Where little is textured, all of it may be out of focus: then only its colour can tell ink.
     if features.has_glass and 2 * textured.sum() > smooth.sum():
-        foreign |= _foreign(features, dense & textured, smooth)
+        foreign |= _foreign_matter(features, dense & textured, smooth)
     radius = max(1.5, 40 / um_per_px)
-    core = _grow(_distance(smooth & foreign) > radius, radius)
+    core = _grow_mask(_distance_to(smooth & foreign) > radius, radius)
     # The rim of a stroke counts as textured: it goes with the core when it has the ink's colour.
-    rim = _grow(core, max(2.5, 150 / um_per_px)) & weak & (foreign | (features.texture < 0.3))
-    return _grow(core, 2.5) | rim
+    rim = _grow_mask(core, max(2.5, 150 / um_per_px)) & weak & (foreign | (features.texture < 0.3))
+    return _grow_mask(core, 2.5) | rim
 
 
-def _implausible(features: Features) -> Mask:
+def _implausible_colour(features: PixelFeatures) -> Mask:
     """Colours that no common stain has when dense: green (least absorbed of all channels) and deep neutral black."""
     red, green, blue = np.moveaxis(features.density, 2, 0)
     is_green = green + 0.15 * features.depth < np.minimum(red, blue)
@@ -188,7 +188,7 @@ def _implausible(features: Features) -> Mask:
     return np.asarray(is_green | is_black, bool)
 
 
-def _foreign(features: Features, tissue: Mask, smooth: Mask) -> Mask:
+def _foreign_matter(features: PixelFeatures, tissue: Mask, smooth: Mask) -> Mask:
     """Pixels whose colour is far commoner among ``smooth`` dense pixels than among textured ``tissue``."""
     clipped = np.maximum(features.density, 0)
     total = clipped[..., 0] + clipped[..., 1] + clipped[..., 2] + np.float32(1e-3)
@@ -205,7 +205,7 @@ def _foreign(features: Features, tissue: Mask, smooth: Mask) -> Mask:
     return np.asarray(commoner.ravel()[code], bool)
 
 
-def _hysteresis(weak: Mask, seed: Mask) -> Mask:
+def _apply_hysteresis(weak: Mask, seed: Mask) -> Mask:
     """The connected parts of ``weak`` that hold a pixel of ``seed``."""
     labels, count = ndimage.label(weak, np.ones((3, 3), bool))
     keep = np.zeros(count + 1, bool)
@@ -214,22 +214,22 @@ def _hysteresis(weak: Mask, seed: Mask) -> Mask:
     return np.asarray(keep[labels], bool)
 
 
-def _tidy(mask: Mask, features: Features, um_per_px: float) -> Mask:
+def _tidy_mask(mask: Mask, features: PixelFeatures, um_per_px: float) -> Mask:
     """Close gaps between cells, drop what is too small or debris, fill small holes."""
     radius = max(1.5, 16 / um_per_px)
-    closed = _distance(_grow(mask, radius)) > radius
+    closed = _distance_to(_grow_mask(mask, radius)) > radius
     kept = _drop_debris(closed | mask, features, um_per_px)
     return _fill_holes(kept, 40_000 / um_per_px**2)
 
 
-def _drop_debris(mask: Mask, features: Features, um_per_px: float) -> Mask:
+def _drop_debris(mask: Mask, features: PixelFeatures, um_per_px: float) -> Mask:
     """Remove specks, and colourless things that are thin (cover-slip edges, bubbles, fibres)."""
     labels, count = ndimage.label(mask, np.ones((3, 3), bool))
     if count == 0:
         return mask
     ids = np.arange(1, count + 1)
     area = ndimage.sum_labels(mask, labels, ids) * um_per_px**2
-    thickness = ndimage.maximum(_distance(mask), labels, ids)
+    thickness = ndimage.maximum(_distance_to(mask), labels, ids)
     chroma = ndimage.mean(features.chroma, labels, ids)
     thin = (chroma < 0.05) & (thickness * um_per_px < 60)
     # On a stained slide a small grey island is dust, a fibre or a bubble; on a grey slide it may be tissue.
@@ -255,13 +255,13 @@ def _fill_holes(mask: Mask, limit: float) -> Mask:
     return np.asarray(mask | small[labels], bool)
 
 
-def _distance(mask: Mask) -> F64:
+def _distance_to(mask: Mask) -> F64:
     """Distance float64[h, w] of each pixel of ``mask`` to the nearest outside it; beyond the picture is not outside."""
     if mask.all():
         return np.full(mask.shape, np.inf)
     return np.asarray(ndimage.distance_transform_edt(mask), np.float64)
 
 
-def _grow(mask: Mask, radius: float) -> Mask:
+def _grow_mask(mask: Mask, radius: float) -> Mask:
     """Pixels within ``radius`` px of ``mask``."""
-    return np.asarray(_distance(~mask) <= radius, bool)
+    return np.asarray(_distance_to(~mask) <= radius, bool)

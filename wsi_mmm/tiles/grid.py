@@ -40,14 +40,14 @@ def make_grid(info: SlideInfo, mpp: float, *, tile: int = 512, overlap: int = 64
     the numbers make no sense, when the grid would be finer than twice the slide, or have more than MAX_TILES tiles.
     """
     _check_recipe(mpp, tile, overlap)
-    scale_x, scale_y = _scale(info, mpp)
+    scale_x, scale_y = _target_scale(info, mpp)
     if min(scale_x, scale_y) < MIN_SCALE and not allow_upsample:
         raise OptionError(
             f"mpp {mpp:g} is more than twice as fine as the slide ({info.mpp_x:g}): "
             f"ask for {MIN_SCALE * mpp / min(scale_x, scale_y):g} or more, or allow upsampling"
         )
     width, height = _target_size(info.width, scale_x), _target_size(info.height, scale_y)
-    columns, rows = _count(width, tile, overlap), _count(height, tile, overlap)
+    columns, rows = _count_tiles(width, tile, overlap), _count_tiles(height, tile, overlap)
     if columns * rows > MAX_TILES:
         raise OptionError(
             f"{columns} x {rows} tiles are too many for one slide: raise the tile size or mpp, or lower the overlap"
@@ -118,8 +118,8 @@ def blocks(grid: Grid, index: I64, block_tiles: int) -> list[BlockTiles]:
             f"a tile is outside the grid of {grid.rows} rows x {grid.columns} columns: select tiles again"
         )
     block = index // block_tiles
-    order = np.lexsort((index[:, 1], index[:, 0], block[:, 1], block[:, 0]))
-    index, block = index[order], block[order]
+    ranking = np.lexsort((index[:, 1], index[:, 0], block[:, 1], block[:, 0]))
+    index, block = index[ranking], block[ranking]
     cuts = np.flatnonzero(np.any(block[1:] != block[:-1], axis=1)) + 1
     starts = np.concatenate([[0], cuts])
     return [
@@ -137,7 +137,7 @@ def _check_recipe(mpp: float, tile: int, overlap: int) -> None:
         raise OptionError(f"overlap is {overlap} px: give 0 or more and less than the tile size of {tile} px")
 
 
-def _scale(info: SlideInfo, mpp: float) -> tuple[float, float]:
+def _target_scale(info: SlideInfo, mpp: float) -> tuple[float, float]:
     """Level-0 px per target px (x, y)."""
     if info.mpp_x is None or info.mpp_y is None:
         raise MppUnknown("the slide does not say its resolution: pass --mpp-override 0.25 or a manifest column 'mpp'")
@@ -149,6 +149,6 @@ def _target_size(pixels: int, scale: float) -> int:
     return max(1, math.ceil(pixels / scale - 1e-6))
 
 
-def _count(size: int, tile: int, overlap: int) -> int:
+def _count_tiles(size: int, tile: int, overlap: int) -> int:
     """Fewest tiles, from 0 and ``tile - overlap`` apart, that cover ``size`` px."""
     return max(1, -(-(size - overlap) // (tile - overlap)))

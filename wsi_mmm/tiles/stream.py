@@ -114,7 +114,7 @@ class Prefetcher(Generic[Key, Data]):
     def take(self, key: Key) -> Data | None:
         """Return what was fetched for ``key``, waiting for a fetch that is under way; None: read by yourself."""
         with self._lock:
-            future = self._remove(key)
+            future = self._remove_key(key)
             self._begin_fetches()
         try:
             with timed("fetch"):
@@ -127,7 +127,7 @@ class Prefetcher(Generic[Key, Data]):
         """Forget the chosen keys: nobody will take them."""
         with self._lock:
             for key in [key for key in self._fetches if chosen(key)]:
-                self._remove(key)
+                self._remove_key(key)
             self._begin_fetches()
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class Prefetcher(Generic[Key, Data]):
             self._fetches.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _remove(self, key: Key) -> Future[Data] | None:
+    def _remove_key(self, key: Key) -> Future[Data] | None:
         planned = self._fetches.pop(key, None)
         if planned is None:
             return None

@@ -51,7 +51,7 @@ class TissueMask:
 
 
 def tissue_mask(slide: Slide, tissue: str = "auto") -> TissueMask:
-    """Where the tissue of ``slide`` is.
+    """Return the tissue of ``slide``.
 
     ``tissue``: "auto" looks for it; "none" takes the whole slide; anything else is the path or URI of an annotation
     file (polygons in level-0 px) or of a mask picture of the slide (nonzero = tissue). What cannot be decoded counts
@@ -60,8 +60,8 @@ def tissue_mask(slide: Slide, tissue: str = "auto") -> TissueMask:
     if tissue == "none":
         return TissueMask(np.ones((1, 1), bool), float(slide.info.width), float(slide.info.height))
     if tissue == "auto":
-        return _auto(slide)
-    data = _fetch(tissue)
+        return _find_tissue(slide)
+    data = _load_mask(tissue)
     if data.lstrip()[:4].startswith(_SHAPES) or find_format(redact(tissue), data):
         return _from_shapes(data, redact(tissue), slide.info)
     return _from_picture(data, redact(tissue), slide.info)
@@ -77,14 +77,14 @@ def select_tiles(grid: Grid, mask: TissueMask, min_tissue: float = MIN_TISSUE) -
         raise OptionError(f"min_tissue is {min_tissue}: give a share from 0 to 1, such as {MIN_TISSUE}")
     sums = np.zeros((mask.mask.shape[0] + 1, mask.mask.shape[1] + 1), np.int64)
     sums[1:, 1:] = mask.mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
-    x0, x1 = _spans(grid, (grid.columns, grid.width), grid.scale_x / mask.scale_x, mask.mask.shape[1])
-    y0, y1 = _spans(grid, (grid.rows, grid.height), grid.scale_y / mask.scale_y, mask.mask.shape[0])
+    x0, x1 = _row_spans(grid, (grid.columns, grid.width), grid.scale_x / mask.scale_x, mask.mask.shape[1])
+    y0, y1 = _row_spans(grid, (grid.rows, grid.height), grid.scale_y / mask.scale_y, mask.mask.shape[0])
     chunk = max(1, _CHUNK // max(grid.columns, mask.mask.shape[1]))
     found = []
     for start in range(0, grid.rows, chunk):
         rows = slice(start, start + chunk)
-        band = (_at(sums, y1[rows]) - _at(sums, y0[rows])).T
-        covered = (_at(band, x1) - _at(band, x0)).T
+        band = (_mask_at(sums, y1[rows]) - _mask_at(sums, y0[rows])).T
+        covered = (_mask_at(band, x1) - _mask_at(band, x0)).T
         area = (y1 - y0)[rows, None] * (x1 - x0)[None, :]
         # Differences of interpolated sums: exact to far below a millionth of a mask pixel.
         keep = covered >= min_tissue * area - 1e-6
@@ -96,16 +96,16 @@ def tissue_share(grid: Grid, mask: TissueMask, index: I64) -> F32:
     """Share of each tile of ``index`` int64[n, 2] (its part inside the slide) that is tissue: float32[n], 0 to 1."""
     sums = np.zeros((mask.mask.shape[0] + 1, mask.mask.shape[1] + 1), np.int64)
     sums[1:, 1:] = mask.mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
-    x0, x1 = _spans(grid, (grid.columns, grid.width), grid.scale_x / mask.scale_x, mask.mask.shape[1])
-    y0, y1 = _spans(grid, (grid.rows, grid.height), grid.scale_y / mask.scale_y, mask.mask.shape[0])
+    x0, x1 = _row_spans(grid, (grid.columns, grid.width), grid.scale_x / mask.scale_x, mask.mask.shape[1])
+    y0, y1 = _row_spans(grid, (grid.rows, grid.height), grid.scale_y / mask.scale_y, mask.mask.shape[0])
     rows, places = np.unique(index[:, 0], return_inverse=True)
-    band = (_at(sums, y1[rows]) - _at(sums, y0[rows])).T
-    covered = (_at(band, x1) - _at(band, x0)).T[places, index[:, 1]]
+    band = (_mask_at(sums, y1[rows]) - _mask_at(sums, y0[rows])).T
+    covered = (_mask_at(band, x1) - _mask_at(band, x0)).T[places, index[:, 1]]
     area = (y1 - y0)[index[:, 0]] * (x1 - x0)[index[:, 1]]
     return np.clip(covered / np.maximum(area, 1e-9), 0.0, 1.0).astype(np.float32)
 
 
-def _spans(grid: Grid, count_size: tuple[int, int], ratio: float, limit: int) -> tuple[F64, F64]:
+def _row_spans(grid: Grid, count_size: tuple[int, int], ratio: float, limit: int) -> tuple[F64, F64]:
     """Start and end in mask px of each tile along one axis of (tiles, target px), cut to slide and mask."""
     count, size = count_size
     start = np.arange(count, dtype=np.float64) * grid.stride
@@ -113,14 +113,14 @@ def _spans(grid: Grid, count_size: tuple[int, int], ratio: float, limit: int) ->
     return np.minimum(start * ratio, limit), np.minimum(end * ratio, limit)
 
 
-def _at(sums: npt.NDArray[np.int64] | F64, where: F64) -> F64:
+def _mask_at(sums: npt.NDArray[np.int64] | F64, where: F64) -> F64:
     """Rows of running sums at fractional positions ``where``: exact for pixels of constant value."""
     low = np.minimum(where.astype(np.int64), len(sums) - 2)
     part = (where - low)[:, None]
     return np.asarray(sums[low] * (1 - part) + sums[low + 1] * part, np.float64)
 
 
-def _auto(slide: Slide) -> TissueMask:
+def _find_tissue(slide: Slide) -> TissueMask:
     """Look for tissue on one small read of the whole slide."""
     info = slide.info
     mpp_x, mpp_y = info.mpp_x or ASSUMED_MPP, info.mpp_y or ASSUMED_MPP
@@ -148,7 +148,7 @@ def _of_level(info: SlideInfo, scale_x: float, scale_y: float) -> tuple[float, f
     return scale_x, scale_y
 
 
-def _fetch(tissue: str) -> bytes:
+def _load_mask(tissue: str) -> bytes:
     try:
         return read_bytes(tissue)
     except NotFound as error:
@@ -168,7 +168,7 @@ def _from_shapes(data: bytes, name: str, info: SlideInfo) -> TissueMask:
 
 
 def _from_picture(data: bytes, name: str, info: SlideInfo) -> TissueMask:
-    mask = _picture(data, name)
+    mask = _read_picture(data, name)
     height, width = mask.shape
     expected = width * info.height / info.width
     if abs(height - expected) > max(1.0, 0.01 * expected):
@@ -179,7 +179,7 @@ def _from_picture(data: bytes, name: str, info: SlideInfo) -> TissueMask:
     return TissueMask(mask, info.width / width, info.height / height)
 
 
-def _picture(data: bytes, name: str) -> Mask:
+def _read_picture(data: bytes, name: str) -> Mask:
     """Nonzero pixels of a picture (of any channel but alpha; where alpha is zero, nothing)."""
     try:
         with warnings.catch_warnings():

@@ -64,7 +64,7 @@ class Units:
     def __init__(self, bad: int) -> None:
         self.bad, self.seen = bad, list[int]()
 
-    def perform(self, unit: WorkUnit) -> UnitResult:
+    def perform(self, unit: WorkUnit, fetches: object = None) -> UnitResult:
         self.seen.append(unit.block[1])
         if unit.block[1] == self.bad:
             raise ValueError("not one of ours")

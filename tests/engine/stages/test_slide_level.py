@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers.plans import plan_of
-from wsi_mmm.cache import ArraySpec, Entry
+from wsi_mmm.cache import ArraySpec, CacheEntry
 from wsi_mmm.engine.plan import forward_units
 from wsi_mmm.engine.stages import context, slide_level
 from wsi_mmm.engine.units import SlidePlan, WorkUnit
@@ -21,10 +21,10 @@ from wsi_mmm.types import F32, TaskInfo
 GRADE = Classify(TaskInfo("t", "classify", ("low", "high"), ((0, 0, 0),) * 2), 2, "bag")
 
 
-def filled(plan: SlidePlan, folder: Path) -> tuple[Entry, F32]:
+def filled(plan: SlidePlan, folder: Path) -> tuple[CacheEntry, F32]:
     """An entry whose features are written block by block, and the same in the plan's order."""
     wanted = np.random.default_rng(0).normal(size=(len(plan.index), 5)).astype(np.float32)
-    entry = Entry(str(folder), plan.grid.rows, plan.grid.columns, plan.slide.recipe.block_tiles)
+    entry = CacheEntry(str(folder), plan.grid.rows, plan.grid.columns, plan.slide.recipe.block_tiles)
     place = {tuple(tile): i for i, tile in enumerate(plan.index.tolist())}
     for unit in forward_units(plan):
         rows = [place[tuple(tile)] for tile in unit.index().tolist()]

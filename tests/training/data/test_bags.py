@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import wsi_mmm
-from wsi_mmm.cache import ArraySpec, Entry
+from wsi_mmm.cache import ArraySpec, CacheEntry
 from wsi_mmm.errors import InputError, StorageError
 from wsi_mmm.outputs.exports import export, write_features
 from wsi_mmm.outputs.tables import tiles_table
@@ -136,12 +136,12 @@ def test_an_entry_of_the_feature_cache_is_a_bag(tiny_slide: Path, tmp_path: Path
     with open_slide(str(tiny_slide)) as slide:
         grid = make_grid(slide.info, 0.5, tile=256, overlap=0)
         other = make_grid(slide.info, 0.5, tile=128, overlap=0)
-    entry = Entry(str(tmp_path / "entry"), grid.rows, grid.columns, 2)
+    entry = CacheEntry(str(tmp_path / "entry"), grid.rows, grid.columns, 2)
     index: I64 = np.array([[0, 0], [0, 1], [1, 1]])
     values = RNG.normal(size=(3, 4)).astype(np.float32)
     entry.write_block(ArraySpec("features", (4,), "float32"), index, values)
     bad = tile_xy(grid, index)[1].tolist()
-    entry.put_receipt("0-0", {"tiles": index.astype(np.int32).tobytes().hex(), "failed": [[*bad, 256, 256]]})
+    entry.write_block_record("0-0", {"tiles": index.astype(np.int32).tobytes().hex(), "failed": [[*bad, 256, 256]]})
     found = entry_features(str(tmp_path / "entry"), grid)
     assert np.array_equal(found.vectors, values[[0, 2]])
     assert found.coords.tolist() == [[0, 0], [256, 256]]

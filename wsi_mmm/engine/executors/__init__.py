@@ -1,1 +1,1 @@
-"""Where work units run: this process, or Dask workers."""
+"""The executors of work units: this process, or Dask workers."""

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import dask
@@ -47,6 +48,7 @@ from wsi_mmm.engine.executors.wire import SentResult
 from wsi_mmm.engine.job import JobProgress
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.stages import perform
+from wsi_mmm.engine.stages.prefetch import UnitPrefetch
 from wsi_mmm.engine.units import Capabilities, Kind, UnitResult, WorkUnit, failure_of
 from wsi_mmm.errors import ClusterError, WsiError
 from wsi_mmm.storage import store
@@ -67,16 +69,20 @@ SentFuture = Future[list[SentResult]]
 
 def run_bundle(bundle: bytes) -> list[SentResult]:
     """Run units on a worker; ``bundle``: a unit a line. Our errors become Failures; on others Dask tries once more."""
-    return [_run_line(lambda unit: retry_unit(perform.perform, unit), line) for line in bundle.split(b"\n")]
+    units = [wire.unpack_unit(line, _recipe_from_scheduler) for line in bundle.split(b"\n")]
+    with contextlib.closing(UnitPrefetch()) as prefetch:
+        prefetch.announce_bundle(units)
+        step = partial(perform.perform, fetches=prefetch.fetches)
+        return [_pack_result(lambda unit: retry_unit(step, unit), unit) for unit in units]
 
 
 def run_bundle_isolated(bundle: bytes) -> list[SentResult]:
     """The same, each unit in a process of its own: when that dies the worker lives, and the unit is a Failure."""
-    return [_run_line(isolated.perform, line) for line in bundle.split(b"\n")]
+    units = [wire.unpack_unit(line, _recipe_from_scheduler) for line in bundle.split(b"\n")]
+    return [_pack_result(isolated.perform, unit) for unit in units]
 
 
-def _run_line(step: Callable[[WorkUnit], UnitResult], line: bytes) -> SentResult:
-    unit = wire.unpack_unit(line, _recipe_from_scheduler)
+def _pack_result(step: Callable[[WorkUnit], UnitResult], unit: WorkUnit) -> SentResult:
     try:
         return wire.pack_result(step(unit))
     except WsiError as error:
@@ -121,7 +127,7 @@ class DaskExecutor:
         self._unfit = self._find_unfit(self._workers)
         warnings = tuple(f"worker {name} cannot be used: {reason}" for name, reason in sorted(self._unfit.items()))
         alone = jobs is not None or cluster is not None
-        self.capabilities = Capabilities(True, dashboard_of(client), warnings, None if alone else self._announce)
+        self.capabilities = Capabilities(True, dashboard_of(client), warnings, None if alone else self._announce_run)
         self._places = self._count_places()
         if not self._workers:
             raise ClusterError("the scheduler has no workers: start some with 'dask worker ADDRESS'")
@@ -130,7 +136,7 @@ class DaskExecutor:
             raise ClusterError(f"no worker can run models: {warnings[0]}; {wanted}")
 
     @contextlib.contextmanager
-    def _announce(self, output: str, slides: int, stop: threading.Event) -> Iterator[Listener]:
+    def _announce_run(self, output: str, slides: int, stop: threading.Event) -> Iterator[Listener]:
         """Publish this run on the cluster: other jobs see it, share the workers with it, and may stop it."""
         registry, progress = JobRegistry(self._client), JobProgress()
         status = JobStatus(new_job_id(), output, slides_total=slides, where=timing.worker_name())
@@ -353,12 +359,12 @@ def client_of(cluster: Client | str, timeout: float = 10.0, *, tls: Tls | None =
     try:
         kept = {"distributed.admin.low-level-log-length": LOG_LENGTH}
         with dask.config.set({"distributed.comm.timeouts.connect": timeout, **kept}):
-            return Client(cluster, timeout=timeout, set_as_default=False, security=_security(cluster, tls))
+            return Client(cluster, timeout=timeout, set_as_default=False, security=_make_security(cluster, tls))
     except (OSError, TimeoutError, ValueError) as error:
         raise ClusterError(f"no Dask scheduler answers at {cluster}: {_connection_hint(cluster)}") from error
 
 
-def _security(address: str, tls: Tls | None) -> Security | None:
+def _make_security(address: str, tls: Tls | None) -> Security | None:
     """None leaves it to Dask's own configuration, such as DASK_DISTRIBUTED__COMM__TLS__CA_FILE."""
     if tls is None:
         if address.startswith("tls://") and Security().get_connection_args("client")["ssl_context"] is None:

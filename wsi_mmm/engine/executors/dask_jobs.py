@@ -112,7 +112,7 @@ class ClusterJob(Generic[T]):
     @property
     def done(self) -> bool:
         """It has ended, well or not."""
-        return self.status.over or self._future().status in ("error", "cancelled")
+        return self.status.over or self._task_future().status in ("error", "cancelled")
 
     def watch(self, every: float = EVERY) -> Iterator[JobStatus]:
         """Yield its status now, whenever it has changed, and when it has ended."""
@@ -131,7 +131,7 @@ class ClusterJob(Generic[T]):
         """Wait for the report. TimeoutError after ``timeout`` seconds, Cancelled after ``cancel``, or its own error."""
         try:
             with _translate_errors():
-                outcome = self._future().result(timeout=timeout)
+                outcome = self._task_future().result(timeout=timeout)
         except TimeoutError as error:
             share = f"{self.progress.fraction:.0%} of its tiles"
             raise TimeoutError(f"the job is still running after {timeout} s ({share})") from error
@@ -163,7 +163,7 @@ class ClusterJob(Generic[T]):
                 self.client.unpublish_dataset(_job_key(self.id))
             JobRegistry(self.client).forget(self.id)
 
-    def _future(self) -> Future[Outcome[T]]:
+    def _task_future(self) -> Future[Outcome[T]]:
         try:
             future: Future[Outcome[T]] = self.client.get_dataset(_job_key(self.id))
         except KeyError as error:

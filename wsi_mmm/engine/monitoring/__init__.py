@@ -1,1 +1,1 @@
-"""What a run shows of itself: report, timing, logs, metrics, traces."""
+"""Report, timing, logs, metrics and traces of a run."""

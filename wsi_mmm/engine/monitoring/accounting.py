@@ -1,4 +1,4 @@
-"""Where the time of a run went and what it took, per slide and per worker, from the units started and their results.
+"""The time and resources of a run, per slide and per worker, from the units started and their results.
 
 A worker is a process; its threads are those that ran steps. The time between the first and the last step of the worker
 that they did not spend in steps they waited: so per worker the stages add up to its wall time times its threads. Per
@@ -36,7 +36,7 @@ def busy_spans(result: UnitResult) -> Iterator[tuple[float, float]]:
 
 @dataclass(slots=True)
 class WorkerTotals:
-    """What a process did for a run. ``first``, ``last``: epoch seconds; ``in_steps``: seconds of all threads."""
+    """Totals of a worker process. ``first``, ``last``: epoch seconds; ``in_steps``: seconds of all threads."""
 
     first: float = float("inf")
     last: float = 0.0
@@ -69,7 +69,7 @@ class WorkerTotals:
 
 @dataclass(slots=True)
 class SlideTotals:
-    """What a slide took. ``seconds`` per stage of all threads; ``steps``: seconds per step, as report.json names them.
+    """Totals of a slide. ``seconds`` per stage of all threads; ``steps``: seconds per step, as report.json names them.
 
     ``forward_started``, ``forward_ended``: epoch seconds of the first block asked for and the last one in, 0 before.
     ``busy``: when the models of all workers ran while this slide was under way, with whatever slide.
@@ -113,10 +113,10 @@ class SlideTotals:
             by_worker.setdefault(worker, []).append((max(start, started), min(end, ended)))
         if ended <= started or not by_worker:
             return 0.0
-        return min(1.0, sum(_covered(spans) for spans in by_worker.values()) / len(by_worker) / (ended - started))
+        return min(1.0, sum(_union_seconds(spans) for spans in by_worker.values()) / len(by_worker) / (ended - started))
 
 
-def _covered(spans: list[tuple[float, float]]) -> float:
+def _union_seconds(spans: list[tuple[float, float]]) -> float:
     """Seconds that lie in at least one of the spans."""
     total, reached = 0.0, 0.0
     for start, end in sorted(spans):

@@ -33,10 +33,10 @@ class BusyTimes:
         return [
             (worker, max(since, start), min(until, end))
             for worker, starts in self._starts.items()
-            for start, end in self._overlapping(worker, starts, since, until)
+            for start, end in self._overlapping_spans(worker, starts, since, until)
         ]
 
-    def _overlapping(
+    def _overlapping_spans(
         self, worker: str, starts: list[float], since: float, until: float
     ) -> Iterator[tuple[float, float]]:
         ends = self._ends[worker]

@@ -109,16 +109,16 @@ class _Lines:
             facts: Fields = {"event": event.kind, "slide": event.slide}
             if event.total:
                 facts |= {"done": event.done, "total": event.total}
-            self._log(level, event.message, facts)
+            self._write_record(level, event.message, facts)
 
     def watch(self, thing: WorkUnit | UnitResult) -> None:
         """A result; units that failed or lack tiles are logged as errors and warnings."""
         if not isinstance(thing, WorkUnit):
             level = _BAD.get(result_status(thing), logging.DEBUG)
             if self.logger.isEnabledFor(level):
-                self._log(level, thing.error if isinstance(thing, Failure) else "", _result_fields(thing))
+                self._write_record(level, thing.error if isinstance(thing, Failure) else "", _result_fields(thing))
 
-    def _log(self, level: int, message: str, facts: Fields) -> None:
+    def _write_record(self, level: int, message: str, facts: Fields) -> None:
         self.logger.log(level, "%s", message, extra={"facts": facts})
 
 

@@ -29,7 +29,7 @@ _PACKAGES = ("torch", "timm", "openslide-python", "openslide-bin", "zarr", "dask
 
 @dataclass(slots=True)
 class RunReport:
-    """What became of a run. ``slides``: one SlideRow each, in the order asked for.
+    """The report of a run. ``slides``: one SlideRow each, in the order asked for.
 
     ``exit_code``: 0 every slide succeeded, 3 some failed or have tiles that could not be read, 4 none succeeded.
     ``unsaved``: why report.json and report.html could not be written; then a code of 0 is 3, too.
@@ -53,7 +53,7 @@ class RunReport:
 
     @property
     def path(self) -> str:
-        """Where report.html lies."""
+        """URI of report.html."""
         return store.join(self.output, "report.html")
 
     @property

@@ -1,1 +1,1 @@
-"""What is done to a slide: prepare, forward, interpret, publish."""
+"""The stages of a slide: prepare, forward, interpret, publish."""

@@ -1,4 +1,4 @@
-"""What a process keeps open between units (slides, models, cache entries), and the context that a unit runs in."""
+"""The slides, models and cache entries that a process keeps open, and the context that a unit runs in."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsi_mmm.cache import Entry
+from wsi_mmm.cache import CacheEntry
 from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.units import SlideTask, UnitFacts, WorkUnit
 from wsi_mmm.errors import MissingPackage, ModelError
 from wsi_mmm.slides import Reader, Slide
+from wsi_mmm.slides.base import Fetched
 from wsi_mmm.storage import store
+from wsi_mmm.tiles.stream import Prefetcher
 from wsi_mmm.timing import StageTimer, Step, StepTime, timed, worker_name
 from wsi_mmm.types import Grid, Tiles
 
@@ -35,14 +37,19 @@ _loading = threading.Lock()  # of its own: slides are opened and their tissue is
 _runners: dict[tuple[str, str, int | None, str], Runner] = {}
 _models: dict[tuple[str, str], str] = {}
 _tasks: dict[tuple[str, str, tuple[str, ...]], list[Task]] = {}
-_entries: OrderedDict[tuple[str, int], Entry] = OrderedDict()
+_entries: OrderedDict[tuple[str, int], CacheEntry] = OrderedDict()
+
+
+UnitFetches = Prefetcher[WorkUnit, Fetched | None]
+"""Gives a forward unit the bytes that were fetched for it before its turn."""
 
 
 @dataclass(slots=True)
 class UnitContext:
-    """What a unit needs, each opened when it is first asked for. Used by one thread at a time."""
+    """The slide, grid, cache, tasks and model of a unit, each opened when first used. For one thread at a time."""
 
     unit: WorkUnit
+    fetches: UnitFetches | None = None
     times: list[StepTime] = field(default_factory=list)
     _opened: ExitStack = field(default_factory=ExitStack)
     _slide: Slide | None = None
@@ -71,7 +78,7 @@ class UnitContext:
         return self._slide
 
     @property
-    def cache(self) -> Entry:
+    def cache(self) -> CacheEntry:
         """The cache entry that holds the values of the slide."""
         return cache_entry(self.unit.entry, self.grid, self.recipe.block_tiles)
 
@@ -94,7 +101,10 @@ class UnitContext:
         return self._opened.enter_context(open_slides.reader(slide_key(self.task), tiles, caching))
 
     def tile_cache_text(self) -> str:
-        """What was measured and chosen for the slide's tiles in this process, for people; empty when nothing was."""
+        """The measurement and choice for the slide's tiles in this process, for people; empty when there was none."""
+        options = self.recipe.options
+        if options.cache is None or options.cache_tiles != "auto":
+            return ""
         return next(iter(open_slides.choice_texts(self.slide.info.uri)), "")
 
     @contextmanager
@@ -119,9 +129,9 @@ class UnitContext:
 
 
 @contextmanager
-def unit_context(unit: WorkUnit) -> Iterator[UnitContext]:
+def unit_context(unit: WorkUnit, fetches: UnitFetches | None = None) -> Iterator[UnitContext]:
     """The context of a unit, closed at the end."""
-    ctx = UnitContext(unit)
+    ctx = UnitContext(unit, fetches)
     try:
         yield ctx
     finally:
@@ -129,7 +139,7 @@ def unit_context(unit: WorkUnit) -> Iterator[UnitContext]:
 
 
 def slide_key(task: SlideTask) -> SlideKey:
-    """What `open_slides` opens for a task."""
+    """The key of a task's slide in `open_slides`."""
     return SlideKey(task.uri, task.mpp, task.recipe.options.reader)
 
 
@@ -207,12 +217,12 @@ def recipe_tasks(recipe: Recipe) -> list[Task]:
     return _tasks[key]
 
 
-def cache_entry(uri: str, grid: Grid, block: int) -> Entry:
+def cache_entry(uri: str, grid: Grid, block: int) -> CacheEntry:
     """The cache entry at ``uri``, its arrays opened once per process; those used longest ago are forgotten."""
     key = (uri, block)
     with _lock:
         if key not in _entries:
-            _entries[key] = Entry(uri, grid.rows, grid.columns, block)
+            _entries[key] = CacheEntry(uri, grid.rows, grid.columns, block)
         _entries.move_to_end(key)
         while len(_entries) > KEPT_ENTRIES:
             _entries.popitem(last=False)

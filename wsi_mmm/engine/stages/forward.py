@@ -26,12 +26,19 @@ def forward(ctx: UnitContext) -> ForwardResult:
 def read_tiles(ctx: UnitContext) -> Batch | None:
     """The tiles of a block; None when the cache already holds their values."""
     with ctx.step("read"):
-        unit = ctx.unit
-        before = None if ctx.recipe.options.force else ctx.cache.receipt(block_name(unit.block))
-        if before and before.get("tiles") == unit.tiles.hex() and not before.get("failed"):
+        unit, index = ctx.unit, ctx.unit.index()
+        if is_computed(ctx):
+            if ctx.fetches is not None:
+                ctx.fetches.drop(lambda other: other == unit)
             return None
-        index = unit.index()
-        return read_block(ctx.reader(tiles_at(ctx.grid, index)), ctx.grid, BlockTiles(*unit.block, index))
+        fetched = ctx.fetches.take(unit) if ctx.fetches is not None else None
+        return read_block(ctx.reader(tiles_at(ctx.grid, index)), ctx.grid, BlockTiles(*unit.block, index), fetched)
+
+
+def is_computed(ctx: UnitContext) -> bool:
+    """Return whether the cache holds the values of all tiles of the block."""
+    found = None if ctx.recipe.options.force else ctx.cache.block_record(block_name(ctx.unit.block))
+    return bool(found and found.get("tiles") == ctx.unit.tiles.hex() and not found.get("failed"))
 
 
 def compute(ctx: UnitContext, batch: Batch) -> RunOutput:
@@ -52,7 +59,7 @@ def write_values(ctx: UnitContext, batch: Batch, output: RunOutput) -> ForwardRe
             cache.write_block(ArraySpec(f"maps/{name}", values.shape[1:], "uint8"), batch.index, values)
         for name, values in output.tables.items():
             cache.write_block(ArraySpec(f"tables/{name}", values.shape[1:], str(values.dtype)), batch.index, values)
-        cache.put_receipt(block_name(ctx.unit.block), {"tiles": ctx.unit.tiles.hex(), "failed": failed})
+        cache.write_block_record(block_name(ctx.unit.block), {"tiles": ctx.unit.tiles.hex(), "failed": failed})
     return ForwardResult(
         ctx.facts(), len(batch.index), failed, device=str(ctx.runner.device), encoder=json.dumps(ctx.runner.facts()),
         tile_cache=ctx.tile_cache_text(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from wsi_mmm.cache import ArraySpec, Entry
+from wsi_mmm.cache import ArraySpec, CacheEntry
 from wsi_mmm.engine.plan import Span, core_of, window_of
 from wsi_mmm.engine.stages import workdir
 from wsi_mmm.engine.stages.context import UnitContext
@@ -44,7 +44,7 @@ def _find_objects(ctx: UnitContext, task: Task) -> Objects:
     return objects if task.info.dissolves else polygons.simplify(objects, SIMPLIFY * grid.scale_x)
 
 
-def blended_core(task: Task, unit: WorkUnit, cache: Entry) -> tuple[tuple[int, int], U8]:
+def blended_core(task: Task, unit: WorkUnit, cache: CacheEntry) -> tuple[tuple[int, int], U8]:
     """The blended map of a block's core alone: its corner (y, x) in map px and uint8[C, h, w]."""
     core, window = _core_and_window(task, unit)
     y0, x0 = -(-core.y0 // task.stride), -(-core.x0 // task.stride)
@@ -58,7 +58,7 @@ def _core_and_window(task: Task, unit: WorkUnit) -> tuple[Span, Span]:
     return core, window_of(unit.planned_grid, core, task.halo, task.stride)
 
 
-def _blend_window(task: Task, unit: WorkUnit, cache: Entry, window: Span) -> U8:
+def _blend_window(task: Task, unit: WorkUnit, cache: CacheEntry, window: Span) -> U8:
     grid = unit.planned_grid
     shape = ((window.y1 - window.y0) // task.stride, (window.x1 - window.x0) // task.stride)
     tiles, corners = _tiles_in(task, unit, cache, window)
@@ -67,7 +67,7 @@ def _blend_window(task: Task, unit: WorkUnit, cache: Entry, window: Span) -> U8:
     )
 
 
-def _tiles_in(task: Task, unit: WorkUnit, cache: Entry, window: Span) -> tuple[U8, I64]:
+def _tiles_in(task: Task, unit: WorkUnit, cache: CacheEntry, window: Span) -> tuple[U8, I64]:
     """Maps uint8[k, C, h, h] of the tiles that touch the window and their corners int64[k, 2] in window map px."""
     grid, index = unit.planned_grid, unit.index()
     y, x = index[:, 0] * grid.stride, index[:, 1] * grid.stride

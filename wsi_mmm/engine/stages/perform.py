@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wsi_mmm.engine.monitoring.workers import count_here
-from wsi_mmm.engine.stages.context import UnitContext, unit_context
+from wsi_mmm.engine.stages.context import UnitContext, UnitFetches, unit_context
 from wsi_mmm.engine.stages.extract import extract
 from wsi_mmm.engine.stages.forward import forward
 from wsi_mmm.engine.stages.interpret import interpret
@@ -20,9 +20,9 @@ from wsi_mmm.engine.units import (
 )
 
 
-def perform(unit: WorkUnit) -> UnitResult:
+def perform(unit: WorkUnit, fetches: UnitFetches | None = None) -> UnitResult:
     """Run a unit; raises what its stage raises. Units may be repeated."""
-    with unit_context(unit) as ctx:
+    with unit_context(unit, fetches) as ctx:
         result = _run_stage(ctx)
     count_here(result)
     return result

@@ -243,7 +243,7 @@ def _failed_tiles(ctx: UnitContext, plan: SlidePlan) -> Mask:
     """The tiles with pixels that could not be read: bool[n]."""
     bad = set()
     for row, column in np.unique(plan.index // plan.slide.recipe.block_tiles, axis=0).tolist():
-        marks = ctx.cache.receipt(workdir.block_name((row, column))) or {}
+        marks = ctx.cache.block_record(workdir.block_name((row, column))) or {}
         bad |= {(x, y) for x, y, _, _ in marks.get("failed", ())}
     return np.array([(x, y) in bad for x, y in tile_xy(plan.grid, plan.index).tolist()], bool)
 

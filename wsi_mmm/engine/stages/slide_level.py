@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wsi_mmm.cache import ArraySpec, Entry
+from wsi_mmm.cache import ArraySpec, CacheEntry
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.units import SlidePlan
 from wsi_mmm.types import F32, I64, Mask
@@ -51,7 +51,7 @@ def answer_slide(ctx: UnitContext, plan: SlidePlan, failed: Mask) -> SlideAnswer
     return SlideAnswers(columns, attention)
 
 
-def gather_features(entry: Entry, index: I64, block: int) -> F32:
+def gather_features(entry: CacheEntry, index: I64, block: int) -> F32:
     """Features float32[n, D] of tiles ``index`` int64[n, 2] (row, column), in their order, each shard read once."""
     spec = ArraySpec("features", entry.existing("features").shape[2:], "float32")
     found = np.empty((len(index), *spec.item), np.float32)

@@ -1,6 +1,6 @@
 """GET requests to a slide service: verified TLS, a bearer token that is never shown, answers of bounded size.
 
-They run in the event loop of `remote`, which repeats what fails in passing: connections that break, and 502, 503, 504.
+They run in the event loop of `remote`, which retries broken connections and 502, 503, 504.
 Every other answer but 2xx is an error at once (429 one that may pass). No redirect is followed: the token goes to the
 named host only.
 """

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wsi_mmm.cache import Entry
+from wsi_mmm.cache import CacheEntry
 from wsi_mmm.errors import InputError, StorageError, WsiError
 from wsi_mmm.outputs.exports import MAX_VALUES, SlideFeatures, read_features
 from wsi_mmm.slides.base import Fetched
@@ -192,7 +192,7 @@ def _values_of(file: Any, name: str) -> Any:
 def entry_features(uri: str, grid: Grid) -> SlideFeatures:
     """The vectors of an entry of the feature cache whose tiles are those of ``grid``: of the blocks that have a
     receipt, without tiles that could not be read."""
-    entry = Entry(uri, grid.rows, grid.columns, 1)
+    entry = CacheEntry(uri, grid.rows, grid.columns, 1)
     array = entry.existing("features")
     if array.shape[:2] != (grid.rows, grid.columns):
         text = f"{array.shape[0]} x {array.shape[1]} tiles, the grid has {grid.rows} x {grid.columns}"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from wsi_mmm.cache import CachedReader, Choice, Quota, choose, pixels_uri
+from wsi_mmm.cache import CachedReader, Quota, TileCacheChoice, choose, pixels_uri
 from wsi_mmm.slides import Reader, Slide, open_slide
 from wsi_mmm.storage import store
 from wsi_mmm.types import Tiles
@@ -45,7 +45,7 @@ class SlidePool:
     tiles: Literal["auto", "on", "off"] = "auto"
     quota: int | None = None
     _held: OrderedDict[Key, _Held] = field(default_factory=OrderedDict)
-    _choices: dict[tuple[str, float, float], Choice] = field(default_factory=dict)
+    _choices: dict[tuple[str, float, float], TileCacheChoice] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _process: int = field(default_factory=os.getpid)
     _quota: Quota | None = None
