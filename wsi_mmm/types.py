@@ -186,18 +186,26 @@ class Objects:
 
 
 REGION_KINDS = ("segment", "multisegment")
+TILE_KINDS = ("classify", "multilabel", "regress", "survive")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """What files need to know of a task: its name, kind, class names and class colours (r, g, b)."""
+    """The facts of a task that files need: its name, kind, class names, class colours (r, g, b), and its scope, if
+    known."""
 
     name: str
     kind: str
     classes: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
+    scope: str = ""
+
+    @property
+    def draws_tiles(self) -> bool:
+        """True if its objects are whole tiles, one each."""
+        return self.scope in ("tile", "bag") or self.kind in TILE_KINDS
 
     @property
     def dissolves(self) -> bool:
-        """Whether its objects are regions, which seams cut and `outputs.merge` makes whole again."""
+        """True if its objects are regions, which seams cut and `outputs.merge` makes whole again."""
         return self.kind in REGION_KINDS

@@ -40,7 +40,7 @@ class Picture:
         """Take in objects that are being written."""
         if info.dissolves:
             self.areas.append((info, ragged.part(objects, 0, min(len(objects), MAX_AREAS))))
-        elif info.kind not in ("classify", "multilabel", "regress", "survive"):
+        elif not info.draws_tiles:
             self.density.add(object_centres(objects, self.plan))
             if info not in self.instances:
                 self.instances.append(info)
