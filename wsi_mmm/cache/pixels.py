@@ -256,7 +256,7 @@ class CachedReader:
         return Tiles(np.array([[key[1] * SHARD, key[0] * SHARD]], np.int64), SHARD, self.scale_x, self.scale_y)
 
     def _absent_shards(self, keys: list[ShardKey]) -> list[ShardKey]:
-        """Those of ``keys`` that are not in; a bucket is asked once, for all."""
+        """Return the ``keys`` that are not in; a bucket is asked once, for all."""
         if storage.is_local(self.uri):
             return [key for key in keys if not storage.exists(self._shard_uri(key))]
         with self._lock:

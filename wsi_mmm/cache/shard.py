@@ -111,7 +111,7 @@ def _with_checksum(data: bytes) -> bytes:
 
 
 def _verify_checksum(data: ShardBytes, length: int) -> ShardBytes:
-    """What stands before the CRC-32C at the end. Raises DamagedShardError."""
+    """Return the bytes before the CRC-32C at the end. Raises DamagedShardError."""
     if len(data) != length or length < 4:
         raise DamagedShardError("cut")
     body = data[:-4]

@@ -123,12 +123,17 @@ class Prefetcher(Generic[FetchKey, Data]):
             _log.debug("fetching ahead failed: %s", error)
             return None
 
-    def drop(self, chosen: Callable[[FetchKey], bool]) -> None:
-        """Forget the chosen keys: nobody will take them."""
+    def drop(self, keys: Iterable[FetchKey]) -> None:
+        """Forget keys that nobody will take; those that were not announced are passed over."""
         with self._lock:
-            for key in [key for key in self._fetches if chosen(key)]:
+            for key in keys:
                 self._remove_key(key)
             self._begin_fetches()
+
+    def keys_left(self) -> list[FetchKey]:
+        """Return the keys that were announced and not yet taken."""
+        with self._lock:
+            return list(self._fetches)
 
     def close(self) -> None:
         """Fetch nothing more, and wait for the threads to end."""
