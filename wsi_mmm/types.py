@@ -52,7 +52,7 @@ class _Later:
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What a slide says about itself (or was told: ``mpp`` overridden by the user).
+    """The facts of a slide, from its file (``mpp`` may be overridden by the user).
 
     ``fingerprint`` is hex of a hash of content samples: equal for equal bytes on any storage. Of a remote slide it is
     found when first asked for, while the slide is open (16 small requests); pickling asks for it.
@@ -115,7 +115,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """What a Reader returns: ``pixels`` uint8[height, width, 3] RGB, white outside the slide.
+    """Pixels that a Reader returns: ``pixels`` uint8[height, width, 3] RGB, white outside the slide.
 
     ``failed`` int64[n, 4]: level-0 rectangles (x0, y0, x1, y1) that could not be decoded (white in ``pixels``).
     """

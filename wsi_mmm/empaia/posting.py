@@ -23,7 +23,7 @@ from wsi_mmm.empaia.bodies import (
 )
 from wsi_mmm.empaia.check_outputs import CheckedOutputs
 from wsi_mmm.empaia.client import AppApi, Mode
-from wsi_mmm.empaia.density import Box, DensityGrid
+from wsi_mmm.empaia.density import DensityGrid, PixelBox
 from wsi_mmm.empaia.ead import class_values, ead, slug
 from wsi_mmm.empaia.geometry import centres, polygons
 from wsi_mmm.empaia.job_inputs import JobInputs
@@ -184,7 +184,7 @@ async def _post_tally(api: CheckedOutputs, outputs: JobOutputs, task: TaskCard, 
     )
 
 
-def _covered_boxes(outputs: JobOutputs) -> list[Box]:
+def _covered_boxes(outputs: JobOutputs) -> list[PixelBox]:
     """Where the map has tiles even if there is nothing: regions, or tissue."""
     if outputs.inputs.regions:
         return [region.area.bounds for region in outputs.inputs.regions]

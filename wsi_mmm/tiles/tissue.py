@@ -1,4 +1,4 @@
-"""Which tiles hold tissue: a mask of the slide, found, given or absent, and the tiles it selects."""
+"""Selection of the tiles that hold tissue: a mask of the slide, found, given or absent, and the tiles it selects."""
 
 from __future__ import annotations
 

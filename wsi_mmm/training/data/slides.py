@@ -130,7 +130,7 @@ class SlideTiles:
 
     @property
     def remote(self) -> bool:
-        """Whether reading some of its slides waits for a network."""
+        """True if reading some of its slides waits for a network."""
         return any(slide.remote for slide in self.slides)
 
     def fetch(self, numbers: Sequence[int], size: int) -> dict[int, Fetched | None]:
