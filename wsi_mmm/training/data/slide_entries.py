@@ -91,12 +91,10 @@ class Tiled(DatasetEntry):
         return None if self.cache is None else TileCaching(self.cache)
 
 
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
 _WORDS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_as_list), WithJsonSchema(_WORDS)]
+OneOrMany = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), WithJsonSchema(_WORDS)
+]
 """A word, or several."""
 
 
