@@ -34,6 +34,7 @@ def recipe(name: str) -> dict[str, Any]:
 def go(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> int:
     """The exit code of a script."""
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend((PIPELINES / script).parent)  # as Python does for a script
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(PIPELINES / script), run_name="__main__")
     return int(ended.value.code or 0)
@@ -134,8 +135,9 @@ def test_what_a_model_finds_becomes_labels() -> None:
     assert (merged(found, known, 0)[20:35, 5:25] == 2).all()
 
 
-def test_the_zip_of_the_default_model_is_bounded(tmp_path: Path) -> None:
+def test_the_zip_of_the_default_model_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the bytes that its pictures unpack to, and by their px."""
+    monkeypatch.syspath_prepend(PIPELINES / "default")
     prepare = runpy.run_path(str(PIPELINES / "default/prepare.py"))
     for size, text in (((64, 64), ""), ((5000, 4000), "5000 x 4000 px")):
         file = io.BytesIO()

@@ -22,7 +22,8 @@ import shapely
 from shapely.geometry import MultiPolygon, Polygon, shape
 from skimage.draw import polygon as fill_polygon
 
-from wsi_mmm.errors import AnnotationError
+from wsi_mmm.errors import AnnotationError, PluginError
+from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.storage.limits import MAX_OBJECTS, parse_json, unpack_file
 from wsi_mmm.types import F64, I64, Mask
 
@@ -79,6 +80,32 @@ class _Found:
     values: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class AnnotationFormat:
+    """A file format that an installed package offers under the entry points ``wsi_mmm.annotations``.
+
+    ``recognises(name, data)`` says whether the unpacked bytes of a file are of this format; ``parse(data, name,
+    values)`` gives its shapes, with the numbers named ``values``, and raises AnnotationError. Coordinates are level-0
+    px."""
+
+    recognises: Callable[[str, bytes], bool]
+    parse: Callable[[bytes, str, Sequence[str]], Shapes]
+
+
+def annotation_format(name: str) -> AnnotationFormat:
+    """Return the format that an installed package offers as ``name``. PluginError when it is none."""
+    plugin = load_plugin("annotations", name)
+    if not isinstance(plugin, AnnotationFormat):
+        raise PluginError(f"the annotation format {name!r} of a plug-in is no wsi_mmm.annotations.AnnotationFormat")
+    return plugin
+
+
+def find_format(name: str, data: bytes) -> AnnotationFormat | None:
+    """Return the format of a plug-in that recognises the bytes of a file, or None."""
+    formats = map(annotation_format, plugin_names("annotations"))
+    return next((known for known in formats if known.recognises(name, data)), None)
+
+
 def load_shapes(path: str | Path, values: Sequence[str] = ()) -> Shapes:
     """The polygons of a local annotation file; for other URIs fetch the bytes and call ``parse_shapes``.
 
@@ -101,6 +128,8 @@ def parse_shapes(data: bytes, name: str, values: Sequence[str] = ()) -> Shapes:
     data = unpack_file(data, name, _ENDINGS, AnnotationError).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not data:
         raise AnnotationError(f"{name}: the file is empty: export the annotations again")
+    if plugin := find_format(name, data):
+        return plugin.parse(data, name, values)
     with _pause_collection():
         found = _xml_objects(data, name) if data.startswith(b"<") else _geojson_objects(data, name, values)
         return _collect_shapes(found, name)

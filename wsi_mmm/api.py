@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, cast
 
 from wsi_mmm.api_train import fit_head, prepare_training, read_annotations, train, train_fractions
 from wsi_mmm.config import user_cache, visible_gpus
@@ -19,7 +19,9 @@ from wsi_mmm.engine.monitoring.observe import NOTHING, Observe
 from wsi_mmm.engine.monitoring.run_report import RunReport, load_report
 from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.engine.units import Executor
+from wsi_mmm.errors import PluginError
 from wsi_mmm.options import RunKeywords, make_options
+from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.requests import Slides, check_runtime_here, encoder_recipe, model_recipe, request_run
 from wsi_mmm.slides import Slide
 from wsi_mmm.types import Batch
@@ -274,6 +276,9 @@ def executor_factory(request: RunRequest) -> Callable[[], Executor]:
     options = request.recipe.options
 
     def make() -> Executor:
+        scheme = (options.scheduler or "").partition("://")[0]
+        if scheme in plugin_names("executors"):
+            return _plugin_executor(scheme, request)
         if options.scheduler:
             from wsi_mmm.engine.executors.dask import connect
 
@@ -287,6 +292,15 @@ def executor_factory(request: RunRequest) -> Callable[[], Executor]:
         return ThreadsExecutor(request.recipe)
 
     return make
+
+
+def _plugin_executor(name: str, request: RunRequest) -> Executor:
+    """Return the executor that an installed package makes for addresses ``name://...``. PluginError when it makes
+    none."""
+    make = load_plugin("executors", name)
+    if not callable(make):
+        raise PluginError(f"the executor {name!r} of a plug-in is no function of a RunRequest")
+    return cast("Executor", make(request))
 
 
 def _load_report(request: RunRequest) -> RunReport:

@@ -21,6 +21,7 @@
     │       └── OutputTaken      another run is working on the same output
     ├── ModelError               a model file is missing, broken or does not fit
     ├── MissingPackage           an optional package is needed and not installed
+    ├── PluginError              a package that extends wsi_mmm cannot be used
     ├── ClusterError             the scheduler, its workers or another rank cannot do the work
     ├── PlatformError            the EMPAIA platform refused something, or does not answer
     ├── NotFinite                a loss or a gradient became NaN or infinite in training
@@ -128,6 +129,10 @@ class ModelError(WsiError):
 
 class MissingPackage(WsiError):
     """An optional package is needed for this and is not installed."""
+
+
+class PluginError(WsiError):
+    """A package that extends wsi_mmm through entry points cannot be used."""
 
 
 class ClusterError(WsiError):

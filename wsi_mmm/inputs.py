@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from wsi_mmm.config import SlideSpec
 from wsi_mmm.errors import InputError, ManifestError, NotFound, OptionError, SlideNotFound, StorageError
 from wsi_mmm.options import positive_mpp
+from wsi_mmm.plugins import plugin_names
 from wsi_mmm.slides.dicom import one_per_series
 from wsi_mmm.storage import store
 
@@ -130,12 +131,20 @@ def _require_slides(found: list[str], otherwise: str) -> list[str]:
 
 
 def _shown_suffixes() -> str:
-    return " ".join(sorted(SUFFIXES))
+    return " ".join(sorted(_slide_suffixes()))
+
+
+def _slide_suffixes() -> frozenset[str]:
+    if not plugin_names("readers"):
+        return SUFFIXES
+    from wsi_mmm.slides.registry import plugin_suffixes  # with it come the readers
+
+    return SUFFIXES | plugin_suffixes()
 
 
 def is_slide_name(name: str) -> bool:
     """Return True if a file found in a folder is taken for a slide, by its suffix."""
-    return PurePosixPath(name.lower()).suffix in SUFFIXES
+    return PurePosixPath(name.lower()).suffix in _slide_suffixes()
 
 
 # ------------------------------------------------------------------------------------------------ manifests

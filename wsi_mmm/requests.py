@@ -18,7 +18,7 @@ from wsi_mmm.inputs import expand_inputs, leads_away
 from wsi_mmm.model.fetched import fetched
 from wsi_mmm.model.weights import check_file, check_weights
 from wsi_mmm.options import RunOptions
-from wsi_mmm.slides.registry import READERS
+from wsi_mmm.slides.registry import find_reader
 from wsi_mmm.storage import store
 
 Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
@@ -60,8 +60,8 @@ def encoder_recipe(encoder: str, weights: str | None, options: RunOptions) -> Re
 
 def _apply_options(base: Recipe, options: RunOptions) -> Recipe:
     """Return the recipe with the options of a user, whose paths become absolute: a worker may run in another folder."""
-    if options.reader is not None and options.reader not in READERS:
-        raise OptionError(f"there is no reader {options.reader!r}; choose one of {', '.join(READERS)}")
+    if options.reader is not None:
+        find_reader(options.reader)
     if options.cache_quota is not None and not store.is_local(options.cache or "."):
         raise OptionError("a quota holds for a cache in a folder; give a bucket a lifecycle rule instead")
     tile = options.tile_size or base.tile

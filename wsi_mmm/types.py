@@ -52,7 +52,7 @@ class _Later:
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What a slide says about itself (or was told: ``mpp`` overridden by the user).
+    """The facts of a slide, from its file (``mpp`` may be overridden by the user).
 
     ``fingerprint`` is hex of a hash of content samples: equal for equal bytes on any storage. Of a remote slide it is
     found when first asked for, while the slide is open (16 small requests); pickling asks for it.
@@ -115,7 +115,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """What a Reader returns: ``pixels`` uint8[height, width, 3] RGB, white outside the slide.
+    """Pixels that a Reader returns: ``pixels`` uint8[height, width, 3] RGB, white outside the slide.
 
     ``failed`` int64[n, 4]: level-0 rectangles (x0, y0, x1, y1) that could not be decoded (white in ``pixels``).
     """
@@ -186,18 +186,26 @@ class Objects:
 
 
 REGION_KINDS = ("segment", "multisegment")
+TILE_KINDS = ("classify", "multilabel", "regress", "survive")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """What files need to know of a task: its name, kind, class names and class colours (r, g, b)."""
+    """The facts of a task that files need: its name, kind, class names, class colours (r, g, b), and its scope, if
+    known."""
 
     name: str
     kind: str
     classes: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
+    scope: str = ""
+
+    @property
+    def draws_tiles(self) -> bool:
+        """True if its objects are whole tiles, one each."""
+        return self.scope in ("tile", "bag") or self.kind in TILE_KINDS
 
     @property
     def dissolves(self) -> bool:
-        """Whether its objects are regions, which seams cut and `outputs.merge` makes whole again."""
+        """True if its objects are regions, which seams cut and `outputs.merge` makes whole again."""
         return self.kind in REGION_KINDS

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import stains  # beside this script
 import torch
 from PIL import Image
 from torch import Generator, Tensor
@@ -35,7 +36,7 @@ from wsi_mmm.slides import open_slide
 from wsi_mmm.tiles.grid import make_grid
 from wsi_mmm.tiles.stream import stream
 from wsi_mmm.tiles.tissue import select_tiles, tissue_mask
-from wsi_mmm.training import augment, stains
+from wsi_mmm.training import augment
 from wsi_mmm.types import I32, U8
 
 SEED = 11

@@ -104,7 +104,8 @@ def test_keys_that_nobody_will_take_make_room() -> None:
     with Prefetcher[int, str](2) as prefetch:
         for key in range(6):
             prefetch.announce([key], fetch)
-        prefetch.drop(lambda key: key < 4)
+        assert prefetch.keys_left() == [*range(6)]
+        prefetch.drop([0, 1, 2, 3, 99])
         assert prefetch.take(4) == "4" and prefetch.take(5) == "5" and prefetch.take(0) is None
     assert set(fetch.keys) <= {0, 1, 4, 5}
 
@@ -178,9 +179,10 @@ def test_a_far_slide_gives_the_same_bytes_for_few_more(
         needed = sum(len(data) for fetched in fetches for data in fetched.data.values())
         near = list(stream(slide.reader, grid, index, block_tiles=3))
         with open_slide(f"{web.url}/s.tiff") as far:
-            web.reset()
+            before = far.reader.stats().bytes_read
             got = list(stream(far.reader, grid, index, block_tiles=3))
+            read = far.reader.stats().bytes_read - before  # without requests that were sent once more on a busy machine
         for a, b in zip(near, got, strict=True):
             assert np.array_equal(a.pixels, b.pixels) and np.array_equal(a.xy, b.xy) and not b.failed.any()
-        assert web.bytes_sent <= 1.15 * needed and (len(fetches) == 1) == (pixels > 1 << 20)
+        assert read <= 1.15 * needed and (len(fetches) == 1) == (pixels > 1 << 20)
     assert fetching_threads() == []

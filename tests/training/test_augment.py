@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from wsi_mmm.training import augment, stains
+from wsi_mmm.training import augment
+
+stains = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "pipelines/default/stains.py")))
 
 
 def picture(seed: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What lies in a cache, and removing it: for people, not on the way of a run."""
+"""List and remove the content of a cache: for the command line, not used by runs."""
 
 from __future__ import annotations
 

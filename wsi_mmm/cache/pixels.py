@@ -26,8 +26,8 @@ from wsi_mmm.cache.shard import (
     SHARD,
     SIDE,
     TAIL,
-    Buffer,
     DamagedShardError,
+    ShardBytes,
     ShardIndex,
     pack,
     read_index,
@@ -256,7 +256,7 @@ class CachedReader:
         return Tiles(np.array([[key[1] * SHARD, key[0] * SHARD]], np.int64), SHARD, self.scale_x, self.scale_y)
 
     def _absent_shards(self, keys: list[ShardKey]) -> list[ShardKey]:
-        """Those of ``keys`` that are not in; a bucket is asked once, for all."""
+        """Return the ``keys`` that are not in; a bucket is asked once, for all."""
         if storage.is_local(self.uri):
             return [key for key in keys if not storage.exists(self._shard_uri(key))]
         with self._lock:
@@ -284,7 +284,7 @@ class CachedReader:
         self._ensured = True
 
 
-def _open_shard(uri: str, numbers: Sequence[int]) -> tuple[ShardIndex, list[Buffer]]:
+def _open_shard(uri: str, numbers: Sequence[int]) -> tuple[ShardIndex, list[ShardBytes]]:
     """Index and chunks of a shard. Raises NotFound, DamagedShardError, StorageError."""
     if not storage.is_local(uri):
         data = memoryview(storage.read_bytes(uri))  # one request
@@ -299,7 +299,7 @@ def _open_shard(uri: str, numbers: Sequence[int]) -> tuple[ShardIndex, list[Buff
         raise StorageError(f"cannot read the cache at {uri}: {error.strerror}; check the disk") from error
 
 
-def _read_parts(file: int, numbers: Sequence[int]) -> tuple[ShardIndex, list[Buffer]]:
+def _read_parts(file: int, numbers: Sequence[int]) -> tuple[ShardIndex, list[ShardBytes]]:
     """Open files outlive their removal by another process, and are never written twice."""
     size = os.fstat(file).st_size
     try:

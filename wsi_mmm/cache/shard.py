@@ -25,7 +25,7 @@ CODEC: Literal["lz4"] = "lz4"
 LEVEL = 1
 """Measured on tissue: Zstandard saves another tenth of the space and takes five times as long to read."""
 
-Buffer = bytes | memoryview
+ShardBytes = bytes | memoryview
 
 _MISSING = (1 << 64) - 1
 _INDEX = 16 * SIDE * SIDE + 4
@@ -64,7 +64,7 @@ def pack(pixels: U8, inside: tuple[int, int], failed: I64) -> bytes:
     return b"".join([*parts, _with_checksum(failures), _with_checksum(spans.astype("<u8").tobytes())])
 
 
-def read_index(tail: Buffer, size: int) -> ShardIndex:
+def read_index(tail: ShardBytes, size: int) -> ShardIndex:
     """The index of a shard of ``size`` bytes from its last ``tail``; IndexError when the tail is too short.
 
     Raises DamagedShardError.
@@ -88,7 +88,7 @@ def read_index(tail: Buffer, size: int) -> ShardIndex:
     return ShardIndex(found, rects.astype(np.int64))
 
 
-def unpack(data: Buffer, out: U8) -> None:
+def unpack(data: ShardBytes, out: U8) -> None:
     """Write a chunk to ``out`` uint8[256, 256, 3], contiguous; no data: white. Raises DamagedShardError."""
     if not len(data):
         out[...] = 255
@@ -110,8 +110,8 @@ def _with_checksum(data: bytes) -> bytes:
     return data + struct.pack("<I", google_crc32c.value(data))
 
 
-def _verify_checksum(data: Buffer, length: int) -> Buffer:
-    """What stands before the CRC-32C at the end. Raises DamagedShardError."""
+def _verify_checksum(data: ShardBytes, length: int) -> ShardBytes:
+    """Return the bytes before the CRC-32C at the end. Raises DamagedShardError."""
     if len(data) != length or length < 4:
         raise DamagedShardError("cut")
     body = data[:-4]

@@ -22,7 +22,7 @@ fewshot_app = typer.Typer(
 Features = Annotated[str, typer.Argument(metavar="FEATURES", help="The folder that wsi-mmm embed wrote.")]
 
 
-class Kind(StrEnum):
+class HeadKindOption(StrEnum):
     """Kinds of heads."""
 
     linear = "linear"
@@ -42,8 +42,9 @@ def fit(
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the head.")] = "head",
     head: Annotated[
-        Kind, typer.Option(help="linear: also a model that run takes; knn; gbm (needs LightGBM); all: keep the best.")
-    ] = Kind.linear,
+        HeadKindOption,
+        typer.Option(help="linear: also a model that run takes; knn; gbm (needs LightGBM); all: keep the best."),
+    ] = HeadKindOption.linear,
     classes: Annotated[
         str | None, typer.Option(help="Classes to learn, with commas. (default: all that are annotated)")
     ] = None,

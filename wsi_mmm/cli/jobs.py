@@ -23,15 +23,15 @@ jobs_app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(metavar="JOB", help="The id that 'run --detach' or 'jobs list' shows.")]
-Scheduler = Annotated[
+SchedulerFlag = Annotated[
     str, typer.Option(help="Dask scheduler that has the job, such as tcp://host:8786.", metavar="ADDRESS")
 ]
-Tls = Annotated[
+TlsFlag = Annotated[
     str | None, typer.Option(help="Folder of ca.crt, tls.crt, tls.key for a tls:// scheduler.", metavar="FOLDER")
 ]
 
 
-def list_(scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debug = False) -> None:
+def list_(scheduler: SchedulerFlag, tls: TlsFlag = None, json: Json = False, debug: Debug = False) -> None:
     """Show every job that a cluster knows.
 
     \b
@@ -60,7 +60,7 @@ def list_(scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debu
     say(f"{len(found)} jobs at {scheduler}")
 
 
-def watch(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debug = False) -> int:
+def watch(name: Name, scheduler: SchedulerFlag, tls: TlsFlag = None, json: Json = False, debug: Debug = False) -> int:
     """Follow a job to its end, from any machine; leaving this command leaves the job alone.
 
     \b
@@ -79,7 +79,7 @@ def watch(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False,
     return 0 if status is not None and status.state == "done" else 1
 
 
-def cancel(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debug = False) -> None:
+def cancel(name: Name, scheduler: SchedulerFlag, tls: TlsFlag = None, json: Json = False, debug: Debug = False) -> None:
     """Stop a job; what is done stays, and the same run resumes.
 
     \b
@@ -92,7 +92,7 @@ def cancel(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False
     say(f"job {name} is asked to stop")
 
 
-def forget(name: Name, scheduler: Scheduler, tls: Tls = None, json: Json = False, debug: Debug = False) -> None:
+def forget(name: Name, scheduler: SchedulerFlag, tls: TlsFlag = None, json: Json = False, debug: Debug = False) -> None:
     """Remove a job from the cluster's list; one that runs is stopped. Results stay where they are.
 
     \b

@@ -150,7 +150,7 @@ class JsonProgress:
 
     def __call__(self, event: Event) -> None:
         now = self.clock()
-        say_json({"event": asdict(event)})
+        say_json({"event": {name: value for name, value in asdict(event).items() if value is not None}})
         self.overall.hear(event, now)
         if event.kind == "tile" and now - self.last >= self.every:
             self.last = now

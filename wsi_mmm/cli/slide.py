@@ -14,18 +14,18 @@ from wsi_mmm.errors import OutputError, WsiError
 if TYPE_CHECKING:
     from wsi_mmm.types import U8, Mask, SlideInfo
 
-Slide = Annotated[str, typer.Argument(metavar="SLIDE", help="Path or URI.", show_default=False)]
-Slides = Annotated[
+SlideArgument = Annotated[str, typer.Argument(metavar="SLIDE", help="Path or URI.", show_default=False)]
+SlidesArgument = Annotated[
     list[str], typer.Argument(metavar="SLIDE", help="Slides, folders, patterns or manifests.", show_default=False)
 ]
-Reader = Annotated[str | None, typer.Option(help="Force a reader: tiff, openslide or tiffslide.")]
+ReaderOption = Annotated[str | None, typer.Option(help="Force a reader: tiff, openslide or tiffslide.")]
 MppOverride = Annotated[float | None, typer.Option(help="Take the slide's own pixel to be this many micrometres wide.")]
 
 
 def info(
-    slides: Slides,
+    slides: SlidesArgument,
     mpp_override: MppOverride = None,
-    reader: Reader = None,
+    reader: ReaderOption = None,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -81,12 +81,12 @@ def _show_info(slide: SlideInfo) -> None:
 
 
 def thumbnail(
-    slide: Slide,
+    slide: SlideArgument,
     output: Annotated[
         str, typer.Option("--output", "-o", help="A .png or .jpg file or s3:// object.")
     ] = "thumbnail.png",
     max_size: Annotated[int, typer.Option(help="Px of the longer side.", min=1)] = 1024,
-    reader: Reader = None,
+    reader: ReaderOption = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -106,13 +106,13 @@ def thumbnail(
 
 
 def tissue(
-    slide: Slide,
+    slide: SlideArgument,
     output: Annotated[
         str, typer.Option("--output", "-o", help="Mask (.png); the overlay goes beside it.")
     ] = "tissue.png",
     where: Annotated[str, typer.Option("--tissue", help="auto, none, or a GeoJSON or mask image.")] = "auto",
     max_size: Annotated[int, typer.Option(help="Px of the longer side of the overlay.", min=1)] = 1536,
-    reader: Reader = None,
+    reader: ReaderOption = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -14,7 +14,7 @@ from wsi_mmm.types import F64, I64, Level, SlideInfo
 CELL = 100.0  # micrometres: side of a square
 _SIDES = (256, 512, 1024)  # px of a tile: few tiles, each far below the 10 MB of a request
 
-Box = tuple[float, float, float, float]
+PixelBox = tuple[float, float, float, float]
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class DensityGrid:
         """Objects per square millimetre where they lie densest."""
         return float(self.counts.max()) * 1e6 / CELL**2
 
-    def pixelmap(self, name: str, wsi_id: str, worked: Sequence[Box]) -> Pixelmap:
+    def pixelmap(self, name: str, wsi_id: str, worked: Sequence[PixelBox]) -> Pixelmap:
         """The map, on the coarsest level with px finer than the squares; its tiles lie over ``worked`` and all objects.
 
         ``worked``: level-0 rectangles (x0, y0, x1, y1).
@@ -90,7 +90,7 @@ class DensityGrid:
         ]
         return fine[-1] if fine else 0
 
-    def _covered_box(self, worked: Sequence[Box]) -> Box:
+    def _covered_box(self, worked: Sequence[PixelBox]) -> PixelBox:
         """The rectangle round what was worked on and what was found; never empty, inside the slide."""
         across, down = self.cell
         rows, columns = np.nonzero(self.counts)

@@ -92,7 +92,7 @@ def polygons(rings: Sequence[F64], wsi: Wsi, *, keep_holes: bool, area: Area | N
     """The polygons that cover an area; the first ring float64[n, 2] is its outside, the others are holes.
 
     Cut to the slide and rounded so that they stay valid. The platform knows no holes: with ``keep_holes`` the area is
-    cut along them into pieces without any (same area: for regions); without, they are filled and the largest piece
+    cut along them into parts without any (same area: for regions); without, they are filled and the largest part
     is the answer (one object stays one: for nuclei). Only what lies in ``area`` is kept, if one is given. Empty when
     nothing is left, or for a ring that is not finite.
     """
@@ -123,7 +123,7 @@ def _polygon_parts(shape: BaseGeometry) -> list[shapely.Polygon]:
 
 
 def _without_holes(simple: list[shapely.Polygon]) -> Iterator[shapely.Polygon]:
-    """Every piece with a hole is cut through that hole, until none has any."""
+    """Every part with a hole is cut through that hole, until none has any."""
     waiting, cuts = list(simple), 0
     while waiting:
         part = waiting.pop()
@@ -137,7 +137,7 @@ def _without_holes(simple: list[shapely.Polygon]) -> Iterator[shapely.Polygon]:
 
 
 def _cut_hole(part: BaseGeometry, hole: npt.NDArray[np.float64]) -> list[shapely.Polygon]:
-    """``piece`` in two along the upright through ``hole`` [n, 2]; all corners stay whole numbers."""
+    """``part`` in two along the upright through ``hole`` [n, 2]; all corners stay whole numbers."""
     x = _cut_position(hole)
     x0, y0, x1, y1 = part.bounds
     halves = (shapely.box(x0, y0, x, y1), shapely.box(x, y0, x1, y1))

@@ -1,6 +1,6 @@
 """Posting what was found: every output that the EAD promises for the job's mode (`ead`), in few requests.
 
-Objects are read from the published files and posted piece by piece. A single object belongs to each region that holds
+Objects are read from the published files and posted block by block. A single object belongs to each region that holds
 its centroid (see `outputs.inside`).
 """
 
@@ -23,7 +23,7 @@ from wsi_mmm.empaia.bodies import (
 )
 from wsi_mmm.empaia.check_outputs import CheckedOutputs
 from wsi_mmm.empaia.client import AppApi, Mode
-from wsi_mmm.empaia.density import Box, DensityGrid
+from wsi_mmm.empaia.density import DensityGrid, PixelBox
 from wsi_mmm.empaia.ead import class_values, ead, slug
 from wsi_mmm.empaia.geometry import centres, polygons
 from wsi_mmm.empaia.job_inputs import JobInputs
@@ -33,7 +33,7 @@ from wsi_mmm.empaia.slide_predictions import slide_class, slide_value, slide_val
 from wsi_mmm.model.card import ModelCard, TaskCard
 from wsi_mmm.types import I64, REGION_KINDS, SlideInfo
 
-BLOCK = 5000  # objects posted at a time, and then their classes and confidences: memory is that of a piece
+BLOCK = 5000  # objects posted at a time, and then their classes and confidences: memory is that of a block
 _CLOSEST, _FARTHEST = 1 / 16, 16.0  # of the resolution at which single objects were found: where viewers show them
 
 ReportShare = Callable[[float], None]
@@ -184,7 +184,7 @@ async def _post_tally(api: CheckedOutputs, outputs: JobOutputs, task: TaskCard, 
     )
 
 
-def _covered_boxes(outputs: JobOutputs) -> list[Box]:
+def _covered_boxes(outputs: JobOutputs) -> list[PixelBox]:
     """Where the map has tiles even if there is nothing: regions, or tissue."""
     if outputs.inputs.regions:
         return [region.area.bounds for region in outputs.inputs.regions]
@@ -201,7 +201,7 @@ def _polygon_area(polygon: Polygon) -> float:
 
 
 async def _post_areas(api: CheckedOutputs, outputs: JobOutputs, task: TaskCard) -> None:
-    """Areas, cut along their holes: each piece has the class of its area."""
+    """Areas, cut along their holes: each part has the class of its area."""
     name, about = slug(task.name), Reference("wsi", outputs.inputs.wsi.id)
     objects = await api.post_output(f"{name}_objects", Collection("polygon", name=task.name, reference=about))
     classes = await api.post_output(f"{name}_classes", Collection("class"))
@@ -221,7 +221,7 @@ async def _post_areas(api: CheckedOutputs, outputs: JobOutputs, task: TaskCard) 
 
 
 async def _post_classes(api: CheckedOutputs, outputs: JobOutputs, task: TaskCard, tissue_ids: Sequence[str]) -> None:
-    """The class of each piece of tissue, and of the slide."""
+    """The class of each part of the tissue, and of the slide."""
     name, about = slug(task.name), Reference("wsi", outputs.inputs.wsi.id)
     values = class_values(outputs.card, task, vendor=outputs.vendor)
     found = tissue_classes(outputs.results, task, outputs.tissue)

@@ -24,7 +24,6 @@ from wsi_mmm.engine.units import (
     ForwardResult,
     InterpretResult,
     Kind,
-    Placement,
     PlanResult,
     PublishResult,
     SlidePlan,
@@ -35,6 +34,7 @@ from wsi_mmm.engine.units import (
     WorkUnit,
 )
 from wsi_mmm.errors import Cancelled
+from wsi_mmm.options import Placement
 
 # Later stages first: a slide that is nearly done frees memory and disk.
 PRIORITY: tuple[Kind, ...] = ("publish", "interpret", "forward", "extract", "plan")

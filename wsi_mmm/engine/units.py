@@ -24,7 +24,6 @@ from wsi_mmm.timing import StepTime
 from wsi_mmm.types import F32, I64, Grid, SlideInfo
 
 Kind = Literal["plan", "extract", "forward", "interpret", "publish"]
-Placement = Literal["beside", "pool"]
 UnitStatus = Literal["ok", "partial", "failed", "cached"]
 BlockIndex = tuple[int, int]
 """Row and column of a block of tiles."""

@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"
 _ZOO = Path(__file__).parent / "zoo"
 
 Color = tuple[int, int, int]
-HeadKind = Literal["map", "vector", "bag", "dense", "image"]
+HeadKind = Literal["map", "vector", "bag", "dense", "image", "pixels"]
 
 _LATER = frozenset({"squeezer", "neck", "bag", "kind", "norm"})
 """Fields that the first cards did not have; see `_Part`."""

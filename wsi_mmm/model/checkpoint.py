@@ -13,11 +13,23 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.card import CARD, WEIGHTS, DecoderCard, EncoderCard, ModelCard, card_json, model_path, read_card
+from wsi_mmm.model.card import (
+    CARD,
+    WEIGHTS,
+    DecoderCard,
+    EncoderCard,
+    ModelCard,
+    TaskCard,
+    card_json,
+    model_path,
+    read_card,
+)
 from wsi_mmm.model.encoder import PyramidEncoder, build_encoder
 from wsi_mmm.model.heads import HeadSpec, build_head
 from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.storage.atomic import write_atomic
+from wsi_mmm.types import TaskInfo
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -99,8 +111,21 @@ def _assemble_model(card: ModelCard, encoder: PyramidEncoder) -> MultiTaskModel:
     spec = HeadSpec(
         card.decoder.widths[0] if card.decoder.widths else 0, vector, card.bag.width or vector, card.neck.width
     )
-    heads = {task.name: build_head(task.head, spec, task.outputs) for task in card.tasks}
+    heads = {task.name: _task_head(task, spec) for task in card.tasks}
     return MultiTaskModel(card, encoder, heads=heads)
+
+
+def _task_head(card: TaskCard, spec: HeadSpec) -> nn.Module:
+    """The head of a task: one of ours by its name, or the one that the task of a plug-in makes."""
+    if card.kind not in plugin_names("tasks"):
+        return build_head(card.head, spec, card.outputs)
+    kind: Any = load_plugin("tasks", card.kind)
+    scope = next((scope for scope, head in kind.heads.items() if head == card.head), None)
+    if scope is None:
+        raise ModelError(f"task '{card.name}' of kind '{card.kind}' cannot have the head '{card.head}'")
+    info = TaskInfo(card.name, card.kind, card.classes, card.colors)
+    head: nn.Module = kind.from_params(info, card.params, scope).head(spec)
+    return head
 
 
 def _move_to_device(model: MultiTaskModel, device: str | torch.device) -> MultiTaskModel:

@@ -13,7 +13,8 @@ import timm
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wsi_mmm.errors import ModelError
+from wsi_mmm.errors import ModelError, PluginError
+from wsi_mmm.plugins import load_plugin, plugin_names
 
 _VIT_STRIDES = (4, 8, 16, 32)
 
@@ -48,8 +49,13 @@ class PyramidEncoder(nn.Module):
 
 
 def build_encoder(name: str, *, pretrained: bool = False, args: Mapping[str, Any] | None = None) -> PyramidEncoder:
-    """The encoder that timm knows as ``name`` (``hf-hub:`` ids pass through). ModelError if it cannot be made."""
+    """The encoder that a plug-in or timm knows as ``name`` (``hf-hub:`` ids pass through).
+
+    A plug-in's is a function with these arguments. ModelError if it cannot be made; PluginError.
+    """
     options = dict(args or {})
+    if name in plugin_names("encoders"):
+        return _plugin_encoder(name, pretrained, options)
     try:
         backbone = _features_only(name, pretrained, options)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
@@ -61,6 +67,14 @@ def build_encoder(name: str, *, pretrained: bool = False, args: Mapping[str, Any
         ) from error
     info: Any = backbone.feature_info
     return PyramidEncoder(backbone, tuple(info.channels()), tuple(int(r) for r in info.reduction()))
+
+
+def _plugin_encoder(name: str, pretrained: bool, options: dict[str, Any]) -> PyramidEncoder:
+    build: Any = load_plugin("encoders", name)
+    found = build(name, pretrained=pretrained, args=options)
+    if not isinstance(found, PyramidEncoder):
+        raise PluginError(f"the encoder {name!r} of a plug-in gave no wsi_mmm.model.encoder.PyramidEncoder")
+    return found
 
 
 def _features_only(name: str, pretrained: bool, options: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What all exports of a model share: what is traced, what they say of themselves, and that they must agree with it.
+"""Common parts of model exports: the traced graph, its metadata, and the check that it agrees with the model.
 
 An export takes ``pixels`` uint8[n, h, w, 3] (RGB; normalising is part of the graph) and gives ``features``
 float32[n, D] and the logits of each task. n is free; h and w are free for convolutional encoders, else fixed.

@@ -1,4 +1,4 @@
-"""What identifies a model's numbers: hashes of weights and of the facts that change what they compute. No torch."""
+"""Identity of a model's numbers: hashes of weights and of the facts that change what they compute. No torch."""
 
 from __future__ import annotations
 

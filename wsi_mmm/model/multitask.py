@@ -25,7 +25,8 @@ class MultiTaskModel(nn.Module):
     """``model(x, tasks=[...])`` -> dict of logits. ``encoder``, ``squeezer`` and ``decoder`` can be used alone.
 
     The card says which head each task has; only the shared parts that some head reads are there: "map" and "image"
-    read the decoder's map, "dense" the neck's, "vector" the pooled vector, "bag" what the aggregator makes of many.
+    read the decoder's map, "dense" the neck's, "vector" the pooled vector, "bag" the aggregate of many vectors,
+    "pixels" the image.
     """
 
     def __init__(self, card: ModelCard, encoder: PyramidEncoder, *, heads: Mapping[str, nn.Module]) -> None:
@@ -54,7 +55,7 @@ class MultiTaskModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return next(self.parameters()).device
+        return self.get_buffer("mean").device
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -64,7 +65,7 @@ class MultiTaskModel(nn.Module):
     @property
     def tile_heads(self) -> frozenset[str]:
         """Tasks that answer per tile."""
-        return frozenset(name for name, kind in self.kinds.items() if kind == "vector")
+        return frozenset(name for name, kind in self.kinds.items() if kind in ("vector", "pixels"))
 
     @property
     def bag_heads(self) -> frozenset[str]:
@@ -104,6 +105,8 @@ class MultiTaskModel(nn.Module):
             shared["map"] = shared["image"] = self.to_map(self.decoder(bottleneck, pyramid))
         if self.neck is not None and "dense" in kinds:
             shared["dense"] = self.neck(pyramid)
+        if "pixels" in kinds:  # RGB in [0, 1]
+            shared["pixels"] = (x * self.get_buffer("std") + self.get_buffer("mean")) / 255.0
         return shared
 
     def forward(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""Findings -> files: polygons, merging over seams, GeoJSON, tables, maps, overlay, report, exports."""
+"""Objects -> files: polygons, merging over seams, GeoJSON, tables, maps, overlay, report, exports."""

@@ -16,14 +16,13 @@ from wsi_mmm.outputs.numbertext import coordinate_texts
 from wsi_mmm.outputs.polygons import Rounded, round_valid
 from wsi_mmm.outputs.ragged import part
 from wsi_mmm.outputs.sink import FileSink
-from wsi_mmm.types import F64, REGION_KINDS, Objects, TaskInfo
+from wsi_mmm.types import F64, REGION_KINDS, TILE_KINDS, Objects, TaskInfo
 
 NAMESPACE = uuid.UUID("5b2ab1f4-53a6-5c5e-9d6e-0c8a35f0b6a1")  # of every object id wsi_mmm gives
 MANY = 5_000  # regions beyond this number are detections: QuPath handles few annotations well
 _CHUNK = 10_000  # objects formatted at a time
 
-_TILES = ("classify", "multilabel", "regress", "survive")
-_KINDS = {"instances": "detection", "detect": "detection", **dict.fromkeys(_TILES, "tile")}
+_KINDS = {"instances": "detection", "detect": "detection", **dict.fromkeys(TILE_KINDS, "tile")}
 
 
 def object_type(kind: str, count: int) -> str:
@@ -124,7 +123,7 @@ def _round_ahead(chunks: Iterable[Objects]) -> Iterator[Rounded]:
 
 def _property_texts(task: TaskInfo, count: int) -> list[bytes]:
     """Per class: objectType and classification, as they stand in ``properties``; the last one has no class (-1)."""
-    kind = object_type(task.kind, count)
+    kind = "tile" if task.draws_tiles else object_type(task.kind, count)
     pairs = zip(task.classes, task.colors, strict=True)
     classifications = [{"name": name, "color": [int(c) for c in color]} for name, color in pairs]
     named = [f'"objectType":"{kind}","classification":{_compact_json(c)}'.encode() for c in classifications]

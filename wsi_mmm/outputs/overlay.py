@@ -15,14 +15,14 @@ from wsi_mmm.outputs.density import Density
 from wsi_mmm.outputs.trace import trace
 from wsi_mmm.types import F64, U8, Mask, Objects, TaskInfo
 
-Color = tuple[int, int, int]
+Rgb = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _FINE = 3  # outlines are drawn this much larger and shrunk: smooth lines
 _MARGIN, _GAP, _HEAD, _FOOT = 36, 20, 96, 64
 _TALL, _WIDE, _FIELD = 920, 1280, 450  # largest slide panel; side of a close-up
 _INK, _SOFT, _GROUND, _EDGE = (29, 34, 48), (102, 112, 133), (250, 250, 252), (214, 218, 228)
-_BOX: Color = (20, 24, 36)
+_BOX: Rgb = (20, 24, 36)
 # Dark violet to yellow in even steps of perceived lightness (anchors of Matplotlib's plasma, CC0).
 _VIOLET = (13, 8, 135), (84, 2, 163), (139, 10, 165), (185, 50, 137)
 _YELLOW = (219, 92, 104), (244, 136, 73), (254, 188, 43), (240, 249, 33)
@@ -58,7 +58,7 @@ class Scene:
     density: Density | None = None
     areas: Sequence[tuple[TaskInfo, Objects]] = ()
     fields: Sequence[Field] = ()
-    counts: Sequence[tuple[str, Color, int]] = field(default_factory=tuple)
+    counts: Sequence[tuple[str, Rgb, int]] = field(default_factory=tuple)
 
 
 def overlay_png(scene: Scene) -> bytes:
@@ -86,7 +86,7 @@ def overlay_png(scene: Scene) -> bytes:
     return buffer.getvalue()
 
 
-def legend_counts(tasks: Sequence[TaskInfo], counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, Color, int]]:
+def legend_counts(tasks: Sequence[TaskInfo], counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, Rgb, int]]:
     """Legend lines of ``counts`` (task -> class -> number), classes that do not occur left out."""
     lines = []
     for task in tasks:
@@ -155,7 +155,7 @@ def _fill_areas(image: Image.Image, task: TaskInfo, objects: Objects, ratio: flo
 
 def _scaled_polygons(
     task: TaskInfo, objects: Objects, origin: tuple[float, float], ratio: float
-) -> list[tuple[list[list[tuple[float, float]]], Color]]:
+) -> list[tuple[list[list[tuple[float, float]]], Rgb]]:
     points = (objects.coords - np.array(origin)) * ratio
     out = []
     for i, kind in enumerate(objects.class_index.tolist()):
@@ -277,7 +277,7 @@ def _scale_bar(image: Image.Image, mpp: float | None, scale: float, *, share: fl
 
 
 def _write_text(
-    draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, *, size: int, fill: Color = _INK
+    draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, *, size: int, fill: Rgb = _INK
 ) -> float:
     """Text whose baseline begins at ``place``; returns the x where it ends.
 

@@ -7,7 +7,7 @@ A reader turns a :class:`~wsi_mmm.types.Block` of a target grid into pixels. It 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, runtime_checkable
@@ -75,6 +75,19 @@ class TileReader(Reader, Protocol):
         Return int64[m, 4], the level-0 rectangles that could not be decoded (white). What is not in ``fetched`` is
         fetched. Raises StorageError.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderPlugin:
+    """A reader that an installed package offers under the entry points ``wsi_mmm.readers``.
+
+    ``open_reader(uri)`` opens a slide; ``recognises(uri, head)`` says whether the file is of its format, from the URI
+    and the first 132 bytes; ``suffixes`` (lower case, with the dot) are those by which files in a folder count as
+    slides."""
+
+    open_reader: Callable[[str], Reader]
+    recognises: Callable[[str, bytes], bool]
+    suffixes: tuple[str, ...] = ()
 
 
 class Slide:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from wsi_mmm.errors import NotASlide, NotFound, OptionError, SlideDamaged, SlideNotFound
-from wsi_mmm.slides.base import Reader, Slide, check_mpp
+from wsi_mmm.errors import NotASlide, NotFound, OptionError, PluginError, SlideDamaged, SlideNotFound
+from wsi_mmm.plugins import load_plugin, plugin_names
+from wsi_mmm.slides.base import Reader, ReaderPlugin, Slide, check_mpp
 from wsi_mmm.slides.openslide import detect, open_with_openslide
 from wsi_mmm.slides.service.app_api import SCHEME, open_app_slide
 from wsi_mmm.slides.service.wsi_service import open_wsi_service
@@ -28,12 +29,33 @@ def open_slide(uri: str, mpp: float | None = None, reader: str | None = None) ->
     uri = str(uri)
     if mpp is not None:
         check_mpp(mpp)
-    if reader is not None and reader not in READERS:
-        raise OptionError(f"there is no reader {reader!r}; choose one of {', '.join(READERS)}")
     try:
-        return Slide(READERS[reader](uri) if reader else _by_content(uri), mpp)
+        return Slide(find_reader(reader)(uri) if reader else _by_content(uri), mpp)
     except NotFound as error:
         raise SlideNotFound(str(error)) from error
+
+
+def find_reader(name: str) -> Callable[[str], Reader]:
+    """Return the function that opens slides with the reader ``name``, ours or a plug-in's. OptionError, PluginError."""
+    if name in READERS:
+        return READERS[name]
+    plugins = plugin_names("readers")
+    if name in plugins:
+        return reader_plugin(name).open_reader
+    raise OptionError(f"there is no reader {name!r}; choose one of {', '.join((*READERS, *plugins))}")
+
+
+def reader_plugin(name: str) -> ReaderPlugin:
+    """Return the reader that an installed package offers as ``name``. PluginError when it is none."""
+    plugin = load_plugin("readers", name)
+    if not isinstance(plugin, ReaderPlugin):
+        raise PluginError(f"the reader {name!r} of a plug-in is no wsi_mmm.slides.base.ReaderPlugin")
+    return plugin
+
+
+def plugin_suffixes() -> frozenset[str]:
+    """Return the suffixes of the slides that readers of plug-ins open."""
+    return frozenset(suffix for name in plugin_names("readers") for suffix in reader_plugin(name).suffixes)
 
 
 def _by_content(uri: str) -> Reader:
@@ -50,7 +72,7 @@ def _by_content(uri: str) -> Reader:
         store.close()
         raise
     store.close()
-    return READERS[found](uri)
+    return find_reader(found)(uri)
 
 
 def _read_tiff(store: BufferedStore, directories: list[Directory] | None = None) -> Reader:
@@ -83,6 +105,9 @@ def _examine_content(store: BufferedStore) -> str | list[Directory]:
 
 
 def _other_kind(uri: str, name: str, head: bytes) -> str:
+    for plugin in plugin_names("readers"):
+        if reader_plugin(plugin).recognises(uri, head):
+            return plugin
     plain = next((kind for magic, kind in _PLAIN.items() if head.startswith(magic)), None)
     if not is_local(uri):
         what = "DICOM" if head[128:132] == b"DICM" else plain or "no TIFF"

@@ -22,8 +22,9 @@ survive       vector, bag  ``bins`` (0: Cox) intervals up to ``horizon``, or up 
 
 from __future__ import annotations
 
-from wsi_mmm.errors import ModelError
+from wsi_mmm.errors import ModelError, PluginError
 from wsi_mmm.model.card import TaskCard
+from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.tasks.base import Task as Task
 from wsi_mmm.tasks.base import View as View
 from wsi_mmm.tasks.classify import Classify
@@ -37,7 +38,7 @@ from wsi_mmm.tasks.segment import Segment
 from wsi_mmm.tasks.survive import Survive
 from wsi_mmm.types import TaskInfo
 
-__all__ = ["TASK_KINDS", "Task", "View", "make_task"]
+__all__ = ["TASK_KINDS", "Task", "View", "find_kind", "make_task"]
 
 TASK_KINDS: dict[str, type[Task]] = {
     "classify": Classify,
@@ -52,19 +53,30 @@ TASK_KINDS: dict[str, type[Task]] = {
 }
 
 
+def find_kind(name: str) -> type[Task]:
+    """Return the class of a kind of task, ours or a plug-in's. ModelError listing those there are, PluginError."""
+    if name in TASK_KINDS:
+        return TASK_KINDS[name]
+    plugins = plugin_names("tasks")
+    if name not in plugins:
+        known = ", ".join(sorted({*TASK_KINDS, *plugins}))
+        raise ModelError(f"a task is of the unknown kind '{name}'; known: {known}")
+    kind = load_plugin("tasks", name)
+    if not isinstance(kind, type) or not hasattr(kind, "from_params"):
+        raise PluginError(f"the kind of task {name!r} of a plug-in is no class with the methods of wsi_mmm.tasks.Task")
+    return kind
+
+
 def make_task(card: TaskCard) -> Task:
     """The task that ``card`` describes. ModelError if its kind or one of its parameters is unknown."""
-    kind = TASK_KINDS.get(card.kind)
-    if kind is None:
-        known = ", ".join(sorted(TASK_KINDS))
-        raise ModelError(f"task '{card.name}' is of the unknown kind '{card.kind}'; known: {known}")
+    kind = find_kind(card.kind)
     scope = next((scope for scope, head in kind.heads.items() if head == card.head), None)
     if scope is None:
         first, *others = (f"'{head}'" for head in kind.heads.values())
         needed = f"{first} head{' (or ' + ', '.join(others) + ')' if others else ''}"
         raise ModelError(f"task '{card.name}' of kind '{card.kind}' needs a {needed}, not '{card.head}'")
     try:
-        task = kind.from_params(TaskInfo(card.name, card.kind, card.classes, card.colors), card.params, scope)
+        task = kind.from_params(TaskInfo(card.name, card.kind, card.classes, card.colors, scope), card.params, scope)
     except TypeError as error:
         raise ModelError(f"task '{card.name}' has a parameter that '{card.kind}' does not know: {error}") from error
     if card.outputs != task.channels:

@@ -68,7 +68,7 @@ class Classify:
     def metrics(self, pairs: Iterable[tuple[AnyTarget, Quantised]]) -> dict[str, float]:
         """accuracy, balanced_accuracy, f1 (macro), auroc (one against the rest, mean over classes) and ap (likewise).
 
-        Of pairs whose truth is known; what they cannot settle is left out.
+        Of pairs whose target is known; metrics that they do not define are left out.
         """
         known = [(int(t), v) for t, v in pairs if int(t) >= 0]
         if not known:

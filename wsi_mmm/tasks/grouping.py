@@ -50,7 +50,7 @@ class MapWindow:
 
 
 def cast_votes(maps: U8, mask: Mask, window: MapWindow, hops: int) -> tuple[npt.NDArray[np.intp], Mask]:
-    """Where each px of ``mask`` says its object's centre is: flat window index int[k], and which lie in the window.
+    """The centre that each px of ``mask`` votes for: flat window index int[k], and which of them lie in the window.
 
     A vote follows the offsets ``hops`` times, asking again where it lands on an object, but never strays more than
     `SPAN` px from where it began: offsets of long and large objects fall short, and repeating makes up for that.

@@ -68,7 +68,7 @@ class Multilabel:
     def metrics(self, pairs: Iterable[tuple[AnyTarget, Quantised]]) -> dict[str, float]:
         """Means over labels of what is known of each: ap (mean average precision), auroc, f1 and accuracy at 0.5.
 
-        Truths count as present from a probability of 0.5 on; what cannot be settled is left out.
+        Targets count as present from a probability of 0.5 on; undefined metrics are left out.
         """
         both = list(pairs)
         if not both:

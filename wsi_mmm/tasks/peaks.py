@@ -39,7 +39,7 @@ class FoundBoxes:
     kind: I32
 
     def where(self, keep: Mask | I64) -> FoundBoxes:
-        """Those chosen."""
+        """The chosen boxes."""
         return FoundBoxes(self.anchor[keep], self.xyxy[keep], self.score[keep], self.kind[keep])
 
 
@@ -73,7 +73,7 @@ def _find_peaks(maps: U8, corner: tuple[int, int], threshold: int) -> FoundBoxes
 
 
 def _near_pairs(found: FoundBoxes) -> Iterator[tuple[I64, I64]]:
-    """Pairs of numbers of boxes that may overlap, each pair once, in pieces of bounded size.
+    """Pairs of numbers of boxes that may overlap, each pair once, in chunks of bounded size.
 
     A box holds its centre, so centres of overlapping boxes are no farther apart than the two's longest sides: small
     boxes are compared with close ones only.

@@ -1,6 +1,6 @@
 """`reconstruct`: self-supervision. The model sees a picture with squares hidden, or in grey, and draws it whole.
 
-The truth is the picture itself: training calls `hide` on its clean px (after warp and colour changes) to get what the
+The target is the image itself: training calls `hide` on its clean px (after warp and colour changes) to get what the
 model is shown and the target. At inference the task draws nothing.
 """
 

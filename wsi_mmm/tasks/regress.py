@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Regress:
     """The `regress` task: one number per class of its card. A head says ``(value - centre) / spread``, so ``centre``
-    and ``spread`` (K of each) are best the mean and standard deviation of the training truths. Answers are float32:
+    and ``spread`` (K of each) are best the mean and standard deviation of the training targets. Outputs are float32:
     a byte would be too coarse."""
 
     info: TaskInfo
@@ -75,7 +75,7 @@ class Regress:
         return x * x.new_tensor(self.spread) + x.new_tensor(self.centre)
 
     def metrics(self, pairs: Iterable[tuple[AnyTarget, Quantised]]) -> dict[str, float]:
-        """mae (in units of the truth), r2, spearman: means over the K numbers; what cannot be settled is left out."""
+        """mae (in units of the target), r2, spearman: means over the K numbers; undefined metrics are left out."""
         both = list(pairs)
         if not both:
             return {}

@@ -1,6 +1,6 @@
-"""Quality of answers per tile or per bag, from arrays of truths and answers. numpy and scipy only.
+"""Metrics of predictions per tile or per bag, from arrays of targets and predictions. numpy and scipy only.
 
-A figure that the pairs cannot settle (AUROC of a class that never occurs) is NaN here and left out by `settled`.
+A metric that the pairs do not define (AUROC of a class that never occurs) is NaN here; `known_metrics` leaves it out.
 Everything sorts: nothing compares all pairs, so a hundred thousand of them take well under a second.
 """
 
@@ -18,7 +18,7 @@ Scores = npt.NDArray[np.floating[Any]]
 
 
 def known_metrics(values: Mapping[str, float]) -> dict[str, float]:
-    """Those of ``figures`` that are numbers."""
+    """The entries of ``values`` that are numbers."""
     return {name: float(value) for name, value in values.items() if not np.isnan(value)}
 
 
@@ -83,12 +83,12 @@ def average_precision(target: Mask, score: Scores) -> float:
 
 
 def mean_absolute_error(target: F64, found: F64) -> float:
-    """Mean of |truth - found|."""
+    """Mean of |target - found|."""
     return float(np.abs(target - found).mean()) if len(target) else float("nan")
 
 
 def r2(target: F64, found: F64) -> float:
-    """1 - residual / total sum of squares; NaN when the truth does not vary."""
+    """1 - residual / total sum of squares; NaN when the target does not vary."""
     total = ((target - target.mean()) ** 2).sum() if len(target) else 0.0
     return float(1.0 - ((target - found) ** 2).sum() / total) if total > 0 else float("nan")
 

@@ -1,4 +1,4 @@
-"""Where the tissue is on a small picture of a slide: pure functions of pixels, deterministic, nothing learned.
+"""Tissue detection on a small picture of a slide: pure functions of pixels, deterministic, nothing learned.
 
 Three things tell tissue from glass: it absorbs light (optical density above the *local* background, so that shading
 and stitching steps count as background), it is coloured, and it is finely textured. Shade has the first

@@ -36,7 +36,7 @@ FETCH_PIXELS = 1 << 27
 """Level-0 px that a fetch brings: some 20 to 30 MB of JPEG, of which a request brings 0.5 MB or more on tissue. Shorter
 ones ask for less at a time; the first is half as long, so that decoding begins soon."""
 
-Key = TypeVar("Key", bound=Hashable)
+FetchKey = TypeVar("FetchKey", bound=Hashable)
 Data = TypeVar("Data")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -70,15 +70,15 @@ def _read_into(reader: Reader, tiles: Tiles, out: Sequence[U8], fetched: Fetched
 
 
 @dataclass(eq=False, slots=True)
-class _Fetch(Generic[Key, Data]):
+class _Fetch(Generic[FetchKey, Data]):
     """One fetch for several keys. ``keys``: those not taken yet; ``future``: None until it has begun."""
 
-    keys: list[Key]
-    fetch: Callable[[list[Key]], Data]
+    keys: list[FetchKey]
+    fetch: Callable[[list[FetchKey]], Data]
     future: Future[Data] | None = None
 
 
-class Prefetcher(Generic[Key, Data]):
+class Prefetcher(Generic[FetchKey, Data]):
     """Fetches data in threads ahead of its use, in the order of `announce`. Thread-safe.
 
     At most ``most`` fetches are under way or wait to be used. What is not there when it is taken, because its fetch has
@@ -88,13 +88,13 @@ class Prefetcher(Generic[Key, Data]):
     def __init__(self, most: int = FETCHES_AHEAD + 1) -> None:
         self._most = most
         self._held = 0  # fetches that have begun and of which a key is left
-        self._coming: deque[_Fetch[Key, Data]] = deque()
-        self._fetches: dict[Key, _Fetch[Key, Data]] = {}
+        self._coming: deque[_Fetch[FetchKey, Data]] = deque()
+        self._fetches: dict[FetchKey, _Fetch[FetchKey, Data]] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(most, thread_name_prefix="wsi-mmm-fetch")  # begins its threads when needed
         self._closed = False
 
-    def __enter__(self) -> Prefetcher[Key, Data]:
+    def __enter__(self) -> Prefetcher[FetchKey, Data]:
         return self
 
     def __exit__(
@@ -102,7 +102,7 @@ class Prefetcher(Generic[Key, Data]):
     ) -> None:
         self.close()
 
-    def announce(self, keys: Iterable[Key], fetch: Callable[[list[Key]], Data]) -> None:
+    def announce(self, keys: Iterable[FetchKey], fetch: Callable[[list[FetchKey]], Data]) -> None:
         """Plan one fetch: ``fetch`` is called in a thread with those of ``keys`` that were not taken before."""
         planned = _Fetch(list(keys), fetch)
         with self._lock:
@@ -111,7 +111,7 @@ class Prefetcher(Generic[Key, Data]):
                 self._fetches.update(dict.fromkeys(planned.keys, planned))
                 self._begin_fetches()
 
-    def take(self, key: Key) -> Data | None:
+    def take(self, key: FetchKey) -> Data | None:
         """Return what was fetched for ``key``, waiting for a fetch that is under way; None: read by yourself."""
         with self._lock:
             future = self._remove_key(key)
@@ -123,12 +123,17 @@ class Prefetcher(Generic[Key, Data]):
             _log.debug("fetching ahead failed: %s", error)
             return None
 
-    def drop(self, chosen: Callable[[Key], bool]) -> None:
-        """Forget the chosen keys: nobody will take them."""
+    def drop(self, keys: Iterable[FetchKey]) -> None:
+        """Forget keys that nobody will take; those that were not announced are passed over."""
         with self._lock:
-            for key in [key for key in self._fetches if chosen(key)]:
+            for key in keys:
                 self._remove_key(key)
             self._begin_fetches()
+
+    def keys_left(self) -> list[FetchKey]:
+        """Return the keys that were announced and not yet taken."""
+        with self._lock:
+            return list(self._fetches)
 
     def close(self) -> None:
         """Fetch nothing more, and wait for the threads to end."""
@@ -138,7 +143,7 @@ class Prefetcher(Generic[Key, Data]):
             self._fetches.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _remove_key(self, key: Key) -> Future[Data] | None:
+    def _remove_key(self, key: FetchKey) -> Future[Data] | None:
         planned = self._fetches.pop(key, None)
         if planned is None:
             return None
@@ -160,7 +165,7 @@ def is_far(reader: Reader) -> bool:
     return isinstance(reader, TileReader) and reader.remote
 
 
-def fetch_groups(tiles: Mapping[Key, Tiles], first: float = 0.5) -> Iterator[list[Key]]:
+def fetch_groups(tiles: Mapping[FetchKey, Tiles], first: float = 0.5) -> Iterator[list[FetchKey]]:
     """Yield the keys of blocks that are fetched together: FETCH_PIXELS at a time, ``first`` of that to begin with.
 
     What would be less than half a fetch at the end joins the one before.

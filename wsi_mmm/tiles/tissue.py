@@ -1,4 +1,4 @@
-"""Which tiles hold tissue: a mask of the slide, found, given or absent, and the tiles it selects."""
+"""Selection of the tiles that hold tissue: a mask of the slide, found, given or absent, and the tiles it selects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from wsi_mmm.annotations import parse_shapes, rasterise
+from wsi_mmm.annotations import find_format, parse_shapes, rasterise
 from wsi_mmm.errors import AnnotationError, NotFound, OptionError
 from wsi_mmm.slides.base import Slide
 from wsi_mmm.slides.resample.scaled import sources_of
@@ -62,7 +62,7 @@ def tissue_mask(slide: Slide, tissue: str = "auto") -> TissueMask:
     if tissue == "auto":
         return _find_tissue(slide)
     data = _load_mask(tissue)
-    if data.lstrip()[:4].startswith(_SHAPES):
+    if data.lstrip()[:4].startswith(_SHAPES) or find_format(redact(tissue), data):
         return _from_shapes(data, redact(tissue), slide.info)
     return _from_picture(data, redact(tissue), slide.info)
 

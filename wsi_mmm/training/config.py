@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from wsi_mmm.errors import ConfigError, OptionError
+from wsi_mmm.errors import ConfigError, OptionError, WsiError
 from wsi_mmm.model.card import (
     BagCard,
     Color,
@@ -21,7 +21,7 @@ from wsi_mmm.model.card import (
     SqueezerCard,
     TaskCard,
 )
-from wsi_mmm.tasks import TASK_KINDS
+from wsi_mmm.tasks import find_kind
 from wsi_mmm.tasks.base import Scope
 from wsi_mmm.training.colour import Augment
 from wsi_mmm.training.data.entries import DataEntry
@@ -97,8 +97,10 @@ class TaskPart(ConfigTable):
     @field_validator("kind")
     @classmethod
     def _check_kind(cls, kind: str) -> str:
-        if kind not in TASK_KINDS:
-            raise ValueError(f"there is no kind '{kind}'; known: {', '.join(sorted(TASK_KINDS))}")
+        try:
+            find_kind(kind)
+        except WsiError as error:
+            raise ValueError(str(error)) from error
         return kind
 
 
@@ -238,7 +240,7 @@ def task_card(part: TaskPart, first: int, count: int) -> TaskCard:
     """``part`` with its head, outputs and colours, as classes ``first`` onwards of ``count`` of all tasks."""
     colors = part.colors or tuple(_default_colour(first + i, count) for i in range(len(part.classes)))
     info = TaskInfo(part.name, part.kind, part.classes, colors)
-    kind = TASK_KINDS[part.kind]
+    kind = find_kind(part.kind)
     if part.scope == "bag" and "bag" not in kind.heads:
         raise ConfigError(f"task '{part.name}': '{part.kind}' answers for pixels, not for bags")
     scope: Scope = part.scope if part.scope in kind.heads else "pixel"

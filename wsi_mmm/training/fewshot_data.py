@@ -43,7 +43,8 @@ def embedded(source: str) -> list[Embedded]:
 
 
 def check_alike(features: Sequence[SlideFeatures], ids: Sequence[str]) -> Mapping[str, object]:
-    """What all were made with (encoder, model_hash, mpp, patch_size). InputError naming two that differ."""
+    """Check and return the settings that all were made with (encoder, model_hash, mpp, patch_size). InputError naming
+    two that differ."""
     names = ("encoder", "model_hash", "mpp", "patch_size")
     first = {name: features[0].attributes.get(name) for name in names}
     for found, slide in zip(features, ids, strict=True):

@@ -353,7 +353,11 @@ def _finish_training(
         "configuration": facts_of(config),
         "items": prepared.summary(),
     }
-    reported: dict[str, Any] = {name: _round_metrics(found) for name, found in (("val", val), ("test", test)) if found}
+    reported: dict[str, Any] = {
+        name: {t: {m: round(v, 4) for m, v in metrics.items()} for t, metrics in found.items()}
+        for name, found in (("val", val), ("test", test))
+        if found
+    }
     save_model(model, folder, card=model.card.model_copy(update={"metrics": reported, "data": facts}))
     return Trained(str(folder), val, test, step=step, items=sum(len(one.feed.items) for one in prepared.data))
 
@@ -365,10 +369,6 @@ def _load_best_weights(config: TrainConfig, model: MultiTaskModel) -> int:
         return config.steps
     model.load_state_dict(found[1])
     return found[0]
-
-
-def _round_metrics(found: Figures) -> Figures:
-    return {task: {name: round(value, 4) for name, value in metrics.items()} for task, metrics in found.items()}
 
 
 def facts_of(config: TrainConfig) -> dict[str, Any]:

@@ -345,7 +345,10 @@ def make_batch(
         sizes=sizes,
         vectors=_stack_vectors(kept),
         bag=_bag_numbers(kept),
-        targets={name: _stack_targets(task, kept, crops, plan.size) for name, task in tasks.items()},
+        targets={
+            name: torch.stack([_crop_target(task, s, theta, plan.size) for s, theta in zip(kept, crops, strict=True)])
+            for name, task in tasks.items()
+        },
     )
 
 
@@ -396,10 +399,6 @@ def _bag_size(sample: Sample) -> int | None:
     if sample.vectors is not None:
         return len(sample.vectors)
     return len(sample.pixels) if sample.pixels is not None and sample.pixels.ndim == 4 else None
-
-
-def _stack_targets(task: Task, samples: Sequence[Sample], crops: Sequence[F32], size: int) -> Tensor:
-    return torch.stack([_crop_target(task, s, theta, size) for s, theta in zip(samples, crops, strict=True)])
 
 
 def _crop_target(task: Task, sample: Sample, thetas: F32, size: int) -> Tensor:

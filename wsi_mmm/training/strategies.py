@@ -253,7 +253,10 @@ class PCGrad:
         """Write the projected sum of the tasks' gradients into ``.grad``; None where no task reached."""
         here = [float(any(task[i] is not None for task in found)) for i in range(len(trunk))]
         reached = total(inputs.ranks, here)
-        flats = [torch.cat([_or_zero(g, p).reshape(-1) for g, p in zip(task, trunk, strict=True)]) for task in found]
+        flats = [
+            torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(task, trunk, strict=True)])
+            for task in found
+        ]
         add(inputs.ranks, flats)
         if not flats:
             return
@@ -268,10 +271,6 @@ def _add_to_sums(sums: list[Tensor | None], one: _Pass, trunk: Sequence[nn.Param
         if grad is not None:
             old = sums[index]
             sums[index] = grad if old is None else old + grad
-
-
-def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad
 
 
 def project(gradients: Sequence[Tensor], seed: int) -> Tensor:

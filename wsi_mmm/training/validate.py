@@ -21,16 +21,12 @@ _TOGETHER = 8  # pictures of one size in a pass
 _TILES = 64  # tiles of a bag in a pass
 
 
-def _ignore_progress() -> None:
-    return
-
-
 def figures(
     model: MultiTaskModel,
     tasks: Mapping[str, Task],
     samples: Iterable[Sample],
     *,
-    beat: Callable[[], object] = _ignore_progress,
+    beat: Callable[[], object] = lambda: None,
 ) -> Figures:
     """Task -> its metrics over all ``samples`` that know something of it; samples that failed are left out. Pictures
     are rebuilt from what training hides of them, too (the same parts each time).

@@ -17,6 +17,7 @@ from shapely.geometry import Point, Polygon, box, mapping
 from conftest import RealData
 from helpers.faulty import Faulty
 from helpers.moto import moto_server
+from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
 from wsi_mmm.errors import AnnotationError, ConfigError, InputError, ManifestError, OptionError, SlideNotFound
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.fake import SyntheticNuclei
@@ -25,7 +26,6 @@ from wsi_mmm.tasks.targets import Boxes
 from wsi_mmm.training.data.annotation_targets import AnnotationTarget
 from wsi_mmm.training.data.base import DataSource
 from wsi_mmm.training.data.buckets import USE, Buckets, Rule, same_names
-from wsi_mmm.training.data.pool import SlidePool
 from wsi_mmm.training.data.slides import (
     SlideItem,
     SlideTiles,
@@ -278,11 +278,12 @@ def test_the_tile_cache_changes_no_pixel(tiny_slide: Path, nuclei: str, tmp_path
     spec = AnnotationTarget("n", "instances", NUCLEI, complete=True)
     read = {}
     for tiles in ("off", "on", "auto"):
-        pool = SlidePool(cache=str(tmp_path / tiles), tiles=tiles)  # type: ignore[arg-type]
+        pool = SlidePool()
+        caching = None if tiles == "off" else TileCaching(str(tmp_path / tiles), tiles)  # type: ignore[arg-type]
         items = [SlideItem("s", str(tiny_slide), annotations=nuclei)]
-        source = slide_tiles("d", items, TileSampling(0.8, tile=100), [spec], pool=pool)
+        source = slide_tiles("d", items, TileSampling(0.8, tile=100), [spec], pool=pool, caching=caching)
         read[tiles] = [sample.pixels for sample in source.read([1, 4, 2], 120)]
-        assert (len(pool.words()) == 1) == (tiles == "auto")
+        assert (len(pool.choice_texts()) == 1) == (tiles == "auto")
         assert any((tmp_path / tiles).rglob("c/*")) == (tiles == "on") or tiles == "auto"
     for tiles in ("on", "auto"):
         assert all(np.array_equal(a, b) for a, b in zip(read["off"], read[tiles], strict=True))
@@ -292,10 +293,10 @@ def test_a_forked_process_opens_its_own_slides(tiny_slide: Path) -> None:
     """It begins with none open and reads the same pixels."""
     pool = SlidePool()
     tiles = Tiles(np.zeros((1, 2), np.int64), 8, 1.0, 1.0)
-    with pool.reader(str(tiny_slide), None, tiles):
+    with pool.reader(SlideKey(str(tiny_slide)), tiles, None):
         assert pool.open_count() == 1
     pool._process = -1  # as a child finds it
-    with pool.slide(str(tiny_slide)) as slide:
+    with pool.slide(SlideKey(str(tiny_slide))) as slide:
         assert slide.read_region(0, 0, 8, 8).shape == (8, 8, 3)
     assert pool.open_count() == 1
 
@@ -353,8 +354,8 @@ def test_slides_in_a_bucket_give_the_same_samples(
         table = slide_table(read_table("s3://train/t.csv"), [])
         items = slides_of_table(table, uri="file", annotations="notes", root="s3://train")
         spec = AnnotationTarget("n", "instances", NUCLEI, complete=True)
-        pool = SlidePool(cache="s3://train/cache", tiles="on")
-        far = slide_tiles("d", items, TileSampling(0.5, tile=128), [spec], pool=pool)
+        pool, caching = SlidePool(), TileCaching("s3://train/cache", "on")
+        far = slide_tiles("d", items, TileSampling(0.5, tile=128), [spec], pool=pool, caching=caching)
         near = the_tiles(tiny_slide, nuclei, TileSampling(0.5, tile=128), spec)
         for one, other in zip(far.read([3, 9, 1], 128), near.read([3, 9, 1], 128), strict=True):
             assert not one.failed and one.key == other.key

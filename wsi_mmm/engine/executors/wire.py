@@ -22,7 +22,7 @@ from wsi_mmm.types import F32, I64, Grid
 _lock = threading.Lock()
 _recipes: dict[str, Recipe] = {}
 
-Find = Callable[[str], str | None]
+FindRecipe = Callable[[str], str | None]
 """Gives the JSON of the recipe of a key, or None when it is not known any more."""
 
 
@@ -36,7 +36,7 @@ def recipe_key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load_recipe(key: str, find: Find) -> Recipe:
+def load_recipe(key: str, find: FindRecipe) -> Recipe:
     """The recipe of a key, asked for once per process. LookupError when it is gone."""
     with _lock:
         if key not in _recipes:
@@ -55,7 +55,7 @@ def pack_unit(unit: WorkUnit, key: str) -> bytes:
     return json.dumps([key, unit.kind, place, *rest], separators=(",", ":")).encode()
 
 
-def unpack_unit(data: bytes, find: Find) -> WorkUnit:
+def unpack_unit(data: bytes, find: FindRecipe) -> WorkUnit:
     """The unit that `pack_unit` packed, equal to it."""
     key, kind, place, block, tiles, grid, entry = json.loads(data)
     name, uri, output, mpp, mask, error, reader = place

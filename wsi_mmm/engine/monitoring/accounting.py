@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from wsi_mmm import timing
-from wsi_mmm.engine.monitoring.busy import BusyTimes, Span
+from wsi_mmm.engine.monitoring.busy import BusySpan, BusyTimes
 from wsi_mmm.engine.units import ForwardResult, UnitResult, WorkUnit
 
 Seconds = dict[str, float]
@@ -85,7 +85,7 @@ class SlideTotals:
     peak_rss_mb: dict[str, float] = field(default_factory=dict)
     devices: set[str] = field(default_factory=set)
     encoders: dict[str, str] = field(default_factory=dict)
-    busy: list[Span] = field(default_factory=list)
+    busy: list[BusySpan] = field(default_factory=list)
 
     def add(self, result: UnitResult) -> None:
         """Count a result of this slide."""

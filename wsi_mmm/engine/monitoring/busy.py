@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-Span = tuple[str, float, float]  # worker (host:worker), epoch seconds
+BusySpan = tuple[str, float, float]  # worker (host:worker), epoch seconds
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class BusyTimes:
                 start, end = min(start, starts[first]), max(end, ends[last - 1])
             starts[first:last], ends[first:last] = [start], [end]
 
-    def within(self, since: float, until: float) -> list[Span]:
+    def within(self, since: float, until: float) -> list[BusySpan]:
         """The spans between two times, cut off at both."""
         return [
             (worker, max(since, start), min(until, end))

@@ -29,7 +29,7 @@ def read_tiles(ctx: UnitContext) -> Batch | None:
         unit, index = ctx.unit, ctx.unit.index()
         if is_computed(ctx):
             if ctx.fetches is not None:
-                ctx.fetches.drop(lambda other: other == unit)
+                ctx.fetches.drop([unit])
             return None
         fetched = ctx.fetches.take(unit) if ctx.fetches is not None else None
         return read_block(ctx.reader(tiles_at(ctx.grid, index)), ctx.grid, BlockTiles(*unit.block, index), fetched)

@@ -20,7 +20,7 @@ FIELDS = 4
 MASK_PX = 4  # px of the tissue mask per tile
 MAX_AREAS = 20_000  # regions or tiles drawn on the thumbnail
 
-Find = Callable[[TaskInfo, tuple[float, float, float, float]], Objects]
+FindObjects = Callable[[TaskInfo, tuple[float, float, float, float]], Objects]
 
 
 @dataclass(slots=True)
@@ -40,12 +40,12 @@ class Picture:
         """Take in objects that are being written."""
         if info.dissolves:
             self.areas.append((info, ragged.part(objects, 0, min(len(objects), MAX_AREAS))))
-        elif info.kind not in ("classify", "multilabel", "regress", "survive"):
+        elif not info.draws_tiles:
             self.density.add(object_centres(objects, self.plan))
             if info not in self.instances:
                 self.instances.append(info)
 
-    def png(self, infos: Iterable[TaskInfo], classes: dict[str, dict[str, int]], find: Find) -> bytes:
+    def png(self, infos: Iterable[TaskInfo], classes: dict[str, dict[str, int]], find: FindObjects) -> bytes:
         """The picture. ``find`` gives the objects of a task inside a level-0 rectangle (x0, y0, x1, y1)."""
         info, plan = self.plan.info, self.plan
         tiles = f"{len(plan.index):,} tiles of {plan.grid.tile} px at {plan.grid.mpp:g} µm/px"
@@ -72,12 +72,12 @@ class Picture:
         tiles[self.plan.index[:, 0], self.plan.index[:, 1]] = True
         return tiles[np.ix_(_tile_of(grid.height, grid.rows, grid), _tile_of(grid.width, grid.columns, grid))]
 
-    def _dense_fields(self, find: Find) -> list[Field]:
+    def _dense_fields(self, find: FindObjects) -> list[Field]:
         scale_x, scale_y = self.plan.grid.scale_x, self.plan.grid.scale_y
         side = FIELD_PX * max(scale_x, scale_y)
         return [self._close_up(x, y, find) for x, y in self.density.densest(side, FIELDS)] if self.instances else []
 
-    def _close_up(self, x: float, y: float, find: Find) -> Field:
+    def _close_up(self, x: float, y: float, find: FindObjects) -> Field:
         grid = self.plan.grid
         scale = grid.scale_x  # both ways: outlines are drawn with one scale, also where mpp_x and mpp_y differ
         block = Block(0, 0, FIELD_PX, FIELD_PX, scale, scale, int(x), int(y))

@@ -58,7 +58,7 @@ class UnitPrefetch:
     def drop_slide(self, slide: str) -> None:
         """Forget the units of a slide that has failed: they will not be read."""
         self._plans.pop(slide, None)
-        self.fetches.drop(lambda unit: unit.slide.id == slide)
+        self.fetches.drop([unit for unit in self.fetches.keys_left() if unit.slide.id == slide])
 
     def close(self) -> None:
         """Fetch nothing more, and wait for the threads to end."""

@@ -19,7 +19,7 @@ from wsi_mmm.slides.resample.tiled import Key, Tile, Tiling, Want, size_of
 from wsi_mmm.slides.resample.weights import U32, Taps, as_rows
 from wsi_mmm.types import I64, U8, Tiles
 
-Decode = Callable[[Sequence[int], Iterator[U8 | None]], Iterator[tuple[int, Tile]]]  # numbers, where to -> tiles
+DecodeInto = Callable[[Sequence[int], Iterator[U8 | None]], Iterator[tuple[int, Tile]]]  # numbers, where to -> tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class NativeTiles:
     tiling: Tiling
     want: Want
     cache: TileCache[Key, Tile]
-    decode: Decode
+    decode: DecodeInto
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,29 +8,29 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-Key = TypeVar("Key", bound=Hashable)
+TileKey = TypeVar("TileKey", bound=Hashable)
 Value = TypeVar("Value")
 
-Load = Callable[[Sequence[Key]], Iterator[tuple[Key, Value, int]]]  # keys -> (key, value, bytes)
+LoadMissing = Callable[[Sequence[TileKey]], Iterator[tuple[TileKey, Value, int]]]  # keys -> (key, value, bytes)
 
 
-class TileCache(Generic[Key, Value]):
+class TileCache(Generic[TileKey, Value]):
     """Least recently used goes first; *cold* values (unlikely to be asked again) go before all others."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
-        self._hot: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
-        self._cold: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
-        self._loading: set[Key] = set()
+        self._hot: OrderedDict[TileKey, tuple[Value, int]] = OrderedDict()
+        self._cold: OrderedDict[TileKey, tuple[Value, int]] = OrderedDict()
+        self._loading: set[TileKey] = set()
         self._changed = threading.Condition()
 
     def visit(
         self,
-        keys: Sequence[Key],
-        load: Load[Key, Value],
-        use: Callable[[Key, Value], None],
-        cold: Callable[[Key], bool],
+        keys: Sequence[TileKey],
+        load: LoadMissing[TileKey, Value],
+        use: Callable[[TileKey, Value], None],
+        cold: Callable[[TileKey], bool],
     ) -> None:
         """Call ``use`` once with every key's value; ``load`` is asked only for what nobody has or is loading.
 
@@ -50,7 +50,7 @@ class TileCache(Generic[Key, Value]):
                 self._wait_for(theirs)
             left = theirs
 
-    def missing(self, keys: Sequence[Key]) -> list[Key]:
+    def missing(self, keys: Sequence[TileKey]) -> list[TileKey]:
         """Return which of ``keys`` are not here at this moment."""
         with self._changed:
             return [key for key in keys if key not in self._hot and key not in self._cold]
@@ -62,10 +62,10 @@ class TileCache(Generic[Key, Value]):
             self._cold.clear()
             self.used = 0
 
-    def _claim_keys(self, keys: Sequence[Key]) -> tuple[list[tuple[Key, Value]], list[Key], list[Key]]:
-        have: list[tuple[Key, Value]] = []
-        mine: list[Key] = []
-        theirs: list[Key] = []
+    def _claim_keys(self, keys: Sequence[TileKey]) -> tuple[list[tuple[TileKey, Value]], list[TileKey], list[TileKey]]:
+        have: list[tuple[TileKey, Value]] = []
+        mine: list[TileKey] = []
+        theirs: list[TileKey] = []
         with self._changed:
             for key in keys:
                 found = self._find_value(key)
@@ -78,12 +78,12 @@ class TileCache(Generic[Key, Value]):
             self._loading.update(mine)
         return have, mine, theirs
 
-    def _wait_for(self, keys: Sequence[Key]) -> None:
+    def _wait_for(self, keys: Sequence[TileKey]) -> None:
         """Return when at least one of ``keys`` has landed or was given up."""
         with self._changed:
             self._changed.wait_for(lambda: not self._loading.issuperset(keys))
 
-    def _find_value(self, key: Key) -> tuple[Value, int] | None:
+    def _find_value(self, key: TileKey) -> tuple[Value, int] | None:
         for shelf in (self._hot, self._cold):
             if key in shelf:
                 shelf.move_to_end(key)
@@ -91,7 +91,7 @@ class TileCache(Generic[Key, Value]):
         return None
 
     @contextmanager
-    def _release_keys(self, keys: Sequence[Key]) -> Iterator[None]:
+    def _release_keys(self, keys: Sequence[TileKey]) -> Iterator[None]:
         try:
             yield
         finally:
@@ -99,7 +99,7 @@ class TileCache(Generic[Key, Value]):
                 self._loading.difference_update(keys)
                 self._changed.notify_all()
 
-    def _store_value(self, key: Key, value: Value, size: int, *, cold: bool) -> None:
+    def _store_value(self, key: TileKey, value: Value, size: int, *, cold: bool) -> None:
         with self._changed:
             self._loading.discard(key)
             (self._cold if cold else self._hot)[key] = (value, size)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wsi_mmm.cache import CacheEntry
+from wsi_mmm.cache.slide_pool import SlidePool, TileCaching
 from wsi_mmm.errors import InputError, StorageError, WsiError
 from wsi_mmm.outputs.exports import MAX_VALUES, SlideFeatures, read_features
 from wsi_mmm.slides.base import Fetched
@@ -23,8 +24,7 @@ from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import tile_xy
 from wsi_mmm.tiles.stream import is_far, read_tiles
 from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
-from wsi_mmm.training.data.pool import SlidePool
-from wsi_mmm.training.data.slides import SlideItem, TileSampling, check_ids, fetch_tiles, tissue_places
+from wsi_mmm.training.data.slides import KEPT_OPEN, SlideItem, TileSampling, check_ids, fetch_tiles, tissue_places
 from wsi_mmm.training.data.tables import SlideTable
 from wsi_mmm.types import I32, I64, Grid, Tiles
 
@@ -238,12 +238,15 @@ class TileBagSource:
     corners: Sequence[I64]
     scales: Sequence[tuple[float, float]]
     pool: SlidePool
+    caching: TileCaching | None
     remote: bool = False
 
     def fetch(self, numbers: Sequence[int], size: int) -> dict[int, Fetched | None]:
         """Fetch what ``read`` of the same bags needs, by bag; see `SlideSource`."""
         return {
-            number: fetch_tiles(self.pool, self.items[number // self.draws.times], self._drawn_tiles(number, size))
+            number: fetch_tiles(
+                self.pool, self.items[number // self.draws.times], self._drawn_tiles(number, size), self.caching
+            )
             for number in numbers
         }
 
@@ -261,7 +264,7 @@ class TileBagSource:
         slide = number // self.draws.times
         item, key, tiles = self.items[slide], self.index.keys[number], self._drawn_tiles(number, size)
         try:
-            with self.pool.reader(item.uri, item.mpp, tiles) as reader:
+            with self.pool.reader(item.slide_key, tiles, self.caching) as reader:
                 pixels, failed = read_tiles(reader, tiles, fetched)
         except WsiError as error:
             return Sample(key, failed=str(error))
@@ -272,17 +275,23 @@ class TileBagSource:
 
 
 def tile_bags(
-    name: str, items: Sequence[SlideItem], places: TileSampling, draws: Draws, *, pool: SlidePool | None = None
+    name: str,
+    items: Sequence[SlideItem],
+    places: TileSampling,
+    draws: Draws,
+    *,
+    pool: SlidePool | None = None,
+    caching: TileCaching | None = None,
 ) -> TileBagSource:
     """Bags of ``draws.most`` tissue tiles of each slide. Raises InputError for a slide without tissue, and what opening
     slides raises."""
     check_ids(name, [item.id for item in items])
     if not draws.most:
         raise InputError(f"data '{name}': say how many tiles a bag holds (most), a whole slide fits no memory")
-    pool = pool or SlidePool()
+    pool = pool or SlidePool(KEPT_OPEN)
 
     def look(item: SlideItem) -> tuple[I64, tuple[float, float], bool]:
-        with pool.slide(item.uri, item.mpp) as slide:
+        with pool.slide(item.slide_key) as slide:
             corners = tissue_places(slide, places)
             if not len(corners):
                 raise InputError(f"data '{name}': {item.id} has no tile with tissue: lower min_tissue, or leave it out")
@@ -293,5 +302,5 @@ def tile_bags(
     corners, scales, remote = [one[0] for one in found], [one[1] for one in found], any(one[2] for one in found)
     index = _repeat_index(items, draws.times)
     return TileBagSource(
-        name, _task_names(items), index, tuple(items), draws, places.tile, corners, scales, pool, remote
+        name, _task_names(items), index, tuple(items), draws, places.tile, corners, scales, pool, caching, remote
     )

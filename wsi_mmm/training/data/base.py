@@ -73,7 +73,7 @@ class SlideSource(DataSource, Protocol):
 
     @property
     def remote(self) -> bool:
-        """Whether reading some of its slides waits for a network."""
+        """True if reading some of its slides waits for a network."""
 
     def fetch(self, numbers: Sequence[int], size: int) -> FetchedItems:
         """Fetch from slides far away what ``read`` of the same items needs, by an id of its own. What cannot be fetched

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 
+from wsi_mmm.cache.slide_pool import SlidePool, TileCaching
 from wsi_mmm.errors import ConfigError, InputError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks.targets import Target
@@ -18,8 +19,15 @@ from wsi_mmm.training.data.annotation_targets import MAP_KINDS, TILE_LEVEL_KINDS
 from wsi_mmm.training.data.base import DataSource, ItemIndex
 from wsi_mmm.training.data.buckets import BucketReport, Buckets, How, Rule, same_names
 from wsi_mmm.training.data.entry import ConfigTable, DataContext, DatasetEntry
-from wsi_mmm.training.data.pool import SlidePool
-from wsi_mmm.training.data.slides import SlideItem, TileSampling, beside, dry_run_slides, slide_tiles, slides_of_table
+from wsi_mmm.training.data.slides import (
+    KEPT_OPEN,
+    SlideItem,
+    TileSampling,
+    beside,
+    dry_run_slides,
+    slide_tiles,
+    slides_of_table,
+)
 from wsi_mmm.training.data.split import PARTS, split_by_column
 from wsi_mmm.training.data.tables import SlideTable, TableTask, balance_labels
 from wsi_mmm.types import I32
@@ -77,17 +85,16 @@ class Tiled(DatasetEntry):
             place.mpp, place.size, self.stride, self.by, self.per_slide, self.min_tissue, self.seed, self.dot_um
         )
 
-    def pool(self) -> SlidePool:
-        """The slides that are open, and the tile cache."""
-        return SlidePool(cache=self.cache)
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+    @property
+    def caching(self) -> TileCaching | None:
+        """The tile cache, measured on each slide."""
+        return None if self.cache is None else TileCaching(self.cache)
 
 
 _WORDS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_as_list), WithJsonSchema(_WORDS)]
+OneOrMany = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), WithJsonSchema(_WORDS)
+]
 """A word, or several."""
 
 
@@ -156,11 +163,11 @@ class SlidesEntry(Tiled):
     def open(self, place: DataContext) -> DataSource:
         """The source."""
         specs = self.specs(place)  # what is wrong with the table is said before files are looked for
-        return slide_tiles(self.name, self.items(place), self.places(place), specs, pool=self.pool())
+        return slide_tiles(self.name, self.items(place), self.places(place), specs, caching=self.caching)
 
     def dry_run(self, place: DataContext) -> dict[str, BucketReport]:
         """Per task what its bucket table makes of the annotations."""
-        specs, pool = self.specs(place), self.pool()
+        specs, pool = self.specs(place), SlidePool(KEPT_OPEN)
         items = self.items(place) if specs else []
         return {one.task: dry_run_slides(items, one.buckets, pool) for one in specs}
 
@@ -241,7 +248,7 @@ class SlideLabels(Tiled):
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
-        return slide_tiles(self.name, self.slides.items(place), self.places(place), pool=self.pool())
+        return slide_tiles(self.name, self.slides.items(place), self.places(place), caching=self.caching)
 
 
 class TileBags(Tiled):
@@ -260,7 +267,7 @@ class TileBags(Tiled):
     def open(self, place: DataContext) -> DataSource:
         """The source."""
         draws = bags.Draws(self.most, self.times, self.seed)
-        return bags.tile_bags(self.name, self.slides.items(place), self.places(place), draws, pool=self.pool())
+        return bags.tile_bags(self.name, self.slides.items(place), self.places(place), draws, caching=self.caching)
 
 
 class FeatureBags(DatasetEntry):

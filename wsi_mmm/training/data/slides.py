@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from wsi_mmm.annotations import Shapes, parse_shapes
+from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
 from wsi_mmm.errors import ConfigError, InputError, ManifestError, WsiError
 from wsi_mmm.slides import Slide
 from wsi_mmm.slides.base import Fetched, TileReader
@@ -33,7 +34,6 @@ from wsi_mmm.training.data.annotation_targets import (
 from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
 from wsi_mmm.training.data.buckets import BucketReport, Buckets, dry_run
 from wsi_mmm.training.data.objects import drawn_places
-from wsi_mmm.training.data.pool import SlidePool
 from wsi_mmm.training.data.regions import UNKNOWN, SlideAnnotations, grid_places
 from wsi_mmm.training.data.shapes_index import index_shapes
 from wsi_mmm.training.data.tables import SlideTable
@@ -41,6 +41,7 @@ from wsi_mmm.types import I32, I64, Mask, Tiles
 
 _log = logging.getLogger(__name__)
 _OPENING = 4  # slides prepared at a time
+KEPT_OPEN = 16  # slides that stay open while nobody reads them
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,11 @@ class SlideItem:
     group: str = ""
     targets: Mapping[str, Target] = field(default_factory=dict)
     label: int = UNKNOWN
+
+    @property
+    def slide_key(self) -> SlideKey:
+        """The slide to open."""
+        return SlideKey(self.uri, self.mpp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,7 @@ class SlideTiles:
     index: ItemIndex
     tile: int
     pool: SlidePool
+    caching: TileCaching | None
     slides: Sequence[_Prepared]
     specs: Sequence[AnnotationTarget]
     starts: I64  # int64[slides + 1]: numbers of each slide's first item
@@ -123,7 +130,7 @@ class SlideTiles:
 
     @property
     def remote(self) -> bool:
-        """Whether reading some of its slides waits for a network."""
+        """True if reading some of its slides waits for a network."""
         return any(slide.remote for slide in self.slides)
 
     def fetch(self, numbers: Sequence[int], size: int) -> dict[int, Fetched | None]:
@@ -132,7 +139,7 @@ class SlideTiles:
         for number, _, local in self._items_by_slide(numbers):
             slide = self.slides[number]
             if slide.remote:
-                found[number] = fetch_tiles(self.pool, slide.item, slide.tiles(local, self.tile, size))
+                found[number] = fetch_tiles(self.pool, slide.item, slide.tiles(local, self.tile, size), self.caching)
         return found
 
     def read(self, numbers: Sequence[int], size: int, fetched: FetchedItems | None = None) -> list[Sample]:
@@ -161,7 +168,7 @@ class SlideTiles:
         keys = [self.index.keys[item] for item in (local + self.starts[number]).tolist()]
         tiles = slide.tiles(local, self.tile, size)
         try:
-            with self.pool.reader(slide.item.uri, slide.item.mpp, tiles) as reader:
+            with self.pool.reader(slide.item.slide_key, tiles, self.caching) as reader:
                 pixels, failed = read_tiles(reader, tiles, fetched)
         except WsiError as error:
             return [Sample(key, failed=str(error)) for key in keys]
@@ -186,10 +193,10 @@ class SlideTiles:
         return found
 
 
-def fetch_tiles(pool: SlidePool, item: SlideItem, tiles: Tiles) -> Fetched | None:
+def fetch_tiles(pool: SlidePool, item: SlideItem, tiles: Tiles, caching: TileCaching | None) -> Fetched | None:
     """Fetch what ``tiles`` of a slide need; None when that fails: reading them tries again, and says why."""
     try:
-        with pool.reader(item.uri, item.mpp, tiles) as reader:
+        with pool.reader(item.slide_key, tiles, caching) as reader:
             if isinstance(reader, TileReader) and reader.remote:
                 return reader.fetch([tiles])
     except WsiError as error:
@@ -214,6 +221,7 @@ def slide_tiles(
     specs: Sequence[AnnotationTarget] = (),
     *,
     pool: SlidePool | None = None,
+    caching: TileCaching | None = None,
     keep_going: bool = False,
 ) -> SlideTiles:
     """Tiles of ``items`` at ``places`` with the target of ``specs`` and of the slides themselves.
@@ -222,7 +230,7 @@ def slide_tiles(
     one of ``broken``. Raises InputError when no tile is left, two slides have one id, or one task is taught twice.
     """
     _check_sampling(name, items, places, specs)
-    pool = pool or SlidePool()
+    pool = pool or SlidePool(KEPT_OPEN)
     prepared: list[_Prepared] = []
     broken: dict[str, str] = {}
     with ThreadPoolExecutor(_OPENING, thread_name_prefix="wsi-mmm-prepare") as threads:
@@ -246,6 +254,7 @@ def slide_tiles(
         _build_index(prepared),
         places.tile,
         pool,
+        caching,
         prepared,
         tuple(specs),
         starts,
@@ -283,7 +292,7 @@ def _no_tiles_message(specs: Sequence[AnnotationTarget], broken: Mapping[str, st
 def _prepare_slide(
     pool: SlidePool, item: SlideItem, places: TileSampling, specs: Sequence[AnnotationTarget], number: int
 ) -> _Prepared:
-    with pool.slide(item.uri, item.mpp) as slide:
+    with pool.slide(item.slide_key) as slide:
         scale = slide.scale(places.mpp)
         make_grid(slide.info, places.mpp, tile=places.tile, overlap=0)  # refuses what is much finer than the slide
         annotated_by_task = _annotations_by_task(slide, item, places, specs)
@@ -443,7 +452,7 @@ def dry_run_slides(items: Sequence[SlideItem], buckets: Buckets, pool: SlidePool
     def resolution(item: SlideItem) -> float | None:
         if pool is None:
             return item.mpp
-        with pool.slide(item.uri, item.mpp) as slide:
+        with pool.slide(item.slide_key) as slide:
             info = slide.info
             return None if info.mpp_x is None or info.mpp_y is None else float(np.sqrt(info.mpp_x * info.mpp_y))
 

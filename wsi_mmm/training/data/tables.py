@@ -57,14 +57,8 @@ def read_table(uri: str) -> Table:
     """The table at a path or URI: Parquet by its bytes, else text with a header line, separated by tabs where the file
     is called .tsv and by commas elsewhere. Raises ManifestError, NotFound, StorageError."""
     name, data = store.redact(uri), store.read_bytes(uri)
-    columns = (
-        _parse_parquet(data, name) if data[:4] == b"PAR1" else _parse_csv(data, name, "\t" if _is_tsv(uri) else ",")
-    )
-    return Table(name, columns)
-
-
-def _is_tsv(uri: str) -> bool:
-    return uri.partition("?")[0].lower().endswith(".tsv")
+    separator = "\t" if uri.partition("?")[0].lower().endswith(".tsv") else ","
+    return Table(name, _parse_parquet(data, name) if data[:4] == b"PAR1" else _parse_csv(data, name, separator))
 
 
 def _parse_csv(data: bytes, name: str, separator: str) -> dict[str, tuple[str, ...]]:
@@ -221,7 +215,7 @@ def _class_target(table: Table, task: TableTask, row: int, cells: tuple[str, ...
 
 
 def _label_targets(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Target:
-    if len(task.columns) == len(task.labels) and (len(cells) > 1 or _is_flag(cells[0])):
+    if len(task.columns) == len(task.labels) and (len(cells) > 1 or cells[0].lower() in YES | NO | UNKNOWN):
         pairs = zip(task.columns, cells, strict=True)
         return np.array([_parse_flag(table, row, column, cell) for column, cell in pairs], np.float32)
     if cells[0].lower() in UNKNOWN - {"none"}:
@@ -231,10 +225,6 @@ def _label_targets(table: Table, task: TableTask, row: int, cells: tuple[str, ..
         if cell.strip() and cell.strip().lower() != "none":
             target[_class_target(table, task, row, (cell.strip(),))] = 1
     return target
-
-
-def _is_flag(cell: str) -> bool:
-    return cell.lower() in YES | NO | UNKNOWN
 
 
 def _parse_flag(table: Table, row: int, column: str, cell: str) -> float:

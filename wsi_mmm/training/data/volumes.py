@@ -99,9 +99,8 @@ def dicom_slices(
 
     def image(number: int) -> U8:
         values, own = _read_dicom(uris[number])
-        return (
-            values if values.dtype == np.uint8 and values.ndim == 3 else grey(values, _window_or(window, own), values)
-        )
+        coloured = values.dtype == np.uint8 and values.ndim == 3
+        return values if coloured else grey(values, own if window == AUTO else window, values)
 
     def targets(number: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {} if label is None else {task: label(groups[number])}
@@ -119,10 +118,6 @@ def grey(values: npt.NDArray[Any], window: IntensityWindow, whole: npt.NDArray[A
         low, high = (float(found[0]) if low is None else low), (float(found[1]) if high is None else high)
     share = np.clip((np.nan_to_num(values.astype(np.float64)) - low) / max(high - low, 1e-9), 0.0, 1.0)
     return np.repeat((share * 255.0).round().astype(np.uint8)[..., None], 3, axis=2)
-
-
-def _window_or(window: IntensityWindow, other: IntensityWindow) -> IntensityWindow:
-    return other if window == AUTO else window
 
 
 def _read_nifti(uri: str) -> F32:
@@ -143,11 +138,8 @@ def _read_nifti(uri: str) -> F32:
 
 
 def _is_dicom(uri: str) -> bool:
-    return uri.lower().endswith((".dcm", ".dicom")) or ("." not in uri.rpartition("/")[2] and _has_dicom_magic(uri))
-
-
-def _has_dicom_magic(uri: str) -> bool:
-    return store.read_bytes(uri)[128:132] == b"DICM"
+    named = uri.lower().endswith((".dcm", ".dicom"))
+    return named or ("." not in uri.rpartition("/")[2] and store.read_bytes(uri)[128:132] == b"DICM")
 
 
 def _patient_id(uri: str) -> str:
