@@ -14,7 +14,7 @@ from wsi_mmm.engine.executors import isolated
 from wsi_mmm.engine.stages import perform as stages
 from wsi_mmm.engine.units import UnitResult, WorkUnit, result_status
 
-Step = Callable[[WorkUnit], UnitResult]
+Step = Callable[..., UnitResult]
 
 
 def say(what: str, name: str = "", why: str = "") -> None:
@@ -27,13 +27,13 @@ def say(what: str, name: str = "", why: str = "") -> None:
         os.close(descriptor)
 
 
-def told(step: Step) -> Step:
+def logged(step: Step) -> Step:
     """The same step, with a line when it begins and one that says how it ended."""
 
-    def perform(unit: WorkUnit) -> UnitResult:
+    def perform(unit: WorkUnit, **prefetch: object) -> UnitResult:
         say("begin", unit.name)
         try:
-            result = step(unit)
+            result = step(unit, **prefetch)
         except BaseException as error:
             say("raised", unit.name, f"{type(error).__name__}: {error}"[:200])
             raise
@@ -45,5 +45,5 @@ def told(step: Step) -> Step:
 
 def dask_setup(worker: object) -> None:
     """Called by Dask in a worker that begins."""
-    stages.perform, isolated.perform = told(stages.perform), told(isolated.perform)
+    stages.perform, isolated.perform = logged(stages.perform), logged(isolated.perform)
     say("start")

@@ -117,7 +117,7 @@ class Fake:
     done: int = 0
     hosts: dict[int, str] = field(default_factory=dict)
 
-    def perform(self, unit: WorkUnit) -> UnitResult:
+    def perform(self, unit: WorkUnit, fetches: object = None) -> UnitResult:
         """Sleep as long as the unit would take; give a result like the one it would give."""
         start = time.time()
         time.sleep(self.durations.of(unit.kind, unit.name))

@@ -33,9 +33,9 @@ def _run_stage(ctx: UnitContext) -> UnitResult:
         case "plan":
             with ctx.step("plan"):
                 found = prepare(ctx)
-            return (
-                PlanResult(ctx.facts(), found) if isinstance(found, SlidePlan) else PlanResult(ctx.facts(), None, found)
-            )
+            if isinstance(found, SlidePlan):
+                return PlanResult(ctx.facts(), plan=found)
+            return PlanResult(ctx.facts(), published=found)
         case "extract":
             with ctx.step("extract"):
                 extract(ctx)
