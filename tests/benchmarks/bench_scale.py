@@ -164,7 +164,7 @@ def measure(count: int, workers: int, *, speed: float, processes: int) -> Row:
         Path(output).mkdir()
         wanted = slides(count, output)
         row = Row(count, wanted.units, workers, mean_of(taken, count, wanted.units))
-        order = RunRequest(wanted.tasks, replace(recipe(), options=RunOptions(scheduler=address)), output)
+        request = RunRequest(wanted.tasks, replace(recipe(), options=RunOptions(scheduler=address)), output)
         found = {"client": psutil.Process(), "scheduler": psutil.Process(sid)}
         found |= {f"workers-{number}": psutil.Process(pid) for number, pid in enumerate(wids)}
         with client_of(address) as client:
@@ -172,7 +172,7 @@ def measure(count: int, workers: int, *, speed: float, processes: int) -> Row:
             executor = attach_executor(client)
             with Watch(found, max(1, count // 10)) as watch:
                 begun = time.perf_counter()
-                report = run_slides(order, executor, watch.hear)
+                report = run_slides(request, executor, watch.hear)
                 ended, spent = time.perf_counter(), watch.spent()
         row.failed = sum(one.status != "done" for one in report.slides) + count - len(report.slides)
         row.seconds, row.report_s = watch.slides_ended - begun, ended - watch.slides_ended
