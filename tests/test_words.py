@@ -22,8 +22,8 @@ BANNED = {
 }  # fmt: skip
 """Words that stand for something which has another name here: see the table in docs/architecture.md."""
 
-ALLOWED = {"WorkUnit", "any_case", "truth"}
-"""The name of the smallest scheduled thing, and keys of training files."""
+ALLOWED = {"WorkUnit", "any_case", "truth", "note"}
+"""The name of the smallest scheduled thing, keys of training files, and a public name of before."""
 
 _OPENS_BADLY = re.compile(r"(?i)(what|which|where|whether|those|whoever)\b")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")

@@ -105,6 +105,11 @@ class ClusterJob(Generic[T]):
             return JobRegistry(self.client).status(self.id)
 
     @property
+    def note(self) -> JobStatus:
+        """The status, by its former name."""
+        return self.status
+
+    @property
     def progress(self) -> JobProgress:
         """How far it is."""
         return self.status.progress()
