@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -136,3 +139,22 @@ def test_wrong_pixels_tasks_and_devices_are_refused(runners: dict[int, Runner], 
         Runner(load_model(small_model), "cpu").run(tiles(1), ["stain"])
     with pytest.raises(ModelError, match="device 'quantum'"):
         Runner(load_model(small_model), "quantum")
+
+
+def test_model_threads_compute_on_one_core_each_and_the_host_on_all() -> None:
+    """Also after batches were computed, in a process that has more: else the bits of convolutions would be others."""
+    code = (
+        "import numpy as np, torch\n"
+        "from wsi_mmm.model.checkpoint import load_model\n"
+        "from wsi_mmm.model.runner import Runner\n"
+        "before = torch.get_num_threads()\n"
+        "runner = Runner(load_model('default'), 'cpu', threads=2)\n"
+        "runner.run(np.zeros((3, 64, 64, 3), np.uint8))\n"
+        "inside = list(runner._pool.map(lambda _: torch.get_num_threads(), range(8)))\n"
+        "print(set(inside) == {1}, torch.get_num_threads() == before > 1)\n"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.split() == ["True", "True"]

@@ -238,9 +238,9 @@ class Runner:
     def _start_threads(self) -> ThreadPoolExecutor:
         """Start the model's threads, which compute on one core each; those of the host process stay as they were."""
         before, together = torch.get_num_threads(), threading.Barrier(self.threads)
-        pool = ThreadPoolExecutor(self.threads, "model", initializer=torch.set_num_threads, initargs=(1,))
+        pool = ThreadPoolExecutor(self.threads, "model", initializer=_use_one_core)
         list(pool.map(lambda _: together.wait(), range(self.threads)))
-        torch.set_num_threads(before)  # the setting is a thread's own, but also that of threads begun later
+        torch.set_num_threads(before)  # the setting is a thread's own, but also that of threads not used yet
         return pool
 
     def _find_queue(self, side: int, tasks: tuple[str, ...]) -> TileQueue:
@@ -294,6 +294,15 @@ class Runner:
             self._stagers.own = BatchStager(self.device)
         stager: BatchStager = self._stagers.own
         return stager
+
+
+def _use_one_core() -> None:
+    """Let the calling thread compute on one core, for good.
+
+    A thread takes the setting of the process when torch first asks it for its own: so it is asked here.
+    """
+    torch.set_num_threads(1)
+    torch.get_num_threads()
 
 
 def pick_device(name: str) -> torch.device:
