@@ -31,6 +31,7 @@ def answer_bag(
 
     ModelError when the bag is too large for the memory or a task is not answered per bag.
     """
+    before = torch.get_num_threads()
     with ThreadPoolExecutor(1, "bag", initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             return pool.submit(_answer_bag, runner, vectors, tasks).result()
@@ -38,6 +39,8 @@ def answer_bag(
             line = (str(error).splitlines() or [type(error).__name__])[0]
             text = f"the slide's {len(vectors):,} tiles cannot be answered as one bag ({line}); use a coarser mpp"
             raise ModelError(text) from error
+        finally:
+            torch.set_num_threads(before)  # the setting is also that of threads begun later
 
 
 @torch.inference_mode()
