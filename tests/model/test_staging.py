@@ -56,7 +56,7 @@ def test_on_a_gpu_the_next_batch_is_staged_before_this_one_is_computed(
     runner._own_stager()  # of a CPU, whatever the runner says of its device from now on
     stage, forward = BatchStager.stage, runner._forward_batch
     monkeypatch.setattr(BatchStager, "stage", lambda *args: steps.append("stage") or stage(*args))
-    monkeypatch.setattr(runner, "_forward", lambda *args: steps.append("compute") or forward(*args))
+    monkeypatch.setattr(runner, "_forward_batch", lambda *args: steps.append("compute") or forward(*args))
     monkeypatch.setattr(runner, "device", types.SimpleNamespace(type=kind))
     queue.add(np.zeros((3 * queue.size, 64, 64, 3), np.uint8))
     runner._run_batches(queue)
