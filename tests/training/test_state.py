@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import urllib.request
 from pathlib import Path
 
@@ -99,25 +98,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: 
     """OutputError in one line; nothing half-written is left, and the earlier checkpoint can be resumed."""
     state.write(shelf(tmp_path), training(step=1))
     before = sorted(p.name for p in tmp_path.iterdir())
-    real = os.fdopen
+    real = Path.write_bytes
 
-    class Full:
-        """A file on a disk that is full after 1000 bytes."""
+    def fill_up(path: Path, data: bytes) -> int:
+        """Write to a disk that is full after 1000 bytes."""
+        real(path, data[:1000])
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-        def __init__(self, file: object) -> None:
-            self.file = file
-
-        def __enter__(self) -> Full:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()  # type: ignore[attr-defined]
-
-        def write(self, data: bytes) -> None:
-            self.file.write(data[:1000])  # type: ignore[attr-defined]
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fdopen", lambda *a: Full(real(*a)))
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
     with pytest.raises(OutputError, match=r"checkpoint of step 2: .*disk is full") as caught:
         state.write(shelf(tmp_path), training(step=2))
     assert "\n" not in str(caught.value)

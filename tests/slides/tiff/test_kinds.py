@@ -62,7 +62,7 @@ def test_jpeg_2000_with_halved_chroma_has_the_colours_of_the_picture(
     """Aperio's 33003 with subsampled YCbCr is turned into RGB once, not twice, whatever the photometric tag says."""
     y, x = np.mgrid[:64, :64]
     want = np.stack([200 - x, 90 + y, 140 + (x + y) / 2], axis=-1)
-    monkeypatch.setattr(writer, "_encoder", lambda form: lambda pixels: HALVED)
+    monkeypatch.setattr(writer, "_tile_encoder", lambda form: lambda pixels: HALVED)
     write_tiff(tmp_path / "a.tiff", [want.astype(np.uint8)], TiffForm("jpeg2000-ycc", tile=64))
     patched(tmp_path / "a.tiff", 262, photometric)
     assert np.abs(shown(tmp_path / "a.tiff") - want).mean() < 2
