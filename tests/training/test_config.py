@@ -80,7 +80,7 @@ def test_a_setting_that_fits_nowhere_is_named(setting: str, words: str) -> None:
         (small(stepps=3), "stepps: there is no such option; wsi-mmm train --schema lists them"),
         (small(optim={"ratte": 1}), r"optim\.ratte: there is no such option"),
         (small(steps=0), "steps: .*greater than or equal to 1"),
-        (small(task=[{"name": "t", "kind": "guess", "classes": ["a"]}]), "unknown kind 'guess'; known: classify, detect"),
+        (small(task=[{"name": "t", "kind": "guess", "classes": ["a"]}]), "unknown kind 'guess'; known: classify"),
         (small(task=[{"name": "t t", "kind": "classify", "classes": ["a"]}]), r"task\.0\.name: "),
         (small(task=small()["task"] * 2), r"two \[\[task\]\] are called 't'"),
         (small(data=small()["data"] * 2), r"two \[\[data\]\] are called 'd'"),
