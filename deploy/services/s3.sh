@@ -54,6 +54,9 @@ keyring = $dir/keyring
 mon_data = $dir/mon
 mgr_data = $dir/mgr
 osd_data = $dir/osd
+monmap = $dir/monmap
+osd_crush_update_on_start = false
+osd_class_update_on_start = false
 [client.rgw]
 rgw_frontends = beast endpoint=127.0.0.1:$port
 rgw_dns_name = 127.0.0.1
@@ -99,7 +102,6 @@ up() {
         mkdir -p "$dir"
         install_packages
         ! answers 1 || fail "something else answers on port $port; give another one in WSI_MMM_S3_PORT"
-        # Seen now and then: the object store does not join its monitor ('wrong fsid'). A new cluster then does.
         try 60 || try 60 || try 180 || {
             tail -n 5 "$dir/log/client.rgw.log" "$log" >&2
             fail "the S3 server did not start; the last lines of its logs are above"

@@ -308,12 +308,12 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from helpers.training import batch, tiny
-from wsi_mmm.training.forward import Bench
-from wsi_mmm.training.strategies import StrategyPlan, Work, make_strategy
+from wsi_mmm.training.forward import TrainingContext
+from wsi_mmm.training.strategies import StrategyInputs, StrategyPlan, make_strategy
 count, name = int(sys.argv[2]), sys.argv[3]
 model, tasks = tiny(["segment"] * count)
 one = batch(tasks, dict.fromkeys(tasks, "segment"), seed=0, items=48)
-work = Work(Bench(model, tasks), (one,))
+work = StrategyInputs(TrainingContext(model, tasks), (one,))
 
 
 def peak():  # not getrusage's, which a process inherits from the one that began it
