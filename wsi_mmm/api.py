@@ -126,7 +126,8 @@ def submit(
     from wsi_mmm.engine.executors.dask_jobs import JobSpec, launch_job
 
     remote = replace(request, tls=None)  # paths of this machine
-    job = JobSpec(partial(run_slides, remote, observe=observe), partial(_load_report, remote))
+    load = partial(load_report, remote.output, remote.recipe, remote.tasks)
+    job = JobSpec(partial(run_slides, remote, observe=observe), load)
     return launch_job(connected, request.output, len(request.tasks), job)
 
 
@@ -261,13 +262,11 @@ def demo(
 ) -> RunReport:
     """Generate a seeded synthetic slide under ``output`` and run the default model on it."""
     from wsi_mmm.slides.fake import synthetic_slide
-    from wsi_mmm.storage.atomic import atomic_file
 
     folder = Path(output)
     path = folder / "synthetic.tiff"
     if not path.exists():
-        with atomic_file(path) as unfinished:
-            synthetic_slide(unfinished, seed=seed)
+        synthetic_slide(path, seed=seed)
     return run(str(path), output=folder / "results", progress=progress, **options)
 
 
@@ -278,7 +277,10 @@ def executor_factory(request: RunRequest) -> Callable[[], Executor]:
     def make() -> Executor:
         scheme = (options.scheduler or "").partition("://")[0]
         if scheme in plugin_names("executors"):
-            return _plugin_executor(scheme, request)
+            made_by_plugin = load_plugin("executors", scheme)
+            if not callable(made_by_plugin):
+                raise PluginError(f"the executor {scheme!r} of a plug-in is no function of a RunRequest")
+            return cast("Executor", made_by_plugin(request))
         if options.scheduler:
             from wsi_mmm.engine.executors.dask import connect
 
@@ -292,20 +294,6 @@ def executor_factory(request: RunRequest) -> Callable[[], Executor]:
         return ThreadsExecutor(request.recipe)
 
     return make
-
-
-def _plugin_executor(name: str, request: RunRequest) -> Executor:
-    """Return the executor that an installed package makes for addresses ``name://...``. PluginError when it makes
-    none."""
-    make = load_plugin("executors", name)
-    if not callable(make):
-        raise PluginError(f"the executor {name!r} of a plug-in is no function of a RunRequest")
-    return cast("Executor", make(request))
-
-
-def _load_report(request: RunRequest) -> RunReport:
-    """Return the report of a run that has ended, from the files it wrote."""
-    return load_report(request.output, request.recipe, request.tasks)
 
 
 def _scheduler_address(client: Client | str) -> str | None:

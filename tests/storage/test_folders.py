@@ -12,7 +12,7 @@ import zarr
 from wsi_mmm.errors import OutputError
 from wsi_mmm.outputs.maps import zarr_store
 from wsi_mmm.storage import store
-from wsi_mmm.storage.folders import published_folder
+from wsi_mmm.storage.store import published_folder
 
 
 def test_a_folder_on_an_object_store_holds_the_last_run_alone() -> None:

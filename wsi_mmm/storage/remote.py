@@ -17,13 +17,13 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Generic, TypeVar
 
 from wsi_mmm.errors import SlideChanged, StorageError, TransientCause, TransientError
 from wsi_mmm.storage.ranges import Buffer, Counter, MergeRule, Range, Ranges, fetch_merged
 from wsi_mmm.storage.retry import RetryPolicy
-from wsi_mmm.storage.translate import NO_RANGES, SHORT, SILENT
+from wsi_mmm.storage.translate import NO_RANGES, SHORT, SILENT, translate_errors
 from wsi_mmm.storage.uris import redact
 
 MERGING = MergeRule(gap=512 << 10, waste=0.12)  # measured on RGW with 0 and 20 ms delay, see docs/storage.md
@@ -160,6 +160,12 @@ class Endpoint:
         return True
 
 
+@lru_cache(maxsize=32)
+def endpoint_of(server: str, seconds: float) -> Endpoint:
+    """Return the endpoint that all objects of a server share, by its address; ``seconds``: its time-out."""
+    return Endpoint(seconds)
+
+
 def _size_units(size: int) -> float:
     return max(1.0, size / _UNIT)
 
@@ -181,6 +187,16 @@ async def request(endpoint: Endpoint, name: str, size: int, send: SendRequest[T]
         except TimeoutError:
             raise TransientError(f"{name}: {SILENT}", TransientCause.TIMEOUT) from None
     raise AssertionError("unreachable")
+
+
+def fetch(uri: str, endpoint: Endpoint, size: int, send: SendRequest[T]) -> T:
+    """Return the answer of ``send`` about the object at ``uri``, expected to bring ``size`` bytes. StorageError."""
+
+    async def translated(on_begin: OnBegin) -> T:
+        with translate_errors(uri):
+            return await send(on_begin)
+
+    return wait_for(request(endpoint, redact(uri), size, translated))
 
 
 def _seconds_to_try(endpoint: Endpoint, error: TransientError) -> float:
@@ -279,18 +295,18 @@ class RemoteStore:
         return wait_for(self._fetch_all(spans))
 
     async def _fetch_all(self, spans: Sequence[Range]) -> list[Buffer]:
-        tasks = [asyncio.create_task(self._fetch_span(span)) for span in spans]
+        name = redact(self.uri)
+        sent = [request(self._endpoint, name, span[1], partial(self._fetch_once, *span)) for span in spans]
+        tasks = [asyncio.create_task(one) for one in sent]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _fetch_span(self, span: Range) -> Buffer:
-        return await request(self._endpoint, redact(self.uri), span[1], partial(self._fetch_once, *span))
-
     async def _fetch_once(self, start: int, length: int, on_begin: OnBegin) -> Buffer:
-        data, version = await self._get(start, start + length, on_begin)
+        with translate_errors(self.uri):
+            data, version = await self._get(start, start + length, on_begin)
         self.counter.add(len(data))
         if self.etag is not None and version is not None and version != self.etag:
             raise SlideChanged(f"{redact(self.uri)} was replaced while it was read; run again")

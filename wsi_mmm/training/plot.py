@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsi_mmm.errors import MissingPackage, OutputError
+from wsi_mmm.errors import MissingPackage
+from wsi_mmm.storage.local import atomic_file
 
 PNG, SVG = "fractions.png", "fractions.svg"
 _COLOURS = ("#1f5fa8", "#c8641e", "#2f8a4c", "#7a4fa3", "#555555")
@@ -86,9 +87,7 @@ def _label_fractions(axes: Any, percents: Sequence[float]) -> None:
 
 
 def _save_plot(fig: Any, paths: Sequence[Path]) -> list[Path]:
-    try:
-        for path in paths:
-            fig.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"cannot write the plot into {paths[0].parent}: {error.strerror or error}") from error
+    for path in paths:
+        with atomic_file(path) as temporary:
+            fig.savefig(temporary, dpi=150)
     return list(paths)
