@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,20 +15,14 @@ empaia_app = make_app(
 )
 
 
-class RegionShape(StrEnum):
-    """Shapes of regions of interest."""
-
-    rectangle = "rectangle"
-    polygon = "polygon"
-    circle = "circle"
-
-
 @command(empaia_app, "init")
 def init(
     model: Annotated[str, typer.Argument(help="Packaged model, or the folder of one.")] = "default",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of ead.json.", metavar="FOLDER")] = Path(),
     vendor: Annotated[str, typer.Option(help="Who offers the app: part of its namespace.")] = "wsi_mmm",
-    regions: Annotated[RegionShape, typer.Option(help="The shape of regions of interest.")] = RegionShape.rectangle,
+    regions: Annotated[
+        Literal["rectangle", "polygon", "circle"], typer.Option(help="The shape of regions of interest.")
+    ] = "rectangle",
 ) -> None:
     """Write the description (EAD) that registers a model with the platform.
 
@@ -41,17 +34,10 @@ def init(
     from wsi_mmm.empaia.ead import ead, ead_json, write_ead
     from wsi_mmm.model.card import read_card
 
-    made = ead(read_card(model), vendor=vendor, regions=regions.value)
+    made = ead(read_card(model), vendor=vendor, regions=regions)
     path = write_ead(ead_json(made), output)
     say_json({"path": path, "namespace": made["namespace"], "outputs": len(made["io"]) - 2})
     say(f"wrote {path}: {made['namespace']}")
-
-
-class ImageFormat(StrEnum):
-    """The format in which the platform sends pixels."""
-
-    png = "png"
-    jpeg = "jpeg"
 
 
 @command(empaia_app, "run")
@@ -60,8 +46,8 @@ def run(
     vendor: Annotated[str, typer.Option(help="Who offers the app, as for 'empaia init'.")] = "wsi_mmm",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     pictures: Annotated[
-        ImageFormat, typer.Option(help="png: results are those of the slide's file; jpeg: fewer bytes.")
-    ] = ImageFormat.png,
+        Literal["png", "jpeg"], typer.Option(help="png: results are those of the slide's file; jpeg: fewer bytes.")
+    ] = "png",
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +79,7 @@ def run(
 
     job, places = config.empaia_job(), config.empaia_places()
     scheduler, scratch = scheduler or places.get("scheduler"), scratch or places.get("work")
-    options = (model, vendor, scheduler, config.default_tls(scheduler), scratch, device, pictures.value)
+    options = (model, vendor, scheduler, config.default_tls(scheduler), scratch, device, pictures)
     try:
         from wsi_mmm.empaia.app import App, run_app
 

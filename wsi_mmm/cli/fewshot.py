@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,15 +18,6 @@ fewshot_app = make_app(
 Features = Annotated[str, typer.Argument(metavar="FEATURES", help="The folder that wsi-mmm embed wrote.")]
 
 
-class HeadKindOption(StrEnum):
-    """Kinds of heads."""
-
-    linear = "linear"
-    knn = "knn"
-    gbm = "gbm"
-    all = "all"
-
-
 @command(fewshot_app, "fit")
 def fit(
     features: Features,
@@ -40,9 +30,9 @@ def fit(
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the head.")] = "head",
     head: Annotated[
-        HeadKindOption,
+        Literal["linear", "knn", "gbm", "all"],
         typer.Option(help="linear: also a model that run takes; knn; gbm (needs LightGBM); all: keep the best."),
-    ] = HeadKindOption.linear,
+    ] = "linear",
     classes: Annotated[
         str | None, typer.Option(help="Classes to learn, with commas. (default: all that are annotated)")
     ] = None,
@@ -64,7 +54,7 @@ def fit(
 
     chosen = [name.strip() for name in classes.split(",")] if classes else None
     found = learn(
-        features, labels, output, head=head.value, classes=chosen, column=column, task=task, weights=weights, seed=seed
+        features, labels, output, head=head, classes=chosen, column=column, task=task, weights=weights, seed=seed
     )
     rows = []
     for one in found:

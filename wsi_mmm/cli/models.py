@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -108,22 +107,15 @@ def export_model(
     say(f"largest difference from torch on seeded noise: {done.difference:.1e} of the largest answer")
 
 
-class Format(StrEnum):
-    """File formats of exported features."""
-
-    h5 = "h5"
-    pt = "pt"
-    h5ad = "h5ad"
-
-
 def export(
     sources: Annotated[
         list[str],
         typer.Argument(metavar="FEATURES", help="features.zarr, or folders that hold some.", show_default=False),
     ],
     to: Annotated[
-        Format, typer.Option("--to", help="h5: TRIDENT and CLAM; pt: a tensor, for CLAM; h5ad: AnnData.")
-    ] = Format.h5,
+        Literal["h5", "pt", "h5ad"],
+        typer.Option("--to", help="h5: TRIDENT and CLAM; pt: a tensor, for CLAM; h5ad: AnnData."),
+    ] = "h5",
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder of the files. (default: beside the features)")
     ] = None,
@@ -137,7 +129,7 @@ def export(
     """
     from wsi_mmm.outputs import exports
 
-    for source, target in targets(sources, to.value, output):
+    for source, target in targets(sources, to, output):
         exports.export(source, target)
         say_json({"source": source, "output": target})
         say(f"wrote {target}")

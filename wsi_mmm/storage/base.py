@@ -1,11 +1,15 @@
-"""The port of this folder: one object, read in ranges; and a read-ahead buffer in front of it.
+"""The ground of this folder: URIs (arithmetic, no I/O), and the port: one object, read in ranges.
 
-The buffer is used while an object is opened, so that small reads of its directories cost few requests.
+A read-ahead buffer stands in front of an object while it is opened, so that small reads of its directories cost few
+requests.
 """
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Protocol
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from wsi_mmm.storage.ranges import Buffer, Counter, Ranges
 
@@ -13,6 +17,53 @@ HEAD = 256 << 10  # bytes: the header, and in most slides the tables of tiles be
 _WINDOW = 256 << 10
 _TAIL = 1 << 20  # when no more than this follows a read, all of it is read
 _MOST = 4 << 20  # bytes kept
+_SERVED = re.compile(r"(/[^?#]*)?/v3/slides/[^/]+/?")
+_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
+
+
+# ---------------------------------------------------------------- URIs
+
+
+def is_local(uri: str) -> bool:
+    """Tell whether ``uri`` is a path or a ``file://`` URI (a Windows drive letter is a path)."""
+    return not _SCHEME.match(uri) or uri.startswith("file://")
+
+
+def is_service(uri: str) -> bool:
+    """Tell whether ``uri`` is a slide of a WSI service: ``wsi://``, or http(s) whose path ends in ``/v3/slides/ID``.
+
+    Over http(s) an ID with a dot means a file.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme == "wsi":
+        return _SERVED.fullmatch(parts.path) is not None
+    served = parts.scheme in ("http", "https") and _SERVED.fullmatch(parts.path) is not None
+    return served and "." not in parts.path.rstrip("/").rpartition("/")[2]
+
+
+def local_path(uri: str) -> Path:
+    """Return the path of a local URI."""
+    return Path(unquote(urlsplit(uri).path)) if uri.startswith("file://") else Path(uri)
+
+
+def join(uri: str, *parts: str) -> str:
+    """Return ``uri`` with ``parts`` below it, '/' between them."""
+    return "/".join([uri.rstrip("/"), *(p.strip("/") for p in parts)])
+
+
+def redact(uri: str) -> str:
+    """Return ``uri`` without user, password, query and fragment, fit to be shown."""
+    if is_local(uri):
+        return uri
+    parts = urlsplit(uri)
+    if parts.scheme in ("s3", "s3a", "gs"):
+        scheme, rest = uri.split("://", 1)
+        bucket, slash, key = rest.partition("/")
+        return f"{scheme}://{bucket.rpartition('@')[2]}{slash}{key}"
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+# ---------------------------------------------------------------- objects
 
 
 class ByteStore(Protocol):

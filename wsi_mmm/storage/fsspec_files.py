@@ -10,10 +10,10 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from wsi_mmm.errors import MissingPackage, NotFound, StorageError
+from wsi_mmm.storage.base import redact
 from wsi_mmm.storage.objects import storage_timeout
 from wsi_mmm.storage.remote import Endpoint, OnBegin, RemoteStore, VersionedBytes, endpoint_of, fetch
 from wsi_mmm.storage.translate import NO_RANGES, translate_errors
-from wsi_mmm.storage.uris import redact
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from wsi_mmm.errors import NotFound, OutputError, SlideChanged, StorageError
+from wsi_mmm.storage.base import local_path
 from wsi_mmm.storage.ranges import Buffer, Counter, MergeRule, Range, Ranges, fetch_merged
-from wsi_mmm.storage.uris import local_path
 
 # A gap costs its copy, a further pread about as much as copying 16 KB. Reads are not concurrent: no cuts.
 _DISK = MergeRule(gap=16 << 10, waste=1.0, part=64 << 20, longest=256 << 20)

@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from wsi_mmm.errors import ConfigError, MissingPackage, NotFound, OutputError, StorageError
-from wsi_mmm.storage.base import HEAD, BufferedStore
+from wsi_mmm.storage.base import HEAD, BufferedStore, redact
 from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.storage.remote import Endpoint, OnBegin, RemoteStore, VersionedBytes, check_length, endpoint_of, fetch
 from wsi_mmm.storage.retry import retry_transient
 from wsi_mmm.storage.translate import translate_errors
-from wsi_mmm.storage.uris import redact
 
 T = TypeVar("T")
 Settings = tuple[tuple[str, str], ...]

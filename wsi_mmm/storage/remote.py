@@ -21,10 +21,10 @@ from functools import lru_cache, partial
 from typing import Any, Generic, TypeVar
 
 from wsi_mmm.errors import SlideChanged, StorageError, TransientCause, TransientError
+from wsi_mmm.storage.base import redact
 from wsi_mmm.storage.ranges import Buffer, Counter, MergeRule, Range, Ranges, fetch_merged
 from wsi_mmm.storage.retry import RetryPolicy
 from wsi_mmm.storage.translate import NO_RANGES, SHORT, SILENT, translate_errors
-from wsi_mmm.storage.uris import redact
 
 MERGING = MergeRule(gap=512 << 10, waste=0.12)  # measured on RGW with 0 and 20 ms delay, see docs/storage.md
 _PER_PROCESS, _PER_ENDPOINT = 32, 16  # requests in flight

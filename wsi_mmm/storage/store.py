@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Protocol
 
 from wsi_mmm.storage import fsspec_files, local, objects
-from wsi_mmm.storage.base import BufferedStore, ByteStore, buffered
+from wsi_mmm.storage.base import BufferedStore, ByteStore, buffered, is_local, join, local_path, redact
 from wsi_mmm.storage.objects import list_sizes, object_store
 from wsi_mmm.storage.retry import retry_transient
 from wsi_mmm.storage.translate import translate_errors
-from wsi_mmm.storage.uris import is_local, join, local_path, redact
 from wsi_mmm.timing import timed
 
 __all__ = [

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from wsi_mmm.errors import NotFound, OutputError, SlideChanged, StorageError, TransientCause, TransientError, WsiError
-from wsi_mmm.storage.uris import redact
+from wsi_mmm.storage.base import redact
 
 NO_RANGES = "the server does not serve byte ranges; copy the file to a local disk or to S3"
 UNREACHABLE = "the server cannot be reached; check AWS_ENDPOINT_URL or the host name, and the network"
