@@ -18,23 +18,15 @@ models_app = make_app(
     no_args_is_help=False,
 )
 
-ZOO = Path(__file__).parents[1] / "model" / "zoo"
-
-
-def packaged() -> list[str]:
-    """Names of the models that come with the package, the default first."""
-    names = sorted(path.parent.name for path in ZOO.glob("*/*.json"))
-    return sorted(set(names), key=lambda name: (name != "default", name))
-
 
 def models(context: typer.Context) -> None:
     """List the packaged models, show one, or write one for other tools."""
     if context.invoked_subcommand is not None:
         return
-    from wsi_mmm.model.card import read_card
+    from wsi_mmm.model.card import read_card, zoo_names
 
     rows = []
-    for card in map(read_card, packaged()):
+    for card in map(read_card, sorted(zoo_names(), key=lambda name: (name != "default", name))):
         say_json(card.model_dump(mode="json"))
         tasks = ", ".join(f"{task.name} ({task.kind})" for task in card.tasks)
         rows.append((card.name, tasks, f"{card.mpp:g}", card.tile_size))

@@ -58,7 +58,7 @@ def _find_member(archive: zipfile.ZipFile, name: str, endings: Sequence[str], er
     return members[0]
 
 
-def _read_stream(stream: IO[bytes], packed: int, name: str, error: type[WsiError]) -> bytes:
+def _read_stream(stream: IO[bytes] | gzip.GzipFile, packed: int, name: str, error: type[WsiError]) -> bytes:
     """Return the unpacked bytes of a stream of ``packed`` bytes. Raises ``error`` when they are too many for those."""
     most = min(max(FREE, MAX_RATIO * packed), MAX_BYTES)
     parts: list[bytes] = []
