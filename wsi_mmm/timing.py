@@ -60,8 +60,8 @@ class StageTimer:
     def __init__(self, step: Step, unit: str = "") -> None:
         self.step, self.unit = step, unit
         self.result = StepTime(step, 0, 0.0, 0.0)
-        self._stages: list[str] = [STAGE_OF_STEP[step]]
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self.stages: list[str] = [STAGE_OF_STEP[step]]
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def __enter__(self) -> StageTimer:
         self._outer, _state.timer = _state.timer, self
@@ -70,50 +70,41 @@ class StageTimer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._count_stage()
+        self.count_stage()
         _state.timer = self._outer
-        seconds = {name: max(0.0, spent) for name, spent in self._seconds.items()}
+        seconds = {name: max(0.0, spent) for name, spent in self.seconds.items()}
         end = self._epoch + self._since - self._began
         self.result = StepTime(self.step, threading.get_native_id(), self._epoch, end, seconds)
 
-    def _count_stage(self) -> None:
+    def count_stage(self) -> None:
+        """Count the time since this was done last for the present stage."""
         now = time.perf_counter()
-        self._seconds[self._stages[-1]] += now - self._since
+        self.seconds[self.stages[-1]] += now - self._since
         self._since = now
-
-    def enter(self, stage: str) -> None:
-        """Count for ``stage`` from now on, until ``leave``."""
-        self._count_stage()
-        self._stages.append(stage)
-
-    def leave(self) -> None:
-        """Count for the stage before the last ``enter`` again."""
-        self._count_stage()
-        self._stages.pop()
-
-    def move(self, stage: str, seconds: float) -> None:
-        """Count so many seconds of the present stage for another one."""
-        self._seconds[stage] += seconds
-        self._seconds[self._stages[-1]] -= seconds
 
 
 @contextmanager
 def timed(stage: Stage) -> Iterator[None]:
     """A context whose time is counted for ``stage``, when this thread runs in a `StageTimer`."""
     timer = _state.timer
-    if timer is not None:
-        timer.enter(stage)
+    if timer is None:
+        yield
+        return
+    timer.count_stage()
+    timer.stages.append(stage)
     try:
         yield
     finally:
-        if timer is not None:
-            timer.leave()
+        timer.count_stage()
+        timer.stages.pop()
 
 
 def count_waiting(seconds: float) -> None:
     """Count so many seconds of the present stage as waiting for other threads."""
-    if _state.timer is not None and seconds > 0:
-        _state.timer.move("waiting", seconds)
+    timer = _state.timer
+    if timer is not None and seconds > 0:
+        timer.seconds["waiting"] += seconds
+        timer.seconds[timer.stages[-1]] -= seconds
 
 
 def current_unit() -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -131,17 +131,14 @@ class CacheEntry:
     def block_record(self, block: str) -> dict[str, Any] | None:
         """Return the record of a block, or None unless all its shards are in."""
         try:
-            found = json.loads(storage.read_bytes(self._record_uri(block)))
+            found = json.loads(storage.read_bytes(f"{self.uri}/receipts/{block}.json"))
         except (NotFound, ValueError):
             return None
         return found if isinstance(found, dict) else None
 
     def write_block_record(self, block: str, record: Mapping[str, Any]) -> None:
         """Record that all shards of the block are in: call it last."""
-        storage.write_bytes(self._record_uri(block), json.dumps(dict(record)).encode())
-
-    def _record_uri(self, block: str) -> str:
-        return storage.join(self.uri, "receipts", f"{block}.json")
+        storage.write_bytes(f"{self.uri}/receipts/{block}.json", json.dumps(dict(record)).encode())
 
 
 def _write_shard(uri: str, array: zarr.Array[Any], place: tuple[slice, slice], values: Array) -> None:
@@ -158,25 +155,27 @@ def _write_shard(uri: str, array: zarr.Array[Any], place: tuple[slice, slice], v
 
 def _access_cache(uri: str, step: Callable[[], T], *, writing: bool = False) -> T:
     """Return ``step()``, its foreign errors in our words; in a bucket it is tried again while these may pass."""
+    if storage.is_local(uri):
+        return _translate_errors(uri, step, writing)
 
     def attempt() -> T:
-        with _translate_errors(uri, writing=writing):
-            return step()
+        with storage.translate_errors(uri, writing=writing):
+            return _translate_errors(uri, step, writing)
 
-    return attempt() if storage.is_local(uri) else storage.retry_transient(attempt)
+    return storage.retry_transient(attempt)
 
 
-@contextlib.contextmanager
-def _translate_errors(uri: str, *, writing: bool) -> Iterator[None]:
-    fail = OutputError if writing else StorageError
-    where = f"{'write' if writing else 'read'} the cache at {storage.redact(uri)}"
+def _translate_errors(uri: str, step: Callable[[], T], writing: bool) -> T:
     try:
-        with contextlib.nullcontext() if storage.is_local(uri) else storage.translate_errors(uri, writing=writing):
-            try:
-                yield
-            except (RuntimeError, ValueError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise fail(f"cannot {where}: it is damaged ({reason}); delete it and run again") from error
-    except OSError as error:
-        fix = "check the disk, or choose another place (--cache, or --output where none is set)"
-        raise fail(f"cannot {where}: {error.strerror or error}; {fix}") from error
+        return step()
+    except (RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and not storage.is_local(uri):
+            raise  # said by the storage
+        fail, verb = (OutputError, "write") if writing else (StorageError, "read")
+        if isinstance(error, OSError):
+            fix = "check the disk, or choose another place (--cache, or --output where none is set)"
+            reason = f"{error.strerror or error}; {fix}"
+        else:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = f"it is damaged ({first}); delete it and run again"
+        raise fail(f"cannot {verb} the cache at {storage.redact(uri)}: {reason}") from error
