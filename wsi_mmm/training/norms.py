@@ -38,11 +38,7 @@ class Norms:
         self._seen: list[list[_Seen]] = [[] for _ in self._layers]
         self._before: list[tuple[Tensor, ...]] = []
         self._hooks: list[Any] = []
-        if ranks.world > 1:
-            self._add_hooks()
-
-    def _add_hooks(self) -> None:
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self._layers if ranks.world > 1 else ()):
             if layer.momentum is None:
                 raise ModelError("batch norms without momentum cannot be trained on several ranks; give them one")
             self._hooks.append(layer.register_forward_pre_hook(_reset_statistics))

@@ -71,28 +71,19 @@ def joined(device: str = "auto", *, wait: float = 120.0, meeting: Meeting | None
         yield Ranks(device=_rank_device(device, 0), wait=wait)
         return
     where = _rank_device(device, -1)
+    found: dict[str, Any] = {}  # torchrun's ranks find each other by the environment
+    if meeting is not None:
+        address = f"tcp://{meeting.host}:{meeting.port}"
+        found = {"init_method": address, "rank": meeting.rank, "world_size": meeting.world}
     with _translate_errors("ranks cannot meet; check that all were started and reach rank 0's host"):
-        _init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", wait, meeting)
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=wait), **found)
     try:
         local = dist.get_node_local_rank(fallback_rank=0) if meeting is None else 0
         yield Ranks(dist.get_rank(), dist.get_world_size(), _rank_device(device, local), wait)
     finally:
         # Not a barrier: a rank that fails must not wait for those that wait for it.
         dist.destroy_process_group()
-
-
-def _init_process_group(backend: str, wait: float, meeting: Meeting | None) -> None:
-    limit = timedelta(seconds=wait)
-    if meeting is None:
-        dist.init_process_group(backend, timeout=limit)
-        return
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{meeting.host}:{meeting.port}",
-        rank=meeting.rank,
-        world_size=meeting.world,
-        timeout=limit,
-    )
 
 
 def _rank_device(name: str, local: int) -> torch.device:
@@ -136,6 +127,13 @@ def total(ranks: Ranks, values: Sequence[float]) -> list[float]:
     return found
 
 
+def wait_for_first(ranks: Ranks) -> None:
+    """Let the other ranks wait until rank 0 calls this, too: it may take long, but must call ``total(ranks, [1.0])``
+    from time to time, which says that it is alive."""
+    while total(ranks, [0.0])[0] and not ranks.first:
+        pass
+
+
 def first_message(ranks: Ranks, text: str) -> str:
     """The message of the lowest rank that has one ("": none); at most 400 bytes. Every rank must call it."""
     if ranks.world == 1:
@@ -165,11 +163,10 @@ def add_gradients(ranks: Ranks, parameters: Sequence[Tensor]) -> None:
     if ranks.world == 1:
         return
     there = total(ranks, [float(p.grad is not None) for p in parameters])
-    used = [p for p, count in zip(parameters, there, strict=True) if count]
-    for p in used:
-        if p.grad is None:
+    for p, count in zip(parameters, there, strict=True):
+        if count and p.grad is None:
             p.grad = torch.zeros_like(p)
-    add(ranks, [p.grad for p in used if p.grad is not None])
+    add(ranks, [p.grad for p in parameters if p.grad is not None])
 
 
 def spread(ranks: Ranks, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 
 from wsi_mmm.errors import ConfigError
 from wsi_mmm.tasks.targets import Target
-from wsi_mmm.training.data import objects, regions
+from wsi_mmm.training.data import regions
 from wsi_mmm.training.data.buckets import Buckets
+from wsi_mmm.training.data.raster import PixelGrids, ShapeIndex, encode
 from wsi_mmm.training.data.regions import UNKNOWN, SlideAnnotations
-from wsi_mmm.training.data.shapes_index import ShapeIndex, encode
 from wsi_mmm.types import I32, I64, Mask
 
 TILE_LEVEL_KINDS = ("classify", "multilabel", "regress")
@@ -25,7 +25,7 @@ class AnnotationTarget:
     """``buckets``: its table of class names. ``background``: the label of what is looked at and not annotated (classify
     and segment; None: that is unknown). ``complete``: slides without use-regions were annotated everywhere.
 
-    ``min_share``: of a tile, that a label must cover (patch kinds), that must be known (segment, multisegment) or
+    ``min_share``: of a tile, that a label must cover (tile kinds), that must be known (segment, multisegment) or
     looked at (instances, detect). ``min_visible``: of a box, below which it is not learnt from. ``values``: names of
     the numbers of objects that `regress` learns. Raises ConfigError.
     """
@@ -59,23 +59,14 @@ def annotations_for_task(
     target px (x, y)."""
     labels = spec.buckets.labels
     background = labels.index(spec.background) if spec.background is not None else UNKNOWN
-    coding = encode(index, spec.buckets)
-    (width, height), (scale_x, scale_y) = size, scale
+    (width, height), (x, y) = size, scale
     return SlideAnnotations(
-        index,
-        coding,
-        scale_x,
-        scale_y,
-        width / scale_x,
-        height / scale_y,
-        len(labels),
-        background,
-        spec.complete,
+        index, encode(index, spec.buckets), x, y, width / x, height / y, len(labels), background, spec.complete
     )
 
 
 def tile_targets(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, tile: int) -> list[Target]:
-    """Of a patch kind: the target of each tile of ``tile`` target px."""
+    """Of a kind with one target per tile: that of each tile of ``tile`` target px."""
     share = spec.min_share
     if spec.kind == "classify":
         return list(regions.tile_labels(annotated, xy, tile, share).tolist())
@@ -88,19 +79,18 @@ def tile_targets(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, t
 def map_targets(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, size: int) -> Sequence[Target]:
     """Of a map kind: the target of each square of ``size`` px at target px ``xy``, in its own px."""
     some = max(1, _PX // size**2)  # few enough at a time to stay in the processor's cache: five times faster
-    parts = (_map_targets(spec, annotated, xy[start : start + some], size) for start in range(0, len(xy), some))
-    return [target for part in parts for target in part]
+    parts = (annotated.grids(xy[start : start + some], size) for start in range(0, len(xy), some))
+    return [target for grids in parts for target in _map_targets(spec, annotated, grids)]
 
 
-def _map_targets(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, size: int) -> Sequence[Target]:
-    grids = annotated.grids(xy, size)
+def _map_targets(spec: AnnotationTarget, annotated: SlideAnnotations, grids: PixelGrids) -> Sequence[Target]:
     if spec.kind == "segment":
         return list(regions.class_maps(annotated, grids))
     if spec.kind == "multisegment":
         return list(regions.label_maps(annotated, grids))
     if spec.kind == "instances":
-        return list(objects.object_maps(annotated, grids))
-    return objects.object_boxes(annotated, grids, spec.min_visible)
+        return list(regions.object_maps(annotated, grids))
+    return regions.object_boxes(annotated, grids, spec.min_visible)
 
 
 def choose(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, tile: int) -> tuple[Mask, I32]:
@@ -108,8 +98,8 @@ def choose(spec: AnnotationTarget, annotated: SlideAnnotations, xy: I64, tile: i
     if spec.kind in TILE_LEVEL_KINDS:
         return _choose_patches(spec, tile_targets(spec, annotated, xy, tile))
     if spec.kind in ("instances", "detect"):
-        keep = objects.covering(annotated, xy, tile, spec.min_share)
-        return keep, objects.common_objects(annotated, xy, tile)
+        keep = regions.covering(annotated, xy, tile, spec.min_share)
+        return keep, regions.common_objects(annotated, xy, tile)
     share = regions.label_share if spec.kind == "multisegment" else regions.known_share
     return np.asarray(share(annotated, xy, tile) >= spec.min_share, bool), regions.common_labels(annotated, xy, tile)
 

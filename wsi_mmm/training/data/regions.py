@@ -1,4 +1,4 @@
-"""Regions of a slide -> target of its tiles: one label, several, numbers, or a label per px.
+"""Shapes of a slide -> targets of its tiles: labels, numbers, a label or an instance per px, boxes.
 
 What is known: inside use-regions everything (what is not annotated there is background), outside them nothing. On a
 slide without use-regions only what the shapes say, or everything where the slide is declared ``complete``. Shapes of
@@ -7,19 +7,23 @@ the bucket "ignore", and all beyond the slide, are unknown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from wsi_mmm.training.data.buckets import CODES, IGNORE, USE
-from wsi_mmm.training.data.raster import Pairs, PixelGrids, paint, pairs_of
-from wsi_mmm.training.data.shapes_index import Coding, ShapeIndex, painted
-from wsi_mmm.types import F32, I32, I64, Mask
+from wsi_mmm.tasks.targets import Boxes
+from wsi_mmm.training.data.buckets import CODES, DROP, IGNORE, USE
+from wsi_mmm.training.data.raster import Coding, Pairs, PixelGrids, ShapeIndex, paint, pairs_of
+from wsi_mmm.training.warp import box_areas, rectangles
+from wsi_mmm.types import F32, F64, I32, I64, Mask
 
 SAMPLES = 32
 """Points per side of a tile at which it is asked what covers it: shares are known to about 0.1 % of the tile."""
+
+CELL = 8
+"""Unknown area is given to detectors in cells of so many px: a cell is unknown when any of its px is."""
 
 UNKNOWN = -1
 _TILES = 1024  # measured together: bounds memory, not the result
@@ -77,22 +81,22 @@ def paint_over(annotated: SlideAnnotations, grids: PixelGrids, seen: Mask, base:
     """int32[n, side, side]: ``base`` where ``seen``, over it the shapes whose ``values`` int32[n shapes] is not
     negative, or whose bucket is "ignore" (unknown); outside use-regions and beyond the slide unknown."""
     canvas = np.where(seen, np.int32(base), np.int32(UNKNOWN))
-    pairs = annotated.pairs(
-        grids, painted(annotated.coding.code) & ((values >= 0) | (annotated.coding.code == CODES[IGNORE]))
-    )
+    code = annotated.coding.code
+    drawn = (code != CODES[USE]) & (code != CODES[DROP]) & ((values >= 0) | (code == CODES[IGNORE]))
+    pairs = annotated.pairs(grids, drawn)
     paint(canvas, annotated.index, grids, pairs, values[pairs.shape])
     canvas[~seen if annotated.coding.has_use else beyond(annotated, grids)] = UNKNOWN
     return canvas
 
 
 def class_maps(annotated: SlideAnnotations, grids: PixelGrids) -> I32:
-    """int32[n, side, side]: the class of each px, -1 unknown. Truth of `segment`."""
+    """int32[n, side, side]: the class of each px, -1 unknown. For `segment`."""
     seen = annotated_area_mask(annotated, grids)
     return paint_over(annotated, grids, seen, annotated.background, np.maximum(annotated.coding.code, UNKNOWN))
 
 
 def label_maps(annotated: SlideAnnotations, grids: PixelGrids) -> npt.NDArray[np.int8]:
-    """int8[n, K, side, side]: whether each class is at a px, 1, 0 or -1 unknown. Truth of `multisegment`.
+    """int8[n, K, side, side]: whether each class is at a px, 1, 0 or -1 unknown. For `multisegment`.
 
     A class hides no other one; an "ignore" shape hides those of later rules.
     """
@@ -104,43 +108,78 @@ def label_maps(annotated: SlideAnnotations, grids: PixelGrids) -> npt.NDArray[np
     return out
 
 
+def object_maps(annotated: SlideAnnotations, grids: PixelGrids) -> I32:
+    """int32[n, side, side]: 0 where there is no object, its number in the slide + 1 where one is, -1 unknown. For
+    `instances`. An object that the square's rim cuts keeps its number, so squares side by side agree."""
+    seen = annotated_area_mask(annotated, grids)
+    numbers = np.where(annotated.coding.code >= 0, np.arange(1, len(annotated.index) + 1), UNKNOWN).astype(np.int32)
+    return paint_over(annotated, grids, seen, 0, numbers)
+
+
+def object_boxes(annotated: SlideAnnotations, grids: PixelGrids, min_visible: float) -> list[Boxes]:
+    """The boxes of each square, cut at its rim. Labelled -1: boxes of which less than the share ``min_visible`` is
+    inside, those whose middle is unknown, and the rectangles of area in which nothing is known."""
+    maps = object_maps(annotated, grids)
+    pairs = annotated.pairs(grids, annotated.coding.code >= 0)
+    scale = (annotated.scale_x, annotated.scale_y) * 2
+    corner = grids.xy[pairs.grid]
+    whole = annotated.index.boxes[pairs.shape] / scale - np.concatenate([corner, corner], axis=1)
+    cut = np.clip(whole, 0, grids.side)
+    labels = annotated.coding.code[pairs.shape].copy()
+    at = np.minimum((cut[:, :2] + cut[:, 2:]) / 2, grids.side - 1).astype(np.int64)
+    hidden = maps[pairs.grid, at[:, 1], at[:, 0]] < 0
+    labels[hidden | (box_areas(cut) < min_visible * box_areas(whole))] = UNKNOWN
+    keep = box_areas(cut) > 0
+    out = []
+    for number in range(len(grids.xy)):
+        mine = keep & (pairs.grid == number)
+        unknown = _unknown_boxes(maps[number])
+        xyxy = np.concatenate([cut[mine].astype(np.float32), unknown])
+        both = np.concatenate([labels[mine], np.full(len(unknown), UNKNOWN, np.int32)])
+        out.append(Boxes(xyxy, both, grids.side, grids.side))
+    return out
+
+
+def _unknown_boxes(labels: I32) -> F32:
+    """Rectangles float32[k, 4] of cells that hold an unknown px."""
+    side = len(labels)
+    starts = np.arange(0, side, CELL)
+    mask = np.logical_or.reduceat(np.logical_or.reduceat(labels < 0, starts, axis=0), starts, axis=1)
+    return np.asarray(np.minimum(rectangles(mask) * CELL, side), np.float32)
+
+
 # ---------------------------------------------------------------- whole tiles
 
 
 def tile_labels(annotated: SlideAnnotations, xy: I64, tile: int, min_share: float) -> I32:
     """int32[n]: the class that covers at least ``min_share`` of each tile of ``tile`` target px, or -1."""
-    found = []
-    for grids in _sample_points(annotated, xy, tile):
-        maps = class_maps(annotated, grids).reshape(len(grids.xy), -1)
-        shares = np.stack([(maps == label).mean(axis=1) for label in range(annotated.labels)], axis=1)
-        best = shares.argmax(axis=1)
-        found.append(np.where(shares.max(axis=1) >= min_share, best, UNKNOWN).astype(np.int32))
-    return np.concatenate(found) if found else np.zeros(0, np.int32)
+    shares = _class_shares(annotated, xy, tile)
+    return np.where(shares.max(axis=1) >= min_share, shares.argmax(axis=1), UNKNOWN).astype(np.int32)
 
 
 def tile_multilabels(annotated: SlideAnnotations, xy: I64, tile: int, min_share: float) -> F32:
     """float32[n, K]: 1 where a class covers at least ``min_share`` of a tile, 0 where it cannot, whatever the unknown
     px are; NaN where these decide."""
-    found = []
-    for grids in _sample_points(annotated, xy, tile):
-        maps = label_maps(annotated, grids).reshape(len(grids.xy), annotated.labels, -1)
-        there, unknown = (maps == 1).mean(axis=2), (maps == UNKNOWN).mean(axis=2)
-        surely_not = there + unknown < min_share
-        found.append(np.where(there >= min_share, 1.0, np.where(surely_not, 0.0, np.nan)).astype(np.float32))
-    return np.concatenate(found) if found else np.zeros((0, annotated.labels), np.float32)
+
+    def measure(grids: PixelGrids) -> F64:
+        maps = label_maps(annotated, grids)
+        there, unknown = (maps == 1).mean(axis=(2, 3)), (maps == UNKNOWN).mean(axis=(2, 3))
+        return np.where(there >= min_share, 1.0, np.where(there + unknown < min_share, 0.0, np.nan))
+
+    return _measure_tiles(annotated, xy, tile, measure).astype(np.float32)
 
 
 def tile_values(annotated: SlideAnnotations, xy: I64, tile: int, min_share: float) -> F32:
     """float32[n, K], K the numbers of the index: the mean over the part of a tile in shapes with a label that have the
     number (on top of others), NaN where that part is less than ``min_share``."""
-    found = []
-    for grids in _sample_points(annotated, xy, tile):
-        columns = [_mean_value(annotated, grids, name, min_share) for name in annotated.index.values]
-        found.append(np.stack(columns, axis=1).astype(np.float32))
-    return np.concatenate(found) if found else np.zeros((0, len(annotated.index.values)), np.float32)
+
+    def measure(grids: PixelGrids) -> F64:
+        return np.stack([_mean_value(annotated, grids, name, min_share) for name in annotated.index.values], axis=1)
+
+    return _measure_tiles(annotated, xy, tile, measure).astype(np.float32)
 
 
-def _mean_value(annotated: SlideAnnotations, grids: PixelGrids, name: str, min_share: float) -> F32:
+def _mean_value(annotated: SlideAnnotations, grids: PixelGrids, name: str, min_share: float) -> F64:
     values = np.where(annotated.coding.code >= 0, annotated.index.values[name], np.nan)
     canvas = np.full((len(grids.xy), grids.side, grids.side), np.nan)
     drawn = np.isfinite(values) | (annotated.coding.code == CODES[IGNORE])
@@ -151,46 +190,54 @@ def _mean_value(annotated: SlideAnnotations, grids: PixelGrids, name: str, min_s
     known = np.isfinite(canvas)
     total = np.where(known, canvas, 0.0).sum(axis=(1, 2))
     enough = known.mean(axis=(1, 2)) >= min_share
-    return np.where(enough, total / np.maximum(known.sum(axis=(1, 2)), 1), np.nan).astype(np.float32)
+    return np.where(enough, total / np.maximum(known.sum(axis=(1, 2)), 1), np.nan)
 
 
-def known_share(annotated: SlideAnnotations, xy: I64, tile: int) -> F32:
-    """float32[n]: the part of each tile of which the class is known."""
-    found = [(class_maps(annotated, some) >= 0).mean(axis=(1, 2)) for some in _sample_points(annotated, xy, tile)]
-    return np.concatenate(found).astype(np.float32) if found else np.zeros(0, np.float32)
+def known_share(annotated: SlideAnnotations, xy: I64, tile: int) -> F64:
+    """float64[n]: the part of each tile of which the class is known."""
+    return _measure_tiles(annotated, xy, tile, lambda some: (class_maps(annotated, some) >= 0).mean(axis=(1, 2)))
 
 
-def label_share(annotated: SlideAnnotations, xy: I64, tile: int) -> F32:
-    """float32[n]: the part of each tile of which it is known for some class whether it is there."""
-    found = [
-        (label_maps(annotated, some) >= 0).any(axis=1).mean(axis=(1, 2)) for some in _sample_points(annotated, xy, tile)
-    ]
-    return np.concatenate(found).astype(np.float32) if found else np.zeros(0, np.float32)
+def label_share(annotated: SlideAnnotations, xy: I64, tile: int) -> F64:
+    """float64[n]: the part of each tile of which it is known for some class whether it is there."""
+    return _measure_tiles(
+        annotated, xy, tile, lambda some: (label_maps(annotated, some) >= 0).any(axis=1).mean(axis=(1, 2))
+    )
 
 
-def looked_at_share(annotated: SlideAnnotations, xy: I64, tile: int) -> F32:
-    """float32[n]: the part of each tile that was looked at."""
-    found = [annotated_area_mask(annotated, some).mean(axis=(1, 2)) for some in _sample_points(annotated, xy, tile)]
-    return np.concatenate(found).astype(np.float32) if found else np.zeros(0, np.float32)
+def looked_at_share(annotated: SlideAnnotations, xy: I64, tile: int) -> F64:
+    """float64[n]: the part of each tile that was looked at."""
+    return _measure_tiles(annotated, xy, tile, lambda some: annotated_area_mask(annotated, some).mean(axis=(1, 2)))
 
 
 def common_labels(annotated: SlideAnnotations, xy: I64, tile: int) -> I32:
     """int32[n]: the class of most px of each tile, the background only where there is no other; -1 where none is."""
-    found = []
-    for grids in _sample_points(annotated, xy, tile):
-        maps = class_maps(annotated, grids).reshape(len(grids.xy), -1)
-        counts = np.stack([(maps == label).mean(axis=1) for label in range(annotated.labels)], axis=1)
-        if annotated.background >= 0:
-            counts[:, annotated.background] = np.minimum(counts[:, annotated.background], 1e-6)
-        found.append(np.where(counts.max(axis=1) > 0, counts.argmax(axis=1), UNKNOWN).astype(np.int32))
-    return np.concatenate(found) if found else np.zeros(0, np.int32)
+    shares = _class_shares(annotated, xy, tile)
+    if annotated.background >= 0:
+        shares[:, annotated.background] = np.minimum(shares[:, annotated.background], 1e-6)
+    return np.where(shares.max(axis=1) > 0, shares.argmax(axis=1), UNKNOWN).astype(np.int32)
 
 
-def _sample_points(annotated: SlideAnnotations, xy: I64, tile: int) -> Iterator[PixelGrids]:
-    """Tiles, some at a time, as SAMPLES x SAMPLES points."""
+def _class_shares(annotated: SlideAnnotations, xy: I64, tile: int) -> F64:
+    """float64[n, K]: the part of each tile that each class covers."""
+
+    def measure(grids: PixelGrids) -> F64:
+        maps = class_maps(annotated, grids)
+        return np.stack([(maps == label).mean(axis=(1, 2)) for label in range(annotated.labels)], axis=1)
+
+    return _measure_tiles(annotated, xy, tile, measure)
+
+
+def _measure_tiles(
+    annotated: SlideAnnotations, xy: I64, tile: int, measure: Callable[[PixelGrids], npt.NDArray[np.float64]]
+) -> F64:
+    """``measure`` of the tiles as SAMPLES x SAMPLES points, _TILES at a time, one result after the other."""
     side = min(SAMPLES, tile)
-    for start in range(0, len(xy), _TILES):
-        yield annotated.grids(xy[start : start + _TILES], side, tile / side)
+    starts = range(0, max(1, len(xy)), _TILES)
+    return np.concatenate([measure(annotated.grids(xy[n : n + _TILES], side, tile / side)) for n in starts])
+
+
+# ---------------------------------------------------------------- which tiles
 
 
 def grid_places(annotated: SlideAnnotations, tile: int, stride: int, *, touched: bool = False) -> I64:
@@ -204,3 +251,50 @@ def grid_places(annotated: SlideAnnotations, tile: int, stride: int, *, touched:
     wanted = annotated.coding.code == CODES[USE] if annotated.coding.has_use else annotated.coding.code >= 0
     grid, shape = annotated.index.touching(annotated.grids(xy, tile).boxes())
     return np.asarray(xy[np.unique(grid[wanted[shape]])], np.int64)
+
+
+def middles(annotated: SlideAnnotations) -> F64:
+    """Middles float64[n, 2] (x, y) of the boxes of all shapes, target px."""
+    boxes = annotated.index.boxes
+    return np.asarray((boxes[:, :2] + boxes[:, 2:]) / 2 / (annotated.scale_x, annotated.scale_y), np.float64)
+
+
+def covering(annotated: SlideAnnotations, xy: I64, tile: int, min_share: float) -> Mask:
+    """Choose the tiles of a grid to keep: those of which at least ``min_share`` was looked at, and those that hold the
+    middle of an object, so that every object is in a tile."""
+    counts = np.bincount(held(annotated, xy, tile)[0], minlength=len(xy))
+    return np.asarray((looked_at_share(annotated, xy, tile) >= max(min_share, 1e-6)) | (counts > 0), bool)
+
+
+def held(annotated: SlideAnnotations, xy: I64, tile: int) -> tuple[I64, I64]:
+    """Pairs (tile, object) where the middle of an object lies in a tile."""
+    grid, shape = annotated.index.touching(annotated.grids(xy, tile).boxes())
+    at = middles(annotated)[shape] - xy[grid]
+    keep = ((at >= 0) & (at < tile)).all(axis=1) & (annotated.coding.code[shape] >= 0)
+    return grid[keep], shape[keep]
+
+
+def common_objects(annotated: SlideAnnotations, xy: I64, tile: int) -> I32:
+    """int32[n]: the class of most objects whose middle is in each tile, -1 where there is none."""
+    grid, shape = held(annotated, xy, tile)
+    table = np.zeros((len(xy), max(annotated.labels, 1)), np.int64)
+    np.add.at(table, (grid, annotated.coding.code[shape]), 1)
+    return np.where(table.max(axis=1) > 0, table.argmax(axis=1), UNKNOWN).astype(np.int32)
+
+
+def drawn_places(annotated: SlideAnnotations, count: int, tile: int, seed: int | Sequence[int]) -> I64:
+    """Corners int64[count, 2] of tiles round objects drawn with replacement, every class as often as any other, each
+    somewhere in its tile's middle half. Pure in its arguments; none where there are no objects."""
+    rng = np.random.default_rng(seed)
+    code = annotated.coding.code
+    classes = np.unique(code[code >= 0])
+    if not len(classes):
+        return np.zeros((0, 2), np.int64)
+    wanted = classes[rng.integers(len(classes), size=count)]
+    chosen = np.empty(count, np.int64)
+    for label in classes:
+        mine, of_class = wanted == label, np.flatnonzero(code == label)
+        chosen[mine] = of_class[rng.integers(len(of_class), size=int(mine.sum()))]
+    at = middles(annotated)[chosen] - tile * (0.25 + 0.5 * rng.random((count, 2)))
+    limit = np.maximum([np.ceil(annotated.width) - tile, np.ceil(annotated.height) - tile], 0)
+    return np.clip(np.floor(at), 0, limit).astype(np.int64)
