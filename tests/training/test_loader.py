@@ -219,6 +219,31 @@ def test_reading_ahead_is_bounded_and_ends() -> None:
     assert len(source.asked) <= 2 + READ_AHEAD + 1
 
 
+def test_threads_that_make_batches_compute_on_one_core_and_no_others() -> None:
+    """Also after the first batch; a thread that the host process begins meanwhile has the cores of the process."""
+    seen: list[int] = []
+
+    class Watched(MemorySource):
+        def read(self, numbers: object, size: int) -> list[Sample]:
+            seen.append(torch.get_num_threads())
+            return super().read(numbers, size)  # type: ignore[arg-type]
+
+    base, before = picture_source("a", 8, targets=KNOWN), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        source = Watched("a", base.samples, base.labels, base.tasks)
+        steps = batches([DataFeed(source, 2)], TASKS, plan=replace(PLAN, threads=2), steps=range(9))
+        next(steps)
+        other: list[int] = []
+        thread = threading.Thread(target=lambda: other.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        list(steps)
+        assert set(seen) == {1} and len(seen) == 9 and other == [3] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_error_of_a_source_comes_in_its_turn() -> None:
     """The steps before it are given; then the error itself, and no thread is left."""
 

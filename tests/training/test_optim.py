@@ -145,8 +145,8 @@ def test_half_precision_gives_nearly_the_same_gradient(precision: optim.Precisio
     found = []
     for p in ("full", precision):
         scale = Scale(256.0, 0, 10) if p == "fp16" else Scale()
-        bench = TrainingContext(model, tasks, precision=optim.autocast_type(p))  # type: ignore[arg-type]
-        Accumulate()(StrategyInputs(bench, (one,), scale=scale.value))
+        context = TrainingContext(model, tasks, precision=optim.autocast_type(p))  # type: ignore[arg-type]
+        Accumulate()(StrategyInputs(context, (one,), scale=scale.value))
         optim.ready(optim.learners(model, NOTHING, OptimPlan()), OptimPlan(clip=0.0), scale)
         found.append(torch.cat([q.grad.reshape(-1) for q in model.parameters() if q.grad is not None]))
         model.zero_grad(set_to_none=True)

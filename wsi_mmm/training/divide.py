@@ -49,7 +49,7 @@ def divided(feeds: Sequence[DataFeed], config: TrainConfig) -> tuple[DataSet, ..
     if (part.best or part.patience) and not any(len(one.split.val) for one in data):
         raise ConfigError("validation.best and patience want held-out items: give split.val above 0, or more groups")
     if config.split.pictures:
-        hashes = {}
+        hashes: dict[str, str] = {}
         for one in data:
             used = np.concatenate([one.split.part(name) for name in PARTS])
             found = picture_hashes(one.feed.source, used, config.model.learnt_px)

@@ -24,9 +24,8 @@ from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.training import optim, state
 from wsi_mmm.training.forward import Figures, Preprocess, TrainingContext, figures, plain
-from wsi_mmm.training.norms import Norms
 from wsi_mmm.training.optim import OptimPlan
-from wsi_mmm.training.ranks import ALONE, Ranks, first_message, spread, total, wait_for_first
+from wsi_mmm.training.ranks import ALONE, Norms, Ranks, first_message, spread, total, wait_for_first
 from wsi_mmm.training.state import CheckpointStore, Training
 from wsi_mmm.training.strategies import Strategy, StrategyInputs, StrategyPlan, make_strategy
 
@@ -111,7 +110,7 @@ QUIET = TrainingListener()
 class _Run:
     """The state that the functions of the loop share."""
 
-    bench: TrainingContext
+    context: TrainingContext
     norms: Norms
     feed: TrainingFeed
     plan: FitPlan
@@ -119,7 +118,7 @@ class _Run:
     ranks: Ranks
     strategy: Strategy
     training: Training
-    shelf: CheckpointStore | None
+    checkpoints: CheckpointStore | None
     stop: threading.Event = field(default_factory=threading.Event)
     since: tuple[int, float] = (0, 0.0)
     empty: int = 0
@@ -141,8 +140,8 @@ def fit(
     run = _start_run(model, tasks, feed, plan=plan, callbacks=callbacks, ranks=ranks)
     training = run.training
     with contextlib.closing(run.norms), _stop_on_signal(run.stop), contextlib.closing(_iter_steps(run)) as rounds:
-        if run.shelf is not None:
-            state.resume(run.shelf, training)
+        if run.checkpoints is not None:
+            state.resume(run.checkpoints, training)
         run.since = (training.step, time.monotonic())
         for batches in rounds:
             progress = _train_step(run, batches)
@@ -194,9 +193,9 @@ def _start_run(
     scale = optim.first_scale(plan.optim.precision)
     training = Training(model, optim.Optimiser(learning, plan.optim, ranks), strategy.own, average, scale)
     norms = Norms(model, ranks)
-    bench = TrainingContext(model, tasks, feed.look, optim.autocast_type(plan.optim.precision), norms)
-    shelf = CheckpointStore(plan.folder, identity(plan, tasks, model), plan.keep) if plan.folder else None
-    return _Run(bench, norms, feed, plan, callbacks, ranks, strategy, training, shelf)
+    context = TrainingContext(model, tasks, feed.look, optim.autocast_type(plan.optim.precision), norms)
+    checkpoints = CheckpointStore(plan.folder, identity(plan, tasks, model), plan.keep) if plan.folder else None
+    return _Run(context, norms, feed, plan, callbacks, ranks, strategy, training, checkpoints)
 
 
 def _iter_steps(run: _Run) -> Generator[tuple[TrainBatch, ...], None, None]:
@@ -223,7 +222,7 @@ def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> StepReport:
     training.lost += int(lost)
     factor = optim.factor(plan.optim, training.step, plan.steps)
     moving = tuple(batch.to(run.ranks.device) for batch in batches)
-    inputs = StrategyInputs(run.bench, moving, plan.weights, training.step, run.ranks, training.scale.value)
+    inputs = StrategyInputs(run.context, moving, plan.weights, training.step, run.ranks, training.scale.value)
     losses: dict[str, float] = {}
     norm: float | None = None
     run.norms.begin()
@@ -251,7 +250,7 @@ def _update_weights(run: _Run, norm: float | None, factor: float, found: bool) -
     else:
         training.optimiser.step(factor)
         if training.average is not None:
-            optim.follow(training.average, run.bench.model, step=training.step, decay=run.plan.optim.average)
+            optim.follow(training.average, run.context.model, step=training.step, decay=run.plan.optim.average)
     if found:
         training.scale = training.scale.after(overflow=norm is None)
 
@@ -285,8 +284,10 @@ def _run_validation(run: _Run) -> bool:
     ranks, training = run.ranks, run.training
     value = 0.0
     if ranks.first:
-        with optim.swapped(run.bench.model, training.average):
-            found = figures(run.bench.model, run.bench.tasks, run.feed.validation(), beat=partial(total, ranks, [1.0]))
+        with optim.swapped(run.context.model, training.average):
+            found = figures(
+                run.context.model, run.context.tasks, run.feed.validation(), beat=partial(total, ranks, [1.0])
+            )
         run.callbacks.on_validation(training.step, found)
         value = _selected_metric(run.plan.best, found) if run.plan.best else 0.0
     wait_for_first(ranks)
@@ -309,9 +310,9 @@ def _is_better(run: _Run, value: float) -> bool:
 
 
 def _save_checkpoint(run: _Run, better: bool) -> str:
-    if run.shelf is None:
+    if run.checkpoints is None:
         return ""
-    uri = state.write(run.shelf, run.training, ranks=run.ranks, best=better)
+    uri = state.write(run.checkpoints, run.training, ranks=run.ranks, best=better)
     if run.ranks.first:
         run.callbacks.on_checkpoint(run.training.step, uri)
     return uri

@@ -23,7 +23,7 @@ from wsi_mmm.types import U8
 
 if TYPE_CHECKING:
     from wsi_mmm.training.loader import TrainBatch
-    from wsi_mmm.training.norms import Norms
+    from wsi_mmm.training.ranks import Norms
 
 Preprocess = Callable[[MultiTaskModel, "TrainBatch"], Tensor]
 Figures = dict[str, dict[str, float]]
@@ -59,20 +59,20 @@ class TrainingContext:
 # ---------------------------------------------------------------- losses of a micro-batch
 
 
-def served(bench: TrainingContext, batch: TrainBatch) -> tuple[str, ...]:
+def served(context: TrainingContext, batch: TrainBatch) -> tuple[str, ...]:
     """Names of the tasks that ``batch`` has targets of; none when all of its items failed."""
-    return tuple(name for name in bench.tasks if name in batch.targets) if len(batch) else ()
+    return tuple(name for name in context.tasks if name in batch.targets) if len(batch) else ()
 
 
-def passes(bench: TrainingContext, names: Sequence[str]) -> list[tuple[str, ...]]:
+def passes(context: TrainingContext, names: Sequence[str]) -> list[tuple[str, ...]]:
     """Group ``names`` by forward pass: one pass for all tasks that read the same pictures, and one for each
     `reconstruct` task, whose pictures have parts hidden."""
-    own = [name for name in names if isinstance(bench.tasks[name], Reconstruct)]
+    own = [name for name in names if isinstance(context.tasks[name], Reconstruct)]
     rest = tuple(name for name in names if name not in own)
     return [*([rest] if rest else []), *((name,) for name in own)]
 
 
-def shared(bench: TrainingContext, batch: TrainBatch, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+def shared(context: TrainingContext, batch: TrainBatch, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Run encoder, decoder, neck and grouper once, as far as the heads of ``names`` (one group of `passes`) read them;
     return by task the tensor that its head reads, and its target.
 
@@ -80,14 +80,14 @@ def shared(bench: TrainingContext, batch: TrainBatch, names: Sequence[str]) -> d
     not depend on which rank computes the batch, or when.
     """
     torch.manual_seed(batch.seed & 0x7FFFFFFFFFFFFFFF)
-    model = bench.model
+    model = context.model
     kinds = {name: model.kinds[name] for name in names}
-    x = None if batch.pixels is None else _cast_to_weights(model, bench.look(model, batch))
+    x = None if batch.pixels is None else _cast_to_weights(model, context.look(model, batch))
     targets = {name: batch.targets[name] for name in names}
-    first = bench.tasks[names[0]]
+    first = context.tasks[names[0]]
     if x is not None and isinstance(first, Reconstruct):
         x, targets[names[0]] = hidden(model, first, x, batch.seed)
-    with _autocast_context(bench):
+    with _autocast_context(context):
         found: dict[str, Tensor] = {}
         if x is not None:
             found = model.trunk(x, kinds.values())
@@ -105,13 +105,13 @@ def hidden(model: MultiTaskModel, task: Reconstruct, x: Tensor, seed: int) -> tu
     return normalise(shown * 255.0, mean, std), target
 
 
-def loss_of(bench: TrainingContext, name: str, read: Tensor, target: Tensor) -> Tensor:
+def loss_of(context: TrainingContext, name: str, read: Tensor, target: Tensor) -> Tensor:
     """Run the head of one task on ``read`` and return its loss, a scalar."""
-    with _autocast_context(bench):
-        logits = bench.model.heads[name](read)
+    with _autocast_context(context):
+        logits = context.model.heads[name](read)
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     target = target.to(logits.device, non_blocking=True)
-    return bench.tasks[name].loss(logits, target.to(logits.dtype) if target.is_floating_point() else target)
+    return context.tasks[name].loss(logits, target.to(logits.dtype) if target.is_floating_point() else target)
 
 
 def _cast_to_weights(model: MultiTaskModel, x: Tensor) -> Tensor:
@@ -120,10 +120,10 @@ def _cast_to_weights(model: MultiTaskModel, x: Tensor) -> Tensor:
     return x.to(like.device, like.dtype, non_blocking=True)
 
 
-def _autocast_context(bench: TrainingContext) -> contextlib.AbstractContextManager[object]:
-    if bench.precision is None:
+def _autocast_context(context: TrainingContext) -> contextlib.AbstractContextManager[object]:
+    if context.precision is None:
         return contextlib.nullcontext()
-    return torch.autocast(bench.model.device.type, bench.precision)
+    return torch.autocast(context.model.device.type, context.precision)
 
 
 # ---------------------------------------------------------------- metrics of held-out samples

@@ -210,7 +210,7 @@ def batches(
     def steps_made() -> Iterator[tuple[TrainBatch, ...]]:
         with ExitStack() as stack:
             stack.callback(prefetch.close)
-            made = map(make, numbered())
+            made: Iterator[TrainBatch] = map(make, numbered())
             if plan.threads > 0:  # one core each: the others belong to the model
                 pool = start_one_core_threads(plan.threads, "wsi-mmm-batch")
                 stack.callback(pool.shutdown, wait=True, cancel_futures=True)

@@ -71,24 +71,24 @@ class CheckpointStore:
 
 
 # ------------------------------------------------------------------------------------------- writing
-def write(shelf: CheckpointStore, training: Training, *, ranks: Ranks = ALONE, best: bool = False) -> str:
+def write(checkpoints: CheckpointStore, training: Training, *, ranks: Ranks = ALONE, best: bool = False) -> str:
     """Write the state after ``training.step`` steps and point "latest" (and "best") at it; returns its URI.
 
     Every rank must call it, rank 0 writes. OutputError (on every rank) when it cannot; earlier checkpoints are whole.
     """
     tensors = gather(training)
-    uri = shelf.file(training.step)
+    uri = checkpoints.file(training.step)
     fault = ""
     if ranks.first:
         facts = {name: getattr(training, name) for name in ("step", "best", "stale", "skipped", "lost")}
         facts |= {"scale": [training.scale.value, training.scale.good], "format": FORMAT}
-        facts |= {"identity": dict(shelf.identity), "hash": shelf.hash}
-        text = json.dumps({"step": training.step, "best": training.best, "hash": shelf.hash})
+        facts |= {"identity": dict(checkpoints.identity), "hash": checkpoints.hash}
+        text = json.dumps({"step": training.step, "best": training.best, "hash": checkpoints.hash})
         try:
             store.write_bytes(uri, pack(tensors, {"facts": json.dumps(facts, sort_keys=True)}))
             for name in (LATEST, BEST) if best else (LATEST,):
-                store.write_bytes(shelf.pointer(name), text.encode())
-            _delete_old(shelf)
+                store.write_bytes(checkpoints.pointer(name), text.encode())
+            _delete_old(checkpoints)
         except WsiError as error:
             fault = f"checkpoint of step {training.step}: {error}"
     if total(ranks, [float(bool(fault))])[0]:
@@ -105,29 +105,29 @@ def gather(training: Training) -> dict[str, Tensor]:
     return found | _random_state()
 
 
-def _delete_old(shelf: CheckpointStore) -> None:
+def _delete_old(checkpoints: CheckpointStore) -> None:
     """Delete all but the newest ``keep`` and the best."""
-    if not shelf.keep:
+    if not checkpoints.keep:
         return
-    steps = stored(shelf)
-    spared = {*steps[-shelf.keep :], pointed(shelf, BEST)}
+    steps = stored(checkpoints)
+    spared = {*steps[-checkpoints.keep :], pointed(checkpoints, BEST)}
     for step in steps:
         if step not in spared:
-            store.delete(shelf.file(step))
+            store.delete(checkpoints.file(step))
 
 
-def stored(shelf: CheckpointStore) -> list[int]:
+def stored(checkpoints: CheckpointStore) -> list[int]:
     """Steps of the checkpoints that are there, ascending."""
-    if is_local(shelf.folder) and not store.exists(shelf.folder):
+    if is_local(checkpoints.folder) and not store.exists(checkpoints.folder):
         return []
-    names = (uri.rsplit("/", 1)[-1] for uri in store.list_uris(shelf.folder))
+    names = (uri.rsplit("/", 1)[-1] for uri in store.list_uris(checkpoints.folder))
     found = (name.removeprefix("step-").removesuffix(".safetensors") for name in names if name.startswith("step-"))
     return sorted(int(number) for number in found if number.isdigit())
 
 
-def pointed(shelf: CheckpointStore, name: str) -> int | None:
+def pointed(checkpoints: CheckpointStore, name: str) -> int | None:
     """The step that "latest" or "best" points at; None when there is no such pointer. ModelError if it is damaged."""
-    uri = shelf.pointer(name)
+    uri = checkpoints.pointer(name)
     try:
         return int(json.loads(store.read_bytes(uri))["step"])
     except NotFound:
@@ -137,17 +137,17 @@ def pointed(shelf: CheckpointStore, name: str) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------- reading
-def resume(shelf: CheckpointStore, training: Training) -> bool:
+def resume(checkpoints: CheckpointStore, training: Training) -> bool:
     """Put ``training`` where the latest checkpoint left it; False when there is none. Every rank reads for itself.
 
     ModelError: the checkpoint is damaged, or belongs to another configuration (named).
     """
-    step = pointed(shelf, LATEST)
+    step = pointed(checkpoints, LATEST)
     if step is None:
         return False
-    uri = shelf.file(step)
+    uri = checkpoints.file(step)
     tensors, facts = read(uri)
-    _check_identity(uri, facts["identity"], shelf.identity)
+    _check_identity(uri, facts["identity"], checkpoints.identity)
     try:
         _restore_training(training, tensors, facts)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -177,9 +177,9 @@ def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def best_weights(folder: str) -> tuple[int, dict[str, Tensor]] | None:
     """Step and weights (averaged, if averages are kept) of the best checkpoint in ``folder``; None: none is marked."""
-    shelf = CheckpointStore(folder, {})
-    step = pointed(shelf, BEST)
-    return None if step is None else (step, weights_of(read(shelf.file(step))[0]))
+    checkpoints = CheckpointStore(folder, {})
+    step = pointed(checkpoints, BEST)
+    return None if step is None else (step, weights_of(read(checkpoints.file(step))[0]))
 
 
 def _check_identity(uri: str, old: Facts, identity: Facts) -> None:

@@ -32,7 +32,7 @@ class StrategyInputs:
     """The inputs of a strategy: this rank's micro-batches of a step, the tasks' weights (1 where absent), the number of
     the step, and the factor that losses are multiplied with against underflow in float16."""
 
-    bench: TrainingContext
+    context: TrainingContext
     batches: tuple[TrainBatch, ...]
     weights: Mapping[str, float] = field(default_factory=dict)
     step: int = 0
@@ -97,8 +97,8 @@ class _Shares:
 
 
 def _task_shares(inputs: StrategyInputs, factors: Mapping[str, float] | None = None) -> _Shares:
-    names = list(inputs.bench.tasks)
-    here = [served(inputs.bench, batch) for batch in inputs.batches]
+    names = list(inputs.context.tasks)
+    here = [served(inputs.context, batch) for batch in inputs.batches]
     found = total(inputs.ranks, [float(sum(name in some for some in here)) for name in names])
     counts = {name: count for name, count in zip(names, found, strict=True) if count}
     weights = {name: inputs.weights.get(name, 1.0) * (factors or {}).get(name, 1.0) for name in counts}
@@ -109,9 +109,9 @@ def _iter_batches(inputs: StrategyInputs) -> Iterator[tuple[TrainBatch, tuple[st
     """Those that serve a task, with the tasks of one pass. Ranks take turns in the plan (`policy.of_rank`), which gives
     each micro-batch its place in it."""
     for number, batch in enumerate(inputs.batches):
-        if inputs.bench.norms is not None:
-            inputs.bench.norms.place = inputs.ranks.rank + number * inputs.ranks.world
-        for names in passes(inputs.bench, served(inputs.bench, batch)):
+        if inputs.context.norms is not None:
+            inputs.context.norms.place = inputs.ranks.rank + number * inputs.ranks.world
+        for names in passes(inputs.context, served(inputs.context, batch)):
             yield batch, names
 
 
@@ -124,9 +124,9 @@ def _iter_heads(
     found_losses: list[_PendingLoss],
 ) -> Iterator[_Pass]:
     """Run the shared part once, then each head on a copy cut off from it, and free that head's graph."""
-    for name, (read, target) in shared(inputs.bench, batch, names).items():
+    for name, (read, target) in shared(inputs.context, batch, names).items():
         leaf = read.detach().requires_grad_(read.requires_grad)
-        loss = loss_of(inputs.bench, name, leaf, target)
+        loss = loss_of(inputs.context, name, leaf, target)
         if loss.requires_grad:
             (loss * shares.of[name]).backward()  # type: ignore[no-untyped-call]
         found_losses.append(_PendingLoss(name, batch.keys, loss.detach()))
@@ -157,7 +157,7 @@ def _task_by_task(
 def _agree_on_losses(inputs: StrategyInputs, shares: _Shares, found_losses: Sequence[_PendingLoss]) -> dict[str, float]:
     """Mean losses over all ranks. NotFinite on every rank when one of them found one: no rank steps alone."""
     values = torch.stack([pending.loss.double() for pending in found_losses]).tolist() if found_losses else []
-    sums = dict.fromkeys(inputs.bench.tasks, 0.0)
+    sums = dict.fromkeys(inputs.context.tasks, 0.0)
     fault = ""
     for pending, value in zip(found_losses, values, strict=True):
         sums[pending.name] += value
@@ -175,7 +175,7 @@ def _agree_on_losses(inputs: StrategyInputs, shares: _Shares, found_losses: Sequ
 def _sum_over_ranks(inputs: StrategyInputs, shares: _Shares, found_losses: Sequence[_PendingLoss]) -> dict[str, float]:
     """Mean losses over all ranks, as `_agree_on_losses` says; the gradients of all parameters are summed, too."""
     losses = _agree_on_losses(inputs, shares, found_losses)
-    add_gradients(inputs.ranks, [p for p in inputs.bench.model.parameters() if p.requires_grad])
+    add_gradients(inputs.ranks, [p for p in inputs.context.model.parameters() if p.requires_grad])
     return losses
 
 
@@ -204,8 +204,8 @@ class Joint:
         found_losses: list[_PendingLoss] = []
         terms: list[Tensor] = []
         for batch, names in _iter_batches(inputs):
-            for name, (read, target) in shared(inputs.bench, batch, names).items():
-                loss = loss_of(inputs.bench, name, read, target)
+            for name, (read, target) in shared(inputs.context, batch, names).items():
+                loss = loss_of(inputs.context, name, read, target)
                 found_losses.append(_PendingLoss(name, batch.keys, loss.detach()))
                 terms.append(loss * shares.of[name])
         if terms:
@@ -226,7 +226,9 @@ class PCGrad:
     def __call__(self, inputs: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
         shares = _task_shares(inputs)
-        trunk = [p for n, p in inputs.bench.model.named_parameters() if p.requires_grad and not n.startswith("heads.")]
+        trunk = [
+            p for n, p in inputs.context.model.named_parameters() if p.requires_grad and not n.startswith("heads.")
+        ]
         found: dict[str, list[Tensor | None]] = {name: [None] * len(trunk) for name in shares.counts}
         found_losses: list[_PendingLoss] = []
         for batch, names in _iter_batches(inputs):
@@ -234,7 +236,7 @@ class PCGrad:
                 pairs = zip(found[one.name], _pull_back(one, trunk), strict=True)
                 found[one.name] = [old if new is None else new if old is None else old + new for old, new in pairs]
         losses = _agree_on_losses(inputs, shares, found_losses)
-        add_gradients(inputs.ranks, [p for n, p in inputs.bench.model.named_parameters() if n.startswith("heads.")])
+        add_gradients(inputs.ranks, [p for n, p in inputs.context.model.named_parameters() if n.startswith("heads.")])
         self._project_gradients(inputs, trunk, list(found.values()))
         return losses
 
@@ -310,7 +312,7 @@ class GradNorm:
     def __call__(self, inputs: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
         shares = _task_shares(inputs, dict(zip(self.tasks, self.own.weight.tolist(), strict=True)))
-        layer = last_shared(inputs.bench.model)
+        layer = last_shared(inputs.context.model)
         sums = {name: [torch.zeros_like(p) for p in layer] for name in shares.counts}
 
         def each(one: _Pass) -> None:

@@ -318,7 +318,8 @@ def _outside_boxes(theta: F32, shape: tuple[int, int], size: int) -> F64:
     outside: Mask = ~np.broadcast_to(_inside_mask(x, y, shape), (size, size))
     band = 1 if 1 in x.shape else _BAND
     bands = np.logical_and.reduceat(outside, np.arange(0, size, band), axis=0)
-    return np.minimum(rectangles(bands) * np.array([1, band, 1, band]), size)
+    found: F64 = np.minimum(rectangles(bands) * np.array([1, band, 1, band]), size)
+    return found
 
 
 def rectangles(mask: Mask) -> F64:

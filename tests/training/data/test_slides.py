@@ -166,7 +166,7 @@ def test_without_annotations_tiles_of_tissue_carry_what_the_table_says(tiny_slid
     labels = np.array(rows.targets["stain"], np.int32)
     items = slides_of_table(rows, uri="file", mpp="mpp", root=str(tmp_path), labels=labels)
     source = slide_tiles("d", items, TileSampling(0.5, tile=128, per_slide=10))
-    assert Counter(source.index.groups) == {"a": 10, "b": 10}
+    assert Counter(key.partition("@")[0] for key in source.index.keys) == {"a": 10, "b": 10}
     assert source.index.labels.tolist() == [0] * 10 + [1] * 10
     assert set(source.index.groups) == {"P1"}
     assert [sample.targets for sample in source.read([0, 19], 64)] == [{"stain": 0}, {"stain": 1}]
@@ -228,6 +228,19 @@ def test_what_cannot_be_used_is_named(tiny_slide: Path, nuclei: str, tmp_path: P
     for places_wrong in ({"stride": 300}, {"tile": 0}, {"by": "objects"}):
         with pytest.raises(ConfigError):
             TileSampling(0.5, **places_wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "kind", ["classify", "multilabel", "regress", "segment", "multisegment", "instances", "detect"]
+)
+def test_a_slide_without_a_tile_to_learn_from_gives_none(
+    tiny_slide: Path, nuclei: str, tmp_path: Path, kind: str
+) -> None:
+    """Its annotations are of other classes; the tiles of the other slide are there."""
+    other = geojson(tmp_path / "other.geojson", [("vessel", box(0, 0, 90, 90))])
+    spec = AnnotationTarget("n", kind, NUCLEI, min_share=0.01, values=("score",) if kind == "regress" else ())
+    items = [SlideItem("a", str(tiny_slide), annotations=nuclei), SlideItem("b", str(tiny_slide), annotations=other)]
+    assert set(slide_tiles("d", items, TileSampling(0.5, tile=128), [spec]).index.groups) == {"a"}
 
 
 def test_annotations_are_found_beside_slides(tiny_slide: Path, nuclei: str) -> None:

@@ -22,8 +22,8 @@ from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import tile_xy
 from wsi_mmm.tiles.stream import is_far, read_tiles
+from wsi_mmm.training.data.annotation_targets import UNKNOWN
 from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
-from wsi_mmm.training.data.regions import UNKNOWN
 from wsi_mmm.training.data.slides import (
     KEPT_OPEN,
     SlideItem,

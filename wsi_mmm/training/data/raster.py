@@ -158,10 +158,6 @@ class PixelGrids:
         scale = (self.scale_x, self.scale_y)
         return np.concatenate([low * scale, (low + self.side * self.step) * scale], axis=1)
 
-    def part(self, some: slice) -> PixelGrids:
-        """Some of them."""
-        return PixelGrids(self.xy[some], self.side, self.scale_x, self.scale_y, self.step)
-
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
@@ -169,10 +165,6 @@ class Pairs:
 
     grid: I64
     shape: I64
-
-    def part(self, some: slice | Mask) -> Pairs:
-        """Some of them."""
-        return Pairs(self.grid[some], self.shape[some])
 
 
 def pairs_of(index: ShapeIndex, grids: PixelGrids, wanted: Mask, ranking: I64) -> Pairs:
@@ -194,7 +186,7 @@ def paint(
     """
     flat = canvas.reshape(-1)
     for some in _pair_chunks(index, pairs):
-        part = pairs.part(some)
+        part = Pairs(pairs.grid[some], pairs.shape[some])
         pair, row, first, stop = _pixel_spans(index, grids, part)
         begin = (part.grid[pair] * grids.side + row) * grids.side + first
         flat[_expand_runs(begin, stop - first)] = np.repeat(values[some][pair], stop - first)

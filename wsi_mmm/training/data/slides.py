@@ -24,16 +24,19 @@ from wsi_mmm.tiles.stream import is_far, read_tiles
 from wsi_mmm.tiles.tissue import MIN_TISSUE, select_tiles, tissue_mask
 from wsi_mmm.training.data.annotation_targets import (
     TILE_LEVEL_KINDS,
+    UNKNOWN,
     AnnotationTarget,
+    SlideAnnotations,
     annotations_for_task,
     choose,
+    drawn_places,
+    grid_places,
     map_targets,
     tile_targets,
 )
 from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
 from wsi_mmm.training.data.buckets import BucketReport, Buckets, dry_run
 from wsi_mmm.training.data.raster import index_shapes
-from wsi_mmm.training.data.regions import UNKNOWN, SlideAnnotations, drawn_places, grid_places
 from wsi_mmm.training.data.tables import SlideTable
 from wsi_mmm.types import I32, I64, Tiles
 

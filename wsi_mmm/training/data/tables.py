@@ -36,9 +36,6 @@ class Table:
     name: str
     columns: Mapping[str, tuple[str, ...]]
 
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), ()))
-
     def column(self, name: str) -> tuple[str, ...]:
         """The cells of a column. ManifestError naming those that there are."""
         if name not in self.columns:

@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from shapely.geometry import Point, Polygon, box
 
 from wsi_mmm.annotations import Shape, Shapes
-from wsi_mmm.training.data.buckets import IGNORE, USE, Buckets, Rule
-from wsi_mmm.training.data.raster import encode, index_shapes
-from wsi_mmm.training.data.regions import (
+from wsi_mmm.training.data.annotation_targets import (
     SlideAnnotations,
     class_maps,
     common_labels,
@@ -29,6 +27,8 @@ from wsi_mmm.training.data.regions import (
     tile_multilabels,
     tile_values,
 )
+from wsi_mmm.training.data.buckets import IGNORE, USE, Buckets, Rule
+from wsi_mmm.training.data.raster import encode, index_shapes
 from wsi_mmm.types import I64
 
 LABELS = ("rest", "tumour", "stroma")
