@@ -10,8 +10,8 @@ from wsi_mmm.errors import MissingPackage, NotASlide, SlideDamaged
 from wsi_mmm.slides.fingerprint import fingerprint
 from wsi_mmm.slides.region_reader import RegionReader
 from wsi_mmm.slides.resample.scaled import Window
+from wsi_mmm.storage.base import is_local
 from wsi_mmm.storage.store import local_path, open_store, redact
-from wsi_mmm.storage.uris import is_local
 from wsi_mmm.types import U8, Level, SlideInfo
 
 

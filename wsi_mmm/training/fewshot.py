@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
-from wsi_mmm.errors import InputError, ModelError, OptionError, OutputError
+from wsi_mmm.errors import InputError, ModelError, OptionError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.model.checkpoint import build_model, load_tensors, save_model, save_tensors
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.plugins import import_package
+from wsi_mmm.storage import store
 from wsi_mmm.types import F32, F64, I32
 
 KINDS = ("linear", "knn", "gbm")
@@ -221,18 +222,14 @@ def save(folder: str | Path, head: Head, facts: dict[str, Any]) -> None:
     """``head.json`` and the head's numbers. ``facts``: what it is for (``classes`` and whatever else is known)."""
     place = Path(folder)
     kind = {Linear: "linear", Neighbours: "knn", Trees: "gbm"}[type(head)]
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        if isinstance(head, Trees):
-            (place / TREES).write_text(head.text, encoding="utf-8")
-        else:
-            arrays = {k: torch.from_numpy(v) for k, v in asdict(head).items() if isinstance(v, np.ndarray)}  # type: ignore[call-overload]
-            save_tensors(place / TENSORS, arrays, {})
-        more = {"k": head.k} if isinstance(head, Neighbours) else {}
-        text = json.dumps({**facts, "kind": kind, **more}, indent=2)
-        (place / FACTS).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write the head to {place}: {error.strerror or error}") from error
+    if isinstance(head, Trees):
+        store.write_bytes(str(place / TREES), head.text.encode())
+    else:
+        arrays = {k: torch.from_numpy(v) for k, v in asdict(head).items() if isinstance(v, np.ndarray)}  # type: ignore[call-overload]
+        save_tensors(place / TENSORS, arrays, {})
+    more = {"k": head.k} if isinstance(head, Neighbours) else {}
+    text = json.dumps({**facts, "kind": kind, **more}, indent=2)
+    store.write_bytes(str(place / FACTS), (text + "\n").encode())
 
 
 def load(folder: str | Path) -> tuple[Head, dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.errors import ConfigError, MissingPackage, OptionError, OutputError
+from wsi_mmm.errors import ConfigError, MissingPackage, OptionError
 from wsi_mmm.storage import store
 from wsi_mmm.training.config import TrainConfig
 from wsi_mmm.training.data.base import Expand, each_by_itself
@@ -175,10 +175,7 @@ def _write_curve(curve: Curve, folder: Path) -> Curve:
     facts = {"metric": curve.metric, "part": curve.part, "rows": [_json_number(asdict(row)) for row in rows]}
     texts = {TABLE: _curve_csv(curve.points), SUMMARY: json.dumps(facts, indent=1) + "\n"}
     for name, text in texts.items():
-        try:
-            (folder / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write {folder / name}: {error.strerror or error}") from error
+        store.write_bytes(str(folder / name), text.encode())
     files, notes = [str(folder / name) for name in texts], []
     title = f"{curve.part} part, mean and deviation of {len(rows[0].values)} seeds"
     panel = Panel(title, curve.metric, {"all": {row.percent: row.values for row in rows}})

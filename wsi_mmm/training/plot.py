@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.errors import MissingPackage, OutputError
+from wsi_mmm.errors import MissingPackage
+from wsi_mmm.storage.local import atomic_file
 
 _COLOURS = ("#1f5fa8", "#c8641e", "#2f8a4c", "#7a4fa3", "#555555")
 _APART = 0.06  # of the logarithm of a share, between curves of a panel: their bars would hide each other
@@ -61,9 +62,7 @@ def _draw_curve(axes: Any, curve: Mapping[float, Sequence[float]], colour: str, 
 
 
 def _save_plot(fig: Any, paths: Sequence[Path]) -> list[Path]:
-    try:
-        for path in paths:
-            fig.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"cannot write the plot into {paths[0].parent}: {error.strerror or error}") from error
+    for path in paths:
+        with atomic_file(path) as temporary:
+            fig.savefig(temporary, dpi=150)
     return list(paths)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wsi_mmm.errors import ModelError, NotFound, OutputError, WsiError
 from wsi_mmm.model.tensorfile import pack, unpack
 from wsi_mmm.storage import store
-from wsi_mmm.storage.uris import is_local
+from wsi_mmm.storage.base import is_local
 from wsi_mmm.training.optim import Optimiser, Scale
 from wsi_mmm.training.ranks import ALONE, Ranks, first_message, total
 

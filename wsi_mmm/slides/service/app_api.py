@@ -21,9 +21,9 @@ from wsi_mmm.slides.service.client import ServiceClient, service_client
 from wsi_mmm.slides.service.cuts import GridCuts, RectangleCuts
 from wsi_mmm.slides.service.info import parse_answer
 from wsi_mmm.slides.service.reader import PictureRoutes, ServiceReader
+from wsi_mmm.storage.base import redact
 from wsi_mmm.storage.objects import storage_timeout
 from wsi_mmm.storage.ranges import Counter
-from wsi_mmm.storage.uris import redact
 
 SCHEME = "empaia"
 _TIMEOUT = 300.0  # seconds: the platform itself waits as long for a picture
