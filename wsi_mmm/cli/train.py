@@ -17,9 +17,9 @@ from wsi_mmm.errors import OptionError
 
 if TYPE_CHECKING:
     from wsi_mmm.training.data.buckets import BucketReport
-    from wsi_mmm.training.fit import StepReport
+    from wsi_mmm.training.fit import StepReport, TrainingListener
     from wsi_mmm.training.fractions import Curve
-    from wsi_mmm.training.job import Prepared, TrainingListener
+    from wsi_mmm.training.job import Prepared
 
 EVERY = 5.0  # seconds between lines of progress
 
@@ -144,7 +144,7 @@ def _show_data(prepared: Prepared) -> None:
 
 @contextmanager
 def _training_listener() -> Iterator[TrainingListener]:
-    from wsi_mmm.training.job import TrainingListener
+    from wsi_mmm.training.fit import TrainingListener
 
     if flags.json:
         yield TrainingListener(

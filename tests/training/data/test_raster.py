@@ -14,8 +14,7 @@ from shapely.geometry import MultiPolygon, Polygon, box
 from conftest import RealData
 from wsi_mmm.annotations import Dot, Shape, Shapes, parse_shapes
 from wsi_mmm.training.data import raster
-from wsi_mmm.training.data.raster import PixelGrids, paint, pairs_of
-from wsi_mmm.training.data.shapes_index import ShapeIndex, index_shapes, packed_index
+from wsi_mmm.training.data.raster import PixelGrids, ShapeIndex, index_shapes, packed_index, paint, pairs_of
 from wsi_mmm.types import I32
 
 
