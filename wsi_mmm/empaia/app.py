@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from wsi_mmm.config import EmpaiaJob, SlideSpec
-from wsi_mmm.empaia.batches import Limits
-from wsi_mmm.empaia.client import AppApi
+from wsi_mmm.empaia.client import AppApi, Limits
 from wsi_mmm.empaia.job_inputs import SLIDE, JobInputs, read_job_inputs, regions_geojson
 from wsi_mmm.empaia.messages import INCOMPLETE, STOPPED, message_of
 from wsi_mmm.empaia.transport import Patience
@@ -297,8 +296,7 @@ class _JobRunner:
 def _open_slide(request: RunRequest, inputs: JobInputs) -> tuple[ModelCard, SlideInfo, list[Polygon]]:
     """(model card, slide info, tissue polygons): the slide is opened once, and stays open for the engine."""
     from wsi_mmm.config import user_cache
-    from wsi_mmm.empaia.geometry import joined
-    from wsi_mmm.empaia.tissue import tissue_polygons
+    from wsi_mmm.empaia.geometry import joined, tissue_polygons
     from wsi_mmm.engine.stages import context
     from wsi_mmm.model.card import read_card
     from wsi_mmm.model.fetched import fetched

@@ -85,9 +85,8 @@ class Transport:
             timeout=timeout,
             trust_env=False,  # the App API is beside the app; a proxy of the environment is not for it
             cookie_jar=aiohttp.DummyCookieJar(),
+            middlewares=[_send_only_once],
         )
-        # aiohttp sends a PUT again by itself when its answer is lost: nobody could tell that from a refusal.
-        self._session._retry_connection = False
         return self
 
     async def __aexit__(
@@ -152,7 +151,7 @@ class Transport:
         except TimeoutError:
             return ApiResponse(0, problem=f"did not answer within {self._patience.total:g} s")
         except (aiohttp.ClientError, OSError) as error:
-            return ApiResponse(0, problem=f"broke the connection off ({type(error).__name__})")
+            return ApiResponse(0, problem=f"broke the connection off ({type(error.__cause__ or error).__name__})")
 
     def reason_of(self, body: bytes) -> str:
         """The reason an answer gives, shortened to one line; never with the token."""
@@ -161,6 +160,16 @@ class Transport:
         if len(body) > _REASON_BYTES:
             reason_of = reason_of[:-1]  # it may be the beginning of a token
         return " ".join(reason_of)[:200]
+
+
+async def _send_only_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """aiohttp repeats a PUT when its answer is lost, unless the error is another: nobody could tell that it did."""
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:
+        raise  # the request has not been sent
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise aiohttp.ClientError from error
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:

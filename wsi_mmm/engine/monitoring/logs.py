@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from wsi_mmm import timing
 from wsi_mmm.engine.events import Event
-from wsi_mmm.engine.monitoring.hooks import Hooks, redact_uris
+from wsi_mmm.engine.monitoring.observe import Hooks, redact_uris
 from wsi_mmm.engine.units import (
     Failure,
     ForwardResult,
