@@ -114,36 +114,26 @@ class Transport:
         """
         repeat = method != "POST" if again is None else again
         headers = {} if data is None else {"Content-Type": kind} | ({"Content-Encoding": coding} if coding else {})
-        reply = await self._send_once(method, path, query=query, data=data, headers=headers)
+        reply = await self._send_once(method, path, query, data, headers)
         for pause in self._patience.pauses():
             undone = reply.status == _TOO_MANY or (reply.status == 0 and not reply.sent)
             if not (undone or (repeat and reply.unclear)):
                 break
             await asyncio.sleep(min(max(reply.wait, pause), _LONGEST_WAIT))
-            reply = await self._send_once(method, path, query=query, data=data, headers=headers)
+            reply = await self._send_once(method, path, query, data, headers)
         return reply
 
     async def _send_once(
-        self,
-        method: Method,
-        path: str,
-        *,
-        query: Mapping[str, str] | None,
-        data: bytes | None,
-        headers: Mapping[str, str],
+        self, method: Method, path: str, query: Mapping[str, str] | None, data: bytes | None, headers: dict[str, str]
     ) -> ApiResponse:
         if self._session is None:
             raise RuntimeError("the transport is not open")
         url = f"{self._job.api}/v3/{self._job.id}{path}"
         try:
             async with self._session.request(
-                method,
-                url,
-                params=query,
-                data=None if data is None else io.BytesIO(data),
-                headers={"Authorization": f"Bearer {self._job.token}", **headers},
-                allow_redirects=False,
-            ) as response:
+                method, url, params=query, data=None if data is None else io.BytesIO(data),
+                headers={"Authorization": f"Bearer {self._job.token}", **headers}, allow_redirects=False,
+            ) as response:  # fmt: skip
                 body = await _read_bounded(response)
                 return ApiResponse(response.status, body, self.reason_of(body), wait=_retry_after(response.headers))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -156,10 +146,10 @@ class Transport:
     def reason_of(self, body: bytes) -> str:
         """The reason an answer gives, shortened to one line; never with the token."""
         text = body[:_REASON_BYTES].decode("utf-8", "replace").replace(self._job.token, "***")
-        reason_of = text.split()
+        words = text.split()
         if len(body) > _REASON_BYTES:
-            reason_of = reason_of[:-1]  # it may be the beginning of a token
-        return " ".join(reason_of)[:200]
+            words = words[:-1]  # it may be the beginning of a token
+        return " ".join(words)[:200]
 
 
 async def _send_only_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:

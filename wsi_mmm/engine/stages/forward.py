@@ -10,7 +10,7 @@ from wsi_mmm.engine.stages.workdir import block_name
 from wsi_mmm.engine.units import ForwardResult
 from wsi_mmm.tiles.grid import BlockTiles, tile_size_level0, tiles_at
 from wsi_mmm.tiles.stream import read_block
-from wsi_mmm.types import Batch, Tiles
+from wsi_mmm.types import F32, U8, Batch, Tiles
 
 
 def forward(ctx: UnitContext) -> ForwardResult:
@@ -25,7 +25,7 @@ def forward(ctx: UnitContext) -> ForwardResult:
     width, height = tile_size_level0(ctx.grid)
     failed = tuple((int(x), int(y), width, height) for x, y in batch.xy[batch.failed])
     with ctx.step("write"):
-        values = {f"maps/{name}": maps for name, maps in output.maps.items()}
+        values: dict[str, U8 | F32] = {f"maps/{name}": maps for name, maps in output.maps.items()}
         values |= {f"tables/{name}": table for name, table in output.tables.items()}
         if ctx.recipe.options.features or any(task.scope == "bag" for task in ctx.tasks):
             values["features"] = output.features
