@@ -129,6 +129,7 @@ def serving(port: int) -> Iterator[Hooks]:
     metrics = RunMetrics(registry)
     try:
         server, thread = start_http_server(port, LOOPBACK, registry)
+        thread.name = "wsi-mmm-metrics"
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"metrics cannot be served on port {port}: {reason}; choose another port") from error
