@@ -48,9 +48,10 @@ class BufferedStore:
                 return data[start - begin : start - begin + length]
         return None if length else b""
 
-    def drop_buffers(self) -> None:
-        """Drop the buffers once the object is open."""
+    def drop_buffers(self) -> ByteStore:
+        """Drop the buffers once the object is open, and return it."""
         self._buffers = []
+        return self._inner
 
     def close(self) -> None:
         """Drop the buffers and close files and connections."""
