@@ -55,10 +55,11 @@ def _average_column(taps: int) -> Any:
             pair = builder.trunc(load(weights, 4 * n, ir.VectorType(number, 2), 4), ir.VectorType(short, 2))
             pairs.append(builder.sext(shuffled(pair, pair, [0, 1] * 8), ir.VectorType(number, 16)))
         for _ in range(0, ROWS, 2):
+            below = builder.add(source, step)
             total = ir.Constant(ir.VectorType(number, 8), [(1 << 15) + 256 * OFFSET] * 8)
             for n, pair in enumerate(pairs):
-                rows = [load(row, 12 * n, ir.VectorType(short, 8), 2) for row in (source, builder.add(source, step))]
-                samples = shuffled(*rows, [0, 3, 1, 4, 2, 5, 6, 7, 8, 11, 9, 12, 10, 13, 14, 15])
+                one, two = (load(row, 12 * n, ir.VectorType(short, 8), 2) for row in (source, below))
+                samples = shuffled(one, two, [0, 3, 1, 4, 2, 5, 6, 7, 8, 11, 9, 12, 10, 13, 14, 15])
                 products = builder.mul(builder.sext(samples, ir.VectorType(number, 16)), pair)
                 both = (shuffled(products, products, list(range(start, 16, 2))) for start in (0, 1))
                 total = builder.add(total, builder.add(*both))
@@ -76,17 +77,18 @@ def _average_column(taps: int) -> Any:
 _two, _four, _six = (_average_column(taps) for taps in (2, 4, 6))
 
 
-@intrinsic
-def _copy_bytes(typing: Any, target: Any, source: Any, count: Any) -> Any:
-    """Copy ``count`` bytes from one address to another."""
+def _copy_operation() -> Any:
+    """Make the operation that copies bytes: to an address, from an address, how many."""
 
     def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        target, source, count = arguments
-        pointers = (builder.inttoptr(address, ir.IntType(8).as_pointer()) for address in (target, source))
-        cgutils.raw_memcpy(builder, *pointers, count, 1)
+        places = [builder.inttoptr(address, ir.IntType(8).as_pointer()) for address in arguments[:2]]
+        cgutils.raw_memcpy(builder, places[0], places[1], arguments[2], 1)  # type: ignore[no-untyped-call]
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, types.intp), lower
+    return intrinsic(lambda typing, target, source, count: (types.void(*[types.intp] * 3), lower))
+
+
+_copy_bytes = _copy_operation()
 
 
 @_compile_loop

@@ -113,7 +113,7 @@ def average_rows(rows: U8, top: int, axes: tuple[Taps, Taps], span: tuple[int, i
 
     # Where the picture is smaller than the weights are many, those beyond it are 0, but their pixels are read.
     lack = int(y.begin[stop - 1]) - top + y.taps - len(rows)
-    source = rows if lack <= 0 else np.pad(rows, ((0, lack), (0, 0), (0, 0)))
+    source = np.ascontiguousarray(rows) if lack <= 0 else np.pad(rows, ((0, lack), (0, 0), (0, 0)))
     width = source.shape[1]
     above, edge = np.empty((0, 3 * width), np.uint8), np.empty((stop - start, 0), np.uint16)
     sums = np.empty((kernels.ROWS, 3 * max(width, x.taps) + kernels.PAD), np.uint16)
