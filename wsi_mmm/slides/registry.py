@@ -13,8 +13,8 @@ from wsi_mmm.slides.service.wsi_service import open_wsi_service
 from wsi_mmm.slides.tiff.directories import Directory, is_tiff, read_directories
 from wsi_mmm.slides.tiff.metadata import perhaps_openslide, plane_of, unsupported, vendor_of
 from wsi_mmm.slides.tiff.reader import TiffReader
+from wsi_mmm.storage.base import is_service
 from wsi_mmm.storage.store import BufferedStore, buffered, is_local, open_store, redact
-from wsi_mmm.storage.uris import is_service
 
 _PLAIN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP", b"BM": "BMP", b"%PDF": "PDF",
           b"PK\x03\x04": "ZIP", b"\x1f\x8b": "gzip"}  # fmt: skip

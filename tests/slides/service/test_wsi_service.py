@@ -32,7 +32,7 @@ from wsi_mmm.slides.service.cuts import GRID_CUTS
 from wsi_mmm.slides.service.info import parse_slide_info, storage_path
 from wsi_mmm.slides.service.reader import PictureRoutes, ServiceReader, decode_picture
 from wsi_mmm.slides.service.wsi_service import _service_token, parse_address
-from wsi_mmm.storage.uris import is_service
+from wsi_mmm.storage.base import is_service
 from wsi_mmm.tiles.stream import stream
 from wsi_mmm.types import Block, Grid, Level
 

@@ -20,8 +20,8 @@ from wsi_mmm.errors import ConfigError, OptionError, SlideDamaged, StorageError
 from wsi_mmm.slides.service.client import ServiceClient, service_client
 from wsi_mmm.slides.service.cuts import GRID_CUTS, RECTANGLE_CUTS
 from wsi_mmm.slides.service.reader import PictureRoutes, ServiceReader
+from wsi_mmm.storage.base import redact
 from wsi_mmm.storage.objects import storage_timeout
-from wsi_mmm.storage.uris import redact
 
 SCHEME = "empaia"
 _TIMEOUT = 300.0  # seconds: the platform itself waits as long for a picture
