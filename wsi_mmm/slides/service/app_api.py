@@ -21,7 +21,7 @@ from wsi_mmm.slides.service.client import ServiceClient, service_client
 from wsi_mmm.slides.service.cuts import GRID_CUTS, RECTANGLE_CUTS
 from wsi_mmm.slides.service.reader import PictureRoutes, ServiceReader
 from wsi_mmm.storage.base import redact
-from wsi_mmm.storage.objects import storage_timeout
+from wsi_mmm.storage.remote import storage_timeout
 
 SCHEME = "empaia"
 _TIMEOUT = 300.0  # seconds: the platform itself waits as long for a picture

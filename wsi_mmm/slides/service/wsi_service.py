@@ -19,7 +19,7 @@ from wsi_mmm.slides.service.client import ServiceClient, service_client
 from wsi_mmm.slides.service.info import storage_path
 from wsi_mmm.slides.service.reader import PictureRoutes, ServiceReader
 from wsi_mmm.storage.base import is_service, redact
-from wsi_mmm.storage.objects import storage_timeout
+from wsi_mmm.storage.remote import storage_timeout
 
 _TIMEOUT = 300.0  # seconds: services may take as long for a picture
 _FORMATS = ("png", "jpeg")
