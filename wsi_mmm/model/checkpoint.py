@@ -28,7 +28,7 @@ from wsi_mmm.model.encoder import PyramidEncoder, build_encoder
 from wsi_mmm.model.heads import HeadSpec, build_head
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.plugins import load_plugin, plugin_names
-from wsi_mmm.storage.atomic import write_atomic
+from wsi_mmm.storage import store
 from wsi_mmm.types import TaskInfo
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -78,8 +78,8 @@ def save_model(
     data = save(state)
     done = (card or model.card).model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
     target = Path(folder)
-    write_atomic(target / WEIGHTS, data)
-    write_atomic(target / CARD, card_json(done).encode())
+    store.write_bytes(str(target / WEIGHTS), data)
+    store.write_bytes(str(target / CARD), card_json(done).encode())
     return done
 
 
@@ -193,7 +193,8 @@ def _declared_mean_std(encoder: PyramidEncoder) -> tuple[tuple[float, float, flo
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
     """A safetensors file of any tensors with string metadata, written whole or not at all."""
-    write_atomic(path, save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, dict(facts)))
+    data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, dict(facts))
+    store.write_bytes(str(path), data)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -32,7 +32,7 @@ from wsi_mmm.model.exporting import (
 )
 from wsi_mmm.model.identity import check_runtime
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.storage.atomic import atomic_file
+from wsi_mmm.storage.local import atomic_file
 
 _FORMAT = 1  # raised when the same model would give another graph
 _LIMIT = 2_000_000_000  # bytes: protobuf cannot hold more in one file

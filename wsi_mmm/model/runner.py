@@ -180,7 +180,7 @@ class Runner:
         self._queues: dict[tuple[int, tuple[str, ...]], TileQueue] = {}
         self._lock = threading.Lock()
         self._stagers = threading.local()
-        self._pool = self._start_threads()
+        self._pool = start_one_core_threads(self.threads, "model")
 
     def batch_size(self, side: int) -> int:
         """Tiles of ``side`` px that are computed together."""
@@ -235,14 +235,6 @@ class Runner:
         """End the threads; the runner cannot be used afterwards."""
         self._pool.shutdown()
 
-    def _start_threads(self) -> ThreadPoolExecutor:
-        """Start the model's threads, which compute on one core each; those of the host process stay as they were."""
-        before, together = torch.get_num_threads(), threading.Barrier(self.threads)
-        pool = ThreadPoolExecutor(self.threads, "model", initializer=_use_one_core)
-        list(pool.map(lambda _: together.wait(), range(self.threads)))
-        torch.set_num_threads(before)  # the setting is a thread's own, but also that of threads not used yet
-        return pool
-
     def _find_queue(self, side: int, tasks: tuple[str, ...]) -> TileQueue:
         for name in tasks:
             if name not in self.model.heads:
@@ -294,6 +286,15 @@ class Runner:
             self._stagers.own = BatchStager(self.device)
         stager: BatchStager = self._stagers.own
         return stager
+
+
+def start_one_core_threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Start threads that let torch compute on one core each; those of the host process stay as they were."""
+    before, together = torch.get_num_threads(), threading.Barrier(count)
+    pool = ThreadPoolExecutor(count, name, initializer=_use_one_core)
+    list(pool.map(lambda _: together.wait(), range(count)))
+    torch.set_num_threads(before)  # the setting is a thread's own, but also that of threads not used yet
+    return pool
 
 
 def _use_one_core() -> None:

@@ -20,7 +20,7 @@ from zarr.errors import GroupNotFoundError
 from wsi_mmm.errors import MissingPackage, OptionError, StorageError
 from wsi_mmm.outputs.maps import zarr_store
 from wsi_mmm.storage import store
-from wsi_mmm.storage.folders import published_folder
+from wsi_mmm.storage.store import published_folder
 from wsi_mmm.types import F32, I64
 
 _ROWS = 4096  # tiles per chunk

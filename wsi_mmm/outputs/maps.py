@@ -10,7 +10,7 @@ from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore, ObjectStore
 
 from wsi_mmm.storage import store
-from wsi_mmm.storage.folders import published_folder
+from wsi_mmm.storage.store import published_folder
 from wsi_mmm.types import U8, Grid, TaskInfo
 
 CHUNK = 512
