@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from wsi_mmm.errors import ConfigError, NotFound, OutputError, SlideChanged
 from wsi_mmm.outputs.maps import zarr_store
-from wsi_mmm.storage import objects, store
+from wsi_mmm.storage import objects, remote, store
 from wsi_mmm.storage.ranges import MergeRule, fetch_merged, plan_spans
 
 RULES = st.builds(
@@ -197,10 +197,10 @@ def test_a_broken_credentials_file_is_one_line_without_its_content(tmp_path: Pat
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf"])
 def test_a_time_out_that_is_none_is_told(value: str) -> None:
     """WSI_MMM_STORAGE_TIMEOUT takes seconds above 0."""
-    assert objects.storage_timeout({}) == 30
-    assert objects.storage_timeout({"WSI_MMM_STORAGE_TIMEOUT": "2.5"}) == 2.5
+    assert remote.storage_timeout({}) == 30
+    assert remote.storage_timeout({"WSI_MMM_STORAGE_TIMEOUT": "2.5"}) == 2.5
     with pytest.raises(ConfigError, match="WSI_MMM_STORAGE_TIMEOUT"):
-        objects.storage_timeout({"WSI_MMM_STORAGE_TIMEOUT": value})
+        remote.storage_timeout({"WSI_MMM_STORAGE_TIMEOUT": value})
 
 
 @pytest.mark.parametrize(

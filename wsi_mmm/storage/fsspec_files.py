@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 from wsi_mmm.errors import MissingPackage, NotFound, StorageError
 from wsi_mmm.storage.base import redact
-from wsi_mmm.storage.objects import storage_timeout
-from wsi_mmm.storage.remote import Endpoint, OnBegin, RemoteStore, VersionedBytes, endpoint_of, fetch
+from wsi_mmm.storage.remote import OnBegin, RemoteStore, endpoint_for, fetch, storage_timeout
 from wsi_mmm.storage.translate import NO_RANGES, translate_errors
 
 T = TypeVar("T")
@@ -32,10 +31,10 @@ def open_file(uri: str) -> RemoteStore:
     # A server that keeps to RFC 9110 then refuses ranges of another version; weak tags are not allowed in If-Match.
     options = {"headers": {"If-Match": tag}} if tag.startswith('"') and uri.startswith("http") else {}
 
-    async def get(start: int, stop: int, on_begin: OnBegin) -> VersionedBytes:
+    async def get(start: int, stop: int, on_begin: OnBegin) -> tuple[bytes, None]:
         return await _in_thread(lambda: bytes(fs.cat_file(path, start=start, end=stop, **options))), None
 
-    return RemoteStore(uri, int(info["size"]), None, get, _endpoint_for(uri))
+    return RemoteStore(uri, int(info["size"]), None, get, endpoint_for(uri))
 
 
 def read(uri: str) -> bytes:
@@ -72,7 +71,7 @@ def delete(uri: str) -> None:
 
 
 def _run_request(uri: str, operation: Callable[[], T]) -> T:
-    return fetch(uri, _endpoint_for(uri), 0, lambda on_begin: _in_thread(operation))
+    return fetch(uri, 0, lambda on_begin: _in_thread(operation))
 
 
 async def _in_thread(operation: Callable[[], T]) -> T:
@@ -82,11 +81,6 @@ async def _in_thread(operation: Callable[[], T]) -> T:
 @lru_cache(maxsize=1)
 def _thread_pool(pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, thread_name_prefix=f"fsspec-{pid}")
-
-
-def _endpoint_for(uri: str) -> Endpoint:
-    scheme, _, rest = uri.partition("://")
-    return endpoint_of(f"{scheme}://{rest.partition('/')[0]}", storage_timeout())
 
 
 def _file_system(uri: str) -> tuple[Any, str]:

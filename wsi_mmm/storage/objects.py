@@ -9,20 +9,18 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from wsi_mmm.errors import ConfigError, MissingPackage, NotFound, OutputError, StorageError
 from wsi_mmm.storage.base import HEAD, BufferedStore, redact
 from wsi_mmm.storage.ranges import Buffer
-from wsi_mmm.storage.remote import Endpoint, OnBegin, RemoteStore, VersionedBytes, check_length, endpoint_of, fetch
+from wsi_mmm.storage.remote import OnBegin, RemoteStore, check_length, endpoint_for, fetch, storage_timeout
 from wsi_mmm.storage.retry import retry_transient
 from wsi_mmm.storage.translate import translate_errors
 
-T = TypeVar("T")
 Settings = tuple[tuple[str, str], ...]
 
-_TIMEOUT = 30.0  # seconds
 _CONNECT = timedelta(seconds=5)
 _IDLE = "40"  # connections kept
 _WHOLE = 8 << 20  # bytes expected of a whole object, whose size is not known yet
@@ -34,18 +32,6 @@ _KEYS = {  # name in the files of the AWS tools, and in their environment in cap
 _runtime: list[int] = []  # the process in which obstore's threads run
 
 
-def storage_timeout(env: Mapping[str, str] = os.environ, *, otherwise: float = _TIMEOUT) -> float:
-    """Return the seconds after which a request is given up: WSI_MMM_STORAGE_TIMEOUT, or 30."""
-    value = env.get("WSI_MMM_STORAGE_TIMEOUT") or otherwise
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e6:
-        raise ConfigError(f"WSI_MMM_STORAGE_TIMEOUT={value} is no number of seconds above 0; give one, such as 30")
-    return seconds
-
-
 def is_served(uri: str) -> bool:
     """Tell whether obstore serves it; signed http URLs have a query, which it would drop."""
     parts = urlsplit(uri)
@@ -55,14 +41,14 @@ def is_served(uri: str) -> bool:
 def open_file(uri: str) -> BufferedStore:
     """Open an object with its first bytes: its size and version come in the same request."""
     store, path = _find_store(uri, retries=False)
-    meta, data = fetch(uri, _endpoint_for(uri), HEAD, partial(_get_head, redact(uri), store, path))
+    meta, data = fetch(uri, HEAD, partial(_get_head, redact(uri), store, path))
 
-    async def get(start: int, stop: int, on_begin: OnBegin) -> VersionedBytes:
+    async def get(start: int, stop: int, on_begin: OnBegin) -> tuple[Buffer, str | None]:
         answer = await load_obstore().get_async(store, path, options={"range": (start, stop)})
         on_begin()
         return memoryview(await answer.bytes_async()), _object_version(answer.meta)
 
-    opened = RemoteStore(uri, int(meta["size"]), _object_version(meta), get, _endpoint_for(uri))
+    opened = RemoteStore(uri, int(meta["size"]), _object_version(meta), get, endpoint_for(uri))
     opened.counter.add(len(data))
     return BufferedStore(opened, data)
 
@@ -89,14 +75,14 @@ def read(uri: str) -> bytes:
         on_begin()
         return bytes(await answer.bytes_async())
 
-    return fetch(uri, _endpoint_for(uri), _WHOLE, whole)
+    return fetch(uri, _WHOLE, whole)
 
 
 def exists(uri: str) -> bool:
     """Tell whether there is such an object. Raises StorageError when that cannot be found out."""
     store, path = _find_store(uri, retries=False)
     try:
-        fetch(uri, _endpoint_for(uri), 0, lambda on_begin: load_obstore().head_async(store, path))
+        fetch(uri, 0, lambda on_begin: load_obstore().head_async(store, path))
     except NotFound:
         return False
     return True
@@ -178,10 +164,6 @@ def _find_store(uri: str, *, retries: bool) -> tuple[Any, str]:
     """Return a store and the path in it; without ``retries`` it does not try again itself (remote.py does)."""
     base, path = _split_uri(uri)
     return _kept_store(base, _store_settings(base), storage_timeout(), retries), path
-
-
-def _endpoint_for(uri: str) -> Endpoint:
-    return endpoint_of(_split_uri(uri)[0], storage_timeout())
 
 
 def _split_uri(uri: str) -> tuple[str, str]:

@@ -15,12 +15,12 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, Generic, TypeVar
 
-from wsi_mmm.errors import SlideChanged, StorageError, TransientCause, TransientError
+from wsi_mmm.errors import ConfigError, SlideChanged, StorageError, TransientCause, TransientError
 from wsi_mmm.storage.base import redact
 from wsi_mmm.storage.ranges import Buffer, Counter, MergeRule, Range, Ranges, fetch_merged
 from wsi_mmm.storage.retry import RetryPolicy
@@ -31,6 +31,7 @@ _PER_PROCESS, _PER_ENDPOINT = 32, 16  # requests in flight
 _RANGED = RetryPolicy(pause=0.02, longest=2.0)  # given up by the endpoint's time-out
 _SHORT_TRIES = 5  # after so many short answers it is an error
 _UNREACHED = 5.0  # seconds for a server that has never answered
+_TIMEOUT = 30.0  # seconds until a request is given up
 _UNIT = 1 << 20  # bytes: expected times grow with the size beyond this
 # Seconds of silence before a second request is sent: at first fixed, then a multiple of the recent p95.
 _FIRST_WAIT, _LEAST_BEGIN, _TIMES_BEGIN, _LEAST_BODY, _TIMES_BODY = 0.5, 0.05, 2.0, 0.1, 3.0
@@ -155,9 +156,26 @@ class Endpoint:
         return True
 
 
+def storage_timeout(env: Mapping[str, str] = os.environ, *, otherwise: float = _TIMEOUT) -> float:
+    """Return the seconds after which a request is given up: WSI_MMM_STORAGE_TIMEOUT, or 30."""
+    value = env.get("WSI_MMM_STORAGE_TIMEOUT") or otherwise
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise ConfigError(f"WSI_MMM_STORAGE_TIMEOUT={value} is no number of seconds above 0; give one, such as 30")
+    return seconds
+
+
+def endpoint_for(uri: str) -> Endpoint:
+    """Return the endpoint that all objects of a server, or of a bucket, share."""
+    scheme, _, rest = uri.partition("://")
+    return _kept_endpoint(f"{scheme}://{rest.partition('/')[0]}", storage_timeout())
+
+
 @lru_cache(maxsize=32)
-def endpoint_of(server: str, seconds: float) -> Endpoint:
-    """Return the endpoint that all objects of a server share, by its address; ``seconds``: its time-out."""
+def _kept_endpoint(server: str, seconds: float) -> Endpoint:
     return Endpoint(seconds)
 
 
@@ -184,14 +202,14 @@ async def request(endpoint: Endpoint, name: str, size: int, send: SendRequest[T]
     raise AssertionError("unreachable")
 
 
-def fetch(uri: str, endpoint: Endpoint, size: int, send: SendRequest[T]) -> T:
+def fetch(uri: str, size: int, send: SendRequest[T]) -> T:
     """Return the answer of ``send`` about the object at ``uri``, expected to bring ``size`` bytes. StorageError."""
 
     async def translated(on_begin: OnBegin) -> T:
         with translate_errors(uri):
             return await send(on_begin)
 
-    return wait_for(request(endpoint, redact(uri), size, translated))
+    return wait_for(request(endpoint_for(uri), redact(uri), size, translated))
 
 
 def _seconds_to_try(endpoint: Endpoint, error: TransientError) -> float:
