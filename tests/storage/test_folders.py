@@ -10,7 +10,7 @@ import pytest
 import zarr
 
 from wsi_mmm.errors import OutputError
-from wsi_mmm.outputs.maps import zarr_store
+from wsi_mmm.outputs.exports import zarr_store
 from wsi_mmm.storage import store
 from wsi_mmm.storage.folders import published_folder
 

@@ -72,9 +72,9 @@ def show(
       wsi-mmm models show my-model/ --json
     """
     from wsi_mmm.model.card import read_card
-    from wsi_mmm.model.fetched import fetched
+    from wsi_mmm.model.fetch import fetch_model
 
-    card = _card_json(read_card(fetched(name, user_cache())))
+    card = _card_json(read_card(fetch_model(name, user_cache())))
     if flags.json:
         say_json(card)
         return

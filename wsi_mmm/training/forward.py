@@ -65,7 +65,7 @@ def passes(bench: TrainingContext, names: Sequence[str]) -> list[tuple[str, ...]
 
 
 def shared(bench: TrainingContext, batch: TrainBatch, names: Sequence[str]) -> Shared:
-    """One pass of encoder, decoder, neck and grouper, as far as ``names`` (one of `passes`) need them.
+    """One pass of encoder, decoder, neck and aggregator, as far as ``names`` (one of `passes`) need them.
 
     Tasks whose heads read the same share one tensor. What is random in the model (dropout) is drawn from the batch's
     own seed, so it does not matter which rank does the batch, or when.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError, NotFound, OutputError, WsiError
-from wsi_mmm.model.tensorfile import pack, unpack
+from wsi_mmm.model.checkpoint import pack_tensors, unpack_tensors
 from wsi_mmm.storage import store
 from wsi_mmm.storage.uris import is_local
 from wsi_mmm.training.optim import Optimiser, Scale
@@ -73,7 +73,7 @@ def write(shelf: CheckpointStore, training: Training, *, ranks: Ranks = ALONE, b
     fault = ""
     if ranks.first:
         try:
-            store.write_bytes(uri, pack(tensors, _training_facts(shelf, training)))
+            store.write_bytes(uri, pack_tensors(tensors, _training_facts(shelf, training)))
             for name in (LATEST, BEST) if best else (LATEST,):
                 _write_pointer(shelf, name, training)
             _delete_old(shelf)
@@ -175,7 +175,7 @@ def resume(shelf: CheckpointStore, training: Training) -> bool:
 def read(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a checkpoint. ModelError if it is missing, damaged or of another format."""
     try:
-        tensors, metadata = unpack(store.read_bytes(uri), uri)
+        tensors, metadata = unpack_tensors(store.read_bytes(uri), uri)
         facts: dict[str, Any] = json.loads(metadata["facts"])
     except NotFound as error:
         raise ModelError(f"{uri} is missing; remove latest.json beside it to begin anew") from error

@@ -61,7 +61,7 @@ def write_values(ctx: UnitContext, batch: Batch, output: RunOutput) -> ForwardRe
             cache.write_block(ArraySpec(f"tables/{name}", values.shape[1:], str(values.dtype)), batch.index, values)
         cache.write_block_record(block_name(ctx.unit.block), {"tiles": ctx.unit.tiles.hex(), "failed": failed})
     return ForwardResult(
-        ctx.facts(), len(batch.index), failed, device=str(ctx.runner.device), encoder=json.dumps(ctx.runner.facts()),
+        ctx.facts(), len(batch.index), failed, device=str(ctx.runner.device), encoder=json.dumps(ctx.runner.describe()),
         tile_cache=ctx.tile_cache_text(),
     )  # fmt: skip
 

@@ -18,12 +18,11 @@ from wsi_mmm.engine.stages.interpret import blended_core
 from wsi_mmm.engine.stages.overlay import THUMBNAIL, Picture
 from wsi_mmm.engine.stages.prepare import load_slide_plan, published_before, region_hash, regions_of_interest
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
-from wsi_mmm.outputs import merge, polygons, ragged
-from wsi_mmm.outputs.attention import attention_png
-from wsi_mmm.outputs.exports import write_features
+from wsi_mmm.outputs import merge, polygons
+from wsi_mmm.outputs.exports import write_features, write_map
 from wsi_mmm.outputs.geojson import GeoJSONWriter
 from wsi_mmm.outputs.inside import Regions
-from wsi_mmm.outputs.maps import write_map
+from wsi_mmm.outputs.overlay import attention_png
 from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.storage import store
 from wsi_mmm.storage.folders import published_file
@@ -154,8 +153,8 @@ def _objects_near(task: Task, plan: SlidePlan, box: tuple[float, float, float, f
         if core.x0 < x1 and core.x1 > x0 and core.y0 < y1 and core.y1 > y0:
             part = workdir.load_part(plan.slide, task.info.name, unit.block)
             y, x = part.anchor[:, 0], part.anchor[:, 1]
-            parts.append(ragged.take(part, (x >= x0) & (x < x1) & (y >= y0) & (y < y1)))
-    return ragged.concat(parts) if parts else ragged.empty(task.info.name)
+            parts.append(polygons.take(part, (x >= x0) & (x < x1) & (y >= y0) & (y < y1)))
+    return polygons.concat(parts) if parts else polygons.empty(task.info.name)
 
 
 def _task_objects(
@@ -176,16 +175,16 @@ def _sorted_instances(task: Task, plan: SlidePlan) -> Iterator[Objects]:
     for unit in interpret_units(plan):
         rows.setdefault(unit.block[0], []).append(unit.block)
     for blocks in rows.values():
-        objects = ragged.concat([workdir.load_part(plan.slide, task.info.name, block) for block in blocks])
+        objects = polygons.concat([workdir.load_part(plan.slide, task.info.name, block) for block in blocks])
         by_position = np.lexsort((objects.anchor[:, 1], objects.anchor[:, 0]))
-        yield ragged.take(objects, by_position)
+        yield polygons.take(objects, by_position)
 
 
 def _merge_regions(task: Task, plan: SlidePlan) -> Objects:
     """Regions cut by block borders made whole, scaled to level-0 px."""
     parts = [workdir.load_part(plan.slide, task.info.name, unit.block) for unit in interpret_units(plan)]
     if not parts:
-        return ragged.empty(task.info.name)
+        return polygons.empty(task.info.name)
     merged = merge.merge_regions(parts)
     scaled = replace(merged, coords=merged.coords * np.array([plan.grid.scale_x, plan.grid.scale_y]))
     return polygons.simplify(scaled, plan.grid.scale_x * task.stride)
@@ -282,7 +281,8 @@ def _write_maps(ctx: UnitContext, plan: SlidePlan) -> str:
     for task in ctx.tasks:
         if task.scope == "pixel":
             cores = (blended_core(task, unit, ctx.cache) for unit in units)
-            write_map(store.join(plan.slide.output, "maps", f"{task.info.name}.zarr"), task, plan.grid, cores)
+            uri = store.join(plan.slide.output, "maps", f"{task.info.name}.zarr")
+            write_map(uri, task.info, task.channels, task.stride, plan.grid, cores)
     return "maps"
 
 

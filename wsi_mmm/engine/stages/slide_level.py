@@ -38,10 +38,8 @@ def answer_slide(ctx: UnitContext, plan: SlidePlan, failed: Mask) -> SlideAnswer
     blank = np.full(len(plan.index), np.nan, np.float32)
     if failed.all():
         return SlideAnswers({}, dict.fromkeys(names, blank))
-    from wsi_mmm.model.bagging import answer_bag
-
     vectors = gather_features(ctx.cache, plan.index[~failed], plan.slide.recipe.block_tiles)
-    values, shares = answer_bag(ctx.runner, vectors, names)
+    values, shares = ctx.runner.answer_bag(vectors, names)
     columns: dict[str, str | float | None] = {}
     for task in tasks:
         columns |= json_row(task.table(values[task.info.name][None]), task.info.classes)
