@@ -54,6 +54,13 @@ def test_what_is_no_polygon_is_dropped(bad: list[tuple[float, float]]) -> None:
     assert (len(done.objects), done.dropped) == (1, 1)
 
 
+def test_nothing_may_be_left() -> None:
+    """Objects that all collapse are dropped and counted, and none at all are none."""
+    done = round_valid(polygons([(0, 0), (0.001, 0), (0, 0.001)]))
+    assert (len(done.objects), done.dropped) == (0, 1)
+    assert len(round_valid(empty("t")).objects) == len(shapes(empty("t"))) == 0
+
+
 def test_clip_cuts_at_the_edge_and_keeps_the_rest() -> None:
     """What crosses the border is cut, what lies beyond goes, what lies inside is untouched; order by anchor stays."""
     box = np.array([(0, 0), (4, 0), (4, 4), (0, 4)])

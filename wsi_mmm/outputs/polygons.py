@@ -128,8 +128,8 @@ def ring_areas(objects: Objects) -> F64:
     (x, y), following = objects.coords.T, following_points(objects)
     count = len(objects.ring_offsets) - 1
     ring = np.repeat(np.arange(count), np.diff(objects.ring_offsets))
-    doubled: F64 = np.bincount(ring, weights=x * y[following] - x[following] * y, minlength=count)
-    return 0.5 * doubled
+    doubled = np.bincount(ring, weights=x * y[following] - x[following] * y, minlength=count)
+    return np.asarray(0.5 * doubled, np.float64)
 
 
 def drop_rings(objects: Objects, keep: Mask) -> Objects:
@@ -174,6 +174,8 @@ def following_points(objects: Objects) -> I64:
 
 def shapes(objects: Objects) -> Geometries:
     """object[n]: shapely polygons."""
+    if not len(objects):  # shapely takes no empty arrays
+        return np.empty(0, np.object_)
     source = np.insert(np.arange(len(objects.coords)), objects.ring_offsets[1:], objects.ring_offsets[:-1])
     offsets = (offsets_of(np.diff(objects.ring_offsets) + 1), objects.object_offsets)
     polygons: Geometries = shapely.from_ragged_array(shapely.GeometryType.POLYGON, objects.coords[source], offsets)
