@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -95,7 +95,7 @@ def run_request(
 
 def execute(request: RunRequest, progress: Listener | None = None, *, observe: Observe = NOTHING) -> RunReport:
     """Execute a run, in this process, in local processes or on a cluster, as its options say. Raises as `run` does."""
-    return run_slides(request, executor_factory(request), progress or silent, observe=observe)
+    return run_slides(request, partial(make_executor, request), progress or silent, observe=observe)
 
 
 def submit(
@@ -126,7 +126,8 @@ def submit(
     from wsi_mmm.engine.executors.dask_jobs import JobSpec, launch_job
 
     remote = replace(request, tls=None)  # paths of this machine
-    job = JobSpec(partial(run_slides, remote, observe=observe), partial(_load_report, remote))
+    load = partial(load_report, remote.output, remote.recipe, remote.tasks)
+    job = JobSpec(partial(run_slides, remote, observe=observe), load)
     return launch_job(connected, request.output, len(request.tasks), job)
 
 
@@ -262,51 +263,34 @@ def demo(
 ) -> RunReport:
     """Generate a seeded synthetic slide under ``output`` and run the default model on it."""
     from wsi_mmm.slides.fake import synthetic_slide
-    from wsi_mmm.storage.atomic import atomic_file
 
     folder = Path(output)
     path = folder / "synthetic.tiff"
     if not path.exists():
-        with atomic_file(path) as unfinished:
-            synthetic_slide(unfinished, seed=seed)
+        synthetic_slide(path, seed=seed)
     return run(str(path), output=folder / "results", progress=progress, **options)
 
 
-def executor_factory(request: RunRequest) -> Callable[[], Executor]:
-    """Return the function that makes the executor of a request: a cluster's, local processes, or this process."""
+def make_executor(request: RunRequest) -> Executor:
+    """Make the executor of a request: of a plug-in, a cluster, local processes, or this process."""
     options = request.recipe.options
+    scheme = (options.scheduler or "").partition("://")[0]
+    if scheme in plugin_names("executors"):
+        make = load_plugin("executors", scheme)
+        if not callable(make):
+            raise PluginError(f"the executor {scheme!r} of a plug-in is no function of a RunRequest")
+        return cast("Executor", make(request))
+    if options.scheduler:
+        from wsi_mmm.engine.executors.dask import connect
 
-    def make() -> Executor:
-        scheme = (options.scheduler or "").partition("://")[0]
-        if scheme in plugin_names("executors"):
-            return _plugin_executor(scheme, request)
-        if options.scheduler:
-            from wsi_mmm.engine.executors.dask import connect
+        return connect(options.scheduler, tls=request.tls)
+    if options.workers:
+        from wsi_mmm.engine.executors.dask_local import local_cluster
 
-            return connect(options.scheduler, tls=request.tls)
-        if options.workers:
-            from wsi_mmm.engine.executors.dask_local import local_cluster
+        return local_cluster(options.workers, visible_gpus())
+    from wsi_mmm.engine.executors.threads import ThreadsExecutor
 
-            return local_cluster(options.workers, visible_gpus())
-        from wsi_mmm.engine.executors.threads import ThreadsExecutor
-
-        return ThreadsExecutor(request.recipe)
-
-    return make
-
-
-def _plugin_executor(name: str, request: RunRequest) -> Executor:
-    """Return the executor that an installed package makes for addresses ``name://...``. PluginError when it makes
-    none."""
-    make = load_plugin("executors", name)
-    if not callable(make):
-        raise PluginError(f"the executor {name!r} of a plug-in is no function of a RunRequest")
-    return cast("Executor", make(request))
-
-
-def _load_report(request: RunRequest) -> RunReport:
-    """Return the report of a run that has ended, from the files it wrote."""
-    return load_report(request.output, request.recipe, request.tasks)
+    return ThreadsExecutor(request.recipe)
 
 
 def _scheduler_address(client: Client | str) -> str | None:

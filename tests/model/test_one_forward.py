@@ -35,7 +35,7 @@ def test_training_inference_and_export_are_one_pass(small_model: Path, monkeypat
     batch: Any = SimpleNamespace(pixels=pixels, vectors=None, bag=None, seed=0, targets=dict.fromkeys(TASKS))
     context = TrainingContext(model, {task.name: make_task(task) for task in model.card.tasks})
     with torch.no_grad():
-        reads = shared(context, batch, TASKS).reads
+        reads = {name: read for name, (read, _) in shared(context, batch, TASKS).items()}
         trained = [model.heads[name](reads[name]) for name in TASKS]
         vector, logits = model.forward_all(model.prepare(pixels), TASKS)
         exported = onnx.Graph(model, TASKS)(pixels)

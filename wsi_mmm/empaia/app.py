@@ -235,13 +235,13 @@ class _JobRunner:
 
     async def _run_engine(self, request: RunRequest) -> Results:
         """Run the engine, reporting progress: the results of the slide."""
-        from wsi_mmm.api import executor_factory
+        from wsi_mmm.api import make_executor
         from wsi_mmm.empaia.results import results_at
         from wsi_mmm.engine.job import Job
         from wsi_mmm.engine.run import run_slides
 
         engine = self._engine = Job(
-            lambda listener, stop: run_slides(request, executor_factory(request), listener, stop)
+            lambda listener, stop: run_slides(request, partial(make_executor, request), listener, stop)
         )
         try:
             while not engine.done:

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Literal
 
 from wsi_mmm.empaia.lint import GLOBAL, ClassTree, Ead, IoType, problems
-from wsi_mmm.errors import ModelError, OutputError
+from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import ModelCard, TaskCard
+from wsi_mmm.storage import store
 
 RegionKind = Literal["rectangle", "polygon", "circle"]
 SCHEMA = "https://gitlab.com/empaia/integration/definitions/-/raw/main/ead/ead-schema.v3.json"
@@ -80,11 +81,7 @@ def ead_json(made: Ead) -> str:
 def write_ead(text: str, folder: Path) -> Path:
     """Write ``ead.json`` to ``folder``, which is made: its path. OutputError when that cannot be."""
     path = folder / "ead.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    store.write_bytes(str(path), text.encode())
     return path
 
 

@@ -31,7 +31,7 @@ from wsi_mmm.model.heads import HeadSpec, build_head
 from wsi_mmm.model.identity import check_weights
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.plugins import load_plugin, plugin_names
-from wsi_mmm.storage.atomic import write_atomic
+from wsi_mmm.storage import store
 from wsi_mmm.types import TaskInfo
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -79,8 +79,8 @@ def save_model(
     data = save(state)
     done = (card or model.card).model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
     target = Path(folder)
-    write_atomic(target / WEIGHTS, data)
-    write_atomic(target / CARD, card_json(done).encode())
+    store.write_bytes(str(target / WEIGHTS), data)
+    store.write_bytes(str(target / CARD), card_json(done).encode())
     return done
 
 

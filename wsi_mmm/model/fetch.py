@@ -12,7 +12,7 @@ from pathlib import Path
 from wsi_mmm.errors import ModelError, OutputError, WsiError
 from wsi_mmm.model.card import CARD, WEIGHTS, parse_card
 from wsi_mmm.storage import store
-from wsi_mmm.storage.atomic import atomic_folder
+from wsi_mmm.storage.local import atomic_folder
 
 MOST_CARD = 16 << 20
 _CHUNK = 16 << 20

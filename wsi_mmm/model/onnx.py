@@ -26,7 +26,7 @@ from wsi_mmm.model.card import card_json
 from wsi_mmm.model.fold import seeded_noise
 from wsi_mmm.model.identity import check_runtime
 from wsi_mmm.model.multitask import ModelPass, MultiTaskModel, normalise
-from wsi_mmm.storage.atomic import atomic_file
+from wsi_mmm.storage.local import atomic_file
 from wsi_mmm.types import U8
 
 TOLERANCE = 1e-3

@@ -169,7 +169,7 @@ class Runner:
         self._queues: dict[tuple[int, tuple[str, ...]], TileQueue] = {}
         self._lock = threading.Lock()
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._pool = self._start_threads()
+        self._pool = start_one_core_threads(self.threads, "model")
 
     def batch_size(self, side: int) -> int:
         """Tiles of ``side`` px that are computed together."""
@@ -204,15 +204,12 @@ class Runner:
         vectors of 1,024 channels through gated attention take 1.7 s and 0.5 GB beside themselves; 8,000 through a
         transformer 2.1 s, and four times as long for twice as many.
         """
-        before = torch.get_num_threads()
-        with ThreadPoolExecutor(1, "bag", initializer=_use_one_core) as pool:
+        with start_one_core_threads(1, "bag") as pool:
             try:
                 return pool.submit(self._answer_bag, vectors, tasks).result()
             except (MemoryError, RuntimeError) as error:
                 text = f"the slide's {len(vectors):,} tiles cannot be answered as one bag ({first_line(error)})"
                 raise ModelError(f"{text}; use a coarser mpp") from error
-            finally:
-                torch.set_num_threads(before)  # the setting is also that of threads begun later
 
     @torch.inference_mode()
     def _answer_bag(self, vectors: F32, tasks: Sequence[str]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, F32]]:
@@ -245,14 +242,6 @@ class Runner:
     def close(self) -> None:
         """End the threads; the runner cannot be used afterwards."""
         self._pool.shutdown()
-
-    def _start_threads(self) -> ThreadPoolExecutor:
-        """Start the model's threads, which compute on one core each; those of the host process stay as they were."""
-        before, together = torch.get_num_threads(), threading.Barrier(self.threads)
-        pool = ThreadPoolExecutor(self.threads, "model", initializer=_use_one_core)
-        list(pool.map(lambda _: together.wait(), range(self.threads)))
-        torch.set_num_threads(before)  # the setting is a thread's own, but also that of threads not used yet
-        return pool
 
     def _find_queue(self, side: int, tasks: tuple[str, ...]) -> TileQueue:
         with self._lock:
@@ -349,6 +338,15 @@ def bag_part(model: MultiTaskModel) -> MultiTaskModel:
     needed = ("grouper", "heads")
     left_out = {id(part): nn.Identity() for name, part in model.named_children() if name not in needed}
     return copy.deepcopy(model, memo=dict(left_out))
+
+
+def start_one_core_threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Start threads that let torch compute on one core each; those of the host process stay as they were."""
+    before, together = torch.get_num_threads(), threading.Barrier(count)
+    pool = ThreadPoolExecutor(count, name, initializer=_use_one_core)
+    list(pool.map(lambda _: together.wait(), range(count)))
+    torch.set_num_threads(before)  # the setting is a thread's own, but also that of threads not used yet
+    return pool
 
 
 def _use_one_core() -> None:

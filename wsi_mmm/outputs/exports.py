@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import tempfile
@@ -18,9 +17,10 @@ from zarr.codecs import BloscCodec
 from zarr.errors import GroupNotFoundError
 from zarr.storage import LocalStore, ObjectStore
 
-from wsi_mmm.errors import MissingPackage, OptionError, StorageError
+from wsi_mmm.errors import OptionError, StorageError
+from wsi_mmm.plugins import import_package
 from wsi_mmm.storage import store
-from wsi_mmm.storage.folders import published_folder
+from wsi_mmm.storage.store import published_folder
 from wsi_mmm.types import F32, I64, U8, Grid, TaskInfo
 
 _ROWS = 4096  # tiles per chunk of features
@@ -95,10 +95,7 @@ def as_h5(features: SlideFeatures) -> bytes:
 
 def as_pt(features: SlideFeatures) -> bytes:
     """The tensor float32[n, D] that CLAM reads with ``torch.load``."""
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingPackage("the .pt export needs torch: pip install torch, or export h5") from error
+    torch = import_package("torch", "the .pt export needs torch: pip install torch, or export h5")
     buffer = io.BytesIO()
     torch.save(torch.from_numpy(np.ascontiguousarray(features.vectors)), buffer)
     return buffer.getvalue()
@@ -106,10 +103,7 @@ def as_pt(features: SlideFeatures) -> bytes:
 
 def as_h5ad(features: SlideFeatures) -> bytes:
     """AnnData: X is the features, ``obsm["spatial"]`` the middle of each tile, ``uns["wsi_mmm"]`` the attributes."""
-    try:
-        anndata = importlib.import_module("anndata")  # optional, untyped
-    except ImportError as error:
-        raise MissingPackage("the .h5ad export needs anndata: pip install anndata, or export h5") from error
+    anndata = import_package("anndata", "the .h5ad export needs anndata: pip install anndata, or export h5")
     middle = features.coords + int(features.attributes.get("patch_size_level0", 0)) / 2
     data = anndata.AnnData(X=features.vectors, obsm={"spatial": middle}, uns={"wsi_mmm": dict(features.attributes)})
     with tempfile.TemporaryDirectory() as folder:

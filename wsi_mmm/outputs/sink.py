@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 import zlib
 from pathlib import Path
 
-from wsi_mmm.storage.atomic import create_beside, move_into_place
-from wsi_mmm.storage.translate import local_errors
+from wsi_mmm.storage.local import local_errors, temporary_beside
 
 BLOCK = 1 << 20  # bytes handed on at a time: fixed, so the compressed bytes do not depend on the caller's batches
 LEVEL = 1  # gzip: 6 takes four times as long for a fifth less; measured in tests/benchmarks/bench_geojson.py
@@ -28,7 +28,7 @@ class FileSink:
         self._error: OSError | None = None
         self._compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, 31) if gzip else None
         with local_errors(str(self.path), writing=True):
-            self._temporary = create_beside(self.path)
+            self._temporary = temporary_beside(self.path)
             self._file = self._temporary.open("wb")
         self._thread = threading.Thread(target=self._write_blocks, name="file-sink", daemon=True)
         self._thread.start()
@@ -52,7 +52,7 @@ class FileSink:
             self._raise_error()
             with local_errors(str(self.path), writing=True):
                 self._file.close()
-                move_into_place(self._temporary, self.path)
+                os.replace(self._temporary, self.path)
         except BaseException:
             self.abort()
             raise

@@ -25,7 +25,7 @@ from wsi_mmm.outputs.inside import Regions
 from wsi_mmm.outputs.overlay import attention_png
 from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.storage import store
-from wsi_mmm.storage.folders import published_file
+from wsi_mmm.storage.store import published_file
 from wsi_mmm.tasks.base import Task
 from wsi_mmm.tiles.grid import tile_boxes, tile_size_level0, tile_xy
 from wsi_mmm.types import I64, Mask, Objects, TaskInfo
