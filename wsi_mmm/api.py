@@ -115,13 +115,13 @@ def submit(
     ``detach=False`` this process drives the run, and the run ends with it. ``options`` are those of `run`. Both kinds
     of job have ``.progress``, ``.result(timeout)``, ``.cancel()``, ``.done``.
     """
-    from wsi_mmm.engine.executors.dask import attach_executor, client_of
+    from wsi_mmm.engine.executors.dask import DaskExecutor, client_of
 
     asked = make_options(options, scheduler=_scheduler_address(client))
     request = request_run(slides, model_recipe(str(model), tasks, asked), output)
     connected = client_of(client, tls=request.tls)
     if not detach:
-        executor = partial(attach_executor, connected)
+        executor = partial(DaskExecutor, connected)
         return Job(lambda listener, stop: run_slides(request, executor, listener, stop, observe=observe))
     from wsi_mmm.engine.executors.dask_jobs import JobSpec, launch_job
 

@@ -19,9 +19,8 @@ from helpers.empaia_platform import JOB, MOST_ITEMS, TOKEN, FakePlatform
 from helpers.wsi_service import described
 from wsi_mmm.empaia import bodies
 from wsi_mmm.empaia.app import JobEnd
-from wsi_mmm.empaia.batches import Limits
 from wsi_mmm.empaia.bodies import Collection, Primitive, Record
-from wsi_mmm.empaia.client import AppApi
+from wsi_mmm.empaia.client import AppApi, Limits
 from wsi_mmm.empaia.pixelmaps import MapLevel, Pixelmap
 from wsi_mmm.errors import OutputError
 from wsi_mmm.model.card import read_card

@@ -115,6 +115,11 @@ def concat(parts: Sequence[Objects]) -> Objects:
     )
 
 
+def scaled(objects: Objects, scale_x: float, scale_y: float) -> Objects:
+    """Coordinates multiplied: target px -> level-0 px. Anchors stay."""
+    return replace(objects, coords=objects.coords * np.array([scale_x, scale_y]))
+
+
 def sort_by_anchor(objects: Objects) -> Objects:
     """Objects in the order every published file has: by anchor (y, then x), then class (masks may overlap)."""
     return take(objects, np.lexsort((objects.class_index, objects.anchor[:, 1], objects.anchor[:, 0])))
