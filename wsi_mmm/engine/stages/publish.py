@@ -20,12 +20,11 @@ from wsi_mmm.engine.stages.interpret import blended_core
 from wsi_mmm.engine.stages.overlay import THUMBNAIL, Picture
 from wsi_mmm.engine.stages.prepare import load_slide_plan, published_before, region_hash, regions_of_interest
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
-from wsi_mmm.outputs import merge, polygons, ragged
-from wsi_mmm.outputs.attention import attention_png
-from wsi_mmm.outputs.exports import write_features
+from wsi_mmm.outputs import merge, polygons
+from wsi_mmm.outputs.exports import write_features, write_map
 from wsi_mmm.outputs.geojson import GeoJSONWriter
 from wsi_mmm.outputs.inside import Regions
-from wsi_mmm.outputs.maps import write_map
+from wsi_mmm.outputs.overlay import attention_png
 from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.storage import store
 from wsi_mmm.storage.store import published_file
@@ -183,8 +182,8 @@ def _objects_near(task: str, plan: SlidePlan, box: tuple[float, float, float, fl
         if core.x0 < x1 and core.x1 > x0 and core.y0 < y1 and core.y1 > y0:
             part = workdir.load_part(plan.slide, task, unit.block)
             y, x = part.anchor[:, 0], part.anchor[:, 1]
-            parts.append(ragged.take(part, (x >= x0) & (x < x1) & (y >= y0) & (y < y1)))
-    return ragged.concat(parts) if parts else ragged.empty(task)
+            parts.append(polygons.take(part, (x >= x0) & (x < x1) & (y >= y0) & (y < y1)))
+    return polygons.concat(parts) if parts else polygons.empty(task)
 
 
 def _task_objects(
@@ -198,7 +197,7 @@ def _task_objects(
     elif task.scope == "pixel":
         for _, units in itertools.groupby(interpret_units(plan), lambda unit: unit.block[0]):
             parts = [workdir.load_part(plan.slide, name, unit.block) for unit in units]
-            yield ragged.sort_by_anchor(ragged.concat(parts))
+            yield polygons.sort_by_anchor(polygons.concat(parts))
     elif len(plan.index):
         yield _tile_rectangles(task, plan, tables[name])
 
@@ -207,8 +206,8 @@ def _merge_regions(task: Task, plan: SlidePlan) -> Objects:
     """Regions cut by block borders made whole, scaled to level-0 px."""
     grid, parts = plan.grid, [workdir.load_part(plan.slide, task.info.name, u.block) for u in interpret_units(plan)]
     if not parts:
-        return ragged.empty(task.info.name)
-    merged = ragged.scaled(merge.merge_regions(parts), grid.scale_x, grid.scale_y)
+        return polygons.empty(task.info.name)
+    merged = polygons.scaled(merge.merge_regions(parts), grid.scale_x, grid.scale_y)
     return polygons.simplify(merged, grid.scale_x * task.stride)
 
 
@@ -290,7 +289,8 @@ def _write_maps(ctx: UnitContext, plan: SlidePlan) -> str:
     for task in ctx.tasks:
         if task.scope == "pixel":
             cores = (blended_core(ctx, task, unit) for unit in units)
-            write_map(store.join(plan.slide.output, "maps", f"{task.info.name}.zarr"), task, plan.grid, cores)
+            uri = store.join(plan.slide.output, "maps", f"{task.info.name}.zarr")
+            write_map(uri, task.info, task.channels, task.stride, plan.grid, cores)
     return "maps"
 
 
@@ -309,10 +309,8 @@ def answer_slide(ctx: UnitContext, plan: SlidePlan, failed: Mask) -> SlideAnswer
     attention = {name: np.full(len(plan.index), np.nan, np.float32) for name in names}
     columns: dict[str, str | float | None] = {}
     if not failed.all():
-        from wsi_mmm.model.bagging import answer_bag
-
         vectors = gather_features(ctx.cache, plan.index[~failed], plan.slide.recipe.block_tiles)
-        values, shares = answer_bag(ctx.runner, vectors, names)
+        values, shares = ctx.runner.answer_bag(vectors, names)
         for task in tasks:
             columns |= json_row(task.table(values[task.info.name][None]), task.info.classes)
             attention[task.info.name][~failed] = shares[task.info.name]
