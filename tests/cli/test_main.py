@@ -486,7 +486,7 @@ def test_models_lists_and_shows_the_default() -> None:
 def test_models_export_says_what_was_written(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
     """The file, its tasks, the tile sizes that fit, and how far its answers lie from torch's."""
     from wsi_mmm import api
-    from wsi_mmm.model.exporting import Exported
+    from wsi_mmm.model.onnx import Exported
 
     def written(name: str, *, output: Path, tasks: list[str] | None, **rest: object) -> Exported:
         return Exported(output, tuple(tasks or ("nuclei", "stain")), None if tasks is None else 512, 1.04e-06)

@@ -122,14 +122,14 @@ class BufferedStore:
                 return data[start - begin : start - begin + length]
         return None if length else b""
 
-    def drop_buffers(self) -> None:
-        """Drop the buffers once the object is open."""
+    def drop_buffers(self) -> ByteStore:
+        """Drop the buffers once the object is open, and return it."""
         self._buffers = []
+        return self._inner
 
     def close(self) -> None:
         """Drop the buffers and close files and connections."""
-        self.drop_buffers()
-        self._inner.close()
+        self.drop_buffers().close()
 
 
 def buffered(store: ByteStore) -> BufferedStore:

@@ -68,7 +68,7 @@ NO_AUGMENT = Augment(
 def recolour(x: Tensor, augment: Augment, *, seed: int) -> Tensor:
     """float[n, 3, h, w] in [0, 1] -> the same, augmented; ``x`` itself when there is nothing to do.
 
-    Raises ConfigError when JPEG is asked for off the CPU.
+    Raises ConfigError for JPEG on another device than the CPU.
     """
     if augment == NO_AUGMENT or not len(x):
         return x

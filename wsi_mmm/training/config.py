@@ -220,7 +220,7 @@ class TrainConfig(ConfigTable):
 
 
 def _check_tasks(entry: DataEntry, tasks: Sequence[TaskPart]) -> None:
-    """Every task of a data set exists, and answers for what its items are: tiles, or bags of them."""
+    """Check that every task of a data set exists and has the scope of its items: tiles, or bags of tiles."""
     scopes = {task.name: task.scope for task in tasks}
     wanted = "bag" if entry.kind in BAGS else "tile"
     for name in entry.tasks:

@@ -199,7 +199,7 @@ def _start_run(
 
 
 def _iter_steps(run: _Run) -> Generator[tuple[TrainBatch, ...], None, None]:
-    """Each step's micro-batches, until the last. Cancelled, after a checkpoint, when some rank was told to stop."""
+    """Each step's micro-batches, until the last. Cancelled, after a checkpoint, when some rank received a signal."""
     if run.training.step >= run.plan.steps:
         return
     found = run.feed.batches(run.training.step)

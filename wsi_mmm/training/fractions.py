@@ -24,7 +24,7 @@ from wsi_mmm.training.ranks import Ranks, joined
 
 DONE, TABLE, SUMMARY = "result.json", "fractions.csv", "fractions.json"
 _FREE = ("out", "threads", "device", "tracking", "checkpoint")
-"""What may differ between a training that is done and the one that is asked for."""
+"""Keys that may differ between a finished training and the requested one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def train_fractions(
             )
             if point is not None:
                 points.append(point)
-                curve = _with_metric(tuple(points), metric or config.validation.best)  # a wrong metric is said at once
+                curve = _with_metric(tuple(points), metric or config.validation.best)  # a wrong metric ends it here
     return _write_curve(curve, folder) if len(points) == seeds * len(set(percents)) else Curve("", "", tuple(points))
 
 
@@ -159,7 +159,7 @@ def _part_metrics(point: FractionResult, part: str) -> Mapping[str, Mapping[str,
 
 
 def _with_metric(points: tuple[FractionResult, ...], metric: str) -> Curve:
-    """With the part and the metric to speak of. ConfigError when some training does not give it."""
+    """The curve of a metric ("": the first). ConfigError when some training does not give it."""
     part = "test" if all(point.test for point in points) else "val"
     known = [[f"{task}.{name}" for task, found in _part_metrics(p, part).items() for name in found] for p in points]
     if not known[0]:

@@ -160,7 +160,7 @@ def take_over(model: MultiTaskModel, other: MultiTaskModel) -> int:
 def train(config: TrainConfig, listener: TrainingListener = QUIET, expand: Expand = each_by_itself) -> Trained:
     """Train, judge what was held out, and write ``<out>/model``. The same again goes on from the last checkpoint.
 
-    Under torchrun every rank calls this; rank 0 writes and speaks. Raises what `prepare` and `fit` raise.
+    Under torchrun every rank calls this; rank 0 writes and logs. Raises what `prepare` and `fit` raise.
     """
     model_folder(config)  # a folder that cannot be used is an error before ranks meet
     with joined(config.device) as ranks:
@@ -292,7 +292,7 @@ def held_out(prepared: Prepared, part: str) -> Iterator[Sample]:
 def _track_metrics(
     listener: TrainingListener, trackers: Sequence[Tracker], seen: dict[int, Figures]
 ) -> TrainingListener:
-    """``listener``, of whose events ``trackers`` hear too; metrics of validations are kept in ``seen``, by step."""
+    """``listener``, with ``trackers`` informed too; the metrics of validations are kept in ``seen``, by step."""
 
     def on_step(progress: StepReport) -> None:
         values = {f"loss/{name}": value for name, value in progress.losses.items()}

@@ -218,7 +218,7 @@ def batches(
             for step in steps:
                 yield sender.sent(tuple(next(made) for _ in drawn(step)))
 
-    drawn(steps.start)  # what cannot be planned is said now
+    drawn(steps.start)  # a plan that cannot work is an error now
     return steps_made()
 
 
@@ -269,7 +269,7 @@ def tasks_of(feed: DataFeed, tasks: Mapping[str, Task]) -> dict[str, Task]:
 
 
 def _reading_size(plan: LoadPlan, tasks: Iterable[Task]) -> int:
-    """The side in px of what is read for a crop: with what its warp and its targets need round it."""
+    """The side in px of the square that is read for a crop, with the margin that its warp and its targets need."""
     return reach(plan.change, plan.size, max((MARGINS.get(task.info.kind, 0) for task in tasks), default=0))
 
 
@@ -365,8 +365,8 @@ def mixed(steps: Iterator[tuple[TrainBatch, ...]], tasks: Mapping[str, Task]) ->
 def together(found: Sequence[TrainBatch], tasks: Mapping[str, Task]) -> tuple[TrainBatch, ...]:
     """Micro-batches of pictures as one, and the others (bags; those of which nothing could be read) as they are.
 
-    Of a task that knows nothing of a micro-batch, the targets of its items are unknown. A task's loss is then the mean
-    over the items of the step that it knows, not over its micro-batches.
+    Where a micro-batch has no targets of a task, those of its items are unknown. A task's loss is then the mean over
+    the items of the step with known targets, not over its micro-batches.
     """
     some = [batch for batch in found if len(batch) and batch.pixels is not None and batch.bag is None]
     if len(some) < 2:

@@ -68,7 +68,7 @@ _SHAPES: dict[str, Callable[[float, float], float]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------- who learns
+# ------------------------------------------------------------------------------------------- what is trained
 def begin(model: MultiTaskModel, plan: OptimPlan) -> None:
     """Training mode; the first ``plan.frozen`` depths stay as they are. ConfigError when nothing is left to learn."""
     if plan.frozen >= depth_of(model):

@@ -327,9 +327,9 @@ def _layer_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
 def launch_on_dask(client: Any, train: Callable[[Ranks], T], *, device: str = "auto", wait: float = 120.0) -> list[T]:
     """Run ``train(ranks)`` once on every worker of a Dask ``client``, as ranks that know each other; results by rank.
 
-    ``client`` is what distributed calls one (it is asked for its workers, to submit and to cancel), ``train`` something
-    that it can send. Workers must be processes of their own and able to reach the first one's host. When a rank fails,
-    the others are told to stop and its error is raised; a worker that dies fails the others within ``wait`` seconds.
+    ``client`` is a client of distributed, ``train`` something that it can pickle. Workers must be processes of their
+    own and able to reach the first one's host. When a rank fails, the others are told to stop and its error is raised;
+    a worker that dies fails the others within ``wait`` seconds.
     """
     workers = list(client.nthreads())
     if not workers:

@@ -29,7 +29,7 @@ class Tracker(Protocol):
         """Named numbers of a step, such as ``loss/nuclei`` or ``val/nuclei/f1``."""
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write the rest, and end."""
 
 
 class Lines:
@@ -39,7 +39,7 @@ class Lines:
         self.path = path
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Tracker`; what is not finite is null."""
+        """See `Tracker`; values that are not finite become null."""
         found = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             with self.path.open("a", encoding="utf-8") as file:

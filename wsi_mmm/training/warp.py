@@ -34,7 +34,7 @@ class Change:
     ``flips``: left and right; ``quarters``: turns by right angles; ``angle``: degrees that it is turned further at
     most; ``scale``: objects get up to 1 + scale times as large or small; ``shift``: sizes of a crop that it may lie
     beside the middle of a sample cut out for it (whole images: any place in them, and this much beyond). ``place``:
-    False puts every crop in the middle. Boxes of what is turned by free angles get loose: a box turns as a rectangle.
+    False puts every crop in the middle. Boxes turned by free angles get loose: a box turns as a rectangle.
     """
 
     flips: bool = True
@@ -143,7 +143,7 @@ def padded(pictures: Sequence[U8]) -> U8:
 def warp_pixels(pixels: Tensor, theta: Tensor, size: int) -> Tensor:
     """uint8[n, H, W, 3] (white beside smaller pictures) -> float32[n, 3, size, size] in [0, 1], channels_last.
 
-    ``theta`` float32[n, 2, 3] on the CPU: what is to be done is decided there, without waiting for the device.
+    ``theta`` float32[n, 2, 3] on the CPU: the way to sample is chosen there, without waiting for the device.
     Warps that copy are copied; the others are bilinear, of averages of 2 ** k px where they show less.
     """
     if len(theta) != len(pixels) or theta.device.type != "cpu":

@@ -28,7 +28,7 @@ FetchedItems = Mapping[int, Fetched | None]
 class Sample:
     """An item as read. ``pixels`` uint8[h, w, 3] RGB; of a bag of tiles uint8[k, s, s, 3]; of a bag of features None
     and ``vectors`` float32[k, D]. ``xy`` int64[k, 2]: level-0 px of a bag's tiles. ``targets``: task name -> target in
-    this sample's own px; a task that is absent knows nothing of it. ``failed``: why it could not be read ("" when it
+    this sample's own px; those of absent tasks are unknown. ``failed``: why it could not be read ("" when it
     could): it is left out of the batch and counted, never trained on as white."""
 
     key: str
@@ -77,7 +77,7 @@ class DataSource(Protocol):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that it can know something about."""
+        """Names of the tasks that it can have targets of."""
 
     def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
         """These items, in this order. Sources that cut pictures out of slides or larger images give ``size`` px
@@ -136,7 +136,7 @@ def first_groups(pattern: str, texts: Sequence[str], where: str) -> list[str | N
 
 
 class ConfigTable(BaseModel):
-    """A table of a configuration; what it does not know is an error."""
+    """A table of a configuration; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 

@@ -1,4 +1,4 @@
-"""From the class names that annotators use to the labels of a task: an ordered table, and what it would do to files.
+"""From the class names that annotators use to the labels of a task: an ordered table of rules, and a dry run of it.
 
 The first rule that fits a name decides. Beside the task's labels there are three buckets: ``IGNORE`` (nothing is known
 there), ``DROP`` (as if the object were not in the file) and ``USE`` (the annotator looked at everything in there).

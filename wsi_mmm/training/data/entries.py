@@ -11,12 +11,12 @@ from wsi_mmm.errors import ConfigError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data import folders, volumes
-from wsi_mmm.training.data.base import ConfigTable, DataContext, DatasetEntry, DataSource, ItemIndex
+from wsi_mmm.training.data.base import DataContext, DatasetEntry, DataSource, ItemIndex
 from wsi_mmm.training.data.coco import coco
 from wsi_mmm.training.data.images import Origin
-from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, SlidesEntry, TileBags
+from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, SlidesEntry, TaskColumns, TileBags
 from wsi_mmm.training.data.split import parts_by_pattern
-from wsi_mmm.training.data.tables import TableTask, read_table, slide_table
+from wsi_mmm.training.data.tables import read_table, slide_table
 
 
 class OfOneTask(DatasetEntry):
@@ -143,19 +143,15 @@ class Nifti(OfOneTask):
         )  # fmt: skip
 
 
-class PatientTable(ConfigTable):
+class PatientTable(TaskColumns):
     """A table with one row per patient, named in column ``patient``. Otherwise as a table of slides."""
 
     table: str
     patient: str = "patient"
-    columns: tuple[str, ...]
-    values: dict[str, str] = Field(default_factory=dict)
-    separator: str = ";"
 
     def targets(self, card: TaskCard) -> dict[str, Target]:
         """Patient -> the target of the task. ManifestError names a wrong row."""
-        task = TableTask(card.name, card.kind, self.columns, card.classes, self.values, self.separator)
-        found = slide_table(read_table(self.table), [task], slide=self.patient)
+        found = slide_table(read_table(self.table), [self.task(card)], slide=self.patient)
         return dict(zip(found.slides, found.targets[card.name], strict=True))
 
 

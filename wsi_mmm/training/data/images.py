@@ -19,7 +19,7 @@ from wsi_mmm.types import I32, U8
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MAX_PX = 1 << 26
-"""Px of a picture above which it is refused: what is larger is a slide, and read as one."""
+"""Px of a picture above which it is refused: larger ones are read as slides."""
 
 MAX_SIDE = 1 << 15
 
@@ -138,7 +138,7 @@ def _read_npy(uri: str) -> I32:
 
 
 def _npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of a .npy file: what it claims is looked at before memory is taken for it."""
+    """Shape and type of a .npy file, to be checked before memory is allocated for it."""
     versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in versions:

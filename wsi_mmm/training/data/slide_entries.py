@@ -151,22 +151,26 @@ class SlidesEntry(Tiled):
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
-        specs = self.specs(place)  # what is wrong with the table is said before files are looked for
+        specs = self.specs(place)  # a wrong table is an error before files are looked for
         return slide_tiles(self.name, self.items(place), self.places(place), specs, caching=self.caching)
 
     def dry_run(self, place: DataContext) -> dict[str, BucketReport]:
-        """Per task what its bucket table makes of the annotations."""
+        """Task -> the report of its bucket table on the annotations."""
         specs, pool = self.specs(place), SlidePool(KEPT_OPEN)
         items = self.items(place) if specs else []
         return {one.task: dry_run_slides(items, one.buckets, pool) for one in specs}
 
 
 class TaskColumns(ConfigTable):
-    """The columns of a table that a task learns from; see `TableTask`."""
+    """The columns of a table that hold the targets of a task; see `TableTask`."""
 
     columns: tuple[str, ...]
     values: dict[str, str] = Field(default_factory=dict)
     separator: str = ";"
+
+    def task(self, card: TaskCard) -> TableTask:
+        """The table's task for ``card``."""
+        return TableTask(card.name, card.kind, self.columns, card.classes, self.values, self.separator)
 
 
 class Tabled(ConfigTable):
@@ -185,10 +189,7 @@ class Tabled(ConfigTable):
 
     def read(self, place: DataContext) -> tuple[SlideTable, I32]:
         """The rows, and the class int32[rows] that balancing goes by: of the first task."""
-        tasks = [
-            TableTask(name, place.tasks[name].kind, one.columns, place.tasks[name].classes, one.values, one.separator)
-            for name, one in self.truth.items()
-        ]
+        tasks = [columns.task(place.tasks[name]) for name, columns in self.truth.items()]
         table = tables.slide_table(tables.read_table(self.table), tasks, slide=self.id, group=self.patient)
         return table, balance_labels(tasks[0].kind, table.targets[tasks[0].task])
 
