@@ -11,7 +11,9 @@ from wsi_mmm.slides.openslide import detect, open_with_openslide
 from wsi_mmm.slides.service.app_api import SCHEME, open_app_slide
 from wsi_mmm.slides.service.wsi_service import open_wsi_service
 from wsi_mmm.slides.tiff.directories import Directory, is_tiff, read_directories
-from wsi_mmm.slides.tiff.metadata import perhaps_openslide, plane_of, unsupported, vendor_of
+from wsi_mmm.slides.tiff.metadata import vendor_of
+from wsi_mmm.slides.tiff.pages import find_slide_page
+from wsi_mmm.slides.tiff.planes import perhaps_openslide, plane_of, unsupported
 from wsi_mmm.slides.tiff.reader import TiffReader
 from wsi_mmm.slides.tiffslide import open_with_tiffslide
 from wsi_mmm.storage.store import BufferedStore, buffered, is_local, open_store, redact
@@ -96,9 +98,9 @@ def _examine_content(store: BufferedStore) -> str | list[Directory]:
         if is_local(store.uri) and detect(store.uri) == "hamamatsu":
             return "openslide"
         raise
-    first = directories[0]
-    if vendor_of(first) is not None:
-        plane = plane_of(first, name)
+    vendor = vendor_of(directories[0])
+    if vendor is not None:
+        plane = plane_of(find_slide_page(directories, vendor, name).directory, name)
         if not unsupported(plane) or not perhaps_openslide(plane):
             return directories
     return "openslide" if _seen_by_openslide(store.uri) else directories

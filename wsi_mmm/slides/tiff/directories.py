@@ -130,7 +130,10 @@ def read_directories(store: ByteStore) -> list[Directory]:
     chain = _read_chain(window, layout, first, seen)
     if not chain:
         raise SlideDamaged(f"{redact(store.uri)} is a TIFF without any image; copy it again")
-    found = [_load_values(window, d, _NUMBERS if n else _TEXTS + _NUMBERS) for n, d in enumerate(chain)]
+    first = _load_values(window, chain[0], _TEXTS + _NUMBERS)
+    # PerkinElmer says in the text of each directory what it is; other texts of later directories are not needed.
+    wanted = (270, *_NUMBERS) if b"<PerkinElmer-QPI" in first.values.get(270, b"")[:4096] else _NUMBERS
+    found = [first, *(_load_values(window, directory, wanted) for directory in chain[1:])]
     return [_with_sub(window, layout, d, seen) for d in found]
 
 

@@ -52,7 +52,9 @@ from wsi_mmm.slides.tiff.codecs import (
     shrinks,
 )
 from wsi_mmm.slides.tiff.directories import Directory, read_directories, table
-from wsi_mmm.slides.tiff.metadata import COMPRESSIONS, Plane, TiffSlide, describe
+from wsi_mmm.slides.tiff.metadata import TiffSlide, describe
+from wsi_mmm.slides.tiff.planes import COMPRESSIONS, Plane
+from wsi_mmm.slides.tiff.verify import confirmed_planes
 from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.storage.store import ByteStore, redact
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
@@ -70,6 +72,7 @@ class TiffReader:
         """Read ``store``; ``directories``: those already parsed. Raises NotASlide, SlideDamaged, StorageError."""
         name = redact(store.uri)
         slide = describe(directories or read_directories(store), name)
+        slide = replace(slide, planes=confirmed_planes(store, slide.planes, slide.doubtful))
         self._store = store
         self._planes = slide.planes
         self._offsets, self._counts = _read_tables(store, slide.planes, name)
