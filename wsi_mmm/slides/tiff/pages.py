@@ -189,7 +189,7 @@ def _may_be_level(page: Page, top: Page, vendor: str) -> bool:
     if page.parent is not None:
         return page.parent is top.directory
     if vendor == "aperio":
-        return not directory.number(254, 0)  # label and macro are flagged 1 and 9, levels are not
+        return directory.number(254, 0) in (0, _REDUCED)  # the macro is flagged 9, and the label 1, as some levels are
     if vendor == "perkinelmer":
         return _qpi_type(page) == "ReducedResolution"
     # A thumbnail is stored in strips too: among strips only what calls itself a reduced image is a level.
@@ -206,12 +206,12 @@ def _fits(plane: Plane, top: Plane) -> bool:
 
 def _vouched(page: Page, plane: Plane, finer: Sequence[Plane], vendor: str) -> bool:
     """Tell whether more than its size speaks for a level: a SubIFD, a vendor's rule, or a flag and a halved size."""
-    if page.parent is not None or vendor == "perkinelmer":
+    if page.parent is not None or vendor == "perkinelmer" or (vendor == "aperio" and not page.reduced):
         return True
     halved = any(
         abs(plane.width * 2 - other.width) <= 2 and abs(plane.height * 2 - other.height) <= 2 for other in finer
     )
-    return halved and (page.reduced or vendor == "aperio")
+    return halved and page.reduced
 
 
 def _role(page: Page, top: Page, taken: set[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 from PIL import Image
@@ -20,7 +22,7 @@ _CELLS = 8  # both are averaged to so many cells per side
 _ALIKE, _CLOSE, _CORRELATED = 4.0, 20.0, 0.9  # mean grey levels apart: alike as such; close, if the patterns agree
 _SHARE = 0.75  # of the windows must agree
 
-ReadTile = Callable[[int], U8 | None]
+ReadTiles = Callable[[Sequence[int]], dict[int, U8]]
 
 
 def confirmed_planes(store: ByteStore, planes: Sequence[Plane], doubtful: frozenset[int]) -> tuple[Plane, ...]:
@@ -36,52 +38,57 @@ def confirmed_planes(store: ByteStore, planes: Sequence[Plane], doubtful: frozen
 
 
 def _same_picture(store: ByteStore, fine: Plane, coarse: Plane) -> bool:
-    """Tell whether averaged windows of both agree; what cannot be compared does not."""
-    ratio = max(fine.width / coarse.width, fine.height / coarse.height)
-    side = min(_SIDE, int(_MOST_FINE / ratio), coarse.tile_width, coarse.tile_height)
-    if side < 4:
-        return False
+    """Tell whether averaged windows agree; where none can be compared, whether it calls itself a reduced image."""
+    ratio = fine.width / coarse.width, fine.height / coarse.height
+    side = min(_SIDE, int(_MOST_FINE / max(ratio)), coarse.tile_width, coarse.tile_height)
     read_fine, read_coarse = _tile_reader(store, fine), _tile_reader(store, coarse)
-    if read_fine is None or read_coarse is None:
+    if side < 4 or read_fine is None or read_coarse is None:
         return False
+    windows = _detailed_windows(coarse, read_coarse, side)
+    boxes = [(x * ratio[0], y * ratio[1], (x + side) * ratio[0], (y + side) * ratio[1]) for x, y, _ in windows]
+    tiles = read_fine(sorted({number for box in boxes for row in _numbers_under(fine, box) for number in row}))
     answers = []
-    for x, y, window in _detailed_windows(coarse, read_coarse, side):
-        region = _fine_cells(fine, read_fine, (x, y, side), (fine.width / coarse.width, fine.height / coarse.height))
-        if region is not None:
-            answers.append(_agree(region, _cells(window, (0.0, 0.0, side, side))))
-    return bool(answers) and sum(answers) >= _SHARE * len(answers)
+    for (_, _, window), box in zip(windows, boxes, strict=True):
+        numbers = _numbers_under(fine, box)
+        if all(number in tiles for row in numbers for number in row):
+            canvas = np.concatenate([np.concatenate([tiles[n] for n in row], axis=1) for row in numbers], axis=0)
+            row, column = divmod(numbers[0][0], fine.columns)
+            left, top = column * fine.tile_width, row * fine.tile_height
+            right, bottom = min(box[2] - left, canvas.shape[1]), min(box[3] - top, canvas.shape[0])
+            answers.append(
+                _agree(_cells(canvas, (box[0] - left, box[1] - top, right, bottom)), _cells(window, (0, 0, side, side)))
+            )
+    return sum(answers) >= _SHARE * len(answers) if answers else bool(coarse.directory.number(254, 0) & 1)
 
 
-def _tile_reader(store: ByteStore, plane: Plane) -> ReadTile | None:
+def _tile_reader(store: ByteStore, plane: Plane) -> ReadTiles | None:
+    """A function from numbers of native tiles to their pixels, without those left out or damaged."""
     tags = (324, 325) if plane.tiled else (273, 279)
     if any(tag not in plane.directory.entries for tag in tags):
         return None
     offsets, counts = table(store, [plane.directory] * 2, tags)
     decode, most = decoder(plane), most_bytes(plane)
 
-    def read(number: int) -> U8 | None:
-        if not number < min(len(offsets), len(counts)) or not 0 < counts[number] <= most:
-            return None
-        (data,) = store.get_ranges([(int(offsets[number]), int(counts[number]))])
-        rows = plane.tile_height
-        if not plane.tiled:
-            rows = min(rows, plane.height - number * plane.tile_height)
-        try:
-            return decode(data, 1, rows)
-        except UndecodableError:
-            return None
+    def read(numbers: Sequence[int]) -> dict[int, U8]:
+        there = [n for n in numbers if n < min(len(offsets), len(counts)) and 0 < counts[n] <= most]
+        data = store.get_ranges([(int(offsets[n]), int(counts[n])) for n in there]) if there else []
+        found = {}
+        for number, raw in zip(there, data, strict=True):
+            rows = (
+                plane.tile_height if plane.tiled else min(plane.tile_height, plane.height - number * plane.tile_height)
+            )
+            with suppress(UndecodableError):
+                found[number] = decode(raw, 1, rows)
+        return found
 
     return read
 
 
-def _detailed_windows(plane: Plane, read: ReadTile, side: int) -> list[tuple[int, int, U8]]:
+def _detailed_windows(plane: Plane, read: ReadTiles, side: int) -> list[tuple[int, int, U8]]:
     """(x, y, pixels) of the windows with most detail in tiles spread over the plane."""
     total = plane.columns * plane.rows
     found = []
-    for number in sorted({int(n) for n in np.linspace(0, total - 1, min(total, _TILES))}):
-        tile = read(number)
-        if tile is None:
-            continue
+    for number, tile in read(sorted({int(n) for n in np.linspace(0, total - 1, min(total, _TILES))})).items():
         row, column = divmod(number, plane.columns)
         left, top = column * plane.tile_width, row * plane.tile_height
         width, height = min(plane.tile_width, plane.width - left), min(plane.tile_height, plane.height - top)
@@ -93,25 +100,12 @@ def _detailed_windows(plane: Plane, read: ReadTile, side: int) -> list[tuple[int
     return [(x, y, window) for _, x, y, window in found[:_WINDOWS]]
 
 
-def _fine_cells(
-    plane: Plane, read: ReadTile, window: tuple[int, int, int], ratio: tuple[float, float]
-) -> np.ndarray | None:
-    """The finer level under a window of the coarse one, averaged to cells; None where a tile is missing."""
-    x, y, side = window
-    left, top, right, bottom = x * ratio[0], y * ratio[1], (x + side) * ratio[0], (y + side) * ratio[1]
-    first_column, first_row = int(left) // plane.tile_width, int(top) // plane.tile_height
-    last_column = min(int(np.ceil(right)) - 1, plane.width - 1) // plane.tile_width
-    last_row = min(int(np.ceil(bottom)) - 1, plane.height - 1) // plane.tile_height
-    rows = []
-    for row in range(first_row, last_row + 1):
-        tiles = [read(row * plane.columns + column) for column in range(first_column, last_column + 1)]
-        if any(tile is None for tile in tiles):
-            return None
-        rows.append(np.concatenate([tile for tile in tiles if tile is not None], axis=1))
-    canvas = np.concatenate(rows, axis=0)
-    x0, y0 = first_column * plane.tile_width, first_row * plane.tile_height
-    box = (left - x0, top - y0, min(right - x0, canvas.shape[1]), min(bottom - y0, canvas.shape[0]))
-    return _cells(canvas, box)
+def _numbers_under(plane: Plane, box: tuple[float, float, float, float]) -> list[list[int]]:
+    """Numbers of the native tiles under a box, row by row."""
+    right, bottom = min(math.ceil(box[2]), plane.width) - 1, min(math.ceil(box[3]), plane.height) - 1
+    columns = range(int(box[0]) // plane.tile_width, right // plane.tile_width + 1)
+    rows = range(int(box[1]) // plane.tile_height, bottom // plane.tile_height + 1)
+    return [[row * plane.columns + column for column in columns] for row in rows]
 
 
 def _cells(pixels: U8, box: tuple[float, float, float, float]) -> np.ndarray:
