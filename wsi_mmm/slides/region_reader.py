@@ -14,8 +14,7 @@ import numpy as np
 
 from wsi_mmm.slides.base import ReadStats
 from wsi_mmm.slides.resample.scaled import WHITE, Source, Window, read_scaled, sources_of
-from wsi_mmm.slides.resample.tile_cache import TileCache
-from wsi_mmm.slides.resample.tiled import CACHE_BYTES, Key, Tile, Tiling, fill, size_of
+from wsi_mmm.slides.resample.tiled import CACHE_BYTES, Key, NativeTiles, Tile, TileCache, Tiling, fill, size_of
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo
 
 _CHUNK = 512
@@ -50,21 +49,18 @@ class RegionReader:
         self._cache.clear()
 
     def _fill_window(self, source: Source, window: Window, out: U8) -> I64:
-        tiling = self._tiling_of(source)
-        return fill(self.info, tiling, window, out, cache=self._cache, load=partial(self._load_chunks, tiling))
-
-    def _tiling_of(self, source: Source) -> Tiling:
         level = self.info.levels[source.level]
         # Chunks of whole native tiles: the library decodes each one once.
         width = level.tile_width * max(1, _CHUNK // level.tile_width)
         height = level.tile_height * max(1, _CHUNK // level.tile_height)
-        return Tiling(source, width, height)
+        tiling = Tiling(source, width, height)
+        return fill(NativeTiles(tiling, self._cache, partial(self._load_chunks, tiling)), window, out)
 
     def _load_chunks(
-        self, tiling: Tiling, keys: Sequence[Key], *, keep: bool = True
+        self, tiling: Tiling, keys: Sequence[Key], scratch: U8 | None = None
     ) -> Iterator[tuple[Key, Tile, int]]:
         for key in keys:
-            tile: Tile = self._read_chunk(tiling.source.level, tiling.window(key))
+            tile: Tile = self._read_chunk(tiling.source.level, tiling.window(key[2]))
             with self._lock:
                 self._chunks += 1
             yield key, tile, size_of(tile)

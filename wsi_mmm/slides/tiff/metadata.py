@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from wsi_mmm.errors import NotASlide
 from wsi_mmm.slides.tiff.directories import Directory
 from wsi_mmm.slides.tiff.ome import parse_ome
-from wsi_mmm.slides.tiff.pages import find_pyramid
+from wsi_mmm.slides.tiff.pages import find_pyramid, page_roles
 from wsi_mmm.slides.tiff.planes import Plane
+from wsi_mmm.slides.tiff.verify import confirmed_planes
+from wsi_mmm.storage.store import ByteStore
 from wsi_mmm.types import Level
 
 _PLAUSIBLE_MPP = (0.01, 100.0)
@@ -24,10 +26,9 @@ _CROP = re.compile(r"\[-?[0-9]+[ ,]+-?[0-9]+[ ,]+([0-9]{1,8})x[0-9]{1,8}\][^|>]{
 
 @dataclass(frozen=True, slots=True)
 class TiffSlide:
-    """The pyramid of a TIFF and what it says about itself. ``doubtful``: positions of levels to be compared."""
+    """The pyramid of a TIFF and what it says about itself."""
 
     planes: tuple[Plane, ...]
-    doubtful: frozenset[int]
     vendor: str
     mpp: tuple[float, float] | None
     objective: float | None
@@ -43,8 +44,11 @@ class TiffSlide:
         )
 
 
-def describe(directories: Sequence[Directory], name: str) -> TiffSlide:
-    """Return the pyramid. Raises NotASlide when this reader cannot read it, SlideDamaged when it contradicts itself."""
+def describe(store: ByteStore, directories: Sequence[Directory], name: str) -> TiffSlide:
+    """Return the pyramid; doubtful levels are compared with finer ones.
+
+    Raises NotASlide when this reader cannot read it, SlideDamaged when it contradicts itself, StorageError.
+    """
     first = directories[0]
     text = first.text(270)
     vendor = vendor_of(first)
@@ -52,18 +56,19 @@ def describe(directories: Sequence[Directory], name: str) -> TiffSlide:
         raise NotASlide(f"{name} is a vendor's TIFF that only OpenSlide reads; give reader='openslide' or leave it out")
     pyramid = find_pyramid(directories, vendor, name)
     properties = _aperio_properties(text) if vendor == "aperio" else {}
-    if len(pyramid.roles) > len(pyramid.planes):
-        properties |= {f"tiff.image[{number}]": role for number, role in pyramid.roles}
+    planes = confirmed_planes(store, pyramid.planes, pyramid.doubtful)
+    if len(pyramid.pages) > len(planes):
+        properties |= page_roles(pyramid, planes)
     if len(pyramid.scenes) > 1:
         properties["tiff.scenes"] = ", ".join(pyramid.scenes)
     if vendor == "aperio":
-        mpp = _aperio_mpp(properties, text, pyramid.planes[0].width)
+        mpp = _aperio_mpp(properties, text, planes[0].width)
     elif vendor == "ome":
         mpp = None if pyramid.ome is None else _ome_mpp(pyramid.ome.pixels)
     else:
         mpp = _tags_mpp(pyramid.top)
     objective = _find_objective(vendor, text, properties)
-    return TiffSlide(pyramid.planes, pyramid.doubtful, vendor, mpp, objective, properties)
+    return TiffSlide(planes, vendor, mpp, objective, properties)
 
 
 def vendor_of(first: Directory) -> str | None:

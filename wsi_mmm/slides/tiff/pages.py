@@ -8,6 +8,7 @@ for it, ``Pyramid.doubtful`` names it and the reader compares its pixels with a 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,16 +55,17 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Pyramid:
-    """The slide's directory, its candidate levels from fine to coarse, and every image of the file with its role.
+    """The slide's directory, its candidate levels from fine to coarse, and every image of the file.
 
-    ``doubtful``: positions in ``planes`` of levels that only their size speaks for. ``scenes``: names of the images
-    that could be the slide, the one in use first.
+    ``numbers``: the directory of each plane. ``doubtful``: positions in ``planes`` of levels that only their size
+    speaks for. ``scenes``: names of the images that could be the slide, the one in use first.
     """
 
     top: Directory
     planes: tuple[Plane, ...]
+    numbers: tuple[str, ...]
     doubtful: frozenset[int]
-    roles: tuple[tuple[str, str], ...]
+    pages: tuple[Page, ...]
     scenes: tuple[str, ...] = ()
     ome: OmeImage | None = None
 
@@ -81,20 +83,20 @@ def find_pyramid(directories: Sequence[Directory], vendor: str, name: str) -> Py
     why = unsupported(plane)
     if why:
         raise NotASlide(f"{name} is a TIFF that this reader cannot read: {why}; convert it to an 8-bit RGB tiled TIFF")
-    planes, sure, doubtful, taken = [plane], [plane], set(), {top.number}
+    planes, numbers, sure, doubtful = [plane], [top.number], [plane], set()
     candidates = [page for page in pages if page is not top and _may_be_level(page, top, vendor)]
+    sizes = Counter(page.size for page in candidates)
     for page in sorted(candidates, key=lambda page: -page.area):
         found = plane_of(page.directory, name)
         if not _fits(found, plane) or unsupported(found):
             continue
-        if _vouched(page, found, sure, vendor):
+        if sizes[page.size] == 1 and _vouched(page, found, sure, vendor):
             sure.append(found)
         else:
             doubtful.add(len(planes))
         planes.append(found)
-        taken.add(page.number)
-    roles = tuple((page.number, _role(page, top, taken)) for page in pages)
-    return Pyramid(top.directory, tuple(planes), frozenset(doubtful), roles, scenes, image)
+        numbers.append(page.number)
+    return Pyramid(top.directory, tuple(planes), tuple(numbers), frozenset(doubtful), tuple(pages), scenes, image)
 
 
 def _find_top(pages: Sequence[Page], vendor: str, name: str) -> tuple[Page, OmeImage | None, tuple[str, ...]]:
@@ -214,9 +216,15 @@ def _vouched(page: Page, plane: Plane, finer: Sequence[Plane], vendor: str) -> b
     return halved and page.reduced
 
 
-def _role(page: Page, top: Page, taken: set[str]) -> str:
+def page_roles(pyramid: Pyramid, planes: Sequence[Plane]) -> dict[str, str]:
+    """Return what every image of the file was taken for, when ``planes`` were found to be the slide and its levels."""
+    taken = [number for number, plane in zip(pyramid.numbers, pyramid.planes, strict=True) if plane in planes]
+    return {f"tiff.image[{page.number}]": _role(page, taken) for page in pyramid.pages}
+
+
+def _role(page: Page, taken: Sequence[str]) -> str:
     width, height = page.size
-    if page is top:
+    if page.number == taken[0]:
         role = "slide"
     elif page.number in taken:
         role = "level"
