@@ -11,6 +11,9 @@ WSI := $(BIN)/wsi-mmm
 # One compute thread per process: results do not depend on it, and the tests run several model threads of their own.
 export OMP_NUM_THREADS ?= 1
 
+# Test files side by side. Each process may hold a model or two: four processes need about 8 GB.
+TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
+
 help:  ## this list
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 16
 
@@ -30,10 +33,10 @@ demo: setup  ## a synthetic slide from pixels to GeoJSON, in demo/
 	@$(WSI) demo --output demo
 
 test: setup  ## the whole suite, slow tests included
-	@$(BIN)/python -m pytest -m "not services and not empaia"
+	@$(BIN)/python -m pytest -m "not services and not empaia" -n $(TEST_PROCESSES) --dist worksteal
 
 test-fast: setup  ## the suite without the slow tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test-services: setup  ## tests against a real S3 server and JuiceFS, started when the environment names none
 	@deploy/services/with.sh $(BIN)/python -m pytest -m services || [ $$? -eq 75 ]

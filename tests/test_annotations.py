@@ -7,7 +7,6 @@ import gzip
 import io
 import json
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import RealData
-from wsi_mmm.annotations import load_shapes, parse_shapes, rasterise
+from wsi_mmm.annotations import parse_shapes, rasterise
 from wsi_mmm.errors import AnnotationError
 
 SQUARE = [[[0, 0], [100, 0], [100, 100], [0, 100], [0, 0]]]
@@ -130,12 +129,6 @@ def test_what_cannot_be_read_is_one_line_that_names_the_file(data: bytes, named:
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    """No traceback of the file system."""
-    with pytest.raises(AnnotationError, match="nowhere"):
-        load_shapes(tmp_path / "nowhere.geojson")
-
-
 def test_asap_polygons_keep_their_group_and_the_order_of_points() -> None:
     """Coordinates are sorted by Order; dots are skipped."""
     points = [(0, 0, 0), (2, 10, 10), (1, 10, 0), (3, 0, 10)]
@@ -182,8 +175,8 @@ def test_shapes_outside_the_picture_are_cut_off() -> None:
 
 def test_real_exports_of_qupath_and_asap_are_read(real_data: RealData) -> None:
     """Every object of both files is a polygon."""
-    qupath = load_shapes(real_data.file("annotations/qupath05_example.geojson"))
-    asap = load_shapes(real_data.file("annotations/camelyon16_tumor_009.xml"))
+    qupath = parse_shapes(real_data.file("annotations/qupath05_example.geojson").read_bytes(), "real")
+    asap = parse_shapes(real_data.file("annotations/camelyon16_tumor_009.xml").read_bytes(), "real")
     assert (len(qupath), qupath.skipped) == (3, 0)
     assert (len(asap), asap.skipped) == (6, 0)
     assert {item.class_name for item in asap} == {"metastasis"}

@@ -12,59 +12,26 @@ from typing import TYPE_CHECKING
 from wsi_mmm._version import __version__
 
 if TYPE_CHECKING:
-    from wsi_mmm.api import Event as Event
-    from wsi_mmm.api import Job as Job
-    from wsi_mmm.api import Observe as Observe
-    from wsi_mmm.api import RunReport as RunReport
-    from wsi_mmm.api import attach as attach
-    from wsi_mmm.api import demo as demo
-    from wsi_mmm.api import embed as embed
-    from wsi_mmm.api import export_model as export_model
-    from wsi_mmm.api import fit_head as fit_head
-    from wsi_mmm.api import list_jobs as list_jobs
-    from wsi_mmm.api import load_model as load_model
-    from wsi_mmm.api import prepare_training as prepare_training
-    from wsi_mmm.api import read_annotations as read_annotations
-    from wsi_mmm.api import run as run
-    from wsi_mmm.api import stream_tiles as stream_tiles
-    from wsi_mmm.api import submit as submit
-    from wsi_mmm.api import train as train
-    from wsi_mmm.api import train_fractions as train_fractions
-    from wsi_mmm.config import SlideSpec as SlideSpec
-    from wsi_mmm.errors import WsiError as WsiError
-    from wsi_mmm.inputs import expand_inputs as expand_inputs
-    from wsi_mmm.slides import Slide as Slide
-    from wsi_mmm.slides import open_slide as open_slide
-    from wsi_mmm.types import SlideInfo as SlideInfo
+    from wsi_mmm.api import (  # noqa: I001
+        Event, Job, Observe, RunReport, attach, demo, embed, export_model, fit_head, list_jobs, load_model,
+        prepare_training, read_annotations, run, stream_tiles, submit, train, train_fractions,
+    )  # fmt: skip
+    from wsi_mmm.config import SlideSpec
+    from wsi_mmm.errors import WsiError
+    from wsi_mmm.inputs import expand_inputs
+    from wsi_mmm.slides import Slide, open_slide
+    from wsi_mmm.types import SlideInfo
 
-_HOMES = {
-    "Event": "wsi_mmm.api",
-    "Job": "wsi_mmm.api",
-    "Observe": "wsi_mmm.api",
-    "RunReport": "wsi_mmm.api",
-    "Slide": "wsi_mmm.slides",
-    "SlideInfo": "wsi_mmm.types",
-    "SlideSpec": "wsi_mmm.config",
-    "WsiError": "wsi_mmm.errors",
-    "attach": "wsi_mmm.api",
-    "demo": "wsi_mmm.api",
-    "embed": "wsi_mmm.api",
-    "export_model": "wsi_mmm.api",
-    "expand_inputs": "wsi_mmm.inputs",
-    "list_jobs": "wsi_mmm.api",
-    "load_model": "wsi_mmm.api",
-    "open_slide": "wsi_mmm.slides",
-    "fit_head": "wsi_mmm.api",
-    "prepare_training": "wsi_mmm.api",
-    "read_annotations": "wsi_mmm.api",
-    "train_fractions": "wsi_mmm.api",
-    "run": "wsi_mmm.api",
-    "stream_tiles": "wsi_mmm.api",
-    "submit": "wsi_mmm.api",
-    "train": "wsi_mmm.api",
-}
+__all__ = [
+    "Event", "Job", "Observe", "RunReport", "Slide", "SlideInfo", "SlideSpec", "WsiError", "__version__", "attach",
+    "demo", "embed", "expand_inputs", "export_model", "fit_head", "list_jobs", "load_model", "open_slide",
+    "prepare_training", "read_annotations", "run", "stream_tiles", "submit", "train", "train_fractions",
+]  # fmt: skip
 
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604  (a literal plus names that are strings)
+_HOMES = {name: "wsi_mmm.api" for name in __all__ if name != "__version__"} | {
+    "Slide": "wsi_mmm.slides", "SlideInfo": "wsi_mmm.types", "SlideSpec": "wsi_mmm.config",
+    "WsiError": "wsi_mmm.errors", "expand_inputs": "wsi_mmm.inputs", "open_slide": "wsi_mmm.slides",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
@@ -78,4 +45,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *_HOMES})

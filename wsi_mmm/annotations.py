@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -106,18 +105,6 @@ def find_format(name: str, data: bytes) -> AnnotationFormat | None:
     return next((known for known in formats if known.recognises(name, data)), None)
 
 
-def load_shapes(path: str | Path, values: Sequence[str] = ()) -> Shapes:
-    """The polygons of a local annotation file; for other URIs fetch the bytes and call ``parse_shapes``.
-
-    Raises AnnotationError naming the file.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise AnnotationError(f"{path}: cannot be read ({error.strerror}): check the path") from error
-    return parse_shapes(data, str(path), values)
-
-
 def parse_shapes(data: bytes, name: str, values: Sequence[str] = ()) -> Shapes:
     """The polygons in the bytes of an annotation file; ``name`` is what errors call it, ``values`` names numbers of
     the objects (GeoJSON properties or QuPath measurements) to be kept.
@@ -158,7 +145,7 @@ def _collect_shapes(found: Sequence[_Found], name: str) -> Shapes:
     items, dots, skipped, repaired = [], [], 0, 0
     for one, good in zip(found, fine.tolist(), strict=True):
         dots += [Dot(x, y, one.class_name, one.values) for x, y in one.dots]
-        valid = one.polygon if good else _valid_polygon(one.polygon)
+        valid = one.polygon if good else _repair_polygon(one.polygon)
         if valid is None:
             skipped += 1
             continue
@@ -205,10 +192,10 @@ def _fill_polygon(mask: Mask, polygon: Polygon) -> None:
         return
     window = mask[y0:y1, x0:x1]
     inside = np.zeros(window.shape, bool)
-    # Pixel k is centred at k + 0.5 in these coordinates, and at k for skimage.
-    inside[_ring_pixels(polygon.exterior, x0, y0, window.shape)] = True
-    for hole in polygon.interiors:
-        inside[_ring_pixels(hole, x0, y0, window.shape)] = False
+    for ring, covers in ((polygon.exterior, True), *((hole, False) for hole in polygon.interiors)):
+        # Pixel k is centred at k + 0.5 in these coordinates, and at k for skimage.
+        xy: F64 = shapely.get_coordinates(ring) - (x0 + 0.5, y0 + 0.5)
+        inside[tuple(fill_polygon(xy[:, 1], xy[:, 0], window.shape))] = covers  # type: ignore[no-untyped-call]
     window |= inside
     near = shapely.clip_by_rect(polygon.boundary, x0, y0, x1, y1)  # what lies outside takes no memory
     edge = shapely.get_coordinates(shapely.segmentize(near, 0.5)) - (x0, y0)
@@ -217,20 +204,12 @@ def _fill_polygon(mask: Mask, polygon: Polygon) -> None:
     window[y[keep], x[keep]] = True
 
 
-def _ring_pixels(ring: Any, x0: int, y0: int, size: tuple[int, int]) -> tuple[Any, ...]:
-    xy: F64 = shapely.get_coordinates(ring) - (x0 + 0.5, y0 + 0.5)
-    return tuple(fill_polygon(xy[:, 1], xy[:, 0], size))  # type: ignore[no-untyped-call]
-
-
-def _valid_polygon(geometry: Any) -> Polygon | MultiPolygon | None:
-    """``geometry`` itself when it is a valid polygon with area, its repaired polygon parts, or None."""
-    if geometry is None or geometry.geom_type not in ("Polygon", "MultiPolygon") or geometry.is_empty:
+def _repair_polygon(geometry: Any) -> Polygon | MultiPolygon | None:
+    """The polygon parts with area that are left of an invalid geometry, or None."""
+    if geometry is None or geometry.geom_type not in ("Polygon", "MultiPolygon"):
         return None
-    if geometry.is_valid:
-        return geometry if geometry.area > 0 else None
     parts = shapely.get_parts(shapely.make_valid(geometry, method="structure", keep_collapsed=False))
-    parts = [part for whole in parts for part in shapely.get_parts(whole)]
-    kept = [part for part in parts if part.geom_type == "Polygon" and part.area > 0]
+    kept = [part for part in shapely.get_parts(parts) if part.geom_type == "Polygon" and part.area > 0]
     if not kept:
         return None
     return kept[0] if len(kept) == 1 else MultiPolygon(kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from wsi_mmm.engine.executors.dask_jobs import ClusterJob
-    from wsi_mmm.model.exporting import Exported
     from wsi_mmm.model.multitask import MultiTaskModel
+    from wsi_mmm.model.onnx import Exported
 
 __all__ = [
     "Event", "Job", "JobStatus", "Observe", "RunReport", "attach", "demo", "embed", "export_model", "fit_head",
@@ -95,7 +95,7 @@ def run_request(
 
 def execute(request: RunRequest, progress: Listener | None = None, *, observe: Observe = NOTHING) -> RunReport:
     """Execute a run, in this process, in local processes or on a cluster, as its options say. Raises as `run` does."""
-    return run_slides(request, executor_factory(request), progress or silent, observe=observe)
+    return run_slides(request, partial(make_executor, request), progress or silent, observe=observe)
 
 
 def submit(
@@ -115,18 +115,19 @@ def submit(
     ``detach=False`` this process drives the run, and the run ends with it. ``options`` are those of `run`. Both kinds
     of job have ``.progress``, ``.result(timeout)``, ``.cancel()``, ``.done``.
     """
-    from wsi_mmm.engine.executors.dask import attach_executor, client_of
+    from wsi_mmm.engine.executors.dask import DaskExecutor, client_of
 
     asked = make_options(options, scheduler=_scheduler_address(client))
     request = request_run(slides, model_recipe(str(model), tasks, asked), output)
     connected = client_of(client, tls=request.tls)
     if not detach:
-        executor = partial(attach_executor, connected)
+        executor = partial(DaskExecutor, connected)
         return Job(lambda listener, stop: run_slides(request, executor, listener, stop, observe=observe))
     from wsi_mmm.engine.executors.dask_jobs import JobSpec, launch_job
 
     remote = replace(request, tls=None)  # paths of this machine
-    job = JobSpec(partial(run_slides, remote, observe=observe), partial(_load_report, remote))
+    load = partial(load_report, remote.output, remote.recipe, remote.tasks)
+    job = JobSpec(partial(run_slides, remote, observe=observe), load)
     return launch_job(connected, request.output, len(request.tasks), job)
 
 
@@ -225,9 +226,9 @@ def stream_tiles(
 def load_model(name_or_path: str | Path = "default", device: str = "cpu") -> MultiTaskModel:
     """Load a model by name, folder or URI; ``model.encoder(x)``, ``.squeezer(pyramid)``, ``model(x, tasks=[...])``."""
     from wsi_mmm.model.checkpoint import load_model as load
-    from wsi_mmm.model.fetched import fetched
+    from wsi_mmm.model.fetch import fetch_model
 
-    return load(fetched(str(name_or_path), user_cache()), device=device)
+    return load(fetch_model(str(name_or_path), user_cache()), device=device)
 
 
 def export_model(
@@ -244,16 +245,17 @@ def export_model(
     MissingPackage without the extra ``onnx``; ModelError when it cannot be translated or gives other answers.
     """
     from wsi_mmm.model.checkpoint import load_encoder
-    from wsi_mmm.model.fetched import fetched
-    from wsi_mmm.model.fold import folded
+    from wsi_mmm.model.fetch import fetch_model
+    from wsi_mmm.model.fold import fold_norms
     from wsi_mmm.model.identity import check_runtime, is_model
     from wsi_mmm.model.onnx import export_onnx
 
     check_runtime("onnx")
-    here = fetched(str(model), user_cache())
+    here = fetch_model(str(model), user_cache())
     loaded = load_model(here) if is_model(here) else load_encoder(here, weights)
     names = [tasks] if isinstance(tasks, str) else tasks
-    return export_onnx(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
+    folded, _ = fold_norms(loaded.eval())
+    return export_onnx(folded, Path(output).expanduser(), tasks=names, side=tile_size)
 
 
 def demo(
@@ -261,51 +263,34 @@ def demo(
 ) -> RunReport:
     """Generate a seeded synthetic slide under ``output`` and run the default model on it."""
     from wsi_mmm.slides.fake import synthetic_slide
-    from wsi_mmm.storage.atomic import atomic_file
 
     folder = Path(output)
     path = folder / "synthetic.tiff"
     if not path.exists():
-        with atomic_file(path) as unfinished:
-            synthetic_slide(unfinished, seed=seed)
+        synthetic_slide(path, seed=seed)
     return run(str(path), output=folder / "results", progress=progress, **options)
 
 
-def executor_factory(request: RunRequest) -> Callable[[], Executor]:
-    """Return the function that makes the executor of a request: a cluster's, local processes, or this process."""
+def make_executor(request: RunRequest) -> Executor:
+    """Make the executor of a request: of a plug-in, a cluster, local processes, or this process."""
     options = request.recipe.options
+    scheme = (options.scheduler or "").partition("://")[0]
+    if scheme in plugin_names("executors"):
+        make = load_plugin("executors", scheme)
+        if not callable(make):
+            raise PluginError(f"the executor {scheme!r} of a plug-in is no function of a RunRequest")
+        return cast("Executor", make(request))
+    if options.scheduler:
+        from wsi_mmm.engine.executors.dask import connect
 
-    def make() -> Executor:
-        scheme = (options.scheduler or "").partition("://")[0]
-        if scheme in plugin_names("executors"):
-            return _plugin_executor(scheme, request)
-        if options.scheduler:
-            from wsi_mmm.engine.executors.dask import connect
+        return connect(options.scheduler, tls=request.tls)
+    if options.workers:
+        from wsi_mmm.engine.executors.dask_local import local_cluster
 
-            return connect(options.scheduler, tls=request.tls)
-        if options.workers:
-            from wsi_mmm.engine.executors.dask_local import local_cluster
+        return local_cluster(options.workers, visible_gpus())
+    from wsi_mmm.engine.executors.threads import ThreadsExecutor
 
-            return local_cluster(options.workers, visible_gpus())
-        from wsi_mmm.engine.executors.threads import ThreadsExecutor
-
-        return ThreadsExecutor(request.recipe)
-
-    return make
-
-
-def _plugin_executor(name: str, request: RunRequest) -> Executor:
-    """Return the executor that an installed package makes for addresses ``name://...``. PluginError when it makes
-    none."""
-    make = load_plugin("executors", name)
-    if not callable(make):
-        raise PluginError(f"the executor {name!r} of a plug-in is no function of a RunRequest")
-    return cast("Executor", make(request))
-
-
-def _load_report(request: RunRequest) -> RunReport:
-    """Return the report of a run that has ended, from the files it wrote."""
-    return load_report(request.output, request.recipe, request.tasks)
+    return ThreadsExecutor(request.recipe)
 
 
 def _scheduler_address(client: Client | str) -> str | None:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from wsi_mmm.training.config import TrainConfig
     from wsi_mmm.training.data.buckets import BucketReport
     from wsi_mmm.training.fewshot_run import Fitted
-    from wsi_mmm.training.fit import StepReport
+    from wsi_mmm.training.fit import StepReport, TrainingListener
     from wsi_mmm.training.fractions import Curve
-    from wsi_mmm.training.job import Prepared, Trained, TrainingListener
+    from wsi_mmm.training.job import Prepared, Trained
 
 
 def train(
@@ -28,34 +28,34 @@ def train(
     listener: TrainingListener | None = None,
     client: Client | None = None,
 ) -> Trained:
-    """Train one encoder for many tasks; the same again goes on from the last checkpoint.
+    """Train one encoder for many tasks; the same call again resumes from the last checkpoint.
 
     Args:
         config: a TOML file, or its content as a dict; ``wsi-mmm train --example`` prints one.
         settings: ``"key=value"`` on top of it.
-        progress: called with a Progress after every step: ``.step``, ``.steps``, ``.losses`` by task, ``.pace``.
-        listener: a Listener of the job, to hear of validations and checkpoints too; instead of ``progress``.
-        client: of a Dask cluster: a rank trains on every worker, silently. ``out`` and the data must be places that all
-            of them see. Without one: in this process, or under torchrun as one of its ranks.
+        progress: called with a StepReport after every step: ``.step``, ``.steps``, ``.losses`` by task, ``.pace``.
+        listener: a TrainingListener, for validations and checkpoints too; instead of ``progress``.
+        client: of a Dask cluster: one rank per worker, silently; all of them must reach ``out`` and the data. Without
+            one: in this process, or under torchrun as one of its ranks.
 
     Returns:
-        A Trained: ``.model`` (the folder that ``run`` takes), ``.val`` and ``.test`` (task -> metric -> figure).
+        A Trained: ``.model`` (the folder that ``run`` takes), ``.val`` and ``.test`` (task -> metric -> value).
 
     Raises:
-        OptionError, InputError: before anything is learnt. NotFinite: a loss became NaN. OutputError: the disk is full.
+        OptionError, InputError: before training starts. NotFinite: a loss became NaN. OutputError: the disk is full.
         Cancelled: on Ctrl-C, after a checkpoint.
     """
-    from wsi_mmm.training import job
+    from wsi_mmm.training import fit, job
 
     if client is not None:
         return job.train_on_dask(client, _training(config, settings), _slides_named)
-    heard = job.TrainingListener(on_step=progress) if progress is not None else job.QUIET
-    return job.train(_training(config, settings), listener or heard, _slides_named)
+    if listener is None and progress is not None:
+        listener = fit.TrainingListener(on_step=progress)
+    return job.train(_training(config, settings), listener or fit.QUIET, _slides_named)
 
 
 def prepare_training(config: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> Prepared:
-    """Prepare what ``train`` would learn from: data sets opened and divided (``.summary()``), the model as it
-    begins."""
+    """Open and divide the data sets (``.summary()``) and build the model, without training."""
     from wsi_mmm.training import job
 
     return job.prepare(_training(config, settings), _slides_named)
@@ -64,8 +64,8 @@ def prepare_training(config: str | Path | Mapping[str, Any], settings: Sequence[
 def read_annotations(
     config: str | Path | Mapping[str, Any], settings: Sequence[str] = ()
 ) -> dict[str, dict[str, BucketReport]]:
-    """Data set -> task -> what its bucket table makes of the annotations (``.table()``, ``.as_json()``); learns nothing
-    and opens no data set, so that a table can be mended that leaves nothing to learn from."""
+    """Data set -> task -> the report of its bucket table on the annotations (``.table()``, ``.as_json()``). No data set
+    is opened, so a table that leaves nothing to train on is reported too."""
     from wsi_mmm.training import job
 
     return job.read_annotations(_training(config, settings), _slides_named)
@@ -91,11 +91,11 @@ def train_fractions(
     Raises:
         as `train`; OptionError when a folder holds a training of another configuration.
     """
-    from wsi_mmm.training import fractions, job
+    from wsi_mmm.training import fit, fractions
 
     return fractions.train_fractions(
         _training(config, settings), percents,
-        seeds=seeds, metric=metric, listener=listener or job.QUIET, expand=_slides_named,
+        seeds=seeds, metric=metric, listener=listener or fit.QUIET, expand=_slides_named,
     )  # fmt: skip
 
 

@@ -46,71 +46,59 @@ def read_toml(path: str | Path) -> dict[str, object]:
 
 def read_settings(path: str | Path, known: Iterable[str]) -> dict[str, object]:
     """Return the options of a flat TOML file; ConfigError names an unknown option or the fault of the file."""
-    settings = read_toml(path)
-    names = sorted(known)
-    unknown = sorted(set(settings) - set(names))
-    if unknown:
+    settings, names = read_toml(path), sorted(known)
+    if unknown := sorted(set(settings) - set(names)):
         raise ConfigError(f"{path}: unknown option {unknown[0]!r}; options are {', '.join(names)}")
     return settings
 
 
 STORAGE_VARIABLES = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_PROFILE",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ALLOW_HTTP",
-    "WSI_MMM_STORAGE_TIMEOUT",
-    "WSI_MMM_SERVICE_TOKEN",
-    "WSI_MMM_SERVICE_HOST",
-)
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION",
+    "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ALLOW_HTTP", "WSI_MMM_STORAGE_TIMEOUT",
+    "WSI_MMM_SERVICE_TOKEN", "WSI_MMM_SERVICE_HOST",
+)  # fmt: skip
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD")
 
 
-def storage_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+def storage_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the object-store variables that are set; secrets show as ``set``, URLs without credentials."""
-    source = os.environ if environ is None else environ
-    present = {name: source[name] for name in STORAGE_VARIABLES if source.get(name)}
-    return {name: "set" if _SECRET.search(name) else _without_login(value) for name, value in present.items()}
+    shown = {}
+    for name in STORAGE_VARIABLES:
+        if value := environ.get(name):
+            parts = urlsplit(value)
+            plain = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.netloc else value
+            shown[name] = "set" if _SECRET.search(name) else plain
+    return shown
 
 
-def _without_login(value: str) -> str:
-    parts = urlsplit(value)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.netloc else value
-
-
-def user_cache(environ: Mapping[str, str] | None = None) -> str:
+def user_cache(environ: Mapping[str, str] = os.environ) -> str:
     """Return the folder of files kept per user: in ``XDG_CACHE_HOME``, else in ``~/.cache`` (``~`` not expanded)."""
-    base = (os.environ if environ is None else environ).get("XDG_CACHE_HOME") or "~/.cache"
+    base = environ.get("XDG_CACHE_HOME") or "~/.cache"
     return f"{base.rstrip('/')}/wsi-mmm"
 
 
-def visible_gpus(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Return the NVIDIA GPUs that programs may use, as CUDA_VISIBLE_DEVICES names them (all, when it is not set)."""
-    named = (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
+    named = environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return tuple(name.strip() for name in named.split(",") if name.strip() not in ("", "-1"))
     return tuple(str(number) for number in range(sum(1 for _ in Path("/proc/driver/nvidia/gpus").glob("*"))))
 
 
-def trace_exporter(environ: Mapping[str, str] | None = None) -> str | None:
+def trace_exporter(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the exporter that OTEL_TRACES_EXPORTER names, or "otlp"; None for "none"."""
-    name = (os.environ if environ is None else environ).get("OTEL_TRACES_EXPORTER") or "otlp"
+    name = environ.get("OTEL_TRACES_EXPORTER") or "otlp"
     return None if name == "none" else name
 
 
-def default_tls(environ: Mapping[str, str] | None = None) -> str | None:
-    """Return the folder of certificates of ``WSI_MMM_TLS``, for clusters whose scheduler speaks TLS; or None."""
-    return (os.environ if environ is None else environ).get("WSI_MMM_TLS") or None
+def default_tls(scheduler: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the folder of certificates of ``WSI_MMM_TLS`` for a ``tls://`` scheduler; None without, and for others."""
+    return environ.get("WSI_MMM_TLS") or None if (scheduler or "").startswith("tls://") else None
 
 
-def default_cache(environ: Mapping[str, str] | None = None) -> str | None:
+def default_cache(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the cache URI of ``WSI_MMM_CACHE``, or None: then a run keeps its cache beside its output."""
-    return (os.environ if environ is None else environ).get("WSI_MMM_CACHE") or None
+    return environ.get("WSI_MMM_CACHE") or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +110,13 @@ class EmpaiaJob:
     token: str = field(repr=False)
 
 
-def empaia_job(environ: Mapping[str, str] | None = None) -> EmpaiaJob:
+def empaia_job(environ: Mapping[str, str] = os.environ) -> EmpaiaJob:
     """Return the job that the ``EMPAIA_...`` variables name: APP_API, JOB_ID, TOKEN; ConfigError names the fault."""
-    source = os.environ if environ is None else environ
-    names = ("EMPAIA_APP_API", "EMPAIA_JOB_ID", "EMPAIA_TOKEN")
-    values = [source.get(name, "").strip() for name in names]
-    missing = [name for name, value in zip(names, values, strict=True) if not value]
-    if missing:
-        raise ConfigError(f"{missing[0]} is not set; the EMPAIA platform sets it when it starts an app")
+    values = []
+    for name in ("EMPAIA_APP_API", "EMPAIA_JOB_ID", "EMPAIA_TOKEN"):
+        values.append(environ.get(name, "").strip())
+        if not values[-1]:
+            raise ConfigError(f"{name} is not set; the EMPAIA platform sets it when it starts an app")
     api, job_id, token = values
     if urlsplit(api).scheme not in ("http", "https") or "@" in urlsplit(api).netloc or not urlsplit(api).netloc:
         raise ConfigError("EMPAIA_APP_API is no http(s) address without a login")
@@ -140,9 +127,8 @@ def empaia_job(environ: Mapping[str, str] | None = None) -> EmpaiaJob:
     return EmpaiaJob(api.rstrip("/"), job_id, token)
 
 
-def empaia_places(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+def empaia_places(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the places of an app that are set: ``scheduler`` (``WSI_MMM_EMPAIA_SCHEDULER``), the address of a Dask
     cluster, and ``work`` (``WSI_MMM_EMPAIA_WORK``), the folder or URI of its intermediate files."""
-    source = os.environ if environ is None else environ
-    found = {name: source.get(f"WSI_MMM_EMPAIA_{name.upper()}", "").strip() for name in ("scheduler", "work")}
+    found = {name: environ.get(f"WSI_MMM_EMPAIA_{name.upper()}", "").strip() for name in ("scheduler", "work")}
     return {name: value for name, value in found.items() if value}

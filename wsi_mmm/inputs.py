@@ -9,7 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -29,20 +29,13 @@ SUFFIXES = frozenset(
 MANIFEST_SUFFIXES = (".csv", ".tsv")
 
 
-@dataclass(frozen=True, slots=True)
-class ManifestColumns:
-    """The columns of a manifest by meaning; None: there is no such column."""
-
-    slide: str
-    mpp: str | None
-    mask: str | None
-    id: str | None
-
-
-_SLIDE = ("slide", "wsi", "image_path", "path", "slide_path", "uri", "filename")
-_MPP = ("mpp", "spacing_at_level_0", "wsi_mpp", "slide_mpp")
-_MASK = ("mask_path", "mask", "tissue")
-_ID = ("sample_id", "slide_id", "id")
+_COLUMNS = {
+    "slide": ("slide", "wsi", "image_path", "path", "slide_path", "uri", "filename"),
+    "mpp": ("mpp", "spacing_at_level_0", "wsi_mpp", "slide_mpp"),
+    "mask": ("mask_path", "mask", "tissue"),
+    "id": ("sample_id", "slide_id", "id"),
+}
+"""Columns of a manifest by meaning; of several names the first counts."""
 
 
 # ------------------------------------------------------------------------------------------------ inputs
@@ -73,9 +66,8 @@ def _expand_one(item: str | Path | SlideSpec) -> Iterable[SlideSpec]:
         raise InputError("an empty slide name was given")
     if uri.lower().endswith(MANIFEST_SUFFIXES):
         return read_manifest(uri)
-    return [
-        SlideSpec(found) for found in (_local_slides(_local_path(uri)) if store.is_local(uri) else _remote_slides(uri))
-    ]
+    found = _local_slides(_local_path(uri)) if store.is_local(uri) else _remote_slides(uri)
+    return [SlideSpec(one) for one in found]
 
 
 def _local_slides(path: str) -> list[str]:
@@ -170,27 +162,7 @@ def read_manifest(uri: str) -> list[SlideSpec]:
     columns = _find_columns(header, name)
     if len(numbered) == 1:
         raise ManifestError(f"{name} has a header and no slides")
-    return [_spec_or_error(header, row, columns, (name, n, uri)) for n, row in numbered[1:]]
-
-
-def _spec_or_error(
-    header: Sequence[str], cells: Sequence[str], columns: ManifestColumns, where: tuple[str, int, str]
-) -> SlideSpec:
-    """The slide of a row; a wrong row becomes a slide that fails with the reason and does not stop the others."""
-    name, number, manifest = where
-    try:
-        return _row_spec(_row_cells(header, cells, f"{name}: row {number}"), columns, where)
-    except ManifestError as error:
-        return SlideSpec(manifest, f"{safe_id(stem(manifest))}-row-{number}", error=str(error))
-
-
-def _row_cells(header: Sequence[str], cells: Sequence[str], where: str) -> dict[str, str]:
-    """Cells by column; cells missing at the end are empty, cells too many are a ManifestError."""
-    if any(cell.strip() for cell in cells[len(header) :]):
-        raise ManifestError(
-            f"{where} has {len(cells)} cells and the header {len(header)}; quote paths that hold commas"
-        )
-    return dict(zip(header, cells, strict=False))
+    return [_row_spec(header, row, columns, (name, n, uri)) for n, row in numbered[1:]]
 
 
 def _manifest_text(uri: str, name: str) -> str:
@@ -202,40 +174,42 @@ def _manifest_text(uri: str, name: str) -> str:
         raise ManifestError(f"{name} cannot be read as UTF-8 text ({error})") from error
 
 
-def _find_columns(header: Sequence[str], name: str) -> ManifestColumns:
+def _find_columns(header: Sequence[str], name: str) -> dict[str, str]:
     """Return the columns by meaning; names are compared without case."""
     repeated = {cell for cell in header if cell and header.count(cell) > 1}
     if repeated:
         raise ManifestError(f"{name}: row 1: column {sorted(repeated)[0]!r} is there twice")
     lower = {cell.lower(): cell for cell in header}
-
-    def first(candidates: Sequence[str]) -> str | None:
-        return next((lower[candidate] for candidate in candidates if candidate in lower), None)
-
-    slide = first(_SLIDE)
-    if slide is None:
-        wanted, found = ", ".join(_SLIDE), ", ".join(header)
+    first = {meaning: next((n for n in names if n in lower), None) for meaning, names in _COLUMNS.items()}
+    columns = {meaning: lower[column] for meaning, column in first.items() if column is not None}
+    if "slide" not in columns:
+        wanted, found = ", ".join(_COLUMNS["slide"]), ", ".join(header)
         raise ManifestError(f"{name}: row 1: no column names the slides; call it one of {wanted} (found: {found})")
-    return ManifestColumns(slide, first(_MPP), first(_MASK), first(_ID))
+    return columns
 
 
-def _row_spec(row: Mapping[str, str], columns: ManifestColumns, where: tuple[str, int, str]) -> SlideSpec:
+def _row_spec(
+    header: Sequence[str], cells: Sequence[str], columns: Mapping[str, str], where: tuple[str, int, str]
+) -> SlideSpec:
+    """The slide of a row; a wrong row becomes a slide that fails with the reason and does not stop the others."""
     name, number, manifest = where
 
-    def cell(column: str | None) -> str:
-        return row.get(column, "").strip() if column else ""
+    def wrong(reason: str) -> SlideSpec:
+        error = f"{name}: row {number}{reason}"
+        return SlideSpec(manifest, f"{safe_id(stem(manifest))}-row-{number}", error=error)
 
-    uri = cell(columns.slide)
-    if not uri:
-        raise ManifestError(f"{name}: row {number}, column {columns.slide!r}: empty; it names the slide")
+    if any(cell.strip() for cell in cells[len(header) :]):
+        return wrong(f" has {len(cells)} cells and the header {len(header)}; quote paths that hold commas")
+    row = dict(zip(header, cells, strict=False))  # cells missing at the end are empty
+    said = {meaning: row.get(column, "").strip() for meaning, column in columns.items()}
+    if not said["slide"]:
+        return wrong(f", column {columns['slide']!r}: empty; it names the slide")
     try:
-        mpp = positive_mpp(cell(columns.mpp)) if cell(columns.mpp) else None
+        mpp = positive_mpp(said["mpp"]) if said.get("mpp") else None
     except OptionError as error:
-        raise ManifestError(f"{name}: row {number}, column {columns.mpp!r}: {error}") from error
-    mask = cell(columns.mask)
-    return SlideSpec(
-        _resolve_beside(uri, manifest), cell(columns.id), mpp, _resolve_beside(mask, manifest) if mask else None
-    )
+        return wrong(f", column {columns['mpp']!r}: {error}")
+    mask = _resolve_beside(said["mask"], manifest) if said.get("mask") else None
+    return SlideSpec(_resolve_beside(said["slide"], manifest), said.get("id", ""), mpp, mask)
 
 
 def _resolve_beside(uri: str, manifest: str) -> str:
@@ -294,11 +268,8 @@ def _slide_identity(uri: str) -> str:
 def stem(uri: str) -> str:
     """The file name without folders, query and suffix (``.ome.tiff`` counts as one)."""
     name = _file_name(uri)
-    lower = name.lower()
-    for suffix in (".ome.tiff", ".ome.tif"):
-        if lower.endswith(suffix):
-            return name[: -len(suffix)]
-    return PurePosixPath(name).stem
+    whole = re.sub(r"\.ome\.tiff?$", "", name, flags=re.IGNORECASE)
+    return whole if whole != name else PurePosixPath(name).stem
 
 
 def _file_name(uri: str) -> str:

@@ -203,12 +203,9 @@ class RunOptions:
         panel=WHERE, affects=CHANGES_RESULT, commands=("run",), flag_value=False,
     )  # fmt: skip
     overlay: bool = _run_option(
-        True,
-        "Draw overlay.png, which reads the slide once more.",
-        panel=WHERE,
-        affects=CHANGES_RESULT,
-        commands=("run",),
-    )
+        True, "Draw overlay.png, which reads the slide once more.",
+        panel=WHERE, affects=CHANGES_RESULT, commands=("run",),
+    )  # fmt: skip
     bounds_offset: bool = _run_option(
         False, "Coordinates relative to the scanned area, for viewers that crop to it (see docs/outputs.md).",
         "--bounds-offset", panel=WHERE, affects=CHANGES_RESULT, commands=("run",),

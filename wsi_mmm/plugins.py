@@ -1,4 +1,4 @@
-"""Extensions that installed packages offer through entry points (see docs/extending.md).
+"""Extensions that installed packages offer through entry points (see docs/extending.md), and optional packages.
 
 A package names its object in its ``pyproject.toml``, and it can be used after ``pip install``, here and on every
 worker::
@@ -10,10 +10,10 @@ worker::
 from __future__ import annotations
 
 from functools import cache
-from importlib import metadata
-from typing import Literal
+from importlib import import_module, metadata
+from typing import Any, Literal
 
-from wsi_mmm.errors import PluginError
+from wsi_mmm.errors import MissingPackage, PluginError
 
 Group = Literal["readers", "tasks", "encoders", "executors", "annotations"]
 
@@ -37,3 +37,11 @@ def load_plugin(group: Group, name: str) -> object:
     except Exception as error:  # a package of somebody else may raise anything as it is imported
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise PluginError(f"the package {packages[0]} cannot be used for {name!r}: {cause}") from error
+
+
+def import_package(name: str, missing: str) -> Any:
+    """Import an optional package. MissingPackage with the text ``missing`` when it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingPackage(missing) from error

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 Stage = Literal["prepare", "fetch", "decode", "model", "interpret", "write", "waiting"]
-STAGES: tuple[Stage, ...] = ("prepare", "fetch", "decode", "model", "interpret", "write", "waiting")
+STAGES: tuple[Stage, ...] = get_args(Stage)
 Step = Literal["plan", "extract", "read", "model", "write", "interpret", "publish"]
 STAGE_OF_STEP: dict[Step, Stage] = {
     "plan": "prepare", "extract": "decode", "read": "decode", "model": "model", "write": "write",
@@ -56,13 +57,11 @@ _state = _ThreadState()
 class StageTimer:
     """A context that times a step of this thread; ``unit``: the name of the work unit, for logs."""
 
-    __slots__ = ("_began", "_epoch", "_outer", "_seconds", "_since", "_stages", "result", "step", "unit")
-
     def __init__(self, step: Step, unit: str = "") -> None:
         self.step, self.unit = step, unit
         self.result = StepTime(step, 0, 0.0, 0.0)
-        self._stages: list[str] = [STAGE_OF_STEP[step]]
-        self._seconds: dict[str, float] = {}
+        self.stages: list[str] = [STAGE_OF_STEP[step]]
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def __enter__(self) -> StageTimer:
         self._outer, _state.timer = _state.timer, self
@@ -70,61 +69,42 @@ class StageTimer:
         self._began = self._since = time.perf_counter()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._count_stage()
+    def __exit__(self, *_: object) -> None:
+        self.count_stage()
         _state.timer = self._outer
-        seconds = {name: max(0.0, spent) for name, spent in self._seconds.items()}
+        seconds = {name: max(0.0, spent) for name, spent in self.seconds.items()}
         end = self._epoch + self._since - self._began
         self.result = StepTime(self.step, threading.get_native_id(), self._epoch, end, seconds)
 
-    def _count_stage(self) -> None:
-        now, stage = time.perf_counter(), self._stages[-1]
-        self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._since
+    def count_stage(self) -> None:
+        """Count the time since this was done last for the present stage."""
+        now = time.perf_counter()
+        self.seconds[self.stages[-1]] += now - self._since
         self._since = now
 
-    def enter(self, stage: str) -> None:
-        """Count for ``stage`` from now on, until ``leave``."""
-        self._count_stage()
-        self._stages.append(stage)
 
-    def leave(self) -> None:
-        """Count for the stage before the last ``enter`` again."""
-        self._count_stage()
-        self._stages.pop()
-
-    def move(self, stage: str, seconds: float) -> None:
-        """Count so many seconds of the present stage for another one."""
-        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
-        here = self._stages[-1]
-        self._seconds[here] = self._seconds.get(here, 0.0) - seconds
-
-
-class timed:  # noqa: N801  (used like a function, in a with statement)
+@contextmanager
+def timed(stage: Stage) -> Iterator[None]:
     """A context whose time is counted for ``stage``, when this thread runs in a `StageTimer`."""
-
-    __slots__ = ("_stage", "_timer")
-
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-
-    def __enter__(self) -> None:
-        self._timer = _state.timer
-        if self._timer is not None:
-            self._timer.enter(self._stage)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._timer is not None:
-            self._timer.leave()
+    timer = _state.timer
+    if timer is None:
+        yield
+        return
+    timer.count_stage()
+    timer.stages.append(stage)
+    try:
+        yield
+    finally:
+        timer.count_stage()
+        timer.stages.pop()
 
 
 def count_waiting(seconds: float) -> None:
     """Count so many seconds of the present stage as waiting for other threads."""
-    if _state.timer is not None and seconds > 0:
-        _state.timer.move("waiting", seconds)
+    timer = _state.timer
+    if timer is not None and seconds > 0:
+        timer.seconds["waiting"] += seconds
+        timer.seconds[timer.stages[-1]] -= seconds
 
 
 def current_unit() -> str:
@@ -139,8 +119,8 @@ def worker_name() -> str:
 
 def sum_stages(times: Iterable[StepTime]) -> dict[str, float]:
     """Seconds per stage over several steps."""
-    seconds: dict[str, float] = {}
+    seconds: defaultdict[str, float] = defaultdict(float)
     for one in times:
         for stage, more in one.seconds.items():
-            seconds[stage] = seconds.get(stage, 0.0) + more
-    return seconds
+            seconds[stage] += more
+    return dict(seconds)

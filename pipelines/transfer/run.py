@@ -250,16 +250,16 @@ def curves(target: Target, mode: str, rows: Sequence[Row]) -> dict[str, dict[flo
 
 
 def tables(target: Target, rows: Sequence[Row]) -> Iterator[str]:
-    """Markdown: mean and standard deviation over the seeds; then joint less the others, pair by pair."""
+    """Markdown: mean and standard deviation over the seeds; then joint minus the others, pair by pair."""
     items = {row.percent: row.items for row in rows if row.target == target.name}
     head = " | ".join(f"{percent:g} % ({items[percent]})" for percent in sorted(items))
     rule = "|---" * (len(items) + 2) + "|"
-    yield from (f"**{target.name}**, {target.metric}", "", f"| begun with | encoder | {head} |", rule)
+    yield from (f"**{target.name}**, {target.metric}", "", f"| start | encoder | {head} |", rule)
     for mode, way in product(MODES, target.ways):
         mine = values(rows, target.name, way, mode)
         if mine:
             yield f"| {way} | {mode} | {' | '.join(told(mine.get(percent, {})) for percent in sorted(items))} |"
-    yield from ("", f"| joint less | encoder | {head} |", rule)
+    yield from ("", f"| joint minus | encoder | {head} |", rule)
     for mode, way in product(MODES, target.ways):
         joint, other = (values(rows, target.name, one, mode) for one in ("joint", way))
         if joint and other and way != "joint":
@@ -287,12 +287,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, type=Path, help="folder with nuclei/ and slides/")
     parser.add_argument("--out", default="runs/transfer", type=Path, help="folder of everything")
-    parser.add_argument("--prepare", action="store_true", help="make the data, learn nothing")
+    parser.add_argument("--prepare", action="store_true", help="make the data, train nothing")
     parser.add_argument("--only", choices=[target.name for target in TARGETS], help="this target")
-    parser.add_argument("--ways", help="these beginnings, such as scratch,joint")
+    parser.add_argument("--ways", help="these starts, such as scratch,joint")
     parser.add_argument("--percents", default="1,10,50,100", help="shares of the target's training items")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
-    parser.add_argument("--synthetic", type=int, default=8, help="how many made-up slides")
+    parser.add_argument("--synthetic", type=int, default=8, help="number of synthetic slides")
     parser.add_argument("--times", type=int, default=1, help="so many times the steps of all trainings")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="on top of all configurations")
     args = parser.parse_args()

@@ -31,7 +31,7 @@ import psutil
 from benchmarks.scale_units import FILE, KINDS, Durations, durations, recipe, slides
 from helpers.processes import running, wait_for
 from wsi_mmm.engine.events import Event
-from wsi_mmm.engine.executors.dask import attach_executor, client_of
+from wsi_mmm.engine.executors.dask import DaskExecutor, client_of
 from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.options import RunOptions
 
@@ -169,7 +169,7 @@ def measure(count: int, workers: int, *, speed: float, processes: int) -> Row:
         found |= {f"workers-{number}": psutil.Process(pid) for number, pid in enumerate(wids)}
         with client_of(address) as client:
             client.wait_for_workers(workers)
-            executor = attach_executor(client)
+            executor = DaskExecutor(client)
             with Watch(found, max(1, count // 10)) as watch:
                 begun = time.perf_counter()
                 report = run_slides(request, executor, watch.hear)

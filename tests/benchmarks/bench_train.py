@@ -29,11 +29,11 @@ from wsi_mmm.model.checkpoint import build_model
 from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.training import fit as fitting
-from wsi_mmm.training.colour import Augment
+from wsi_mmm.training.augment import Augment
 from wsi_mmm.training.data.annotation_targets import AnnotationTarget
 from wsi_mmm.training.data.buckets import same_names
 from wsi_mmm.training.data.slides import SlideItem, TileSampling, slide_tiles
-from wsi_mmm.training.fit import Callbacks, FitPlan
+from wsi_mmm.training.fit import FitPlan, TrainingListener
 from wsi_mmm.training.loader import DataFeed, LoadPlan, TrainBatch, batches, make_batch, make_preprocess
 from wsi_mmm.training.optim import OptimPlan
 from wsi_mmm.training.policy import plan_step
@@ -130,7 +130,7 @@ def main() -> None:
         def run(steps: Steps, count: int, stamp: Callable[[object], None]) -> None:
             fit_plan = FitPlan(count, optim=OptimPlan(precision=given.precision))
             made = fitting.TrainingFeed(lambda _: steps, make_preprocess(Augment()))
-            fitting.fit(model, tasks, made, plan=fit_plan, callbacks=Callbacks(on_step=stamp), ranks=ranks)
+            fitting.fit(model, tasks, made, plan=fit_plan, callbacks=TrainingListener(on_step=stamp), ranks=ranks)
             model.train()
 
         begin = time.perf_counter()

@@ -15,7 +15,7 @@ import pytest
 import zarr
 
 from wsi_mmm.cache import CachedReader
-from wsi_mmm.cache.quota import Quota, stored_shards, trim
+from wsi_mmm.cache.inventory import Quota, stored_shards, trim
 from wsi_mmm.cache.shard import CHUNK, SHARD
 from wsi_mmm.errors import OutputError
 from wsi_mmm.slides.base import Fetched

@@ -12,9 +12,8 @@ import pytest
 
 from helpers.empaia_platform import TOKEN, FakePlatform, Fault
 from wsi_mmm.config import EmpaiaJob, empaia_job
-from wsi_mmm.empaia.batches import Limits
 from wsi_mmm.empaia.bodies import Annotation, Collection, Point, Primitive, Wsi
-from wsi_mmm.empaia.client import AppApi, Mode
+from wsi_mmm.empaia.client import AppApi, Limits, Mode
 from wsi_mmm.empaia.pixelmaps import MapLevel, Pixelmap, tile_bytes
 from wsi_mmm.empaia.transport import Patience, Transport
 from wsi_mmm.errors import ConfigError, OutputError, PlatformError

@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     """A file where the folder should be is an error that names it."""
     (tmp_path / "app").write_text("x")
     done = CliRunner().invoke(app, ["empaia", "init", "-o", str(tmp_path / "app")])
-    assert done.exit_code == 1 and "ead.json cannot be written" in done.output
+    assert done.exit_code == 1 and "ead.json: file exists; choose another folder" in done.output
 
 
 def test_the_default_model_offers_what_it_finds() -> None:

@@ -72,32 +72,3 @@ def test_an_object_stays_one_object() -> None:
 def test_what_leaves_nothing_is_empty(ring: np.ndarray) -> None:
     """Rings outside the slide, not finite, or without area after rounding give no polygon."""
     assert geometry.polygons([ring], WSI, keep_holes=True) == []
-
-
-@given(NUMBERS, NUMBERS)
-def test_points_are_pixels_of_the_slide(x: float, y: float) -> None:
-    """A point on the slide is the px that holds it; any other is None."""
-    found = geometry.point(x, y, WSI)
-    inside = 0 <= x < 100 and 0 <= y < 60
-    assert (found is not None) == inside
-    if found is not None:
-        assert (found.x, found.y) == (math.floor(x), math.floor(y))
-        assert item_problems(body(Annotation("a", found, WSI, 250.0), "job")) == []
-
-
-@given(NUMBERS, NUMBERS, st.floats(0, 90), st.floats(0, 90))
-def test_rectangles_are_cut_to_the_slide(x: float, y: float, width: float, height: float) -> None:
-    """A box that reaches beyond is cut; one of which nothing is left is None."""
-    found = geometry.rectangle(x, y, x + width, y + height, WSI)
-    if found is not None:
-        assert item_problems(body(Annotation("a", found, WSI, 250.0), "job")) == []
-        assert found.width <= width + 1 and found.height <= height + 1
-    else:
-        visible = min(x + width, 100) - max(x, 0), min(y + height, 60) - max(y, 0)
-        assert min(visible) < 1
-
-
-def test_points_that_are_not_finite_are_none() -> None:
-    """NaN is nowhere."""
-    assert geometry.point(math.nan, 3, WSI) is None
-    assert geometry.rectangle(0, 0, math.inf, 3, WSI) is None

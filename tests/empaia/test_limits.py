@@ -19,16 +19,15 @@ from helpers.empaia_platform import JOB, MOST_ITEMS, TOKEN, FakePlatform
 from helpers.wsi_service import described
 from wsi_mmm.empaia import bodies
 from wsi_mmm.empaia.app import JobEnd
-from wsi_mmm.empaia.batches import Limits
 from wsi_mmm.empaia.bodies import Collection, Primitive, Record
-from wsi_mmm.empaia.client import AppApi
+from wsi_mmm.empaia.client import AppApi, Limits
 from wsi_mmm.empaia.pixelmaps import MapLevel, Pixelmap
 from wsi_mmm.errors import OutputError
 from wsi_mmm.model.card import read_card
 from wsi_mmm.slides import Slide, open_slide
 from wsi_mmm.slides.base import Reader, ReadStats
 from wsi_mmm.slides.fake import ArrayReader
-from wsi_mmm.slides.service.cuts import GridCuts, RectangleCuts
+from wsi_mmm.slides.service.cuts import GRID_CUTS, RECTANGLE_CUTS
 from wsi_mmm.types import Block, Canvas, Level, SlideInfo
 
 from .conftest import WSI_ID, Start, posted, rectangle, regions, run
@@ -195,7 +194,7 @@ def test_more_objects_than_a_post_may_have_are_never_in_one() -> None:
 def test_no_picture_is_above_25_megapixels(side: int, tile: int) -> None:
     """Whatever size a slide has, and whatever its tiles are said to be."""
     for level in (Level(side, side, 1, 1, tile, tile), Level(side, 7, 1, 1, tile, 1), Level(7, side, 1, 1, 1, tile)):
-        for cuts in (GridCuts(), RectangleCuts()):
+        for cuts in (GRID_CUTS, RECTANGLE_CUTS):
             width, height = cuts.sides(level)
             assert min(width, height) >= 1 and width * height <= 25_000_000
 

@@ -13,7 +13,7 @@ import pytest
 from helpers.plans import plan_of, result_of
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.monitoring.run_report import unreadable_text
-from wsi_mmm.engine.scheduler import AHEAD, schedule
+from wsi_mmm.engine.scheduler import AHEAD, Scheduler
 from wsi_mmm.engine.units import Capabilities, Kind, SlidePlan, SlideTask, UnitResult, WorkUnit, failure_of
 from wsi_mmm.errors import Cancelled, StorageError
 
@@ -59,7 +59,7 @@ def test_each_work_runs_once_and_after_what_it_needs(seed: int) -> None:
     """Whatever the order of receipts: every work exactly once, interpret after its forwards, publish last."""
     tasks, plans = slides(4)
     executor = Pretend(plans, seed)
-    states = list(schedule(tasks).run(executor))
+    states = list(Scheduler(tasks).run(executor))
     assert {s.status for s in states} == {"done"} and len(states) == 4
     names = [unit.name for unit in executor.log]
     assert len(names) == len(set(names))
@@ -78,7 +78,7 @@ def test_a_slide_that_fails_does_not_stop_the_others() -> None:
     tasks, plans = slides(3)
     block = plans["s1"].index[0] // 2
     executor = Pretend(plans, fail=f"s1/forward/{block[0]}-{block[1]}")
-    states = {s.task.id: s for s in schedule(tasks).run(executor)}
+    states = {s.task.id: s for s in Scheduler(tasks).run(executor)}
     assert {name: s.status for name, s in states.items()} == {"s0": "done", "s1": "failed", "s2": "done"}
     assert states["s1"].error == "storm"
     assert not any(w.kind == "publish" and w.slide.id == "s1" for w in executor.log)
@@ -88,7 +88,7 @@ def test_a_bad_tile_makes_the_slide_partial_and_is_listed() -> None:
     """A tile that cannot be read is listed; the slide is published and marked partial."""
     tasks, plans = slides(1)
     block = plans["s0"].index[0] // 2
-    [state] = schedule(tasks).run(Pretend(plans, partial=f"s0/forward/{block[0]}-{block[1]}"))
+    [state] = Scheduler(tasks).run(Pretend(plans, partial=f"s0/forward/{block[0]}-{block[1]}"))
     assert state.status == "partial" and list(state.failed) == [(0, 0, 64, 64)]
     text = unreadable_text(state)
     assert "1 of " in text and "first at x=0, y=0" in text and "copy the slide again" in text
@@ -98,7 +98,7 @@ def test_empty_glass_is_a_valid_empty_result() -> None:
     """A slide without tissue goes straight to publish and ends as empty."""
     plan = plan_of(300, 300, 2, 8, 0.0, 0)
     executor = Pretend({"s": plan})
-    [state] = schedule([plan.slide]).run(executor)
+    [state] = Scheduler([plan.slide]).run(executor)
     assert state.status == "empty" and [w.kind for w in executor.log] == ["plan", "publish"]
 
 
@@ -106,7 +106,7 @@ def test_events_count_tiles_up_to_the_total() -> None:
     """The last tile event of a slide says all tiles are done."""
     tasks, plans = slides(2)
     events: list[Event] = []
-    list(schedule(tasks, events.append).run(Pretend(plans)))
+    list(Scheduler(tasks, events.append).run(Pretend(plans)))
     for task in tasks:
         last = [e for e in events if e.kind == "tile" and e.slide == task.id][-1]
         assert last.done == last.total == len(plans[task.id].index)
@@ -118,7 +118,7 @@ def test_cancel_is_heard() -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(Cancelled):
-        deque(schedule(tasks).run(Pretend(plans), stop), maxlen=0)
+        deque(Scheduler(tasks).run(Pretend(plans), stop), maxlen=0)
 
 
 @dataclass
@@ -149,7 +149,7 @@ class Counting:
 def many(count: int, places: int) -> tuple[int, int, float]:
     """Most slides under way, most things held, and seconds per work of a run over ``count`` slides."""
     plan = plan_of(300, 300, 2, 8, 1.0, 0)
-    scheduler = schedule([replace(plan.slide, id=f"s{n}") for n in range(count)])
+    scheduler = Scheduler([replace(plan.slide, id=f"s{n}") for n in range(count)])
     executor, open_, held, begun = Counting(plan, places), 0, 0, time.perf_counter()
     for _ in scheduler.run(executor):
         open_ = max(open_, len(scheduler.slides) + 1)
@@ -167,8 +167,8 @@ def test_what_is_held_does_not_grow_with_the_number_of_slides() -> None:
 def test_a_slide_that_has_ended_is_let_go() -> None:
     """The state that a report is made of holds no works any more, and the street has forgotten it."""
     tasks, plans = slides(3)
-    scheduler = schedule(tasks)
+    scheduler = Scheduler(tasks)
     for state in scheduler.run(Pretend(plans)):
-        assert not state.interprets.units and not state.interprets.needed_by and not state.forward_left
+        assert not state.interprets.units and not state.interprets.needed_by and not state.blocks_left
         assert state.task.id not in scheduler.slides
     assert scheduler.ended == scheduler.total == 3

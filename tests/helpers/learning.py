@@ -229,8 +229,8 @@ class Score:
 def learn(ground: Ground, specs: Sequence[AnnotationTarget], out: Path, seed: int = 0) -> Score:
     """Train from one configuration, and judge what there was before."""
     from wsi_mmm import api
+    from wsi_mmm.training.forward import figures
     from wsi_mmm.training.job import held_out
-    from wsi_mmm.training.validate import figures
 
     raw = configuration(ground, specs, out, seed)
     begun = api.prepare_training(raw)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi_mmm.errors import ConfigError, NotFound, OutputError, SlideChanged
-from wsi_mmm.storage import objects, store
+from wsi_mmm.outputs.exports import zarr_store
+from wsi_mmm.storage import objects, remote, store
 from wsi_mmm.storage.ranges import MergeRule, fetch_merged, plan_spans
 
 RULES = st.builds(
@@ -194,10 +197,10 @@ def test_a_broken_credentials_file_is_one_line_without_its_content(tmp_path: Pat
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf"])
 def test_a_time_out_that_is_none_is_told(value: str) -> None:
     """WSI_MMM_STORAGE_TIMEOUT takes seconds above 0."""
-    assert objects.storage_timeout({}) == 30
-    assert objects.storage_timeout({"WSI_MMM_STORAGE_TIMEOUT": "2.5"}) == 2.5
+    assert remote.storage_timeout({}) == 30
+    assert remote.storage_timeout({"WSI_MMM_STORAGE_TIMEOUT": "2.5"}) == 2.5
     with pytest.raises(ConfigError, match="WSI_MMM_STORAGE_TIMEOUT"):
-        objects.storage_timeout({"WSI_MMM_STORAGE_TIMEOUT": value})
+        remote.storage_timeout({"WSI_MMM_STORAGE_TIMEOUT": value})
 
 
 @pytest.mark.parametrize(
@@ -216,3 +219,44 @@ def test_a_file_on_a_network_mount_is_far(
     assert opened.remote is far
     assert [bytes(part) for part in opened.get_ranges([(0, 2), (8, 5)])] == [b"01", b"89"]
     opened.close()
+
+
+def test_a_folder_on_an_object_store_holds_the_last_run_alone() -> None:
+    """A second run takes the place of the first: nothing of it is left, nothing beside it is touched."""
+    uri = "memory://folders/out/features.zarr"
+    store.write_bytes("memory://folders/out/features.json", b"beside")
+    for names in (("a", "deep/b"), ("a", "c")):
+        with store.published_folder(uri) as place:
+            for name in names:
+                path = Path(place) / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(name.encode())
+    assert [found.rpartition("features.zarr/")[2] for found in store.list_uris(uri)] == ["a", "c"]
+    assert store.exists("memory://folders/out/features.json")
+
+
+def test_what_says_what_a_folder_is_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a Zarr on an object store is none: its metadata is put when all the rest is there."""
+    uri, put = "memory://folders/last.zarr", []
+    monkeypatch.setattr(store, "write_bytes", lambda uri, data: put.append(uri.rpartition("last.zarr/")[2]))
+    with store.published_folder(uri) as place:
+        zarr.create_group(place).create_array("a", shape=(2,), dtype="uint8")[:] = 1
+    assert put[-1] == "zarr.json" and sorted(put) == ["a/c/0", "a/zarr.json", "zarr.json"]
+
+
+def test_a_folder_that_ends_badly_is_not_put() -> None:
+    """A full disk is an OutputError that names it; other errors stay what they are; the store keeps what it had."""
+    uri = "memory://folders/x"
+    store.write_bytes(f"{uri}/old", b"old")
+    with pytest.raises(OutputError, match=f"^{tempfile.gettempdir()}: the disk is full"), store.published_folder(uri):
+        raise OSError(errno.ENOSPC, "no space")
+    with pytest.raises(ZeroDivisionError), store.published_folder(uri):
+        raise ZeroDivisionError
+    assert [found.rpartition("/")[2] for found in store.list_uris(uri)] == ["old"]
+
+
+def test_zarr_goes_where_it_can(tmp_path: Path) -> None:
+    """A folder or s3://; for anything else the error names the choices."""
+    assert "LocalStore" in repr(zarr_store(str(tmp_path)))
+    with pytest.raises(OutputError, match="local folders and on s3://"):
+        zarr_store("gs://bucket/maps.zarr")

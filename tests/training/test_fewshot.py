@@ -15,8 +15,7 @@ from wsi_mmm.model.checkpoint import build_model, load_model
 from wsi_mmm.outputs.exports import write_features
 from wsi_mmm.training import fewshot
 from wsi_mmm.training.fewshot import KINDS, Labelled, Linear
-from wsi_mmm.training.fewshot_data import embedded, slides_by_table, tiles_by_regions
-from wsi_mmm.training.fewshot_run import learn, predict
+from wsi_mmm.training.fewshot_run import embedded, learn, predict, slides_by_table, tiles_by_regions
 
 FACTS = {"encoder": "small", "model_hash": "h", "mpp": 0.5, "patch_size": 64, "patch_size_level0": 128}
 

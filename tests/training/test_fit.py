@@ -23,11 +23,11 @@ from wsi_mmm.errors import Cancelled, ConfigError, InputError, ModelError, NotFi
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.training.data.base import Sample
-from wsi_mmm.training.fit import EMPTY, QUIET, Callbacks, FitPlan, StepReport, TrainingFeed, fit
+from wsi_mmm.training.fit import EMPTY, QUIET, FitPlan, StepReport, TrainingFeed, TrainingListener, fit
+from wsi_mmm.training.forward import figures
 from wsi_mmm.training.loader import TrainBatch
 from wsi_mmm.training.optim import OptimPlan
 from wsi_mmm.training.strategies import StrategyPlan
-from wsi_mmm.training.validate import figures
 
 KINDS = ["classify", "segment"]
 PLAN = FitPlan(6, optim=OptimPlan(rate=1e-2, average=0.9, warmup=2), checkpoint_every=2, keep=0)
@@ -48,7 +48,7 @@ def feed(
 
 def train(
     plan: FitPlan,
-    callbacks: Callbacks = QUIET,
+    callbacks: TrainingListener = QUIET,
     change: Callable[[int, TrainBatch], TrainBatch] | None = None,
     validation: Callable[[], list[Sample]] | None = None,
 ) -> dict[str, Tensor]:
@@ -59,14 +59,14 @@ def train(
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-def stop_after(step: int) -> Callbacks:
+def stop_after(step: int) -> TrainingListener:
     """Ctrl-C, once, after ``step`` steps."""
 
     def on_step(progress: StepReport) -> None:
         if progress.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    return Callbacks(on_step=on_step)
+    return TrainingListener(on_step=on_step)
 
 
 def equal(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
@@ -101,7 +101,7 @@ def test_any_step_can_be_gone_on_from(tmp_path: Path, step: int, kind: Any) -> N
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        train(replace(plan, folder=str(tmp_path)), Callbacks(on_step=die))
+        train(replace(plan, folder=str(tmp_path)), TrainingListener(on_step=die))
     assert equal(train(replace(plan, folder=str(tmp_path))), train(plan))
 
 
@@ -121,7 +121,7 @@ def test_it_learns_and_tells(tmp_path: Path) -> None:
     model, tasks = tiny(KINDS)
     one = batch(tasks, {"t0": "classify", "t1": "segment"}, seed=1)
     plan = replace(PLAN, folder=str(tmp_path))
-    callbacks = Callbacks(told.append, on_checkpoint=lambda step, _uri: kept.append(step))
+    callbacks = TrainingListener(told.append, on_checkpoint=lambda step, _uri: kept.append(step))
     fit(model, tasks, TrainingFeed(lambda first: ((one,) for _ in range(first, 6))), plan=plan, callbacks=callbacks)
     assert [p.step for p in told] == list(range(1, 7)) and kept == [2, 4, 6]
     assert told[-1].losses["t0"] < told[0].losses["t0"]
@@ -149,7 +149,7 @@ def regress(plan: FitPlan, change: Callable[[int, TrainBatch], TrainBatch], told
         for step in range(first, plan.steps):
             yield (change(step, batch(tasks, {"t0": "regress"}, seed=step, items=2)),)
 
-    return fit(model, tasks, TrainingFeed(batches), plan=plan, callbacks=Callbacks(told.append))
+    return fit(model, tasks, TrainingFeed(batches), plan=plan, callbacks=TrainingListener(told.append))
 
 
 def test_nan_ends_training_with_its_name(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_items_that_cannot_be_read_are_told_and_counted() -> None:
     """A batch without its broken item trains on; the item is named in the step's facts."""
     told: list[StepReport] = []
     train(
-        replace(PLAN, steps=3), Callbacks(told.append),
+        replace(PLAN, steps=3), TrainingListener(told.append),
         lambda step, one: replace(one, failed=("slide-7: the tile is damaged",)) if step == 1 else one,
     )  # fmt: skip
     assert [p.failed for p in told] == [(), ("slide-7: the tile is damaged",), ()]
@@ -190,7 +190,7 @@ def test_when_nothing_can_be_read_training_gives_up() -> None:
     told: list[StepReport] = []
     with pytest.raises(InputError, match=rf"in {EMPTY} steps in a row .*gone: no such file"):
         train(
-            replace(PLAN, steps=40), Callbacks(told.append),
+            replace(PLAN, steps=40), TrainingListener(told.append),
             lambda _step, _one: TrainBatch("feed", (), failed=("gone: no such file",)),
         )  # fmt: skip
     assert len(told) == EMPTY - 1 and all(np.isnan(p.norm) for p in told)
@@ -232,7 +232,7 @@ def test_validation_names_its_figures_and_keeps_the_best(tmp_path: Path) -> None
     """Figures of every task come through quantise and metrics; the best checkpoint is pointed at."""
     seen: dict[int, Any] = {}
     plan = replace(PLAN, validate_every=2, best="t0.accuracy", folder=str(tmp_path))
-    train(plan, Callbacks(on_validation=seen.__setitem__), validation=samples)
+    train(plan, TrainingListener(on_validation=seen.__setitem__), validation=samples)
     assert sorted(seen) == [2, 4, 6]
     assert all({"t0", "t1"} == set(figures) and 0 <= figures["t0"]["accuracy"] <= 1 for figures in seen.values())
     assert (tmp_path / "best.json").exists()
@@ -272,7 +272,7 @@ def test_training_stops_when_nothing_gets_better() -> None:
     name = _first_metric(always)
     train(
         replace(plan, best=f"t1.{name}", optim=OptimPlan(rate=0.0)),
-        Callbacks(on_validation=lambda step, _f: seen.append(step)), validation=lambda: always,
+        TrainingListener(on_validation=lambda step, _f: seen.append(step)), validation=lambda: always,
     )  # fmt: skip
     assert 4 <= len(seen) < 50
 
@@ -280,7 +280,9 @@ def test_training_stops_when_nothing_gets_better() -> None:
 def _first_metric(known: list[Sample]) -> str:
     found: dict[int, Any] = {}
     train(
-        replace(PLAN, steps=1, validate_every=1), Callbacks(on_validation=found.__setitem__), validation=lambda: known
+        replace(PLAN, steps=1, validate_every=1),
+        TrainingListener(on_validation=found.__setitem__),
+        validation=lambda: known,
     )
     return next(iter(found[1]["t1"]))
 
@@ -309,7 +311,7 @@ def test_two_thousand_steps_with_flat_memory(tmp_path: Path) -> None:
 
     plan = FitPlan(2000, optim=OptimPlan(average=0.99), validate_every=500, checkpoint_every=500, folder=str(tmp_path))
     validation = [replace(sample, targets={"t0": 1, "t1": sample.targets["t1"]}) for sample in samples()]
-    callbacks = Callbacks(on_step=on_step)
+    callbacks = TrainingListener(on_step=on_step)
     fit(model, tasks, TrainingFeed(batches, validation=lambda: validation), plan=plan, callbacks=callbacks)
     assert len(memory) == 20
     assert max(memory[2:]) - memory[1] < 30 << 20, [m >> 20 for m in memory]
@@ -328,7 +330,7 @@ def test_sigterm_of_a_process_leaves_a_checkpoint(tmp_path: Path) -> None:
         "spec.loader.exec_module(t)\n"
         "def on_step(p):\n"
         "    if p.step == 3: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "try: t.train(t.replace(t.PLAN, folder=sys.argv[1]), t.Callbacks(on_step=on_step))\n"
+        "try: t.train(t.replace(t.PLAN, folder=sys.argv[1]), t.TrainingListener(on_step=on_step))\n"
         "except t.Cancelled as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)

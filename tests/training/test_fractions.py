@@ -14,8 +14,8 @@ from helpers.annotation_targets import joint
 from wsi_mmm.errors import ConfigError, OptionError
 from wsi_mmm.training import fractions
 from wsi_mmm.training.config import parse
+from wsi_mmm.training.fit import TrainingListener
 from wsi_mmm.training.fractions import Curve, FractionResult, train_fractions
-from wsi_mmm.training.job import TrainingListener
 
 
 def test_each_share_is_trained_once_and_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ from wsi_mmm.training.config import parse
 from wsi_mmm.training.data.base import Sample
 from wsi_mmm.training.data.images import ImageItems
 from wsi_mmm.training.divide import divide, fixed_parts
-from wsi_mmm.training.fit import StepReport
-from wsi_mmm.training.job import TrainingListener, facts_of, prepare, take_over, train
+from wsi_mmm.training.fit import StepReport, TrainingListener
+from wsi_mmm.training.job import facts_of, prepare, take_over, train
 from wsi_mmm.training.state import read, weights_of
 
 

@@ -14,8 +14,7 @@ from wsi_mmm.model.checkpoint import load_model
 from wsi_mmm.training import job
 from wsi_mmm.training.config import parse
 from wsi_mmm.training.forward import TrainingContext
-from wsi_mmm.training.loader import LoadPlan, batches, pictures
-from wsi_mmm.training.mixing import mixed, together
+from wsi_mmm.training.loader import LoadPlan, batches, mixed, pictures, together
 from wsi_mmm.training.strategies import StrategyInputs, StrategyPlan, make_strategy
 
 KINDS = {"t0": "classify", "t1": "instances"}

@@ -145,8 +145,8 @@ def test_half_precision_gives_nearly_the_same_gradient(precision: optim.Precisio
     found = []
     for p in ("full", precision):
         scale = Scale(256.0, 0, 10) if p == "fp16" else Scale()
-        bench = TrainingContext(model, tasks, precision=optim.autocast_type(p))  # type: ignore[arg-type]
-        Accumulate()(StrategyInputs(bench, (one,), scale=scale.value))
+        context = TrainingContext(model, tasks, precision=optim.autocast_type(p))  # type: ignore[arg-type]
+        Accumulate()(StrategyInputs(context, (one,), scale=scale.value))
         optim.ready(optim.learners(model, NOTHING, OptimPlan()), OptimPlan(clip=0.0), scale)
         found.append(torch.cat([q.grad.reshape(-1) for q in model.parameters() if q.grad is not None]))
         model.zero_grad(set_to_none=True)
@@ -155,7 +155,7 @@ def test_half_precision_gives_nearly_the_same_gradient(precision: optim.Precisio
 
 
 def test_the_average_follows_and_can_be_lent() -> None:
-    """The share of the past grows to its limit; inside `Swapped` the model has the average, outside its own weights."""
+    """The share of the past grows to its limit; inside `swapped` the model has the average, outside its own weights."""
     model = nn.Linear(1, 1)
     average = optim.first_average(model)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_the_average_follows_and_can_be_lent() -> None:
     average["weight"].fill_(0.0)
     optim.follow(average, model, step=10**6, decay=0.9)
     assert float(average["weight"]) == pytest.approx(0.1)
-    with optim.Swapped(model, average):
+    with optim.swapped(model, average):
         assert model.weight.item() == pytest.approx(0.1) and not model.training
     assert model.weight.item() == 1.0 and model.training
 

@@ -29,8 +29,9 @@ def test_panels_are_drawn_beside_each_other(tmp_path: Path) -> None:
 
 
 def test_what_is_in_the_way_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No folder, no matplotlib."""
-    with pytest.raises(OutputError, match="cannot write the plot into"):
+    """A file where the folder should be, no matplotlib."""
+    (tmp_path / "no").touch()
+    with pytest.raises(OutputError, match=r"no/ways\.png: file exists; choose another folder"):
         draw_panels(tmp_path / "no", "ways", PANELS[:1], columns=1)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingPackage, match="it needs matplotlib"):

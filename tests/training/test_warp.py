@@ -15,7 +15,18 @@ from scipy import ndimage
 from wsi_mmm.errors import ConfigError
 from wsi_mmm.tasks.targets import Boxes, Survival
 from wsi_mmm.training import warp
-from wsi_mmm.training.warp import NO_CHANGE, Change, cut, draw_thetas, padded, reach, warp_pixels, warp_target, widened
+from wsi_mmm.training.warp import (
+    NO_CHANGE,
+    Change,
+    cut,
+    draw_thetas,
+    padded,
+    reach,
+    rectangles,
+    warp_pixels,
+    warp_target,
+    widened,
+)
 from wsi_mmm.types import F32, I32, U8
 
 SIZE = 64
@@ -49,7 +60,7 @@ def uniform(labels: I32) -> npt.NDArray[np.bool_]:
 def shown(pictures: list[U8], thetas: F32, size: int = SIZE) -> npt.NDArray[np.float32]:
     """What the device makes of pictures: cut, padded, warped; float32[n, size, size, 3] of 0 to 255."""
     cuts = [cut(picture, theta, size) for picture, theta in zip(pictures, thetas, strict=True)]
-    batch, _ = padded([pixels for pixels, _ in cuts])
+    batch = padded([pixels for pixels, _ in cuts])
     moved = torch.from_numpy(np.stack([theta for _, theta in cuts]))
     out: npt.NDArray[np.float32] = (warp_pixels(torch.from_numpy(batch), moved, size) * 255).permute(0, 2, 3, 1).numpy()
     return out
@@ -266,3 +277,14 @@ def test_a_batch_may_hold_all_sorts_of_warps() -> None:
         assert torch.equal(together[i : i + 1], warp_pixels(pixels[i : i + 1], torch.from_numpy(thetas[i : i + 1]), 32))
     with pytest.raises(ValueError, match="one warp for each"):
         warp_pixels(pixels, torch.from_numpy(thetas[:2]), 32)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**31), st.floats(0, 1))
+def test_rectangles_cover_a_mask_once(seed: int, share: float) -> None:
+    """Every True cell in exactly one rectangle, no False cell in any."""
+    mask = np.random.default_rng(seed).random((13, 17)) < share
+    count = np.zeros(mask.shape, int)
+    for x0, y0, x1, y1 in rectangles(mask).astype(int):
+        count[y0:y1, x0:x1] += 1
+    assert (count == mask).all()

@@ -12,28 +12,16 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from wsi_mmm.cache.entry import ensure_array
-from wsi_mmm.cache.quota import Quota
-from wsi_mmm.cache.shard import (
-    CHUNK,
-    CODEC,
-    LEVEL,
-    SHARD,
-    SIDE,
-    TAIL,
-    DamagedShardError,
-    ShardBytes,
-    ShardIndex,
-    pack,
-    read_index,
-    unpack,
-)
-from wsi_mmm.errors import NotFound, StorageError
+from wsi_mmm.cache.inventory import Quota
+from wsi_mmm.cache.shard import CHUNK, CODEC, LEVEL, SHARD, SIDE, DamagedShardError, open_shard, pack, unpack
+from wsi_mmm.errors import NotFound
 from wsi_mmm.slides.base import NOTHING_FETCHED, Fetched, Reader, ReadStats, TileReader
 from wsi_mmm.slides.resample.cut import cut_tiles, fill_tiles
 from wsi_mmm.slides.resample.scaled import merge_failed
@@ -77,9 +65,8 @@ class CachedReader:
 
     def __post_init__(self) -> None:
         self.info = self.inner.info
-        height = max(1, int(np.ceil(self.info.height / self.scale_y)))
-        width = max(1, int(np.ceil(self.info.width / self.scale_x)))
-        self._shape = height, width
+        height, width = np.ceil(self.info.height / self.scale_y), np.ceil(self.info.width / self.scale_x)
+        self._shape = max(1, int(height)), max(1, int(width))
 
     # ------------------------------------------------------------ reading
 
@@ -121,12 +108,12 @@ class CachedReader:
             return fill_tiles(self.inner, tiles, out, fetched)
         whole = all(one.flags.c_contiguous for one in out)
         if tiles.size != CHUNK or not whole or (tiles.xy % CHUNK).any() or (tiles.xy < 0).any():
-            self._fill_fetched(tiles, fetched)
+            if fetched is not None and len(fetched.data):  # fill shards while the bytes for them are at hand
+                for key in sorted(self._shards_under(tiles)):
+                    self._read_shard(key, (), fetched)
             return cut_tiles(self.read, tiles, out)
-        failed = []
-        for key, wanted in self._by_shard(tiles, out).items():
-            failed.append(self._read_shard(key, wanted, fetched))
-        return merge_failed(failed)
+        by_shard = self._by_shard(tiles, out)
+        return merge_failed([self._read_shard(key, wanted, fetched) for key, wanted in by_shard.items()])
 
     def stats(self) -> ReadStats:
         """Return the cost of the inner reader."""
@@ -139,10 +126,6 @@ class CachedReader:
     def stored_under(self, tiles: Tiles) -> set[ShardKey]:
         """The shards under ``tiles`` that are in."""
         return {key for key in self._shards_under(tiles) if storage.exists(self._shard_uri(key))}
-
-    def holds(self, tiles: Tiles) -> bool:
-        """Return whether every shard under ``tiles`` is in."""
-        return self._shards_under(tiles) == self.stored_under(tiles)
 
     def fill(self, keys: Iterable[ShardKey]) -> None:
         """Bring shards in that are not; the bytes for all of them are fetched together."""
@@ -181,12 +164,6 @@ class CachedReader:
                 found.setdefault((y // SIDE, x // SIDE), []).append((y % SIDE * SIDE + x % SIDE, target))
         return found
 
-    def _fill_fetched(self, tiles: Tiles, fetched: Fetched | None) -> None:
-        """Fill the shards for which bytes were fetched, while they are at hand."""
-        if fetched is not None and len(fetched.data):
-            for key in sorted(self._shards_under(tiles)):
-                self._read_shard(key, (), fetched)
-
     def _paste_shard(self, key: ShardKey, pixels: U8, block: Block) -> I64:
         """Copy what shard ``key`` has of the block to its canvas."""
         wanted: list[tuple[int, U8]] = []
@@ -224,7 +201,7 @@ class CachedReader:
         """Write chunks from the cache and return what failed; None when the shard is not in, or damaged."""
         place = self._shard_uri(key)
         try:
-            index, chunks = _open_shard(place, [number for number, _ in wanted])
+            failed, chunks = open_shard(place, [number for number, _ in wanted])
             for data, (_, target) in zip(chunks, wanted, strict=True):
                 unpack(data, target)
         except (NotFound, DamagedShardError):  # what it is made from is still there
@@ -235,7 +212,7 @@ class CachedReader:
             self._touched.add(key)
         if not known:
             _mark_used(place)
-        return index.failed
+        return failed
 
     def _fill_shard(self, key: ShardKey, fetched: Fetched | None) -> tuple[U8, I64]:
         """Read a shard from the slide and put it in; its pixels uint8[1024, 1024, 3] and what failed."""
@@ -284,40 +261,12 @@ class CachedReader:
         self._ensured = True
 
 
-def _open_shard(uri: str, numbers: Sequence[int]) -> tuple[ShardIndex, list[ShardBytes]]:
-    """Index and chunks of a shard. Raises NotFound, DamagedShardError, StorageError."""
-    if not storage.is_local(uri):
-        data = memoryview(storage.read_bytes(uri))  # one request
-        index = read_index(data, len(data))
-        return index, [data[a : a + n] for a, n in index.spans[list(numbers)].tolist()]
-    try:
-        with open(storage.local_path(uri), "rb", buffering=0) as file:
-            return _read_parts(file.fileno(), numbers)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFound(uri) from error
-    except OSError as error:
-        raise StorageError(f"cannot read the cache at {uri}: {error.strerror}; check the disk") from error
-
-
-def _read_parts(file: int, numbers: Sequence[int]) -> tuple[ShardIndex, list[ShardBytes]]:
-    """Open files outlive their removal by another process, and are never written twice."""
-    size = os.fstat(file).st_size
-    try:
-        index = read_index(os.pread(file, TAIL, max(0, size - TAIL)), size)
-    except IndexError as error:
-        length = int(error.args[0])
-        index = read_index(os.pread(file, length, size - length), size)
-    return index, [os.pread(file, n, a) for a, n in index.spans[list(numbers)].tolist()]
-
-
 def _mark_used(uri: str) -> None:
     """Say that a shard was used: those used least recently go first when the cache is full."""
     if storage.is_local(uri):
         path = storage.local_path(uri)
-        try:
+        with suppress(FileNotFoundError, PermissionError):  # removed by another process meanwhile, or read only
             os.utime(path, (time.time(), path.stat().st_mtime))
-        except (FileNotFoundError, PermissionError):  # removed by another process meanwhile, or a cache to read only
-            return
 
 
 def _failures_under(rects: I64, block: Block) -> I64:

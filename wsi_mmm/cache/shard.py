@@ -9,14 +9,17 @@ The note makes a shard complete in itself: no second object says that it is ther
 
 from __future__ import annotations
 
+import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
+from wsi_mmm.errors import NotFound, StorageError
+from wsi_mmm.storage import store as storage
 from wsi_mmm.types import I64, U8
 
 SHARD, CHUNK = 1024, 256
@@ -32,20 +35,12 @@ _INDEX = 16 * SIDE * SIDE + 4
 _FAILURES = struct.Struct("<I4sI")  # rectangles, magic, CRC-32C of what stands before it
 _MAGIC = b"wsi1"
 _RECT = 32
-TAIL = _INDEX + _FAILURES.size + 8 * _RECT
+_TAIL = _INDEX + _FAILURES.size + 8 * _RECT
 """Bytes at the end of a shard that hold its index and, unless much of it failed, its note."""
 
 
 class DamagedShardError(Exception):
     """The bytes are not a whole shard. Never leaves the cache: the shard is made anew."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShardIndex:
-    """The places of a shard's chunks: ``spans`` int64[16, 2], offset and length (0: blank). ``failed`` int64[n, 4]."""
-
-    spans: I64
-    failed: I64
 
 
 def pack(pixels: U8, inside: tuple[int, int], failed: I64) -> bytes:
@@ -56,7 +51,8 @@ def pack(pixels: U8, inside: tuple[int, int], failed: I64) -> bytes:
     for number in range(SIDE * SIDE):
         y, x = (CHUNK * n for n in divmod(number, SIDE))
         if y < inside[0] and x < inside[1]:
-            data = _compress_chunk(np.ascontiguousarray(pixels[y : y + CHUNK, x : x + CHUNK]))
+            chunk = np.ascontiguousarray(pixels[y : y + CHUNK, x : x + CHUNK])
+            data = _with_checksum(blosc.compress(chunk, CODEC.encode(), LEVEL, blosc.NOSHUFFLE))
             spans[number] = at, len(data)
             parts.append(data)
             at += len(data)
@@ -64,10 +60,36 @@ def pack(pixels: U8, inside: tuple[int, int], failed: I64) -> bytes:
     return b"".join([*parts, _with_checksum(failures), _with_checksum(spans.astype("<u8").tobytes())])
 
 
-def read_index(tail: ShardBytes, size: int) -> ShardIndex:
+def open_shard(uri: str, numbers: Sequence[int]) -> tuple[I64, list[ShardBytes]]:
+    """Rectangles int64[n, 4] that failed, and chunks of a shard. Raises NotFound, DamagedShardError, StorageError."""
+    if not storage.is_local(uri):
+        data = memoryview(storage.read_bytes(uri))  # one request
+        spans, failed = _read_index(data, len(data))
+        return failed, [data[a : a + n] for a, n in spans[list(numbers)].tolist()]
+    try:
+        with open(storage.local_path(uri), "rb", buffering=0) as file:
+            return _read_parts(file.fileno(), numbers)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(uri) from error
+    except OSError as error:
+        raise StorageError(f"cannot read the cache at {uri}: {error.strerror}; check the disk") from error
+
+
+def _read_parts(file: int, numbers: Sequence[int]) -> tuple[I64, list[ShardBytes]]:
+    """Open files outlive their removal by another process, and are never written twice."""
+    size = os.fstat(file).st_size
+    try:
+        spans, failed = _read_index(os.pread(file, _TAIL, max(0, size - _TAIL)), size)
+    except IndexError as error:
+        length = int(error.args[0])
+        spans, failed = _read_index(os.pread(file, length, size - length), size)
+    return failed, [os.pread(file, n, a) for a, n in spans[list(numbers)].tolist()]
+
+
+def _read_index(tail: ShardBytes, size: int) -> tuple[I64, I64]:
     """The index of a shard of ``size`` bytes from its last ``tail``; IndexError when the tail is too short.
 
-    Raises DamagedShardError.
+    Where its chunks are, int64[16, 2], offset and length (0: blank); and what failed, int64[n, 4]. DamagedShardError.
     """
     table = _verify_checksum(tail[-_INDEX:], _INDEX)
     spans = np.frombuffer(table, "<u8").reshape(-1, 2)
@@ -85,7 +107,7 @@ def read_index(tail: ShardBytes, size: int) -> ShardIndex:
     found = np.where(blank[:, None], 0, spans).astype(np.int64)
     if (found < 0).any() or (found.sum(axis=1) > size).any():
         raise DamagedShardError("a chunk beyond the end")
-    return ShardIndex(found, rects.astype(np.int64))
+    return found, rects.astype(np.int64)
 
 
 def unpack(data: ShardBytes, out: U8) -> None:
@@ -100,10 +122,6 @@ def unpack(data: ShardBytes, out: U8) -> None:
         blosc.decompress(body, out)
     except (RuntimeError, ValueError) as error:
         raise DamagedShardError(str(error)) from error
-
-
-def _compress_chunk(chunk: U8) -> bytes:
-    return _with_checksum(blosc.compress(chunk, CODEC.encode(), LEVEL, blosc.NOSHUFFLE))
 
 
 def _with_checksum(data: bytes) -> bytes:

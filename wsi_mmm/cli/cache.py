@@ -7,20 +7,18 @@ from typing import Annotated
 
 import typer
 
-from wsi_mmm.cli.console import EXIT_CODES, Debug, Json, flags, guarded, say, say_json, table
+from wsi_mmm.cli.console import command, make_app, say, say_json, table
 
-cache_app = typer.Typer(
-    help="Look at a cache of runs, or make it smaller.\n\n\b\nExamples:\n  wsi-mmm cache info cache/\n"
-    "  wsi-mmm cache clean cache/ --older-than 30",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    no_args_is_help=True,
-    epilog=EXIT_CODES,
+cache_app = make_app(
+    "Look at a cache of runs, or make it smaller.\n\n\b\nExamples:\n  wsi-mmm cache info cache/\n"
+    "  wsi-mmm cache clean cache/ --older-than 30"
 )
 
 Cache = Annotated[str, typer.Argument(metavar="CACHE", help="The folder that runs name with --cache.")]
 
 
-def info(cache: Cache, json: Json = False, debug: Debug = False) -> None:
+@command(cache_app, "info")
+def info(cache: Cache) -> None:
     """Show what a cache holds of each slide.
 
     \b
@@ -30,19 +28,16 @@ def info(cache: Cache, json: Json = False, debug: Debug = False) -> None:
     """
     from wsi_mmm.cache.inventory import inventory
 
-    rows = inventory(cache)
-    if flags.json:
-        for row in rows:
-            say_json(row)
-        return
-    shown = [
-        (row.slide, size(row.tiles), size(row.values), time.strftime("%Y-%m-%d", time.localtime(row.used)))
-        for row in rows
-    ]
+    rows, shown = inventory(cache), []
+    for row in rows:
+        say_json(row)
+        used = time.strftime("%Y-%m-%d", time.localtime(row.used))
+        shown.append((row.slide, size(row.tiles), size(row.values), used))
     table(shown, ("slide (fingerprint)", "tiles", "features and maps", "last used"))
     say(f"{len(rows)} slides, {size(sum(row.tiles + row.values for row in rows))} in {cache}")
 
 
+@command(cache_app, "clean")
 def clean(
     cache: Cache,
     older_than: Annotated[
@@ -51,8 +46,6 @@ def clean(
     everything: Annotated[
         bool, typer.Option("--all", help="Features and maps too; not while a run works with the cache.")
     ] = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Remove cached tiles; the next run reads them from the slides again.
 
@@ -65,8 +58,7 @@ def clean(
     from wsi_mmm.cache.inventory import clean as remove
 
     freed = remove(cache, older_than=older_than, values=everything)
-    if flags.json:
-        say_json({"cache": cache, "freed": freed})
+    say_json({"cache": cache, "freed": freed})
     say(f"freed {size(freed)} in {cache}")
 
 
@@ -76,7 +68,3 @@ def size(count: int) -> str:
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
-
-
-for _name, _command in (("info", info), ("clean", clean)):
-    cache_app.command(_name, epilog=EXIT_CODES)(guarded(_command))

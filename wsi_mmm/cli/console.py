@@ -7,14 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from typing import Annotated, Any, NoReturn, ParamSpec
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from wsi_mmm.errors import Cancelled, WsiError
-
-P = ParamSpec("P")
 
 OK, NOTHING_RAN, STOPPED = 0, 1, 130
 """Exit codes beside those of a run that ended, which `RunReport.exit_code` gives, and typer's 2 for wrong usage."""
@@ -23,6 +22,8 @@ EXIT_CODES = (
     "Exit codes: 0 every slide succeeded | 1 wrong input, nothing ran | 2 wrong usage | 3 some slides failed or are "
     "partial | 4 every slide failed | 130 stopped, the same command resumes."
 )
+
+CommandFunction = Callable[..., int | None]
 
 
 @dataclass
@@ -35,35 +36,39 @@ class _Flags:
 
 flags = _Flags()
 
-
-def _set_debug(value: bool) -> bool:
-    flags.debug = value
-    return value
+_JSON = typer.Option("--json", help="One JSON object per line.", rich_help_panel="Talk")
+_DEBUG = typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Talk")
 
 
-def _set_json(value: bool) -> bool:
-    flags.json = value
-    return value
+# ------------------------------------------------------------------------------------------------ commands
 
 
-Debug = Annotated[
-    bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug, rich_help_panel="Talk")
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="One JSON object per line.", callback=_set_json, rich_help_panel="Talk")
-]
+def make_app(words: str, *, no_args_is_help: bool = True) -> typer.Typer:
+    """A group of commands; ``words`` is its help."""
+    return typer.Typer(
+        help=words, no_args_is_help=no_args_is_help, add_completion=False, pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES,
+    )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ errors
+def command(app: typer.Typer, name: str, panel: str | None = None) -> Callable[[CommandFunction], CommandFunction]:
+    """Make a function the command ``name`` of ``app``, as `as_command` does."""
+
+    def decorate(function: CommandFunction) -> CommandFunction:
+        app.command(name, rich_help_panel=panel, epilog=EXIT_CODES)(as_command(function))
+        return function
+
+    return decorate
 
 
-def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
-    """``command`` with its errors as one line on stderr and its result as exit code (None: 0)."""
+def as_command(function: CommandFunction) -> Callable[..., None]:
+    """``function`` with the flags --json and --debug, its errors as one line on stderr, its result as exit code."""
 
-    @functools.wraps(command)
-    def guarded_command(*args: P.args, **kwargs: P.kwargs) -> None:
+    @functools.wraps(function)
+    def command_function(*, json: bool, debug: bool, **values: Any) -> None:
+        flags.json, flags.debug = json, debug
         try:
-            code = command(*args, **kwargs) or OK
+            code = function(**values) or OK
         except (KeyboardInterrupt, Cancelled) as error:
             fail(error, "stopped; run the same command again to resume", STOPPED)
         except WsiError as error:
@@ -76,9 +81,18 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
         except Exception as error:  # noqa: BLE001  (an unexpected error is shown as one line, too)
             text = f"unexpected {type(error).__name__}: {error}; please report it with the output of --debug"
             fail(error, text, NOTHING_RAN)
-        raise typer.Exit(code)
+        if code:
+            raise typer.Exit(code)
 
-    return guarded_command
+    own = signature(function, eval_str=True)
+    switches = [
+        Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[bool, flag], default=False)
+        for name, flag in (("json", _JSON), ("debug", _DEBUG))
+    ]
+    whole = own.replace(parameters=[*own.parameters.values(), *switches], return_annotation=None)
+    command_function.__signature__ = whole  # type: ignore[attr-defined]
+    command_function.__annotations__ = {one.name: one.annotation for one in whole.parameters.values()}
+    return command_function
 
 
 def fail(error: BaseException, message: str, code: int) -> NoReturn:
@@ -107,27 +121,28 @@ def say(text: str = "") -> None:
 
 
 def say_json(value: object) -> None:
+    """With ``--json``: ``value`` as one line of JSON on stdout, as `print_json` does; else nothing."""
+    if flags.json:
+        print_json(value)
+
+
+def print_json(value: object) -> None:
     """``value`` as one line of JSON on stdout, at once; NaN and infinity become null."""
     typer.echo(json.dumps(plain(value), separators=(",", ":"), allow_nan=False))
     sys.stdout.flush()
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Return ``value`` as plain JSON: dataclasses are objects, tuples arrays, numpy scalars numbers, paths text."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return plain(value.item()) if hasattr(value, "item") else str(value)
+    from pydantic_core import to_jsonable_python  # not needed for --help
+
+    def fallback(other: Any) -> object:
+        return other.item() if hasattr(other, "item") else str(other)
+
+    return to_jsonable_python(value, inf_nan_mode="null", fallback=fallback)
 
 
-def table(rows: Sequence[Sequence[object]], header: Sequence[str], title: str | None = None) -> None:
+def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> None:
     """A table on a terminal; tab-separated lines elsewhere."""
     if flags.json:
         return
@@ -138,7 +153,7 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str], title: str | 
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(*header, title=title, title_justify="left", header_style="bold")
+    drawn = Table(*header, header_style="bold")
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))
     Console().print(drawn)

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from wsi_mmm import config
-from wsi_mmm.cli.console import Debug, Json, flags, say, say_json
+from wsi_mmm.cli.console import say, say_json
 from wsi_mmm.errors import WsiError
 
 LIBRARIES = (
@@ -42,8 +42,6 @@ def doctor(
     tls: Annotated[
         str | None, typer.Option(help="Folder of ca.crt, tls.crt, tls.key for it.", metavar="FOLDER")
     ] = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Check versions, device, storage and disk, and try the model.
 
@@ -55,8 +53,7 @@ def doctor(
     failed = 0
     for result in examine(output, scheduler, tls):
         failed += result.status == "fail"
-        if flags.json:
-            say_json(result)
+        say_json(result)
         say(f"{result.status:<4}  {result.what:<10}  {result.detail}" + (f"  ->  {result.fix}" if result.fix else ""))
     return 1 if failed else 0
 
@@ -82,9 +79,8 @@ def examine(output: str, scheduler: str | None, tls: str | None = None) -> Itera
         except WsiError as error:
             yield CheckResult("fail", what, str(error))  # the message names the fix
         except Exception as error:  # noqa: BLE001  (finding out what is broken is the very job)
-            yield CheckResult(
-                "fail", what, f"{type(error).__name__}: {error}", 'pip install -c constraints.txt -e ".[dev]"'
-            )
+            fix = 'pip install -c constraints.txt -e ".[dev]"'
+            yield CheckResult("fail", what, f"{type(error).__name__}: {error}", fix)
 
 
 def python() -> CheckResult:
@@ -129,8 +125,8 @@ def encoder() -> CheckResult:
     """The way a model would be run here."""
     from wsi_mmm.host_tuning import cpu_count
 
-    detail = f"{cpu_count()} model threads, float32, channels_last, norms folded, freed memory kept"
-    return CheckResult("ok", "encoder", detail)
+    how = "float32, channels_last, norms folded, freed memory kept"
+    return CheckResult("ok", "encoder", f"{cpu_count()} model threads, {how}")
 
 
 def runtimes() -> CheckResult:
@@ -139,39 +135,31 @@ def runtimes() -> CheckResult:
 
     here = {name: words for name, words in RUNTIMES.items() if not lacking(name)}
     detail = "; ".join(f"{name}: {words}" for name, words in here.items())
-    if "onnx" in here:
-        return CheckResult(
-            "ok", "runtimes", f"{detail} ({_package_version('onnxruntime')}; {', '.join(_onnx_providers())})"
-        )
-    return CheckResult("ok", "runtimes", f"{detail}; onnx is not installed (pip install 'wsi-mmm[onnx]')")
-
-
-def _onnx_providers() -> list[str]:
+    if "onnx" not in here:
+        return CheckResult("ok", "runtimes", f"{detail}; onnx is not installed (pip install 'wsi-mmm[onnx]')")
     from wsi_mmm.model.onnx import providers
 
-    return providers()
+    return CheckResult("ok", "runtimes", f"{detail} ({_package_version('onnxruntime')}; {', '.join(providers())})")
 
 
 def openslide() -> CheckResult:
     """The native library behind every vendor format but TIFF."""
-    version = _package_version("openslide-bin")
-    return CheckResult("ok", "openslide", f"library {version}") if version else CheckResult(
-        "warn", "openslide", "no packaged library; the system's is used if there is one", "pip install openslide-bin"
-    )  # fmt: skip
+    if version := _package_version("openslide-bin"):
+        return CheckResult("ok", "openslide", f"library {version}")
+    detail = "no packaged library; the system's is used if there is one"
+    return CheckResult("warn", "openslide", detail, "pip install openslide-bin")
 
 
 def storage() -> CheckResult:
     """Object-store variables; what may be secret is never shown."""
     found = config.storage_environment()
     if not found:
-        return CheckResult(
-            "ok", "storage", "no object-store variables set: s3:// uses the shared credentials file or role"
-        )
+        unset = "no object-store variables set: s3:// uses the shared credentials file or role"
+        return CheckResult("ok", "storage", unset)
     detail = ", ".join(f"{name}={value}" for name, value in found.items())
-    if "AWS_SECRET_ACCESS_KEY" in found and "AWS_ACCESS_KEY_ID" not in found:
-        return CheckResult("fail", "storage", detail, "set AWS_ACCESS_KEY_ID too")
-    if "AWS_ACCESS_KEY_ID" in found and "AWS_SECRET_ACCESS_KEY" not in found:
-        return CheckResult("fail", "storage", detail, "set AWS_SECRET_ACCESS_KEY too")
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    if len(missing := [name for name in keys if name not in found]) == 1:
+        return CheckResult("fail", "storage", detail, f"set {missing[0]} too")
     if not any(name.endswith("REGION") or name.startswith("AWS_ENDPOINT") for name in found):
         return CheckResult("warn", "storage", detail, "set AWS_REGION, or AWS_ENDPOINT_URL for another S3 server")
     return CheckResult("ok", "storage", detail)
@@ -187,9 +175,8 @@ def writable(output: str) -> CheckResult:
         return CheckResult("ok", "output", f"{store.redact(output)} can be written")
     free = shutil.disk_usage(output).free / 1e9
     if free < 2:
-        return CheckResult(
-            "warn", "output", f"{output}: {free:.1f} GB free", "a slide's cache can take gigabytes; free some"
-        )
+        fix = "a slide's cache can take gigabytes; free some"
+        return CheckResult("warn", "output", f"{output}: {free:.1f} GB free", fix)
     return CheckResult("ok", "output", f"{output} can be written, {free:.0f} GB free")
 
 
@@ -205,9 +192,8 @@ def smoke() -> CheckResult:
         row = api.run([str(slide)], output=str(Path(folder) / "out")).slides[0]
         seconds = time.monotonic() - start
     if row.status != "done":
-        return CheckResult(
-            "fail", "model", f"the default model on a synthetic slide: {row.status}, {row.error}", "reinstall"
-        )
+        detail = f"the default model on a synthetic slide: {row.status}, {row.error}"
+        return CheckResult("fail", "model", detail, "reinstall")
     return CheckResult("ok", "model", f"{row.objects} objects in a synthetic slide, {seconds:.1f} s with loading")
 
 
@@ -216,8 +202,7 @@ def cluster(address: str, folder: str | None) -> CheckResult:
     from wsi_mmm.engine.executors import dask
     from wsi_mmm.engine.executors.tls import tls_of
 
-    found = folder or (config.default_tls() if address.startswith("tls://") else None)
-    executor = dask.connect(address, timeout=5.0, tls=tls_of(found, address))
+    executor = dask.connect(address, timeout=5.0, tls=tls_of(folder or config.default_tls(address), address))
     try:
         if warnings := executor.capabilities.warnings:
             return CheckResult("warn", "scheduler", warnings[0], "install the same wsi-mmm on every worker")

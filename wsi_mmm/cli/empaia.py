@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
-from wsi_mmm.cli.console import (
-    EXIT_CODES,
-    NOTHING_RAN,
-    OK,
-    STOPPED,
-    Debug,
-    Json,
-    error_line,
-    flags,
-    guarded,
-    say,
-    say_json,
-)
+from wsi_mmm.cli.console import NOTHING_RAN, OK, STOPPED, command, error_line, make_app, say, say_json
 
-if TYPE_CHECKING:
-    from wsi_mmm.config import EmpaiaJob
-    from wsi_mmm.empaia.app import JobEnd
-
-empaia_app = typer.Typer(
-    help="Make a model an app of the EMPAIA platform, and run it.\n\n\b\n"
-    "Examples:\n  wsi-mmm empaia init default -o app/\n  wsi-mmm empaia run",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    no_args_is_help=True,
-    epilog=EXIT_CODES,
+empaia_app = make_app(
+    "Make a model an app of the EMPAIA platform, and run it.\n\n\b\n"
+    "Examples:\n  wsi-mmm empaia init default -o app/\n  wsi-mmm empaia run"
 )
 
 
-class RegionShape(StrEnum):
-    """Shapes of regions of interest."""
-
-    rectangle = "rectangle"
-    polygon = "polygon"
-    circle = "circle"
-
-
-@empaia_app.callback()
-def empaia() -> None:
-    """Make a model an app of the EMPAIA platform."""
-
-
+@command(empaia_app, "init")
 def init(
     model: Annotated[str, typer.Argument(help="Packaged model, or the folder of one.")] = "default",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of ead.json.", metavar="FOLDER")] = Path(),
     vendor: Annotated[str, typer.Option(help="Who offers the app: part of its namespace.")] = "wsi_mmm",
-    regions: Annotated[RegionShape, typer.Option(help="The shape of regions of interest.")] = RegionShape.rectangle,
-    json: Json = False,
-    debug: Debug = False,
+    regions: Annotated[
+        Literal["rectangle", "polygon", "circle"], typer.Option(help="The shape of regions of interest.")
+    ] = "rectangle",
 ) -> None:
     """Write the description (EAD) that registers a model with the platform.
 
@@ -66,27 +34,20 @@ def init(
     from wsi_mmm.empaia.ead import ead, ead_json, write_ead
     from wsi_mmm.model.card import read_card
 
-    made = ead(read_card(model), vendor=vendor, regions=regions.value)
+    made = ead(read_card(model), vendor=vendor, regions=regions)
     path = write_ead(ead_json(made), output)
-    if flags.json:
-        say_json({"path": path, "namespace": made["namespace"], "outputs": len(made["io"]) - 2})
+    say_json({"path": path, "namespace": made["namespace"], "outputs": len(made["io"]) - 2})
     say(f"wrote {path}: {made['namespace']}")
 
 
-class ImageFormat(StrEnum):
-    """The format in which the platform sends pixels."""
-
-    png = "png"
-    jpeg = "jpeg"
-
-
+@command(empaia_app, "run")
 def run(
     model: Annotated[str, typer.Option("--model", "-m", help="Packaged model, or the folder of one.")] = "default",
     vendor: Annotated[str, typer.Option(help="Who offers the app, as for 'empaia init'.")] = "wsi_mmm",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     pictures: Annotated[
-        ImageFormat, typer.Option(help="png: results are those of the slide's file; jpeg: fewer bytes.")
-    ] = ImageFormat.png,
+        Literal["png", "jpeg"], typer.Option(help="png: results are those of the slide's file; jpeg: fewer bytes.")
+    ] = "png",
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -104,8 +65,6 @@ def run(
             metavar="FOLDER",
         ),
     ] = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Do the job that EMPAIA_APP_API, EMPAIA_JOB_ID and EMPAIA_TOKEN name, and end it. What a container runs.
 
@@ -120,28 +79,18 @@ def run(
 
     job, places = config.empaia_job(), config.empaia_places()
     scheduler, scratch = scheduler or places.get("scheduler"), scratch or places.get("work")
-    tls = config.default_tls() if scheduler and scheduler.startswith("tls://") else None
-    ended = _run_app(job, (model, vendor, scheduler, tls, scratch, device, pictures.value))
-    if flags.json:
-        say_json({"job": job.id, "ended": ended.how, "message": ended.message})
+    options = (model, vendor, scheduler, config.default_tls(scheduler), scratch, device, pictures)
+    try:
+        from wsi_mmm.empaia.app import App, run_app
+
+        ended = run_app(job, App(*options))
+    except KeyboardInterrupt:  # a signal before the app can handle it
+        from wsi_mmm.empaia.app import stop_app
+
+        ended = stop_app(job)
+    say_json({"job": job.id, "ended": ended.how, "message": ended.message})
     if ended.how == "finalized":
         say(f"job {job.id}: finalized")
         return OK
     error_line(" | ".join(text for text in (ended.message, ended.error) if text))
     return STOPPED if ended.how == "stopped" else NOTHING_RAN
-
-
-def _run_app(job: EmpaiaJob, options: tuple[Any, ...]) -> JobEnd:
-    """Run the job and return how it ended, also when a signal comes before the app can handle it."""
-    try:
-        from wsi_mmm.empaia.app import App, run_app
-
-        return run_app(job, App(*options))
-    except KeyboardInterrupt:
-        from wsi_mmm.empaia.app import stop_app
-
-        return stop_app(job)
-
-
-empaia_app.command("init", epilog=EXIT_CODES)(guarded(init))
-empaia_app.command("run", epilog=EXIT_CODES)(guarded(run))

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from wsi_mmm.cli.console import EXIT_CODES, Debug, Json, flags, guarded, say, say_json, table
+from wsi_mmm.cli.console import command, make_app, say, say_json, table
 
-fewshot_app = typer.Typer(
-    help="Teach a classifier on frozen features, in seconds.\n\n\b\nExamples:\n"
+fewshot_app = make_app(
+    "Teach a classifier on frozen features, in seconds.\n\n\b\nExamples:\n"
     "  wsi-mmm embed slides/ -o features/\n"
     "  wsi-mmm fewshot fit features/ --labels annotations/ -o head/\n"
-    "  wsi-mmm run slides/ -m head/model -o results/",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    no_args_is_help=True,
-    epilog=EXIT_CODES,
+    "  wsi-mmm run slides/ -m head/model -o results/"
 )
 
 Features = Annotated[str, typer.Argument(metavar="FEATURES", help="The folder that wsi-mmm embed wrote.")]
 
 
-class HeadKindOption(StrEnum):
-    """Kinds of heads."""
-
-    linear = "linear"
-    knn = "knn"
-    gbm = "gbm"
-    all = "all"
-
-
+@command(fewshot_app, "fit")
 def fit(
     features: Features,
     labels: Annotated[
@@ -42,9 +30,9 @@ def fit(
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the head.")] = "head",
     head: Annotated[
-        HeadKindOption,
+        Literal["linear", "knn", "gbm", "all"],
         typer.Option(help="linear: also a model that run takes; knn; gbm (needs LightGBM); all: keep the best."),
-    ] = HeadKindOption.linear,
+    ] = "linear",
     classes: Annotated[
         str | None, typer.Option(help="Classes to learn, with commas. (default: all that are annotated)")
     ] = None,
@@ -54,8 +42,6 @@ def fit(
         str | None, typer.Option(help="Weights of a bare encoder, as given to embed.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
-    json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Fit a head to labelled tiles or slides and judge it on groups that it has not seen.
 
@@ -68,34 +54,24 @@ def fit(
 
     chosen = [name.strip() for name in classes.split(",")] if classes else None
     found = learn(
-        features, labels, output, head=head.value, classes=chosen, column=column, task=task, weights=weights, seed=seed
+        features, labels, output, head=head, classes=chosen, column=column, task=task, weights=weights, seed=seed
     )
-    if flags.json:
-        for one in found:
-            say_json(one)
-        return
-    rows = [
-        (
-            one.kind + (" (kept)" if one.kept else ""),
-            f"{one.figures['balanced_accuracy']:.3f}",
-            f"{one.figures['auroc']:.3f}",
-            one.figures["folds"],
-            one.figures["examples"],
-        )
-        for one in found
-    ]
+    rows = []
+    for one in found:
+        say_json(one)
+        name, how = one.kind + (" (kept)" if one.kept else ""), one.figures
+        rows.append((name, f"{how['balanced_accuracy']:.3f}", f"{how['auroc']:.3f}", how["folds"], how["examples"]))
     table(rows, ("head", "balanced accuracy", "AUROC", "folds", "examples"))
     judged = f"judged on {found[0].figures['judged_on']}"
     say(judged if found[0].figures["folds"] else "too few slides or regions to hold any out: how good it is is unknown")
     say(f"head {output}")
 
 
+@command(fewshot_app, "predict")
 def predict(
     features: Features,
     head: Annotated[str, typer.Option(help="The folder that fewshot fit wrote.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the tables.")] = "fewshot",
-    json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Predict with a head on embedded slides.
 
@@ -106,12 +82,6 @@ def predict(
     from wsi_mmm.training.fewshot_run import predict as speak
 
     said = speak(features, head, output)
-    if flags.json:
-        for one in said:
-            say_json(one)
-        return
+    for one in said:
+        say_json(one)
     table([(s.slide, s.answer, f"{s.probability:.3f}", s.table) for s in said], ("slide", "answer", "share", "tiles"))
-
-
-for _name, _command in (("fit", fit), ("predict", predict)):
-    fewshot_app.command(_name, epilog=EXIT_CODES)(guarded(_command))

@@ -9,15 +9,18 @@ import typer
 
 from wsi_mmm._version import __version__
 from wsi_mmm.cli import cache, doctor, empaia, fewshot, jobs, models, run, slide, train
-from wsi_mmm.cli.console import EXIT_CODES, guarded
+from wsi_mmm.cli.console import command, make_app
 from wsi_mmm.host_tuning import tune_process
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=EXIT_CODES,
+app = make_app(
+    """Whole-slide images in, QuPath-ready GeoJSON out.
+
+    \b
+    Begin with:
+      wsi-mmm demo                          a synthetic slide, start to end
+      wsi-mmm run slide.svs -o results      your own slide
+      wsi-mmm run --help                    every option, with examples
+    """
 )
 
 _PROCESS, _LEARN, _LOOK, _REST = "Work through slides", "Learn", "Look at one slide", "Models and machine"
@@ -35,14 +38,7 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Whole-slide images in, QuPath-ready GeoJSON out.
-
-    \b
-    Begin with:
-      wsi-mmm demo                          a synthetic slide, start to end
-      wsi-mmm run slide.svs -o results      your own slide
-      wsi-mmm run --help                    every option, with examples
-    """
+    """Show the version or the help."""
 
 
 for _name, _panel, _command in (
@@ -56,7 +52,7 @@ for _name, _panel, _command in (
     ("tissue", _LOOK, slide.tissue),
     ("doctor", _REST, doctor.doctor),
 ):
-    app.command(_name, rich_help_panel=_panel, epilog=EXIT_CODES)(guarded(_command))
+    command(app, _name, _panel)(_command)
 app.add_typer(fewshot.fewshot_app, name="fewshot", rich_help_panel=_LEARN)
 app.add_typer(jobs.jobs_app, name="jobs", rich_help_panel=_PROCESS)
 app.add_typer(cache.cache_app, name="cache", rich_help_panel=_REST)

@@ -3,67 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
-from wsi_mmm.cli.console import EXIT_CODES, Debug, Json, facts, flags, guarded, say, say_json, table
+from wsi_mmm.cli.console import as_command, command, facts, make_app, say, say_json, table
 from wsi_mmm.config import user_cache
 from wsi_mmm.errors import InputError
 
-if TYPE_CHECKING:
-    from wsi_mmm.model.card import ModelCard
-
-models_app = typer.Typer(
-    help="List the packaged models, show one, or write one for other tools.\n\n\b\nExamples:\n  wsi-mmm models\n"
+models_app = make_app(
+    "List the packaged models, show one, or write one for other tools.\n\n\b\nExamples:\n  wsi-mmm models\n"
     "  wsi-mmm models show default\n  wsi-mmm models export default -o default.onnx",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=EXIT_CODES,
+    no_args_is_help=False,
 )
 
-ZOO = Path(__file__).parents[1] / "model" / "zoo"
 
-
-def packaged() -> list[str]:
-    """Names of the models that come with the package, the default first."""
-    names = sorted(path.parent.name for path in ZOO.glob("*/*.json"))
-    return sorted(set(names), key=lambda name: (name != "default", name))
-
-
-@models_app.callback(invoke_without_command=True)
-def models(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
+def models(context: typer.Context) -> None:
     """List the packaged models, show one, or write one for other tools."""
-    if context.invoked_subcommand is None:
-        guarded(_list_models)()
-
-
-def _list_models() -> None:
-    from wsi_mmm.model.card import read_card
-
-    cards = [read_card(name) for name in packaged()]
-    if flags.json:
-        for card in cards:
-            say_json(_card_json(card))
+    if context.invoked_subcommand is not None:
         return
-    rows = [
-        (card.name, ", ".join(f"{task.name} ({task.kind})" for task in card.tasks), f"{card.mpp:g}", card.tile_size)
-        for card in cards
-    ]
+    from wsi_mmm.model.card import read_card, zoo_names
+
+    rows = []
+    for card in map(read_card, sorted(zoo_names(), key=lambda name: (name != "default", name))):
+        say_json(card.model_dump(mode="json"))
+        tasks = ", ".join(f"{task.name} ({task.kind})" for task in card.tasks)
+        rows.append((card.name, tasks, f"{card.mpp:g}", card.tile_size))
     table(rows, ("model", "tasks", "mpp", "tile"))
     say("wsi-mmm models show NAME tells how it was trained, how good it is and where it fails.")
 
 
-def _card_json(card: ModelCard) -> dict[str, Any]:
-    return card.model_dump(mode="json")
+models_app.callback(invoke_without_command=True)(as_command(models))
 
 
-def show(
-    name: Annotated[str, typer.Argument(help="Packaged model, or the folder of one.")] = "default",
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
+@command(models_app, "show")
+def show(name: Annotated[str, typer.Argument(help="Packaged model, or the folder of one.")] = "default") -> None:
     """Show a model's card: tasks, resolution, training data, licence, metrics, limits.
 
     \b
@@ -72,17 +47,14 @@ def show(
       wsi-mmm models show my-model/ --json
     """
     from wsi_mmm.model.card import read_card
-    from wsi_mmm.model.fetched import fetched
+    from wsi_mmm.model.fetch import fetch_model
 
-    card = _card_json(read_card(fetched(name, user_cache())))
-    if flags.json:
-        say_json(card)
-        return
+    card = read_card(fetch_model(name, user_cache())).model_dump(mode="json")
+    say_json(card)
     tasks = card.pop("tasks", [])
     card["data"] = {key: value for key, value in card["data"].items() if key not in ("configuration", "items")}
-    facts(
-        {key: _shorten_value(value) for key, value in card.items() if value not in (None, "", [], {})}, f"model {name}"
-    )
+    shown = {key: _shorten_value(value) for key, value in card.items() if value not in (None, "", [], {})}
+    facts(shown, f"model {name}")
     for task in tasks:
         say(f"  task {task['name']} ({task['kind']}): {', '.join(task['classes'])}")
 
@@ -95,9 +67,7 @@ def _shorten_value(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-models_app.command("show", epilog=EXIT_CODES)(guarded(show))
-
-
+@command(models_app, "export")
 def export_model(
     name: Annotated[str, typer.Argument(help="Packaged model, model folder, timm name or hf-hub: id.")] = "default",
     output: Annotated[
@@ -111,8 +81,6 @@ def export_model(
     tile_size: Annotated[
         int | None, typer.Option(help="Fix the tile size, px. (default: free where the encoder allows)", min=32)
     ] = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Write a model as ONNX for other tools: pixels uint8[n, h, w, 3] in, features and one answer per task out.
 
@@ -125,22 +93,10 @@ def export_model(
 
     target = output or Path(f"{PurePosixPath(name).name}.onnx")
     done = write(name, output=target, tasks=tasks, weights=weights, tile_size=tile_size)
-    if flags.json:
-        say_json(done)
+    say_json(done)
     size = f"{done.side} px only" if done.side else "any multiple of 32 px"
     say(f"wrote {done.path}: features{''.join(f', {task}' for task in done.tasks)}; tile size: {size}")
     say(f"largest difference from torch on seeded noise: {done.difference:.1e} of the largest answer")
-
-
-models_app.command("export", epilog=EXIT_CODES)(guarded(export_model))
-
-
-class Format(StrEnum):
-    """File formats of exported features."""
-
-    h5 = "h5"
-    pt = "pt"
-    h5ad = "h5ad"
 
 
 def export(
@@ -149,13 +105,12 @@ def export(
         typer.Argument(metavar="FEATURES", help="features.zarr, or folders that hold some.", show_default=False),
     ],
     to: Annotated[
-        Format, typer.Option("--to", help="h5: TRIDENT and CLAM; pt: a tensor, for CLAM; h5ad: AnnData.")
-    ] = Format.h5,
+        Literal["h5", "pt", "h5ad"],
+        typer.Option("--to", help="h5: TRIDENT and CLAM; pt: a tensor, for CLAM; h5ad: AnnData."),
+    ] = "h5",
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder of the files. (default: beside the features)")
     ] = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Write the features of slides in the formats of other tools.
 
@@ -166,10 +121,9 @@ def export(
     """
     from wsi_mmm.outputs import exports
 
-    for source, target in targets(sources, to.value, output):
+    for source, target in targets(sources, to, output):
         exports.export(source, target)
-        if flags.json:
-            say_json({"source": source, "output": target})
+        say_json({"source": source, "output": target})
         say(f"wrote {target}")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from wsi_mmm.cli.console import error_line, flags, say, say_json
+from wsi_mmm.cli.console import error_line, flags, print_json, say, say_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -26,13 +26,15 @@ Clock = Callable[[], float]
 @contextlib.contextmanager
 def progress(slides: int = 0) -> Iterator[Callable[[Event], None]]:
     """Yield the listener that suits stdout, for a run over that many slides (0: not known yet)."""
-    if flags.json:
-        yield JsonProgress(slides)
-    elif sys.stdout.isatty():
-        with _draw_bars(slides) as listener:
-            yield listener
-    else:
-        yield PlainProgress(slides)
+    if flags.json or not sys.stdout.isatty():
+        yield JsonProgress(slides) if flags.json else PlainProgress(slides)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    name, pace = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[pace]}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), pace)
+    with Progress(*columns, refresh_per_second=4) as bars:
+        yield ProgressBars(bars, slides)
 
 
 @dataclass(slots=True)
@@ -72,24 +74,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class SlidePaces:
-    """The pace of every slide that is being processed."""
-
-    def __init__(self, clock: Clock = time.monotonic) -> None:
-        self.clock = clock
-        self.slides: dict[str, TilePace] = {}
-
-    def hear(self, event: Event) -> str:
-        """Record an event; return the pace for a "tile" event, else an empty string."""
-        if event.kind == "slide":
-            self.slides.pop(event.slide, None)
-        if event.kind not in ("plan", "tile"):
-            return ""
-        pace = self.slides.setdefault(event.slide, TilePace())
-        pace.step(self.clock(), event.done)
-        return pace.words(event.total) if event.kind == "tile" else ""
-
-
 @dataclass(slots=True)
 class RunProgress:
     """Slides and tiles of a run, done and expected; tiles of slides not yet planned are estimated."""
@@ -102,9 +86,10 @@ class RunProgress:
     _planned: int = 0  # slides
     _ended_unplanned: int = 0
     _open: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _paces: dict[str, TilePace] = field(default_factory=dict)
 
-    def hear(self, event: Event, now: float) -> None:
-        """Record an event that happened at ``now`` (seconds on any clock)."""
+    def hear(self, event: Event, now: float) -> str:
+        """Record an event that happened at ``now`` (seconds on any clock); return the slide's pace for a "tile"."""
         if event.kind in ("plan", "tile"):
             done, total = self._open.get(event.slide, (0, 0))
             self._planned += event.slide not in self._open
@@ -112,11 +97,16 @@ class RunProgress:
             self.tiles += event.done - done
             self._open[event.slide] = event.done, event.total
             self.pace.step(now, self.tiles)
-        elif event.kind == "slide":
+            pace = self._paces.setdefault(event.slide, TilePace())
+            pace.step(now, event.done)
+            return pace.words(event.total) if event.kind == "tile" else ""
+        if event.kind == "slide":
+            self._paces.pop(event.slide, None)
             self.ended, self.slides = event.done, max(self.slides, event.total)
             self._ended_unplanned += event.slide not in self._open
             done, total = self._open.pop(event.slide, (0, 0))
             self._known -= total - done  # of a slide that failed: they will never be
+        return ""
 
     @property
     def expected(self) -> int:
@@ -152,11 +142,11 @@ class JsonProgress:
 
     def __call__(self, event: Event) -> None:
         now = self.clock()
-        say_json({"event": {name: value for name, value in asdict(event).items() if value is not None}})
+        print_json({"event": {name: value for name, value in asdict(event).items() if value is not None}})
         self.overall.hear(event, now)
         if event.kind == "tile" and now - self.last >= self.every:
             self.last = now
-            say_json({"progress": self.overall.facts()})
+            print_json({"progress": self.overall.facts()})
 
 
 class PlainProgress:
@@ -165,14 +155,12 @@ class PlainProgress:
     """
 
     def __init__(self, slides: int = 0, every: float = 5.0, clock: Clock = time.monotonic) -> None:
-        self.every, self.clock = every, clock
-        self.paces, self.overall = SlidePaces(clock), RunProgress(slides)
-        self.last = clock()
+        self.every, self.clock, self.last = every, clock, clock()
+        self.overall = RunProgress(slides)
 
     def __call__(self, event: Event) -> None:
-        pace = self.paces.hear(event)
         now = self.clock()
-        self.overall.hear(event, now)
+        pace = self.overall.hear(event, now)
         if event.kind == "tile" and now - self.last < self.every:
             return
         self.last = now
@@ -193,35 +181,23 @@ def line(event: Event, pace: str = "") -> str:
     return f"{words}{number}{event.slide}" + (f": {detail}" if detail and event.slide else detail)
 
 
-@contextlib.contextmanager
-def _draw_bars(slides: int) -> Iterator[Callable[[Event], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    name, pace = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[pace]}", markup=False)
-    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), pace)
-    with Progress(*columns, refresh_per_second=4) as bars:
-        yield ProgressBars(bars, slides)
-
-
 class ProgressBars:
     """Show events as bars: one for the slides, one for the tiles of each open slide; other events are printed above."""
 
     def __init__(self, bars: Progress, slides: int = 0) -> None:
         self.bars = bars
         self.slides = bars.add_task("slides", total=slides or None, pace="")
-        self.paces, self.overall = SlidePaces(), RunProgress(slides)
+        self.overall = RunProgress(slides)
         self.rows: dict[str, Any] = {}
 
     def __call__(self, event: Event) -> None:
-        pace = self.paces.hear(event)
-        self.overall.hear(event, self.paces.clock())
+        pace = self.overall.hear(event, time.monotonic())
         if self.overall.slides > 1:
             self.bars.update(self.slides, pace=self.overall.words())
         if event.kind in ("plan", "tile"):
-            row = self.rows.get(event.slide)
-            if row is None:
-                row = self.rows[event.slide] = self.bars.add_task(event.slide[:40], total=event.total, pace="")
-            self.bars.update(row, completed=event.done, total=event.total, pace=pace)
+            if event.slide not in self.rows:
+                self.rows[event.slide] = self.bars.add_task(event.slide[:40], total=event.total, pace="")
+            self.bars.update(self.rows[event.slide], completed=event.done, total=event.total, pace=pace)
             return
         if event.kind == "stage":
             if event.slide in self.rows:
@@ -239,8 +215,7 @@ class ProgressBars:
 
 def print_report(report: RunReport) -> int:
     """Print how the slides ended and where their results are; return the exit code."""
-    if flags.json:
-        say_json({"report": {"path": report.path, "seconds": report.seconds, "slides": list(report.slides)}})
+    say_json({"report": {"path": report.path, "seconds": report.seconds, "slides": list(report.slides)}})
     bad = [row for row in report.slides if row.status in ("failed", "partial")]
     for row in bad:
         trace = row.extra.get("traceback", "")

@@ -1,25 +1,103 @@
-"""The commands that process slides: run, embed, demo."""
+"""The commands that process slides: run, embed, demo. The flags of run and embed are made from `wsi_mmm.options`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wsi_mmm.cli.console import Debug, Json, error_line, flags, say, say_json
-from wsi_mmm.cli.options import Output, add_flags, read_options
+from wsi_mmm import config
+from wsi_mmm.cli.console import error_line, say, say_json
 from wsi_mmm.cli.progress import print_report, progress
 from wsi_mmm.errors import ManifestError, OptionError, WsiError
-from wsi_mmm.options import CommandName
+from wsi_mmm.options import (
+    OBSERVE_OPTIONS,
+    WHERE,
+    CommandName,
+    Option,
+    check_value,
+    command_options,
+    resolution,
+    settings_names,
+)
 
 if TYPE_CHECKING:
+    from wsi_mmm.engine.monitoring.observe import Observe
     from wsi_mmm.engine.run import RunRequest
     from wsi_mmm.engine.units import SlideTask
 
+Command = Callable[..., int]
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SLIDE",
+        help="Slides, folders, patterns ('slides/*.svs'), s3:// prefixes or patterns, or a manifest CSV.",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    str, typer.Option("--output", "-o", help="Folder or s3:// prefix of the results.", rich_help_panel=WHERE)
+]
+
+
+def add_flags(command: CommandName, *, output: str) -> Callable[[Command], Command]:
+    """Give a command function ``(inputs, output, **given)`` the flags of its options; ``output``: its default folder.
+
+    `read_options` reads what they say.
+    """
+
+    def decorate(function: Command) -> Command:
+        made = [_flag_parameter(option, output) for option in command_options(command)]
+        inputs = Parameter("inputs", Parameter.KEYWORD_ONLY, annotation=Inputs)
+        function.__signature__ = Signature([inputs, *made])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def _flag_parameter(option: Option, output: str) -> Parameter:
+    kind: Any = str if option.parse else option.value_type
+    if kind is not bool:
+        kind = (list[kind] if option.several else kind) | None
+    default = output if option.name == "output" else False if option.value_type is bool else None
+    flag = typer.Option(*option.flags, help=option.help, rich_help_panel=option.panel, metavar=option.metavar)
+    return Parameter(option.name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, flag], default=default)
+
+
+def _read_flag(option: Option, value: Any) -> Any:
+    """Return the option's value that a flag says; None when the flag was not given."""
+    if option.value_type is bool:
+        return option.flag_value if value else None
+    return value or None if option.several else value
+
+
+def read_options(command: CommandName, said: Mapping[str, Any]) -> tuple[dict[str, Any], Observe]:
+    """Return the options for the api and how the run is observed: flags, over the settings file, over the environment.
+
+    Raises OptionError, ConfigError.
+    """
+    from wsi_mmm.engine.monitoring.observe import Observe  # imports numpy: not needed for --help
+
+    given = {o.name: _read_flag(o, said[o.name]) for o in command_options(command) if o.name != "output"}
+    given["mpp"] = resolution(given["mpp"], given["mag"])
+    names = settings_names(command)
+    settings = config.read_settings(given["config"], names) if given["config"] else {}
+    options = {**settings, **{name: value for name, value in given.items() if name in names and value is not None}}
+    if cache := config.default_cache():
+        options.setdefault("cache", cache)
+    if tls := config.default_tls(str(options.get("scheduler", ""))):
+        options.setdefault("tls", tls)
+    watched = {o.name: check_value(o, options.pop(o.name)) for o in OBSERVE_OPTIONS if o.name in options}
+    if isinstance(watched.get("traces"), bool):
+        watched["traces"] = config.trace_exporter() if watched["traces"] else None
+    return options, Observe(**watched)
+
 
 @add_flags("run", output="results")
-def run(inputs: list[str], output: str, given: Mapping[str, Any]) -> int:
+def run(inputs: list[str], output: str, **given: Any) -> int:
     """Run a model on slides: GeoJSON, tables, a picture, a report.
 
     \b
@@ -41,7 +119,7 @@ def run(inputs: list[str], output: str, given: Mapping[str, Any]) -> int:
 
 
 @add_flags("embed", output="features")
-def embed(inputs: list[str], output: str, given: Mapping[str, Any]) -> int:
+def embed(inputs: list[str], output: str, **given: Any) -> int:
     """Compute one feature vector per tile and keep them in Zarr.
 
     \b
@@ -61,8 +139,6 @@ def embed(inputs: list[str], output: str, given: Mapping[str, Any]) -> int:
 def demo(
     output: Output = "demo",
     seed: Annotated[int, typer.Option(help="Another number draws another slide.")] = 0,
-    json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Run the default model on a slide drawn for the purpose.
 
@@ -105,8 +181,7 @@ def _submit_job(inputs: list[str], output: str, given: Mapping[str, Any]) -> int
         raise OptionError("--detach needs --scheduler ADDRESS")
     options.pop("workers", None)
     job: Any = api.submit(scheduler, inputs, output=output, observe=observe, **options)
-    if flags.json:
-        say_json({"job": job.id, "scheduler": scheduler})
+    say_json({"job": job.id, "scheduler": scheduler})
     say(f"job {job.id}  (wsi-mmm jobs watch {job.id} --scheduler {scheduler})")
     return 0
 
@@ -127,8 +202,7 @@ def _open_slides(request: RunRequest, output: str) -> int:
             error_line(f"{task.id}: {error}")
             continue
         statuses.append("done")
-        if flags.json:
-            say_json(found)
+        say_json(found)
         size = f"{found['width']} x {found['height']} px, {found['mpp_x']:g} mpp"
         say(f"{found['id']}  {size}, at most {found['tiles_at_most']:,} tiles, {found['uri']}")
     good = statuses.count("done")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wsi_mmm.cli.console import Debug, Json, error_line, facts, flags, say, say_json, table
+from wsi_mmm.cli.console import error_line, facts, say, say_json, table
 from wsi_mmm.errors import OutputError, WsiError
 
 if TYPE_CHECKING:
@@ -22,13 +22,7 @@ ReaderOption = Annotated[str | None, typer.Option(help="Force a reader: tiff, op
 MppOverride = Annotated[float | None, typer.Option(help="Take the slide's own pixel to be this many micrometres wide.")]
 
 
-def info(
-    slides: SlidesArgument,
-    mpp_override: MppOverride = None,
-    reader: ReaderOption = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> int:
+def info(slides: SlidesArgument, mpp_override: MppOverride = None, reader: ReaderOption = None) -> int:
     """Show size, resolution, levels and vendor of slides.
 
     \b
@@ -54,9 +48,7 @@ def info(
 
 
 def _show_info(slide: SlideInfo) -> None:
-    if flags.json:
-        say_json(slide)
-        return
+    say_json(slide)
     unknown = "unknown (--mpp-override 0.25 sets it)"
     pairs = {
         "size": f"{slide.width} x {slide.height} px",
@@ -69,13 +61,8 @@ def _show_info(slide: SlideInfo) -> None:
     }
     facts(pairs, slide.uri)
     rows = [
-        (
-            number,
-            f"{level.width} x {level.height}",
-            f"{level.downsample_x:g}",
-            f"{level.tile_width} x {level.tile_height}",
-        )
-        for number, level in enumerate(slide.levels)
+        (n, f"{one.width} x {one.height}", f"{one.downsample_x:g}", f"{one.tile_width} x {one.tile_height}")
+        for n, one in enumerate(slide.levels)
     ]
     table(rows, ("level", "size", "downsample", "tile"))
 
@@ -87,8 +74,6 @@ def thumbnail(
     ] = "thumbnail.png",
     max_size: Annotated[int, typer.Option(help="Px of the longer side.", min=1)] = 1024,
     reader: ReaderOption = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Write a small picture of a slide.
 
@@ -113,8 +98,6 @@ def tissue(
     where: Annotated[str, typer.Option("--tissue", help="auto, none, or a GeoJSON or mask image.")] = "auto",
     max_size: Annotated[int, typer.Option(help="Px of the longer side of the overlay.", min=1)] = 1536,
     reader: ReaderOption = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Find the tissue and write it as a mask and a picture.
 
@@ -138,10 +121,8 @@ def tissue(
 
 
 def _report_written(output: str, more: dict[str, object]) -> None:
-    if flags.json:
-        say_json({"output": output, **more})
-    else:
-        say(", ".join([f"wrote {output}", *(f"{name} {value}" for name, value in more.items())]))
+    say_json({"output": output, **more})
+    say(", ".join([f"wrote {output}", *(f"{name} {value}" for name, value in more.items())]))
 
 
 def overlay_name(mask: str) -> str:

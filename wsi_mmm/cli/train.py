@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wsi_mmm.cli.console import Debug, Json, flags, say, say_json, table
+from wsi_mmm.cli.console import flags, print_json, say, say_json, table
 from wsi_mmm.cli.progress import duration
 from wsi_mmm.errors import OptionError
 
 if TYPE_CHECKING:
     from wsi_mmm.training.data.buckets import BucketReport
-    from wsi_mmm.training.fit import StepReport
+    from wsi_mmm.training.fit import StepReport, TrainingListener
     from wsi_mmm.training.fractions import Curve
-    from wsi_mmm.training.job import Prepared, TrainingListener
+    from wsi_mmm.training.job import Prepared
 
 EVERY = 5.0  # seconds between lines of progress
 
@@ -55,8 +55,6 @@ def train(
             rich_help_panel="How much data is enough",
         ),
     ] = "",
-    json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Train one encoder for many tasks, from slides, annotations, tables and folders of patches.
 
@@ -74,7 +72,7 @@ def train(
     from wsi_mmm.training import config as words
 
     if schema:
-        say_json(words.json_schema())
+        print_json(words.json_schema())
         return
     if example:
         sys.stdout.write(EXAMPLE)
@@ -100,9 +98,7 @@ def train(
         done = api.train(config, settings=settings or (), listener=listener)
     if not done.model:
         return  # not the first rank
-    if flags.json:
-        say_json({"model": done.model, "val": done.val, "test": done.test, "seconds": done.seconds})
-        return
+    say_json({"model": done.model, "val": done.val, "test": done.test, "seconds": done.seconds})
     for part, found in (("validation", done.val), ("test", done.test)):
         if found:
             table([(t, m, f"{v:.4f}") for t, ms in found.items() for m, v in ms.items()], ("task", part, "figure"))
@@ -117,9 +113,7 @@ def _parse_percents(text: str) -> list[float]:
 
 
 def _show_curve(curve: Curve) -> None:
-    if flags.json:
-        say_json({"metric": curve.metric, "part": curve.part, "rows": curve.rows(), "files": curve.files})
-        return
+    say_json({"metric": curve.metric, "part": curve.part, "rows": curve.rows(), "files": curve.files})
     rows = [
         (f"{row.percent:g} %", row.items, f"{row.mean:.4f}", f"{row.deviation:.4f}", len(row.values))
         for row in curve.rows()
@@ -132,42 +126,31 @@ def _show_curve(curve: Curve) -> None:
 def _show_annotations(found: Mapping[str, Mapping[str, BucketReport]]) -> None:
     for data, tables in found.items():
         for task, one in tables.items():
-            if flags.json:
-                say_json({"data": data, "task": task, "annotations": loads(one.as_json())})
-            else:
-                say(f"data '{data}', task '{task}': what becomes of the annotations")
-                say(one.table())
-                say()
+            say_json({"data": data, "task": task, "annotations": loads(one.as_json())})
+            say(f"data '{data}', task '{task}': what becomes of the annotations\n{one.table()}\n")
 
 
 def _show_data(prepared: Prepared) -> None:
     from wsi_mmm.training.job import describe
 
-    rows = prepared.summary()
-    if flags.json:
-        for row in rows:
-            say_json(row)
-        return
-    shown = [
-        (r["data"], ", ".join(r["tasks"]), r["train"], r["val"], r["test"], _join_counts(r["classes"])) for r in rows
-    ]
-    table(shown, ("data", "tasks", "train", "val", "test", "classes of train"))
+    rows = []
+    for one in prepared.summary():
+        say_json(one)
+        classes = ", ".join(f"{name} {count}" for name, count in one["classes"].items())
+        rows.append((one["data"], ", ".join(one["tasks"]), one["train"], one["val"], one["test"], classes))
+    table(rows, ("data", "tasks", "train", "val", "test", "classes of train"))
     say(describe(prepared))
-
-
-def _join_counts(classes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in classes.items())
 
 
 @contextmanager
 def _training_listener() -> Iterator[TrainingListener]:
-    from wsi_mmm.training.job import TrainingListener
+    from wsi_mmm.training.fit import TrainingListener
 
     if flags.json:
         yield TrainingListener(
-            on_step=lambda p: say_json({"step": p.step, "losses": p.losses, "rate": p.rate, "pace": p.pace}),
-            on_validation=lambda step, found: say_json({"step": step, "val": found}),
-            on_checkpoint=lambda step, uri: say_json({"step": step, "checkpoint": uri}),
+            on_step=lambda p: print_json({"step": p.step, "losses": p.losses, "rate": p.rate, "pace": p.pace}),
+            on_validation=lambda step, found: print_json({"step": step, "val": found}),
+            on_checkpoint=lambda step, uri: print_json({"step": step, "checkpoint": uri}),
         )
     elif sys.stdout.isatty():
         with _draw_bar() as (step, line):

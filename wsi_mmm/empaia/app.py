@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from wsi_mmm.config import EmpaiaJob, SlideSpec
-from wsi_mmm.empaia.batches import Limits
-from wsi_mmm.empaia.client import AppApi
+from wsi_mmm.empaia.client import AppApi, Limits
 from wsi_mmm.empaia.job_inputs import SLIDE, JobInputs, read_job_inputs, regions_geojson
 from wsi_mmm.empaia.messages import INCOMPLETE, STOPPED, message_of
 from wsi_mmm.empaia.transport import Patience
@@ -157,23 +157,17 @@ def _without_token(ended: JobEnd, job: EmpaiaJob) -> JobEnd:
 
 async def _run_in_thread(function: Callable[[], T]) -> T:
     """``function()`` in a daemon thread of its own: the program does not wait for it when it ends."""
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[T] = loop.create_future()
-
-    def settle(outcome: Callable[[], None]) -> None:
-        if not found.done():
-            outcome()
+    found: Future[T] = Future()
+    found.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
-            outcome = partial(found.set_result, function())
+            found.set_result(function())
         except BaseException as error:  # noqa: BLE001  (raised where the future is awaited)
-            outcome = partial(found.set_exception, error)
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, outcome)
+            found.set_exception(error)
 
     threading.Thread(target=run, name="empaia-thread", daemon=True).start()
-    return await found
+    return await asyncio.wrap_future(found)
 
 
 class _JobRunner:
@@ -181,7 +175,8 @@ class _JobRunner:
 
     def __init__(self, api: AppApi, job: EmpaiaJob, app: App) -> None:
         self._api, self._job, self._app = api, job, app
-        self._folder = app.folder.rstrip("/") if app.folder else _own_folder(job)
+        own = str(Path(tempfile.gettempdir()) / f"wsi-mmm-empaia-{job.id}")  # the same for a job that is started again
+        self._folder = app.folder.rstrip("/") if app.folder else own
         self._engine: Job[RunReport] | None = None
         self._last_share, self._last_time = 0.0, float("-inf")
 
@@ -235,13 +230,13 @@ class _JobRunner:
 
     async def _run_engine(self, request: RunRequest) -> Results:
         """Run the engine, reporting progress: the results of the slide."""
-        from wsi_mmm.api import executor_factory
+        from wsi_mmm.api import make_executor
         from wsi_mmm.empaia.results import results_at
         from wsi_mmm.engine.job import Job
         from wsi_mmm.engine.run import run_slides
 
         engine = self._engine = Job(
-            lambda listener, stop: run_slides(request, executor_factory(request), listener, stop)
+            lambda listener, stop: run_slides(request, partial(make_executor, request), listener, stop)
         )
         try:
             while not engine.done:
@@ -297,11 +292,10 @@ class _JobRunner:
 def _open_slide(request: RunRequest, inputs: JobInputs) -> tuple[ModelCard, SlideInfo, list[Polygon]]:
     """(model card, slide info, tissue polygons): the slide is opened once, and stays open for the engine."""
     from wsi_mmm.config import user_cache
-    from wsi_mmm.empaia.geometry import joined
-    from wsi_mmm.empaia.tissue import tissue_polygons
+    from wsi_mmm.empaia.geometry import joined, tissue_polygons
     from wsi_mmm.engine.stages import context
     from wsi_mmm.model.card import read_card
-    from wsi_mmm.model.fetched import fetched
+    from wsi_mmm.model.fetch import fetch_model
     from wsi_mmm.tiles.tissue import tissue_mask
 
     [task] = request.tasks
@@ -309,12 +303,7 @@ def _open_slide(request: RunRequest, inputs: JobInputs) -> tuple[ModelCard, Slid
         slide.scale(request.recipe.mpp)
         area = joined([region.area for region in inputs.regions])
         found = tissue_polygons(tissue_mask(slide), inputs.wsi, area)
-        return read_card(fetched(request.recipe.model, user_cache())), slide.info, found
-
-
-def _own_folder(job: EmpaiaJob) -> str:
-    """The same for a job that is started again on this machine."""
-    return str(Path(tempfile.gettempdir()) / f"wsi-mmm-empaia-{job.id}")
+        return read_card(fetch_model(request.recipe.model, user_cache())), slide.info, found
 
 
 def _make_folder(folder: str) -> None:

@@ -17,14 +17,15 @@ import asyncio
 import gzip
 import json
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote
 
 from wsi_mmm.config import EmpaiaJob
-from wsi_mmm.empaia.batches import Limits, PostBatch, batches, id_of, ids_of, match_ids
 from wsi_mmm.empaia.bodies import Collection, Record, body, encoded
 from wsi_mmm.empaia.pixelmaps import Pixelmap, tile_length
 from wsi_mmm.empaia.transport import ApiResponse, Method, Patience, Transport
@@ -36,6 +37,22 @@ _UNREADABLE = (400, 415, 422)  # what a platform may say to a tile that it does 
 _LEVEL = 1  # of gzip: maps are flat, and the platform unpacks them
 _BYTES = "application/octet-stream"
 _OVER = (400, 409, 422, 423)  # what a platform may say to a job that has ended
+_MOST_ITEMS = 10_000  # what the platform takes in one post
+_MOST_PIXELS = 25_000_000  # and gives in one region
+_OPEN, _CLOSE = b'{"items":[', b"]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits of one request: objects, bytes of JSON, pixels of a region."""
+
+    items: int = 1000
+    body: int = 4_000_000
+    pixels: int = 4096 * 4096
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.items <= _MOST_ITEMS and self.body >= 1000 and 1 <= self.pixels <= _MOST_PIXELS):
+            raise OutputError(f"the platform takes 1 to {_MOST_ITEMS} objects and gives {_MOST_PIXELS} pixels at most")
 
 
 class Mode(StrEnum):
@@ -184,9 +201,9 @@ class AppApi:
 
     # -------------------------------------------------------------------------------------------- requests
 
-    async def _post_batch(self, collection_id: str, batch: PostBatch) -> list[str]:
-        path, count = f"/collections/{_path_part(collection_id)}/items", len(batch.items)
-        response = await self._transport.ask("POST", path, data=batch.data)
+    async def _post_batch(self, collection_id: str, batch: list[bytes]) -> list[str]:
+        path, data = f"/collections/{_path_part(collection_id)}/items", _OPEN + b",".join(batch) + _CLOSE
+        response = await self._transport.ask("POST", path, data=data)
         for pause in self._patience.pauses():
             if not response.unclear:
                 break
@@ -194,23 +211,23 @@ class AppApi:
             if found is not None:
                 return found
             await asyncio.sleep(pause)
-            response = await self._transport.ask("POST", path, data=batch.data)  # none had arrived
-        if response.status == _TOO_LARGE and count > 1:
-            first, rest = batch.halves()
+            response = await self._transport.ask("POST", path, data=data)  # none had arrived
+        if response.status == _TOO_LARGE and len(batch) > 1:
+            first, rest = batch[: len(batch) // 2], batch[len(batch) // 2 :]
             return await self._post_batch(collection_id, first) + await self._post_batch(collection_id, rest)
-        ids = ids_of(self._check_response(response, "posting objects").parsed(), count)
-        self._counts[collection_id] = self._counts.get(collection_id, 0) + count
+        ids = ids_of(self._check_response(response, "posting objects").parsed(), len(batch))
+        self._counts[collection_id] = self._counts.get(collection_id, 0) + len(batch)
         return ids
 
-    async def _recover_ids(self, collection_id: str, batch: PostBatch) -> list[str] | None:
+    async def _recover_ids(self, collection_id: str, batch: list[bytes]) -> list[str] | None:
         """The ids of a batch whose answer was lost; None when the platform has none of it."""
-        before, count = self._counts.get(collection_id, 0), len(batch.items)
+        before, count = self._counts.get(collection_id, 0), len(batch)
         held, items = await self.query(collection_id, skip=before, limit=count)
         if held == before:
             return None
         if held != before + count:
             raise PlatformError(f"a collection holds {held} objects where {before} or {before + count} were posted")
-        ids = match_ids(batch.items, items)
+        ids = match_ids(batch, items)
         self._counts[collection_id] = held
         return ids
 
@@ -243,3 +260,59 @@ class AppApi:
 def _path_part(text: str) -> str:
     """``text`` as one part of a path, whatever characters it has."""
     return quote(text, safe="")
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def batches(records: Iterable[Record], job_id: str, limits: Limits) -> Iterator[list[bytes]]:
+    """``records`` in order, in batches within the limits; one batch at a time is in memory."""
+    held: list[bytes] = []
+    size = room = limits.body - len(_OPEN) - len(_CLOSE)
+    for record in records:
+        text = encoded(body(record, job_id))
+        if len(text) > room:
+            raise OutputError(f"one object has {len(text)} bytes; the platform takes {limits.body} in a request")
+        if held and (len(held) == limits.items or len(text) + 1 > size):
+            yield held
+            held, size = [], room
+        held.append(text)
+        size -= len(text) + 1
+    if held:
+        yield held
+
+
+def ids_of(answer: object, count: int) -> list[str]:
+    """The ids of ``count`` objects in the answer to their post, in order. PlatformError when it has others."""
+    items = answer.get("items") if isinstance(answer, dict) else answer
+    if not isinstance(items, list) or len(items) != count:
+        raise PlatformError(f"the EMPAIA platform did not answer with the {count} objects that were posted")
+    return [id_of(item) for item in items]
+
+
+def id_of(answer: object) -> str:
+    """The id of a posted object. PlatformError when the answer has none."""
+    found = answer.get("id") if isinstance(answer, dict) else None
+    if not isinstance(found, str) or not found:
+        raise PlatformError("the EMPAIA platform answered without the id of what was posted")
+    return found
+
+
+def match_ids(sent: Sequence[bytes], found: Sequence[Mapping[str, object]]) -> list[str]:
+    """The ids of ``sent`` among the objects ``found`` on the platform, by all that was sent of each.
+
+    Objects that are alike in everything may stand for each other. PlatformError unless every one is found.
+    """
+    waiting: dict[str, list[str]] = {}
+    wanted: list[dict[str, object]] = [json.loads(text) for text in sent]
+    fields = sorted({name for item in wanted for name in item})
+    for item in found:
+        waiting.setdefault(_comparison_key(item, fields), []).append(id_of(item))
+    keys = [_comparison_key(item, fields) for item in wanted]
+    if any(count > len(waiting.get(key, ())) for key, count in Counter(keys).items()):
+        raise PlatformError("the connection broke while objects were posted, and the platform does not show them all")
+    return [waiting[key].pop(0) for key in keys]
+
+
+def _comparison_key(item: Mapping[str, object], fields: Sequence[str]) -> str:
+    return json.dumps([item.get(name) for name in fields], sort_keys=True)

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from wsi_mmm.empaia.lint import GLOBAL, ClassTree, Ead, IoType, problems
-from wsi_mmm.errors import ModelError, OutputError
+from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import ModelCard, TaskCard
+from wsi_mmm.storage import store
 
 RegionKind = Literal["rectangle", "polygon", "circle"]
 SCHEMA = "https://gitlab.com/empaia/integration/definitions/-/raw/main/ead/ead-schema.v3.json"
@@ -32,25 +32,16 @@ SCHEMA = "https://gitlab.com/empaia/integration/definitions/-/raw/main/ead/ead-s
 Io = dict[str, IoType]
 
 
-@dataclass(frozen=True, slots=True)
-class _Outputs:
-    """The outputs that a task adds to the EAD: to both modes, to standalone alone, to preprocessing alone."""
-
-    both: Io
-    regions: Io
-    slide: Io
-
-
 def ead(card: ModelCard, *, vendor: str = "wsi_mmm", regions: RegionKind = "rectangle") -> Ead:
     """The description of ``card`` as an app. ModelError when a name cannot be one of the platform."""
     namespace = f"org.empaia.{slug(vendor)}.{slug(card.name)}.v3.0"
-    some = [_of_task(task) for task in card.tasks]
+    outputs = [_task_outputs(task) for task in card.tasks]
     slide: Io = {"slide": {"type": "wsi"}}
     regions_type: IoType = {"type": regions, "reference": "io.slide", "classes": [f"{GLOBAL}.classes.roi"]}
     rois: Io = {"regions": {"type": "collection", "items": regions_type}}
     tissue: Io = {"tissue": _collection_type("polygon", "io.slide", about="io.slide")}
-    both = _join_outputs([tissue, *(one.both for one in some)])
-    alone, whole = _join_outputs([one.regions for one in some]), _join_outputs([one.slide for one in some])
+    both = _join_outputs([tissue, *(common for common, _, _ in outputs)])
+    alone, whole = _join_outputs([one for _, one, _ in outputs]), _join_outputs([one for _, _, one in outputs])
     made: Ead = {
         "$schema": SCHEMA,
         "name": _fit_name(f"wsi_mmm {card.name}", 30),
@@ -80,11 +71,7 @@ def ead_json(made: Ead) -> str:
 def write_ead(text: str, folder: Path) -> Path:
     """Write ``ead.json`` to ``folder``, which is made: its path. OutputError when that cannot be."""
     path = folder / "ead.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    store.write_bytes(str(path), text.encode())
     return path
 
 
@@ -102,66 +89,31 @@ def slug(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ inputs and outputs
 
 
-def _of_task(task: TaskCard) -> _Outputs:
-    make = _TASK_OUTPUTS.get(task.kind)
-    return _Outputs({}, {}, {}) if make is None else make(slug(task.name))
-
-
-def _object_outputs(name: str) -> _Outputs:
-    area = _area_outputs(name)
-    items = f"io.{name}_objects.items"
-    return _Outputs(
-        both={
-            **area.both,
-            f"{name}_confidences": _collection_type("float", items),
-            f"{name}_map": {
-                "type": "continuous_pixelmap",
-                "reference": "io.slide",
-                "description": "objects per square millimetre",
-            },
-        },
-        regions={
-            f"{name}_counts": _collection_type("integer", "io.regions.items"),
-            f"{name}_densities": _collection_type("float", "io.regions.items"),
-        },
-        slide={
-            f"{name}_slide_count": {"type": "integer", "reference": "io.slide"},
-            f"{name}_slide_density": {"type": "float", "reference": "io.slide"},
-        },
-    )
-
-
-def _area_outputs(name: str) -> _Outputs:
-    objects = _collection_type("polygon", "io.slide", about="io.slide")
-    classes = _collection_type("class", f"io.{name}_objects.items")
-    return _Outputs({f"{name}_objects": objects, f"{name}_classes": classes}, {}, {})
-
-
-def _class_outputs(name: str) -> _Outputs:
-    whole: IoType = {"type": "string", "reference": "io.slide"}
-    return _Outputs(
-        {f"{name}_classes": _collection_type("class", "io.tissue.items"), f"{name}_slide_class": whole}, {}, {}
-    )
-
-
-def _value_output(name: str) -> _Outputs:
-    return _Outputs({f"{name}_slide_value": {"type": "float", "reference": "io.slide"}}, {}, {})
-
-
-def _value_outputs(name: str) -> _Outputs:
-    return _Outputs({f"{name}_slide_values": _collection_type("float", "io.slide")}, {}, {})
-
-
-_TASK_OUTPUTS: dict[str, Callable[[str], _Outputs]] = {
-    "instances": _object_outputs,
-    "detect": _object_outputs,
-    "segment": _area_outputs,
-    "multisegment": _area_outputs,
-    "classify": _class_outputs,
-    "regress": _value_output,
-    "survive": _value_output,
-    "multilabel": _value_outputs,
-}
+def _task_outputs(task: TaskCard) -> tuple[Io, Io, Io]:
+    """The outputs that a task adds to the EAD: to both modes, to standalone alone, to preprocessing alone."""
+    name = slug(task.name)
+    both: Io = {}
+    alone: Io = {}
+    whole: Io = {}
+    if task.kind in ("instances", "detect", "segment", "multisegment"):
+        both[f"{name}_objects"] = _collection_type("polygon", "io.slide", about="io.slide")
+        both[f"{name}_classes"] = _collection_type("class", f"io.{name}_objects.items")
+    if task.kind in ("instances", "detect"):
+        text = "objects per square millimetre"
+        both[f"{name}_confidences"] = _collection_type("float", f"io.{name}_objects.items")
+        both[f"{name}_map"] = {"type": "continuous_pixelmap", "reference": "io.slide", "description": text}
+        alone[f"{name}_counts"] = _collection_type("integer", "io.regions.items")
+        alone[f"{name}_densities"] = _collection_type("float", "io.regions.items")
+        whole[f"{name}_slide_count"] = {"type": "integer", "reference": "io.slide"}
+        whole[f"{name}_slide_density"] = {"type": "float", "reference": "io.slide"}
+    if task.kind == "classify":
+        both[f"{name}_classes"] = _collection_type("class", "io.tissue.items")
+        both[f"{name}_slide_class"] = {"type": "string", "reference": "io.slide"}
+    if task.kind in ("regress", "survive"):
+        both[f"{name}_slide_value"] = {"type": "float", "reference": "io.slide"}
+    if task.kind == "multilabel":
+        both[f"{name}_slide_values"] = _collection_type("float", "io.slide")
+    return both, alone, whole
 
 
 def _collection_type(kind: str, reference: str, *, about: str | None = None) -> IoType:

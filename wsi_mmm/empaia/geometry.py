@@ -1,37 +1,21 @@
-"""Objects as shapes of the platform: whole level-0 px inside the slide, polygons without holes."""
+"""Objects and tissue as shapes of the platform: whole level-0 px inside the slide, polygons without holes."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import shapely
 from shapely.geometry.base import BaseGeometry
 
-from wsi_mmm.empaia.bodies import Point, Polygon, Rectangle, Ring, Wsi
+from wsi_mmm.empaia.bodies import Polygon, Ring, Wsi
+from wsi_mmm.outputs.polygons import Frame, simplify, to_objects, trace
+from wsi_mmm.tiles.tissue import TissueMask
 from wsi_mmm.types import F64, I64, Mask
 
 _CUTS = 500  # holes opened per outline at most; those beyond are filled
-
-
-def point(x: float, y: float, wsi: Wsi) -> Point | None:
-    """The pixel that holds (x, y), level-0 px; None outside the slide or when not finite."""
-    if not (0 <= x < wsi.width and 0 <= y < wsi.height):  # False for NaN, too
-        return None
-    return Point(int(x), int(y))
-
-
-def rectangle(x0: float, y0: float, x1: float, y1: float, wsi: Wsi) -> Rectangle | None:
-    """The box (level-0 px) rounded and cut to the slide; None when nothing of it is left."""
-    if not np.isfinite((x0, y0, x1, y1)).all():
-        return None
-    left, right = (min(max(round(v), 0), wsi.width) for v in (x0, x1))
-    top, bottom = (min(max(round(v), 0), wsi.height) for v in (y0, y1))
-    if right <= left or bottom <= top:
-        return None
-    return Rectangle(left, top, right - left, bottom - top)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +94,20 @@ def polygons(rings: Sequence[F64], wsi: Wsi, *, keep_holes: bool, area: Area | N
     return [Polygon(_outer_corners(part)) for part in _without_holes(simple)]
 
 
+def tissue_polygons(mask: TissueMask, wsi: Wsi, area: Area | None) -> list[Polygon]:
+    """The outlines of ``mask``, cut along their holes and, if one is given, to ``area``; in the order of the slide."""
+    rings = trace(mask.mask.astype(np.int32))
+    count = len(rings.labels)
+    frame = Frame(scale_x=mask.scale_x, scale_y=mask.scale_y)
+    anchor = np.column_stack([np.arange(count), np.zeros(count, np.int64)])
+    drawn = to_objects(rings, frame, task="tissue", class_index=np.zeros(count, np.int32), anchor=anchor)
+    drawn = simplify(drawn, max(mask.scale_x, mask.scale_y) / 2)
+    corners = np.split(drawn.coords, drawn.ring_offsets[1:-1])
+    outlines = [corners[first:last] for first, last in itertools.pairwise(drawn.object_offsets.tolist())]
+    parts = [one for outline in outlines for one in polygons(outline, wsi, keep_holes=True, area=area)]
+    return sorted(parts, key=lambda polygon: min((y, x) for x, y in polygon.corners))
+
+
 def _make_valid(shape: BaseGeometry) -> BaseGeometry:
     return shape if shape.is_valid else shapely.make_valid(shape)
 
@@ -136,7 +134,7 @@ def _without_holes(simple: list[shapely.Polygon]) -> Iterator[shapely.Polygon]:
             waiting += _cut_hole(part, np.asarray(part.interiors[0].coords, np.float64))
 
 
-def _cut_hole(part: BaseGeometry, hole: npt.NDArray[np.float64]) -> list[shapely.Polygon]:
+def _cut_hole(part: BaseGeometry, hole: F64) -> list[shapely.Polygon]:
     """``part`` in two along the upright through ``hole`` [n, 2]; all corners stay whole numbers."""
     x = _cut_position(hole)
     x0, y0, x1, y1 = part.bounds
@@ -144,7 +142,7 @@ def _cut_hole(part: BaseGeometry, hole: npt.NDArray[np.float64]) -> list[shapely
     return [inner for half in halves for inner in _polygon_parts(shapely.intersection(part, half, grid_size=1.0))]
 
 
-def _cut_position(hole: npt.NDArray[np.float64]) -> float:
+def _cut_position(hole: F64) -> float:
     """A whole x inside the hole; of a hole one px wide, the side on which it has an edge."""
     low, high = hole[:, 0].min(), hole[:, 0].max()
     if high - low >= 2:

@@ -23,13 +23,11 @@ from wsi_mmm.empaia.bodies import (
 )
 from wsi_mmm.empaia.check_outputs import CheckedOutputs
 from wsi_mmm.empaia.client import AppApi, Mode
-from wsi_mmm.empaia.density import DensityGrid, PixelBox
 from wsi_mmm.empaia.ead import class_values, ead, slug
 from wsi_mmm.empaia.geometry import centres, polygons
 from wsi_mmm.empaia.job_inputs import JobInputs
-from wsi_mmm.empaia.pixelmaps import tile_bytes
-from wsi_mmm.empaia.results import Outline, Results
-from wsi_mmm.empaia.slide_predictions import slide_class, slide_value, slide_values, tissue_classes
+from wsi_mmm.empaia.pixelmaps import DensityGrid, PixelBox, tile_bytes
+from wsi_mmm.empaia.results import Outline, Results, slide_class, slide_value, slide_values, tissue_classes
 from wsi_mmm.model.card import ModelCard, TaskCard
 from wsi_mmm.types import I64, REGION_KINDS, SlideInfo
 
@@ -52,6 +50,11 @@ class JobOutputs:
     info: SlideInfo
 
     @property
+    def slide(self) -> Reference:
+        """The reference of outputs about the whole slide."""
+        return Reference("wsi", self.inputs.wsi.id)
+
+    @property
     def npp(self) -> float:
         """Nanometres per px at which the model looked."""
         return float(self.results.facts["mpp_effective"]) * 1000
@@ -59,6 +62,10 @@ class JobOutputs:
     def area_mm2(self, pixels: float) -> float:
         """Level-0 px^2 as mm^2."""
         return pixels * (self.info.mpp_x or 0.0) * (self.info.mpp_y or 0.0) / 1e6
+
+    def values(self, task: TaskCard) -> dict[str, str]:
+        """The platform's names of a task's classes, by ours."""
+        return dict(zip(task.classes, class_values(self.card, task, vendor=self.vendor), strict=True))
 
 
 @dataclass(slots=True)
@@ -73,60 +80,77 @@ class _Tally:
 async def post_all(api: AppApi, outputs: JobOutputs, report_share: ReportShare) -> None:
     """Post every output that the EAD promises, and no other. Raises JobError, PlatformError, OutputError."""
     checked = CheckedOutputs(api, ead(outputs.card, vendor=outputs.vendor), outputs.inputs)
-    await _post_outputs(checked, outputs, report_share)
+    drawn = [Annotation("tissue", shape, outputs.inputs.wsi, outputs.npp) for shape in outputs.tissue]
+    ids = await _post_collection(
+        checked, "tissue", Collection("polygon", name="tissue", reference=outputs.slide), drawn
+    )
+    for task in outputs.card.tasks:
+        if task.kind in ("instances", "detect"):
+            await _post_objects(checked, outputs, task, report_share)
+        elif task.kind in REGION_KINDS:
+            await _post_areas(checked, outputs, task)
+        elif task.kind == "classify":
+            await _post_classes(checked, outputs, task, ids)
+        elif task.kind in ("regress", "survive"):
+            value = Primitive(task.name, "float", slide_value(outputs.results, task), outputs.slide)
+            await checked.post_output(f"{slug(task.name)}_slide_value", value)
+        elif task.kind == "multilabel":
+            values = zip(task.classes, slide_values(outputs.results, task), strict=True)
+            each = [Primitive(name, "float", value, outputs.slide) for name, value in values]
+            key = f"{slug(task.name)}_slide_values"
+            await _post_collection(checked, key, Collection("float", name=task.name), each)
     checked.check_all_posted()
 
 
-async def _post_outputs(api: CheckedOutputs, outputs: JobOutputs, report_share: ReportShare) -> None:
-    about = Reference("wsi", outputs.inputs.wsi.id)
-    tissue = await api.post_output("tissue", Collection("polygon", name="tissue", reference=about))
-    drawn = [Annotation("tissue", shape, outputs.inputs.wsi, outputs.npp) for shape in outputs.tissue]
-    ids = await _fill_collection(api, tissue, drawn)
-    for task in outputs.card.tasks:
-        name = slug(task.name)
-        if task.kind in ("instances", "detect"):
-            await _post_objects(api, outputs, task, report_share)
-        elif task.kind in REGION_KINDS:
-            await _post_areas(api, outputs, task)
-        elif task.kind == "classify":
-            await _post_classes(api, outputs, task, ids)
-        elif task.kind in ("regress", "survive"):
-            value = slide_value(outputs.results, task)
-            await api.post_output(f"{name}_slide_value", Primitive(task.name, "float", value, about))
-        elif task.kind == "multilabel":
-            values = slide_values(outputs.results, task)
-            each = [Primitive(c, "float", v, about) for c, v in zip(task.classes, values, strict=True)]
-            await _fill_collection(
-                api, await api.post_output(f"{name}_slide_values", Collection("float", name=task.name)), each
-            )
+async def _post_collection(
+    api: CheckedOutputs, key: str, collection: Collection, records: Iterable[Record]
+) -> list[str]:
+    return await _fill_collection(api, await api.post_output(key, collection), records)
 
 
 async def _fill_collection(api: CheckedOutputs, collection: str, records: Iterable[Record]) -> list[str]:
     return [one async for some in api.post_items(collection, records) for one in some]
 
 
-# ------------------------------------------------------------------------------------------------ single objects
+# ------------------------------------------------------------------------------------------------ objects, areas
 
 
 async def _post_objects(api: CheckedOutputs, outputs: JobOutputs, task: TaskCard, report_share: ReportShare) -> None:
-    name, about = slug(task.name), Reference("wsi", outputs.inputs.wsi.id)
-    objects = await api.post_output(f"{name}_objects", Collection("polygon", name=task.name, reference=about))
+    name, values, regions = slug(task.name), outputs.values(task), outputs.inputs.regions
+    about = Collection("polygon", name=task.name, reference=outputs.slide)
+    objects = await api.post_output(f"{name}_objects", about)
     classes = await api.post_output(f"{name}_classes", Collection("class"))
     confidences = await api.post_output(f"{name}_confidences", Collection("float", name="confidence"))
-    tally = _Tally(DensityGrid(outputs.info), regions=np.zeros(len(outputs.inputs.regions), np.int64))
+    tally = _Tally(DensityGrid(outputs.info), regions=np.zeros(len(regions), np.int64))
     whole = max(1, outputs.results.facts["objects"][task.name])
-    values = dict(zip(task.classes, class_values(outputs.card, task, vendor=outputs.vendor), strict=True))
     for block in _outline_blocks(outputs.results.outlines(task.name)):
         drawn = list(_draw_objects(block, outputs, task.name))
         ids = await _fill_collection(api, objects, [annotation for annotation, _ in drawn])
         known = [(one, outline) for one, (_, outline) in zip(ids, drawn, strict=True)]
-        await _fill_collection(
-            api, classes, (ClassOf(values[o.class_name], i) for i, o in known if o.class_name in values)
-        )
+        named = (ClassOf(values[o.class_name], one) for one, o in known if o.class_name in values)
+        await _fill_collection(api, classes, named)
         await _fill_collection(api, confidences, _confidence_values(known))
-        _count_objects(tally, [outline for _, outline in drawn], outputs.inputs)
+        if known:
+            points = centres([outline.rings for _, outline in known])
+            tally.total += len(known)
+            tally.density.add(points)
+            tally.regions += np.array([region.area.holds(points).sum() for region in regions], np.int64)
         report_share(min(1.0, tally.total / whole))
     await _post_tally(api, outputs, task, tally)
+
+
+async def _post_areas(api: CheckedOutputs, outputs: JobOutputs, task: TaskCard) -> None:
+    """Areas, cut along their holes: each part has the class of its area."""
+    name, values, wsi = slug(task.name), outputs.values(task), outputs.inputs.wsi
+    about = Collection("polygon", name=task.name, reference=outputs.slide)
+    objects = await api.post_output(f"{name}_objects", about)
+    classes = await api.post_output(f"{name}_classes", Collection("class"))
+    for block in _outline_blocks(outputs.results.outlines(task.name)):
+        parts = [(one.class_name, part) for one in block for part in polygons(one.rings, wsi, keep_holes=True)]
+        drawn = (Annotation(c or task.name, part, wsi, outputs.npp) for c, part in parts)
+        ids = await _fill_collection(api, objects, drawn)
+        named = zip(ids, parts, strict=True)
+        await _fill_collection(api, classes, (ClassOf(values[c], one) for one, (c, _) in named if c in values))
 
 
 def _outline_blocks(outlines: Iterator[Outline]) -> Iterator[list[Outline]]:
@@ -148,16 +172,6 @@ def _confidence_values(known: Sequence[tuple[str, Outline]]) -> Iterator[Primiti
             yield Primitive("confidence", "float", min(max(float(value), 0.0), 1.0), Reference("annotation", one))
 
 
-def _count_objects(tally: _Tally, block: Sequence[Outline], inputs: JobInputs) -> None:
-    if not block:
-        return
-    points = centres([outline.rings for outline in block])
-    tally.total += len(block)
-    tally.density.add(points)
-    for i, region in enumerate(inputs.regions):
-        tally.regions[i] += int(region.area.holds(points).sum())
-
-
 async def _post_tally(api: CheckedOutputs, outputs: JobOutputs, task: TaskCard, tally: _Tally) -> None:
     """The map, and counts and densities: of each region, or of the slide."""
     name, inputs = slug(task.name), outputs.inputs
@@ -166,21 +180,24 @@ async def _post_tally(api: CheckedOutputs, outputs: JobOutputs, task: TaskCard, 
     for place, values in tally.density.tiles(density):
         await api.put_tile(density, posted, place, data=tile_bytes(density, values))
     if inputs.mode is Mode.preprocessing:
-        about = Reference("wsi", inputs.wsi.id)
         area = outputs.area_mm2(sum(_polygon_area(one) for one in outputs.tissue))
-        per = tally.total / area if area > 0 else 0.0
-        await api.post_output(f"{name}_slide_count", Primitive(f"{task.name} count", "integer", tally.total, about))
-        await api.post_output(f"{name}_slide_density", Primitive(f"{task.name} per mm2", "float", per, about))
+        count, density_of = _count_and_density(task, tally.total, area, outputs.slide)
+        await api.post_output(f"{name}_slide_count", count)
+        await api.post_output(f"{name}_slide_density", density_of)
         return
-    counts, densities = [], []
-    for region, count in zip(inputs.regions, tally.regions.tolist(), strict=True):
-        about = Reference("annotation", region.id)
-        per = count / outputs.area_mm2(region.area.size)
-        counts.append(Primitive(f"{task.name} count", "integer", count, about))
-        densities.append(Primitive(f"{task.name} per mm2", "float", per, about))
-    await _fill_collection(api, await api.post_output(f"{name}_counts", Collection("integer", name="counts")), counts)
-    await _fill_collection(
-        api, await api.post_output(f"{name}_densities", Collection("float", name="densities")), densities
+    pairs = [
+        _count_and_density(task, count, outputs.area_mm2(region.area.size), Reference("annotation", region.id))
+        for region, count in zip(inputs.regions, tally.regions.tolist(), strict=True)
+    ]
+    await _post_collection(api, f"{name}_counts", Collection("integer", name="counts"), [c for c, _ in pairs])
+    await _post_collection(api, f"{name}_densities", Collection("float", name="densities"), [d for _, d in pairs])
+
+
+def _count_and_density(task: TaskCard, count: int, mm2: float, about: Reference) -> tuple[Primitive, Primitive]:
+    per = count / mm2 if mm2 > 0 else 0.0
+    return (
+        Primitive(f"{task.name} count", "integer", count, about),
+        Primitive(f"{task.name} per mm2", "float", per, about),
     )
 
 
@@ -197,37 +214,15 @@ def _polygon_area(polygon: Polygon) -> float:
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
 
 
-# ------------------------------------------------------------------------------------------------ areas and classes
-
-
-async def _post_areas(api: CheckedOutputs, outputs: JobOutputs, task: TaskCard) -> None:
-    """Areas, cut along their holes: each part has the class of its area."""
-    name, about = slug(task.name), Reference("wsi", outputs.inputs.wsi.id)
-    objects = await api.post_output(f"{name}_objects", Collection("polygon", name=task.name, reference=about))
-    classes = await api.post_output(f"{name}_classes", Collection("class"))
-    values = dict(zip(task.classes, class_values(outputs.card, task, vendor=outputs.vendor), strict=True))
-    for block in _outline_blocks(outputs.results.outlines(task.name)):
-        drawn = [
-            (shape, outline.class_name)
-            for outline in block
-            for shape in polygons(outline.rings, outputs.inputs.wsi, keep_holes=True)
-        ]
-        wsi = outputs.inputs.wsi
-        ids = await _fill_collection(
-            api, objects, (Annotation(c or task.name, shape, wsi, outputs.npp) for shape, c in drawn)
-        )
-        named = zip(ids, drawn, strict=True)
-        await _fill_collection(api, classes, (ClassOf(values[c], one) for one, (_, c) in named if c in values))
+# ------------------------------------------------------------------------------------------------ classes
 
 
 async def _post_classes(api: CheckedOutputs, outputs: JobOutputs, task: TaskCard, tissue_ids: Sequence[str]) -> None:
     """The class of each part of the tissue, and of the slide."""
-    name, about = slug(task.name), Reference("wsi", outputs.inputs.wsi.id)
-    values = class_values(outputs.card, task, vendor=outputs.vendor)
-    found = tissue_classes(outputs.results, task, outputs.tissue)
-    collection = await api.post_output(f"{name}_classes", Collection("class"))
-    known = [(one, c) for one, c in zip(tissue_ids, found, strict=True) if c is not None]
-    await _fill_collection(api, collection, (ClassOf(values[c], one) for one, c in known))
+    name, values = slug(task.name), class_values(outputs.card, task, vendor=outputs.vendor)
+    found = zip(tissue_ids, tissue_classes(outputs.results, task, outputs.tissue), strict=True)
+    records = (ClassOf(values[number], one) for one, number in found if number is not None)
+    await _post_collection(api, f"{name}_classes", Collection("class"), records)
     best = slide_class(outputs.results, task)
     text = "not determined" if best is None else task.classes[best]
-    await api.post_output(f"{name}_slide_class", Primitive(task.name, "string", text, about))
+    await api.post_output(f"{name}_slide_class", Primitive(task.name, "string", text, outputs.slide))

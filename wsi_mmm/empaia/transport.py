@@ -85,9 +85,8 @@ class Transport:
             timeout=timeout,
             trust_env=False,  # the App API is beside the app; a proxy of the environment is not for it
             cookie_jar=aiohttp.DummyCookieJar(),
+            middlewares=[_send_only_once],
         )
-        # aiohttp sends a PUT again by itself when its answer is lost: nobody could tell that from a refusal.
-        self._session._retry_connection = False
         return self
 
     async def __aexit__(
@@ -115,36 +114,26 @@ class Transport:
         """
         repeat = method != "POST" if again is None else again
         headers = {} if data is None else {"Content-Type": kind} | ({"Content-Encoding": coding} if coding else {})
-        reply = await self._send_once(method, path, query=query, data=data, headers=headers)
+        reply = await self._send_once(method, path, query, data, headers)
         for pause in self._patience.pauses():
             undone = reply.status == _TOO_MANY or (reply.status == 0 and not reply.sent)
             if not (undone or (repeat and reply.unclear)):
                 break
             await asyncio.sleep(min(max(reply.wait, pause), _LONGEST_WAIT))
-            reply = await self._send_once(method, path, query=query, data=data, headers=headers)
+            reply = await self._send_once(method, path, query, data, headers)
         return reply
 
     async def _send_once(
-        self,
-        method: Method,
-        path: str,
-        *,
-        query: Mapping[str, str] | None,
-        data: bytes | None,
-        headers: Mapping[str, str],
+        self, method: Method, path: str, query: Mapping[str, str] | None, data: bytes | None, headers: dict[str, str]
     ) -> ApiResponse:
         if self._session is None:
             raise RuntimeError("the transport is not open")
         url = f"{self._job.api}/v3/{self._job.id}{path}"
         try:
             async with self._session.request(
-                method,
-                url,
-                params=query,
-                data=None if data is None else io.BytesIO(data),
-                headers={"Authorization": f"Bearer {self._job.token}", **headers},
-                allow_redirects=False,
-            ) as response:
+                method, url, params=query, data=None if data is None else io.BytesIO(data),
+                headers={"Authorization": f"Bearer {self._job.token}", **headers}, allow_redirects=False,
+            ) as response:  # fmt: skip
                 body = await _read_bounded(response)
                 return ApiResponse(response.status, body, self.reason_of(body), wait=_retry_after(response.headers))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -152,15 +141,25 @@ class Transport:
         except TimeoutError:
             return ApiResponse(0, problem=f"did not answer within {self._patience.total:g} s")
         except (aiohttp.ClientError, OSError) as error:
-            return ApiResponse(0, problem=f"broke the connection off ({type(error).__name__})")
+            return ApiResponse(0, problem=f"broke the connection off ({type(error.__cause__ or error).__name__})")
 
     def reason_of(self, body: bytes) -> str:
         """The reason an answer gives, shortened to one line; never with the token."""
         text = body[:_REASON_BYTES].decode("utf-8", "replace").replace(self._job.token, "***")
-        reason_of = text.split()
+        words = text.split()
         if len(body) > _REASON_BYTES:
-            reason_of = reason_of[:-1]  # it may be the beginning of a token
-        return " ".join(reason_of)[:200]
+            words = words[:-1]  # it may be the beginning of a token
+        return " ".join(words)[:200]
+
+
+async def _send_only_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """aiohttp repeats a PUT when its answer is lost, unless the error is another: nobody could tell that it did."""
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:
+        raise  # the request has not been sent
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise aiohttp.ClientError from error
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:

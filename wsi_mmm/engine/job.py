@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -48,31 +49,26 @@ class Job(Generic[T]):
     def __init__(self, run: Callable[[Listener, threading.Event], T]) -> None:
         self.progress = JobProgress()
         self._stop = threading.Event()
-        self._outcome: list[T] = []
-        self._error: list[BaseException] = []
-        self._thread = threading.Thread(target=self._run_job, args=(run,), name="wsi-mmm-job", daemon=True)
-        self._thread.start()
+        self._future: Future[T] = Future()
+        threading.Thread(target=self._run_job, args=(run,), name="wsi-mmm-job", daemon=True).start()
 
     def _run_job(self, run: Callable[[Listener, threading.Event], T]) -> None:
         try:
-            self._outcome.append(run(self.progress.hear, self._stop))
+            self._future.set_result(run(self.progress.hear, self._stop))
         except BaseException as error:  # noqa: BLE001  (raised by `result`)
-            self._error.append(error)
+            self._future.set_exception(error)
 
     @property
     def done(self) -> bool:
         """The run has ended, well or not."""
-        return not self._thread.is_alive()
+        return self._future.done()
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the report. Raises TimeoutError after ``timeout`` seconds, Cancelled after ``cancel``."""
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        if not wait([self._future], timeout).done:
             share = f"{self.progress.fraction:.0%} of its tiles"
             raise TimeoutError(f"the job is still running after {timeout} s ({share})")
-        if self._error:
-            raise self._error[0]
-        return self._outcome[0]
+        return self._future.result()
 
     def cancel(self) -> None:
         """Stop the run; what is done stays, and running the same again resumes. Returns at once."""

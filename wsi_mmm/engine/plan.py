@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
+from wsi_mmm.cache.shard import SHARD
 from wsi_mmm.engine.units import BlockIndex, Kind, SlidePlan, WorkUnit, pack_tiles
 from wsi_mmm.tiles.grid import blocks
 from wsi_mmm.types import I64, Grid
+
+SIDE = 4  # shards of the cache of pixels along a group that one unit brings in: 4,096 px of the target grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +33,18 @@ def forward_units(plan: SlidePlan) -> list[WorkUnit]:
 
 def interpret_units(plan: SlidePlan) -> list[WorkUnit]:
     """One unit per block whose core some tile reaches, with the tiles that its window needs; row-major."""
-    units, block_row = [], _BlockRow(plan)
-    for row, column in _reached_blocks(plan).tolist():
-        units.append(_make_unit("interpret", plan, (row, column), block_row.tiles(row, column)))
+    grid, units = plan.grid, []
+    for row, blocks_of_row in groupby(_reached_blocks(plan).tolist(), lambda block: int(block[0])):
+        columns = [column for _, column in blocks_of_row]
+        cores = [core_of(grid, plan.slide.recipe.block_tiles, (row, column), plan.stride) for column in columns]
+        windows = [window_of(grid, core, plan.halo, plan.stride) for core in cores]
+        # The tiles of a row of blocks by column, so that a block need not search all tiles of a slide.
+        low, high = np.searchsorted(plan.index[:, 0], _tiles_meeting(grid, windows[0].y0, windows[0].y1))
+        tiles = plan.index[low:high]
+        by_column = np.argsort(tiles[:, 1], kind="stable")
+        for column, window in zip(columns, windows, strict=True):
+            low, high = np.searchsorted(tiles[:, 1], _tiles_meeting(grid, window.x0, window.x1), sorter=by_column)
+            units.append(_make_unit("interpret", plan, (row, column), tiles[np.sort(by_column[low:high])]))
     return units
 
 
@@ -78,33 +91,6 @@ def _reached_blocks(plan: SlidePlan) -> I64:
     return np.unique(np.concatenate(corners), axis=0)
 
 
-class _BlockRow:
-    """Tiles of one row of blocks, by column, so that a block need not search all tiles of a slide."""
-
-    def __init__(self, plan: SlidePlan) -> None:
-        self._plan, self._row = plan, -1
-        self._rows = plan.index[:, 0]  # in order: the index is row-major
-        self._index = self._columns = np.zeros((0, 2), np.int64)
-
-    def tiles(self, row: int, column: int) -> I64:
-        """The tiles that share area with the window of a block, row-major."""
-        grid, block = self._plan.grid, self._plan.slide.recipe.block_tiles
-        window = window_of(
-            grid, core_of(grid, block, (row, column), self._plan.stride), self._plan.halo, self._plan.stride
-        )
-        if row != self._row:
-            self._load_row(row, window)
-        first, last = _tiles_meeting(grid, window.x0, window.x1)
-        low, high = np.searchsorted(self._columns, [first, last])
-        return self._index[np.sort(self._places[low:high])]
-
-    def _load_row(self, row: int, window: Span) -> None:
-        low, high = np.searchsorted(self._rows, _tiles_meeting(self._plan.grid, window.y0, window.y1))
-        self._row, self._index = row, self._plan.index[low:high]
-        self._places = np.argsort(self._index[:, 1], kind="stable")
-        self._columns = self._index[self._places, 1]
-
-
 def _tiles_meeting(grid: Grid, start: int, stop: int) -> tuple[int, int]:
     """Rows (or columns) of tiles that share px with [start, stop): the first, and one past the last.
 
@@ -115,3 +101,42 @@ def _tiles_meeting(grid: Grid, start: int, stop: int) -> tuple[int, int]:
 
 def _make_unit(kind: Kind, plan: SlidePlan, block: BlockIndex, tiles: I64) -> WorkUnit:
     return WorkUnit(kind, plan.slide, block, pack_tiles(tiles), plan.grid, plan.entry)
+
+
+# ---------------------------------------------------------------- placement "pool": pixels into the shared cache
+
+
+def through_pool(plan: SlidePlan) -> SlidePlan | None:
+    """The plan with tiles that go through the cache; None where there is no cache, or no tile."""
+    recipe = plan.slide.recipe
+    if recipe.options.cache is None or not len(plan.index):
+        return None
+    recipe = replace(recipe, options=replace(recipe.options, cache_tiles="on"))
+    return replace(plan, slide=replace(plan.slide, recipe=recipe))
+
+
+def extract_units(plan: SlidePlan) -> list[WorkUnit]:
+    """One unit per group of `SIDE` x `SIDE` shards that holds some tile; ``tiles`` are its shards (row, column).
+
+    Each group is brought in once; a block's forward begins when the groups under its tiles are in.
+    """
+    shards = _shards_under(plan.grid, plan.index)
+    corners, number = np.unique(shards // SIDE, axis=0, return_inverse=True)
+    return [
+        _make_unit("extract", plan, (row, column), shards[number.ravel() == group])
+        for group, (row, column) in enumerate(corners.tolist())
+    ]
+
+
+def shard_groups_under(unit: WorkUnit) -> set[BlockIndex]:
+    """The groups of shards that hold the pixels of a forward unit: the ``block`` of their extract units."""
+    return set(map(tuple, (_shards_under(unit.planned_grid, unit.index()) // SIDE).tolist()))
+
+
+def _shards_under(grid: Grid, index: I64) -> I64:
+    """Shards int64[n, 2] (row, column) that tiles touch within the slide, each once, row-major."""
+    steps = np.unique(np.append(np.arange(0, grid.tile, SHARD), grid.tile - 1))
+    offsets = np.stack(np.meshgrid(steps, steps, indexing="ij"), -1).reshape(-1, 2)
+    corners = (index[:, None] * grid.stride + offsets).reshape(-1, 2)
+    inside = np.minimum(corners, np.array([grid.height, grid.width]) - 1)  # the last tiles reach beyond the slide
+    return np.unique(inside // SHARD, axis=0)

@@ -38,6 +38,7 @@ class Recipe:
     encoder: bool = False
     weights: str | None = None
     user_cache: str | None = None
+    _result_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.tile < 16 or not 0 <= self.overlap < self.tile:
@@ -67,9 +68,12 @@ class Recipe:
 
         The contents of files that say where to look are compared apart.
         """
-        tissue = self.options.tissue if self.options.tissue in ("auto", "none") else "file"
-        regions = "file" if self.options.regions else None
-        return self._hash_options("result", {"tissue": tissue, "regions": regions, "reader": reader})
+        if reader not in self._result_hashes:  # every unit asks
+            tissue = self.options.tissue if self.options.tissue in ("auto", "none") else "file"
+            regions = "file" if self.options.regions else None
+            facts = {"tissue": tissue, "regions": regions, "reader": reader}
+            self._result_hashes[reader] = self._hash_options("result", facts)
+        return self._result_hashes[reader]
 
     def _hash_options(self, affects: Affects, resolved: Mapping[str, object]) -> str:
         """Hash model, tasks, the options that have this effect, and ``resolved`` facts in place of options."""
@@ -78,19 +82,19 @@ class Recipe:
         facts |= {"format": RESULT_FORMAT, "model_hash": self.model_hash, "tasks": self.tasks, **resolved}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the recipe as a flat JSON object, for reports and workers."""
         return self._model_facts() | {
             "block_tiles": self.block_tiles, "weights": self.weights, "user_cache": self.user_cache,
             **{name: getattr(self.options, name) for name in _REPORTED},
         }  # fmt: skip
 
-    def published(self) -> dict[str, Any]:
+    def published(self) -> dict[str, object]:
         """Return the part of the recipe that a result depends on, for slide.json: nothing of time or place."""
         names = [name for name in recipe_names("result") if name not in _RESOLVED]
         return self._model_facts() | {name: getattr(self.options, name) for name in names}
 
-    def _model_facts(self) -> dict[str, Any]:
+    def _model_facts(self) -> dict[str, object]:
         names = ("model", "model_hash", "tasks", "mpp", "tile", "overlap", "encoder")
         return {name: getattr(self, name) for name in names}
 

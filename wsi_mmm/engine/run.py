@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from wsi_mmm.engine.events import Event, Listener, silent
 from wsi_mmm.engine.executors.tls import Tls
-from wsi_mmm.engine.monitoring.observe import NOTHING, Hooks, Observe, combine_hooks, observing
-from wsi_mmm.engine.monitoring.run_report import RunReport, begin_report, outcome_text
+from wsi_mmm.engine.monitoring.observe import NOTHING, Hooks, Observe, combine_hooks
+from wsi_mmm.engine.monitoring.run_report import RunReport, outcome_text
 from wsi_mmm.engine.output_lock import TAKEN, claimed
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.scheduler import schedule
+from wsi_mmm.engine.scheduler import Scheduler
 from wsi_mmm.engine.units import Executor, SlideTask, UnitResult, WorkUnit
 from wsi_mmm.errors import OutputTaken, WsiError
 from wsi_mmm.storage import store
@@ -63,15 +63,14 @@ def run_slides(
                 hooks.listener(Event("warning", "", message=warning))
             if able.dashboard:
                 hooks.listener(Event("stage", "", message=f"dashboard: {able.dashboard}"))
-            report = begin_report(request.output, request.recipe, tasks)
+            report = RunReport(request.output, request.recipe, tuple(task.id for task in tasks))
 
             def watch(thing: WorkUnit | UnitResult) -> None:
                 report.accounting.watch(thing)
                 hooks.watch(thing)
 
-            scheduler = schedule(
-                largest_first(tasks) if able.many_workers else tasks, hooks.listener, request.recipe.options.placement
-            )
+            upcoming = largest_first(tasks) if able.many_workers else tasks
+            scheduler = Scheduler(upcoming, hooks.listener, request.recipe.options.placement)
             try:
                 for state in scheduler.run(running, stop, watch):
                     row = report.add(state)
@@ -81,6 +80,26 @@ def run_slides(
             finally:
                 report.save()
     return report
+
+
+@contextmanager
+def observing(what: Observe = NOTHING) -> Iterator[Hooks]:
+    """The hooks that show a run as asked for, and end with it. Raises OutputError, OptionError, MissingPackage."""
+    with ExitStack() as stack:
+        hooks = []
+        if what.log_file is not None or what.log_level is not None:
+            from wsi_mmm.engine.monitoring.logs import logging_to
+
+            hooks.append(stack.enter_context(logging_to(what.log_file, what.log_level or "info")))
+        if what.metrics_port is not None:
+            from wsi_mmm.engine.monitoring.metrics import serving
+
+            hooks.append(stack.enter_context(serving(what.metrics_port)))
+        if what.traces is not None:
+            from wsi_mmm.engine.monitoring.traces import exporter_named, tracing
+
+            hooks.append(stack.enter_context(tracing(exporter_named(what.traces))))
+        yield combine_hooks(hooks)
 
 
 @contextmanager

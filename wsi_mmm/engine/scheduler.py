@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from wsi_mmm.engine.events import Event, Listener, SlideStatus, silent
-from wsi_mmm.engine.plan import forward_units, interpret_units, needed_blocks
-from wsi_mmm.engine.stages.extract import extract_units, shard_groups_under, through_pool
+from wsi_mmm.engine.plan import (
+    extract_units,
+    forward_units,
+    interpret_units,
+    needed_blocks,
+    shard_groups_under,
+    through_pool,
+)
 from wsi_mmm.engine.units import (
     BlockIndex,
     Box,
@@ -65,11 +71,6 @@ class Blocked:
                 del self.units[waiting]
                 yield unit
 
-    def clear(self) -> None:
-        """Drop every unit."""
-        self.units.clear()
-        self.needed_by.clear()
-
 
 @dataclass(slots=True)
 class SlideState:
@@ -93,8 +94,7 @@ class SlideState:
     started: float = 0.0
     ended: float = 0.0
     running: int = 0
-    forward_left: set[BlockIndex] = field(default_factory=set)
-    interpret_left: int = 0
+    blocks_left: int = 0  # to forward and to interpret
     interprets: Blocked = field(default_factory=Blocked)  # by the forwards of the blocks round them
     forwards: Blocked = field(default_factory=Blocked)  # by the extracts under their tiles
 
@@ -104,25 +104,25 @@ class SlideState:
         return max(0.0, self.ended - self.started)
 
 
-@dataclass(slots=True)
 class Scheduler:
     """The units of a run that are ready, by kind, and the slides under way; a slide that has ended is forgotten.
 
     Neither the cost of a result nor the memory grows with the number of slides, except for the tasks still to come.
+    ``placement``: tiles are read by the workers that run the model ("beside"), or by others into the cache ("pool").
+    Without a cache they are read beside the model.
     """
 
-    upcoming: deque[SlideTask]
-    listener: Listener = silent
-    placement: Placement = "beside"
-    total: int = 0
-    ended: int = 0
-    slides: dict[str, SlideState] = field(default_factory=dict)  # under way, the one that began first at the front
-    ready: dict[Kind, deque[WorkUnit]] = field(default_factory=lambda: {kind: deque() for kind in PRIORITY})
-    planning: int = 0  # slides whose plan is not in yet
-    planned: int = 0  # ever
-    planned_forwards: int = 0  # of all those plans
-    forwards_running: int = 0
-    others_running: int = 0
+    def __init__(
+        self, tasks: Iterable[SlideTask], listener: Listener = silent, placement: Placement = "beside"
+    ) -> None:
+        self.upcoming = deque(tasks)
+        self.listener, self.placement = listener, placement
+        self.total, self.ended = len(self.upcoming), 0
+        self.slides: dict[str, SlideState] = {}  # under way, the one that began first at the front
+        self.ready: dict[Kind, deque[WorkUnit]] = {kind: deque() for kind in PRIORITY}
+        self.running: Counter[Kind] = Counter()
+        self.planning = 0  # slides whose plan is not in yet
+        self.planned, self.planned_forwards = 0, 0  # plans ever, and forwards of all of them
 
     def run(
         self, executor: Executor, stop: threading.Event | None = None, watch: Watch = lambda unit_or_result: None
@@ -136,7 +136,7 @@ class Scheduler:
             for unit in self._next_units(executor):
                 watch(unit)
                 executor.start(unit)
-            if not self.forwards_running + self.others_running:
+            if not self.running.total():
                 return
             result = executor.wait(POLL)
             if stop is not None and stop.is_set():
@@ -146,15 +146,18 @@ class Scheduler:
             watch(result)
             state = self.receive(result)
             if state.status is not None and not state.running:
-                self._close_slide(state)
+                state.ended = time.time()
+                del self.slides[state.task.id]
+                self.ended += 1
                 yield state
 
     # ------------------------------------------------------------ starting units
 
     def _open_slides(self, executor: Executor) -> None:
         """Plan as many slides as keep the executor full, by what the plans so far came to, and no more."""
-        full = self.forwards_running + executor.room("forward")
-        most = AHEAD + self.others_running + executor.room("plan")
+        forwards = self.running["forward"]
+        full = forwards + executor.room("forward")
+        most = AHEAD + self.running.total() - forwards + executor.room("plan")
         each = max(1.0, self.planned_forwards / self.planned) if self.planned else GUESS
         while self.upcoming and len(self.slides) < most:
             waiting = len(self.ready["forward"])
@@ -176,18 +179,12 @@ class Scheduler:
                     continue  # of a slide that has failed meanwhile
                 state.running += 1
                 state.started = state.started or time.time()
-                self._count_running(kind, 1)
+                self.running[kind] += 1
                 yield unit
-
-    def _count_running(self, kind: Kind, change: int) -> None:
-        if kind == "forward":
-            self.forwards_running += change
-        else:
-            self.others_running += change
 
     def _enough_extracted(self, executor: Executor) -> bool:
         """The models have enough to do: what is extracted too early may be evicted from the cache."""
-        return len(self.ready["forward"]) > 2 * AHEAD * (self.forwards_running + executor.room("forward"))
+        return len(self.ready["forward"]) > 2 * AHEAD * (self.running["forward"] + executor.room("forward"))
 
     # ------------------------------------------------------------ taking in results
 
@@ -195,7 +192,7 @@ class Scheduler:
         """Take in a result and make ready the units that it allows; gives the state of its slide."""
         state = self.slides[result.facts.slide]
         state.running -= 1
-        self._count_running(result.facts.kind, -1)
+        self.running[result.facts.kind] -= 1
         if result.facts.kind == "plan":
             self.planning, self.planned = self.planning - 1, self.planned + 1
         if state.status is not None:
@@ -210,7 +207,7 @@ class Scheduler:
             case ForwardResult():
                 self._take_forward(state, result)
             case InterpretResult():
-                state.interpret_left -= 1
+                state.blocks_left -= 1
                 self._publish_when_ready(state)
             case PublishResult():
                 state.summary = result.summary
@@ -227,7 +224,6 @@ class Scheduler:
         plan = state.plan = pooled or result.plan
         units = forward_units(plan)
         self.planned_forwards += len(units)
-        state.forward_left = {unit.block for unit in units}
         if pooled:  # the forwards wait until the shards under their tiles are in
             self.ready["extract"].extend(extract_units(plan))
             for unit in units:
@@ -237,7 +233,7 @@ class Scheduler:
         if plan.maps:
             for unit in interpret_units(plan):
                 state.interprets.add(unit, needed_blocks(unit))
-        state.interpret_left = len(state.interprets.units)
+        state.blocks_left = len(units) + len(state.interprets.units)
         self.listener(Event("plan", state.task.id, 0, len(plan.index), f"{len(plan.index)} tiles"))
         self._publish_when_ready(state)
 
@@ -247,33 +243,14 @@ class Scheduler:
         if result.tile_cache and not state.tile_cache:
             state.tile_cache = result.tile_cache
             self.listener(Event("stage", state.task.id, message=state.tile_cache))
-        state.forward_left.discard(result.facts.block)
+        state.blocks_left -= 1
         self.ready["interpret"].extend(state.interprets.release(result.facts.block))
         total = len(state.plan.index) if state.plan else 0
         self.listener(Event("tile", state.task.id, state.tiles, total))
         self._publish_when_ready(state)
 
     def _publish_when_ready(self, state: SlideState) -> None:
-        if state.plan and not state.forward_left and not state.interpret_left:
+        if state.plan is not None and not state.blocks_left:
             self.listener(Event("stage", state.task.id, message="publishing"))
             plan = state.plan
             self.ready["publish"].append(WorkUnit("publish", plan.slide, grid=plan.grid, entry=plan.entry))
-
-    def _close_slide(self, state: SlideState) -> None:
-        """Forget a slide that has ended, with its units; the report needs only its state."""
-        state.ended = time.time()
-        del self.slides[state.task.id]
-        state.forward_left.clear()
-        state.interprets.clear()
-        state.forwards.clear()
-        self.ended += 1
-
-
-def schedule(tasks: Iterable[SlideTask], listener: Listener = silent, placement: Placement = "beside") -> Scheduler:
-    """A scheduler with every slide still to come, in the order given.
-
-    ``placement``: tiles are read by the workers that run the model ("beside"), or by others into the cache ("pool").
-    Without a cache they are read beside the model.
-    """
-    upcoming = deque(tasks)
-    return Scheduler(upcoming, listener, placement, len(upcoming))

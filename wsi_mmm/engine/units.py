@@ -11,9 +11,9 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -169,18 +169,10 @@ class SlideSummary:
         return sum(self.objects.values())
 
     @staticmethod
-    def from_json(facts: Mapping[str, object]) -> SlideSummary:
+    def from_json(facts: Mapping[str, Any]) -> SlideSummary:
         """The summary of what slide.json holds."""
-        return SlideSummary(
-            SlideStatus(cast("str", facts.get("status", "done"))),
-            cast("int", facts.get("tiles", 0)),
-            cast("dict[str, int]", facts.get("objects", {})),
-            cast("dict[str, dict[str, int]]", facts.get("classes", {})),
-            cast("dict[str, str]", facts.get("files", {})),
-            cast("float | None", facts.get("mpp_effective")),
-            cast("str | None", facts.get("reader")),
-            cast("dict[str, str | float | None] | None", facts.get("answers")),
-        )
+        found = {one.name: facts[one.name] for one in fields(SlideSummary) if one.name in facts}
+        return SlideSummary(**{**found, "status": SlideStatus(facts.get("status", "done"))})
 
 
 @dataclass(frozen=True, slots=True)

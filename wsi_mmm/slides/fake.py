@@ -7,11 +7,11 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from wsi_mmm.errors import OptionError
 from wsi_mmm.slides.base import ReadStats
 from wsi_mmm.slides.resample.scaled import NO_FAILURES, Source, Window, read_scaled, sources_of
+from wsi_mmm.slides.resample.weights import average_boxes
 from wsi_mmm.slides.synthetic import SyntheticNuclei, synthetic_image
 from wsi_mmm.slides.tiff.writer import TiffForm, write_tiff
 from wsi_mmm.types import I64, U8, Block, Canvas, Level, SlideInfo
@@ -105,10 +105,7 @@ def pyramid(top: U8, factor: int = 4) -> Iterator[U8]:
     """Yield ``top`` and its area averages by ``factor``, down to about one tile."""
     yield top
     while max(top.shape[:2]) > 512:
-        height, width = top.shape[0] // factor, top.shape[1] // factor
-        boxes = top[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
-        total: npt.NDArray[np.uint32] = boxes.sum(axis=(1, 3), dtype=np.uint32)
-        top = ((total + factor * factor // 2) // (factor * factor)).astype(np.uint8)
+        top = average_boxes(top, factor)
         yield top
 
 

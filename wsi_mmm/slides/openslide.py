@@ -1,9 +1,12 @@
-"""The OpenSlide adapter: vendor formats (MRXS, NDPI, SCN, BIF, VMS, ...) and DICOM slides; local files only."""
+"""The adapters of OpenSlide (vendor formats such as MRXS, NDPI, SCN, BIF, VMS, and DICOM; local files only) and of
+tiffslide."""
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Mapping
+from contextlib import closing
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,8 @@ def open_with_openslide(uri: str) -> RegionReader:
     if not path.is_file():
         raise SlideNotFound(f"{uri}: no such file; check the path")
     handle = _Handle(path)
-    return RegionReader(_slide_info(uri, path, handle.slide), handle.read, handle.close)
+    mark = _openslide_fingerprint(uri, path, handle.slide.properties)
+    return RegionReader(_slide_info(uri, handle.slide, "openslide", mark), handle.read, handle.close)
 
 
 class _Handle:
@@ -54,13 +58,10 @@ class _Handle:
         return found if not isinstance(found, str) else self._read_region(level, window)
 
     def _read_region(self, level: int, window: Window) -> U8 | str:
-        x0, y0, x1, y1 = window
         slide = self.slide
-        # OpenSlide places regions by one downsample per level, the mean of x and y.
-        downsample = slide.level_downsamples[level]
-        corner = (round(x0 * downsample), round(y0 * downsample))
+        corner, size = _level0_corner(slide, level, window)
         try:
-            image = slide.read_region(corner, level, (x1 - x0, y1 - y0))
+            image = slide.read_region(corner, level, size)
         except _import_openslide().OpenSlideError as error:
             self._reopen_slide(slide)
             return str(error)
@@ -82,26 +83,53 @@ def _open_openslide(path: Path) -> Any:
         raise SlideDamaged(f"{path} cannot be opened by OpenSlide: {error}; copy it again") from error
 
 
-def _slide_info(uri: str, path: Path, slide: Any) -> SlideInfo:
-    properties = {str(k): str(v) for k, v in slide.properties.items()}
+def open_with_tiffslide(uri: str) -> RegionReader:
+    """Open a TIFF slide with tiffslide, which is used only when asked for. SlideNotFound, NotASlide, SlideDamaged."""
+    library = _import_tiffslide()
+    with closing(open_store(uri)) as store:
+        mark = fingerprint(store)
+    try:
+        slide = library.TiffSlide(str(local_path(uri)) if is_local(uri) else uri)
+        info = _slide_info(uri, slide, "tiffslide", mark)
+    except library.TiffFileError as error:
+        raise NotASlide(f"{redact(uri)} is no slide that tiffslide knows; leave out the reader") from error
+    except (ValueError, KeyError, IndexError, OSError, TypeError) as error:
+        raise SlideDamaged(f"{redact(uri)} cannot be opened by tiffslide; leave out the reader") from error
+
+    def read(level: int, window: Window) -> U8 | str:
+        corner, size = _level0_corner(slide, level, window)
+        try:
+            pixels = slide.read_region(corner, level, size, as_array=True)
+        except Exception as error:  # noqa: BLE001 - its codecs raise anything; the chunk is listed as failed
+            return str(error) or type(error).__name__
+        return np.ascontiguousarray(pixels[..., :3])
+
+    return RegionReader(info, read, slide.close)
+
+
+def _level0_corner(slide: Any, level: int, window: Window) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where a window of a level begins, in level-0 px, and its size in px of the level."""
+    x0, y0, x1, y1 = window
+    # Regions are placed by one downsample per level, the mean of x and y.
+    downsample = slide.level_downsamples[level]
+    return (round(x0 * downsample), round(y0 * downsample)), (x1 - x0, y1 - y0)
+
+
+def _slide_info(uri: str, slide: Any, library: str, mark: str) -> SlideInfo:
+    properties = {str(k): str(v) for k, v in slide.properties.items() if v is not None}
     width, height = slide.dimensions
-    levels = tuple(
-        Level(w, h, width / w, height / h, _tile_side(properties, n, "width"), _tile_side(properties, n, "height"))
-        for n, (w, h) in enumerate(slide.level_dimensions)
-    )
-    mpp = [_positive_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy"]
+    levels = []
+    for n, (w, h) in enumerate(slide.level_dimensions):
+        sides = (properties.get(f"{library}.level[{n}].tile-{side}") for side in ("width", "height"))
+        levels.append(Level(w, h, width / w, height / h, *(int(side or _DEFAULT_TILE) for side in sides)))
+    numbers = [f"{library}.{name}" for name in ("mpp-x", "mpp-y", "objective-power")]
+    mpp_x, mpp_y, objective = (_positive_number(properties.get(name)) for name in numbers)
     return SlideInfo(
-        uri=uri, width=width, height=height, mpp_x=mpp[0], mpp_y=mpp[1], levels=levels,
-        vendor=properties.get("openslide.vendor", "unknown"), reader="openslide",
-        fingerprint=_openslide_fingerprint(uri, path, properties),
-        objective=_positive_number(properties.get("openslide.objective-power")),
+        uri=redact(uri), width=width, height=height, mpp_x=mpp_x, mpp_y=mpp_y, levels=tuple(levels),
+        vendor=properties.get(f"{library}.vendor", "unknown"), reader=library, fingerprint=mark, objective=objective,
         bounds_x=int(properties.get("openslide.bounds-x", 0)), bounds_y=int(properties.get("openslide.bounds-y", 0)),
         properties=properties,
     )  # fmt: skip
-
-
-def _tile_side(properties: dict[str, str], level: int, side: str) -> int:
-    return int(properties.get(f"openslide.level[{level}].tile-{side}", _DEFAULT_TILE))
 
 
 def _positive_number(text: str | None) -> float | None:
@@ -112,15 +140,12 @@ def _positive_number(text: str | None) -> float | None:
     return value if 0 < value < math.inf else None
 
 
-def _openslide_fingerprint(uri: str, path: Path, properties: dict[str, str]) -> str:
+def _openslide_fingerprint(uri: str, path: Path, properties: Mapping[str, str]) -> str:
     """Of one file: as any slide. Of a slide in several files: OpenSlide's quick hash and their sizes."""
     quick = properties.get("openslide.quickhash-1")
     if quick is None or properties.get("openslide.vendor") not in _MANY_FILES:
-        store = open_store(uri)
-        try:
+        with closing(open_store(uri)) as store:
             return fingerprint(store)
-        finally:
-            store.close()
     folder = path.with_suffix("")
     files = [path, *(sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else [])]
     sizes = ",".join(str(p.stat().st_size) for p in files)
@@ -133,3 +158,11 @@ def _import_openslide() -> Any:
     except (ImportError, OSError) as error:
         raise MissingPackage("this slide needs OpenSlide; pip install openslide-python openslide-bin") from error
     return openslide
+
+
+def _import_tiffslide() -> Any:
+    try:
+        import tiffslide
+    except ImportError as error:
+        raise MissingPackage("reader='tiffslide' needs the package tiffslide; pip install tiffslide") from error
+    return tiffslide

@@ -15,8 +15,7 @@ import numpy as np
 from wsi_mmm.errors import PluginError
 from wsi_mmm.slides.base import ReadStats
 from wsi_mmm.slides.resample.scaled import WHITE, Source, Window, read_scaled, sources_of
-from wsi_mmm.slides.resample.tile_cache import TileCache
-from wsi_mmm.slides.resample.tiled import CACHE_BYTES, Key, Tile, Tiling, fill, size_of
+from wsi_mmm.slides.resample.tiled import CACHE_BYTES, Key, NativeTiles, Tile, TileCache, Tiling, fill, size_of
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo
 
 _CHUNK = 512
@@ -51,21 +50,18 @@ class RegionReader:
         self._cache.clear()
 
     def _fill_window(self, source: Source, window: Window, out: U8) -> I64:
-        tiling = self._tiling_of(source)
-        return fill(self.info, tiling, window, out, cache=self._cache, load=partial(self._load_chunks, tiling))
-
-    def _tiling_of(self, source: Source) -> Tiling:
         level = self.info.levels[source.level]
         # Chunks of whole native tiles: the library decodes each one once.
         width = level.tile_width * max(1, _CHUNK // level.tile_width)
         height = level.tile_height * max(1, _CHUNK // level.tile_height)
-        return Tiling(source, width, height)
+        tiling = Tiling(source, width, height)
+        return fill(NativeTiles(tiling, self._cache, partial(self._load_chunks, tiling)), window, out)
 
     def _load_chunks(
-        self, tiling: Tiling, keys: Sequence[Key], *, keep: bool = True
+        self, tiling: Tiling, keys: Sequence[Key], scratch: U8 | None = None
     ) -> Iterator[tuple[Key, Tile, int]]:
         for key in keys:
-            window = tiling.window(key)
+            window = tiling.window(key[2])
             tile: Tile = self._read_chunk(tiling.source.level, window)
             if not isinstance(tile, str):
                 self._check_pixels(tile, window)

@@ -8,15 +8,14 @@ from functools import partial
 from wsi_mmm.errors import NotASlide, NotFound, OptionError, PluginError, SlideDamaged, SlideNotFound
 from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.slides.base import Reader, ReaderPlugin, Slide, check_mpp
-from wsi_mmm.slides.openslide import detect, open_with_openslide
+from wsi_mmm.slides.openslide import detect, open_with_openslide, open_with_tiffslide
 from wsi_mmm.slides.service.app_api import SCHEME, open_app_slide
 from wsi_mmm.slides.service.wsi_service import open_wsi_service
 from wsi_mmm.slides.tiff.directories import Directory, is_tiff, read_directories
 from wsi_mmm.slides.tiff.metadata import perhaps_openslide, plane_of, unsupported, vendor_of
 from wsi_mmm.slides.tiff.reader import TiffReader
-from wsi_mmm.slides.tiffslide import open_with_tiffslide
+from wsi_mmm.storage.base import is_service
 from wsi_mmm.storage.store import BufferedStore, buffered, is_local, open_store, redact
-from wsi_mmm.storage.uris import is_service
 from wsi_mmm.types import SlideInfo
 
 _PLAIN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP", b"BM": "BMP", b"%PDF": "PDF",
@@ -80,18 +79,12 @@ def _by_content(uri: str) -> Reader:
     try:
         found = _examine_content(store)
         if not isinstance(found, str):
-            return _read_tiff(store, found)
+            return TiffReader(store, found)
     except BaseException:
         store.close()
         raise
     store.close()
     return find_reader(found)(uri)
-
-
-def _read_tiff(store: BufferedStore, directories: list[Directory] | None = None) -> Reader:
-    reader = TiffReader(store, directories)
-    store.drop_buffers()
-    return reader
 
 
 def _examine_content(store: BufferedStore) -> str | list[Directory]:
@@ -146,7 +139,7 @@ def _seen_by_openslide(uri: str) -> bool:
 def _open_tiff(uri: str) -> Reader:
     store = buffered(open_store(uri))
     try:
-        return _read_tiff(store)
+        return TiffReader(store)
     except BaseException:
         store.close()
         raise

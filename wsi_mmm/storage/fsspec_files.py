@@ -10,10 +10,9 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from wsi_mmm.errors import MissingPackage, NotFound, StorageError
-from wsi_mmm.storage.objects import storage_timeout
-from wsi_mmm.storage.remote import Endpoint, OnBegin, RemoteStore, VersionedBytes, request, wait_for
+from wsi_mmm.storage.base import redact
+from wsi_mmm.storage.remote import OnBegin, RemoteStore, endpoint_for, fetch, storage_timeout
 from wsi_mmm.storage.translate import NO_RANGES, translate_errors
-from wsi_mmm.storage.uris import redact
 
 T = TypeVar("T")
 
@@ -32,10 +31,10 @@ def open_file(uri: str) -> RemoteStore:
     # A server that keeps to RFC 9110 then refuses ranges of another version; weak tags are not allowed in If-Match.
     options = {"headers": {"If-Match": tag}} if tag.startswith('"') and uri.startswith("http") else {}
 
-    async def get(start: int, stop: int, on_begin: OnBegin) -> VersionedBytes:
-        return await _in_thread(uri, lambda: bytes(fs.cat_file(path, start=start, end=stop, **options))), None
+    async def get(start: int, stop: int, on_begin: OnBegin) -> tuple[bytes, None]:
+        return await _in_thread(lambda: bytes(fs.cat_file(path, start=start, end=stop, **options))), None
 
-    return RemoteStore(uri, int(info["size"]), None, get, _endpoint_of(_server_of(uri), storage_timeout()))
+    return RemoteStore(uri, int(info["size"]), None, get, endpoint_for(uri))
 
 
 def read(uri: str) -> bytes:
@@ -72,34 +71,16 @@ def delete(uri: str) -> None:
 
 
 def _run_request(uri: str, operation: Callable[[], T]) -> T:
-    return wait_for(
-        request(
-            _endpoint_of(_server_of(uri), storage_timeout()),
-            redact(uri),
-            0,
-            lambda on_begin: _in_thread(uri, operation),
-        )
-    )
+    return fetch(uri, 0, lambda on_begin: _in_thread(operation))
 
 
-async def _in_thread(uri: str, operation: Callable[[], T]) -> T:
-    with translate_errors(uri):
-        return await asyncio.get_running_loop().run_in_executor(_thread_pool(os.getpid()), operation)
+async def _in_thread(operation: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_thread_pool(os.getpid()), operation)
 
 
 @lru_cache(maxsize=1)
 def _thread_pool(pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, thread_name_prefix=f"fsspec-{pid}")
-
-
-@lru_cache(maxsize=16)
-def _endpoint_of(base: str, seconds: float) -> Endpoint:
-    return Endpoint(seconds)
-
-
-def _server_of(uri: str) -> str:
-    scheme, _, rest = uri.partition("://")
-    return f"{scheme}://{rest.partition('/')[0]}"
 
 
 def _file_system(uri: str) -> tuple[Any, str]:

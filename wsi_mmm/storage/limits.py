@@ -11,7 +11,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import IO, Any
 
 from wsi_mmm.errors import InputError, WsiError
 
@@ -40,38 +40,33 @@ def unpack_file(data: bytes, name: str, endings: Sequence[str], error: type[WsiE
             with gzip.open(io.BytesIO(data)) as stream:
                 return _read_stream(stream, len(data), name, error)
         if data.startswith(b"PK\x03\x04"):
-            return _unzip_member(data, name, endings, error)
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                member = _find_member(archive, name, endings, error)
+                with archive.open(member) as stream:
+                    return _read_stream(stream, member.compress_size, name, error)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as damage:
         raise error(f"{name}: the compressed file is damaged ({damage}): export or copy it again") from damage
     return _check_size(data, name, error)
 
 
-def _unzip_member(data: bytes, name: str, endings: Sequence[str], error: type[WsiError]) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = [m for m in archive.infolist() if m.filename.lower().endswith(tuple(endings))]
-        members = [m for m in members if not m.filename.startswith("__MACOSX")]
-        if len(members) != 1:
-            *some, last = endings
-            raise error(f"{name}: the zip holds {len(members)} {', '.join(some)} or {last} files: pack one")
-        with archive.open(members[0]) as stream:
-            return _read_stream(stream, members[0].compress_size, name, error)
+def _find_member(archive: zipfile.ZipFile, name: str, endings: Sequence[str], error: type[WsiError]) -> zipfile.ZipInfo:
+    members = [m for m in archive.infolist() if m.filename.lower().endswith(tuple(endings))]
+    members = [m for m in members if not m.filename.startswith("__MACOSX")]
+    if len(members) != 1:
+        *some, last = endings
+        raise error(f"{name}: the zip holds {len(members)} {', '.join(some)} or {last} files: pack one")
+    return members[0]
 
 
-class _Stream(Protocol):
-    def read(self, size: int, /) -> bytes: ...
-
-
-def _read_stream(stream: _Stream, packed: int, name: str, error: type[WsiError]) -> bytes:
+def _read_stream(stream: IO[bytes] | gzip.GzipFile, packed: int, name: str, error: type[WsiError]) -> bytes:
     """Return the unpacked bytes of a stream of ``packed`` bytes. Raises ``error`` when they are too many for those."""
     most = min(max(FREE, MAX_RATIO * packed), MAX_BYTES)
     parts: list[bytes] = []
-    size = 0
     while part := stream.read(_CHUNK):
-        size += len(part)
-        if size > most:
+        parts.append(part)
+        if sum(map(len, parts)) > most:
             limit = f"{MAX_BYTES >> 30} GiB" if most == MAX_BYTES else f"{MAX_RATIO} times its size"
             raise error(f"{name}: unpacks to more than {limit}: split it, or give it unpacked")
-        parts.append(part)
     return b"".join(parts)
 
 

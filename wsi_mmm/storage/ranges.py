@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -47,90 +49,82 @@ class MergeRule:
 
 @dataclass(frozen=True, slots=True)
 class FetchPlan:
-    """The spans to fetch, and the place of each range in them.
-
-    ``spans`` (start, length), ascending, without overlap. ``first`` int64[n]: the span a range begins in, -1 when the
-    range is empty; ``offset`` int64[n]: where in it; ``length`` int64[n]: its bytes inside the object.
-    """
+    """The spans to fetch (start, length), ascending, without overlap, and the place of each range in them: the span it
+    begins in (-1 when it is empty), where in it, and where it ends, counted from the start of that span."""
 
     spans: list[Range]
-    first: I64
-    offset: I64
-    length: I64
+    places: list[tuple[int, int, int]]
 
 
 def plan_spans(ranges: Ranges, size: int, rule: MergeRule) -> FetchPlan:
     """Return the spans that cover ``ranges``, clipped to an object of ``size`` bytes."""
-    wanted = np.asarray(ranges, np.int64).reshape(-1, 2)
-    start = np.clip(wanted[:, 0], 0, size)
-    length = np.clip(wanted[:, 1], 0, size - start)
-    full = np.flatnonzero(length)
-    if not len(full):
-        return FetchPlan([], np.full(len(start), -1), start, length)
-    by_start = full[np.argsort(start[full], kind="stable")]
-    begins = start[by_start]
-    ends = np.maximum.accumulate(begins + length[by_start])
-    spans = _cut_spans(begins, ends, _find_breaks(begins, ends, rule), rule)
-    first = np.full(len(start), -1, np.int64)
-    edges = spans[:, 0]
-    first[full] = np.searchsorted(edges, start[full], side="right") - 1
-    return FetchPlan([(int(a), int(b - a)) for a, b in spans], first, start - edges[first], length)
+    wanted = [(min(max(start, 0), size), start + length) for start, length in np.asarray(ranges).tolist()]
+    parts = [(start, min(stop, size)) for start, stop in wanted]
+    runs: list[list[int]] = []  # start, stop: ranges that touch each other
+    whole: list[int] = []  # a cut here crosses no range
+    for start, stop in sorted(part for part in parts if part[0] < part[1]):
+        if runs and start <= runs[-1][1]:
+            whole += [start] if start == runs[-1][1] else []
+            runs[-1][1] = max(stop, runs[-1][1])
+        else:
+            whole += [start] if runs else []
+            runs.append([start, stop])
+    spans: list[list[int]] = []
+    joined = _join_gaps([b[0] - a[1] for a, b in pairwise(runs)], sum(stop - start for start, stop in runs), rule)
+    for n, (start, stop) in enumerate(runs):
+        if n in joined:
+            spans[-1][1] = stop
+        else:
+            spans.append([start, stop])
+    if any(stop - start >= 2 * rule.part for start, stop in spans):
+        spans = [part for start, stop in spans for part in _cut_span(start, stop, np.array(whole, np.int64), rule)]
+    starts = [start for start, _ in spans]
+    places = []
+    for start, stop in parts:
+        n = bisect_right(starts, start) - 1 if start < stop else -1
+        places.append((n, start - starts[n], stop - starts[n]) if n >= 0 else (-1, 0, 0))
+    return FetchPlan([(start, stop - start) for start, stop in spans], places)
 
 
-def _find_breaks(begins: I64, ends: I64, rule: MergeRule) -> I64:
-    """Return the positions before which a new span begins; ``ends`` are running maxima."""
-    gaps = begins[1:] - ends[:-1]
-    apart = np.flatnonzero(gaps > 0)
-    needed = int(ends[-1] - begins[0]) - int(gaps[apart].sum())
-    rising = apart[np.argsort(gaps[apart], kind="stable")]
-    joined = (gaps[rising] <= rule.gap) & (np.cumsum(gaps[rising]) <= rule.waste * needed)
-    return np.sort(rising[~joined]) + 1
+def _join_gaps(gaps: Sequence[int], needed: int, rule: MergeRule) -> set[int]:
+    """Return the numbers of the runs that are joined to the one before: by the smallest gaps, as the rule allows."""
+    joined, spent = set(), 0
+    for gap, n in sorted((gap, n) for n, gap in enumerate(gaps, start=1)):
+        spent += gap
+        if gap > rule.gap or spent > rule.waste * needed:
+            break
+        joined.add(n)
+    return joined
 
 
-def _cut_spans(begins: I64, ends: I64, breaks: I64, rule: MergeRule) -> I64:
-    """Return int64[m, 2] (start, stop): the spans between ``breaks``, long ones in parts that end between ranges."""
-    lows = begins[np.concatenate([[0], breaks])]
-    highs = ends[np.concatenate([breaks - 1, [len(ends) - 1]])]
-    if (highs - lows).max() < 2 * rule.part:
-        return np.stack([lows, highs], axis=1)
-    whole = begins[1:][begins[1:] >= ends[:-1]]  # a cut here crosses no range
-    parts = [_cut_span(int(a), int(b), whole, rule) for a, b in zip(lows, highs, strict=True)]
-    return np.concatenate(parts)
-
-
-def _cut_span(low: int, high: int, whole: I64, rule: MergeRule) -> I64:
+def _cut_span(low: int, high: int, whole: I64, rule: MergeRule) -> list[list[int]]:
+    """Return (start, stop) of the parts of a span: equal ones that end between ranges."""
     length = high - low
     number = max(min(length // rule.part, rule.most), -(-length // rule.longest))
     if number < 2:
-        return np.array([[low, high]], np.int64)
+        return [[low, high]]
     cuts = low + length * np.arange(1, number, dtype=np.int64) // number
     if len(whole):
         after = np.clip(np.searchsorted(whole, cuts), 0, len(whole) - 1)
         # A cut through a range costs a copy, but a part half as long again costs more.
         near = np.abs(whole[after] - cuts) < length // (2 * number)
         cuts = np.unique(np.where(near, whole[after], cuts))
-    edges = np.concatenate([[low], cuts[(cuts > low) & (cuts < high)], [high]])
-    return np.stack([edges[:-1], edges[1:]], axis=1)
+    return [list(part) for part in pairwise([low, *cuts[(cuts > low) & (cuts < high)].tolist(), high])]
 
 
 def fetch_merged(
     ranges: Ranges, size: int, *, rule: MergeRule, get: Callable[[Sequence[Range]], Sequence[Buffer]]
 ) -> list[Buffer]:
     """Return the bytes of each range, clipped to ``size``, fetched by ``get`` in merged spans: views, not copies."""
-    found = plan_spans(ranges, size, rule)
-    if not found.spans:
-        return [b""] * len(found.first)
+    plan = plan_spans(ranges, size, rule)
+    if not plan.spans:
+        return [b""] * len(plan.places)
     with timed("fetch"):
-        views = [memoryview(part) for part in get(found.spans)]
-    stops = found.offset + found.length
-    out: list[Buffer] = []
-    for n, a, b in zip(found.first.tolist(), found.offset.tolist(), stops.tolist(), strict=True):
-        if n < 0:
-            out.append(b"")
-        else:
-            view = views[n]
-            out.append(view[a:b] if b <= len(view) else _join_views(views[n:], a, b))
-    return out
+        views = [memoryview(part) for part in get(plan.spans)]
+    return [
+        b"" if n < 0 else views[n][a:b] if b <= len(views[n]) else _join_views(views[n:], a, b)
+        for n, a, b in plan.places
+    ]
 
 
 def _join_views(views: Sequence[memoryview], start: int, stop: int) -> bytes:

@@ -15,22 +15,23 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any, Generic, TypeVar
 
-from wsi_mmm.errors import SlideChanged, StorageError, TransientCause, TransientError
+from wsi_mmm.errors import ConfigError, SlideChanged, StorageError, TransientCause, TransientError
+from wsi_mmm.storage.base import redact
 from wsi_mmm.storage.ranges import Buffer, Counter, MergeRule, Range, Ranges, fetch_merged
 from wsi_mmm.storage.retry import RetryPolicy
-from wsi_mmm.storage.translate import NO_RANGES, SHORT, SILENT
-from wsi_mmm.storage.uris import redact
+from wsi_mmm.storage.translate import NO_RANGES, SHORT, SILENT, translate_errors
 
 MERGING = MergeRule(gap=512 << 10, waste=0.12)  # measured on RGW with 0 and 20 ms delay, see docs/storage.md
 _PER_PROCESS, _PER_ENDPOINT = 32, 16  # requests in flight
 _RANGED = RetryPolicy(pause=0.02, longest=2.0)  # given up by the endpoint's time-out
 _SHORT_TRIES = 5  # after so many short answers it is an error
 _UNREACHED = 5.0  # seconds for a server that has never answered
+_TIMEOUT = 30.0  # seconds until a request is given up
 _UNIT = 1 << 20  # bytes: expected times grow with the size beyond this
 # Seconds of silence before a second request is sent: at first fixed, then a multiple of the recent p95.
 _FIRST_WAIT, _LEAST_BEGIN, _TIMES_BEGIN, _LEAST_BODY, _TIMES_BODY = 0.5, 0.05, 2.0, 0.1, 3.0
@@ -57,32 +58,30 @@ _lock = threading.Lock()
 def _request_loop() -> _RequestLoop:
     """Return this process's loop, started on first use; a forked child starts its own."""
     global _loop
-    if _loop is None or _loop.pid != os.getpid():
-        with _lock:
-            if _loop is None or _loop.pid != os.getpid():
-                loop = asyncio.new_event_loop()
-                thread = threading.Thread(target=loop.run_forever, name="fetch", daemon=True)
-                thread.start()
-                # A daemon thread that is killed inside native code, as the interpreter ends, aborts the process.
-                atexit.register(_end_loop, os.getpid(), loop, thread)
-                _loop = _RequestLoop(os.getpid(), loop, asyncio.Semaphore(_PER_PROCESS))
-    return _loop
-
-
-async def _cancel_all() -> None:
-    """Cancel every other request of the loop and wait until all have ended."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    with _lock:
+        if _loop is None or _loop.pid != os.getpid():
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=loop.run_forever, name="fetch", daemon=True)
+            thread.start()
+            # A daemon thread that is killed inside native code, as the interpreter ends, aborts the process.
+            atexit.register(_end_loop, os.getpid(), loop, thread)
+            _loop = _RequestLoop(os.getpid(), loop, asyncio.Semaphore(_PER_PROCESS))
+        return _loop
 
 
 def _end_loop(pid: int, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     """Stop the loop in the process that started it; requests that take longer than two seconds are abandoned."""
+
+    async def cancel_all() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
     if pid != os.getpid() or not thread.is_alive():
         return
     with contextlib.suppress(concurrent.futures.TimeoutError):
-        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(2)
+        asyncio.run_coroutine_threadsafe(cancel_all(), loop).result(2)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(2)
 
@@ -111,32 +110,29 @@ class UsualTime:
             self.seconds = sorted(self._last)[int(0.95 * (len(self._last) - 1))]
 
 
+@dataclass(slots=True, eq=False)
 class Endpoint:
-    """Statistics and limits of one server: usual times, slots, allowance of hedged requests. Used in the loop."""
+    """Statistics and limits of one server: usual times, slots, allowance of hedged requests. Used in the loop.
 
-    def __init__(
-        self,
-        timeout: float,
-        concurrent: int = _PER_ENDPOINT,
-        *,
-        doubles: bool = True,
-        final: Collection[TransientCause] = (),
-    ) -> None:
-        """``timeout``: seconds until a request is given up; ``doubles``: hedge stalled requests;
-        ``final``: causes that are not retried here but by the caller."""
-        self.timeout = timeout
-        self.final = frozenset(final)
-        self._doubles = doubles
-        self.reached = False
-        self.begin, self.body, self.whole = UsualTime(), UsualTime(), UsualTime()  # the latter two per _UNIT bytes
-        self._concurrent = concurrent
-        self._slots: tuple[int, asyncio.Semaphore] | None = None
-        self._spare = 8.0
+    ``timeout``: seconds until a request is given up; ``doubles``: hedge stalled requests; ``final``: causes that are
+    not retried here but by the caller.
+    """
+
+    timeout: float
+    concurrent: int = _PER_ENDPOINT
+    doubles: bool = True
+    final: Collection[TransientCause] = ()
+    reached: bool = False
+    begin: UsualTime = field(default_factory=UsualTime)
+    body: UsualTime = field(default_factory=UsualTime)  # per _UNIT bytes, as the next
+    whole: UsualTime = field(default_factory=UsualTime)
+    _slots: tuple[int, asyncio.Semaphore] | None = None  # of a process
+    _spare: float = 8.0
 
     def slots(self) -> asyncio.Semaphore:
         """Return the semaphore that bounds the requests to this server."""
         if self._slots is None or self._slots[0] != os.getpid():
-            self._slots = (os.getpid(), asyncio.Semaphore(self._concurrent))
+            self._slots = (os.getpid(), asyncio.Semaphore(self.concurrent))
         return self._slots[1]
 
     def stall_seconds(self, size: int, *, begun: bool) -> float:
@@ -154,10 +150,33 @@ class Endpoint:
 
     def take_double(self) -> bool:
         """Take one hedged request from the allowance, if there is one."""
-        if not self._doubles or self._spare < 1:
+        if not self.doubles or self._spare < 1:
             return False
         self._spare -= 1
         return True
+
+
+def storage_timeout(env: Mapping[str, str] = os.environ, *, otherwise: float = _TIMEOUT) -> float:
+    """Return the seconds after which a request is given up: WSI_MMM_STORAGE_TIMEOUT, or 30."""
+    value = env.get("WSI_MMM_STORAGE_TIMEOUT") or otherwise
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise ConfigError(f"WSI_MMM_STORAGE_TIMEOUT={value} is no number of seconds above 0; give one, such as 30")
+    return seconds
+
+
+def endpoint_for(uri: str) -> Endpoint:
+    """Return the endpoint that all objects of a server, or of a bucket, share."""
+    scheme, _, rest = uri.partition("://")
+    return _kept_endpoint(f"{scheme}://{rest.partition('/')[0]}", storage_timeout())
+
+
+@lru_cache(maxsize=32)
+def _kept_endpoint(server: str, seconds: float) -> Endpoint:
+    return Endpoint(seconds)
 
 
 def _size_units(size: int) -> float:
@@ -181,6 +200,16 @@ async def request(endpoint: Endpoint, name: str, size: int, send: SendRequest[T]
         except TimeoutError:
             raise TransientError(f"{name}: {SILENT}", TransientCause.TIMEOUT) from None
     raise AssertionError("unreachable")
+
+
+def fetch(uri: str, size: int, send: SendRequest[T]) -> T:
+    """Return the answer of ``send`` about the object at ``uri``, expected to bring ``size`` bytes. StorageError."""
+
+    async def translated(on_begin: OnBegin) -> T:
+        with translate_errors(uri):
+            return await send(on_begin)
+
+    return wait_for(request(endpoint_for(uri), redact(uri), size, translated))
 
 
 def _seconds_to_try(endpoint: Endpoint, error: TransientError) -> float:
@@ -279,18 +308,18 @@ class RemoteStore:
         return wait_for(self._fetch_all(spans))
 
     async def _fetch_all(self, spans: Sequence[Range]) -> list[Buffer]:
-        tasks = [asyncio.create_task(self._fetch_span(span)) for span in spans]
+        name = redact(self.uri)
+        sent = [request(self._endpoint, name, span[1], partial(self._fetch_once, *span)) for span in spans]
+        tasks = [asyncio.create_task(one) for one in sent]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _fetch_span(self, span: Range) -> Buffer:
-        return await request(self._endpoint, redact(self.uri), span[1], partial(self._fetch_once, *span))
-
     async def _fetch_once(self, start: int, length: int, on_begin: OnBegin) -> Buffer:
-        data, version = await self._get(start, start + length, on_begin)
+        with translate_errors(self.uri):
+            data, version = await self._get(start, start + length, on_begin)
         self.counter.add(len(data))
         if self.etag is not None and version is not None and version != self.etag:
             raise SlideChanged(f"{redact(self.uri)} was replaced while it was read; run again")

@@ -1,4 +1,4 @@
-"""Errors of foreign storage libraries, translated into ours: once, here. None of their text is passed on.
+"""Errors of remote storage libraries, translated into ours: once, here. None of their text is passed on.
 
 Errors of obstore come with the server's answer and sometimes with request headers in their text, so causes are
 recognised by words in it, and what is shown is ours.
@@ -6,13 +6,12 @@ recognised by words in it, and what is shown is ours.
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from wsi_mmm.errors import NotFound, OutputError, SlideChanged, StorageError, TransientCause, TransientError, WsiError
-from wsi_mmm.storage.uris import redact
+from wsi_mmm.storage.base import redact
 
 NO_RANGES = "the server does not serve byte ranges; copy the file to a local disk or to S3"
 UNREACHABLE = "the server cannot be reached; check AWS_ENDPOINT_URL or the host name, and the network"
@@ -97,30 +96,3 @@ def _explain_error(error: Exception) -> tuple[str, TransientCause | None]:
     if isinstance(error, (TimeoutError, ConnectionError, EOFError)) or type(error).__module__.startswith(_NETWORK):
         return _BROKEN, TransientCause.BROKEN_CONNECTION
     return "the storage answered with an error; try again", None
-
-
-@contextmanager
-def local_errors(uri: str, *, writing: bool = False) -> Iterator[None]:
-    """Turn errors of the local file system at ``uri`` into ours: OutputError when ``writing``."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and not writing:
-            raise NotFound(f"{uri}: no such file; check the path") from error
-        raise (OutputError if writing else StorageError)(f"{uri}: {_os_reason(error, writing=writing)}") from error
-
-
-def _os_reason(error: OSError, *, writing: bool) -> str:
-    known = {
-        errno.ENOSPC: "the disk is full; free space or choose another output folder",
-        errno.EDQUOT: "the disk quota is used up; free space or choose another output folder",
-        errno.EROFS: "the file system is read-only; choose another output folder",
-        errno.ENOTDIR: "a part of the path is a file, not a folder; check the path",
-        errno.EISDIR: "this is a folder; give a file",
-        errno.EEXIST: "file exists; choose another folder",
-        errno.EMFILE: "too many files are open; raise 'ulimit -n'",
-        errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-    }
-    denied = "no permission to write; choose another output folder" if writing else "no permission to read it"
-    known |= {errno.EACCES: denied, errno.EPERM: denied}
-    return known.get(error.errno or 0, (error.strerror or "input/output error").lower())

@@ -1,4 +1,4 @@
-"""Tasks: `make_task` builds one from its card. A new kind is a new file and one line in `TASK_KINDS`.
+"""Tasks: `make_task` builds one from its card. A new kind is a new class and one line in `TASK_KINDS`.
 
 Kinds, the heads they need, and the parameters of their cards (numbers; ``<class>``: a class of the card):
 
@@ -7,7 +7,7 @@ kind          head         parameters
 ============  ===========  =====================================================================================
 classify      vector, bag  ``smoothing`` (0.02), ``weight:<class>`` (1)
 detect        dense        ``threshold`` (90) byte of a centre, ``overlap`` (0.4), ``size`` (16) usual side in target px
-instances     map          those of `grouping.Rules`
+instances     map          those of `instances.Rules`
 multilabel    vector, bag  ``smoothing`` (0), ``weight:<class>`` (1) of tiles that have the label
 multisegment  map          ``threshold`` (128) byte from which px are drawn, ``weight:<class>`` (1)
 reconstruct   image        ``patch`` (16) side of hidden squares in px, ``share`` (0.5) of them (0: grey instead),
@@ -26,16 +26,12 @@ from wsi_mmm.errors import ModelError, PluginError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.tasks.base import Task as Task
-from wsi_mmm.tasks.base import View as View
-from wsi_mmm.tasks.classify import Classify
 from wsi_mmm.tasks.detect import Detect
 from wsi_mmm.tasks.instances import Instances
-from wsi_mmm.tasks.multilabel import Multilabel
-from wsi_mmm.tasks.multisegment import Multisegment
 from wsi_mmm.tasks.reconstruct import Reconstruct
-from wsi_mmm.tasks.regress import Regress
-from wsi_mmm.tasks.segment import Segment
-from wsi_mmm.tasks.survive import Survive
+from wsi_mmm.tasks.segment import Multisegment, Segment
+from wsi_mmm.tasks.tile_kinds import Classify, Multilabel, Regress, Survive
+from wsi_mmm.tasks.window import View as View
 from wsi_mmm.types import TaskInfo
 
 __all__ = ["TASK_KINDS", "Task", "View", "find_kind", "make_task"]

@@ -52,17 +52,7 @@ def make_grid(info: SlideInfo, mpp: float, *, tile: int = 512, overlap: int = 64
         raise OptionError(
             f"{columns} x {rows} tiles are too many for one slide: raise the tile size or mpp, or lower the overlap"
         )
-    return Grid(
-        tile=tile,
-        overlap=overlap,
-        columns=columns,
-        rows=rows,
-        width=width,
-        height=height,
-        scale_x=scale_x,
-        scale_y=scale_y,
-        mpp=float(mpp),
-    )
+    return Grid(tile, overlap, columns, rows, width, height, scale_x, scale_y, float(mpp))
 
 
 def tile_xy(grid: Grid, index: I64) -> I64:
@@ -96,8 +86,6 @@ def tile_boxes(grid: Grid, index: I64) -> F64:
 
 def any_overlap(boxes: F64, rects: I64) -> Mask:
     """Return bool[n]: the ``boxes`` [n, 4] that share area with one of ``rects`` int64[m, 4] (x0, y0, x1, y1)."""
-    if not len(rects):
-        return np.zeros(len(boxes), bool)
     hit = (boxes[:, None, :2] < rects[None, :, 2:]) & (boxes[:, None, 2:] > rects[None, :, :2])
     return np.asarray(hit.all(axis=-1).any(axis=-1), bool)
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -63,7 +63,8 @@ def read_block(reader: Reader, grid: Grid, block: BlockTiles, fetched: Fetched |
 
 def _read_into(reader: Reader, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None) -> Mask:
     """Write tiles to ``out``; return bool[n], the tiles that hold pixels that could not be decoded."""
-    return any_overlap(level0_boxes(tiles), fill_tiles(reader, tiles, out, fetched))
+    failed = fill_tiles(reader, tiles, out, fetched)
+    return any_overlap(level0_boxes(tiles), failed) if len(failed) else np.zeros(len(out), bool)
 
 
 # ---------------------------------------------------------------- fetching ahead of use
@@ -221,36 +222,6 @@ def stream(
     return _stream_batches(reader, grid, parts, batch_size=batch_size, workers=workers)
 
 
-@dataclass(slots=True)
-class _BatchMemory:
-    """The memory of the batches, made when the first tile of each is about to be read."""
-
-    count: int
-    tile: int
-    size: int
-    made: dict[int, U8] = field(default_factory=dict)
-
-    def places(self, start: int, stop: int) -> list[U8]:
-        """Return the memory of tiles start..stop-1 of the stream, uint8[tile, tile, 3] each."""
-        return [self._batch_pixels(n // self.size)[n % self.size] for n in range(start, stop)]
-
-    def _batch_pixels(self, number: int) -> U8:
-        if number not in self.made:
-            count = min(self.size, self.count - number * self.size)
-            self.made[number] = np.empty((count, self.tile, self.tile, 3), np.uint8)
-        return self.made[number]
-
-
-@dataclass(frozen=True, slots=True)
-class _BlockRead:
-    """A block of the stream: its number, the position of its first tile, and the memory of its tiles."""
-
-    number: int
-    start: int
-    tiles: Tiles
-    out: Sequence[U8]
-
-
 def _stream_batches(
     reader: Reader, grid: Grid, parts: list[BlockTiles], *, batch_size: int, workers: int
 ) -> Iterator[Batch]:
@@ -258,24 +229,35 @@ def _stream_batches(
         return
     index = np.concatenate([block.index for block in parts])
     xy, failed = tile_xy(grid, index), np.zeros(len(index), bool)
-    memory = _BatchMemory(len(index), grid.tile, batch_size)
+    memory: dict[int, U8] = {}  # pixels of batches, made when the first tile of each is about to be read
+
+    def places(start: int, stop: int) -> list[U8]:
+        for n in range(start // batch_size, -(-stop // batch_size)):
+            if n not in memory:
+                count = min(batch_size, len(index) - n * batch_size)
+                memory[n] = np.empty((count, grid.tile, grid.tile, 3), np.uint8)
+        return [memory[n // batch_size][n % batch_size] for n in range(start, stop)]
+
     given = 0  # batches
-    for start, mask in _read_blocks(reader, grid, parts, memory=memory, workers=workers):
+    for start, mask in _read_blocks(reader, [tiles_at(grid, block.index) for block in parts], places, workers):
         stop = start + len(mask)
         failed[start:stop] = mask
         while given * batch_size < stop and ((given + 1) * batch_size <= stop or stop == len(index)):
             part = slice(given * batch_size, (given + 1) * batch_size)
-            yield Batch(memory.made.pop(given), xy[part], index[part], failed[part])
+            yield Batch(memory.pop(given), xy[part], index[part], failed[part])
             given += 1
 
 
 def _read_blocks(
-    reader: Reader, grid: Grid, parts: list[BlockTiles], *, memory: _BatchMemory, workers: int
+    reader: Reader, parts: Sequence[Tiles], places: Callable[[int, int], Sequence[U8]], workers: int
 ) -> Iterator[tuple[int, Mask]]:
-    """Yield the position of each block's first tile and bool[k], its tiles that failed, in order."""
-    tiles = {number: tiles_at(grid, block.index) for number, block in enumerate(parts)}
-    starts = np.cumsum([0, *(len(block.index) for block in parts)]).tolist()
-    todo = (_BlockRead(n, starts[n], some, memory.places(starts[n], starts[n + 1])) for n, some in tiles.items())
+    """Yield the position of each block's first tile and bool[k], its tiles that failed, in order.
+
+    ``places``: the memory of tiles start..stop-1, counted over all blocks; asked for when they are about to be read.
+    """
+    tiles = dict(enumerate(parts))
+    stops = np.cumsum([0, *(len(some.xy) for some in parts)]).tolist()
+    todo = ((n, places(stops[n], stops[n + 1])) for n in tiles)
     with ExitStack() as stack:
         prefetch: Prefetcher[int, Fetched] = stack.enter_context(Prefetcher())
         if isinstance(reader, TileReader) and is_far(reader):
@@ -283,8 +265,9 @@ def _read_blocks(
             for group in fetch_groups(tiles):
                 prefetch.announce(group, lambda numbers: fetch([tiles[number] for number in numbers]))
 
-        def read(block: _BlockRead) -> tuple[int, Mask]:
-            return block.start, _read_into(reader, block.tiles, block.out, prefetch.take(block.number))
+        def read(block: tuple[int, Sequence[U8]]) -> tuple[int, Mask]:
+            number, out = block
+            return stops[number], _read_into(reader, tiles[number], out, prefetch.take(number))
 
         if workers == 0:
             yield from map(read, todo)
@@ -292,5 +275,5 @@ def _read_blocks(
         pool = ThreadPoolExecutor(workers, thread_name_prefix="wsi-mmm-read")
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         # Counted in tiles: a thread must not wait for a full block that another reads while sparse ones are left.
-        most = (workers + READ_AHEAD) * max(len(block.index) for block in parts)
-        yield from map_ahead(pool, read, todo, most=most, size=lambda block: len(block.out))
+        most = (workers + READ_AHEAD) * max(len(some.xy) for some in parts)
+        yield from map_ahead(pool, read, todo, most=most, size=lambda block: len(block[1]))

@@ -75,17 +75,10 @@ def select_tiles(grid: Grid, mask: TissueMask, min_tissue: float = MIN_TISSUE) -
     """
     if not 0 <= min_tissue <= 1:
         raise OptionError(f"min_tissue is {min_tissue}: give a share from 0 to 1, such as {MIN_TISSUE}")
-    sums = np.zeros((mask.mask.shape[0] + 1, mask.mask.shape[1] + 1), np.int64)
-    sums[1:, 1:] = mask.mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
-    x0, x1 = _row_spans(grid, (grid.columns, grid.width), grid.scale_x / mask.scale_x, mask.mask.shape[1])
-    y0, y1 = _row_spans(grid, (grid.rows, grid.height), grid.scale_y / mask.scale_y, mask.mask.shape[0])
     chunk = max(1, _CHUNK // max(grid.columns, mask.mask.shape[1]))
     found = []
     for start in range(0, grid.rows, chunk):
-        rows = slice(start, start + chunk)
-        band = (_mask_at(sums, y1[rows]) - _mask_at(sums, y0[rows])).T
-        covered = (_mask_at(band, x1) - _mask_at(band, x0)).T
-        area = (y1 - y0)[rows, None] * (x1 - x0)[None, :]
+        covered, area = _tissue_area(grid, mask, np.arange(start, min(start + chunk, grid.rows)))
         # Differences of interpolated sums: exact to far below a millionth of a mask pixel.
         keep = covered >= min_tissue * area - 1e-6
         found.append(np.argwhere(keep & (covered > 1e-6) if min_tissue > 0 else keep) + np.array([start, 0]))
@@ -94,21 +87,24 @@ def select_tiles(grid: Grid, mask: TissueMask, min_tissue: float = MIN_TISSUE) -
 
 def tissue_share(grid: Grid, mask: TissueMask, index: I64) -> F32:
     """Share of each tile of ``index`` int64[n, 2] (its part inside the slide) that is tissue: float32[n], 0 to 1."""
-    sums = np.zeros((mask.mask.shape[0] + 1, mask.mask.shape[1] + 1), np.int64)
-    sums[1:, 1:] = mask.mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
-    x0, x1 = _row_spans(grid, (grid.columns, grid.width), grid.scale_x / mask.scale_x, mask.mask.shape[1])
-    y0, y1 = _row_spans(grid, (grid.rows, grid.height), grid.scale_y / mask.scale_y, mask.mask.shape[0])
     rows, places = np.unique(index[:, 0], return_inverse=True)
-    band = (_mask_at(sums, y1[rows]) - _mask_at(sums, y0[rows])).T
-    covered = (_mask_at(band, x1) - _mask_at(band, x0)).T[places, index[:, 1]]
-    area = (y1 - y0)[index[:, 0]] * (x1 - x0)[index[:, 1]]
+    covered, area = (every[places, index[:, 1]] for every in _tissue_area(grid, mask, rows))
     return np.clip(covered / np.maximum(area, 1e-9), 0.0, 1.0).astype(np.float32)
 
 
-def _row_spans(grid: Grid, count_size: tuple[int, int], ratio: float, limit: int) -> tuple[F64, F64]:
-    """Start and end in mask px of each tile along one axis of (tiles, target px), cut to slide and mask."""
-    count, size = count_size
-    start = np.arange(count, dtype=np.float64) * grid.stride
+def _tissue_area(grid: Grid, mask: TissueMask, rows: I64) -> tuple[F64, F64]:
+    """Mask px of tissue, and all mask px, in each tile of ``rows`` of the grid: float64[len(rows), columns] each."""
+    sums = np.zeros((mask.mask.shape[0] + 1, mask.mask.shape[1] + 1), np.int64)
+    sums[1:, 1:] = mask.mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
+    y0, y1 = _mask_spans(grid, rows, grid.height, grid.scale_y / mask.scale_y, mask.mask.shape[0])
+    x0, x1 = _mask_spans(grid, np.arange(grid.columns), grid.width, grid.scale_x / mask.scale_x, mask.mask.shape[1])
+    band = (_mask_at(sums, y1) - _mask_at(sums, y0)).T
+    return (_mask_at(band, x1) - _mask_at(band, x0)).T, (y1 - y0)[:, None] * (x1 - x0)
+
+
+def _mask_spans(grid: Grid, numbers: I64, size: int, ratio: float, limit: int) -> tuple[F64, F64]:
+    """Start and end in mask px of tiles ``numbers`` along an axis of ``size`` target px, cut to slide and mask."""
+    start = numbers.astype(np.float64) * grid.stride
     end = np.minimum(start + grid.tile, size)
     return np.minimum(start * ratio, limit), np.minimum(end * ratio, limit)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,9 +24,9 @@ from wsi_mmm.model.card import (
 )
 from wsi_mmm.tasks import find_kind
 from wsi_mmm.tasks.base import Scope
-from wsi_mmm.training.colour import Augment
+from wsi_mmm.training.augment import Augment
+from wsi_mmm.training.data.base import ConfigTable
 from wsi_mmm.training.data.entries import DataEntry
-from wsi_mmm.training.data.entry import ConfigTable
 from wsi_mmm.training.optim import OptimPlan
 from wsi_mmm.training.policy import Policy
 from wsi_mmm.training.strategies import StrategyPlan
@@ -219,7 +220,7 @@ class TrainConfig(ConfigTable):
 
 
 def _check_tasks(entry: DataEntry, tasks: Sequence[TaskPart]) -> None:
-    """Every task of a data set exists, and answers for what its items are: tiles, or bags of them."""
+    """Check that every task of a data set exists and has the scope of its items: tiles, or bags of tiles."""
     scopes = {task.name: task.scope for task in tasks}
     wanted = "bag" if entry.kind in BAGS else "tile"
     for name in entry.tasks:
@@ -272,7 +273,7 @@ def model_card(config: TrainConfig, mean: tuple[float, float, float], std: tuple
 
 
 def parse(raw: Mapping[str, Any], settings: Sequence[str] = (), source: str = "configuration") -> TrainConfig:
-    """A configuration from a parsed file and ``key=value`` settings on top. ConfigError names the first thing wrong."""
+    """A configuration from a parsed file and ``key=value`` settings on top. ConfigError names the first mistake."""
     whole = json.loads(json.dumps(raw, default=str))
     for setting in settings:
         _apply_setting(whole, setting)
@@ -280,9 +281,9 @@ def parse(raw: Mapping[str, Any], settings: Sequence[str] = (), source: str = "c
         return TrainConfig.model_validate(whole)
     except ValidationError as error:
         first = error.errors()[0]
-        where = "".join(f"{part}: " for part in [".".join(str(part) for part in first["loc"])] if part)
+        where = ".".join(str(part) for part in first["loc"])
         text = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{source}: {where}{text[0].lower() + text[1:]}") from error
+        raise ConfigError(": ".join([source, *([where] if where else []), text[0].lower() + text[1:]])) from error
 
 
 _WORDS = dict.fromkeys(
@@ -318,8 +319,6 @@ def _step_into(place: Any, name: str, setting: str) -> Any:
 
 def _parse_value(text: str) -> Any:
     """A TOML value, or the text as it is."""
-    import tomllib
-
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,4 +1,4 @@
-"""The data sets of a training, divided together: what is learnt from, what chooses the model, what judges it."""
+"""The data sets of a training, divided together into training, validation and test items."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from wsi_mmm.errors import ConfigError
 from wsi_mmm.training.config import SplitPart, TrainConfig
 from wsi_mmm.training.data.base import ItemIndex
-from wsi_mmm.training.data.entries import DataEntry, Pictured
-from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, TileBags
+from wsi_mmm.training.data.entries import Pictured
+from wsi_mmm.training.data.slide_entries import OfSlideTable
 from wsi_mmm.training.data.split import PARTS, Split, check_leaks, folds, forbid_test, picture_hashes, split_items
 from wsi_mmm.training.loader import DataFeed
 from wsi_mmm.training.policy import fraction_of
@@ -39,11 +39,6 @@ def divided(feeds: Sequence[DataFeed], config: TrainConfig) -> tuple[DataSet, ..
         DataSet(replace(feed, numbers=_training_items(feed, split, config)), split)
         for feed, split in zip(feeds, splits, strict=True)
     )
-    _check_parts(data, config)
-    return data
-
-
-def _check_parts(data: Sequence[DataSet], config: TrainConfig) -> None:
     for one in data:
         if not len(one.feed.items):
             raise ConfigError(
@@ -54,17 +49,13 @@ def _check_parts(data: Sequence[DataSet], config: TrainConfig) -> None:
     if (part.best or part.patience) and not any(len(one.split.val) for one in data):
         raise ConfigError("validation.best and patience want held-out items: give split.val above 0, or more groups")
     if config.split.pictures:
-        size = config.model.learnt_px
-        sources = [(one.feed.source, np.concatenate([one.split.part(name) for name in PARTS])) for one in data]
-        hashes = {
-            f"{source.name}/{key}": value
-            for source, numbers in sources
-            for key, value in picture_hashes(source, numbers, size).items()
-        }
-        check_leaks(
-            _items_by_part([_prefix_keys(one.name, one.feed.source.index) for one in data], [o.split for o in data]),
-            hashes,
-        )
+        hashes: dict[str, str] = {}
+        for one in data:
+            used = np.concatenate([one.split.part(name) for name in PARTS])
+            found = picture_hashes(one.feed.source, used, config.model.learnt_px)
+            hashes |= {f"{one.name}/{key}": value for key, value in found.items()}
+        _check_parts([(one.name, one.feed.source.index) for one in data], splits, hashes)
+    return data
 
 
 def divide(indexes: Sequence[tuple[str, ItemIndex]], config: TrainConfig) -> list[Split]:
@@ -78,9 +69,19 @@ def divide(indexes: Sequence[tuple[str, ItemIndex]], config: TrainConfig) -> lis
     whole = ItemIndex(keys, groups, np.concatenate(labels).astype(np.int32))
     split = _draw_split(whole, fixed_parts(config, indexes), config.split)
     ends = np.cumsum([0, *(len(index) for _, index in indexes)]).tolist()
-    found = [Split(*(_hash_range(split.part(name), a, b) for name in PARTS)) for a, b in itertools.pairwise(ends)]
-    check_leaks(_items_by_part([_prefix_keys(name, index) for name, index in indexes], found))
+    parts = [split.part(name) for name in PARTS]
+    found = [Split(*(part[(part >= a) & (part < b)] - a for part in parts)) for a, b in itertools.pairwise(ends)]
+    _check_parts(indexes, found)
     return found
+
+
+def _check_parts(
+    indexes: Sequence[tuple[str, ItemIndex]], splits: Sequence[Split], hashes: Mapping[str, str] | None = None
+) -> None:
+    """InputError for a group, an item or (by ``hashes``) a picture that is in two parts."""
+    whole = [_prefix_keys(name, index) for name, index in indexes]
+    members = {name: [(i, one.part(name)) for i, one in zip(whole, splits, strict=True)] for name in PARTS}
+    check_leaks(members, hashes)
 
 
 def _prefix_keys(name: str, index: ItemIndex) -> ItemIndex:
@@ -94,26 +95,23 @@ def fixed_parts(config: TrainConfig, indexes: Sequence[tuple[str, ItemIndex]] = 
     found: dict[str, str] = {}
     opened = dict(indexes)
     for entry in config.data:
-        for group, part in _fixed_parts(entry, opened.get(entry.name)).items():
+        parts: Mapping[str, str] = {}
+        if isinstance(entry, OfSlideTable):
+            parts = entry.slides.parts()
+        elif isinstance(entry, Pictured) and entry.name in opened:
+            parts = entry.fixed(opened[entry.name])
+        for group, part in parts.items():
             if found.setdefault(group, part) != part:
                 raise ConfigError(f"data '{entry.name}' puts '{group}' into '{part}', other data elsewhere")
     return found
 
 
-def _fixed_parts(entry: DataEntry, index: ItemIndex | None) -> Mapping[str, str]:
-    if isinstance(entry, SlideLabels | TileBags | FeatureBags):
-        return entry.slides.parts()
-    return entry.fixed(index) if isinstance(entry, Pictured) and index is not None else {}
-
-
 def _draw_split(whole: ItemIndex, fixed: Mapping[str, str], part: SplitPart) -> Split:
-    """What tables say, and the groups that none names drawn as ``part`` says."""
-    said = np.array([fixed.get(group) for group in whole.groups], object)
-    free = np.flatnonzero([word is None for word in said])
-    some = free.tolist()
-    inner = ItemIndex([whole.keys[n] for n in some], [whole.groups[n] for n in some], whole.labels[free])
-    found = _random_split(inner, part)
-    return Split(*(np.sort(np.concatenate([free[found.part(n)], np.flatnonzero(said == n)])) for n in PARTS))
+    """The parts that tables name, and those of the other groups, drawn as ``part`` says."""
+    named = np.array([fixed.get(group) for group in whole.groups], object)
+    free = np.flatnonzero([word is None for word in named])
+    found = _random_split(whole.part(free), part)
+    return Split(*(np.sort(np.concatenate([free[found.part(n)], np.flatnonzero(named == n)])) for n in PARTS))
 
 
 def _random_split(index: ItemIndex, part: SplitPart) -> Split:
@@ -125,15 +123,6 @@ def _random_split(index: ItemIndex, part: SplitPart) -> Split:
     if part.fold >= part.folds:
         raise ConfigError(f"split.fold is {part.fold} of {part.folds}: folds count from 0")
     return folds(index, part.folds, test=part.test, seed=part.seed)[part.fold]
-
-
-def _items_by_part(indexes: Sequence[ItemIndex], splits: Sequence[Split]) -> dict[str, list[tuple[ItemIndex, I64]]]:
-    return {name: [(index, one.part(name)) for index, one in zip(indexes, splits, strict=True)] for name in PARTS}
-
-
-def _hash_range(numbers: I64, low: int, high: int) -> I64:
-    part: I64 = numbers[(numbers >= low) & (numbers < high)] - low
-    return part
 
 
 def _training_items(feed: DataFeed, split: Split, config: TrainConfig) -> I64:

@@ -15,11 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
-from wsi_mmm.errors import InputError, MissingPackage, ModelError, OptionError, OutputError
+from wsi_mmm.errors import InputError, ModelError, OptionError
 from wsi_mmm.model.card import TaskCard
-from wsi_mmm.model.checkpoint import build_model, load_tensors, save_model, save_tensors
+from wsi_mmm.model.checkpoint import build_model, pack_tensors, save_model, unpack_tensors
 from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.plugins import import_package
+from wsi_mmm.storage import store
 from wsi_mmm.types import F32, F64, I32
 
 KINDS = ("linear", "knn", "gbm")
@@ -27,6 +30,7 @@ FACTS, TENSORS, TREES = "head.json", "head.safetensors", "trees.txt"
 EPS = 1e-5  # of the layer norm before a linear head, as in VectorHead
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 NEIGHBOURS = (1, 5, 15)
+_LIGHTGBM = ("lightgbm", "gradient boosting needs LightGBM: pip install 'wsi-mmm[fewshot]'")
 _PALETTE = ((215, 48, 39), (69, 117, 180), (26, 152, 80), (254, 196, 79), (152, 78, 163), (166, 86, 40), (90, 90, 90))
 
 
@@ -61,7 +65,8 @@ class Linear:
 
     def probabilities(self, vectors: F32) -> F64:
         """See `Head`."""
-        return _class_probabilities(layer_norm(vectors) @ self.weight.T.astype(np.float64) + self.bias)
+        found: F64 = softmax(layer_norm(vectors) @ self.weight.T.astype(np.float64) + self.bias, axis=1)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,7 @@ class Trees:
 
     def probabilities(self, vectors: F32) -> F64:
         """See `Head`."""
-        found = np.asarray(_import_lightgbm().Booster(model_str=self.text).predict(vectors), np.float64)
+        found = np.asarray(import_package(*_LIGHTGBM).Booster(model_str=self.text).predict(vectors), np.float64)
         return found if found.ndim == 2 else np.stack([1.0 - found, found], axis=1)
 
 
@@ -157,7 +162,7 @@ def _fit_linear(data: Labelled, strength: float, seed: int) -> Linear:
 
 
 def _fit_trees(data: Labelled, rate: float, seed: int) -> Trees:
-    lightgbm = _import_lightgbm()
+    lightgbm = import_package(*_LIGHTGBM)
     many = len(data.classes) > 2
     parameters = {
         "objective": "multiclass" if many else "binary", "learning_rate": rate, "min_data_in_leaf": 3, "verbose": -1,
@@ -166,14 +171,6 @@ def _fit_trees(data: Labelled, rate: float, seed: int) -> Trees:
     weight = (len(data.labels) / np.maximum(np.bincount(data.labels), 1))[data.labels]
     found = lightgbm.train(parameters, lightgbm.Dataset(data.vectors, data.labels, weight=weight), num_boost_round=100)
     return Trees(found.model_to_string(), len(data.classes))
-
-
-def _import_lightgbm() -> Any:
-    try:
-        import lightgbm
-    except ImportError as error:
-        raise MissingPackage("gradient boosting needs LightGBM: pip install 'wsi-mmm[fewshot]'") from error
-    return lightgbm
 
 
 # ---------------------------------------------------------------- judging
@@ -225,18 +222,14 @@ def save(folder: str | Path, head: Head, facts: dict[str, Any]) -> None:
     """``head.json`` and the head's numbers. ``facts``: what it is for (``classes`` and whatever else is known)."""
     place = Path(folder)
     kind = {Linear: "linear", Neighbours: "knn", Trees: "gbm"}[type(head)]
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        if isinstance(head, Trees):
-            (place / TREES).write_text(head.text, encoding="utf-8")
-        else:
-            arrays = {k: torch.from_numpy(v) for k, v in asdict(head).items() if isinstance(v, np.ndarray)}  # type: ignore[call-overload]
-            save_tensors(place / TENSORS, arrays, {})
-        more = {"k": head.k} if isinstance(head, Neighbours) else {}
-        text = json.dumps({**facts, "kind": kind, **more}, indent=2)
-        (place / FACTS).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write the head to {place}: {error.strerror or error}") from error
+    if isinstance(head, Trees):
+        store.write_bytes(str(place / TREES), head.text.encode())
+    else:
+        arrays = {k: torch.from_numpy(v) for k, v in asdict(head).items() if isinstance(v, np.ndarray)}  # type: ignore[call-overload]
+        store.write_bytes(str(place / TENSORS), pack_tensors(arrays, {}))
+    more = {"k": head.k} if isinstance(head, Neighbours) else {}
+    text = json.dumps({**facts, "kind": kind, **more}, indent=2)
+    store.write_bytes(str(place / FACTS), (text + "\n").encode())
 
 
 def load(folder: str | Path) -> tuple[Head, dict[str, Any]]:
@@ -247,7 +240,8 @@ def load(folder: str | Path) -> tuple[Head, dict[str, Any]]:
         kind, classes = facts["kind"], len(facts["classes"])
         if kind == "gbm":
             return Trees((place / TREES).read_text(encoding="utf-8"), classes), facts
-        arrays = {name: value.numpy() for name, value in load_tensors(place / TENSORS)[0].items()}
+        tensors, _ = unpack_tensors((place / TENSORS).read_bytes(), str(place / TENSORS))
+        arrays = {name: value.numpy() for name, value in tensors.items()}
         if kind == "linear":
             return Linear(arrays["weight"], arrays["bias"]), facts
         return Neighbours(arrays["vectors"], arrays["labels"], int(facts["k"]), classes), facts
@@ -278,9 +272,3 @@ def save_with_head(
 ) -> None:
     """The model folder that `run` loads (float32: the head's small differences matter)."""
     save_model(with_head(model, head, name, classes), folder, half=False)
-
-
-def _class_probabilities(logits: F64) -> F64:
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    share: F64 = raised / raised.sum(axis=1, keepdims=True)
-    return share

@@ -1,9 +1,8 @@
-"""The training loop: flat, the same on one process or many ranks, stopped and resumed at any step.
+"""The training loop: the same on one process or many ranks, stopped and resumed at any step.
 
-A step is: its micro-batches, the strategy (forward, losses, gradients of all ranks), one move of the weights. What can
-go wrong has a name: items that cannot be read are counted and told (`StepReport.failed`), NaN is NotFinite or a skipped
-step, a full disk OutputError with the earlier checkpoint whole, another rank's end ClusterError, Ctrl-C Cancelled after
-a checkpoint.
+A step is: its micro-batches, the strategy (forward, losses, gradients of all ranks), one update of the weights. Items
+that cannot be read are counted and reported (`StepReport.failed`), NaN is NotFinite or a skipped step, a full disk
+OutputError with the earlier checkpoint whole, another rank's end ClusterError, Ctrl-C Cancelled after a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,13 +23,11 @@ from wsi_mmm.errors import Cancelled, ConfigError, InputError, NotFinite
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.tasks import Task
 from wsi_mmm.training import optim, state
-from wsi_mmm.training.forward import Preprocess, TrainingContext, plain
-from wsi_mmm.training.norms import Norms
+from wsi_mmm.training.forward import Figures, Preprocess, TrainingContext, figures, plain
 from wsi_mmm.training.optim import OptimPlan
-from wsi_mmm.training.ranks import ALONE, Ranks, first_message, spread, total
+from wsi_mmm.training.ranks import ALONE, Norms, Ranks, first_message, spread, total, wait_for_first
 from wsi_mmm.training.state import CheckpointStore, Training
 from wsi_mmm.training.strategies import Strategy, StrategyInputs, StrategyPlan, make_strategy
-from wsi_mmm.training.validate import Figures, figures
 
 if TYPE_CHECKING:
     from wsi_mmm.training.data.base import Sample
@@ -70,8 +67,8 @@ class FitPlan:
 
 @dataclass(frozen=True, slots=True)
 class TrainingFeed:
-    """``batches(first)``: from step ``first`` on, this rank's micro-batches of each step. ``look``: from a batch's
-    pixels to what the encoder takes. ``validation()``: the held-out samples, anew each time."""
+    """``batches(first)``: this rank's micro-batches of each step, from step ``first`` on. ``look``: turns a batch's
+    pixels into the encoder's input. ``validation()``: the held-out samples, anew each time."""
 
     batches: Callable[[int], Iterable[tuple[TrainBatch, ...]]]
     look: Preprocess = plain
@@ -95,35 +92,33 @@ class StepReport:
     skipped: int
 
 
-def _ignore_event(*_: object) -> None:
-    return
-
-
 @dataclass(frozen=True, slots=True)
-class Callbacks:
-    """Called on rank 0: after a step; after a validation (step, figures by task); after a checkpoint (step, URI)."""
+class TrainingListener:
+    """Callbacks, called on rank 0: after a step; after a validation (step, metrics by task); after a checkpoint (step,
+    URI); with the lines of text that `job.train` has to say."""
 
-    on_step: Callable[[StepReport], None] = _ignore_event
-    on_validation: Callable[[int, Figures], None] = _ignore_event
-    on_checkpoint: Callable[[int, str], None] = _ignore_event
+    on_step: Callable[[StepReport], None] = lambda _: None
+    on_validation: Callable[[int, Figures], None] = lambda *_: None
+    on_checkpoint: Callable[[int, str], None] = lambda *_: None
+    say: Callable[[str], None] = lambda _: None
 
 
-QUIET = Callbacks()
+QUIET = TrainingListener()
 
 
 @dataclass(slots=True)
 class _Run:
-    """What the functions of the loop share."""
+    """The state that the functions of the loop share."""
 
-    bench: TrainingContext
+    context: TrainingContext
     norms: Norms
     feed: TrainingFeed
     plan: FitPlan
-    callbacks: Callbacks
+    callbacks: TrainingListener
     ranks: Ranks
     strategy: Strategy
     training: Training
-    shelf: CheckpointStore | None
+    checkpoints: CheckpointStore | None
     stop: threading.Event = field(default_factory=threading.Event)
     since: tuple[int, float] = (0, 0.0)
     empty: int = 0
@@ -135,7 +130,7 @@ def fit(
     feed: TrainingFeed,
     *,
     plan: FitPlan,
-    callbacks: Callbacks = QUIET,
+    callbacks: TrainingListener = QUIET,
     ranks: Ranks = ALONE,
 ) -> MultiTaskModel:
     """Train ``model`` (which is changed) and return it in evaluation mode, with its averaged weights if they are kept.
@@ -145,8 +140,8 @@ def fit(
     run = _start_run(model, tasks, feed, plan=plan, callbacks=callbacks, ranks=ranks)
     training = run.training
     with contextlib.closing(run.norms), _stop_on_signal(run.stop), contextlib.closing(_iter_steps(run)) as rounds:
-        if run.shelf is not None:
-            state.resume(run.shelf, training)
+        if run.checkpoints is not None:
+            state.resume(run.checkpoints, training)
         run.since = (training.step, time.monotonic())
         for batches in rounds:
             progress = _train_step(run, batches)
@@ -184,7 +179,7 @@ def _start_run(
     feed: TrainingFeed,
     *,
     plan: FitPlan,
-    callbacks: Callbacks,
+    callbacks: TrainingListener,
     ranks: Ranks,
 ) -> _Run:
     model.to(device=ranks.device)
@@ -198,13 +193,13 @@ def _start_run(
     scale = optim.first_scale(plan.optim.precision)
     training = Training(model, optim.Optimiser(learning, plan.optim, ranks), strategy.own, average, scale)
     norms = Norms(model, ranks)
-    bench = TrainingContext(model, tasks, feed.look, optim.autocast_type(plan.optim.precision), norms)
-    shelf = CheckpointStore(plan.folder, identity(plan, tasks, model), plan.keep) if plan.folder else None
-    return _Run(bench, norms, feed, plan, callbacks, ranks, strategy, training, shelf)
+    context = TrainingContext(model, tasks, feed.look, optim.autocast_type(plan.optim.precision), norms)
+    checkpoints = CheckpointStore(plan.folder, identity(plan, tasks, model), plan.keep) if plan.folder else None
+    return _Run(context, norms, feed, plan, callbacks, ranks, strategy, training, checkpoints)
 
 
 def _iter_steps(run: _Run) -> Generator[tuple[TrainBatch, ...], None, None]:
-    """Each step's micro-batches, until the last. Cancelled, after a checkpoint, when some rank was told to stop."""
+    """Each step's micro-batches, until the last. Cancelled, after a checkpoint, when some rank received a signal."""
     if run.training.step >= run.plan.steps:
         return
     found = run.feed.batches(run.training.step)
@@ -213,11 +208,8 @@ def _iter_steps(run: _Run) -> Generator[tuple[TrainBatch, ...], None, None]:
             stack.enter_context(contextlib.closing(found))  # its threads end with the loop
         for batches in found:
             if total(run.ranks, [float(run.stop.is_set())])[0]:
-                kept = (
-                    f"; checkpoint {_save_checkpoint(run, False)}: start again to go on"
-                    if run.shelf is not None
-                    else ""
-                )
+                uri = _save_checkpoint(run, False)
+                kept = f"; checkpoint {uri}: start again to go on" if uri else ""
                 raise Cancelled(f"training was stopped after step {run.training.step}{kept}")
             yield batches
 
@@ -230,7 +222,7 @@ def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> StepReport:
     training.lost += int(lost)
     factor = optim.factor(plan.optim, training.step, plan.steps)
     moving = tuple(batch.to(run.ranks.device) for batch in batches)
-    inputs = StrategyInputs(run.bench, moving, plan.weights, training.step, run.ranks, training.scale.value)
+    inputs = StrategyInputs(run.context, moving, plan.weights, training.step, run.ranks, training.scale.value)
     losses: dict[str, float] = {}
     norm: float | None = None
     run.norms.begin()
@@ -251,14 +243,14 @@ def _train_step(run: _Run, batches: tuple[TrainBatch, ...]) -> StepReport:
 
 
 def _update_weights(run: _Run, norm: float | None, factor: float, found: bool) -> None:
-    """Step, average, next scale; ``norm`` None: the gradients are not used."""
+    """Step the optimiser, follow with the average, set the next scale; ``norm`` None: the gradients are not used."""
     training = run.training
     if norm is None:
         training.optimiser.clear()
     else:
         training.optimiser.step(factor)
         if training.average is not None:
-            optim.follow(training.average, run.bench.model, step=training.step, decay=run.plan.optim.average)
+            optim.follow(training.average, run.context.model, step=training.step, decay=run.plan.optim.average)
     if found:
         training.scale = training.scale.after(overflow=norm is None)
 
@@ -286,27 +278,20 @@ def _is_due(every: int, step: int, last: bool) -> bool:
 
 
 def _run_validation(run: _Run) -> bool:
-    """Figures of the averaged model, on rank 0; whether the named one is better than ever before."""
+    """Compute metrics of the averaged model on rank 0; return True if the named one is the best so far."""
     if run.feed.validation is None:
         return False
     ranks, training = run.ranks, run.training
     value = 0.0
     if ranks.first:
-        # The others wait in `total`: a beat after every pass tells them that rank 0 lives.
-        with optim.Swapped(run.bench.model, training.average):
-            beat = partial(_heartbeat, ranks, waiting=True)
-            found = figures(run.bench.model, run.bench.tasks, run.feed.validation(), beat=beat)
+        with optim.swapped(run.context.model, training.average):
+            found = figures(
+                run.context.model, run.context.tasks, run.feed.validation(), beat=partial(total, ranks, [1.0])
+            )
         run.callbacks.on_validation(training.step, found)
         value = _selected_metric(run.plan.best, found) if run.plan.best else 0.0
-        _heartbeat(ranks, waiting=False)
-    else:
-        while _heartbeat(ranks, waiting=False):
-            pass
+    wait_for_first(ranks)
     return bool(run.plan.best) and _is_better(run, total(ranks, [value])[0])
-
-
-def _heartbeat(ranks: Ranks, *, waiting: bool) -> bool:
-    return total(ranks, [float(waiting)])[0] > 0
 
 
 def _selected_metric(best: str, found: Figures) -> float:
@@ -325,9 +310,9 @@ def _is_better(run: _Run, value: float) -> bool:
 
 
 def _save_checkpoint(run: _Run, better: bool) -> str:
-    if run.shelf is None:
+    if run.checkpoints is None:
         return ""
-    uri = state.write(run.shelf, run.training, ranks=run.ranks, best=better)
+    uri = state.write(run.checkpoints, run.training, ranks=run.ranks, best=better)
     if run.ranks.first:
         run.callbacks.on_checkpoint(run.training.step, uri)
     return uri
@@ -335,7 +320,8 @@ def _save_checkpoint(run: _Run, better: bool) -> str:
 
 @contextlib.contextmanager
 def _stop_on_signal(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set ``stop``, to end after the step; a second one ends at once. Nothing in other threads."""
+    """Let Ctrl-C and SIGTERM set ``stop``, which ends training after the step; a second one ends it at once. Does
+    nothing in threads other than the main one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

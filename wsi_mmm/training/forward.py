@@ -1,24 +1,36 @@
-"""From a micro-batch to its losses: the shared part of the model once, then head by head."""
+"""The model in training: from a micro-batch to its losses, and from held-out samples to their metrics.
+
+Losses: the shared part of the model runs once per micro-batch, then each head on its output. Metrics are computed from
+what a run would give: logits, quantised by the task.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from wsi_mmm.model.multitask import MultiTaskModel, normalise
 from wsi_mmm.tasks import Task
 from wsi_mmm.tasks.reconstruct import Reconstruct
+from wsi_mmm.training.data.base import Sample
+from wsi_mmm.types import U8
 
 if TYPE_CHECKING:
     from wsi_mmm.training.loader import TrainBatch
-    from wsi_mmm.training.norms import Norms
+    from wsi_mmm.training.ranks import Norms
 
 Preprocess = Callable[[MultiTaskModel, "TrainBatch"], Tensor]
+Figures = dict[str, dict[str, float]]
+"""Task -> metric -> value."""
+
+_TOGETHER = 8  # validation pictures of one size in a pass
+_TILES = 64  # tiles of a validation bag in a pass
 
 
 def plain(model: MultiTaskModel, batch: TrainBatch) -> Tensor:
@@ -30,10 +42,11 @@ def plain(model: MultiTaskModel, batch: TrainBatch) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TrainingContext:
-    """A model with its tasks, and how it looks at batches.
+    """A model with its tasks, and how batches are prepared for it.
 
-    ``look`` warps, colours and normalises pixels. ``precision``: what convolutions and products are computed in (None:
-    as the weights are); losses always in float32 or float64. ``norms``: see there; None when nobody asks.
+    ``look`` warps, colours and normalises pixels. ``precision``: the dtype of convolutions and matrix products (None:
+    that of the weights); losses are always computed in float32 or float64. ``norms``: keeps the running statistics of
+    batch norms; None when they need not be kept.
     """
 
     model: MultiTaskModel
@@ -43,42 +56,38 @@ class TrainingContext:
     norms: Norms | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """A batch after the shared part: by task what its head reads, and its target."""
-
-    reads: dict[str, Tensor]
-    targets: dict[str, Tensor]
+# ---------------------------------------------------------------- losses of a micro-batch
 
 
-def served(bench: TrainingContext, batch: TrainBatch) -> tuple[str, ...]:
-    """Names of the tasks that learn from ``batch``; none when all of its items failed."""
-    return tuple(name for name in bench.tasks if name in batch.targets) if len(batch) else ()
+def served(context: TrainingContext, batch: TrainBatch) -> tuple[str, ...]:
+    """Names of the tasks that ``batch`` has targets of; none when all of its items failed."""
+    return tuple(name for name in context.tasks if name in batch.targets) if len(batch) else ()
 
 
-def passes(bench: TrainingContext, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """``names`` by the passes that they need: one for all, and one more for each task that looks at a picture of its
-    own, parts of it hidden."""
-    own = [name for name in names if isinstance(bench.tasks[name], Reconstruct)]
+def passes(context: TrainingContext, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Group ``names`` by forward pass: one pass for all tasks that read the same pictures, and one for each
+    `reconstruct` task, whose pictures have parts hidden."""
+    own = [name for name in names if isinstance(context.tasks[name], Reconstruct)]
     rest = tuple(name for name in names if name not in own)
     return [*([rest] if rest else []), *((name,) for name in own)]
 
 
-def shared(bench: TrainingContext, batch: TrainBatch, names: Sequence[str]) -> Shared:
-    """One pass of encoder, decoder, neck and grouper, as far as ``names`` (one of `passes`) need them.
+def shared(context: TrainingContext, batch: TrainBatch, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Run encoder, decoder, neck and aggregator once, as far as the heads of ``names`` (one group of `passes`) read
+    them; return by task the tensor that its head reads, and its target.
 
-    Tasks whose heads read the same share one tensor. What is random in the model (dropout) is drawn from the batch's
-    own seed, so it does not matter which rank does the batch, or when.
+    Tasks whose heads read the same tensor share it. Random layers (dropout) are seeded by the batch, so the result does
+    not depend on which rank computes the batch, or when.
     """
     torch.manual_seed(batch.seed & 0x7FFFFFFFFFFFFFFF)
-    model = bench.model
+    model = context.model
     kinds = {name: model.kinds[name] for name in names}
-    x = None if batch.pixels is None else _cast_to_weights(model, bench.look(model, batch))
+    x = None if batch.pixels is None else _cast_to_weights(model, context.look(model, batch))
     targets = {name: batch.targets[name] for name in names}
-    first = bench.tasks[names[0]]
+    first = context.tasks[names[0]]
     if x is not None and isinstance(first, Reconstruct):
         x, targets[names[0]] = hidden(model, first, x, batch.seed)
-    with _autocast_context(bench):
+    with _autocast_context(context):
         found: dict[str, Tensor] = {}
         if x is not None:
             found = model.trunk(x, kinds.values())
@@ -86,32 +95,121 @@ def shared(bench: TrainingContext, batch: TrainBatch, names: Sequence[str]) -> S
             found = {"vector": _cast_to_weights(model, batch.vectors)}
         if "bag" in kinds.values() and model.grouper is not None and batch.bag is not None:
             found["bag"] = model.grouper(found["vector"], batch.bag, len(batch))[0]
-    return Shared({name: found[kind] for name, kind in kinds.items()}, targets)
+    return {name: (found[kind], targets[name]) for name, kind in kinds.items()}
 
 
 def hidden(model: MultiTaskModel, task: Reconstruct, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Normalised pictures float[n, 3, h, w] -> the same with parts hidden, and the target for them."""
+    """Hide parts of normalised pictures float[n, 3, h, w]; return them, normalised again, and the target."""
     mean, std = (model.get_buffer(name).to(x.dtype) for name in ("mean", "std"))
     shown, target = task.hide((x * std + mean) / 255.0, seed)
     return normalise(shown * 255.0, mean, std), target
 
 
-def loss_of(bench: TrainingContext, name: str, read: Tensor, target: Tensor) -> Tensor:
-    """The loss of one task, from what its head reads."""
-    with _autocast_context(bench):
-        logits = bench.model.heads[name](read)
+def loss_of(context: TrainingContext, name: str, read: Tensor, target: Tensor) -> Tensor:
+    """Run the head of one task on ``read`` and return its loss, a scalar."""
+    with _autocast_context(context):
+        logits = context.model.heads[name](read)
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     target = target.to(logits.device, non_blocking=True)
-    return bench.tasks[name].loss(logits, target.to(logits.dtype) if target.is_floating_point() else target)
+    return context.tasks[name].loss(logits, target.to(logits.dtype) if target.is_floating_point() else target)
 
 
 def _cast_to_weights(model: MultiTaskModel, x: Tensor) -> Tensor:
-    """In the weights' own type and place: tests train in float64."""
+    """``x`` in the dtype and on the device of the weights: tests train in float64."""
     like = next(model.parameters())
     return x.to(like.device, like.dtype, non_blocking=True)
 
 
-def _autocast_context(bench: TrainingContext) -> contextlib.AbstractContextManager[object]:
-    if bench.precision is None:
+def _autocast_context(context: TrainingContext) -> contextlib.AbstractContextManager[object]:
+    if context.precision is None:
         return contextlib.nullcontext()
-    return torch.autocast(bench.model.device.type, bench.precision)
+    return torch.autocast(context.model.device.type, context.precision)
+
+
+# ---------------------------------------------------------------- metrics of held-out samples
+
+
+def figures(
+    model: MultiTaskModel,
+    tasks: Mapping[str, Task],
+    samples: Iterable[Sample],
+    *,
+    beat: Callable[[], object] = lambda: None,
+) -> Figures:
+    """Task -> its metrics over all ``samples`` that have a target of it; samples that failed are left out. Pictures are
+    also rebuilt from what training hides of them (the same parts each time).
+
+    ``model`` is in evaluation mode. The quantised answers of all samples are in memory at the end. ``beat`` is called
+    after every pass, for other ranks that wait.
+    """
+    pairs: dict[str, list[tuple[Any, Any]]] = {name: [] for name in tasks}
+    with torch.inference_mode():
+        for group in _iter_groups(sample for sample in samples if not sample.failed):
+            for sample, answers in zip(group, _predict_group(model, tasks, group), strict=True):
+                for name, answer in answers.items():
+                    target = sample.pixels if isinstance(tasks[name], Reconstruct) else sample.targets[name]
+                    pairs[name].append((target, answer))
+            beat()
+    return {name: tasks[name].metrics(found) for name, found in pairs.items() if found}
+
+
+def _iter_groups(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """Neighbours that one pass can take: pictures of one size with targets of the same tasks. Bags go alone."""
+
+    def key(sample: Sample) -> tuple[Any, ...]:
+        return sample.bag_size, None if sample.pixels is None else sample.pixels.shape, frozenset(sample.targets)
+
+    group: list[Sample] = []
+    for sample in samples:
+        together = len(group) < _TOGETHER and sample.bag_size is None
+        if group and not (together and key(sample) == key(group[0])):
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
+
+
+def _predict_group(model: MultiTaskModel, tasks: Mapping[str, Task], group: list[Sample]) -> list[dict[str, Any]]:
+    """Per sample: task -> its quantised answer."""
+    bags = group[0].bag_size is not None
+    own = {} if bags else {name: task for name, task in tasks.items() if isinstance(task, Reconstruct)}
+    names = [name for name in tasks if name in group[0].targets and name not in own]
+    logits: dict[str, Tensor] = {}
+    if bags and names:
+        vectors = _bag_vectors(model, group[0])
+        bag = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
+        logits = model.bag_logits(vectors, bag, names, bags=1)[0]
+    elif names or own:
+        pixels = np.stack([_pad_pixels(s.pixels, max(model.encoder.strides)) for s in group if s.pixels is not None])
+        x = _cast_to_weights(model, model.prepare(torch.from_numpy(pixels)))
+        logits = model(x, names) if names else {}
+        logits |= {name: model(hidden(model, task, x, 0)[0], [name])[name] for name, task in own.items()}
+    found = {name: tasks[name].quantise(value).cpu().numpy() for name, value in logits.items()}
+    return [
+        {name: _crop_answer(found[name][i], tasks[name], sample) for name in found} for i, sample in enumerate(group)
+    ]
+
+
+def _bag_vectors(model: MultiTaskModel, sample: Sample) -> Tensor:
+    """float[m, D] of a bag, from its tiles if need be."""
+    if sample.vectors is not None:
+        return _cast_to_weights(model, torch.from_numpy(sample.vectors))
+    tiles = torch.from_numpy(np.ascontiguousarray(sample.pixels))
+    return torch.cat(
+        [model.features(_cast_to_weights(model, model.prepare(part))) for part in torch.split(tiles, _TILES)]
+    )
+
+
+def _pad_pixels(pixels: U8, multiple: int) -> U8:
+    """Add white at the right and below, up to the next multiple."""
+    down, across = (-side % multiple for side in pixels.shape[:2])
+    return np.pad(pixels, ((0, down), (0, across), (0, 0)), constant_values=255)
+
+
+def _crop_answer(answer: Any, task: Task, sample: Sample) -> Any:
+    """Without the padding."""
+    if task.scope != "pixel" or sample.pixels is None:
+        return answer
+    height, width = (-(-side // task.stride) for side in sample.pixels.shape[:2])
+    return answer[:, :height, :width]

@@ -13,23 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.errors import ConfigError, MissingPackage, OptionError, OutputError
+from wsi_mmm.errors import ConfigError, MissingPackage, OptionError
 from wsi_mmm.storage import store
 from wsi_mmm.training.config import TrainConfig
-from wsi_mmm.training.data.entry import Expand, each_by_itself
-from wsi_mmm.training.job import QUIET, TrainingListener, facts_of, model_folder, train_as
-from wsi_mmm.training.plot import draw_curve
+from wsi_mmm.training.data.base import Expand, each_by_itself
+from wsi_mmm.training.fit import QUIET, TrainingListener
+from wsi_mmm.training.job import facts_of, model_folder, train_as
+from wsi_mmm.training.plot import Panel, draw_panels
 from wsi_mmm.training.ranks import Ranks, joined
 
 DONE, TABLE, SUMMARY = "result.json", "fractions.csv", "fractions.json"
 _FREE = ("out", "threads", "device", "tracking", "checkpoint")
-"""What may differ between a training that is done and the one that is asked for."""
+"""Keys that may differ between a finished training and the requested one."""
 
 
 @dataclass(frozen=True, slots=True)
 class FractionResult:
-    """A training that is done: the share of the training items in percent, the seed, how many items that were, and the
-    figures of the held-out parts by task."""
+    """A training that is done: the share of the training items in percent, the seed, the number of items, and the
+    metrics of the held-out parts by task."""
 
     percent: float
     seed: int
@@ -40,7 +41,7 @@ class FractionResult:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A share of the data: the figure of each seed, their mean and standard deviation (0 of one seed)."""
+    """A share of the data: the metric of each seed, their mean and standard deviation (0 of one seed)."""
 
     percent: float
     items: int
@@ -65,7 +66,8 @@ class Curve:
         found = []
         for percent in sorted({point.percent for point in self.points}):
             mine = [point for point in self.points if point.percent == percent]
-            values = tuple(_metric_value(point, self.part, self.metric) for point in mine)
+            task, _, name = self.metric.partition(".")
+            values = tuple(_part_metrics(point, self.part)[task][name] for point in mine)
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
             found.append(Row(percent, mine[0].items, float(np.mean(values)), spread, values))
         return tuple(found)
@@ -83,10 +85,13 @@ def train_fractions(
     """Train each share with each seed, in ``<out>/fraction-XX-seed-Y``, skipping what is done; write table and plot.
 
     Splits stay those of the configuration; the seed decides the weights, the order and which items a share has. Larger
-    shares hold the smaller ones of the same seed. All ranks but the first know nothing of what was found. ConfigError,
-    and what `train` raises.
+    shares hold the smaller ones of the same seed. Only the first rank returns points. Raises ConfigError, and what
+    `train` raises.
     """
-    _check_plan(percents, seeds)
+    if not percents or not all(0 < percent <= 100 for percent in percents):
+        raise OptionError("fractions are percents above 0 and up to 100, such as 1,10,50,100")
+    if seeds < 1:
+        raise OptionError(f"{seeds} seeds: give 1 or more")
     folder = model_folder(config).parent
     points = []
     with joined(config.device) as ranks:
@@ -97,7 +102,7 @@ def train_fractions(
             )
             if point is not None:
                 points.append(point)
-                curve = _with_metric(tuple(points), metric or config.validation.best)  # a wrong metric is said at once
+                curve = _with_metric(tuple(points), metric or config.validation.best)  # a wrong metric ends it here
     return _write_curve(curve, folder) if len(points) == seeds * len(set(percents)) else Curve("", "", tuple(points))
 
 
@@ -111,18 +116,10 @@ def share_of(config: TrainConfig, percent: float, seed: int) -> TrainConfig:
     return config.model_copy(update={"out": out, "seed": seed, "sampling": part, "checkpoint": held})
 
 
-def _check_plan(percents: Sequence[float], seeds: int) -> None:
-    wrong = [percent for percent in percents if not 0 < percent <= 100]
-    if wrong or not percents:
-        raise OptionError("fractions are percents above 0 and up to 100, such as 1,10,50,100")
-    if seeds < 1:
-        raise OptionError(f"{seeds} seeds: give 1 or more")
-
-
 def _train_fraction(
     ranks: Ranks, config: TrainConfig, percent: float, *, listener: TrainingListener, expand: Expand
 ) -> FractionResult | None:
-    """What was found; None on all ranks but the first."""
+    """The result; None on all ranks but the first."""
     named = f"{percent:g} % of the items, seed {config.seed} -> {store.redact(config.out)}: "
     done = train_as(ranks, config, replace(listener, say=lambda line: listener.say(named + line)), expand)
     if not done.model:
@@ -134,7 +131,7 @@ def _train_fraction(
 
 
 def _load_finished(config: TrainConfig, percent: float) -> FractionResult | None:
-    """What an earlier run found. ConfigError when that was another training."""
+    """The result of an earlier run. ConfigError when that was another training."""
     uri = store.join(config.out, DONE)
     if not store.exists(uri):
         return None
@@ -161,22 +158,15 @@ def _part_metrics(point: FractionResult, part: str) -> Mapping[str, Mapping[str,
     return point.test if part == "test" else point.val
 
 
-def _metric_value(point: FractionResult, part: str, metric: str) -> float:
-    task, _, name = metric.partition(".")
-    return _part_metrics(point, part)[task][name]
-
-
 def _with_metric(points: tuple[FractionResult, ...], metric: str) -> Curve:
-    """With the part and the metric to speak of. ConfigError when some training does not give it."""
+    """The curve of a metric ("": the first). ConfigError when some training does not give it."""
     part = "test" if all(point.test for point in points) else "val"
-    known = [f"{task}.{name}" for task, found in _part_metrics(points[0], part).items() for name in found]
-    if not known:
+    known = [[f"{task}.{name}" for task, found in _part_metrics(p, part).items() for name in found] for p in points]
+    if not known[0]:
         raise ConfigError("nothing was held out to judge by: give split.val or split.test above 0")
-    chosen = metric or known[0]
-    for point in points:
-        task, _, name = chosen.partition(".")
-        if name not in _part_metrics(point, part).get(task, {}):
-            raise ConfigError(f"the {part} part gives no figure '{chosen}'; it gives: {', '.join(known)}")
+    chosen = metric or known[0][0]
+    if not all(chosen in names for names in known):
+        raise ConfigError(f"the {part} part gives no figure '{chosen}'; it gives: {', '.join(known[0])}")
     return Curve(chosen, part, points)
 
 
@@ -185,16 +175,12 @@ def _write_curve(curve: Curve, folder: Path) -> Curve:
     facts = {"metric": curve.metric, "part": curve.part, "rows": [_json_number(asdict(row)) for row in rows]}
     texts = {TABLE: _curve_csv(curve.points), SUMMARY: json.dumps(facts, indent=1) + "\n"}
     for name, text in texts.items():
-        try:
-            (folder / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write {folder / name}: {error.strerror or error}") from error
+        store.write_bytes(str(folder / name), text.encode())
     files, notes = [str(folder / name) for name in texts], []
-    percents, values = [row.percent for row in rows], [row.values for row in rows]
     title = f"{curve.part} part, mean and deviation of {len(rows[0].values)} seeds"
+    panel = Panel(title, curve.metric, {"all": {row.percent: row.values for row in rows}})
     try:
-        drawn = draw_curve(folder, percents, values, name=curve.metric, title=title)
-        files += [str(path) for path in drawn]
+        files += [str(path) for path in draw_panels(folder, "fractions", [panel], columns=1)]
     except MissingPackage as error:
         notes.append(str(error))
     return replace(curve, files=tuple(files), notes=tuple(notes))

@@ -24,19 +24,17 @@ from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.training import fit as fitting
 from wsi_mmm.training.config import TrainConfig, model_card
 from wsi_mmm.training.data.bags import FeatureBagSource
-from wsi_mmm.training.data.base import Sample
+from wsi_mmm.training.data.base import DataContext, Expand, Sample, each_by_itself
 from wsi_mmm.training.data.buckets import BucketReport
-from wsi_mmm.training.data.entry import DataContext, Expand, each_by_itself
 from wsi_mmm.training.data.slide_entries import SlidesEntry
 from wsi_mmm.training.data.split import missing_labels
 from wsi_mmm.training.divide import DataSet, divided
-from wsi_mmm.training.fit import Callbacks, FitPlan, StepReport
-from wsi_mmm.training.loader import DataFeed, LoadPlan, TrainBatch, batches, make_preprocess, pictures
-from wsi_mmm.training.mixing import mixed
-from wsi_mmm.training.ranks import Ranks, joined, launch_on_dask, total
+from wsi_mmm.training.fit import QUIET, FitPlan, StepReport, TrainingListener
+from wsi_mmm.training.forward import Figures, figures
+from wsi_mmm.training.loader import DataFeed, LoadPlan, TrainBatch, batches, make_preprocess, mixed, pictures
+from wsi_mmm.training.ranks import Ranks, joined, launch_on_dask, total, wait_for_first
 from wsi_mmm.training.state import best_weights
 from wsi_mmm.training.trackers import TensorBoard, Tracker, open_trackers
-from wsi_mmm.training.validate import Figures, figures
 
 MODEL, CHECKPOINTS = "model", "checkpoints"
 _TOGETHER = 16  # validation items that are read at once
@@ -56,11 +54,10 @@ class Prepared:
         """Per data set: its tasks, how many items each part has, and of which classes the training part is."""
         rows = []
         for one in self.data:
-            index = one.feed.source.index
-            numbers, counts = np.unique(index.labels[one.feed.items], return_counts=True)
-            task = self.config.task[[t.name for t in self.config.task].index(one.feed.source.tasks[0])]
-            names = {n: task.classes[n] if 0 <= n < len(task.classes) else "-" for n in numbers.tolist()}
-            classes = {names[n]: c for n, c in zip(numbers.tolist(), counts.tolist(), strict=True) if n >= 0}
+            known = self._class_names(one)
+            numbers, counts = np.unique(one.feed.source.index.labels[one.feed.items], return_counts=True)
+            pairs = zip(numbers.tolist(), counts.tolist(), strict=True)
+            classes = {known[n] if n < len(known) else "-": count for n, count in pairs if n >= 0}
             parts = {"train": len(one.feed.items), "val": len(one.split.val), "test": len(one.split.test)}
             rows.append({"data": one.name, "tasks": list(one.feed.source.tasks), **parts, "classes": classes})
         return rows
@@ -69,13 +66,16 @@ class Prepared:
         """A line for every class that a part has no item of: it is not learnt, or not judged."""
         lines = []
         for one in self.data:
-            task = next(t for t in self.config.task if t.name == one.feed.source.tasks[0])
+            known = self._class_names(one)
             for part, numbers in missing_labels(one.feed.source.index, one.split).items():
-                names = [task.classes[n] if n < len(task.classes) else str(n) for n in numbers]
+                what = ", ".join(known[n] if n < len(known) else str(n) for n in numbers)
                 verb = "learnt" if part == "train" else "judged"
-                what = ", ".join(names)
                 lines.append(f"warning: data '{one.name}' has no {what} in its {part} part: that is not {verb}")
         return lines
+
+    def _class_names(self, data: DataSet) -> tuple[str, ...]:
+        """The classes of the first task of a data set."""
+        return self.tasks[data.feed.source.tasks[0]].info.classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +91,6 @@ class Trained:
     items: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingListener:
-    """Callbacks of a training: every step, every validation, every checkpoint, and lines of text."""
-
-    on_step: Callable[[StepReport], None] = lambda _: None
-    on_validation: Callable[[int, Figures], None] = lambda *_: None
-    on_checkpoint: Callable[[int, str], None] = lambda *_: None
-    say: Callable[[str], None] = lambda _: None
-
-
-QUIET = TrainingListener()
-
-
 # ---------------------------------------------------------------- before the first step
 
 
@@ -114,54 +101,45 @@ def data_context(config: TrainConfig, expand: Expand = each_by_itself) -> DataCo
 
 
 def read_annotations(config: TrainConfig, expand: Expand = each_by_itself) -> dict[str, dict[str, BucketReport]]:
-    """Data set -> task -> what its bucket table makes of the annotations; of the data sets that have any."""
+    """Data set -> task -> the report of its bucket table on the annotations; of the data sets that have any."""
     place = data_context(config, expand)
     found = {entry.name: entry.dry_run(place) for entry in config.data if isinstance(entry, SlidesEntry)}
     return {name: tables for name, tables in found.items() if tables}
 
 
 def prepare(config: TrainConfig, expand: Expand = each_by_itself) -> Prepared:
-    """Open every data set, divide them together, build the model. Raises what is wrong before anything is learnt."""
+    """Open every data set, divide them together, build the model. Every mistake of the configuration raises here."""
     place = data_context(config, expand)
     tasks = {name: make_task(card) for name, card in place.tasks.items()}
     feeds = [DataFeed(entry.open(place), entry.batch, weight=entry.weight) for entry in config.data]
     data = divided(feeds, config)
     model = begin_model(config)
-    _check_features(feeds, model)
-    return Prepared(config, model, tasks, data)
-
-
-def _check_features(feeds: Sequence[DataFeed], model: MultiTaskModel) -> None:
-    """Vectors of bags are as long as those of the model that will be given the heads."""
     for feed in feeds:
         if isinstance(feed.source, FeatureBagSource) and feed.source.width != model.vector_width:
             raise ConfigError(
                 f"data '{feed.source.name}' holds vectors of {feed.source.width} numbers, the model makes "
                 f"{model.vector_width}: give the encoder that embedded them, and its weights or model.start"
             )
+    return Prepared(config, model, tasks, data)
 
 
 def begin_model(config: TrainConfig) -> MultiTaskModel:
     """The model before its first step: seeded, with the encoder's weights and those of ``model.start``."""
     part = config.model
     weights = None if part.encoder.weights == "pretrained" else part.encoder.weights
-    mean, std = (part.mean, part.std) if part.mean and part.std else _input_normalisation(config)
+    start = load_model(part.start) if part.start else None
+    mean, std = part.mean, part.std
+    if not (mean and std):
+        mean, std = (start.card.mean, start.card.std) if start else declared_normalisation(part.encoder.name)
     torch.manual_seed(config.seed)
     model = build_model(model_card(config, mean, std), weights=weights)
-    if part.start:
-        take_over(model, load_model(part.start))
+    if start:
+        take_over(model, start)
     return model
 
 
-def _input_normalisation(config: TrainConfig) -> tuple[Any, Any]:
-    if config.model.start:
-        card = load_model(config.model.start).card
-        return card.mean, card.std
-    return declared_normalisation(config.model.encoder.name)
-
-
 def take_over(model: MultiTaskModel, other: MultiTaskModel) -> int:
-    """Copy every weight of ``other`` whose name and shape ``model`` has; how many. ModelError: another encoder."""
+    """Copy the weights of ``other`` that fit by name and shape; return how many. ModelError: another encoder."""
     mine, theirs = model.state_dict(), other.state_dict()
     same = {key: value for key, value in theirs.items() if key in mine and mine[key].shape == value.shape}
     encoder = [key for key in mine if key.startswith("encoder.")]
@@ -182,14 +160,16 @@ def take_over(model: MultiTaskModel, other: MultiTaskModel) -> int:
 def train(config: TrainConfig, listener: TrainingListener = QUIET, expand: Expand = each_by_itself) -> Trained:
     """Train, judge what was held out, and write ``<out>/model``. The same again goes on from the last checkpoint.
 
-    Under torchrun every rank calls this; rank 0 writes and speaks. Raises what `prepare` and `fit` raise.
+    Under torchrun every rank calls this; rank 0 writes and logs. Raises what `prepare` and `fit` raise.
     """
-    model_folder(config)  # a folder that cannot be is said before ranks meet
+    model_folder(config)  # a folder that cannot be used is an error before ranks meet
     with joined(config.device) as ranks:
         return train_as(ranks, config, listener, expand)
 
 
-def train_as(ranks: Ranks, config: TrainConfig, listener: TrainingListener, expand: Expand) -> Trained:
+def train_as(
+    ranks: Ranks, config: TrainConfig, listener: TrainingListener = QUIET, expand: Expand = each_by_itself
+) -> Trained:
     """`train` among ranks that have met: torchrun lets them meet once."""
     started = time.monotonic()
     prepared = prepare(config, expand)
@@ -198,23 +178,22 @@ def train_as(ranks: Ranks, config: TrainConfig, listener: TrainingListener, expa
         for line in prepared.warnings():
             listener.say(line)
     trackers = open_trackers(config.tracking, config.out, facts_of(config)) if ranks.first else ()
+    boards = [one for one in trackers if isinstance(one, TensorBoard)] if config.tracking.images else []
     seen: dict[int, Figures] = {}
     try:
         model = fitting.fit(
-            prepared.model, prepared.tasks, _make_feed(prepared, ranks, _tensorboards(config, trackers)),
-            plan=fit_plan(config), callbacks=_make_callbacks(listener, trackers, seen), ranks=ranks,
+            prepared.model, prepared.tasks, _make_feed(prepared, ranks, boards),
+            plan=fit_plan(config), callbacks=_track_metrics(listener, trackers, seen), ranks=ranks,
         )  # fmt: skip
     finally:
         for tracker in trackers:
             tracker.close()
-    if not ranks.first:
-        while total(ranks, [0.0])[0]:  # rank 0 judges the model, and tells after each pass that it lives
-            pass
-        return Trained()
-    done = _finish_training(prepared, model, seen, beat=partial(total, ranks, [1.0]))
-    total(ranks, [0.0])
-    listener.say(f"model {done.model}, the weights of step {done.step}")
-    return replace(done, seconds=time.monotonic() - started)
+    done = _finish_training(prepared, model, seen, beat=partial(total, ranks, [1.0])) if ranks.first else Trained()
+    wait_for_first(ranks)
+    if ranks.first:
+        listener.say(f"model {done.model}, the weights of step {done.step}")
+        done = replace(done, seconds=time.monotonic() - started)
+    return done
 
 
 def train_on_dask(client: Any, config: TrainConfig, expand: Expand = each_by_itself) -> Trained:
@@ -223,11 +202,7 @@ def train_on_dask(client: Any, config: TrainConfig, expand: Expand = each_by_its
     Workers read the data themselves, and the first one writes: ``out`` and the data must be places that they all see.
     """
     model_folder(config)
-    return launch_on_dask(client, partial(_as_rank, config=config, expand=expand), device=config.device)[0]
-
-
-def _as_rank(ranks: Ranks, *, config: TrainConfig, expand: Expand) -> Trained:
-    return train_as(ranks, config, QUIET, expand)
+    return launch_on_dask(client, partial(train_as, config=config, expand=expand), device=config.device)[0]
 
 
 def model_folder(config: TrainConfig) -> Path:
@@ -281,17 +256,12 @@ def _make_feed(prepared: Prepared, ranks: Ranks, boards: Sequence[TensorBoard]) 
         steps = range(first, config.steps)
         made = batches(feeds, prepared.tasks, plan=plan, steps=steps, device=ranks.device)
         made = mixed(made, prepared.tasks) if part.mixed else made
-        return _log_first_images(made, first, boards, config)
+        return _log_first_images(made, first, boards, config) if boards else made
 
     held = any(len(one.split.val) for one in prepared.data)
     return fitting.TrainingFeed(
         drawn, make_preprocess(config.augment), partial(held_out, prepared, "val") if held else None
     )
-
-
-def _tensorboards(config: TrainConfig, trackers: Sequence[Tracker]) -> list[TensorBoard]:
-    """Those that pictures may go to."""
-    return [one for one in trackers if isinstance(one, TensorBoard)] if config.tracking.images else []
 
 
 def _log_first_images(
@@ -319,7 +289,11 @@ def held_out(prepared: Prepared, part: str) -> Iterator[Sample]:
             yield from one.feed.source.read(numbers[first : first + _TOGETHER].tolist(), size)
 
 
-def _make_callbacks(listener: TrainingListener, trackers: Sequence[Tracker], seen: dict[int, Figures]) -> Callbacks:
+def _track_metrics(
+    listener: TrainingListener, trackers: Sequence[Tracker], seen: dict[int, Figures]
+) -> TrainingListener:
+    """``listener``, with ``trackers`` informed too; the metrics of validations are kept in ``seen``, by step."""
+
     def on_step(progress: StepReport) -> None:
         values = {f"loss/{name}": value for name, value in progress.losses.items()}
         values |= {"rate": progress.rate, "steps_per_second": progress.pace, "gradient_norm": progress.norm}
@@ -334,15 +308,18 @@ def _make_callbacks(listener: TrainingListener, trackers: Sequence[Tracker], see
             tracker.figures(step, {f"val/{t}/{m}": v for t, metrics in found.items() for m, v in metrics.items()})
         listener.on_validation(step, found)
 
-    return Callbacks(on_step, on_validation, listener.on_checkpoint)
+    return replace(listener, on_step=on_step, on_validation=on_validation)
 
 
 def _finish_training(
     prepared: Prepared, model: MultiTaskModel, seen: Mapping[int, Figures], *, beat: Callable[[], object]
 ) -> Trained:
-    """Choose the weights, judge the model, write its folder. ``seen``: figures of this run's validations, by step."""
+    """Choose the weights, judge the model, write its folder. ``seen``: metrics of this run's validations, by step."""
     config = prepared.config
-    step = _load_best_weights(config, model)
+    best = best_weights(checkpoint_folder(config)) if config.validation.best else None
+    step, weights = best or (config.steps, None)
+    if weights:
+        model.load_state_dict(weights)
     val = seen[step] if step in seen else figures(model, prepared.tasks, held_out(prepared, "val"), beat=beat)
     test = figures(model, prepared.tasks, held_out(prepared, "test"), beat=beat)
     folder = model_folder(config)
@@ -360,15 +337,6 @@ def _finish_training(
     }
     save_model(model, folder, card=model.card.model_copy(update={"metrics": reported, "data": facts}))
     return Trained(str(folder), val, test, step=step, items=sum(len(one.feed.items) for one in prepared.data))
-
-
-def _load_best_weights(config: TrainConfig, model: MultiTaskModel) -> int:
-    """Put the best weights into ``model`` when a figure to choose by is named; the step that its weights are of."""
-    found = best_weights(checkpoint_folder(config)) if config.validation.best else None
-    if found is None:
-        return config.steps
-    model.load_state_dict(found[1])
-    return found[0]
 
 
 def facts_of(config: TrainConfig) -> dict[str, Any]:

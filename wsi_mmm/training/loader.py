@@ -1,4 +1,4 @@
-"""From draws to batches on the device: read ahead by threads, the same whatever their number.
+"""From draws to batches on the device, made ahead by threads; the same batches whatever the number of threads.
 
 draw -> `DataSource.read` -> crops' geometry -> warped targets -> `Task.target` -> `TrainBatch`, all on a thread; pixels
 are cut to what the crops need and warped on the device (`pictures`). What could not be read is left out and counted.
@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from wsi_mmm.errors import ConfigError
 from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.model.runner import start_one_core_threads
 from wsi_mmm.tasks import Task
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.stream import Prefetcher, map_ahead
-from wsi_mmm.training.colour import NO_AUGMENT, Augment, recolour
+from wsi_mmm.training.augment import NO_AUGMENT, Augment, recolour
 from wsi_mmm.training.data.base import DataSource, FetchedItems, Sample, SlideSource
 from wsi_mmm.training.policy import Draw, FeedSize, Policy, key_of, of_rank, plan_step
 from wsi_mmm.training.warp import (
@@ -48,27 +49,24 @@ FETCHES = 8
 """Micro-batches from slides far away whose bytes are fetched, or being fetched, beyond those that are being made."""
 
 CHANGE = Change()
-_MAX_WARNINGS = 20  # reasons for failures that are kept
 
 
 @dataclass(frozen=True, eq=False)
 class TrainBatch:
     """One micro-batch of one feed; n = ``len(keys)`` items (pictures, or bags), 0 when every one of them failed.
 
-    Of pictures: ``pixels`` uint8[n, H, W, 3], padded with white; ``sizes`` int64[n, 2] (height, width) of each without
-    padding; ``theta`` float32[n, 2, 3]: px of the crop of ``size`` x ``size`` -> px of the picture (see
-    `training.warp`; not applied yet: `pictures` does). Of bags of m tiles: the same for each tile, and ``bag``
-    int64[m]: the item (0 to n - 1) that a tile belongs to, ascending. Of bags of features: ``vectors`` float32[m, D]
-    and ``bag``.
+    Of pictures: ``pixels`` uint8[n, H, W, 3], padded with white; ``theta`` float32[n, 2, 3]: px of the crop of ``size``
+    x ``size`` -> px of the picture (see `training.warp`; not applied yet: `pictures` does), always on the CPU. Of bags
+    of m tiles: the same for each tile, and ``bag`` int64[m]: the item (0 to n - 1) that a tile belongs to, ascending.
+    Of bags of features: ``vectors`` float32[m, D] and ``bag``.
     ``targets``: task -> `Task.target` of the n items, stacked, unknown where nothing is known of an item.
-    ``failed``: "key: why" of items that were left out. ``sizes`` and ``theta`` stay on the CPU.
+    ``failed``: "key: why" of items that were left out.
     """
 
     feed: str
     keys: tuple[str, ...]
     pixels: Tensor | None = None
     theta: Tensor | None = None
-    sizes: Tensor | None = None
     vectors: Tensor | None = None
     bag: Tensor | None = None
     targets: Mapping[str, Tensor] = field(default_factory=dict)
@@ -101,18 +99,22 @@ class TrainBatch:
 @dataclass(frozen=True, eq=False)
 class DataFeed:
     """A data set as training draws from it. ``numbers``: the items that may be drawn (None: all), ``batch`` of them
-    make a micro-batch; ``tasks``: those that learn from it (None: all that its source knows something about)."""
+    make a micro-batch."""
 
     source: DataSource
     batch: int
     numbers: I64 | None = None
     weight: float = 1.0
-    tasks: tuple[str, ...] | None = None
 
     @cached_property
     def items(self) -> I64:
         """Numbers in the source of the items that may be drawn."""
         return np.arange(len(self.source.index), dtype=np.int64) if self.numbers is None else self.numbers
+
+    def chosen(self, draw: Draw) -> list[int]:
+        """Numbers in the source of the items of a draw."""
+        found: list[int] = self.items[list(draw.numbers)].tolist()
+        return found
 
     @cached_property
     def measure(self) -> FeedSize:
@@ -136,24 +138,6 @@ class LoadPlan:
     rank: int = 0
     world: int = 1
     threads: int = 2
-
-
-@dataclass
-class Tally:
-    """Counts of the items that were read: items learnt from, ``failed`` ones (the first reasons in ``reasons``),
-    and micro-batches that were left ``empty`` by failures, which a step skips."""
-
-    items: int = 0
-    failed: int = 0
-    empty: int = 0
-    reasons: list[str] = field(default_factory=list)
-
-    def add(self, batch: TrainBatch) -> None:
-        """Count one micro-batch."""
-        self.items += len(batch)
-        self.failed += len(batch.failed)
-        self.empty += not len(batch)
-        self.reasons += batch.failed[: max(0, _MAX_WARNINGS - len(self.reasons))]
 
 
 def pictures(batch: TrainBatch, augment: Augment = NO_AUGMENT) -> Tensor:
@@ -183,7 +167,6 @@ def batches(
     plan: LoadPlan,
     steps: range,
     device: torch.device | str = "cpu",
-    tally: Tally | None = None,
 ) -> Iterator[tuple[TrainBatch, ...]]:
     """For each of ``steps`` the micro-batches of this rank, on ``device``; maybe none.
 
@@ -192,75 +175,55 @@ def batches(
     turn. Closing the iterator cancels what has not begun and leaves no thread behind. Raises ConfigError.
     """
     by_name = {feed.source.name: feed for feed in feeds}
-    names = {name: names_of(feed, tasks) for name, feed in by_name.items()}
+    learning = {name: tasks_of(feed, tasks) for name, feed in by_name.items()}
     sizes = [feed.measure for feed in feeds]
-    sender, counted = _Sender(torch.device(device)), tally or Tally()
+    sender = _Sender(torch.device(device))
+    prefetch: Prefetcher[int, FetchedItems] = Prefetcher(FETCHES)  # by number of the draw
 
     def drawn(step: int) -> tuple[Draw, ...]:
         whole = plan_step(
-            sizes,
-            policy=plan.policy,
-            seed=plan.seed,
-            step=step,
-            rounds=plan.rounds,
-            temperature=plan.temperature,
-            class_balance=plan.class_balance,
-        )
+            sizes, policy=plan.policy, seed=plan.seed, step=step,
+            rounds=plan.rounds, temperature=plan.temperature, class_balance=plan.class_balance,
+        )  # fmt: skip
         return of_rank(whole, plan.rank, plan.world)
 
-    prefetch: Prefetcher[int, FetchedItems] = Prefetcher(FETCHES)  # by number of the draw
-    far = {feed.source.name for feed in feeds if isinstance(feed.source, SlideSource) and feed.source.remote}
-
-    def announce(number: int, draw: Draw) -> None:
-        source, items = by_name[draw.feed].source, by_name[draw.feed].items[list(draw.numbers)].tolist()
-        if draw.feed in far and isinstance(source, SlideSource):
-            size = _reading_size(plan, [tasks[name] for name in names[draw.feed]])
-            prefetch.announce([number], lambda _: source.fetch(items, size))
-
     def numbered() -> Iterator[tuple[int, Draw]]:
+        ahead = FETCHES if any(isinstance(feed.source, SlideSource) and feed.source.remote for feed in feeds) else 0
         coming: deque[tuple[int, Draw]] = deque()
         for number, draw in enumerate(draw for step in steps for draw in drawn(step)):
-            announce(number, draw)
+            source = by_name[draw.feed].source
+            if isinstance(source, SlideSource) and source.remote:
+                items, size = by_name[draw.feed].chosen(draw), _reading_size(plan, learning[draw.feed].values())
+                prefetch.announce([number], partial(_fetch_items, source, items, size))
             coming.append((number, draw))
-            if len(coming) > (FETCHES if far else 0):
+            if len(coming) > ahead:
                 yield coming.popleft()
         yield from coming
 
     def make(numbered: tuple[int, Draw]) -> TrainBatch:
         number, draw = numbered
-        wanted, fetched = {name: tasks[name] for name in names[draw.feed]}, prefetch.take(number)
-        return sender.prepared(make_batch(by_name[draw.feed], wanted, draw=draw, plan=plan, fetched=fetched))
+        fetched = prefetch.take(number)
+        return sender.prepared(
+            make_batch(by_name[draw.feed], learning[draw.feed], draw=draw, plan=plan, fetched=fetched)
+        )
 
     def steps_made() -> Iterator[tuple[TrainBatch, ...]]:
         with ExitStack() as stack:
             stack.callback(prefetch.close)
-            made = _made_ahead(numbered(), make, threads=plan.threads, stack=stack)
+            made: Iterator[TrainBatch] = map(make, numbered())
+            if plan.threads > 0:  # one core each: the others belong to the model
+                pool = start_one_core_threads(plan.threads, "wsi-mmm-batch")
+                stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+                made = map_ahead(pool, make, numbered(), most=plan.threads + READ_AHEAD)
             for step in steps:
-                found = tuple(next(made) for _ in drawn(step))
-                for batch in found:
-                    counted.add(batch)
-                yield sender.sent(found)
+                yield sender.sent(tuple(next(made) for _ in drawn(step)))
 
-    drawn(steps.start)  # what cannot be planned is said now
+    drawn(steps.start)  # a plan that cannot work is an error now
     return steps_made()
 
 
-def _made_ahead(
-    draws: Iterator[tuple[int, Draw]],
-    make: Callable[[tuple[int, Draw]], TrainBatch],
-    *,
-    threads: int,
-    stack: ExitStack,
-) -> Iterator[TrainBatch]:
-    if threads < 1:
-        yield from map(make, draws)
-        return
-    # A thread that makes batches computes alone: the others belong to the model. The setting is also that of threads
-    # begun later, so it is set back.
-    stack.callback(torch.set_num_threads, torch.get_num_threads())
-    pool = ThreadPoolExecutor(threads, "wsi-mmm-batch", initializer=torch.set_num_threads, initargs=(1,))
-    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-    yield from map_ahead(pool, make, draws, most=threads + READ_AHEAD)
+def _fetch_items(source: SlideSource, items: Sequence[int], size: int, _: object) -> FetchedItems:
+    return source.fetch(items, size)
 
 
 class _Sender:
@@ -292,21 +255,21 @@ class _Sender:
 # ---------------------------------------------------------------- one micro-batch
 
 
-def names_of(feed: DataFeed, tasks: Mapping[str, Task]) -> tuple[str, ...]:
+def tasks_of(feed: DataFeed, tasks: Mapping[str, Task]) -> dict[str, Task]:
     """The tasks that learn from ``feed``. Pictures can always be rebuilt. ConfigError when there are none."""
-    known = {name for name, task in tasks.items() if task.info.kind == "reconstruct"} | set(feed.source.tasks)
-    wanted = known & set(tasks) if feed.tasks is None else set(feed.tasks)
-    wrong = sorted(wanted - (known & set(tasks)))
-    if wrong or not wanted:
+    learning = {
+        name: task for name, task in tasks.items() if name in feed.source.tasks or task.info.kind == "reconstruct"
+    }
+    if not learning:
         raise ConfigError(
             f"feed '{feed.source.name}' knows of: {', '.join(sorted(feed.source.tasks)) or 'no task'}; "
-            f"nothing that {', '.join(wrong or tasks)} can learn from: correct its tasks or leave it out"
+            f"nothing that {', '.join(tasks)} can learn from: correct its tasks or leave it out"
         )
-    return tuple(name for name in tasks if name in wanted)
+    return learning
 
 
 def _reading_size(plan: LoadPlan, tasks: Iterable[Task]) -> int:
-    """The side in px of what is read for a crop: with what its warp and its targets need round it."""
+    """The side in px of the square that is read for a crop, with the margin that its warp and its targets need."""
     return reach(plan.change, plan.size, max((MARGINS.get(task.info.kind, 0) for task in tasks), default=0))
 
 
@@ -323,82 +286,56 @@ def make_batch(
     ``fetched``: what `SlideSource.fetch` brought for it.
     """
     source, read = feed.source, _reading_size(plan, tasks.values())
-    numbers = feed.items[list(draw.numbers)].tolist()
+    numbers = feed.chosen(draw)
     if isinstance(source, SlideSource):
         samples = source.read(numbers, read, fetched)
     else:
         samples = source.read(numbers, read)
     failed = tuple(f"{s.key}: {s.failed}" for s in samples if s.failed)
-    good = [(place, sample) for place, sample in enumerate(samples) if not sample.failed]
-    empty = TrainBatch(feed.source.name, (), seed=draw.seed, size=plan.size, failed=failed)
+    batch = TrainBatch(feed.source.name, (), seed=draw.seed, size=plan.size, failed=failed)
+    good, crops, cuts = [], [], []
+    for place, sample in enumerate(samples):
+        if not sample.failed:
+            tiles = _sample_tiles(sample)
+            # The warp of an item must not depend on which others failed: it goes by its place.
+            thetas = draw_thetas(
+                plan.change, [tile.shape[:2] for tile in tiles], size=plan.size, read=read,
+                seed=key_of(f"{draw.seed}/{place}"),
+            )  # fmt: skip
+            good.append(sample)
+            crops.append(thetas)
+            cuts += [cut(tile, theta, plan.size) for tile, theta in zip(tiles, thetas, strict=True)]
     if not good:
-        return empty
-    # The draw of an item must not depend on which others failed: it goes by its place.
-    crops = [_draw_crops(plan, sample, read=read, seed=key_of(f"{draw.seed}/{place}")) for place, sample in good]
-    kept = [sample for _, sample in good]
-    pixels, theta, sizes = _stack_pixels(kept, crops, plan.size)
+        return batch
+    vectors = [sample.vectors for sample in good if sample.vectors is not None]
     return replace(
-        empty,
-        keys=tuple(sample.key for sample in kept),
-        pixels=pixels,
-        theta=theta,
-        sizes=sizes,
-        vectors=_stack_vectors(kept),
-        bag=_bag_numbers(kept),
+        batch,
+        keys=tuple(sample.key for sample in good),
+        pixels=torch.from_numpy(padded([pixels for pixels, _ in cuts])) if cuts else None,
+        theta=torch.from_numpy(np.stack([theta for _, theta in cuts])) if cuts else None,
+        vectors=torch.from_numpy(np.concatenate(vectors).astype(np.float32, copy=False)) if vectors else None,
+        bag=_bag_numbers(good),
         targets={
-            name: torch.stack([_crop_target(task, s, theta, plan.size) for s, theta in zip(kept, crops, strict=True)])
+            name: torch.stack([_crop_target(task, s, thetas, plan.size) for s, thetas in zip(good, crops, strict=True)])
             for name, task in tasks.items()
         },
     )
 
 
-def _draw_crops(plan: LoadPlan, sample: Sample, *, read: int, seed: int) -> F32:
-    """float32[k, 2, 3]: the warps of a picture (k = 1), of a bag's tiles, of features (k = 0)."""
-    shapes = [(tile.shape[0], tile.shape[1]) for tile in _sample_tiles(sample)]
-    return draw_thetas(plan.change, shapes, size=plan.size, read=read, seed=seed)
-
-
 def _sample_tiles(sample: Sample) -> Sequence[U8]:
+    """The tiles of a bag, the one picture of others; none of features."""
     if sample.pixels is None:
         return ()
     return list(sample.pixels) if sample.pixels.ndim == 4 else [sample.pixels]
 
 
-def _stack_pixels(
-    samples: Sequence[Sample], crops: Sequence[F32], size: int
-) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    """Pixels, theta and sizes of a `TrainBatch`."""
-    pairs = [
-        pair for s, thetas in zip(samples, crops, strict=True) for pair in zip(_sample_tiles(s), thetas, strict=True)
-    ]
-    if not pairs:
-        return None, None, None
-    parts = [cut(tile, theta, size) for tile, theta in pairs]
-    pixels, sizes = padded([part for part, _ in parts])
-    theta = np.stack([moved for _, moved in parts])
-    return torch.from_numpy(pixels), torch.from_numpy(theta), torch.from_numpy(sizes)
-
-
-def _stack_vectors(samples: Sequence[Sample]) -> Tensor | None:
-    found = [sample.vectors for sample in samples if sample.vectors is not None]
-    return torch.from_numpy(np.concatenate(found).astype(np.float32, copy=False)) if found else None
-
-
 def _bag_numbers(samples: Sequence[Sample]) -> Tensor | None:
-    counts = [_bag_size(sample) for sample in samples]
-    known = [count for count in counts if count is not None]
-    if not known:
+    counts = [count for sample in samples if (count := sample.bag_size) is not None]
+    if not counts:
         return None
-    if len(known) < len(counts):
+    if len(counts) < len(samples):
         raise ValueError("a micro-batch mixes bags and pictures: a source gives one or the other")
-    return torch.from_numpy(np.repeat(np.arange(len(known)), known))
-
-
-def _bag_size(sample: Sample) -> int | None:
-    """Tiles of a bag; None of a picture."""
-    if sample.vectors is not None:
-        return len(sample.vectors)
-    return len(sample.pixels) if sample.pixels is not None and sample.pixels.ndim == 4 else None
+    return torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
 
 
 def _crop_target(task: Task, sample: Sample, thetas: F32, size: int) -> Tensor:
@@ -408,8 +345,59 @@ def _crop_target(task: Task, sample: Sample, thetas: F32, size: int) -> Tensor:
     known: Target = sample.targets.get(task.info.name)
     if known is None:
         known = unknown_target(kind, len(task.info.classes), wide)
-    elif _bag_size(sample) is None:
+    elif sample.bag_size is None:
         known = warp_target(kind, known, widened(thetas[0], margin), wide)
     rim = margin // task.stride
     target = task.target(known)
     return target[..., rim:-rim, rim:-rim] if rim else target
+
+
+# ---------------------------------------------------------------- the pictures of a step together
+
+
+def mixed(steps: Iterator[tuple[TrainBatch, ...]], tasks: Mapping[str, Task]) -> Iterator[tuple[TrainBatch, ...]]:
+    """``steps``, each of them `together`."""
+    with closing(steps):  # type: ignore[type-var]  # a generator, whose threads end with it
+        for found in steps:
+            yield together(found, tasks)
+
+
+def together(found: Sequence[TrainBatch], tasks: Mapping[str, Task]) -> tuple[TrainBatch, ...]:
+    """Micro-batches of pictures as one, and the others (bags; those of which nothing could be read) as they are.
+
+    Where a micro-batch has no targets of a task, those of its items are unknown. A task's loss is then the mean over
+    the items of the step with known targets, not over its micro-batches.
+    """
+    some = [batch for batch in found if len(batch) and batch.pixels is not None and batch.bag is None]
+    if len(some) < 2:
+        return tuple(found)
+    names = [name for name in tasks if any(name in batch.targets for batch in some)]
+    thetas = [batch.theta for batch in some if batch.theta is not None]
+    whole = TrainBatch(
+        "+".join(batch.feed for batch in some),
+        tuple(key for batch in some for key in batch.keys),
+        pixels=_one_size([batch.pixels for batch in some if batch.pixels is not None]),
+        theta=torch.cat(thetas) if thetas else None,
+        targets={name: torch.cat([_targets_or_unknown(batch, tasks[name]) for batch in some]) for name in names},
+        seed=key_of("/".join(str(batch.seed) for batch in some)),
+        size=some[0].size,
+        failed=tuple(line for batch in some for line in batch.failed),
+    )
+    return (whole, *(batch for batch in found if all(batch is not one for one in some)))
+
+
+def _one_size(pictures: Sequence[Tensor]) -> Tensor:
+    """uint8[n, H, W, 3] each -> one, with white beside the smaller ones."""
+    height, width = (max(t.shape[axis] for t in pictures) for axis in (1, 2))
+    edges = [(0, 0, 0, width - t.shape[2], 0, height - t.shape[1]) for t in pictures]
+    return torch.cat([functional.pad(t, edge, value=255) for t, edge in zip(pictures, edges, strict=True)])
+
+
+def _targets_or_unknown(batch: TrainBatch, task: Task) -> Tensor:
+    """The targets of a task, unknown ones where the micro-batch has none."""
+    info = task.info
+    if info.name in batch.targets:
+        return batch.targets[info.name]
+    nothing = task.target(unknown_target(info.kind, len(info.classes), batch.size))
+    like = next(iter(batch.targets.values()), nothing)
+    return nothing.to(like.device).expand(len(batch), *nothing.shape)

@@ -7,7 +7,8 @@ so how many micro-batches a step has changes neither the rate nor the clipping.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -67,7 +68,7 @@ _SHAPES: dict[str, Callable[[float, float], float]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------- who learns
+# ------------------------------------------------------------------------------------------- what is trained
 def begin(model: MultiTaskModel, plan: OptimPlan) -> None:
     """Training mode; the first ``plan.frozen`` depths stay as they are. ConfigError when nothing is left to learn."""
     if plan.frozen >= depth_of(model):
@@ -116,11 +117,10 @@ class Optimiser:
         self.plan = plan
         self.ranks = ranks
         self.owners = owners([x.parameter.numel() for x in learning], ranks.world)
-        mine = [x for x, owner in zip(learning, self.owners, strict=True) if owner == ranks.rank]
-        groups = [
-            {"params": [x.parameter for x in mine if _group_key(x) == key], "factor": key[0], "weight_decay": key[1]}
-            for key in dict.fromkeys(_group_key(x) for x in mine)
-        ]
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for x, owner in zip(learning, self.owners, strict=True):
+            if owner == ranks.rank:
+                groups.setdefault((x.factor, x.decay), []).append(x.parameter)
         self._inner = _build_optimizer(groups, plan) if groups else None
 
     def step(self, factor: float) -> None:
@@ -177,14 +177,14 @@ class Optimiser:
 _SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
-def _group_key(learner: Learner) -> tuple[float, float]:
-    return learner.factor, learner.decay
-
-
-def _build_optimizer(groups: list[dict[str, object]], plan: OptimPlan) -> torch.optim.Optimizer:
+def _build_optimizer(
+    groups: Mapping[tuple[float, float], list[nn.Parameter]], plan: OptimPlan
+) -> torch.optim.Optimizer:
+    """Torch's optimiser; ``groups``: (rate relative to the plan's, decay) -> parameters."""
+    made = [{"params": found, "factor": key[0], "weight_decay": key[1]} for key, found in groups.items()]
     if plan.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=plan.rate, betas=plan.betas)
-    return torch.optim.SGD(groups, lr=plan.rate, momentum=plan.momentum)
+        return torch.optim.AdamW(made, lr=plan.rate, betas=plan.betas)
+    return torch.optim.SGD(made, lr=plan.rate, momentum=plan.momentum)
 
 
 # ------------------------------------------------------------------------------------------- gradients
@@ -225,28 +225,21 @@ def ready(learning: Sequence[Learner], plan: OptimPlan, scale: Scale) -> float |
     NotFinite when a gradient is NaN or infinite without that excuse. Gradients are the same on every rank by now, so
     all of them come to the same answer.
     """
-    grads = [x.parameter.grad for x in learning if x.parameter.grad is not None]
+    found = {x.name: (x.parameter, x.parameter.grad) for x in learning if x.parameter.grad is not None}
     if scale.value != 1.0:
-        for grad in grads:
+        for _, grad in found.values():
             grad.div_(scale.value)
-    mine = [x for x in learning if x.parameter.grad is not None and not x.name.startswith("strategy.")]
-    norm = torch.nn.utils.get_total_norm([x.parameter.grad for x in mine if x.parameter.grad is not None])
+    mine = {name: pair for name, pair in found.items() if not name.startswith("strategy.")}
+    norm = nn.utils.get_total_norm([grad for _, grad in mine.values()])
     if not bool(torch.isfinite(norm)):
         if scale.every:
             return None
-        raise NotFinite(
-            f"the gradient of '{_first_not_finite(mine)}' became NaN or infinite; lower the rate or the task's weight"
-        )
+        bad = (name for name, (_, grad) in mine.items() if not bool(torch.isfinite(grad).all()))
+        which = next(bad, "all parameters together")
+        raise NotFinite(f"the gradient of '{which}' became NaN or infinite; lower the rate or the task's weight")
     if plan.clip:
-        nn.utils.clip_grads_with_norm_([x.parameter for x in mine], plan.clip, norm)
+        nn.utils.clip_grads_with_norm_([parameter for parameter, _ in mine.values()], plan.clip, norm)
     return float(norm)
-
-
-def _first_not_finite(learning: Sequence[Learner]) -> str:
-    bad = (
-        x.name for x in learning if x.parameter.grad is not None and not bool(torch.isfinite(x.parameter.grad).all())
-    )
-    return next(bad, "all parameters together")
 
 
 # ------------------------------------------------------------------------------------------- averages
@@ -267,21 +260,16 @@ def follow(average: Mapping[str, Tensor], model: nn.Module, *, step: int, decay:
             average[key].copy_(value)
 
 
-class Swapped:
-    """``with Swapped(model, average):`` the model has the averaged weights, in evaluation mode; then its own again."""
-
-    def __init__(self, model: nn.Module, average: Mapping[str, Tensor] | None) -> None:
-        self.model, self.average = model, average
-        self._kept: dict[str, Tensor] = {}
-
-    def __enter__(self) -> None:
-        if self.average is not None:
-            self._kept = first_average(self.model)
-            self.model.load_state_dict(dict(self.average))
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        if self.average is not None:
-            self.model.load_state_dict(self._kept)
-            self._kept = {}
-        training(self.model)
+@contextmanager
+def swapped(model: nn.Module, average: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Give the model the averaged weights, in evaluation mode; afterwards its own again."""
+    kept = first_average(model) if average is not None else {}
+    try:
+        if average is not None:
+            model.load_state_dict(dict(average))
+        model.eval()
+        yield
+    finally:
+        if average is not None:
+            model.load_state_dict(kept)
+        training(model)

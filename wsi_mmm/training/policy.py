@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -43,6 +43,13 @@ class FeedSize:
     batch: int
     labels: I32 | None = None
     weight: float = 1.0
+
+    @cached_property
+    def by_class(self) -> tuple[I64, I64]:
+        """Items sorted by class, and where each class begins (one more at the end). Items without one are a class."""
+        values = np.zeros(self.items, np.int32) if self.labels is None else np.maximum(self.labels, -1)
+        _, counts = np.unique(values, return_counts=True)
+        return np.argsort(values, kind="stable"), np.concatenate([[0], np.cumsum(counts)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ def batch_at(feed: FeedSize, *, seed: int, number: int, class_balance: bool = Fa
     """Micro-batch ``number`` of a feed, whatever the policy and the other feeds are."""
     positions = np.arange(number * feed.batch, (number + 1) * feed.batch)
     if class_balance and feed.labels is not None:
-        items = _by_class(feed, feed.labels, seed=seed, positions=positions)
+        items = _by_class(feed, seed=seed, positions=positions)
     else:
         items = _by_epoch(f"{seed}/{feed.name}", feed.items, positions)
     return Draw(feed.name, tuple(items.tolist()), key_of(f"{seed}/{feed.name}/draw/{number}"))
@@ -192,9 +199,9 @@ def _by_epoch(name: str, items: int, positions: I64) -> I64:
     return out
 
 
-def _by_class(feed: FeedSize, labels: I32, *, seed: int, positions: I64) -> I64:
+def _by_class(feed: FeedSize, *, seed: int, positions: I64) -> I64:
     """Every run of C positions has each of the C classes once; each class goes through its own epochs."""
-    ranking, starts = _items_by_class(_Same(labels))
+    ranking, starts = feed.by_class
     classes = len(starts) - 1
     rounds, places = np.divmod(positions, classes)
     out = np.empty(len(positions), np.int64)
@@ -203,27 +210,6 @@ def _by_class(feed: FeedSize, labels: I32, *, seed: int, positions: I64) -> I64:
         first, last = int(starts[one]), int(starts[one + 1])
         out[i] = ranking[first + _by_epoch(f"{seed}/{feed.name}/class/{one}", last - first, np.array([turn]))[0]]
     return out
-
-
-@dataclass(frozen=True, eq=False)
-class _Same:
-    """An array as a key: the very object, not its values, which may be millions. It is held: no other gets its id."""
-
-    array: I32
-
-    def __hash__(self) -> int:
-        return id(self.array)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.array is self.array
-
-
-@lru_cache(maxsize=16)
-def _items_by_class(labels: _Same) -> tuple[I64, I64]:
-    """Items sorted by class, and where each class begins (one more at the end). Items without one are a class."""
-    values = np.maximum(labels.array, -1)
-    _, counts = np.unique(values, return_counts=True)
-    return np.argsort(values, kind="stable"), np.concatenate([[0], np.cumsum(counts)])
 
 
 def _shuffled_items(name: str, items: int) -> I32:

@@ -1,8 +1,8 @@
 """Ranks: several processes that do one training together and give the result of a single one.
 
-Each rank does its share of the micro-batches that the plan of a step names (maybe none); what they found is added up,
-so nothing depends on who did what. Small numbers that all must know go over gloo, which notices at once when a process
-has ended (its sockets close); a process that hangs is given up after ``wait`` seconds. Tensors on a GPU go over NCCL.
+Each rank computes its share of the micro-batches of a step (maybe none); the results are summed, so nothing depends on
+which rank did what. Small numbers that all ranks need go over gloo, which notices at once when a process has ended (its
+sockets close); a process that hangs is given up after ``wait`` seconds. Tensors on a GPU go over NCCL.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # defaults of its functions keep the group of its first import: none yet
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from wsi_mmm.errors import ClusterError
+from wsi_mmm.errors import ClusterError, ModelError
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
@@ -71,28 +72,19 @@ def joined(device: str = "auto", *, wait: float = 120.0, meeting: Meeting | None
         yield Ranks(device=_rank_device(device, 0), wait=wait)
         return
     where = _rank_device(device, -1)
+    found: dict[str, Any] = {}  # torchrun's ranks find each other by the environment
+    if meeting is not None:
+        address = f"tcp://{meeting.host}:{meeting.port}"
+        found = {"init_method": address, "rank": meeting.rank, "world_size": meeting.world}
     with _translate_errors("ranks cannot meet; check that all were started and reach rank 0's host"):
-        _init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", wait, meeting)
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=wait), **found)
     try:
         local = dist.get_node_local_rank(fallback_rank=0) if meeting is None else 0
         yield Ranks(dist.get_rank(), dist.get_world_size(), _rank_device(device, local), wait)
     finally:
         # Not a barrier: a rank that fails must not wait for those that wait for it.
         dist.destroy_process_group()
-
-
-def _init_process_group(backend: str, wait: float, meeting: Meeting | None) -> None:
-    limit = timedelta(seconds=wait)
-    if meeting is None:
-        dist.init_process_group(backend, timeout=limit)
-        return
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{meeting.host}:{meeting.port}",
-        rank=meeting.rank,
-        world_size=meeting.world,
-        timeout=limit,
-    )
 
 
 def _rank_device(name: str, local: int) -> torch.device:
@@ -136,6 +128,13 @@ def total(ranks: Ranks, values: Sequence[float]) -> list[float]:
     return found
 
 
+def wait_for_first(ranks: Ranks) -> None:
+    """Let the other ranks wait until rank 0 calls this, too: it may take long, but must call ``total(ranks, [1.0])``
+    from time to time, which says that it is alive."""
+    while total(ranks, [0.0])[0] and not ranks.first:
+        pass
+
+
 def first_message(ranks: Ranks, text: str) -> str:
     """The message of the lowest rank that has one ("": none); at most 400 bytes. Every rank must call it."""
     if ranks.world == 1:
@@ -165,11 +164,10 @@ def add_gradients(ranks: Ranks, parameters: Sequence[Tensor]) -> None:
     if ranks.world == 1:
         return
     there = total(ranks, [float(p.grad is not None) for p in parameters])
-    used = [p for p, count in zip(parameters, there, strict=True) if count]
-    for p in used:
-        if p.grad is None:
+    for p, count in zip(parameters, there, strict=True):
+        if count and p.grad is None:
             p.grad = torch.zeros_like(p)
-    add(ranks, [p.grad for p in used if p.grad is not None])
+    add(ranks, [p.grad for p in parameters if p.grad is not None])
 
 
 def spread(ranks: Ranks, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
@@ -215,13 +213,123 @@ def owners(sizes: Sequence[int], world: int) -> list[int]:
     return found
 
 
+# ------------------------------------------------------------------------------------------- batch norms
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One pass of a layer: the number of its micro-batch, and m times the statistics found in it."""
+
+    place: int
+    mean: Tensor
+    var: Tensor
+
+
+class Norms:
+    """A model's batch norms during a step: `begin`, forward passes with ``place`` set, then `settle` or `drop`. Their
+    running statistics become the same whichever rank does which micro-batch.
+
+    A batch norm that sees micro-batches 1 .. B in turn ends with r' = (1 - m)^B r + sum of m (1 - m)^(B - i) s_i:
+    linear in the statistics s_i of each. So every rank finds the terms of its own micro-batches, the terms are added
+    over the ranks, and the result is that of one process up to rounding. Layers that only some micro-batches pass
+    (decoders, heads) count only those. In a single process the layers do it themselves; only the way back is kept.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self.place = 0
+        self.ranks = ranks
+        self._layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        self._seen: list[list[_Seen]] = [[] for _ in self._layers]
+        self._before: list[tuple[Tensor, ...]] = []
+        self._hooks: list[Any] = []
+        for index, layer in enumerate(self._layers if ranks.world > 1 else ()):
+            if layer.momentum is None:
+                raise ModelError("batch norms without momentum cannot be trained on several ranks; give them one")
+            self._hooks.append(layer.register_forward_pre_hook(_reset_statistics))
+            self._hooks.append(layer.register_forward_hook(self._record_pass(index)))
+
+    def _record_pass(self, index: int) -> Any:
+        def record(layer: _BatchNorm, *_: object) -> None:
+            if layer.training:
+                mean, var, _tracked = _layer_statistics(layer)
+                self._seen[index].append(_Seen(self.place, mean.clone(), var.clone()))
+
+        return record
+
+    def close(self) -> None:
+        """Leave the model as it was found."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._before = [tuple(t.clone() for t in _layer_statistics(layer)) for layer in self._layers]
+        for seen in self._seen:
+            seen.clear()
+
+    @torch.no_grad()
+    def drop(self) -> None:
+        """The step does not count: back to what was."""
+        for layer, before in zip(self._layers, self._before, strict=True):
+            for tensor, old in zip(_layer_statistics(layer), before, strict=True):
+                tensor.copy_(old)
+
+    @torch.no_grad()
+    def settle(self, places: int) -> None:
+        """The step counts; it had ``places`` micro-batches on all ranks together."""
+        if self.ranks.world == 1:
+            return
+        counts = self._pass_counts(places)
+        sums: list[Tensor] = []
+        for layer, seen, passes in zip(self._layers, self._seen, counts, strict=True):
+            sums += _local_sums(seen, passes, 1.0 - float(layer.momentum or 0.0), _layer_statistics(layer)[0])
+        add(self.ranks, sums)
+        for index, (layer, before) in enumerate(zip(self._layers, self._before, strict=True)):
+            number = sum(counts[index])
+            fade = (1.0 - float(layer.momentum or 0.0)) ** number
+            mean, var, tracked = _layer_statistics(layer)
+            mean.copy_(before[0] * fade + sums[2 * index])
+            var.copy_(before[1] * fade + sums[2 * index + 1])
+            tracked.copy_(before[2] + number)
+
+    def _pass_counts(self, places: int) -> list[list[int]]:
+        """[layer][place]: how often the layer was passed in that micro-batch, whoever did it."""
+        flat = [float(sum(s.place == place for s in seen)) for seen in self._seen for place in range(places)]
+        found = total(self.ranks, flat)
+        return [[int(v) for v in found[i * places : (i + 1) * places]] for i in range(len(self._layers))]
+
+
+def _local_sums(seen: list[_Seen], passes: list[int], keep: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of the sums of mean and variance."""
+    mean, var = torch.zeros_like(like), torch.zeros_like(like)
+    for number, one in enumerate(seen):
+        later = sum(passes[one.place + 1 :]) + sum(s.place == one.place for s in seen[number + 1 :])
+        mean.add_(one.mean, alpha=keep**later)
+        var.add_(one.var, alpha=keep**later)
+    return mean, var
+
+
+def _reset_statistics(layer: nn.Module, _: object) -> None:
+    """From zero, a pass leaves m times what it found."""
+    if layer.training and isinstance(layer, _BatchNorm):
+        mean, var, _tracked = _layer_statistics(layer)
+        # By ``data``: the graphs of earlier batches hold these buffers, though their backward does not read them.
+        mean.data.zero_()
+        var.data.zero_()
+
+
+def _layer_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var, tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    if mean is None or var is None or tracked is None:
+        raise ModelError("a batch norm without running statistics cannot be trained on several ranks")
+    return mean, var, tracked
+
+
 # ------------------------------------------------------------------------------------------- ranks on a Dask cluster
 def launch_on_dask(client: Any, train: Callable[[Ranks], T], *, device: str = "auto", wait: float = 120.0) -> list[T]:
     """Run ``train(ranks)`` once on every worker of a Dask ``client``, as ranks that know each other; results by rank.
 
-    ``client`` is what distributed calls one (it is asked for its workers, to submit and to cancel), ``train`` something
-    that it can send. Workers must be processes of their own and able to reach the first one's host. When a rank fails,
-    the others are told to stop and its error is raised; a worker that dies fails the others within ``wait`` seconds.
+    ``client`` is a client of distributed, ``train`` something that it can pickle. Workers must be processes of their
+    own and able to reach the first one's host. When a rank fails, the others are told to stop and its error is raised;
+    a worker that dies fails the others within ``wait`` seconds.
     """
     workers = list(client.nthreads())
     if not workers:

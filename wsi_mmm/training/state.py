@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError, NotFound, OutputError, WsiError
-from wsi_mmm.model.tensorfile import pack, unpack
+from wsi_mmm.model.checkpoint import pack_tensors, unpack_tensors
 from wsi_mmm.storage import store
-from wsi_mmm.storage.uris import is_local
+from wsi_mmm.storage.base import is_local
 from wsi_mmm.training.optim import Optimiser, Scale
 from wsi_mmm.training.ranks import ALONE, Ranks, first_message, total
 
@@ -56,27 +56,39 @@ class CheckpointStore:
     identity: Facts
     keep: int = 2
 
+    @property
+    def hash(self) -> str:
+        """sha256 hex of the configuration."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
-def identity_hash(identity: Facts) -> str:
-    """sha256 hex of a configuration."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    def file(self, step: int) -> str:
+        """The URI of the checkpoint of a step."""
+        return store.join(self.folder, f"step-{step:08d}.safetensors")
+
+    def pointer(self, name: str) -> str:
+        """The URI of the pointer "latest" or "best"."""
+        return store.join(self.folder, f"{name}.json")
 
 
 # ------------------------------------------------------------------------------------------- writing
-def write(shelf: CheckpointStore, training: Training, *, ranks: Ranks = ALONE, best: bool = False) -> str:
+def write(checkpoints: CheckpointStore, training: Training, *, ranks: Ranks = ALONE, best: bool = False) -> str:
     """Write the state after ``training.step`` steps and point "latest" (and "best") at it; returns its URI.
 
     Every rank must call it, rank 0 writes. OutputError (on every rank) when it cannot; earlier checkpoints are whole.
     """
     tensors = gather(training)
-    uri = _checkpoint_file(shelf, training.step)
+    uri = checkpoints.file(training.step)
     fault = ""
     if ranks.first:
+        facts = {name: getattr(training, name) for name in ("step", "best", "stale", "skipped", "lost")}
+        facts |= {"scale": [training.scale.value, training.scale.good], "format": FORMAT}
+        facts |= {"identity": dict(checkpoints.identity), "hash": checkpoints.hash}
+        text = json.dumps({"step": training.step, "best": training.best, "hash": checkpoints.hash})
         try:
-            store.write_bytes(uri, pack(tensors, _training_facts(shelf, training)))
+            store.write_bytes(uri, pack_tensors(tensors, {"facts": json.dumps(facts, sort_keys=True)}))
             for name in (LATEST, BEST) if best else (LATEST,):
-                _write_pointer(shelf, name, training)
-            _delete_old(shelf)
+                store.write_bytes(checkpoints.pointer(name), text.encode())
+            _delete_old(checkpoints)
         except WsiError as error:
             fault = f"checkpoint of step {training.step}: {error}"
     if total(ranks, [float(bool(fault))])[0]:
@@ -93,57 +105,29 @@ def gather(training: Training) -> dict[str, Tensor]:
     return found | _random_state()
 
 
-def _training_facts(shelf: CheckpointStore, training: Training) -> dict[str, str]:
-    facts = {
-        "format": FORMAT,
-        "step": training.step,
-        "identity": dict(shelf.identity),
-        "hash": identity_hash(shelf.identity),
-        "scale": [training.scale.value, training.scale.good],
-        "best": training.best,
-        "stale": training.stale,
-        "skipped": training.skipped,
-        "lost": training.lost,
-    }
-    return {"facts": json.dumps(facts, sort_keys=True)}
-
-
-def _checkpoint_file(shelf: CheckpointStore, step: int) -> str:
-    return f"{shelf.folder.rstrip('/')}/step-{step:08d}.safetensors"
-
-
-def _pointer_file(shelf: CheckpointStore, name: str) -> str:
-    return f"{shelf.folder.rstrip('/')}/{name}.json"
-
-
-def _write_pointer(shelf: CheckpointStore, name: str, training: Training) -> None:
-    text = json.dumps({"step": training.step, "best": training.best, "hash": identity_hash(shelf.identity)})
-    store.write_bytes(_pointer_file(shelf, name), text.encode())
-
-
-def _delete_old(shelf: CheckpointStore) -> None:
+def _delete_old(checkpoints: CheckpointStore) -> None:
     """Delete all but the newest ``keep`` and the best."""
-    if not shelf.keep:
+    if not checkpoints.keep:
         return
-    steps = stored(shelf)
-    spared = {*steps[-shelf.keep :], pointed(shelf, BEST)}
+    steps = stored(checkpoints)
+    spared = {*steps[-checkpoints.keep :], pointed(checkpoints, BEST)}
     for step in steps:
         if step not in spared:
-            store.delete(_checkpoint_file(shelf, step))
+            store.delete(checkpoints.file(step))
 
 
-def stored(shelf: CheckpointStore) -> list[int]:
+def stored(checkpoints: CheckpointStore) -> list[int]:
     """Steps of the checkpoints that are there, ascending."""
-    if is_local(shelf.folder) and not store.exists(shelf.folder):
+    if is_local(checkpoints.folder) and not store.exists(checkpoints.folder):
         return []
-    names = (uri.rsplit("/", 1)[-1] for uri in store.list_uris(shelf.folder))
+    names = (uri.rsplit("/", 1)[-1] for uri in store.list_uris(checkpoints.folder))
     found = (name.removeprefix("step-").removesuffix(".safetensors") for name in names if name.startswith("step-"))
     return sorted(int(number) for number in found if number.isdigit())
 
 
-def pointed(shelf: CheckpointStore, name: str) -> int | None:
+def pointed(checkpoints: CheckpointStore, name: str) -> int | None:
     """The step that "latest" or "best" points at; None when there is no such pointer. ModelError if it is damaged."""
-    uri = _pointer_file(shelf, name)
+    uri = checkpoints.pointer(name)
     try:
         return int(json.loads(store.read_bytes(uri))["step"])
     except NotFound:
@@ -153,17 +137,17 @@ def pointed(shelf: CheckpointStore, name: str) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------- reading
-def resume(shelf: CheckpointStore, training: Training) -> bool:
+def resume(checkpoints: CheckpointStore, training: Training) -> bool:
     """Put ``training`` where the latest checkpoint left it; False when there is none. Every rank reads for itself.
 
     ModelError: the checkpoint is damaged, or belongs to another configuration (named).
     """
-    step = pointed(shelf, LATEST)
+    step = pointed(checkpoints, LATEST)
     if step is None:
         return False
-    uri = _checkpoint_file(shelf, step)
+    uri = checkpoints.file(step)
     tensors, facts = read(uri)
-    _check_identity(uri, facts, shelf.identity)
+    _check_identity(uri, facts["identity"], checkpoints.identity)
     try:
         _restore_training(training, tensors, facts)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -175,7 +159,7 @@ def resume(shelf: CheckpointStore, training: Training) -> bool:
 def read(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a checkpoint. ModelError if it is missing, damaged or of another format."""
     try:
-        tensors, metadata = unpack(store.read_bytes(uri), uri)
+        tensors, metadata = unpack_tensors(store.read_bytes(uri), uri)
         facts: dict[str, Any] = json.loads(metadata["facts"])
     except NotFound as error:
         raise ModelError(f"{uri} is missing; remove latest.json beside it to begin anew") from error
@@ -193,28 +177,21 @@ def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def best_weights(folder: str) -> tuple[int, dict[str, Tensor]] | None:
     """Step and weights (averaged, if averages are kept) of the best checkpoint in ``folder``; None: none is marked."""
-    shelf = CheckpointStore(folder, {})
-    step = pointed(shelf, BEST)
-    return None if step is None else (step, weights_of(read(_checkpoint_file(shelf, step))[0]))
+    checkpoints = CheckpointStore(folder, {})
+    step = pointed(checkpoints, BEST)
+    return None if step is None else (step, weights_of(read(checkpoints.file(step))[0]))
 
 
-def differences(old: Facts, new: Facts) -> list[str]:
-    """Differences between two configurations, one phrase each."""
-    return [
-        f"{key} {_shorten(old, key)} there, {_shorten(new, key)} here"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
+def _check_identity(uri: str, old: Facts, identity: Facts) -> None:
+    """ModelError naming what differs between the configuration of a checkpoint and that of this training."""
 
+    def shown(facts: Facts, key: str) -> str:
+        text = json.dumps(facts[key]) if key in facts else "absent"
+        return text if len(text) <= 60 else text[:57] + "..."
 
-def _shorten(facts: Facts, key: str) -> str:
-    text = json.dumps(facts[key]) if key in facts else "absent"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _check_identity(uri: str, facts: Facts, identity: Facts) -> None:
-    # Through JSON, as the stored one went: tuples are lists there.
-    other = differences(facts["identity"], json.loads(json.dumps(dict(identity))))
+    new = json.loads(json.dumps(dict(identity)))  # as the stored one went: tuples are lists there
+    different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    other = [f"{key} {shown(old, key)} there, {shown(new, key)} here" for key in different]
     if other:
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         raise ModelError(

@@ -1,9 +1,9 @@
-"""Step rules: from the micro-batches of a step to gradients in ``.grad``, for all tasks together.
+"""Strategies: from the micro-batches of a step to gradients in ``.grad``, for all tasks together.
 
-The joint loss of a step is the sum over tasks of weight x (mean of the task's loss over the micro-batches that serve
-it, on all ranks): how many micro-batches a step has does not change its size. Every rule leaves this loss's gradient
-(`accumulate`, `joint`: exactly; the others: changed as their papers say), summed over the ranks, and returns the
-losses by task. Parameters that no micro-batch of the step reached keep ``grad`` None.
+The joint loss of a step is the sum over tasks of weight x (mean of the task's loss over the micro-batches that have
+targets of it, on all ranks): the number of micro-batches in a step does not change its size. Every strategy leaves the
+gradient of this loss (`accumulate`, `joint`: exactly; the others: changed as their papers say), summed over the ranks,
+and returns the losses by task. Parameters that no micro-batch of the step reached keep ``grad`` None.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StrategyInputs:
     """The inputs of a strategy: this rank's micro-batches of a step, the tasks' weights (1 where absent), the number of
     the step, and the factor that losses are multiplied with against underflow in float16."""
 
-    bench: TrainingContext
+    context: TrainingContext
     batches: tuple[TrainBatch, ...]
     weights: Mapping[str, float] = field(default_factory=dict)
     step: int = 0
@@ -41,9 +41,9 @@ class StrategyInputs:
 
 
 class Strategy(Protocol):
-    """``strategy(work)`` -> losses by task (means over the step, without weights). Raises NotFinite, on all ranks.
+    """``strategy(inputs)`` -> losses by task (means over the step, without weights). Raises NotFinite, on all ranks.
 
-    ``own`` holds what the rule itself learns or remembers; it belongs into checkpoints.
+    ``own`` holds what the strategy itself learns or remembers; it is kept in checkpoints.
     """
 
     @property
@@ -54,7 +54,7 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StrategyPlan:
-    """A rule by name. ``alpha`` and ``rate``: GradNorm's asymmetry and the rate of its weights."""
+    """A strategy by name. ``alpha`` and ``rate``: GradNorm's asymmetry and the rate of its weights."""
 
     name: str = "accumulate"
     alpha: float = 1.5
@@ -62,13 +62,13 @@ class StrategyPlan:
 
 
 def make_strategy(plan: StrategyPlan, tasks: Sequence[str]) -> Strategy:
-    """The rule that ``plan`` names, for these tasks. ConfigError for an unknown name."""
+    """The strategy that ``plan`` names, for these tasks. ConfigError for an unknown name."""
     if plan.name not in STRATEGIES:
         raise ConfigError(f"there is no strategy '{plan.name}'; known: {', '.join(STRATEGIES)}")
     return STRATEGIES[plan.name](plan, tuple(tasks))
 
 
-# ------------------------------------------------------------------------------------------- parts of all rules
+# ------------------------------------------------------------------------------------------- parts of all strategies
 @dataclass(frozen=True, slots=True)
 class _Pass:
     """A head that has been run and pulled back: ``pull`` is the gradient at ``read``, the shared tensor that it read
@@ -81,7 +81,7 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class _PendingLoss:
-    """A loss that was found, still on the device: it is looked at once per step, not once per head."""
+    """A loss that is still on the device: losses are fetched once per step, not once per head."""
 
     name: str
     keys: tuple[str, ...]
@@ -97,8 +97,8 @@ class _Shares:
 
 
 def _task_shares(inputs: StrategyInputs, factors: Mapping[str, float] | None = None) -> _Shares:
-    names = list(inputs.bench.tasks)
-    here = [served(inputs.bench, batch) for batch in inputs.batches]
+    names = list(inputs.context.tasks)
+    here = [served(inputs.context, batch) for batch in inputs.batches]
     found = total(inputs.ranks, [float(sum(name in some for some in here)) for name in names])
     counts = {name: count for name, count in zip(names, found, strict=True) if count}
     weights = {name: inputs.weights.get(name, 1.0) * (factors or {}).get(name, 1.0) for name in counts}
@@ -109,9 +109,9 @@ def _iter_batches(inputs: StrategyInputs) -> Iterator[tuple[TrainBatch, tuple[st
     """Those that serve a task, with the tasks of one pass. Ranks take turns in the plan (`policy.of_rank`), which gives
     each micro-batch its place in it."""
     for number, batch in enumerate(inputs.batches):
-        if inputs.bench.norms is not None:
-            inputs.bench.norms.place = inputs.ranks.rank + number * inputs.ranks.world
-        for names in passes(inputs.bench, served(inputs.bench, batch)):
+        if inputs.context.norms is not None:
+            inputs.context.norms.place = inputs.ranks.rank + number * inputs.ranks.world
+        for names in passes(inputs.context, served(inputs.context, batch)):
             yield batch, names
 
 
@@ -124,11 +124,9 @@ def _iter_heads(
     found_losses: list[_PendingLoss],
 ) -> Iterator[_Pass]:
     """Run the shared part once, then each head on a copy cut off from it, and free that head's graph."""
-    found = shared(inputs.bench, batch, names)
-    for name in names:
-        read = found.reads[name]
+    for name, (read, target) in shared(inputs.context, batch, names).items():
         leaf = read.detach().requires_grad_(read.requires_grad)
-        loss = loss_of(inputs.bench, name, leaf, found.targets[name])
+        loss = loss_of(inputs.context, name, leaf, target)
         if loss.requires_grad:
             (loss * shares.of[name]).backward()  # type: ignore[no-untyped-call]
         found_losses.append(_PendingLoss(name, batch.keys, loss.detach()))
@@ -159,13 +157,14 @@ def _task_by_task(
 def _agree_on_losses(inputs: StrategyInputs, shares: _Shares, found_losses: Sequence[_PendingLoss]) -> dict[str, float]:
     """Mean losses over all ranks. NotFinite on every rank when one of them found one: no rank steps alone."""
     values = torch.stack([pending.loss.double() for pending in found_losses]).tolist() if found_losses else []
-    sums = dict.fromkeys(inputs.bench.tasks, 0.0)
+    sums = dict.fromkeys(inputs.context.tasks, 0.0)
     fault = ""
     for pending, value in zip(found_losses, values, strict=True):
         sums[pending.name] += value
         if not math.isfinite(value) and not fault:
-            where = f"{value} on {_join_names(pending.keys)}; look at them"
-            fault = f"step {inputs.step}: the loss of task '{pending.name}' is {where}"
+            shown = ", ".join(f"'{key}'" for key in pending.keys[:4])
+            shown += f" and {len(pending.keys) - 4} more" if len(pending.keys) > 4 else ""
+            fault = f"step {inputs.step}: the loss of task '{pending.name}' is {value} on {shown}; look at them"
     found = total(inputs.ranks, [*sums.values(), float(bool(fault))])
     if found[-1]:
         raise NotFinite(first_message(inputs.ranks, fault))
@@ -173,13 +172,11 @@ def _agree_on_losses(inputs: StrategyInputs, shares: _Shares, found_losses: Sequ
     return {name: means[name] / count for name, count in shares.counts.items()}
 
 
-def _join_names(keys: Sequence[str]) -> str:
-    shown = ", ".join(f"'{key}'" for key in keys[:4])
-    return shown if len(keys) <= 4 else f"{shown} and {len(keys) - 4} more"
-
-
-def _trainable_parameters(model: MultiTaskModel) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+def _sum_over_ranks(inputs: StrategyInputs, shares: _Shares, found_losses: Sequence[_PendingLoss]) -> dict[str, float]:
+    """Mean losses over all ranks, as `_agree_on_losses` says; the gradients of all parameters are summed, too."""
+    losses = _agree_on_losses(inputs, shares, found_losses)
+    add_gradients(inputs.ranks, [p for p in inputs.context.model.parameters() if p.requires_grad])
+    return losses
 
 
 # ------------------------------------------------------------------------------------------- accumulate, joint
@@ -192,10 +189,7 @@ class Accumulate:
     def __call__(self, inputs: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
         shares = _task_shares(inputs)
-        found_losses = _task_by_task(inputs, shares)
-        losses = _agree_on_losses(inputs, shares, found_losses)
-        add_gradients(inputs.ranks, _trainable_parameters(inputs.bench.model))
-        return losses
+        return _sum_over_ranks(inputs, shares, _task_by_task(inputs, shares))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,16 +204,13 @@ class Joint:
         found_losses: list[_PendingLoss] = []
         terms: list[Tensor] = []
         for batch, names in _iter_batches(inputs):
-            found = shared(inputs.bench, batch, names)
-            for name in names:
-                loss = loss_of(inputs.bench, name, found.reads[name], found.targets[name])
+            for name, (read, target) in shared(inputs.context, batch, names).items():
+                loss = loss_of(inputs.context, name, read, target)
                 found_losses.append(_PendingLoss(name, batch.keys, loss.detach()))
                 terms.append(loss * shares.of[name])
         if terms:
             torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
-        losses = _agree_on_losses(inputs, shares, found_losses)
-        add_gradients(inputs.ranks, _trainable_parameters(inputs.bench.model))
-        return losses
+        return _sum_over_ranks(inputs, shares, found_losses)
 
 
 # ------------------------------------------------------------------------------------------- PCGrad
@@ -235,15 +226,17 @@ class PCGrad:
     def __call__(self, inputs: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
         shares = _task_shares(inputs)
-        trunk = [p for n, p in inputs.bench.model.named_parameters() if p.requires_grad and not n.startswith("heads.")]
+        trunk = [
+            p for n, p in inputs.context.model.named_parameters() if p.requires_grad and not n.startswith("heads.")
+        ]
         found: dict[str, list[Tensor | None]] = {name: [None] * len(trunk) for name in shares.counts}
         found_losses: list[_PendingLoss] = []
         for batch, names in _iter_batches(inputs):
             for one in _iter_heads(inputs, batch, names, shares=shares, found_losses=found_losses):
-                if one.pull is not None:
-                    _add_to_sums(found[one.name], one, trunk)
+                pairs = zip(found[one.name], _pull_back(one, trunk), strict=True)
+                found[one.name] = [old if new is None else new if old is None else old + new for old, new in pairs]
         losses = _agree_on_losses(inputs, shares, found_losses)
-        add_gradients(inputs.ranks, [p for n, p in inputs.bench.model.named_parameters() if n.startswith("heads.")])
+        add_gradients(inputs.ranks, [p for n, p in inputs.context.model.named_parameters() if n.startswith("heads.")])
         self._project_gradients(inputs, trunk, list(found.values()))
         return losses
 
@@ -265,12 +258,11 @@ class PCGrad:
             parameter.grad = part.view(parameter.shape).clone() if some else None
 
 
-def _add_to_sums(sums: list[Tensor | None], one: _Pass, trunk: Sequence[nn.Parameter]) -> None:
-    grads = torch.autograd.grad(one.read, trunk, one.pull, retain_graph=True, allow_unused=True)
-    for index, grad in enumerate(grads):
-        if grad is not None:
-            old = sums[index]
-            sums[index] = grad if old is None else old + grad
+def _pull_back(one: _Pass, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+    """The gradient of a task's loss at each of ``parameters`` of the shared part; None where there is none."""
+    if one.pull is None:
+        return [None] * len(parameters)
+    return torch.autograd.grad(one.read, parameters, one.pull, retain_graph=True, allow_unused=True)
 
 
 def project(gradients: Sequence[Tensor], seed: int) -> Tensor:
@@ -320,17 +312,15 @@ class GradNorm:
     def __call__(self, inputs: StrategyInputs) -> dict[str, float]:
         """See `Strategy`."""
         shares = _task_shares(inputs, dict(zip(self.tasks, self.own.weight.tolist(), strict=True)))
-        layer = last_shared(inputs.bench.model)
+        layer = last_shared(inputs.context.model)
         sums = {name: [torch.zeros_like(p) for p in layer] for name in shares.counts}
 
         def each(one: _Pass) -> None:
-            found = torch.autograd.grad(one.read, layer, one.pull, retain_graph=True, allow_unused=True)
-            for kept, grad in zip(sums[one.name], found, strict=True):
+            for kept, grad in zip(sums[one.name], _pull_back(one, layer), strict=True):
                 if grad is not None:
                     kept += grad
 
-        losses = _agree_on_losses(inputs, shares, _task_by_task(inputs, shares, each))
-        add_gradients(inputs.ranks, _trainable_parameters(inputs.bench.model))
+        losses = _sum_over_ranks(inputs, shares, _task_by_task(inputs, shares, each))
         add(inputs.ranks, [g for grads in sums.values() for g in grads])
         norms = {name: float(nn.utils.get_total_norm(grads)) / inputs.scale for name, grads in sums.items()}
         self._update_balance(losses, norms)
@@ -385,8 +375,7 @@ class Uncertainty:
         """See `Strategy`."""
         factors = {name: math.exp(-float(s.detach())) for name, s in zip(self.tasks, self.own.s, strict=True)}
         shares = _task_shares(inputs, factors)
-        losses = _agree_on_losses(inputs, shares, _task_by_task(inputs, shares))
-        add_gradients(inputs.ranks, _trainable_parameters(inputs.bench.model))
+        losses = _sum_over_ranks(inputs, shares, _task_by_task(inputs, shares))
         for name, loss in losses.items():
             s = self.own.s[self.tasks.index(name)]
             slope = inputs.weights.get(name, 1.0) * (1.0 - factors[name] * loss)

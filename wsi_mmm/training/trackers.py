@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +11,15 @@ from typing import Any, Protocol
 
 import torch
 
-from wsi_mmm.errors import MissingPackage, OutputError, WsiError
+from wsi_mmm.errors import OutputError, WsiError
+from wsi_mmm.plugins import import_package
 from wsi_mmm.storage import store
 from wsi_mmm.training.config import TrackingPart
 from wsi_mmm.types import U8
 
 LINES = "metrics.jsonl"
 BOARD = "tensorboard"
+_MISSING = "tracking with {0} needs its package: pip install 'wsi-mmm[{0}]'"
 
 
 class Tracker(Protocol):
@@ -27,7 +29,7 @@ class Tracker(Protocol):
         """Named numbers of a step, such as ``loss/nuclei`` or ``val/nuclei/f1``."""
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write the rest, and end."""
 
 
 class Lines:
@@ -37,10 +39,8 @@ class Lines:
         self.path = path
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Tracker`; what is not finite is null."""
-        found = {
-            name: value if value == value and abs(value) != float("inf") else None for name, value in values.items()
-        }
+        """See `Tracker`; values that are not finite become null."""
+        found = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **found}) + "\n")
@@ -81,7 +81,7 @@ class Wandb:
     """A run of Weights & Biases. Figures and the configuration leave this machine; pictures never do."""
 
     def __init__(self, project: str, folder: Path, facts: Mapping[str, Any]) -> None:
-        wandb = _import_package("wandb")
+        wandb = import_package("wandb", _MISSING.format("wandb"))
         self.error = wandb.Error
         with _translate_errors("wandb", self.error):
             self.run = wandb.init(project=project, dir=str(folder), config=dict(facts))
@@ -102,8 +102,8 @@ class MLflow:
     leave this machine; pictures never do."""
 
     def __init__(self, experiment: str, facts: Mapping[str, Any]) -> None:
-        self.mlflow = _import_package("mlflow")
-        self.error = _import_package("mlflow.exceptions").MlflowException
+        self.mlflow = import_package("mlflow", _MISSING.format("mlflow"))
+        self.error = import_package("mlflow.exceptions", _MISSING.format("mlflow")).MlflowException
         with _translate_errors("mlflow", self.error):
             self.mlflow.set_experiment(experiment)
             self.mlflow.start_run()
@@ -138,7 +138,10 @@ def open_trackers(part: TrackingPart, out: str, facts: Mapping[str, Any]) -> Seq
     found: list[Tracker] = []
     folder = store.local_path(out) if store.is_local(out) else None
     if folder is not None:
-        _make_folder(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make {folder}: {error.strerror or error}") from error
         found.append(Lines(folder / LINES))
     if part.tensorboard and folder is not None:
         found.append(TensorBoard(folder / BOARD))
@@ -147,17 +150,3 @@ def open_trackers(part: TrackingPart, out: str, facts: Mapping[str, Any]) -> Seq
     if part.mlflow:
         found.append(MLflow(part.mlflow, facts))
     return found
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {folder}: {error.strerror or error}") from error
-
-
-def _import_package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingPackage(f"tracking with {name} needs its package: pip install 'wsi-mmm[{name}]'") from error

@@ -34,7 +34,7 @@ class Change:
     ``flips``: left and right; ``quarters``: turns by right angles; ``angle``: degrees that it is turned further at
     most; ``scale``: objects get up to 1 + scale times as large or small; ``shift``: sizes of a crop that it may lie
     beside the middle of a sample cut out for it (whole images: any place in them, and this much beyond). ``place``:
-    False puts every crop in the middle. Boxes of what is turned by free angles get loose: a box turns as a rectangle.
+    False puts every crop in the middle. Boxes turned by free angles get loose: a box turns as a rectangle.
     """
 
     flips: bool = True
@@ -128,15 +128,13 @@ def cut(pixels: U8, theta: F32, size: int) -> tuple[U8, F32]:
     return pixels[low[1] : high[1], low[0] : high[0]], moved
 
 
-def padded(pictures: Sequence[U8]) -> tuple[U8, I64]:
-    """Pictures uint8[h, w, 3] of any sizes as one uint8[n, H, W, 3], white beside them, and int64[n, 2] their sizes."""
-    sizes = np.array([p.shape[:2] for p in pictures], np.int64).reshape(-1, 2)
-    height, width = sizes.max(0) if len(sizes) else (0, 0)
-    even = bool((sizes == (height, width)).all())
-    out = (np.empty if even else lambda s, t: np.full(s, 255, t))((len(pictures), height, width, 3), np.uint8)
+def padded(pictures: Sequence[U8]) -> U8:
+    """Pictures uint8[h, w, 3] of any sizes as one uint8[n, H, W, 3], white beside the smaller ones."""
+    height, width = np.array([picture.shape[:2] for picture in pictures]).max(0)
+    out = np.full((len(pictures), height, width, 3), 255, np.uint8)
     for place, picture in zip(out, pictures, strict=True):
         place[: picture.shape[0], : picture.shape[1]] = picture
-    return out, sizes
+    return out
 
 
 # ---------------------------------------------------------------- pixels, on the device
@@ -145,46 +143,36 @@ def padded(pictures: Sequence[U8]) -> tuple[U8, I64]:
 def warp_pixels(pixels: Tensor, theta: Tensor, size: int) -> Tensor:
     """uint8[n, H, W, 3] (white beside smaller pictures) -> float32[n, 3, size, size] in [0, 1], channels_last.
 
-    ``theta`` float32[n, 2, 3] on the CPU: what is to be done is decided there, without waiting for the device.
+    ``theta`` float32[n, 2, 3] on the CPU: the way to sample is chosen there, without waiting for the device.
     Warps that copy are copied; the others are bilinear, of averages of 2 ** k px where they show less.
     """
     if len(theta) != len(pixels) or theta.device.type != "cpu":
         raise ValueError("theta must be on the CPU, with one warp for each picture")
-    ways = _sampling_levels(theta.numpy())
-    if len(set(ways)) == 1:
-        return _one_way(pixels, theta, size=size, way=ways[0])
+    levels = [_sampling_level(one) for one in theta.numpy()]
+    if len(set(levels)) == 1:
+        return _warp_alike(pixels, theta, size=size, level=levels[0])
     out = torch.empty((len(pixels), size, size, 3), device=pixels.device).permute(0, 3, 1, 2)
-    for way in sorted(set(ways)):
-        which = torch.tensor([i for i, w in enumerate(ways) if w == way])
+    for level in sorted(set(levels)):
+        which = torch.tensor([i for i, one in enumerate(levels) if one == level])
         there = which.to(pixels.device)
-        out[there] = _one_way(pixels[there], theta[which], size=size, way=way)
+        out[there] = _warp_alike(pixels[there], theta[which], size=size, level=level)
     return out
 
 
-def _sampling_levels(thetas: F32) -> list[int]:
-    """-1: copies; k >= 0: sampled from averages of 2 ** k px, of which a crop px spans 1.5 at most (k <= 6)."""
-    out = []
-    for theta in thetas:
-        span = float(np.linalg.norm(theta[:, :2].astype(np.float64), axis=0).max())
-        out.append(-1 if _is_exact(theta) else min(6, max(0, math.ceil(math.log2(max(span, 1e-6) / 1.5)))))
-    return out
+def _sampling_level(theta: F32) -> int:
+    """-1: px are copied; k >= 0: sampled from averages of 2 ** k px, of which a crop px spans 1.5 at most (k <= 6)."""
+    span = float(np.linalg.norm(theta[:, :2].astype(np.float64), axis=0).max())
+    return -1 if _is_exact(theta) else min(6, max(0, math.ceil(math.log2(max(span, 1e-6) / 1.5))))
 
 
-def _one_way(pixels: Tensor, theta: Tensor, *, size: int, way: int) -> Tensor:
-    if not len(pixels):
-        return torch.empty((0, 3, size, size), device=pixels.device)
-    if way < 0:
+def _warp_alike(pixels: Tensor, theta: Tensor, *, size: int, level: int) -> Tensor:
+    """Warp pictures of one `_sampling_level`."""
+    if level < 0:
         return _copy_pixels(pixels, theta, size)
-    x, y = _sample_coordinates(theta.to(pixels.device, non_blocking=True), size)
-    return _sample_pixels(pixels, x, y, level=way)
-
-
-def _sample_coordinates(theta: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Sample px float32[n, size, size] (x, y) of the middles of crop px."""
-    t = torch.arange(size, device=theta.device, dtype=torch.float32) + 0.5
-    a, b, c = (theta[:, :, k, None, None] for k in range(3))
-    both = a * t + b * t[:, None] + c
-    return both[:, 0], both[:, 1]
+    t = torch.arange(size, device=pixels.device, dtype=torch.float32) + 0.5
+    a, b, c = (theta.to(pixels.device, non_blocking=True)[:, :, k, None, None] for k in range(3))
+    both = a * t + b * t[:, None] + c  # sample px (x, y) of the middles of crop px
+    return _sample_pixels(pixels, both[:, 0], both[:, 1], level=level)
 
 
 def _copy_pixels(pixels: Tensor, theta: Tensor, size: int) -> Tensor:
@@ -299,7 +287,7 @@ def _warp_boxes(boxes: Boxes, theta: F32, *, size: int, visible: float) -> Boxes
     moved = _move_boxes(boxes.xyxy.astype(np.float64), theta)
     clipped = np.clip(moved, 0.0, size)
     shown = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
-    share = _box_areas(clipped) / np.maximum(_box_areas(moved), 1e-9)
+    share = box_areas(clipped) / np.maximum(box_areas(moved), 1e-9)
     labels = np.where(share < visible, -1, boxes.labels)[shown]
     beyond = _outside_boxes(theta, (boxes.height, boxes.width), size)
     xyxy = np.concatenate([clipped[shown], beyond]).astype(np.float32)
@@ -314,7 +302,8 @@ def _move_boxes(xyxy: F64, theta: F32) -> F64:
     return np.concatenate([there.min(1), there.max(1)], axis=1)
 
 
-def _box_areas(xyxy: F64) -> F64:
+def box_areas(xyxy: F64) -> F64:
+    """Areas float64[n] of boxes float64[n, 4] (x0, y0, x1, y1)."""
     area: F64 = (xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1])
     return area
 
@@ -328,20 +317,23 @@ def _outside_boxes(theta: F32, shape: tuple[int, int], size: int) -> F64:
     x, y = places(theta, size)
     outside: Mask = ~np.broadcast_to(_inside_mask(x, y, shape), (size, size))
     band = 1 if 1 in x.shape else _BAND
-    runs: dict[tuple[int, int], list[int]] = {}  # columns -> the rows that they were last seen in
-    found: list[tuple[int, int, int, int]] = []
-    for y0 in range(0, size, band):
-        y1 = min(size, y0 + band)
-        now = _true_runs(np.logical_and.reduce(outside[y0:y1]))
-        found += [(x0, rows[0], x1, rows[1]) for (x0, x1), rows in runs.items() if (x0, x1) not in now]
-        runs = {run: [runs[run][0] if run in runs else y0, y1] for run in now}
-    found += [(x0, rows[0], x1, rows[1]) for (x0, x1), rows in runs.items()]
-    return np.array(found, np.float64).reshape(-1, 4)
+    bands = np.logical_and.reduceat(outside, np.arange(0, size, band), axis=0)
+    found: F64 = np.minimum(rectangles(bands) * np.array([1, band, 1, band]), size)
+    return found
 
 
-def _true_runs(line: Mask) -> list[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], line, [False]]).astype(np.int8)))
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+def rectangles(mask: Mask) -> F64:
+    """The True cells of bool[h, w] as disjoint rectangles float64[k, 4] (x0, y0, x1, y1): runs of a row, joined with
+    the same run of the rows below."""
+    done: list[tuple[int, int, int, int]] = []
+    growing: dict[tuple[int, int], int] = {}  # run -> row it begins in
+    for row in range(len(mask) + 1):
+        line = np.concatenate([[False], mask[row], [False]]) if row < len(mask) else np.zeros(2, bool)
+        edges = np.flatnonzero(line[1:] != line[:-1]).reshape(-1, 2)
+        runs = {(int(x0), int(x1)) for x0, x1 in edges}
+        done += [(x0, top, x1, row) for (x0, x1), top in growing.items() if (x0, x1) not in runs]
+        growing = {run: growing.get(run, row) for run in sorted(runs)}
+    return np.array(done, np.float64).reshape(-1, 4)
 
 
 def _crop_corners(theta: F32, size: int) -> F64:
@@ -352,5 +344,5 @@ def _crop_corners(theta: F32, size: int) -> F64:
 
 
 def _is_exact(theta: F32) -> bool:
-    """Whether px are copied as they are: right angles, flips and whole shifts."""
+    """Return whether px are copied as they are: right angles, flips and whole shifts."""
     return _right_angled(theta[:, :2].astype(np.float64)) and bool((theta[:, 2] == np.round(theta[:, 2])).all())

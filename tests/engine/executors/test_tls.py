@@ -49,8 +49,8 @@ def test_certificates_are_never_used_for_an_open_connection(tmp_path: Path) -> N
 
 def test_the_environment_names_the_folder() -> None:
     """WSI_MMM_TLS, empty as if it were not set."""
-    assert default_tls({"WSI_MMM_TLS": "/certs"}) == "/certs"
-    assert default_tls({"WSI_MMM_TLS": ""}) is None
+    assert default_tls("tls://h:1", {"WSI_MMM_TLS": "/certs"}) == "/certs"
+    assert default_tls("tls://h:1", {"WSI_MMM_TLS": ""}) is default_tls("tcp://h:1", {"WSI_MMM_TLS": "/certs"}) is None
 
 
 @pytest.fixture(scope="module")

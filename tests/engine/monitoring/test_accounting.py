@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from helpers.plans import facts_of
-from wsi_mmm.engine.monitoring.accounting import RunAccounting, SlideTotals
+from wsi_mmm.engine.monitoring.accounting import BusyTimes, RunAccounting, busy_share
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.units import ForwardResult, InterpretResult, SlideTask, WorkUnit, failure_of
 from wsi_mmm.errors import StorageError
@@ -126,8 +126,9 @@ def test_a_change_of_stage_costs_a_microsecond_or_two() -> None:
 
 def test_busy_share_is_the_union_of_model_time_over_wall_time() -> None:
     """Overlapping model threads of one worker are not counted twice."""
-    totals = SlideTotals(busy=[("a:1", 100.0, 104.0), ("a:1", 102.0, 106.0), ("a:1", 108.0, 110.0)])
-    assert totals.busy_share(100.0, 110.0) == pytest.approx(0.8)
+    times = BusyTimes()
+    times.add("a:1", [(100.0, 104.0), (102.0, 106.0), (108.0, 110.0)])
+    assert busy_share(times.within(100.0, 110.0), 10.0) == pytest.approx(0.8)
 
 
 def test_a_slide_counts_the_model_busy_with_its_neighbours_too() -> None:
@@ -141,4 +142,4 @@ def test_a_slide_counts_the_model_busy_with_its_neighbours_too() -> None:
         other = WorkUnit("interpret", replace(TASK, id=name))
         accounting.watch(InterpretResult(facts_of(other, StepTime("interpret", 1, 0.0, 20.0), worker="b:2")))
     for name in ("s0", "s1"):
-        assert accounting.close_slide(name, 10.0, 20.0).busy_share(10.0, 20.0) == pytest.approx(0.7)
+        assert busy_share(accounting.close_slide(name, 10.0, 20.0).busy, 10.0) == pytest.approx(0.7)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from wsi_mmm.engine.monitoring.busy import BusyTimes
+from wsi_mmm.engine.monitoring.accounting import BusyTimes
 
 
 def covered(spans: list[tuple[float, float]], since: float, until: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from wsi_mmm.engine.events import Event
-from wsi_mmm.engine.monitoring.hooks import Hooks, combine_hooks, redact_uris
+from wsi_mmm.engine.monitoring.observe import Hooks, combine_hooks, redact_uris
 from wsi_mmm.engine.units import PlanResult, UnitFacts
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from wsi_mmm.engine.monitoring import metrics, workers
+from wsi_mmm.engine.monitoring import metrics
 from wsi_mmm.engine.monitoring.metrics import MetricsRecorder, serving
 from wsi_mmm.engine.monitoring.observe import Hooks
 from wsi_mmm.engine.units import ForwardResult, UnitFacts
@@ -107,14 +107,14 @@ def test_a_worker_counts_where_it_serves_metrics(monkeypatch: pytest.MonkeyPatch
     """Only where distributed has loaded prometheus_client, and then among what it serves there; elsewhere nothing."""
     registry = prometheus_client.CollectorRegistry()
     monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
-    monkeypatch.setattr(workers, "_recorders", [])
+    monkeypatch.setattr(metrics, "_recorders", [])
     monkeypatch.delitem(sys.modules, "distributed.worker", raising=False)
     result = ForwardResult(UnitFacts("forward", "s", worker="a:1"), 4)
-    workers.count_here(result)
+    metrics.count_here(result)
     assert registry.get_sample_value("wsi_mmm_tiles_total") is None
     monkeypatch.setitem(sys.modules, "distributed.worker", types.ModuleType("distributed.worker"))
-    workers.count_here(result)
-    workers.count_here(result)
+    metrics.count_here(result)
+    metrics.count_here(result)
     assert registry.get_sample_value("wsi_mmm_tiles_total") == 8
     assert registry.get_sample_value("wsi_mmm_units_in_flight", {"kind": "forward"}) is None
 

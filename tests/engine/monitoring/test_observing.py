@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from wsi_mmm.engine.monitoring import traces
-from wsi_mmm.engine.monitoring.observe import Hooks, Observe, observing
+from wsi_mmm.engine.monitoring.observe import Hooks, Observe
+from wsi_mmm.engine.run import observing
 from wsi_mmm.errors import OptionError
 
 Story = Callable[[Hooks], None]
@@ -23,8 +24,8 @@ def test_nothing_is_loaded_or_begun_unless_asked_for() -> None:
     code = """
 import logging, sys, threading
 import wsi_mmm.api
-from wsi_mmm.engine.monitoring.observe import observing
 from wsi_mmm.engine.events import Event
+from wsi_mmm.engine.run import observing
 with observing() as seen:
     seen.listener(Event("stage", "s"))
     assert threading.active_count() == 1

@@ -23,7 +23,7 @@ RECIPE = Recipe("default", "hash", (), 0.5, 256, 0)
 def report_in(folder: Path) -> run_report.RunReport:
     """The report of a run over one slide that was done."""
     task = SlideTask("s", "s.svs", str(folder / "s"), RECIPE)
-    report = run_report.begin_report(str(folder), RECIPE, [task])
+    report = run_report.RunReport(str(folder), RECIPE, (task.id,))
     report.add(SlideState(task, status=SlideStatus.DONE, tiles=4, started=1.0, ended=3.0))
     report.save()
     return report
@@ -58,7 +58,7 @@ def test_an_output_that_cannot_be_written_is_named_as_the_user_gave_it(tmp_path:
 def test_a_report_says_where_the_time_went(tmp_path: Path) -> None:
     """Per slide and per worker in report.json, the workers as a table in report.html, names of hosts as text."""
     task = SlideTask("s", "s.svs", str(tmp_path / "s"), RECIPE)
-    report = run_report.begin_report(str(tmp_path), RECIPE, [task])
+    report = run_report.RunReport(str(tmp_path), RECIPE, (task.id,))
     unit = WorkUnit("forward", task)
     report.accounting.watch(unit)
     time = StepTime("read", 1, 10.0, 14.0, {"decode": 3.0, "fetch": 1.0})
@@ -77,7 +77,7 @@ def test_a_report_says_where_the_time_went(tmp_path: Path) -> None:
 def test_a_report_is_read_back_as_it_was_saved(tmp_path: Path) -> None:
     """Rows, their extras, the order and the exit code."""
     plan = plan_of(300, 300, 2, 8, 1.0, 0)
-    report = run_report.begin_report(str(tmp_path), plan.slide.recipe, [plan.slide])
+    report = run_report.RunReport(str(tmp_path), plan.slide.recipe, (plan.slide.id,))
     report.accounting.watch(result_of(WorkUnit("plan", plan.slide), plan=plan))
     report.add(SlideState(plan.slide, status=SlideStatus.DONE, plan=plan, tiles=25, started=1.0, ended=3.0))
     report.save()

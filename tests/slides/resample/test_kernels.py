@@ -39,14 +39,35 @@ def test_sums_are_exact_for_any_number_of_weights(down: int, across: int) -> Non
     source = rng.integers(0, 256, (60, 70, 3), dtype=np.uint8)
     y, x = weights(rng, 21, down, 60), weights(rng, 19, across, 70)
     frame = np.full((21, 19 * 3 + 10), 77, np.uint8)
-    target = frame[:, 5:-5]
+    target = np.lib.stride_tricks.as_strided(frame[:, 5:], (21, 19, 3), (frame.strides[0], 3, 1))
     sums = np.zeros((kernels.ROWS, 70 * 3 + kernels.PAD), np.uint16)
+    band = np.zeros((kernels.ROWS, 19 * 3 + kernels.PAD), np.uint8)
     y32, x32 = y[1].astype(np.uint32), x[1].astype(np.uint32)
     above, edge = np.empty((0, 210), np.uint8), np.empty((21, 0), np.uint16)
-    kernels.average_tile(source.reshape(60, -1), above, edge, y[0], y32, x[0], x32, target, sums)
-    assert np.array_equal(target.reshape(21, 19, 3), plain(source, (y, x)))
+    places = kernels.target_places(np.array([[0, 0]]), [target])
+    kernels.average_tile(source, above, edge, y[0], y32, x[0], x32, places, (0, 0), (0, 70), sums, band)
+    assert np.array_equal(target, plain(source, (y, x)))
     assert (frame[:, :5] == 77).all()
     assert (frame[:, -5:] == 77).all()
+
+
+def test_pixels_go_to_every_place_that_they_lie_in() -> None:
+    """Places overlap, reach beyond what is averaged, or lie aside of it: each gets its part, and no more."""
+    rng = np.random.default_rng(4)
+    source = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    y, x = taps(0, 20, 1.9), taps(0, 25, 1.9)
+    whole = resample(source[: y.stop, : x.stop], y, x)
+    xy = np.array([[0, 0], [5, 3], [-4, -6], [18, 12], [40, 2], [3, 30]])
+    out = [np.full((13, 13, 3), 77, np.uint8) for _ in xy]
+    sums = np.zeros((kernels.ROWS, 50 * 3 + kernels.PAD), np.uint16)
+    band = np.zeros((kernels.ROWS, 25 * 3 + kernels.PAD), np.uint8)
+    above, edge = np.empty((0, 150), np.uint8), np.empty((20, 0), np.uint16)
+    kernels.average_tile(source, above, edge, y.begin, y.weight, x.begin, x.even_weight(),
+                         kernels.target_places(xy, out), (0, 0), (0, 50), sums, band)  # fmt: skip
+    frame = np.full((60, 70, 3), 77, np.uint8)
+    frame[10:30, 10:35] = whole
+    for (left, top), one in zip(xy.tolist(), out, strict=True):
+        assert np.array_equal(one, frame[10 + top : 23 + top, 10 + left : 23 + left])
 
 
 @pytest.mark.parametrize("value", [0, 1, 127, 254, 255])
@@ -90,7 +111,9 @@ def test_tile_after_tile_is_the_whole_picture(scale: float) -> None:
     picture, side = rng.integers(0, 256, (96, 128, 3), dtype=np.uint8), 32
     y, x = taps(1, int(90 / scale), scale), taps(2, int(110 / scale), scale)
     want = resample(picture[y.first : y.stop, x.first : x.stop], y, x)
-    out = np.zeros((len(y.begin), len(x.begin) * 3), np.uint8)
+    out = np.zeros((len(y.begin), len(x.begin), 3), np.uint8)
+    places = kernels.target_places(np.array([[0, 0]]), [out])
+    band = np.zeros((kernels.ROWS, 3 * len(x.begin) + kernels.PAD), np.uint8)
     sums = np.zeros((kernels.ROWS, 3 * (x.taps + side) + kernels.PAD), np.uint16)
     above = np.zeros((128 // side, y.taps, 3 * side), np.uint8)
     row_stops = [0, *(y.count_complete(bottom) for bottom in (32, 64, 96))]
@@ -100,7 +123,8 @@ def test_tile_after_tile_is_the_whole_picture(scale: float) -> None:
         for column, (k0, k1) in enumerate(pairwise(column_stops)):
             tile = np.ascontiguousarray(picture[row * side : (row + 1) * side, column * side : (column + 1) * side])
             kernels.average_tile(
-                tile.reshape(side, 3 * side), above[column], edge, y.begin[r0:r1] - row * side, y.weight[r0:r1],
-                x.begin[k0:k1] - (column * side - x.taps), x.even_weight()[k0:k1], out[r0:r1, 3 * k0 : 3 * k1], sums,
+                tile, above[column], edge, y.begin[r0:r1] - row * side, y.weight[r0:r1],
+                x.begin[k0:k1] - (column * side - x.taps), x.even_weight()[k0:k1], places, (r0, k0), (0, side), sums,
+                band,
             )  # fmt: skip
-    assert np.array_equal(out.reshape(want.shape), want)
+    assert np.array_equal(out, want)

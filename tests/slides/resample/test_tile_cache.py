@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from wsi_mmm.slides.resample.tile_cache import TileCache
+from wsi_mmm.slides.resample.tiled import TileCache
 
 
 def test_several_threads_load_each_key_once() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from wsi_mmm.slides.resample.scaled import sources_of
 from wsi_mmm.slides.resample.tiled import Tiling
-from wsi_mmm.slides.service.cuts import GridCuts, RectangleCuts, rectangles
+from wsi_mmm.slides.service.cuts import GRID_CUTS, RECTANGLE_CUTS, rectangles
 from wsi_mmm.types import Level
 
 
@@ -38,9 +38,9 @@ def test_a_full_block_is_as_few_as_can_be() -> None:
 
 def test_small_levels_are_one_picture_and_cells_are_whole_native_tiles() -> None:
     """Up to 4 megapixels; beyond, about 1024 px on the grid and about 256 px in rectangles."""
-    for cuts, side, mark in ((GridCuts(), 960, 1024), (RectangleCuts(), 240, 256)):
+    for cuts, side, mark in ((GRID_CUTS, 960, 1024), (RECTANGLE_CUTS, 240, 256)):
         assert cuts.sides(Level(2048, 2048, 1, 1, 256, 256)) == (2048, 2048)
         large = Level(9999, 9999, 1, 1, 240, 240)
         assert cuts.sides(large) == (side, side) and cuts.fingerprint_side(large) == mark
-    assert GridCuts().pictures([3, 4], cells(5120, 5120)) == [[3], [4]]
-    assert RectangleCuts().pictures([3, 4], cells(5120, 5120)) == [[3, 4]]
+    assert GRID_CUTS.pictures([3, 4], cells(5120, 5120)) == [[3], [4]]
+    assert RECTANGLE_CUTS.pictures([3, 4], cells(5120, 5120)) == [[3, 4]]

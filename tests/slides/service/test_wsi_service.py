@@ -28,11 +28,11 @@ from wsi_mmm.errors import (
 )
 from wsi_mmm.inputs import expand_inputs
 from wsi_mmm.slides import open_slide
-from wsi_mmm.slides.service.cuts import GridCuts
+from wsi_mmm.slides.service.cuts import GRID_CUTS
 from wsi_mmm.slides.service.info import parse_slide_info, storage_path
 from wsi_mmm.slides.service.reader import PictureRoutes, ServiceReader, decode_picture
 from wsi_mmm.slides.service.wsi_service import _service_token, parse_address
-from wsi_mmm.storage.uris import is_service
+from wsi_mmm.storage.base import is_service
 from wsi_mmm.tiles.stream import stream
 from wsi_mmm.types import Block, Grid, Level
 
@@ -90,11 +90,11 @@ def test_opening_is_one_request_and_the_fingerprint_another(web: FakeService) ->
 
 def test_small_levels_are_one_picture_and_large_ones_are_cut_in_whole_native_tiles() -> None:
     """No picture is of more than 25 megapixels, whatever the tiles are said to be."""
-    assert GridCuts().sides(Level(2048, 2048, 1, 1, 256, 256)) == (2048, 2048)
-    assert GridCuts().sides(Level(2049, 2048, 1, 1, 256, 256)) == (1024, 1024)
-    assert GridCuts().sides(Level(9999, 9999, 1, 1, 240, 300)) == (960, 900)
-    assert GridCuts().sides(Level(9999, 9999, 1, 1, 2048, 2048)) == (2048, 2048)
-    assert GridCuts().sides(Level(10**6, 10**6, 1, 1, 10**6, 1)) == (1024, 1024)
+    assert GRID_CUTS.sides(Level(2048, 2048, 1, 1, 256, 256)) == (2048, 2048)
+    assert GRID_CUTS.sides(Level(2049, 2048, 1, 1, 256, 256)) == (1024, 1024)
+    assert GRID_CUTS.sides(Level(9999, 9999, 1, 1, 240, 300)) == (960, 900)
+    assert GRID_CUTS.sides(Level(9999, 9999, 1, 1, 2048, 2048)) == (2048, 2048)
+    assert GRID_CUTS.sides(Level(10**6, 10**6, 1, 1, 10**6, 1)) == (1024, 1024)
 
 
 def test_a_run_over_tissue_asks_once_for_what_it_needs(web: FakeService, board: Board) -> None:

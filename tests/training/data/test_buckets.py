@@ -8,7 +8,7 @@ import pytest
 from shapely.geometry import box
 
 from conftest import RealData
-from wsi_mmm.annotations import Dot, Shape, Shapes, load_shapes
+from wsi_mmm.annotations import Dot, Shape, Shapes, parse_shapes
 from wsi_mmm.errors import ConfigError
 from wsi_mmm.training.data.buckets import CODES, DROP, IGNORE, USE, Buckets, Rule, dry_run, same_names
 
@@ -90,8 +90,8 @@ def test_a_dry_run_counts_everything_and_names_what_is_left_over() -> None:
 
 def test_real_files_are_sorted_by_their_groups(real_data: RealData) -> None:
     """CAMELYON's regions in ASAP XML, QuPath's own export."""
-    camelyon = load_shapes(real_data.file("annotations/camelyon16_tumor_009.xml"))
-    qupath = load_shapes(real_data.file("annotations/qupath05_example.geojson"))
+    camelyon = parse_shapes(real_data.file("annotations/camelyon16_tumor_009.xml").read_bytes(), "real")
+    qupath = parse_shapes(real_data.file("annotations/qupath05_example.geojson").read_bytes(), "real")
     run = dry_run(same_names(["metastasis"]), [("tumor_009", camelyon, 0.243), ("q", qupath, None)])
     assert sum(line.objects for line in run.lines if line.slide == "tumor_009") == len(camelyon)
     assert any(line.label == "metastasis" and line.objects for line in run.lines)

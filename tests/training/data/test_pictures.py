@@ -202,7 +202,7 @@ def test_slices_of_a_nifti_volume(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "images" / "v1.nii.gz")
     nibabel.save(nibabel.Nifti1Image((values == 100).astype(np.uint8), np.eye(4)), tmp_path / "labels" / "v1.nii.gz")
     source = volumes.nifti_slices(
-        "ct", str(tmp_path / "images"), str(tmp_path / "labels"), task="organ", window=volumes.IntensityWindow(0, 100)
+        "ct", str(tmp_path / "images"), str(tmp_path / "labels"), task="organ", window=(0, 100)
     )
     assert source.index.keys == ["v1.nii.gz#0", "v1.nii.gz#1", "v1.nii.gz#2"] and set(source.index.groups) == {
         "v1.nii.gz"

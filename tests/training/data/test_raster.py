@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from shapely.geometry import MultiPolygon, Polygon, box
 
 from conftest import RealData
-from wsi_mmm.annotations import Dot, Shape, Shapes, load_shapes
+from wsi_mmm.annotations import Dot, Shape, Shapes, parse_shapes
 from wsi_mmm.training.data import raster
-from wsi_mmm.training.data.raster import PixelGrids, paint, pairs_of
-from wsi_mmm.training.data.shapes_index import ShapeIndex, index_shapes, packed_index
+from wsi_mmm.training.data.raster import PixelGrids, ShapeIndex, index_shapes, packed_index, paint, pairs_of
 from wsi_mmm.types import I32
 
 
@@ -172,7 +171,7 @@ def test_nothing_is_indexed_of_an_empty_file() -> None:
 
 def test_camelyon_regions_have_their_area(real_data: RealData) -> None:
     """Every region of a real file, drawn at 16 level-0 px, covers its area to 2 % or 30 px."""
-    shapes = load_shapes(real_data.file("annotations/camelyon16_tumor_009.xml"))
+    shapes = parse_shapes(real_data.file("annotations/camelyon16_tumor_009.xml").read_bytes(), "real")
     index = index_shapes(shapes)
     assert np.allclose(index.areas, [item.geometry.area for item in shapes])
     big = np.argsort(index.areas)[-5:]

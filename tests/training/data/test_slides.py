@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,7 @@ def test_pixels_are_those_of_the_slide_in_the_order_asked_for(tiny_slide: Path, 
             x, y = (int(v) for v in sample.key.partition("@")[2].split(","))
             assert sample.pixels is not None
             assert (sample.pixels == slide.read_region(x - 36, y - 36, 200, 200)).all()
-    assert list(source.index.groups[:1]) == ["a"] and source.facts["a"] == source.facts["b"] == len(source.index) / 2
+    assert list(source.index.groups[:1]) == ["a"] and list(source.index.groups).count("a") * 2 == len(source.index)
     labels = source.read([0], 4000)[0].targets["n"]
     assert isinstance(labels, np.ndarray) and labels[0, 0] == -1  # beyond the slide
 
@@ -164,7 +166,7 @@ def test_without_annotations_tiles_of_tissue_carry_what_the_table_says(tiny_slid
     labels = np.array(rows.targets["stain"], np.int32)
     items = slides_of_table(rows, uri="file", mpp="mpp", root=str(tmp_path), labels=labels)
     source = slide_tiles("d", items, TileSampling(0.5, tile=128, per_slide=10))
-    assert source.facts == {"a": 10, "b": 10}
+    assert Counter(key.partition("@")[0] for key in source.index.keys) == {"a": 10, "b": 10}
     assert source.index.labels.tolist() == [0] * 10 + [1] * 10
     assert set(source.index.groups) == {"P1"}
     assert [sample.targets for sample in source.read([0, 19], 64)] == [{"stain": 0}, {"stain": 1}]
@@ -218,14 +220,27 @@ def test_what_cannot_be_used_is_named(tiny_slide: Path, nuclei: str, tmp_path: P
     with pytest.raises(AnnotationError, match=r"x\.geojson"):
         the_tiles(tiny_slide, str(tmp_path / "x.geojson"), places, spec)
     items = [SlideItem("s", str(tiny_slide), annotations=nuclei), SlideItem("gone", str(tmp_path / "none.svs"))]
-    source = slide_tiles("d", items, places, [spec], keep_going=True)
-    assert set(source.broken) == {"gone"} and set(source.index.groups) == {"s"}
+    with pytest.raises(SlideNotFound, match=r"none\.svs"):
+        slide_tiles("d", items, places, [spec])
     for wrong in ({"kind": "survive"}, {"background": "x"}, {"values": ("a",)}, {"min_share": 0.0}):
         with pytest.raises(ConfigError, match="task 'n'"):
             AnnotationTarget(**({"task": "n", "kind": "segment", "buckets": NUCLEI} | wrong))  # type: ignore[arg-type]
     for places_wrong in ({"stride": 300}, {"tile": 0}, {"by": "objects"}):
         with pytest.raises(ConfigError):
             TileSampling(0.5, **places_wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "kind", ["classify", "multilabel", "regress", "segment", "multisegment", "instances", "detect"]
+)
+def test_a_slide_without_a_tile_to_learn_from_gives_none(
+    tiny_slide: Path, nuclei: str, tmp_path: Path, kind: str
+) -> None:
+    """Its annotations are of other classes; the tiles of the other slide are there."""
+    other = geojson(tmp_path / "other.geojson", [("vessel", box(0, 0, 90, 90))])
+    spec = AnnotationTarget("n", kind, NUCLEI, min_share=0.01, values=("score",) if kind == "regress" else ())
+    items = [SlideItem("a", str(tiny_slide), annotations=nuclei), SlideItem("b", str(tiny_slide), annotations=other)]
+    assert set(slide_tiles("d", items, TileSampling(0.5, tile=128), [spec]).index.groups) == {"a"}
 
 
 def test_annotations_are_found_beside_slides(tiny_slide: Path, nuclei: str) -> None:
@@ -350,9 +365,10 @@ def test_slides_in_a_bucket_give_the_same_samples(
         boto3.client("s3").create_bucket(Bucket="train")
         store.write_bytes("s3://train/s.tiff", tiny_slide.read_bytes())
         store.write_bytes("s3://train/s.geojson", Path(nuclei).read_bytes())
-        store.write_bytes("s3://train/t.csv", b"slide,file,notes\ns,s.tiff,s.geojson\n")
+        store.write_bytes("s3://train/t.csv", b"slide,file\ns,s.tiff\n")
         table = slide_table(read_table("s3://train/t.csv"), [])
-        items = slides_of_table(table, uri="file", annotations="notes", root="s3://train")
+        (item,) = slides_of_table(table, uri="file", root="s3://train")
+        items = [replace(item, annotations="s3://train/s.geojson")]
         spec = AnnotationTarget("n", "instances", NUCLEI, complete=True)
         pool, caching = SlidePool(), TileCaching("s3://train/cache", "on")
         far = slide_tiles("d", items, TileSampling(0.5, tile=128), [spec], pool=pool, caching=caching)

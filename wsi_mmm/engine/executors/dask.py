@@ -29,23 +29,25 @@ from wsi_mmm import timing
 from wsi_mmm._version import __version__
 from wsi_mmm.engine.events import Listener
 from wsi_mmm.engine.executors import isolated, wire
-from wsi_mmm.engine.executors.bundles import UnitPace, make_bundles
-from wsi_mmm.engine.executors.isolated import describe_unit
-from wsi_mmm.engine.executors.job_registry import JobRegistry, JobStatus, LiveJobs, new_job_id, publishing_status
-from wsi_mmm.engine.executors.pools import (
+from wsi_mmm.engine.executors.bundles import (
     LABEL_RESOURCE,
     MODELS,
     POOLS,
     PRIORITY_OF_KIND,
     READERS,
     Pool,
+    UnitPace,
     WorkerFacts,
+    make_bundles,
     pool_of,
     workers_with,
 )
+from wsi_mmm.engine.executors.isolated import describe_unit
+from wsi_mmm.engine.executors.job_registry import JobRegistry, JobStatus, LiveJobs, new_job_id, publishing_status
 from wsi_mmm.engine.executors.tls import Tls
 from wsi_mmm.engine.executors.wire import SentResult
 from wsi_mmm.engine.job import JobProgress
+from wsi_mmm.engine.monitoring.metrics import count_here
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.stages import perform
 from wsi_mmm.engine.stages.prefetch import UnitPrefetch
@@ -67,26 +69,27 @@ RECIPES = "wsi-mmm-recipes"  # where the scheduler keeps them, by key
 SentFuture = Future[list[SentResult]]
 
 
-def run_bundle(bundle: bytes) -> list[SentResult]:
-    """Run units on a worker; ``bundle``: a unit a line. Our errors become Failures; on others Dask tries once more."""
+def run_bundle(bundle: bytes, *, isolate: bool = False) -> list[SentResult]:
+    """Run units on a worker; ``bundle``: a unit a line. Our errors become Failures; on others Dask tries once more.
+
+    With ``isolate`` each unit runs in a process of its own: when that dies the worker lives, and the unit is a Failure.
+    """
     units = [wire.unpack_unit(line, _recipe_from_scheduler) for line in bundle.split(b"\n")]
+    if isolate:
+        return [_pack_result(isolated.perform, unit) for unit in units]
     with contextlib.closing(UnitPrefetch()) as prefetch:
         prefetch.announce_bundle(units)
         step = partial(perform.perform, fetches=prefetch.fetches)
-        return [_pack_result(lambda unit: retry_unit(step, unit), unit) for unit in units]
-
-
-def run_bundle_isolated(bundle: bytes) -> list[SentResult]:
-    """The same, each unit in a process of its own: when that dies the worker lives, and the unit is a Failure."""
-    units = [wire.unpack_unit(line, _recipe_from_scheduler) for line in bundle.split(b"\n")]
-    return [_pack_result(isolated.perform, unit) for unit in units]
+        return [_pack_result(partial(retry_unit, step), unit) for unit in units]
 
 
 def _pack_result(step: Callable[[WorkUnit], UnitResult], unit: WorkUnit) -> SentResult:
     try:
-        return wire.pack_result(step(unit))
+        result = step(unit)
     except WsiError as error:
         return failure_of(unit, error)
+    count_here(result)
+    return wire.pack_result(result)
 
 
 def _recipe_from_scheduler(key: str) -> str | None:
@@ -126,8 +129,10 @@ class DaskExecutor:
         self._workers = workers_of(client)
         self._unfit = self._find_unfit(self._workers)
         warnings = tuple(f"worker {name} cannot be used: {reason}" for name, reason in sorted(self._unfit.items()))
-        alone = jobs is not None or cluster is not None
-        self.capabilities = Capabilities(True, dashboard_of(client), warnings, None if alone else self._announce_run)
+        alone, dashboard = jobs is not None or cluster is not None, ""
+        with contextlib.suppress(KeyError):  # raised where there is none
+            dashboard = store.redact(client.dashboard_link or "")
+        self.capabilities = Capabilities(True, dashboard, warnings, None if alone else self._announce_run)
         self._places = self._count_places()
         if not self._workers:
             raise ClusterError("the scheduler has no workers: start some with 'dask worker ADDRESS'")
@@ -210,29 +215,29 @@ class DaskExecutor:
         """The next result, or None after ``timeout`` seconds; ClusterError when the scheduler is gone."""
         if not self._inbox:
             for kind in list(self._outbox):
-                self._send_bundles(run_bundle, make_bundles(self._outbox.pop(kind), self._pace.size(kind)))
+                self._send_bundles(make_bundles(self._outbox.pop(kind), self._pace.size(kind)))
             self._collect_results(timeout)
         return self._inbox.popleft() if self._inbox else None
 
     # ------------------------------------------------------------ to the scheduler
 
-    def _send_bundles(self, function: Callable[[bytes], list[SentResult]], bundles: list[list[WorkUnit]]) -> None:
+    def _send_bundles(self, bundles: list[list[WorkUnit]], *, isolate: bool = False) -> None:
         """Send units of one kind in one message; a worker that dies is replaced, and its units are run again."""
         kind = bundles[0][0].kind
         futures = self._client.map(
-            function,
+            partial(run_bundle, isolate=True) if isolate else run_bundle,
             [
                 b"\n".join(wire.pack_unit(unit, self._recipe_key(unit.slide.recipe)) for unit in units)
                 for units in bundles
             ],
             # Keys begin with a few names, whatever the number of slides: Dask never forgets such a prefix.
             key=[
-                (kind, f"{unit.slide.id} {unit.block[0]}-{unit.block[1]}", self._unique_suffix())
+                (kind, f"{unit.slide.id} {unit.block[0]}-{unit.block[1]}", f"{self._token}-{next(self._number)}")
                 for unit, *_ in bundles
             ],
             pure=False,
             retries=1,
-            workers=self._fit_workers(),
+            workers=sorted(self._workers.keys() - self._unfit.keys()) if self._unfit else None,  # None: all of them
             resources=self._needs.get(pool_of(kind)),
             priority=PRIORITY_OF_KIND[kind],
         )
@@ -246,13 +251,6 @@ class DaskExecutor:
         units = self._flying.pop(future)
         self._taken[pool_of(units[0].kind)] -= 1
         return units
-
-    def _unique_suffix(self) -> str:
-        return f"{self._token}-{next(self._number)}"
-
-    def _fit_workers(self) -> list[str] | None:
-        """None: all of them."""
-        return sorted(self._workers.keys() - self._unfit.keys()) if self._unfit else None
 
     def _recipe_key(self, recipe: Recipe) -> str:
         """The key of a recipe; the scheduler keeps the recipe from now on."""
@@ -311,7 +309,7 @@ class DaskExecutor:
         died, names = isinstance(error, KilledWorker), {unit.name for unit in units}
         if len(units) > 1 or (died and not names & self._suspects):
             self._suspects |= names if died else set()
-            self._send_bundles(run_bundle_isolated if died else run_bundle, make_bundles(units, 1))
+            self._send_bundles(make_bundles(units, 1), isolate=died)
             return
         if died:
             error = ClusterError(f"{describe_unit(units[0])}: every worker that tried it died; out of memory?")
@@ -325,13 +323,6 @@ class DaskExecutor:
             self._client.close()
         if self._cluster is not None:
             self._cluster.close(timeout=20)
-
-
-def dashboard_of(client: Client) -> str:
-    """The address of the scheduler's dashboard; empty where there is none."""
-    with contextlib.suppress(KeyError):
-        return store.redact(client.dashboard_link or "")
-    return ""
 
 
 def workers_of(client: Client) -> dict[str, WorkerFacts]:
@@ -393,8 +384,3 @@ def own_executor(client: Client, cluster: LocalCluster | None = None) -> DaskExe
         if cluster is not None:
             cluster.close(timeout=20)
         raise
-
-
-def attach_executor(client: Client) -> DaskExecutor:
-    """An executor over a client that the caller keeps."""
-    return DaskExecutor(client)

@@ -12,18 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from distributed import Client, Future, get_client, secede
 from distributed.scheduler import KilledWorker
 
 from wsi_mmm import timing
 from wsi_mmm.engine.events import Listener
+from wsi_mmm.engine.executors.bundles import LABEL_RESOURCE
 from wsi_mmm.engine.executors.dask import DaskExecutor, client_of, workers_of
 from wsi_mmm.engine.executors.job_registry import EVERY, JobRegistry, JobStatus, LiveJobs, new_job_id, publishing_status
-from wsi_mmm.engine.executors.pools import LABEL_RESOURCE
 from wsi_mmm.engine.executors.tls import Tls
 from wsi_mmm.engine.job import JobProgress
+from wsi_mmm.engine.monitoring.run_report import RunReport
 from wsi_mmm.errors import Cancelled, ClusterError, WsiError
 
 T = TypeVar("T")
@@ -179,7 +180,7 @@ class ClusterJob(Generic[T]):
     def _raise_task_error(self) -> None:
         """Raise the error of the job's task, when it ended without a status."""
         with contextlib.suppress(TimeoutError), _translate_errors():
-            future: Any = self.client.get_dataset(_job_key(self.id), default=None)
+            future: Future[Outcome[T]] | None = self.client.get_dataset(_job_key(self.id), default=None)
             if future is not None and future.status in ("error", "cancelled"):
                 future.result(timeout=10)
 
@@ -206,9 +207,9 @@ def _translate_errors() -> Iterator[None]:
         raise ClusterError("the connection to the scheduler was lost; submit the same again to resume") from error
 
 
-def find_job(client: Client | str, name: str, *, tls: Tls | None = None) -> ClusterJob[Any]:
+def find_job(client: Client | str, name: str, *, tls: Tls | None = None) -> ClusterJob[RunReport]:
     """The job of that id on a cluster. ClusterError when there is none."""
-    job: ClusterJob[Any] = ClusterJob(client_of(client, tls=tls), name)
+    job: ClusterJob[RunReport] = ClusterJob(client_of(client, tls=tls), name)
     _ = job.status
     return job
 

@@ -33,14 +33,9 @@ def tls_of(folder: str | Path | None, scheduler: str | None) -> Tls | None:
         raise OptionError(f"{scheduler} is not encrypted; with certificates the address is tls://HOST:PORT")
     paths = [Path(folder).expanduser() / name for name in (CA, CERTIFICATE, KEY)]
     for path in paths:
-        _check_readable(path)
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            wanted = f"the folder of certificates holds {CA}, {CERTIFICATE} and {KEY}"
+            raise OptionError(f"{path} cannot be read ({error.strerror}); {wanted}") from error
     return Tls(*map(str, paths))
-
-
-def _check_readable(path: Path) -> None:
-    try:
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        wanted = f"the folder of certificates holds {CA}, {CERTIFICATE} and {KEY}"
-        raise OptionError(f"{path} cannot be read ({error.strerror}); {wanted}") from error

@@ -8,14 +8,16 @@ slide they add up to the time from starting each of its units to having its resu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from wsi_mmm import timing
-from wsi_mmm.engine.monitoring.busy import BusySpan, BusyTimes
 from wsi_mmm.engine.units import ForwardResult, UnitResult, WorkUnit
 
 Seconds = dict[str, float]
+BusySpan = tuple[str, float, float]
+"""Worker (host:pid), and epoch seconds from when to when its model ran."""
 
 
 def _zero_seconds() -> Seconds:
@@ -25,13 +27,6 @@ def _zero_seconds() -> Seconds:
 def _add_seconds(total: Seconds, more: Seconds) -> None:
     for stage, seconds in more.items():
         total[stage] = total.get(stage, 0.0) + seconds
-
-
-def busy_spans(result: UnitResult) -> Iterator[tuple[float, float]]:
-    """The (start, end) in epoch seconds in which the model ran for a unit: its loading is not counted."""
-    for one in result.facts.times:
-        if one.step == "model":
-            yield one.start + one.seconds.get("prepare", 0.0), one.end
 
 
 @dataclass(slots=True)
@@ -102,27 +97,71 @@ class SlideTotals:
             if result.encoder:
                 self.encoders[facts.worker] = result.encoder
 
-    def busy_share(self, started: float, ended: float) -> float:
-        """Share of a slide's wall time in which the model ran, averaged over the workers that ran it.
 
-        The model counts as busy with whatever slide it works on: slides overlap, and what matters is that it never
-        waits. ``started``, ``ended``: epoch seconds of the slide.
-        """
-        by_worker: dict[str, list[tuple[float, float]]] = {}
-        for worker, start, end in self.busy:
-            by_worker.setdefault(worker, []).append((max(start, started), min(end, ended)))
-        if ended <= started or not by_worker:
-            return 0.0
-        return min(1.0, sum(_union_seconds(spans) for spans in by_worker.values()) / len(by_worker) / (ended - started))
+# ---------------------------------------------------------------- when the models ran
 
 
-def _union_seconds(spans: list[tuple[float, float]]) -> float:
-    """Seconds that lie in at least one of the spans."""
-    total, reached = 0.0, 0.0
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
+def busy_spans(result: UnitResult) -> Iterator[tuple[float, float]]:
+    """The (start, end) in epoch seconds in which the model ran for a unit: its loading is not counted."""
+    for one in result.facts.times:
+        if one.step == "model":
+            yield one.start + one.seconds.get("prepare", 0.0), one.end
+
+
+@dataclass(slots=True)
+class BusyTimes:
+    """Spans of each worker, merged and in order. Adding is cheap, because spans come nearly in order."""
+
+    _starts: dict[str, list[float]] = field(default_factory=dict)
+    _ends: dict[str, list[float]] = field(default_factory=dict)
+    _room: int = 1024  # spans that may be there before the old ones are looked for
+    _count: int = 0
+
+    def add(self, worker: str, spans: Iterable[tuple[float, float]]) -> None:
+        """Add spans (start, end) of a worker; spans that touch are merged."""
+        starts, ends = self._starts.setdefault(worker, []), self._ends.setdefault(worker, [])
+        for start, end in spans:
+            first, last = bisect_left(ends, start), bisect_right(starts, end)
+            self._count += 1 - (last - first)
+            if first < last:
+                start, end = min(start, starts[first]), max(end, ends[last - 1])
+            starts[first:last], ends[first:last] = [start], [end]
+
+    def within(self, since: float, until: float) -> list[BusySpan]:
+        """The spans between two times, cut off at both."""
+        return [
+            (worker, max(since, start), min(until, end))
+            for worker, starts in self._starts.items()
+            for ends in [self._ends[worker]]
+            for part in [slice(bisect_right(ends, since), bisect_left(starts, until))]
+            for start, end in zip(starts[part], ends[part], strict=True)
+        ]
+
+    def forget(self, before: float) -> None:
+        """Drop spans that ended before a time, once there are enough of them to be worth it."""
+        if self._count < self._room:
+            return
+        for worker in list(self._ends):
+            cut = bisect_left(self._ends[worker], before)
+            del self._starts[worker][:cut], self._ends[worker][:cut]
+            if not self._ends[worker]:
+                del self._starts[worker], self._ends[worker]
+        self._count = sum(map(len, self._ends.values()))
+        self._room = max(1024, 2 * self._count)
+
+
+def busy_share(spans: Sequence[BusySpan], seconds: float) -> float:
+    """Share of so many seconds in which the model ran, averaged over the workers that ran it.
+
+    ``spans``: as of `BusyTimes.within`. The model counts as busy with whatever slide it works on: slides overlap, and
+    what matters is that it never waits.
+    """
+    workers = {worker for worker, _, _ in spans}
+    busy = sum(end - start for _, start, end in spans)
+    return min(1.0, busy / len(workers) / seconds) if workers and seconds > 0 else 0.0
+
+
+# ---------------------------------------------------------------- the whole run
 
 
 @dataclass(slots=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 from wsi_mmm import timing
 from wsi_mmm.engine.events import Event
-from wsi_mmm.engine.monitoring.hooks import Hooks, redact_uris
+from wsi_mmm.engine.monitoring.observe import Hooks, redact_uris
 from wsi_mmm.engine.units import (
     Failure,
     ForwardResult,
@@ -43,8 +43,9 @@ class JsonLines(logging.Formatter):
         facts: Fields = getattr(record, "facts", {})
         unit = timing.current_unit()
         about = {"slide": unit.partition("/")[0], "unit": unit} if unit and "slide" not in facts else {}
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {
-            "time": _utc_text(record.created), "level": record.levelname.lower(),
+            "time": when.replace("+00:00", "Z"), "level": record.levelname.lower(),
             "event": facts.get("event", record.name), "message": redact_uris(record.getMessage()), **about,
             **{name: redact_uris(value) if isinstance(value, str) else value for name, value in facts.items()},
         }  # fmt: skip
@@ -53,17 +54,18 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
-def _utc_text(seconds: float) -> str:
-    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-    return f"{whole}.{int(seconds % 1 * 1000):03d}Z"
-
-
 @contextmanager
 def logging_to(path: str | None, level: str = "info") -> Iterator[Hooks]:
     """Append the log of a run to the file ``path``, or write it to stderr. Raises OutputError, OptionError."""
     if level not in LEVELS:
         raise OptionError(f"there is no log level {level!r}; choose one of {', '.join(LEVELS)}")
-    handler, logger = _open_handler(path), logging.getLogger(NAME)
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if path is not None:
+        try:
+            handler = logging.FileHandler(path, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write the log to {path}: {error.strerror}; choose another --log-file") from error
+    logger = logging.getLogger(NAME)
     handler.setFormatter(JsonLines())
     before, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
@@ -78,19 +80,7 @@ def logging_to(path: str | None, level: str = "info") -> Iterator[Hooks]:
         handler.close()
 
 
-def _open_handler(path: str | None) -> logging.Handler:
-    if path is None:
-        return logging.StreamHandler(sys.stderr)
-    try:
-        return logging.FileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write the log to {path}: {error.strerror}; choose another --log-file") from error
-
-
-_EVENT_LEVELS = {
-    "plan": logging.INFO, "tile": logging.DEBUG, "slide": logging.INFO, "stage": logging.INFO,
-    "warning": logging.WARNING,
-}  # fmt: skip
+_EVENT_LEVELS = {"tile": logging.DEBUG, "warning": logging.WARNING}  # else INFO
 _BAD = {"failed": logging.ERROR, "partial": logging.WARNING}
 
 

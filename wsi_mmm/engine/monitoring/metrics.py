@@ -1,25 +1,23 @@
 """Metrics of a run for Prometheus, served on loopback while it goes. Needs the extra ``metrics``.
 
 The names are in docs/observing.md. On the workers of a cluster the same counters are part of what distributed serves
-at each worker's ``/metrics``, where prometheus_client is installed: `workers`.
+at each worker's ``/metrics``, where prometheus_client is installed: `count_here`.
 """
 
 from __future__ import annotations
 
-import socketserver
+import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from wsi_mmm import timing
 from wsi_mmm.engine.events import Event
-from wsi_mmm.engine.monitoring.accounting import busy_spans
-from wsi_mmm.engine.monitoring.busy import BusyTimes
-from wsi_mmm.engine.monitoring.hooks import Hooks
+from wsi_mmm.engine.monitoring.accounting import BusyTimes, busy_share, busy_spans
+from wsi_mmm.engine.monitoring.observe import Hooks
 from wsi_mmm.engine.units import ForwardResult, PublishResult, UnitResult, WorkUnit, result_status
 from wsi_mmm.errors import MissingPackage, OptionError
 
@@ -86,15 +84,7 @@ class MetricsRecorder:
         since = max(self._since, now - WINDOW)
         with self._lock:
             spans = self._spans.within(since, now)
-        workers = {worker for worker, _, _ in spans}
-        return sum(end - start for _, start, end in spans) / len(workers) / (now - since) if workers else 0.0
-
-
-def process_recorder() -> MetricsRecorder:
-    """The recorder in the registry of the whole process; may be made once per process."""
-    from prometheus_client import REGISTRY
-
-    return MetricsRecorder(REGISTRY)
+        return busy_share(spans, now - since)
 
 
 class RunMetrics:
@@ -127,47 +117,43 @@ class RunMetrics:
 # ---------------------------------------------------------------- serving
 
 
-class _MetricsServer(socketserver.ThreadingMixIn, WSGIServer):
-    """A server whose open requests do not delay the end of the process."""
-
-    daemon_threads = True
-
-
-class _QuietHandler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        """Write nothing to stderr."""
-
-
 @contextmanager
 def serving(port: int) -> Iterator[Hooks]:
-    """Serve the metrics of a run at ``http://127.0.0.1:port/metrics``. Raises MissingPackage, OptionError.
-
-    The port is taken at once; its thread begins with the first unit, for a process with one thread begins sooner
-    (see ``ahead``).
-    """
+    """Serve the metrics of a run at ``http://127.0.0.1:port/metrics``. Raises MissingPackage, OptionError."""
     try:
-        from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
+        from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
     except ImportError as error:
         raise MissingPackage("metrics need prometheus_client; pip install 'wsi-mmm[metrics]'") from error
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     metrics = RunMetrics(registry)
     try:
-        server = make_server(LOOPBACK, port, make_wsgi_app(registry), _MetricsServer, _QuietHandler)
+        server, thread = start_http_server(port, LOOPBACK, registry)
+        thread.name = "wsi-mmm-metrics"
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"metrics cannot be served on port {port}: {reason}; choose another port") from error
-    thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="wsi-mmm-metrics", daemon=True)
-
-    def watch(thing: WorkUnit | UnitResult) -> None:
-        if thread.ident is None:
-            thread.start()
-        metrics.watch(thing)
-
     try:
-        yield Hooks(metrics.hear, watch)
+        yield Hooks(metrics.hear, metrics.watch)
     finally:
-        if thread.ident is not None:
-            server.shutdown()
-            thread.join()
+        server.shutdown()
+        thread.join()
         server.server_close()
+
+
+# ---------------------------------------------------------------- workers of a cluster
+
+_recorder_lock = threading.Lock()
+_recorders: list[MetricsRecorder] = []
+
+
+def count_here(result: UnitResult) -> None:
+    """Count a unit in the metrics of this worker; does nothing, and loads nothing, where none are served."""
+    if "prometheus_client" not in sys.modules or "distributed.worker" not in sys.modules:
+        return
+    from prometheus_client import REGISTRY
+
+    with _recorder_lock:
+        if not _recorders:
+            _recorders.append(MetricsRecorder(REGISTRY))
+        _recorders[0].receive(result)

@@ -1,18 +1,20 @@
-"""A run seen from outside: structured logs, metrics for Prometheus, traces for OpenTelemetry.
+"""The logs, metrics and traces of a run, and the hooks by which they see it.
 
 All of it is made from the events, units and results of the engine. Nothing is imported, opened or begun unless it is
-asked for, and no URI is shown with credentials (`hooks.redact_uris`).
+asked for (`run.observing`), and no URI is shown with credentials.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wsi_mmm.engine.monitoring.hooks import Hooks, combine_hooks
+from wsi_mmm.engine.events import Event, Listener, silent
+from wsi_mmm.engine.units import UnitResult, Watch, WorkUnit
+from wsi_mmm.storage import store
 
-__all__ = ["NOTHING", "Hooks", "Observe", "combine_hooks", "observing"]
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +36,28 @@ class Observe:
 NOTHING = Observe()
 
 
-@contextmanager
-def observing(what: Observe = NOTHING) -> Iterator[Hooks]:
-    """The hooks that show a run as asked for, and end with it. Raises OutputError, OptionError, MissingPackage."""
-    with ExitStack() as stack:
-        hooks = []
-        if what.log_file is not None or what.log_level is not None:
-            from wsi_mmm.engine.monitoring.logs import logging_to
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """``listener`` hears events; ``watch`` sees units as they are started, and results."""
 
-            hooks.append(stack.enter_context(logging_to(what.log_file, what.log_level or "info")))
-        if what.metrics_port is not None:
-            from wsi_mmm.engine.monitoring.metrics import serving
+    listener: Listener = silent
+    watch: Watch = lambda unit_or_result: None
 
-            hooks.append(stack.enter_context(serving(what.metrics_port)))
-        if what.traces is not None:
-            from wsi_mmm.engine.monitoring.traces import exporter_named, tracing
 
-            hooks.append(stack.enter_context(tracing(exporter_named(what.traces))))
-        yield combine_hooks(hooks)
+def combine_hooks(hooks: Sequence[Hooks]) -> Hooks:
+    """Hooks that call all of these, in order."""
+
+    def listen(event: Event) -> None:
+        for hook in hooks:
+            hook.listener(event)
+
+    def watch(thing: WorkUnit | UnitResult) -> None:
+        for hook in hooks:
+            hook.watch(thing)
+
+    return Hooks(listen, watch)
+
+
+def redact_uris(text: str) -> str:
+    """``text`` with user, password and query removed from every URI in it."""
+    return _URI.sub(lambda found: store.redact(found[0]), text) if "://" in text else text

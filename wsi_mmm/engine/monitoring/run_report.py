@@ -7,21 +7,21 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
 from wsi_mmm._version import __version__
 from wsi_mmm.engine.events import SlideStatus
-from wsi_mmm.engine.monitoring.accounting import RunAccounting, SlideTotals, round_seconds
+from wsi_mmm.engine.monitoring.accounting import RunAccounting, SlideTotals, busy_share, round_seconds
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.scheduler import SlideState
 from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.errors import OptionError, OutputError, StorageError
 from wsi_mmm.outputs import exports
 from wsi_mmm.outputs.report import FACTS, SlideRow, report_html, report_json
-from wsi_mmm.outputs.slides_table import slides_csv, slides_parquet
+from wsi_mmm.outputs.tables import slides_csv, slides_parquet
 from wsi_mmm.storage import store
 
 _PACKAGES = ("torch", "timm", "openslide-python", "openslide-bin", "zarr", "dask", "shapely", "numpy")
@@ -113,11 +113,6 @@ def exit_code(statuses: Sequence[str], *, saved: bool = True) -> int:
     return 4 if all(status == "failed" for status in statuses) else 3
 
 
-def begin_report(output: str, recipe: Recipe, tasks: Iterable[SlideTask]) -> RunReport:
-    """A report with no rows yet."""
-    return RunReport(output, recipe, tuple(task.id for task in tasks))
-
-
 def load_report(output: str, recipe: Recipe, tasks: Sequence[SlideTask]) -> RunReport:
     """The report of a run that has ended, from report.json. StorageError when it is not there, or no report."""
     uri = store.join(output, "report.json")
@@ -157,7 +152,7 @@ def make_row(state: SlideState, totals: SlideTotals) -> SlideRow:
         objects=summary.object_count if summary else 0,
         seconds=round(state.seconds, 3),
         tiles_per_s=round(tiles / state.seconds, 2) if state.seconds and not state.resumed else 0.0,
-        busy_share=round(totals.busy_share(state.started, state.ended), 4),
+        busy_share=round(busy_share(totals.busy, state.seconds), 4),
         bytes_read=sum(totals.bytes_read.values()),
         cache_hits=tiles if state.resumed else totals.cache_hits,
         peak_rss_mb=round(sum(totals.peak_rss_mb.values()), 1),
@@ -165,7 +160,7 @@ def make_row(state: SlideState, totals: SlideTotals) -> SlideRow:
     )
 
 
-def _extra_facts(state: SlideState, totals: SlideTotals) -> dict[str, Any]:
+def _extra_facts(state: SlideState, totals: SlideTotals) -> dict[str, object]:
     summary, began = state.summary, totals.forward_started
     first_busy = min((start for _, start, _ in totals.busy), default=0.0)  # with this slide or a neighbour
     files = summary.files if summary else {}

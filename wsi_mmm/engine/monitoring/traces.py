@@ -13,14 +13,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from wsi_mmm import timing
 from wsi_mmm._version import __version__
 from wsi_mmm.engine.events import Event, SlideStatus
-from wsi_mmm.engine.monitoring.hooks import Hooks, redact_uris
-from wsi_mmm.engine.units import Failure, ForwardResult, SlideTask, UnitResult, WorkUnit, result_status
+from wsi_mmm.engine.monitoring.observe import Hooks, redact_uris
+from wsi_mmm.engine.units import Failure, ForwardResult, UnitResult, WorkUnit, result_status
 from wsi_mmm.errors import MissingPackage, OptionError
 from wsi_mmm.storage import store
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-    from opentelemetry.trace import Span, Tracer
+    from opentelemetry.trace import Span
 
 GROUP = "opentelemetry_traces_exporter"  # where packages register exporters
 _ALIASES = {"otlp": "otlp_proto_http"}
@@ -67,37 +66,28 @@ def _make_provider(exporter: _GiveUpExporter) -> TracerProvider:
 
 @contextmanager
 def tracing(exporter: SpanExporter) -> Iterator[Hooks]:
-    """Send spans of a run to ``exporter``, in batches from a thread that begins with the first unit.
+    """Send spans of a run to ``exporter``, in batches, from a thread.
 
     A collector that does not answer costs the run nothing and its end PATIENCE seconds at most: it is told in one line.
     """
     careful = _GiveUpExporter(exporter)
     spans = _RunSpans(careful)
-    with _quiet_library():
-        try:
-            yield Hooks(spans.hear, spans.watch)
-        except BaseException as error:
-            spans.fail(type(error).__name__)
-            raise
-        finally:
-            closing = threading.Thread(target=spans.close, name="wsi-mmm-traces", daemon=True)
-            closing.start()
-            closing.join(PATIENCE)
-            if careful.failed or closing.is_alive():
-                text = "traces could not be sent: check OTEL_EXPORTER_OTLP_ENDPOINT, and that a collector listens there"
-                logging.getLogger("wsi_mmm").warning(text)
-
-
-@contextmanager
-def _quiet_library() -> Iterator[None]:
-    """The library tells of each batch and each try; one line of ours is enough."""
-    logger = logging.getLogger("opentelemetry")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    library = logging.getLogger("opentelemetry")
+    before = library.level
+    library.setLevel(logging.CRITICAL + 1)  # it tells of each batch and each try; one line of ours is enough
     try:
-        yield
+        yield Hooks(spans.hear, spans.watch)
+    except BaseException as error:
+        spans.fail(type(error).__name__)
+        raise
     finally:
-        logger.setLevel(before)
+        closing = threading.Thread(target=spans.close, name="wsi-mmm-traces", daemon=True)
+        closing.start()
+        closing.join(PATIENCE)
+        if careful.failed or closing.is_alive():
+            text = "traces could not be sent: check OTEL_EXPORTER_OTLP_ENDPOINT, and that a collector listens there"
+            logging.getLogger("wsi_mmm").warning(text)
+        library.setLevel(before)
 
 
 class _GiveUpExporter:
@@ -124,59 +114,41 @@ def _ns(seconds: float) -> int:
     return int(seconds * 1e9)
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenSpan:
-    """A span that is open, and what spans below it are started in."""
-
-    span: Span
-    context: Context
-
-
 class _RunSpans:
     """The spans that are open: that of the run and those of the slides under way."""
 
     def __init__(self, exporter: _GiveUpExporter) -> None:
-        self._exporter, self._begun = exporter, time.time_ns()
-        self._provider: TracerProvider | None = None
-        self._tracer: Tracer | None = None
-        self._run: _OpenSpan | None = None
-        self._slides: dict[str, _OpenSpan] = {}
+        self._provider = _make_provider(exporter)
+        self._tracer = self._provider.get_tracer("wsi_mmm", __version__)
+        self._run = self._tracer.start_span("run")
+        self._slides: dict[str, Span] = {}
         self._started: dict[str, float] = {}
 
     def watch(self, thing: WorkUnit | UnitResult) -> None:
         """Take in a unit that is started, or a result, which becomes a span."""
-        if isinstance(thing, WorkUnit):
-            if thing.slide.id not in self._slides:
-                self._begin_slide(thing.slide)
-            self._started[thing.name] = time.time()
-        elif thing.facts.slide in self._slides:
-            self._add_unit(thing)
-
-    def _open_span(self, name: str, above: _OpenSpan | None, **facts: Any) -> _OpenSpan:
         from opentelemetry.trace import set_span_in_context
 
-        if self._tracer is None:
-            self._provider = _make_provider(self._exporter)
-            self._tracer = self._provider.get_tracer("wsi_mmm", __version__)
-        span = self._tracer.start_span(name, context=above.context if above else None, **facts)
-        return _OpenSpan(span, set_span_in_context(span))
+        if isinstance(thing, WorkUnit):
+            task = thing.slide
+            if task.id not in self._slides:
+                facts = {"wsi_mmm.slide": task.id, "wsi_mmm.uri": store.redact(task.uri)}
+                above = set_span_in_context(self._run)
+                self._slides[task.id] = self._tracer.start_span("slide", context=above, attributes=facts)
+            self._started[thing.name] = time.time()
+        elif thing.facts.slide in self._slides:
+            self._add_unit(thing, set_span_in_context(self._slides[thing.facts.slide]))
 
-    def _begin_slide(self, task: SlideTask) -> None:
-        if self._run is None:
-            self._run = self._open_span("run", None, start_time=self._begun)
-        facts = {"wsi_mmm.slide": task.id, "wsi_mmm.uri": store.redact(task.uri)}
-        self._slides[task.id] = self._open_span("slide", self._run, attributes=facts)
-
-    def _add_unit(self, result: UnitResult) -> None:
-        assert self._tracer is not None
+    def _add_unit(self, result: UnitResult, above: Context) -> None:
         facts = result.facts
         started = self._started.pop(facts.name, time.time())
         begin = min((one.start for one in facts.times), default=started)
         end = max((one.end for one in facts.times), default=time.time())
-        above = self._slides[facts.slide].context
-        span = self._tracer.start_span(
-            facts.kind, context=above, start_time=_ns(begin), attributes=_unit_attributes(result)
-        )
+        attributes: dict[str, str | int | float] = {
+            "wsi_mmm.slide": facts.slide, "wsi_mmm.unit": facts.name, "wsi_mmm.status": result_status(result),
+            "wsi_mmm.worker": facts.worker, "wsi_mmm.tiles": result.tiles if isinstance(result, ForwardResult) else 0,
+        }  # fmt: skip
+        attributes |= {f"wsi_mmm.seconds.{stage}": spent for stage, spent in timing.sum_stages(facts.times).items()}
+        span = self._tracer.start_span(facts.kind, context=above, start_time=_ns(begin), attributes=attributes)
         if isinstance(result, Failure):
             _mark_failed(span, result.error)
         span.end(end_time=_ns(max(begin, end)))
@@ -184,7 +156,7 @@ class _RunSpans:
     def hear(self, event: Event) -> None:
         """Take in an event: the span of a slide ends with the slide."""
         if event.kind == "slide" and event.slide in self._slides:
-            span = self._slides.pop(event.slide).span
+            span = self._slides.pop(event.slide)
             span.set_attribute("wsi_mmm.status", event.status or "")
             if event.status is SlideStatus.FAILED:
                 _mark_failed(span, event.message)
@@ -192,29 +164,14 @@ class _RunSpans:
 
     def fail(self, reason: str) -> None:
         """Mark what is open as failed: the run ends with an exception."""
-        for one in [*self._slides.values(), *([self._run] if self._run else [])]:
-            _mark_failed(one.span, reason)
+        for span in (*self._slides.values(), self._run):
+            _mark_failed(span, reason)
 
     def close(self) -> None:
         """End open spans and send what is left."""
-        for one in self._slides.values():
-            one.span.end()
-        if self._run is not None:
-            self._run.span.end()
-        if self._provider is not None:
-            self._provider.shutdown()
-        else:
-            self._exporter.shutdown()
-
-
-def _unit_attributes(result: UnitResult) -> dict[str, str | int | float]:
-    facts = result.facts
-    found: dict[str, str | int | float] = {
-        "wsi_mmm.slide": facts.slide, "wsi_mmm.unit": facts.name, "wsi_mmm.status": result_status(result),
-        "wsi_mmm.worker": facts.worker, "wsi_mmm.tiles": result.tiles if isinstance(result, ForwardResult) else 0,
-    }  # fmt: skip
-    stages = timing.sum_stages(facts.times)
-    return found | {f"wsi_mmm.seconds.{stage}": seconds for stage, seconds in stages.items()}
+        for span in (*self._slides.values(), self._run):
+            span.end()
+        self._provider.shutdown()
 
 
 def _mark_failed(span: Span, reason: str) -> None:

@@ -7,9 +7,8 @@ import resource
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,32 +41,27 @@ _entries: OrderedDict[tuple[str, int], CacheEntry] = OrderedDict()
 
 UnitFetches = Prefetcher[WorkUnit, Fetched | None]
 """Gives a forward unit the bytes that were fetched for it before its turn."""
+Turn = Callable[[Step], AbstractContextManager[object]]
 
 
-@dataclass(slots=True)
 class UnitContext:
-    """The slide, grid, cache, tasks and model of a unit, each opened when first used. For one thread at a time."""
+    """The slide, grid, cache, tasks and model of a unit, each opened when first used; close it at the end.
 
-    unit: WorkUnit
-    fetches: UnitFetches | None = None
-    times: list[StepTime] = field(default_factory=list)
-    _opened: ExitStack = field(default_factory=ExitStack)
-    _slide: Slide | None = None
+    For one thread. ``turn``: gives, for a step, a context in which an executor lets this thread do it.
+    """
 
-    @property
-    def task(self) -> SlideTask:
-        """The slide of the unit, as it was asked for."""
-        return self.unit.slide
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe of the run."""
-        return self.unit.slide.recipe
+    def __init__(self, unit: WorkUnit, fetches: UnitFetches | None = None, turn: Turn = nullcontext) -> None:
+        self.unit, self.task, self.recipe = unit, unit.slide, unit.slide.recipe
+        self.fetches, self._turn = fetches, turn
+        self._times: list[StepTime] = []
+        self._opened = ExitStack()
+        self._slide: Slide | None = None
 
     @property
     def grid(self) -> Grid:
         """The target grid of a slide that is planned."""
-        return self.unit.planned_grid
+        assert self.unit.grid is not None
+        return self.unit.grid
 
     @property
     def slide(self) -> Slide:
@@ -109,33 +103,23 @@ class UnitContext:
 
     @contextmanager
     def step(self, step: Step) -> Iterator[None]:
-        """Time a step; a step that raises leaves no time behind."""
-        with StageTimer(step, self.unit.name) as timer:
-            yield
-        self.times.append(timer.result)
+        """Wait for the turn of a step, and time it; a step that raises leaves no time behind."""
+        with self._turn(step):
+            with StageTimer(step, self.unit.name) as timer:
+                yield
+            self._times.append(timer.result)
 
     def facts(self) -> UnitFacts:
         """The facts of the unit's result, as of now."""
         unit, bytes_read = self.unit, self._slide.reader.stats().bytes_read if self._slide else 0
         return UnitFacts(
             unit.kind, unit.slide.id, unit.block, os.getpid(), worker_name(), bytes_read, peak_rss_mb(),
-            tuple(self.times),
+            tuple(self._times),
         )  # fmt: skip
 
     def close(self) -> None:
         """Give back what was opened."""
         self._opened.close()
-        self._slide = None
-
-
-@contextmanager
-def unit_context(unit: WorkUnit, fetches: UnitFetches | None = None) -> Iterator[UnitContext]:
-    """The context of a unit, closed at the end."""
-    ctx = UnitContext(unit, fetches)
-    try:
-        yield ctx
-    finally:
-        ctx.close()
 
 
 def slide_key(task: SlideTask) -> SlideKey:
@@ -179,17 +163,17 @@ def _make_runner(recipe: Recipe) -> Runner:
 def _local_model(recipe: Recipe) -> str:
     """The folder of a recipe's model on this machine. ModelError when it is not the one that the run began with."""
     from wsi_mmm.model.card import read_card
-    from wsi_mmm.model.fetched import fetched, forget
+    from wsi_mmm.model.fetch import fetch_model, forget_model
     from wsi_mmm.model.identity import model_identity
 
     key = (recipe.model, recipe.model_hash)
     if key in _models:
         return _models[key]
     for _ in range(2):
-        here = fetched(recipe.model, recipe.user_cache)
+        here = fetch_model(recipe.model, recipe.user_cache)
         if model_identity(here, read_card(here)) == recipe.model_hash:
             return _models.setdefault(key, here)
-        forget(recipe.model)  # a process that lives long may hold an earlier one
+        forget_model(recipe.model)  # a process that lives long may hold an earlier one
     raise ModelError(
         f"the model {store.redact(recipe.model)} on {os.uname().nodename} is not the one the run was begun with: "
         "copy that to every worker, or begin the run again"

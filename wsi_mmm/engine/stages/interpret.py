@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from wsi_mmm.cache import ArraySpec, CacheEntry
+from wsi_mmm.cache import ArraySpec
 from wsi_mmm.engine.plan import Span, core_of, window_of
 from wsi_mmm.engine.stages import workdir
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.units import WorkUnit
 from wsi_mmm.outputs import polygons
-from wsi_mmm.tasks.base import Task, View
-from wsi_mmm.tasks.blend import blend, window_weights
+from wsi_mmm.tasks.base import Task
+from wsi_mmm.tasks.window import View, blend, window_weights
 from wsi_mmm.timing import timed
-from wsi_mmm.types import I64, U8, Objects
+from wsi_mmm.types import U8, Objects
 
 SIMPLIFY = 0.35  # target px an outline may move: a third of what the map resolves, and half the corners
 
@@ -31,54 +31,41 @@ def interpret(ctx: UnitContext) -> int:
 
 
 def _find_objects(ctx: UnitContext, task: Task) -> Objects:
-    grid = ctx.grid
-    core, window = _core_and_window(task, ctx.unit)
-    # Regions stay in whole target px until those that seams cut are merged.
-    scale_x, scale_y = (1.0, 1.0) if task.info.dissolves else (grid.scale_x, grid.scale_y)
+    grid, whole = ctx.grid, task.info.dissolves
+    core, window, blended = _blend_window(ctx, task, ctx.unit)
+    # Regions stay in whole target px until those that seams cut are merged, and are simplified then.
+    scale_x, scale_y = (1.0, 1.0) if whole else (grid.scale_x, grid.scale_y)
     view = View(
         y0=window.y0, x0=window.x0, core=(core.y0, core.x0, core.y1, core.x1),
         scale_y=scale_y, scale_x=scale_x, height=grid.height, width=grid.width,
     )  # fmt: skip
-    objects = task.interpret(_blend_window(task, ctx.unit, ctx.cache, window), view)
-    # Regions are simplified once they are whole; single objects here, where blocks run side by side.
-    return objects if task.info.dissolves else polygons.simplify(objects, SIMPLIFY * grid.scale_x)
+    objects = task.interpret(blended, view)
+    return objects if whole else polygons.simplify(objects, SIMPLIFY * grid.scale_x)
 
 
-def blended_core(task: Task, unit: WorkUnit, cache: CacheEntry) -> tuple[tuple[int, int], U8]:
+def blended_core(ctx: UnitContext, task: Task, unit: WorkUnit) -> tuple[tuple[int, int], U8]:
     """The blended map of a block's core alone: its corner (y, x) in map px and uint8[C, h, w]."""
-    core, window = _core_and_window(task, unit)
-    y0, x0 = -(-core.y0 // task.stride), -(-core.x0 // task.stride)
-    y1, x1 = -(-core.y1 // task.stride), -(-core.x1 // task.stride)
+    core, window, blended = _blend_window(ctx, task, unit)
+    y0, x0, y1, x1 = (-(-side // task.stride) for side in (core.y0, core.x0, core.y1, core.x1))
     top, left = window.y0 // task.stride, window.x0 // task.stride
-    return (y0, x0), _blend_window(task, unit, cache, window)[:, y0 - top : y1 - top, x0 - left : x1 - left]
+    return (y0, x0), blended[:, y0 - top : y1 - top, x0 - left : x1 - left]
 
 
-def _core_and_window(task: Task, unit: WorkUnit) -> tuple[Span, Span]:
-    core = core_of(unit.planned_grid, unit.slide.recipe.block_tiles, unit.block, task.stride)
-    return core, window_of(unit.planned_grid, core, task.halo, task.stride)
-
-
-def _blend_window(task: Task, unit: WorkUnit, cache: CacheEntry, window: Span) -> U8:
-    grid = unit.planned_grid
-    shape = ((window.y1 - window.y0) // task.stride, (window.x1 - window.x0) // task.stride)
-    tiles, corners = _tiles_in(task, unit, cache, window)
-    return blend(
-        tiles, corners, shape=shape, weights=window_weights(grid.tile // task.stride, grid.overlap // task.stride)
-    )
-
-
-def _tiles_in(task: Task, unit: WorkUnit, cache: CacheEntry, window: Span) -> tuple[U8, I64]:
-    """Maps uint8[k, C, h, h] of the tiles that touch the window and their corners int64[k, 2] in window map px."""
-    grid, index = unit.planned_grid, unit.index()
+def _blend_window(ctx: UnitContext, task: Task, unit: WorkUnit) -> tuple[Span, Span, U8]:
+    """The core of a block, its window, and the blended map uint8[C, h, w] of that window."""
+    grid, index, stride = ctx.grid, unit.index(), task.stride
+    core = core_of(grid, ctx.recipe.block_tiles, unit.block, stride)
+    window = window_of(grid, core, task.halo, stride)
     y, x = index[:, 0] * grid.stride, index[:, 1] * grid.stride
-    keep = (y < window.y1) & (y + grid.tile > window.y0) & (x < window.x1) & (x + grid.tile > window.x0)
-    index = index[keep]
-    side = grid.tile // task.stride
-    if not len(index):
-        return np.zeros((0, task.channels, side, side), np.uint8), np.zeros((0, 2), np.int64)
-    low, high = index.min(axis=0), index.max(axis=0) + 1
-    spec = ArraySpec(f"maps/{task.info.name}", (task.channels, side, side), "uint8")
-    with timed("fetch"):
-        dense = cache.read(spec, slice(low[0], high[0]), slice(low[1], high[1]))
-    corners = (index * grid.stride - np.array([window.y0, window.x0])) // task.stride
-    return dense[index[:, 0] - low[0], index[:, 1] - low[1]], corners
+    index = index[(y < window.y1) & (y + grid.tile > window.y0) & (x < window.x1) & (x + grid.tile > window.x0)]
+    spec = ArraySpec(f"maps/{task.info.name}", (task.channels, grid.tile // stride, grid.tile // stride), "uint8")
+    tiles = np.zeros((0, *spec.item), np.uint8)
+    if len(index):
+        low, high = index.min(axis=0), index.max(axis=0) + 1
+        with timed("fetch"):
+            dense = ctx.cache.read(spec, slice(low[0], high[0]), slice(low[1], high[1]))
+        tiles = dense[index[:, 0] - low[0], index[:, 1] - low[1]]
+    corners = (index * grid.stride - np.array([window.y0, window.x0])) // stride
+    shape = (window.y1 - window.y0) // stride, (window.x1 - window.x0) // stride
+    weights = window_weights(grid.tile // stride, grid.overlap // stride)
+    return core, window, blend(tiles, corners, shape=shape, weights=weights)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from wsi_mmm.engine.units import SlidePlan
-from wsi_mmm.outputs import ragged
+from wsi_mmm.outputs import polygons
 from wsi_mmm.outputs.density import Density
 from wsi_mmm.outputs.overlay import Field, Scene, legend_counts, overlay_png
 from wsi_mmm.slides import Slide
-from wsi_mmm.types import F64, I64, Block, Grid, Mask, Objects, TaskInfo
+from wsi_mmm.types import I64, Block, Grid, Mask, Objects, TaskInfo
 
 THUMBNAIL = 1600
 FIELD_PX = 400  # side of a close-up in target px
@@ -39,9 +39,12 @@ class Picture:
     def add(self, info: TaskInfo, objects: Objects) -> None:
         """Take in objects that are being written."""
         if info.dissolves:
-            self.areas.append((info, ragged.part(objects, 0, min(len(objects), MAX_AREAS))))
+            self.areas.append((info, polygons.part(objects, 0, min(len(objects), MAX_AREAS))))
         elif not info.draws_tiles:
-            self.density.add(object_centres(objects, self.plan))
+            # Level-0 centres of the owning pixels.
+            self.density.add(
+                (objects.anchor[:, ::-1] + 0.5) * np.array([self.plan.grid.scale_x, self.plan.grid.scale_y])
+            )
             if info not in self.instances:
                 self.instances.append(info)
 
@@ -73,17 +76,15 @@ class Picture:
         return tiles[np.ix_(_tile_of(grid.height, grid.rows, grid), _tile_of(grid.width, grid.columns, grid))]
 
     def _dense_fields(self, find: FindObjects) -> list[Field]:
-        scale_x, scale_y = self.plan.grid.scale_x, self.plan.grid.scale_y
-        side = FIELD_PX * max(scale_x, scale_y)
-        return [self._close_up(x, y, find) for x, y in self.density.densest(side, FIELDS)] if self.instances else []
-
-    def _close_up(self, x: float, y: float, find: FindObjects) -> Field:
-        grid = self.plan.grid
+        grid, fields = self.plan.grid, []
+        side = FIELD_PX * max(grid.scale_x, grid.scale_y)
         scale = grid.scale_x  # both ways: outlines are drawn with one scale, also where mpp_x and mpp_y differ
-        block = Block(0, 0, FIELD_PX, FIELD_PX, scale, scale, int(x), int(y))
-        box = (int(x), int(y), int(x) + FIELD_PX * scale, int(y) + FIELD_PX * scale)
-        found = [(info, find(info, box)) for info in self.instances]
-        return Field(self.slide.reader.read(block).pixels, int(x), int(y), scale, found)
+        for x, y in self.density.densest(side, FIELDS) if self.instances else []:
+            block = Block(0, 0, FIELD_PX, FIELD_PX, scale, scale, int(x), int(y))
+            box = (int(x), int(y), int(x) + FIELD_PX * scale, int(y) + FIELD_PX * scale)
+            found = [(info, find(info, box)) for info in self.instances]
+            fields.append(Field(self.slide.reader.read(block).pixels, int(x), int(y), scale, found))
+        return fields
 
 
 def _tile_of(length: int, count: int, grid: Grid) -> I64:
@@ -91,9 +92,3 @@ def _tile_of(length: int, count: int, grid: Grid) -> I64:
     places = max(1, round(MASK_PX * length / grid.stride))
     found: I64 = np.minimum(((np.arange(places) + 0.5) * length / places / grid.stride).astype(np.int64), count - 1)
     return found
-
-
-def object_centres(objects: Objects, plan: SlidePlan) -> F64:
-    """Level-0 (x, y) of the owning pixels, float64[n, 2]."""
-    placed: F64 = (objects.anchor[:, ::-1] + 0.5) * np.array([plan.grid.scale_x, plan.grid.scale_y])
-    return placed

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from wsi_mmm.engine.plan import forward_units
-from wsi_mmm.engine.stages.context import UnitContext, UnitFetches, unit_context
+from wsi_mmm.engine.stages.context import UnitContext, UnitFetches
 from wsi_mmm.engine.stages.forward import is_computed
 from wsi_mmm.engine.units import SlidePlan, WorkUnit
 from wsi_mmm.errors import WsiError
@@ -41,7 +42,7 @@ class UnitPrefetch:
     def announce(self, units: Sequence[WorkUnit], first: float = 0.5) -> None:
         """Announce forward units of one slide, in the order of their reading; ``first``: see `fetch_groups`."""
         try:
-            with unit_context(units[0]) as ctx:
+            with closing(UnitContext(units[0])) as ctx:
                 far = is_far(ctx.slide.reader)
         except WsiError:  # the units say what is wrong
             return
@@ -70,6 +71,6 @@ def _fetch_units(units: list[WorkUnit]) -> Fetched | None:
     tiles = [tiles_at(unit.planned_grid, unit.index()) for unit in todo]
     if not todo:
         return None
-    with unit_context(todo[0]) as ctx:
+    with closing(UnitContext(todo[0])) as ctx:
         reader = ctx.reader(tiles[0])
         return reader.fetch(tiles) if isinstance(reader, TileReader) else None

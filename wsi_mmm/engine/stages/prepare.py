@@ -19,8 +19,8 @@ from wsi_mmm.tiles.tissue import select_tiles, tissue_mask, tissue_share
 from wsi_mmm.types import F32, I64
 
 
-def prepare(ctx: UnitContext) -> SlidePlan | SlideSummary:
-    """The plan of a slide, written to its work folder, or the summary of what an earlier run has published."""
+def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
+    """The plan of a slide, written to its work folder; or the summary of what an earlier run has published."""
     task, recipe = ctx.task, ctx.recipe
     if task.error:
         raise ManifestError(task.error)
@@ -33,7 +33,7 @@ def prepare(ctx: UnitContext) -> SlidePlan | SlideSummary:
     if done is not None:
         if not store.exists(workdir.plan_uri(task)):
             workdir.remove_scratch(task)  # left behind when a run ended while it tidied up
-        return done
+        return None, done
     slide.scale(recipe.mpp)  # explains what to do when the slide has no mpp
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     mask = tissue_mask(slide, task.mask or recipe.options.tissue)
@@ -41,13 +41,14 @@ def prepare(ctx: UnitContext) -> SlidePlan | SlideSummary:
     if (regions := regions_of_interest(task)) is not None:
         index = index[regions.touched(tile_boxes(grid, index))]
     plan = _make_plan(ctx, task, index, tissue_share(grid, mask, index))
-    workdir.save_plan(plan)
-    return plan
+    workdir.save_arrays(workdir.plan_uri(plan.slide), {"index": plan.index, "tissue": plan.tissue})
+    return plan, None
 
 
 def load_slide_plan(ctx: UnitContext) -> SlidePlan:
     """The plan that this slide's parts were made by, from its work folder."""
-    return _make_plan(ctx, ctx.task, *workdir.load_plan(ctx.task))
+    arrays = workdir.load_arrays(workdir.plan_uri(ctx.task))
+    return _make_plan(ctx, ctx.task, arrays["index"], arrays["tissue"])
 
 
 def _make_plan(ctx: UnitContext, task: SlideTask, index: I64, share: F32) -> SlidePlan:

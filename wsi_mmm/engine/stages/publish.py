@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from wsi_mmm._version import __version__
-from wsi_mmm.cache import ArraySpec
+from wsi_mmm.cache import ArraySpec, CacheEntry
 from wsi_mmm.engine.plan import core_of, interpret_units
-from wsi_mmm.engine.stages import slide_level, workdir
+from wsi_mmm.engine.stages import workdir
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.stages.interpret import blended_core
 from wsi_mmm.engine.stages.overlay import THUMBNAIL, Picture
 from wsi_mmm.engine.stages.prepare import load_slide_plan, published_before, region_hash, regions_of_interest
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
 from wsi_mmm.errors import PluginError
-from wsi_mmm.outputs import merge, polygons, ragged
-from wsi_mmm.outputs.attention import attention_png
-from wsi_mmm.outputs.exports import write_features
+from wsi_mmm.outputs import merge, polygons
+from wsi_mmm.outputs.exports import write_features, write_map
 from wsi_mmm.outputs.geojson import GeoJSONWriter
 from wsi_mmm.outputs.inside import Regions
-from wsi_mmm.outputs.maps import write_map
+from wsi_mmm.outputs.overlay import attention_png
 from wsi_mmm.outputs.tables import TILE_COLUMNS, tiles_table
 from wsi_mmm.storage import store
-from wsi_mmm.storage.folders import published_file
+from wsi_mmm.storage.store import published_file
 from wsi_mmm.tasks.base import Quantised, Task
 from wsi_mmm.tiles.grid import tile_boxes, tile_size_level0, tile_xy
-from wsi_mmm.types import I64, Mask, Objects, TaskInfo
+from wsi_mmm.types import F32, I64, Mask, Objects, TaskInfo
 
-Values = Mapping[str, np.ndarray[Any, Any]]
+Values = Mapping[str, npt.NDArray[np.generic]]
+"""Columns of a table, as of ``Task.table``."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlideAnswers:
+    """``columns``: as for tiles (``<task>``, ``<task>:<class>``), each a class name, a number, or None where none can
+    be said; None when no bag task was asked. ``attention``: bag task -> float32[n] share of each tile, adding up to 1,
+    NaN for tiles that were left out."""
+
+    columns: dict[str, str | float | None] | None = None
+    attention: dict[str, F32] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -42,7 +54,7 @@ class Published:
     counts: dict[str, int] = field(default_factory=dict)
     classes: dict[str, dict[str, int]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
-    answers: slide_level.SlideAnswers = field(default_factory=slide_level.SlideAnswers)
+    answers: SlideAnswers = field(default_factory=SlideAnswers)
     repaired: int = 0
     dropped: int = 0
 
@@ -55,20 +67,18 @@ def publish(ctx: UnitContext) -> SlideSummary:
         workdir.remove_scratch(task)  # an earlier try was cut short while it tidied up, the plan first
         return summary
     plan = load_slide_plan(ctx)
-    done, failed = Published(), _failed_tiles(ctx, plan)
-    tables = _task_tables(ctx, plan)
-    done.answers = slide_level.answer_slide(ctx, plan, failed)
-    picture = Picture(slide, plan)
+    failed, tables, options = _failed_tiles(ctx, plan), _task_tables(ctx, plan), task.recipe.options
+    done = Published(answers=answer_slide(ctx, plan, failed))
     if task.recipe.tasks:
-        regions = regions_of_interest(task)
+        picture, regions = Picture(slide, plan), regions_of_interest(task)
         _write_geojson(ctx, plan, tables, done, picture, regions)
-        if task.recipe.options.overlay:
+        if options.overlay:
             done.files["overlay"] = _write_file(task, "overlay.png", _draw_overlay(ctx, plan, picture, done, regions))
     table = _tiles_table(ctx, plan, tables, failed, done.answers)
     done.files["tiles"] = _write_file(task, "tiles.parquet", table)
-    if task.recipe.options.features and len(plan.index):
+    if options.features and len(plan.index):
         done.files["features"] = _write_features(ctx, plan)
-    if task.recipe.options.save_maps:
+    if options.save_maps:
         done.files["maps"] = _write_maps(ctx, plan)
         for name, shares in done.answers.attention.items():
             image = attention_png(slide.thumbnail(THUMBNAIL), plan.grid, plan.index, shares)
@@ -81,7 +91,27 @@ def publish(ctx: UnitContext) -> SlideSummary:
     return SlideSummary.from_json(facts)
 
 
-# ---------------------------------------------------------------- GeoJSON
+def _write_file(task: SlideTask, name: str, data: bytes) -> str:
+    store.write_bytes(store.join(task.output, name), data)
+    return name
+
+
+def _slide_json(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, object]:
+    """slide.json: how this slide was processed and what was found; nothing of time or place, so reruns agree."""
+    info, recipe, answers = plan.info, plan.slide.recipe, done.answers.columns
+    return {
+        "format": "wsi-mmm-slide/1", "wsi_mmm_version": __version__, "id": plan.slide.id,
+        "uri": store.redact(plan.slide.uri), "status": "partial" if partial else "done" if len(plan.index) else "empty",
+        "result_hash": plan.slide.result_hash(), "region": region_hash(plan.slide), "recipe": recipe.published(),
+        "fingerprint": info.fingerprint, "reader": info.reader,
+        "vendor": info.vendor, "width": info.width, "height": info.height, "mpp_x": info.mpp_x, "mpp_y": info.mpp_y,
+        "mpp_requested": recipe.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),
+        "objects": done.counts, "classes": done.classes, "repaired": done.repaired, "dropped": done.dropped,
+        "files": done.files, **({} if answers is None else {"answers": answers}),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- GeoJSON, overlay
 
 
 def _write_geojson(
@@ -90,61 +120,59 @@ def _write_geojson(
     tables: dict[str, Values],
     done: Published,
     picture: Picture,
-    interest: Regions | None,
+    area: Regions | None,
 ) -> None:
-    task = plan.slide
-    found = [t for t in ctx.tasks if t.scope != "bag"]
-    name = "result.geojson.gz" if task.recipe.options.gzip else "result.geojson"
-    regions = {t.info.name: _merge_regions(t, plan) for t in found if t.info.dissolves}
+    options, info = ctx.recipe.options, plan.info
+    tasks = [task for task in ctx.tasks if task.scope != "bag"]
+    regions = {task.info.name: _merge_regions(task, plan) for task in tasks if task.info.dissolves}
     counts = {name: len(objects) for name, objects in regions.items()}
-    with published_file(store.join(task.output, name)) as path:
-        with GeoJSONWriter(
-            path, plan.info.fingerprint, [t.info for t in found], task.recipe.options.gzip, counts=counts
-        ) as writer:
-            for t in found:
-                before = writer.written
-                classes = np.zeros(len(t.info.classes), np.int64)
-                for found_objects in _task_objects(t, plan, tables, regions):
-                    # Map px at the far edges reach beyond the slide by up to one of them.
-                    clipped = polygons.clip(found_objects, plan.info.width, plan.info.height)
-                    objects = _within_interest(t, clipped, interest, done)
-                    classes += np.bincount(objects.class_index[objects.class_index >= 0], minlength=len(classes))
-                    picture.add(t.info, objects)
-                    writer.write(_shift_to_bounds(objects, plan))
-                if t.scope == "pixel":
-                    done.counts[t.info.name] = writer.written - before
-                if t.info.kind == "multilabel" and len(plan.index):  # a tile may have several
-                    classes = _count_labels(t, tables[t.info.name])
-                if _names_classes(t, tables.get(t.info.name)):
-                    done.classes[t.info.name] = dict(zip(t.info.classes, classes.tolist(), strict=True))
-        done.repaired, done.dropped = done.repaired + writer.repaired, done.dropped + writer.dropped
-    done.files["geojson"] = name
+    # QuPath's cropped frame, when the recipe asks for it.
+    shift = np.array([info.bounds_x, info.bounds_y] if options.bounds_offset else [0, 0], np.float64)
+    done.files["geojson"] = "result.geojson.gz" if options.gzip else "result.geojson"
+    with (
+        published_file(store.join(ctx.task.output, done.files["geojson"])) as path,
+        GeoJSONWriter(path, info.fingerprint, [t.info for t in tasks], options.gzip, counts=counts) as writer,
+    ):
+        for task in tasks:
+            name, before = task.info.name, writer.written
+            classes = np.zeros(len(task.info.classes), np.int64)
+            for portion in _task_objects(task, plan, tables, regions):
+                # Map px at the far edges reach beyond the slide by up to one of them.
+                objects = _within_area(task, polygons.clip(portion, info.width, info.height), area, done)
+                classes += np.bincount(objects.class_index[objects.class_index >= 0], minlength=len(classes))
+                picture.add(task.info, objects)
+                writer.write(replace(objects, coords=objects.coords - shift) if shift.any() else objects)
+            if task.scope == "pixel":
+                done.counts[name] = writer.written - before
+            if task.info.kind == "multilabel" and len(plan.index):  # a tile has each label of at least a half
+                shares = [np.asarray(tables[name][f"{name}:{label}"], np.float64) for label in task.info.classes]
+                classes = np.array([np.count_nonzero(share >= 0.5) for share in shares], np.int64)
+            if _names_classes(task, tables.get(name)):
+                done.classes[name] = dict(zip(task.info.classes, classes.tolist(), strict=True))
+    done.repaired, done.dropped = done.repaired + writer.repaired, done.dropped + writer.dropped
 
 
-def _within_interest(task: Task, objects: Objects, regions: Regions | None, done: Published) -> Objects:
+def _within_area(task: Task, objects: Objects, area: Regions | None, done: Published) -> Objects:
     """The part of ``objects`` that lies in the regions of interest; tiles were chosen by them already."""
-    if regions is None or task.scope == "tile":
+    if area is None or task.scope == "tile":
         return objects
     if task.info.dissolves:
-        return regions.cut(objects)
-    kept = regions.single(objects)
+        return area.cut(objects)
+    kept = area.single(objects)
     done.repaired, done.dropped = done.repaired + kept.repaired, done.dropped + kept.dropped
     return kept.objects
 
 
-def _draw_overlay(
-    ctx: UnitContext, plan: SlidePlan, picture: Picture, done: Published, regions: Regions | None
-) -> bytes:
-    found = {t.info.name: t for t in ctx.tasks}
+def _draw_overlay(ctx: UnitContext, plan: SlidePlan, picture: Picture, done: Published, area: Regions | None) -> bytes:
+    tasks = {task.info.name: task for task in ctx.tasks}
 
     def find(info: TaskInfo, box: tuple[float, float, float, float]) -> Objects:
-        task = found[info.name]
-        return _within_interest(task, _objects_near(task, plan, box), regions, Published())
+        return _within_area(tasks[info.name], _objects_near(info.name, plan, box), area, Published())
 
-    return picture.png([t.info for t in found.values()], done.classes, find)
+    return picture.png([task.info for task in ctx.tasks], done.classes, find)
 
 
-def _objects_near(task: Task, plan: SlidePlan, box: tuple[float, float, float, float]) -> Objects:
+def _objects_near(task: str, plan: SlidePlan, box: tuple[float, float, float, float]) -> Objects:
     """Objects of a task whose owning pixel lies in, or near, a level-0 rectangle, from the parts it meets."""
     grid, near = plan.grid, plan.halo
     x0, x1 = box[0] / grid.scale_x - near, box[2] / grid.scale_x + near
@@ -153,43 +181,35 @@ def _objects_near(task: Task, plan: SlidePlan, box: tuple[float, float, float, f
     for unit in interpret_units(plan):
         core = core_of(grid, plan.slide.recipe.block_tiles, unit.block, plan.stride)
         if core.x0 < x1 and core.x1 > x0 and core.y0 < y1 and core.y1 > y0:
-            part = workdir.load_part(plan.slide, task.info.name, unit.block)
+            part = workdir.load_part(plan.slide, task, unit.block)
             y, x = part.anchor[:, 0], part.anchor[:, 1]
-            parts.append(ragged.take(part, (x >= x0) & (x < x1) & (y >= y0) & (y < y1)))
-    return ragged.concat(parts) if parts else ragged.empty(task.info.name)
+            parts.append(polygons.take(part, (x >= x0) & (x < x1) & (y >= y0) & (y < y1)))
+    return polygons.concat(parts) if parts else polygons.empty(task)
 
 
 def _task_objects(
     task: Task, plan: SlidePlan, tables: dict[str, Values], regions: dict[str, Objects]
 ) -> Iterator[Objects]:
-    """The objects of one task in their published order, in portions of bounded size."""
+    """The objects of one task in their published order, in portions of bounded size: instances come row of blocks by
+    row of blocks, each sorted by the owning pixel, so that the order does not depend on the blocks."""
+    name = task.info.name
     if task.info.dissolves:
-        yield regions[task.info.name]
+        yield regions[name]
     elif task.scope == "pixel":
-        yield from _sorted_instances(task, plan)
+        for _, units in itertools.groupby(interpret_units(plan), lambda unit: unit.block[0]):
+            parts = [workdir.load_part(plan.slide, name, unit.block) for unit in units]
+            yield polygons.sort_by_anchor(polygons.concat(parts))
     elif len(plan.index):
-        yield _tile_rectangles(task, plan, tables[task.info.name])
-
-
-def _sorted_instances(task: Task, plan: SlidePlan) -> Iterator[Objects]:
-    """Row of blocks by row of blocks, each sorted by (y, x) of the owning pixel: the order does not know the blocks."""
-    rows: dict[int, list[tuple[int, int]]] = {}
-    for unit in interpret_units(plan):
-        rows.setdefault(unit.block[0], []).append(unit.block)
-    for blocks in rows.values():
-        objects = ragged.concat([workdir.load_part(plan.slide, task.info.name, block) for block in blocks])
-        by_position = np.lexsort((objects.anchor[:, 1], objects.anchor[:, 0]))
-        yield ragged.take(objects, by_position)
+        yield _tile_rectangles(task, plan, tables[name])
 
 
 def _merge_regions(task: Task, plan: SlidePlan) -> Objects:
     """Regions cut by block borders made whole, scaled to level-0 px."""
-    parts = [workdir.load_part(plan.slide, task.info.name, unit.block) for unit in interpret_units(plan)]
+    grid, parts = plan.grid, [workdir.load_part(plan.slide, task.info.name, u.block) for u in interpret_units(plan)]
     if not parts:
-        return ragged.empty(task.info.name)
-    merged = merge.merge_regions(parts)
-    scaled = replace(merged, coords=merged.coords * np.array([plan.grid.scale_x, plan.grid.scale_y]))
-    return polygons.simplify(scaled, plan.grid.scale_x * task.stride)
+        return polygons.empty(task.info.name)
+    merged = polygons.scaled(merge.merge_regions(parts), grid.scale_x, grid.scale_y)
+    return polygons.simplify(merged, grid.scale_x * task.stride)
 
 
 def _names_classes(task: Task, values: Values | None) -> bool:
@@ -197,11 +217,6 @@ def _names_classes(task: Task, values: Values | None) -> bool:
     if task.info.kind in ("regress", "survive"):
         return False
     return values is None or any(np.issubdtype(column.dtype, np.integer) for column in values.values())
-
-
-def _count_labels(task: Task, values: Values) -> I64:
-    """Tiles that have each label: a probability of at least a half."""
-    return np.array([np.count_nonzero(values[f"{task.info.name}:{c}"] >= 0.5) for c in task.info.classes], np.int64)
 
 
 def _tile_rectangles(task: Task, plan: SlidePlan, values: Values) -> Objects:
@@ -224,20 +239,12 @@ def _tile_rectangles(task: Task, plan: SlidePlan, values: Values) -> Objects:
     )  # fmt: skip
 
 
-def _shift_to_bounds(objects: Objects, plan: SlidePlan) -> Objects:
-    """Shifted into QuPath's cropped frame when the recipe asks for it."""
-    info = plan.info
-    if not plan.slide.recipe.options.bounds_offset or not (info.bounds_x or info.bounds_y):
-        return objects
-    return replace(objects, coords=objects.coords - np.array([info.bounds_x, info.bounds_y], np.float64))
-
-
 # ---------------------------------------------------------------- tables, features, maps
 
 
 def _task_tables(ctx: UnitContext, plan: SlidePlan) -> dict[str, Values]:
     """Per tile task: its columns (``Task.table``), one row per tile of ``plan.index``."""
-    tables = {}
+    tables: dict[str, Values] = {}
     for task in ctx.tasks:
         if task.scope == "tile" and len(plan.index):
             name = f"tables/{task.info.name}"
@@ -250,7 +257,7 @@ def _task_tables(ctx: UnitContext, plan: SlidePlan) -> dict[str, Values]:
 def _checked_columns(task: Task, values: Quantised) -> Values:
     """The columns of a task. PluginError for what cannot be written: the task may be a plug-in's."""
     name, n = task.info.name, len(values)
-    columns: Any = task.table(values)
+    columns: object = task.table(values)
     if not isinstance(columns, Mapping):
         raise PluginError(f"task '{name}': table of the kind '{task.info.kind}' gave {type(columns).__name__}, no dict")
     for column, numbers in columns.items():
@@ -263,8 +270,7 @@ def _checked_columns(task: Task, values: Quantised) -> Values:
             fault = f"integers as '{column}': numbers are float32, classes are indices in the column '{name}'"
         if fault:
             raise PluginError(f"task '{name}': table of the kind '{task.info.kind}' gave {fault}")
-    found: Values = columns
-    return found
+    return columns
 
 
 def _failed_tiles(ctx: UnitContext, plan: SlidePlan) -> Mask:
@@ -277,7 +283,7 @@ def _failed_tiles(ctx: UnitContext, plan: SlidePlan) -> Mask:
 
 
 def _tiles_table(
-    ctx: UnitContext, plan: SlidePlan, tables: dict[str, Values], failed: Mask, answers: slide_level.SlideAnswers
+    ctx: UnitContext, plan: SlidePlan, tables: dict[str, Values], failed: Mask, answers: SlideAnswers
 ) -> bytes:
     columns = {name: column for values in tables.values() for name, column in values.items()}
     columns |= {f"{name}:attention": shares for name, shares in answers.attention.items()}
@@ -291,7 +297,7 @@ def _tiles_table(
 def _write_features(ctx: UnitContext, plan: SlidePlan) -> str:
     """``features`` float32[n, D] and ``coords`` int64[n, 2], with the attributes that TRIDENT and CLAM know."""
     recipe, info = plan.slide.recipe, plan.info
-    vectors = slide_level.gather_features(ctx.cache, plan.index, recipe.block_tiles)
+    vectors = gather_features(ctx.cache, plan.index, recipe.block_tiles)
     width, _ = tile_size_level0(plan.grid)
     native = info.objective or (10.0 / info.mpp_x if info.mpp_x else 0.0)
     attributes = {
@@ -309,29 +315,55 @@ def _write_maps(ctx: UnitContext, plan: SlidePlan) -> str:
     units = interpret_units(plan)
     for task in ctx.tasks:
         if task.scope == "pixel":
-            cores = (blended_core(task, unit, ctx.cache) for unit in units)
-            write_map(store.join(plan.slide.output, "maps", f"{task.info.name}.zarr"), task, plan.grid, cores)
+            cores = (blended_core(ctx, task, unit) for unit in units)
+            uri = store.join(plan.slide.output, "maps", f"{task.info.name}.zarr")
+            write_map(uri, task.info, task.channels, task.stride, plan.grid, cores)
     return "maps"
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- bags
 
 
-def _slide_json(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str, object]:
-    """slide.json: how this slide was processed and what was found; nothing of time or place, so reruns agree."""
-    info, recipe, answers = plan.info, plan.slide.recipe, done.answers.columns
-    return {
-        "format": "wsi-mmm-slide/1", "wsi_mmm_version": __version__, "id": plan.slide.id,
-        "uri": store.redact(plan.slide.uri), "status": "partial" if partial else "done" if len(plan.index) else "empty",
-        "result_hash": plan.slide.result_hash(), "region": region_hash(plan.slide), "recipe": recipe.published(),
-        "fingerprint": info.fingerprint, "reader": info.reader,
-        "vendor": info.vendor, "width": info.width, "height": info.height, "mpp_x": info.mpp_x, "mpp_y": info.mpp_y,
-        "mpp_requested": recipe.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),
-        "objects": done.counts, "classes": done.classes, "repaired": done.repaired, "dropped": done.dropped,
-        "files": done.files, **({} if answers is None else {"answers": answers}),
-    }  # fmt: skip
+def answer_slide(ctx: UnitContext, plan: SlidePlan, failed: Mask) -> SlideAnswers:
+    """The answers of bag tasks for a slide: the features of its tiles go through the model's aggregator once.
+
+    Tiles in ``failed`` bool[n] are left out: they are white. Holds the features of the slide's tiles, 4 D bytes each.
+    """
+    tasks = [task for task in ctx.tasks if task.scope == "bag"]
+    names = [task.info.name for task in tasks]
+    if not tasks:
+        return SlideAnswers()
+    attention = {name: np.full(len(plan.index), np.nan, np.float32) for name in names}
+    columns: dict[str, str | float | None] = {}
+    if not failed.all():
+        vectors = gather_features(ctx.cache, plan.index[~failed], plan.slide.recipe.block_tiles)
+        values, shares = ctx.runner.answer_bag(vectors, names)
+        for task in tasks:
+            columns |= json_row(task.table(values[task.info.name][None]), task.info.classes)
+            attention[task.info.name][~failed] = shares[task.info.name]
+    return SlideAnswers(columns, attention)
 
 
-def _write_file(task: SlideTask, name: str, data: bytes) -> str:
-    store.write_bytes(store.join(task.output, name), data)
-    return name
+def gather_features(entry: CacheEntry, index: I64, block: int) -> F32:
+    """Features float32[n, D] of tiles ``index`` int64[n, 2] (row, column), in their order, each shard read once."""
+    spec = ArraySpec("features", entry.existing("features").shape[2:], "float32")
+    found = np.empty((len(index), *spec.item), np.float32)
+    blocks, which = np.unique(index // block, axis=0, return_inverse=True)
+    for number in range(len(blocks)):
+        mine = np.flatnonzero(which.ravel() == number)
+        low, high = index[mine].min(axis=0), index[mine].max(axis=0) + 1
+        dense = entry.read(spec, slice(low[0], high[0]), slice(low[1], high[1]))
+        found[mine] = dense[index[mine, 0] - low[0], index[mine, 1] - low[1]]
+    return found
+
+
+def json_row(columns: Values, classes: Sequence[str]) -> dict[str, str | float | None]:
+    """One row of ``Task.table`` as class names and numbers that JSON has; float32 by its shortest digits."""
+    row: dict[str, str | float | None] = {}
+    for name, values in columns.items():
+        number = float(str(values[0]))
+        if np.issubdtype(values.dtype, np.integer):
+            row[name] = classes[int(number)] if number >= 0 else None
+        else:
+            row[name] = number if math.isfinite(number) else None
+    return row

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_mmm.engine.stages import context
-from wsi_mmm.engine.units import BlockIndex, SlidePlan, SlideTask
+from wsi_mmm.engine.units import BlockIndex, SlideTask
 from wsi_mmm.errors import OutputError, StorageError
 from wsi_mmm.storage import store
-from wsi_mmm.types import F32, I64, Objects
+from wsi_mmm.types import Objects
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -46,26 +46,15 @@ def save_part(slide: SlideTask, task: str, block: BlockIndex, objects: Objects) 
     """Write a part whole, or not at all."""
     arrays = {name: getattr(objects, name) for name in _FIELDS}
     arrays |= {f"m/{name}": values for name, values in objects.measurements.items()}
-    _save_arrays(part_uri(slide, task, block), arrays)
+    save_arrays(part_uri(slide, task, block), arrays)
 
 
 def load_part(slide: SlideTask, task: str, block: BlockIndex) -> Objects:
     """Read a part; a missing one is a StorageError that names it."""
-    arrays = _load_arrays(part_uri(slide, task, block))
+    arrays = load_arrays(part_uri(slide, task, block))
     measured = {name[2:]: values for name, values in arrays.items() if name.startswith("m/")}
     coords, ring_offsets, object_offsets, class_index, anchor = (arrays[name] for name in _FIELDS)
     return Objects(task, coords, ring_offsets, object_offsets, class_index, anchor, measured)
-
-
-def save_plan(plan: SlidePlan) -> None:
-    """Write the tiles that a slide's results are made of."""
-    _save_arrays(plan_uri(plan.slide), {"index": plan.index, "tissue": plan.tissue})
-
-
-def load_plan(slide: SlideTask) -> tuple[I64, F32]:
-    """Tiles int64[n, 2] (row, column) and their tissue share float32[n]."""
-    arrays = _load_arrays(plan_uri(slide))
-    return arrays["index"], arrays["tissue"]
 
 
 def read_json(uri: str) -> dict[str, object] | None:
@@ -104,13 +93,15 @@ def check_kept(task: SlideTask) -> None:
         raise OutputError(f"{where}: does another run use the same output? run this again")
 
 
-def _save_arrays(uri: str, arrays: Arrays) -> None:
+def save_arrays(uri: str, arrays: Arrays) -> None:
+    """Write a file of arrays whole, or not at all."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     store.write_bytes(uri, buffer.getvalue())
 
 
-def _load_arrays(uri: str) -> Arrays:
+def load_arrays(uri: str) -> Arrays:
+    """Read a file of arrays; StorageError when it is missing or damaged."""
     try:
         with np.load(io.BytesIO(store.read_bytes(uri)), allow_pickle=False) as found:
             return {name: found[name] for name in found.files}

@@ -11,14 +11,15 @@ tissue) take stored levels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 
 from wsi_mmm.slides.resample.weights import Taps, average_rows, taps
-from wsi_mmm.types import I64, U8, Block, Canvas, Level, SlideInfo
+from wsi_mmm.types import I64, U8, Block, Canvas, Level
 
 WHITE = 255
 NO_FAILURES: I64 = np.zeros((0, 4), np.int64)
@@ -56,23 +57,13 @@ def sources_of(levels: Sequence[Level], shrinks: Sequence[int] = (1,)) -> tuple[
     top = levels[0]
     found = []
     for n, level in enumerate(levels):
-        down_x, down_y = _pixel_spacing(top, level)
+        spacing = _pixel_spacing(top, level)
         for s in shrinks:
             if level.tile_width % s == 0 and level.tile_height % s == 0:
-                width, height = -(-level.width // s), -(-level.height // s)
-                extents = top.width / (down_x * s), top.height / (down_y * s)
-                found.append(
-                    Source(
-                        n,
-                        s,
-                        width,
-                        height,
-                        down_x * s,
-                        down_y * s,
-                        *extents,
-                        level.tile_height // s * max(1, 256 // level.tile_height),
-                    )
-                )
+                down_x, down_y = (down * s for down in spacing)
+                extents = top.width / down_x, top.height / down_y
+                step = level.tile_height // s * max(1, 256 // level.tile_height)
+                found.append(Source(n, s, -(-level.width // s), -(-level.height // s), down_x, down_y, *extents, step))
     return tuple(found)
 
 
@@ -99,16 +90,14 @@ def pick(sources: Sequence[Source], block: Block, exact_until: float = 1.0) -> S
 
 def copied(source: Source, scale_x: float, scale_y: float) -> bool:
     """Tell whether target px at this scale (origin 0) are pixels of ``source``."""
-    return (
-        _block_axis(0, 0, scale_x / source.downsample_x, 0.0).copies()
-        and _block_axis(0, 0, scale_y / source.downsample_y, 0.0).copies()
-    )
+    return abs(scale_x / source.downsample_x - 1) < _SAME and abs(scale_y / source.downsample_y - 1) < _SAME
 
 
 def _fine_enough(block: Block, source: Source) -> bool:
     """Averaging averages is exact only where the boxes nest; else the source must be clearly finer than the target."""
     return all(
-        scale >= _FINER * down or (_is_whole(scale / down) and origin % down == 0)
+        scale >= _FINER * down
+        or (round(scale / down) >= 1 and abs(scale / down - round(scale / down)) < _SAME and origin % down == 0)
         for scale, down, origin in (
             (block.scale_x, source.downsample_x, block.origin_x),
             (block.scale_y, source.downsample_y, block.origin_y),
@@ -116,31 +105,40 @@ def _fine_enough(block: Block, source: Source) -> bool:
     )
 
 
-def _is_whole(ratio: float) -> bool:
-    return round(ratio) >= 1 and abs(ratio - round(ratio)) < _SAME
-
-
 def read_scaled(block: Block, sources: Sequence[Source], fetch: Fetch, exact_until: float = 1.0) -> Canvas:
     """Return the block's canvas, fetched from the best source and resampled once."""
-    source = pick(sources, block, exact_until)
+    return read_source(block, pick(sources, block, exact_until), fetch)
+
+
+def read_source(block: Block, source: Source, fetch: Fetch) -> Canvas:
+    """Return the block's canvas, fetched from ``source`` and resampled once."""
     pixels = np.empty((block.height, block.width, 3), np.uint8)
-    x = _block_axis(block.x, block.width, block.scale_x / source.downsample_x, block.origin_x / source.downsample_x)
-    y = _block_axis(block.y, block.height, block.scale_y / source.downsample_y, block.origin_y / source.downsample_y)
+    x, y = _axes_of(block, source)
     kx0, kx1 = x.inside(source.extent_x)
     ky0, ky1 = y.inside(source.extent_y)
     if (kx0, kx1, ky0, ky1) != (0, block.width, 0, block.height):
         pixels[...] = WHITE
-    parts = _cut_parts(kx0, kx1, ky0, ky1, max(1.0, x.scale) * max(1.0, y.scale))
-    failed = [_read_part(pixels, x, y, part, source=source, fetch=fetch) for part in parts]
+    # In parts whose source stays small; pixels do not depend on the cut.
+    side = max(1, int((_CANVAS_PIXELS / (max(1.0, x.scale) * max(1.0, y.scale))) ** 0.5))
+    across, down = (side, side) if (kx1 - kx0) * (ky1 - ky0) > side * side else (block.width, block.height)
+    failed = []
+    for top, left in product(range(ky0, ky1, down), range(kx0, kx1, across)):
+        bottom, right = min(top + down, ky1), min(left + across, kx1)
+        out = pixels[top:bottom, left:right]
+        if x.copies and y.copies:
+            x0, y0 = x.start + left + round(x.origin), y.start + top + round(y.origin)
+            failed.append(_white_around(source, fetch, (x0, y0, x0 + right - left, y0 + bottom - top), out))
+        else:
+            axes = y.taps(top, bottom, source.height), x.taps(left, right, source.width)
+            failed.append(_resample_part(out, *axes, source, fetch))
     return Canvas(pixels, merge_failed(failed))
 
 
 def taps_of(block: Block, source: Source) -> tuple[Taps, Taps] | None:
     """Return how the block's rows and columns are averaged; None where pixels are copied or lie beyond ``source``."""
-    x = _block_axis(block.x, block.width, block.scale_x / source.downsample_x, block.origin_x / source.downsample_x)
-    y = _block_axis(block.y, block.height, block.scale_y / source.downsample_y, block.origin_y / source.downsample_y)
+    x, y = _axes_of(block, source)
     right, bottom = min(source.extent_x, source.width), min(source.extent_y, source.height)
-    if (x.copies() and y.copies()) or not (x.within(right) and y.within(bottom)):
+    if (x.copies and y.copies) or not (x.within(right) and y.within(bottom)):
         return None
     return y.taps(0, block.height, source.height), x.taps(0, block.width, source.width)
 
@@ -172,6 +170,7 @@ class _Axis:
         first, last = self.origin + self.start * self.scale, self.origin + (self.start + self.count) * self.scale
         return first >= 0 and last <= size
 
+    @property
     def copies(self) -> bool:
         """True when output pixels are source pixels."""
         return abs(self.scale - 1) < _SAME and abs(self.origin - round(self.origin)) < _SAME
@@ -181,28 +180,13 @@ class _Axis:
         return taps(self.start + k0, k1 - k0, self.scale, self.origin, size)
 
 
-def _block_axis(start: int, count: int, scale: float, origin: float) -> _Axis:
+def _axes_of(block: Block, source: Source) -> tuple[_Axis, _Axis]:
+    """The axes x and y of a block."""
+    across, down = block.scale_x / source.downsample_x, block.scale_y / source.downsample_y
     # Within 1e-6 of an equal scale the positions of a slide 100,000 px wide drift by less than a tenth of a pixel.
-    return _Axis(start, count, 1.0 if abs(scale - 1) < _SAME else scale, origin)
-
-
-def _cut_parts(kx0: int, kx1: int, ky0: int, ky1: int, cost: float) -> list[tuple[int, int, int, int]]:
-    """Cut the output into parts whose source stays small; pixels do not depend on the cut."""
-    side = max(1, int((_CANVAS_PIXELS / cost) ** 0.5))
-    if (kx1 - kx0) * (ky1 - ky0) <= side * side:
-        return [(kx0, kx1, ky0, ky1)] if kx1 > kx0 and ky1 > ky0 else []
-    return [
-        (x, min(x + side, kx1), y, min(y + side, ky1)) for y in range(ky0, ky1, side) for x in range(kx0, kx1, side)
-    ]
-
-
-def _read_part(pixels: U8, x: _Axis, y: _Axis, part: tuple[int, int, int, int], *, source: Source, fetch: Fetch) -> I64:
-    kx0, kx1, ky0, ky1 = part
-    out = pixels[ky0:ky1, kx0:kx1]
-    if x.copies() and y.copies():
-        left, top = x.start + kx0 + round(x.origin), y.start + ky0 + round(y.origin)
-        return _white_around(source, fetch, (left, top, left + kx1 - kx0, top + ky1 - ky0), out)
-    return _resample_part(out, y.taps(ky0, ky1, source.height), x.taps(kx0, kx1, source.width), source, fetch)
+    across, down = (1.0 if abs(scale - 1) < _SAME else scale for scale in (across, down))
+    x = _Axis(block.x, block.width, across, block.origin_x / source.downsample_x)
+    return x, _Axis(block.y, block.height, down, block.origin_y / source.downsample_y)
 
 
 def _resample_part(out: U8, ty: Taps, tx: Taps, source: Source, fetch: Fetch) -> I64:
@@ -243,12 +227,13 @@ def _white_around(source: Source, fetch: Fetch, window: Window, out: U8) -> I64:
     return failed
 
 
-def level0_rect(info: SlideInfo, source: Source, window: Window) -> tuple[int, int, int, int]:
+def level0_rect(source: Source, window: Window) -> tuple[int, int, int, int]:
     """Return the level-0 rectangle (x0, y0, x1, y1) of a window of the source, outward to whole px, clipped."""
     x0, y0, x1, y1 = window
+    width, height = round(source.extent_x * source.downsample_x), round(source.extent_y * source.downsample_y)
     return (
-        int(np.floor(x0 * source.downsample_x + 1e-6)),
-        int(np.floor(y0 * source.downsample_y + 1e-6)),
-        min(info.width, int(np.ceil(x1 * source.downsample_x - 1e-6))),
-        min(info.height, int(np.ceil(y1 * source.downsample_y - 1e-6))),
+        math.floor(x0 * source.downsample_x + 1e-6),
+        math.floor(y0 * source.downsample_y + 1e-6),
+        min(width, math.ceil(x1 * source.downsample_x - 1e-6)),
+        min(height, math.ceil(y1 * source.downsample_y - 1e-6)),
     )

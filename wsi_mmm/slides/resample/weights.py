@@ -41,7 +41,7 @@ class Taps:
 
     def even_weight(self) -> U32:
         """``weight`` with an even number of taps, the last of them 0 where one was added."""
-        return self.weight if self.taps % 2 == 0 else np.pad(self.weight, ((0, 0), (0, 1)))
+        return np.hstack([self.weight, np.zeros((len(self.weight), self.taps % 2), np.uint32)])
 
     def count_complete(self, bottom: int) -> int:
         """Return how many output pixels need no source px at or beyond ``bottom``."""
@@ -77,9 +77,8 @@ def taps(start: int, count: int, scale: float, origin: float = 0.0, size: int | 
 def reach(start: I64, count: int, scale: float) -> tuple[I64, I64]:
     """First source px and one past the last that output pixels start..start+count-1 use at most, for each start."""
     if scale < 1.0 - 1e-9:
-        return _fixed_point((start + 0.5) * scale - 0.5) >> 16, (
-            _fixed_point((start + count - 0.5) * scale - 0.5) >> 16
-        ) + 2
+        last = _fixed_point((start + count - 0.5) * scale - 0.5) >> 16
+        return _fixed_point((start + 0.5) * scale - 0.5) >> 16, last + 2
     return _fixed_point(start * scale) >> 16, -(-_fixed_point((start + count) * scale) >> 16)
 
 
@@ -114,17 +113,19 @@ def average_rows(rows: U8, top: int, axes: tuple[Taps, Taps], span: tuple[int, i
 
     # Where the picture is smaller than the weights are many, those beyond it are 0, but their pixels are read.
     lack = int(y.begin[stop - 1]) - top + y.taps - len(rows)
-    source = rows if lack <= 0 else np.pad(rows, ((0, lack), (0, 0), (0, 0)))
-    width = 3 * source.shape[1]
-    above, edge = np.empty((0, width), np.uint8), np.empty((stop - start, 0), np.uint16)
-    sums = np.empty((kernels.ROWS, max(width, 3 * x.taps) + kernels.PAD), np.uint16)
-    kernels.average_tile(source.reshape(-1, width), above, edge, y.begin[start:stop] - top, y.weight[start:stop],
-                         x.begin - x.first, x.even_weight(), as_rows(out[start:stop]), sums)  # fmt: skip
+    source = np.ascontiguousarray(rows) if lack <= 0 else np.pad(rows, ((0, lack), (0, 0), (0, 0)))
+    width = source.shape[1]
+    above, edge = np.empty((0, 3 * width), np.uint8), np.empty((stop - start, 0), np.uint16)
+    sums = np.empty((kernels.ROWS, 3 * max(width, x.taps) + kernels.PAD), np.uint16)
+    band = np.empty((kernels.ROWS, 3 * len(x.begin) + kernels.PAD), np.uint8)
+    places = kernels.target_places(np.zeros((1, 2), np.int64), [out[start:stop]])
+    kernels.average_tile(source, above, edge, y.begin[start:stop] - top, y.weight[start:stop],
+                         x.begin - x.first, x.even_weight(), places, (0, 0), (0, width), sums, band)  # fmt: skip
 
 
-def as_rows(pixels: U8) -> U8:
-    """Return a picture uint8[h, w, 3] as uint8[h, w * 3] on the same memory: its rows are of whole pixels."""
-    height, width, _ = pixels.shape
-    if pixels.flags.c_contiguous:
-        return pixels.reshape(height, width * 3)
-    return np.lib.stride_tricks.as_strided(pixels, (height, width * 3), (pixels.strides[0], 1))
+def average_boxes(pixels: U8, factor: int) -> U8:
+    """Return the means of whole boxes of ``factor`` x ``factor`` px of uint8[h, w, 3], rounded half up."""
+    height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
+    boxes = pixels[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
+    total: U32 = boxes.sum(axis=(1, 3), dtype=np.uint32)
+    return ((total + factor * factor // 2) // (factor * factor)).astype(np.uint8)

@@ -18,16 +18,13 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from wsi_mmm.errors import ConfigError, OptionError, SlideDamaged, StorageError
 from wsi_mmm.slides.service.client import ServiceClient, service_client
-from wsi_mmm.slides.service.cuts import GridCuts, RectangleCuts
-from wsi_mmm.slides.service.info import parse_answer
+from wsi_mmm.slides.service.cuts import GRID_CUTS, RECTANGLE_CUTS
 from wsi_mmm.slides.service.reader import PictureRoutes, ServiceReader
-from wsi_mmm.storage.objects import storage_timeout
-from wsi_mmm.storage.ranges import Counter
-from wsi_mmm.storage.uris import redact
+from wsi_mmm.storage.base import redact
+from wsi_mmm.storage.remote import storage_timeout
 
 SCHEME = "empaia"
 _TIMEOUT = 300.0  # seconds: the platform itself waits as long for a picture
-_MOST_INPUT = 1 << 20  # bytes of a slide's description
 _PICTURES = {
     (): {"image_format": "png"},
     (("image_format", "png"),): {"image_format": "png"},
@@ -54,7 +51,7 @@ def open_app_slide(uri: str) -> ServiceReader:
         f"{parts.scheme}://{parts.netloc}", _job_token(os.environ), storage_timeout(otherwise=_TIMEOUT), _ADVICE
     )
     said = _fetch_input(place, client)
-    cuts = GridCuts() if "image_format=jpeg" in place.query else RectangleCuts()
+    cuts = GRID_CUTS if "image_format=jpeg" in place.query else RECTANGLE_CUTS
     return ServiceReader(said, _picture_routes(place, said), client, uri=place.name, cuts=cuts)
 
 
@@ -81,8 +78,7 @@ def _job_token(env: Mapping[str, str]) -> str:
 
 def _fetch_input(place: _JobSlide, client: ServiceClient) -> Mapping[str, Any]:
     """Fetch the input of type wsi."""
-    url = f"{place.base}/inputs/{place.key}"
-    said = parse_answer(client.get_many([url], [_MOST_INPUT], name=place.name, counter=Counter())[0])
+    said = client.get_json(f"{place.base}/inputs/{place.key}", name=place.name)
     if not isinstance(said, Mapping):
         raise StorageError(f"{place.name}: the App API's answer is no description of a slide")
     if not isinstance(said.get("id"), str) or not said["id"]:

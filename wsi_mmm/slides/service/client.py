@@ -8,6 +8,7 @@ named host only.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import ssl
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _CONCURRENT = 8  # requests to one service: each makes it decode and encode a picture
 _CONNECT = 5.0  # seconds
+_MOST_JSON = 1 << 20  # bytes of a description
 _AGAIN = (502, 503, 504)
 _NOWHERE = "the host cannot be resolved or reached; check its name and port, and the network"
 _BROKEN = "the connection broke; check the network and try again"
@@ -56,21 +58,23 @@ class ServiceClient:
         with timed("fetch"):
             return wait_for(self._fetch_all(urls, most, name, counter))
 
+    def get_json(self, url: str, *, name: str) -> Any:
+        """Return the JSON value of an answer of at most 1 MB; None when it is no JSON. Raises as `get_many`."""
+        try:
+            return json.loads(self.get_many([url], [_MOST_JSON], name=name, counter=Counter())[0])
+        except (ValueError, RecursionError):
+            return None
+
     async def _fetch_all(self, urls: Sequence[str], most: Sequence[int], name: str, counter: Counter) -> list[bytes]:
-        sends = [partial(self._send_request, url, size, name) for url, size in zip(urls, most, strict=True)]
-        tasks = [asyncio.create_task(self._fetch_one(send, name, counter)) for send in sends]
+        sends = [partial(self._send_request, url, size, name, counter) for url, size in zip(urls, most, strict=True)]
+        tasks = [asyncio.create_task(request(self._endpoint, name, 0, send)) for send in sends]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _fetch_one(self, send: partial[Any], name: str, counter: Counter) -> bytes:
-        data: bytes = await request(self._endpoint, name, 0, send)
-        counter.add(len(data))
-        return data
-
-    async def _send_request(self, url: str, most: int, name: str, on_begin: OnBegin) -> bytes:
+    async def _send_request(self, url: str, most: int, name: str, counter: Counter, on_begin: OnBegin) -> bytes:
         import yarl
 
         with _translate_errors(name):
@@ -79,7 +83,9 @@ class ServiceClient:
                 on_begin()
                 if not 200 <= answer.status < 300:
                     raise _refusal_error(answer.status, name, self._advice, sent=bool(self._headers))
-                return await _read_body(answer, most, name)
+                data = await _read_body(answer, most, name)
+                counter.add(len(data))
+                return data
 
     def _open_session(self) -> aiohttp.ClientSession:
         """Return this process's connections; called in the loop."""

@@ -1,88 +1,55 @@
 """Rules for cutting levels of a service's slide into pictures to fetch, and pictures into cells to keep in memory.
 
-On a fixed grid (`GridCuts`) a pixel does not depend on the block it is read in, also where pictures are JPEGs: where a
-lossy picture begins changes its pixels. Lossless ones may be cut to what tiles need (`RectangleCuts`).
+On a fixed grid (`GRID_CUTS`) a pixel does not depend on the block it is read in, also where pictures are JPEGs: where a
+lossy picture begins changes its pixels. Lossless ones may be cut to what tiles need (`RECTANGLE_CUTS`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from wsi_mmm.slides.resample.tiled import Tiling
 from wsi_mmm.types import Level
 
 _SIDE = 1024  # px of a picture on the grid: larger ones fetch more than is needed at the edge of tissue
 _WHOLE = 4 << 20  # px of a level that is fetched as one picture
-_CELL = 256  # px of a cell of a rectangle
 _LARGEST = 4 << 20  # px of a rectangle: a block of tiles is a few of them, fetched concurrently
 _MIDDLE = 256  # px of the fingerprint's picture of a large level
 
 
-class PictureCuts(Protocol):
-    """``by_tile``: fetch cells that are native tiles as such; ``held``: compressed pictures in memory at a time."""
+@dataclass(frozen=True, slots=True)
+class PictureCuts:
+    """Cells of about ``cell`` px in whole native tiles; a level of no more than 4 megapixels is one cell.
 
-    @property
-    def by_tile(self) -> bool: ...
+    ``merged``: missing cells are fetched in rectangles of up to 4 megapixels without others, else each is a picture,
+    and native tiles are fetched as such. ``held``: compressed pictures in memory at a time.
+    """
 
-    @property
-    def held(self) -> int: ...
+    cell: int
+    held: int
+    merged: bool
 
     def sides(self, level: Level) -> tuple[int, int]:
-        """Return width and height of the cells of a level, px."""
+        """Return width and height of the cells of a level, px; at most 25 megapixels."""
+        if level.width * level.height <= _WHOLE:
+            return level.width, level.height
+        return _whole_tiles(level.tile_width, self.cell), _whole_tiles(level.tile_height, self.cell)
 
     def pictures(self, numbers: Sequence[int], tiling: Tiling) -> list[list[int]]:
         """Return the cells ``numbers`` grouped by picture: a full rectangle of cells each, row-major."""
+        return rectangles(numbers, tiling, _LARGEST) if self.merged else [[number] for number in numbers]
 
     def fingerprint_side(self, level: Level) -> int:
-        """Return the side in px of the picture of the coarsest level that goes into the fingerprint."""
+        """Return the side in px of the picture of the coarsest level that goes into the fingerprint.
+
+        Small for a large level in rectangles, since its pixels are fetched again when it is read.
+        """
+        return _MIDDLE if self.merged and level.width * level.height > _WHOLE else _SIDE
 
 
-@dataclass(frozen=True, slots=True)
-class GridCuts:
-    """Cells about 1024 px square in whole native tiles, so that the service decodes each once; each cell is a
-    picture, and so is a level of no more than 4 megapixels."""
-
-    by_tile: bool = True
-    held: int = 16
-
-    def sides(self, level: Level) -> tuple[int, int]:
-        """Return width and height of the pictures that a level is fetched in, at most 25 megapixels."""
-        if level.width * level.height <= _WHOLE:
-            return level.width, level.height
-        return _whole_tiles(level.tile_width, _SIDE), _whole_tiles(level.tile_height, _SIDE)
-
-    def pictures(self, numbers: Sequence[int], tiling: Tiling) -> list[list[int]]:
-        """Return every cell as a picture."""
-        return [[number] for number in numbers]
-
-    def fingerprint_side(self, level: Level) -> int:
-        """Return the side of the grid."""
-        return _SIDE
-
-
-@dataclass(frozen=True, slots=True)
-class RectangleCuts:
-    """Cells of about 256 px in whole native tiles; missing ones are fetched in rectangles of up to 4 megapixels
-    without others. A level of no more than 4 megapixels is one picture."""
-
-    by_tile: bool = False
-    held: int = 8
-
-    def sides(self, level: Level) -> tuple[int, int]:
-        """Return width and height of the cells of a level, px."""
-        if level.width * level.height <= _WHOLE:
-            return level.width, level.height
-        return _whole_tiles(level.tile_width, _CELL), _whole_tiles(level.tile_height, _CELL)
-
-    def pictures(self, numbers: Sequence[int], tiling: Tiling) -> list[list[int]]:
-        """Return the cells grouped into rectangles."""
-        return rectangles(numbers, tiling, _LARGEST)
-
-    def fingerprint_side(self, level: Level) -> int:
-        """Return a small side for a large level, since its pixels are fetched again when it is read."""
-        return _SIDE if level.width * level.height <= _WHOLE else _MIDDLE
+GRID_CUTS = PictureCuts(_SIDE, held=16, merged=False)  # the service decodes each native tile once
+RECTANGLE_CUTS = PictureCuts(256, held=8, merged=True)
 
 
 def _whole_tiles(native: int, wanted: int) -> int:

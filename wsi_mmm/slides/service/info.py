@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,14 +12,6 @@ from wsi_mmm.types import Level, SlideInfo
 _MOST_LEVELS, _MOST_SIDE = 64, 1 << 30
 _TILE = 256
 _ASIDE = ("id", "format", "tissue", "stain", "block")  # texts that are kept as properties
-
-
-def parse_answer(data: bytes) -> Any:
-    """Return the JSON value of an answer, None when it is no JSON."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
 
 
 def parse_slide_info(said: object, *, uri: str, fingerprint: Callable[[], str]) -> SlideInfo:

@@ -22,10 +22,9 @@ from wsi_mmm.slides.base import Fetched, ReadStats
 from wsi_mmm.slides.region_reader import over_white
 from wsi_mmm.slides.resample.cut import cut_tiles
 from wsi_mmm.slides.resample.scaled import Source, Window, pick, read_scaled, sources_of
-from wsi_mmm.slides.resample.tile_cache import TileCache
-from wsi_mmm.slides.resample.tiled import EVERYTHING, Key, Tile, Tiling, Want, fill, needed_numbers, size_of
+from wsi_mmm.slides.resample.tiled import Key, NativeTiles, Tile, TileCache, Tiling, fill, needed_numbers, size_of
 from wsi_mmm.slides.service.client import ServiceClient
-from wsi_mmm.slides.service.cuts import GridCuts, PictureCuts
+from wsi_mmm.slides.service.cuts import GRID_CUTS, PictureCuts
 from wsi_mmm.slides.service.info import parse_slide_info
 from wsi_mmm.storage.ranges import Counter
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
@@ -59,12 +58,12 @@ class ServiceReader:
     """Reader of one slide of a service; thread-safe."""
 
     def __init__(
-        self, said: object, routes: PictureRoutes, client: ServiceClient, *, uri: str, cuts: PictureCuts | None = None
+        self, said: object, routes: PictureRoutes, client: ServiceClient, *, uri: str, cuts: PictureCuts = GRID_CUTS
     ) -> None:
         """``said``: the service's description of the slide; ``uri``: how it may be shown; ``cuts``: the rule for
-        cutting levels into pictures (None: `GridCuts`). Raises SlideDamaged."""
+        cutting levels into pictures. Raises SlideDamaged."""
         self._routes, self._client, self._name = routes, client, uri
-        self._cuts = cuts or GridCuts()
+        self._cuts = cuts
         self.info: SlideInfo = parse_slide_info(said, uri=uri, fingerprint=cache(self._compute_fingerprint))
         # Only small pictures are worth prefetching: many lossless ones are hundreds of megabytes.
         self.remote = "image_format=jpeg" in routes.query
@@ -92,8 +91,8 @@ class ServiceReader:
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
         """Write n tiles to ``out``; return the level-0 rectangles that failed (white). Raises StorageError."""
         tiling = self._tiling_of(self._source_for(tiles))
-        want = Want(frozenset(needed_numbers(tiles, tiling).tolist()))
-        fetch = partial(self._fill_window, want=want, fetched=fetched)
+        only = frozenset(needed_numbers(tiles, tiling).tolist())
+        fetch = partial(self._fill_window, only=only, fetched=fetched)
         return cut_tiles(lambda block: read_scaled(block, self._sources, fetch, _EXACT_UNTIL), tiles, out)
 
     def stats(self) -> ReadStats:
@@ -113,15 +112,16 @@ class ServiceReader:
         return Tiling(source, *self._cuts.sides(self.info.levels[source.level]))
 
     def _fill_window(
-        self, source: Source, window: Window, out: U8, *, want: Want = EVERYTHING, fetched: Fetched | None = None
-    ) -> I64:
+        self, source: Source, window: Window, out: U8, *, only: frozenset[int] | None = None,
+        fetched: Fetched | None = None,
+    ) -> I64:  # fmt: skip
         tiling = self._tiling_of(source)
         known = fetched.data if fetched is not None and fetched.level == source.level else {}
         load = partial(self._load_cells, tiling, known)
-        return fill(self.info, tiling, window, out, cache=self._cache, load=load, want=want)
+        return fill(NativeTiles(tiling, self._cache, load, only), window, out)
 
     def _load_cells(
-        self, tiling: Tiling, known: Mapping[int, bytes | memoryview], keys: Sequence[Key], *, keep: bool = True
+        self, tiling: Tiling, known: Mapping[int, bytes | memoryview], keys: Sequence[Key], scratch: U8 | None = None
     ) -> Iterator[tuple[Key, Tile, int]]:
         for key in keys:
             if key[2] in known:
@@ -142,7 +142,7 @@ class ServiceReader:
             key = tiling.source.level, tiling.source.shrink, number
             tile = picture
             if isinstance(picture, np.ndarray) and len(numbers) > 1:
-                x0, y0, x1, y1 = tiling.window(key)
+                x0, y0, x1, y1 = tiling.window(number)
                 tile = picture[y0 - top : y1 - top, x0 - left : x1 - left].copy()
             yield key, tile, size_of(tile)
 
@@ -157,7 +157,7 @@ class ServiceReader:
     def _by_tile(self, tiling: Tiling) -> bool:
         """Tell whether a picture is one native tile, which services serve fastest."""
         level = self.info.levels[tiling.source.level]
-        return self._cuts.by_tile and (tiling.width, tiling.height) == (level.tile_width, level.tile_height)
+        return not self._cuts.merged and (tiling.width, tiling.height) == (level.tile_width, level.tile_height)
 
     def _picture_url(self, tiling: Tiling, numbers: Sequence[int]) -> str:
         level = tiling.source.level
@@ -194,7 +194,7 @@ class ServiceReader:
 
 def _enclosing_window(tiling: Tiling, numbers: Sequence[int]) -> Window:
     """Return the rectangle that the cells ``numbers``, row-major, fill."""
-    first, last = (tiling.window((tiling.source.level, tiling.source.shrink, numbers[i])) for i in (0, -1))
+    first, last = (tiling.window(numbers[i]) for i in (0, -1))
     return first[0], first[1], last[2], last[3]
 
 

@@ -16,14 +16,12 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 
 from wsi_mmm.errors import ConfigError, NotFound, OptionError, StorageError, WsiError
 from wsi_mmm.slides.service.client import ServiceClient, service_client
-from wsi_mmm.slides.service.info import parse_answer, storage_path
+from wsi_mmm.slides.service.info import storage_path
 from wsi_mmm.slides.service.reader import PictureRoutes, ServiceReader
-from wsi_mmm.storage.objects import storage_timeout
-from wsi_mmm.storage.ranges import Counter
-from wsi_mmm.storage.uris import is_service, redact
+from wsi_mmm.storage.base import is_service, redact
+from wsi_mmm.storage.remote import storage_timeout
 
 _TIMEOUT = 300.0  # seconds: services may take as long for a picture
-_MOST_INFO = 1 << 20  # bytes of a description
 _FORMATS = ("png", "jpeg")
 _KNOWN = ("image_format", "image_quality", "plugin")
 _SHAPE = "give wsi://HOST/v3/slides/ID"
@@ -118,10 +116,9 @@ def _fetch_info(address: ServiceAddress, client: ServiceClient) -> object:
     where = f"{address.slide}/info"
     plugin = urlencode([pair for pair in parse_qsl(address.query) if pair[0] == "plugin"])
     try:
-        data = _fetch_bytes(client, f"{where}?{plugin}" if plugin else where, address.name)
+        said: object = client.get_json(f"{where}?{plugin}" if plugin else where, name=address.name)
     except NotFound as error:
         raise _mapper_error(address, client) or error from None
-    said = parse_answer(data)
     if said is None:
         raise StorageError(f"{address.name}: the service's answer is no JSON; is it a WSI service of v3?")
     return said
@@ -130,7 +127,7 @@ def _fetch_info(address: ServiceAddress, client: ServiceClient) -> object:
 def _mapper_error(address: ServiceAddress, client: ServiceClient) -> WsiError | None:
     """Return the error for an address of a storage mapper, which knows paths of slides but has no pictures."""
     try:
-        place = storage_path(parse_answer(_fetch_bytes(client, address.slide, address.name)))
+        place = storage_path(client.get_json(address.slide, name=address.name))
     except WsiError:
         return None  # the first error says what is wrong
     if not place:
@@ -139,7 +136,3 @@ def _mapper_error(address: ServiceAddress, client: ServiceClient) -> WsiError | 
     return StorageError(
         f"{address.name} is a storage mapper, not a WSI service; give the service's address, or the file ({shown})"
     )
-
-
-def _fetch_bytes(client: ServiceClient, url: str, name: str) -> bytes:
-    return client.get_many([url], [_MOST_INFO], name=name, counter=Counter())[0]

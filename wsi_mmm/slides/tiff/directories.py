@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from wsi_mmm.errors import NotASlide, SlideDamaged
-from wsi_mmm.storage.store import ByteStore, buffered, redact
+from wsi_mmm.storage.store import BufferedStore, ByteStore, buffered, redact
 from wsi_mmm.types import I64
 
 _MAX_DIRECTORIES = 1024
@@ -74,41 +74,27 @@ class Directory:
         return self.values.get(tag, b"").split(b"\0")[0].decode("utf-8", "replace")
 
 
-class _Window:
-    """Reads short ranges; the bytes behind one are kept, so that neighbouring directories cost one request."""
-
-    def __init__(self, store: ByteStore) -> None:
-        self.store = buffered(store)
-
-    def read(self, start: int, length: int) -> bytes:
-        """Return exactly these bytes. Raises SlideDamaged when the file ends before."""
-        if start < 0 or start + length > self.store.size:
-            raise SlideDamaged(
-                f"{redact(self.store.uri)} is truncated: it has {self.store.size} bytes, a directory lies at {start}; "
-                "copy it again"
-            )
-        data = bytes(self.store.read_ahead(start, length))
-        if len(data) < length:
-            raise SlideDamaged(f"{redact(self.store.uri)} is truncated at byte {start}; copy it again")
-        return data
-
-
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class _TiffFile:
+    """A file and how it is laid out. Bytes behind what is read are kept: neighbouring directories are one request."""
+
+    store: BufferedStore
     endian: str
-    big: bool
+    entry: struct.Struct
+    pointer: struct.Struct
+    counter: struct.Struct
 
-    @property
-    def entry(self) -> struct.Struct:
-        return struct.Struct(self.endian + ("HHQ8s" if self.big else "HHI4s"))
 
-    @property
-    def pointer(self) -> struct.Struct:
-        return struct.Struct(self.endian + ("Q" if self.big else "I"))
-
-    @property
-    def counter(self) -> struct.Struct:
-        return struct.Struct(self.endian + ("Q" if self.big else "H"))
+def _read_exactly(store: BufferedStore, start: int, length: int) -> bytes:
+    """Return exactly these bytes. Raises SlideDamaged when the file ends before."""
+    if start < 0 or start + length > store.size:
+        raise SlideDamaged(
+            f"{redact(store.uri)} is truncated: it has {store.size} bytes, a directory lies at {start}; copy it again"
+        )
+    data = bytes(store.read_ahead(start, length))
+    if len(data) < length:
+        raise SlideDamaged(f"{redact(store.uri)} is truncated at byte {start}; copy it again")
+    return data
 
 
 def is_tiff(head: bytes) -> bool:
@@ -118,84 +104,84 @@ def is_tiff(head: bytes) -> bool:
 
 def read_directories(store: ByteStore) -> list[Directory]:
     """Return the directories of the main chain, each with its SubIFDs. Raises NotASlide, SlideDamaged."""
-    window = _Window(store)
     if store.size < 16:
         raise NotASlide(f"{redact(store.uri)} is no TIFF: it has only {store.size} bytes")
-    head = window.read(0, 16)
+    head = _read_exactly(ahead := buffered(store), 0, 16)
     if not is_tiff(head):
         raise NotASlide(f"{redact(store.uri)} is no TIFF; check that this is a slide")
-    layout = _Layout("<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+"))
-    first = layout.pointer.unpack_from(head, 8 if layout.big else 4)[0]
+    endian, big = "<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+")
+    forms = ("HHQ8s", "Q", "Q") if big else ("HHI4s", "I", "H")
+    file = _TiffFile(ahead, endian, *(struct.Struct(endian + form) for form in forms))
     seen: set[int] = set()
-    chain = _read_chain(window, layout, first, seen)
+    chain = _read_chain(file, file.pointer.unpack_from(head, 8 if big else 4)[0], seen)
     if not chain:
         raise SlideDamaged(f"{redact(store.uri)} is a TIFF without any image; copy it again")
-    found = [_load_values(window, d, _NUMBERS if n else _TEXTS + _NUMBERS) for n, d in enumerate(chain)]
-    return [_with_sub(window, layout, d, seen) for d in found]
+    found = [_load_values(file, d, _NUMBERS if n else _TEXTS + _NUMBERS) for n, d in enumerate(chain)]
+    return [_with_sub(file, d, seen) for d in found]
 
 
-def _read_chain(window: _Window, layout: _Layout, offset: int, seen: set[int]) -> list[Directory]:
+def _read_chain(file: _TiffFile, offset: int, seen: set[int]) -> list[Directory]:
     found: list[Directory] = []
     while offset:
         if offset in seen:
-            raise SlideDamaged(f"{redact(window.store.uri)} is damaged: its directories form a loop; copy it again")
-        _remember_offset(window, offset, seen)
-        directory, offset = _read_directory(window, layout, offset)
+            raise SlideDamaged(f"{redact(file.store.uri)} is damaged: its directories form a loop; copy it again")
+        _remember_offset(file, offset, seen)
+        directory, offset = _read_directory(file, offset)
         found.append(directory)
     return found
 
 
-def _remember_offset(window: _Window, offset: int, seen: set[int]) -> None:
+def _remember_offset(file: _TiffFile, offset: int, seen: set[int]) -> None:
     seen.add(offset)
     if len(seen) > _MAX_DIRECTORIES:
-        name = redact(window.store.uri)
+        name = redact(file.store.uri)
         raise SlideDamaged(
             f"{name} is damaged: more than {_MAX_DIRECTORIES} directories; convert it to a pyramidal TIFF"
         )
 
 
-def _read_directory(window: _Window, layout: _Layout, offset: int) -> tuple[Directory, int]:
-    counter, entry, pointer = layout.counter, layout.entry, layout.pointer
-    number = counter.unpack(window.read(offset, counter.size))[0]
+def _read_directory(file: _TiffFile, offset: int) -> tuple[Directory, int]:
+    counter, entry, pointer = file.counter, file.entry, file.pointer
+    number = counter.unpack(_read_exactly(file.store, offset, counter.size))[0]
     if not 0 < number <= _MAX_TAGS:
-        raise SlideDamaged(f"{redact(window.store.uri)} is damaged: a directory claims {number} tags")
-    raw = window.read(offset + counter.size, number * entry.size + pointer.size)
+        raise SlideDamaged(f"{redact(file.store.uri)} is damaged: a directory claims {number} tags")
+    raw = _read_exactly(file.store, offset + counter.size, number * entry.size + pointer.size)
     entries: dict[int, TagEntry] = {}
     for tag, kind, count, value in entry.iter_unpack(raw[: number * entry.size]):
         if kind in _TYPES and tag not in entries:
-            entries[tag] = _check_entry(window, layout, tag, (kind, count, value))
+            entries[tag] = _check_entry(file, tag, (kind, count, value))
     following: int = pointer.unpack_from(raw, number * entry.size)[0]
-    return Directory(offset, entries, {}, layout.endian), following
+    return Directory(offset, entries, {}, file.endian), following
 
 
-def _check_entry(window: _Window, layout: _Layout, tag: int, found: tuple[int, int, bytes]) -> TagEntry:
+def _check_entry(file: _TiffFile, tag: int, found: tuple[int, int, bytes]) -> TagEntry:
     kind, count, value = found
     entry = TagEntry(kind, count, 0, None)
     size = entry.size
     if size <= len(value):
         return TagEntry(kind, count, 0, value[:size])
-    offset = layout.pointer.unpack(value)[0]
-    if offset + size > window.store.size and (tag in OFFSET_TAGS or tag in _NUMBERS):
+    offset = file.pointer.unpack(value)[0]
+    if offset + size > file.store.size and (tag in OFFSET_TAGS or tag in _NUMBERS):
         raise SlideDamaged(
-            f"{redact(window.store.uri)} is truncated or damaged: tag {tag} claims {size} bytes at {offset}, "
-            f"the file has {window.store.size}"
+            f"{redact(file.store.uri)} is truncated or damaged: tag {tag} claims {size} bytes at {offset}, "
+            f"the file has {file.store.size}"
         )
     return TagEntry(kind, count, offset, None)
 
 
-def _load_values(window: _Window, directory: Directory, wanted: Sequence[int] = _NUMBERS) -> Directory:
+def _load_values(file: _TiffFile, directory: Directory, wanted: Sequence[int] = _NUMBERS) -> Directory:
     """Load the values of the ``wanted`` tags; the tables of tiles are big, and asked for of the levels in use only."""
     values: dict[int, bytes] = {}
     for tag, entry in directory.entries.items():
         if entry.inline is not None:
             values[tag] = entry.inline
         elif tag in wanted and entry.size <= (_MAX_TEXT if tag in _TEXTS else _MAX_NUMBERS):
-            values[tag] = _read_value(window, entry)
-    return Directory(directory.offset, directory.entries, values, directory.endian)
+            values[tag] = _read_value(file, entry)
+    return replace(directory, values=values)
 
 
-def _read_value(window: _Window, entry: TagEntry) -> bytes:
-    return window.read(entry.offset, entry.size) if entry.offset + entry.size <= window.store.size else b""
+def _read_value(file: _TiffFile, entry: TagEntry) -> bytes:
+    return _read_exactly(file.store, entry.offset, entry.size) if entry.offset + entry.size <= file.store.size else b""
 
 
 def table(store: ByteStore, directories: Sequence[Directory], tags: Sequence[int]) -> list[I64]:
@@ -212,11 +198,11 @@ def table(store: ByteStore, directories: Sequence[Directory], tags: Sequence[int
     return out
 
 
-def _with_sub(window: _Window, layout: _Layout, directory: Directory, seen: set[int]) -> Directory:
+def _with_sub(file: _TiffFile, directory: Directory, seen: set[int]) -> Directory:
     """Add the SubIFDs, each on its own: some writers chain them too, so what follows one is not followed."""
     sub = []
     for offset in dict.fromkeys(int(v) for v in directory.numbers(SUBIFDS)):
         if offset and offset not in seen:
-            _remember_offset(window, offset, seen)
-            sub.append(_load_values(window, _read_directory(window, layout, offset)[0]))
-    return Directory(directory.offset, directory.entries, directory.values, directory.endian, tuple(sub))
+            _remember_offset(file, offset, seen)
+            sub.append(_load_values(file, _read_directory(file, offset)[0]))
+    return replace(directory, sub=tuple(sub))

@@ -13,14 +13,12 @@ from functools import partial
 from itertools import pairwise, repeat
 
 import numpy as np
-import numpy.typing as npt
 
 from wsi_mmm.errors import SlideDamaged
 from wsi_mmm.slides.base import Fetched, ReadStats
 from wsi_mmm.slides.fingerprint import fingerprint_of
-from wsi_mmm.slides.resample.cut import block_around, connected_groups, cut_tiles
-from wsi_mmm.slides.resample.rows import NativeTiles, average_tiles, can_average
-from wsi_mmm.slides.resample.scaled import (  # fmt: skip
+from wsi_mmm.slides.resample.cut import cut_tiles
+from wsi_mmm.slides.resample.scaled import (
     WHITE,
     Source,
     Window,
@@ -28,33 +26,29 @@ from wsi_mmm.slides.resample.scaled import (  # fmt: skip
     merge_failed,
     pick,
     read_scaled,
+    read_source,
     sources_of,
-    taps_of,
 )
-from wsi_mmm.slides.resample.tile_cache import TileCache
 from wsi_mmm.slides.resample.tiled import (
     CACHE_BYTES,
-    EVERYTHING,
     Key,
+    NativeTiles,
     Tile,
+    TileCache,
     Tiling,
-    Want,
     fill,
     inner_numbers,
     needed_numbers,
     nested,
+    own_numbers,
     size_of,
 )
-from wsi_mmm.slides.tiff.codecs import (
-    UndecodableError,
-    decoder,
-    most_bytes,
-    shrinks,
-)
+from wsi_mmm.slides.resample.weights import average_boxes
+from wsi_mmm.slides.tiff.codecs import UndecodableError, decoder, most_bytes, shrinks
 from wsi_mmm.slides.tiff.directories import Directory, read_directories, table
 from wsi_mmm.slides.tiff.metadata import COMPRESSIONS, Plane, TiffSlide, describe
 from wsi_mmm.storage.ranges import Buffer
-from wsi_mmm.storage.store import ByteStore, redact
+from wsi_mmm.storage.store import BufferedStore, ByteStore, redact
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
 
 _EXACT_JPEG, _EXACT = 16.0, 8.0  # level-0 px per target px up to which level 0 is read (see scaled.py)
@@ -70,15 +64,16 @@ class TiffReader:
         """Read ``store``; ``directories``: those already parsed. Raises NotASlide, SlideDamaged, StorageError."""
         name = redact(store.uri)
         slide = describe(directories or read_directories(store), name)
-        self._store = store
         self._planes = slide.planes
         self._offsets, self._counts = _read_tables(store, slide.planes, name)
         self._decode = [decoder(plane) for plane in slide.planes]
         self._most = [most_bytes(plane) for plane in slide.planes]
         self._cache: TileCache[Key, Tile] = TileCache(cache_bytes)
+        self._tilings: dict[tuple[float, float], Tiling] = {}
         self._decoded = 0
         self._lock = threading.Lock()
         self.info = _slide_info(store, slide)
+        self._store = store.drop_buffers() if isinstance(store, BufferedStore) else store
         self.remote = store.remote
         self._sources = sources_of(slide.levels, shrinks(slide.planes[0]))
         self._exact_until = _EXACT_JPEG if len(self._sources) > len(slide.levels) else _EXACT
@@ -89,12 +84,12 @@ class TiffReader:
 
     def fetch(self, tiles: Sequence[Tiles]) -> Fetched:
         """Bring the compressed native tiles under ``tiles`` (all of one scale) that are not in memory, decoded."""
-        source = self._pick_source(tiles[0])
-        tiling = self._tiling_of(source)
-        return self._fetch_numbers(source, np.unique(np.concatenate([needed_numbers(part, tiling) for part in tiles])))
+        tiling = self._tiling_for(tiles[0])
+        needed = np.unique(np.concatenate([needed_numbers(part, tiling) for part in tiles]))
+        return self._fetch_numbers(tiling.source, needed.tolist())
 
-    def _fetch_numbers(self, source: Source, numbers: I64) -> Fetched:
-        missing = [key[2] for key in self._cache.missing([(source.level, source.shrink, n) for n in numbers.tolist()])]
+    def _fetch_numbers(self, source: Source, numbers: Sequence[int]) -> Fetched:
+        missing = [key[2] for key in self._cache.missing([(source.level, source.shrink, n) for n in numbers])]
         return Fetched(source.level, dict(zip(missing, self._compressed_bytes(source.level, missing), strict=True)))
 
     def read_tiles(self, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None = None) -> I64:
@@ -102,7 +97,7 @@ class TiffReader:
 
         Tiles that are native ones are decoded where they shall lie; others are cut from a canvas. Raises StorageError.
         """
-        tiling = self._tiling_of(self._pick_source(tiles))
+        tiling = self._tiling_for(tiles)
         whole = nested(tiles, tiling)
         failed = []
         for which, read in ((whole, self._decode_into), (~whole, self._resample_tiles)):
@@ -121,45 +116,33 @@ class TiffReader:
         self._store.close()
         self._cache.clear()
 
-    def _pick_source(self, tiles: Tiles) -> Source:
-        block = Block(0, 0, tiles.size, tiles.size, tiles.scale_x, tiles.scale_y)
-        return pick(self._sources, block, self._exact_until)
+    def _tiling_for(self, tiles: Tiles) -> Tiling:
+        """The tiling of the source that tiles of this scale are read from."""
+        scale = tiles.scale_x, tiles.scale_y
+        if scale not in self._tilings:
+            block = Block(0, 0, tiles.size, tiles.size, *scale)
+            self._tilings[scale] = self._tiling_of(pick(self._sources, block, self._exact_until))
+        return self._tilings[scale]
 
     def _tiling_of(self, source: Source) -> Tiling:
         plane = self._planes[source.level]
         return Tiling(source, plane.tile_width // source.shrink, plane.tile_height // source.shrink)
 
-    def _fill_window(
-        self, source: Source, window: Window, out: U8, *, want: Want = EVERYTHING, fetched: Fetched | None = None
-    ) -> I64:
-        load = partial(self._load_tiles, source, fetched)
-        return fill(self.info, self._tiling_of(source), window, out, cache=self._cache, load=load, want=want)
+    def _fill_window(self, source: Source, window: Window, out: U8) -> I64:
+        load = partial(self._load_tiles, source, None)
+        return fill(NativeTiles(self._tiling_of(source), self._cache, load), window, out)
 
     def _resample_tiles(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
         """Average native tiles into ``tiles``; by way of canvases where pixels are copied, or beyond the slide."""
         source, needed = tiling.source, needed_numbers(tiles, tiling)
-        brought = self._fetch_numbers(source, needed) if fetched is None else fetched
-        # What lies between those bounds no neighbouring block asks for.
-        scale = np.array([tiles.scale_x / source.downsample_x, tiles.scale_y / source.downsample_y])
-        low, high = tiles.xy.min(axis=0) + tiles.overlap, tiles.xy.max(axis=0) + tiles.size - tiles.overlap
-        want = Want(frozenset(needed.tolist()), (*(low * scale).tolist(), *(high * scale).tolist()))
-        natives = NativeTiles(tiling, want, self._cache, partial(self._decode_tiles, source, fetched=brought))
-        failed = []
-        for group, targets in connected_groups(tiles, out):
-            axes = taps_of(block_around(group), source)
-            if axes is not None and can_average(axes, tiling):
-                failed.append(self._level0_rectangles(tiling, average_tiles(group, targets, axes, natives)))
-            else:
-                fetch = partial(self._fill_window, want=want, fetched=brought)
-                read = partial(read_scaled, sources=self._sources, fetch=fetch, exact_until=self._exact_until)
-                failed.append(cut_tiles(read, group, targets))
-        return merge_failed(failed)
+        numbers, own = needed.tolist(), own_numbers(tiles, tiling, needed).tolist()
+        load = partial(self._load_tiles, source, self._fetch_numbers(source, numbers) if fetched is None else fetched)
+        natives = NativeTiles(tiling, self._cache, load, frozenset(numbers), frozenset(own))
 
-    def _level0_rectangles(self, tiling: Tiling, numbers: Sequence[int]) -> I64:
-        """The level-0 rectangles of native tiles."""
-        level, shrink = tiling.source.level, tiling.source.shrink
-        found = [level0_rect(self.info, tiling.source, tiling.window((level, shrink, n))) for n in numbers]
-        return np.array(found, np.int64).reshape(-1, 4)
+        def read(block: Block) -> Canvas:
+            return read_source(block, source, lambda _, window, canvas: fill(natives, window, canvas))
+
+        return cut_tiles(read, tiles, out, natives)
 
     def _decode_into(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
         """Decode nested tiles: native tiles of their size right where they belong, smaller ones beside each other."""
@@ -167,21 +150,19 @@ class TiffReader:
         targets = list(out) if numbers.shape[1] == 1 else _native_parts(out, tiling)
         scratch = None if numbers.shape[1] == 1 else np.empty((tiling.height, tiling.width, 3), np.uint8)
         buffers = targets if scratch is None else repeat(scratch)
-        failed = []
+        failed: list[Window] = []
         tiles_of = self._decode_tiles(source, numbers.ravel().tolist(), buffers, fetched)
         for target, (number, tile) in zip(targets, tiles_of, strict=True):
             if tile is not target:
                 target[...] = tile if isinstance(tile, np.ndarray) else WHITE
             if isinstance(tile, str):
-                failed.append(number)
-        return self._level0_rectangles(tiling, failed)
+                failed.append(level0_rect(source, tiling.window(number)))
+        return np.array(failed, np.int64).reshape(-1, 4)
 
     def _load_tiles(
-        self, source: Source, fetched: Fetched | None, keys: Sequence[Key], *, keep: bool = True
+        self, source: Source, fetched: Fetched | None, keys: Sequence[Key], scratch: U8 | None = None
     ) -> Iterator[tuple[Key, Tile, int]]:
-        tiling = self._tiling_of(source)
-        scratch = None if keep else np.empty((tiling.height, tiling.width, 3), np.uint8)
-        for number, tile in self._decode_tiles(source, [k[2] for k in keys], repeat(scratch), fetched):
+        for number, tile in self._decode_tiles(source, [key[2] for key in keys], repeat(scratch), fetched):
             yield (source.level, source.shrink, number), tile, size_of(tile)
 
     def _decode_tiles(
@@ -194,11 +175,10 @@ class TiffReader:
         buffer_of = iter(buffers)
         few = len(numbers) * most <= _FETCH_BYTES
         for group in [numbers] if few else _fetch_groups(numbers, self._counts[source.level]):
-            lengths, data = (
-                self._counts[source.level][group].tolist(),
-                self._compressed_bytes(source.level, group, fetched),
-            )
-            self._count_decoded(len(group))
+            lengths = self._counts[source.level][group].tolist()
+            data = self._compressed_bytes(source.level, group, fetched)
+            with self._lock:
+                self._decoded += len(group)
             for number, raw, length in zip(group, data, lengths, strict=True):
                 tile: Tile
                 try:
@@ -209,10 +189,6 @@ class TiffReader:
                 except UndecodableError as error:
                     tile = str(error)
                 yield number, tile
-
-    def _count_decoded(self, tiles: int) -> None:
-        with self._lock:
-            self._decoded += tiles
 
     def _compressed_bytes(self, level: int, numbers: Sequence[int], fetched: Fetched | None = None) -> list[Buffer]:
         """The compressed bytes of native tiles in the order given, fetching what ``fetched`` lacks."""
@@ -244,11 +220,10 @@ class TiffReader:
         finer = [s for s in self._sources if s.level < source.level]
         if not finer:
             return None
-        plane = self._planes[source.level]
-        row, column = divmod(number, plane.columns)
-        width, height = plane.tile_width // source.shrink, plane.tile_height // source.shrink
-        scales = source.downsample_x, source.downsample_y
-        canvas = read_scaled(Block(column * width, row * height, width, height, *scales), finer, self._fill_window)
+        tiling, scales = self._tiling_of(source), (source.downsample_x, source.downsample_y)
+        row, column = divmod(number, tiling.columns)
+        block = Block(column * tiling.width, row * tiling.height, tiling.width, tiling.height, *scales)
+        canvas = read_scaled(block, finer, self._fill_window)
         return "a finer tile under it cannot be decoded" if len(canvas.failed) else canvas.pixels
 
     def _decode_clipped(self, source: Source, number: int, data: Buffer, out: U8 | None) -> U8:
@@ -263,7 +238,7 @@ class TiffReader:
         # The last pixels would mix the slide with the padding beyond its edge, which may hold anything.
         full = decode(data, 1, plane.tile_height if plane.tiled else height)
         full[height:], full[:, width:] = WHITE, WHITE
-        return _shrink_pixels(full, source.shrink)
+        return average_boxes(full, source.shrink)
 
 
 def _native_parts(out: Sequence[U8], tiling: Tiling) -> list[U8]:
@@ -275,14 +250,6 @@ def _native_parts(out: Sequence[U8], tiling: Tiling) -> list[U8]:
         for y in range(0, tile.shape[0], height)
         for x in range(0, tile.shape[1], width)
     ]
-
-
-def _shrink_pixels(pixels: U8, factor: int) -> U8:
-    height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
-    boxes = pixels.reshape(height, factor, width, factor, 3)
-    total: npt.NDArray[np.uint32] = boxes.sum(axis=(1, 3), dtype=np.uint32)
-    mean: U8 = ((total + factor * factor // 2) // (factor * factor)).astype(np.uint8)
-    return mean
 
 
 def _fetch_groups(numbers: Sequence[int], counts: I64) -> Iterator[Sequence[int]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from wsi_mmm.errors import OptionError
-from wsi_mmm.storage.translate import local_errors
+from wsi_mmm.storage import store
 from wsi_mmm.types import U8
 
 Encode = Callable[[U8], bytes]
@@ -37,8 +37,7 @@ def write_tiff(path: str | Path, levels: Sequence[U8], form: TiffForm) -> None:
     """Write ``levels`` (uint8[h, w, 3], finest first) as one TIFF. Raises OutputError, OptionError."""
     if form.compression not in _CODES:
         raise OptionError(f"there is no TIFF compression {form.compression!r}; choose one of {', '.join(_CODES)}")
-    with local_errors(str(path), writing=True):
-        Path(path).write_bytes(_Writer(form).file(levels))
+    store.write_bytes(str(path), _Writer(form).file(levels))
 
 
 class _Writer:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +22,19 @@ from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import tile_xy
 from wsi_mmm.tiles.stream import is_far, read_tiles
+from wsi_mmm.training.data.annotation_targets import UNKNOWN
 from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
-from wsi_mmm.training.data.slides import KEPT_OPEN, SlideItem, TileSampling, check_ids, fetch_tiles, tissue_places
+from wsi_mmm.training.data.slides import (
+    KEPT_OPEN,
+    SlideItem,
+    TileSampling,
+    check_ids,
+    fetch_tiles,
+    map_threaded,
+    tissue_places,
+)
 from wsi_mmm.training.data.tables import SlideTable
 from wsi_mmm.types import I32, I64, Grid, Tiles
-
-UNKNOWN = -1
-_OPENING = 4  # slides looked at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class FeatureBagSource:
-    """A Source of bags of vectors float32[k, D] with level-0 ``xy``; all bags have ``width`` D."""
+    """A DataSource of bags of vectors float32[k, D] with level-0 ``xy``; all bags have ``width`` D."""
 
     name: str
     tasks: tuple[str, ...]
@@ -156,7 +161,11 @@ def _without_failed(features: SlideFeatures, tiles: str) -> SlideFeatures:
     except (pa.ArrowException, OSError, ValueError) as error:
         raise StorageError(f"{store.redact(tiles)} cannot be read ({error}): run wsi-mmm embed again") from error
     rows = zip(*(table[name].to_pylist() for name in ("x", "y", "failed")), strict=True)
-    failed = {(x, y) for x, y, bad in rows if bad}
+    return _leave_out(features, {(x, y) for x, y, bad in rows if bad})
+
+
+def _leave_out(features: SlideFeatures, failed: Set[tuple[int, int]]) -> SlideFeatures:
+    """``features`` less those of the tiles at ``failed`` level-0 (x, y)."""
     good = np.array([tuple(place) not in failed for place in features.coords.tolist()], bool)
     return SlideFeatures(features.vectors[good], features.coords[good], features.attributes)
 
@@ -200,11 +209,8 @@ def entry_features(uri: str, grid: Grid) -> SlideFeatures:
             f"the cache entry at {store.redact(uri)} has {text}: give the mpp, tile and overlap of its run"
         )
     index, failed = _read_block_records(uri)
-    xy = tile_xy(grid, index)
-    good = np.array([tuple(place) not in failed for place in xy.tolist()], bool)
-    dense = np.asarray(array[:])
-    vectors = dense[index[good, 0], index[good, 1]].astype(np.float32)
-    return SlideFeatures(vectors, xy[good], {})
+    vectors = np.asarray(array[:])[index[:, 0], index[:, 1]].astype(np.float32)
+    return _leave_out(SlideFeatures(vectors, tile_xy(grid, index), {}), failed)
 
 
 def _read_block_records(uri: str) -> tuple[I64, set[tuple[int, int]]]:
@@ -226,7 +232,7 @@ def _read_block_records(uri: str) -> tuple[I64, set[tuple[int, int]]]:
 
 @dataclass(frozen=True)
 class TileBagSource:
-    """A Source of bags of tissue tiles: pixels uint8[k, size, size, 3] with level-0 ``xy``. ``corners`` by slide:
+    """A DataSource of bags of tissue tiles: pixels uint8[k, size, size, 3] with level-0 ``xy``. ``corners`` by slide:
     int64[n, 2] target px of the tiles of ``tile`` px to draw from; ``scales``: level-0 px per target px."""
 
     name: str
@@ -297,10 +303,8 @@ def tile_bags(
                 raise InputError(f"data '{name}': {item.id} has no tile with tissue: lower min_tissue, or leave it out")
             return corners, slide.scale(places.mpp), is_far(slide.reader)
 
-    with ThreadPoolExecutor(_OPENING, thread_name_prefix="wsi-mmm-prepare") as threads:
-        found = list(threads.map(look, items))
-    corners, scales, remote = [one[0] for one in found], [one[1] for one in found], any(one[2] for one in found)
-    index = _repeat_index(items, draws.times)
+    corners, scales, remote = zip(*map_threaded(look, items), strict=True)
+    index, tasks = _repeat_index(items, draws.times), _task_names(items)
     return TileBagSource(
-        name, _task_names(items), index, tuple(items), draws, places.tile, corners, scales, pool, caching, remote
+        name, tasks, index, tuple(items), draws, places.tile, corners, scales, pool, caching, any(remote)
     )

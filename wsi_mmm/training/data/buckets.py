@@ -1,4 +1,4 @@
-"""From the class names that annotators use to the labels of a task: an ordered table, and what it would do to files.
+"""From the class names that annotators use to the labels of a task: an ordered table of rules, and a dry run of it.
 
 The first rule that fits a name decides. Beside the task's labels there are three buckets: ``IGNORE`` (nothing is known
 there), ``DROP`` (as if the object were not in the file) and ``USE`` (the annotator looked at everything in there).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -147,28 +147,22 @@ class BucketReport:
         return json.dumps({"lines": lines, **facts, "repaired": self.repaired}, ensure_ascii=False, indent=1)
 
     def table(self) -> str:
-        """The lines in columns, the sums by label, and what nobody asked for."""
+        """The lines in columns, the sums by label, and the classes without a rule."""
         rows = [("slide", "class", "label", "rule", "objects", "area")]
-        rows += [
-            (
-                one.slide,
-                _class_label(one.class_name),
-                one.label,
-                one.rule or "none fits",
-                str(one.objects),
-                _area_text(one),
-            )
-            for one in self.lines
-        ]
-        sums: dict[str, int] = defaultdict(int)
+        sums: Counter[str] = Counter()
         for one in self.lines:
+            area = f"{one.area:.4g} px²" if one.area_mm2 is None else f"{one.area_mm2:.4g} mm²"
+            name = "(no class)" if one.class_name is None else one.class_name
+            rows.append((one.slide, name, one.label, one.rule or "none fits", str(one.objects), area))
             sums[one.label] += one.objects
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         end = [f"{label}: {count} objects" for label, count in sorted(sums.items())]
         if self.unmatched:
             end.append(f"no rule fits: {', '.join(self.unmatched)}")
         if self.unnamed:
             end.append(f"without a class: {self.unnamed} objects")
-        return "\n".join([*_align_columns(rows), "", *end])
+        lines = ["  ".join(f"{cell:<{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, "", *end])
 
 
 def dry_run(buckets: Buckets, slides: Iterable[tuple[str, Shapes, float | None]]) -> BucketReport:
@@ -194,16 +188,3 @@ def _class_row(buckets: Buckets, slide: str, name: str | None, *, areas: list[fl
     rule = buckets.rules[number].words if number < len(buckets.rules) else ""
     area = sum(areas)
     return Line(slide, name, label, rule, len(areas), area, None if mpp is None else area * mpp * mpp / 1e6)
-
-
-def _class_label(name: str | None) -> str:
-    return "(no class)" if name is None else name
-
-
-def _area_text(line: Line) -> str:
-    return f"{line.area:.4g} px²" if line.area_mm2 is None else f"{line.area_mm2:.4g} mm²"
-
-
-def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

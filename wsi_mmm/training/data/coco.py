@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -10,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.errors import InputError, MissingPackage
+from wsi_mmm.errors import InputError
+from wsi_mmm.plugins import import_package
 from wsi_mmm.storage import store
 from wsi_mmm.storage.limits import parse_json
 from wsi_mmm.tasks.targets import Boxes, Target
@@ -67,7 +67,7 @@ def boxes(found: Sequence[Mapping[str, Any]], numbers: Mapping[Any, int], shape:
 
 def outlines(found: Sequence[Mapping[str, Any]], shape: tuple[int, int]) -> I32:
     """``segmentation`` (polygons or RLE) of each annotation as int32[h, w], numbered from 1; crowds are -1."""
-    tools = _import_pycocotools()
+    tools = import_package("pycocotools.mask", "COCO outlines need pycocotools: pip install 'wsi-mmm[coco]'")
     out = np.zeros(shape, np.int32)
     for number, one in enumerate(found, start=1):
         try:
@@ -100,25 +100,16 @@ def _check_outline(drawn: Any, shape: tuple[int, int]) -> Any:
     return drawn
 
 
-def _import_pycocotools() -> Any:
-    try:
-        return importlib.import_module("pycocotools.mask")
-    except ImportError as error:
-        raise MissingPackage("COCO outlines need pycocotools: pip install 'wsi-mmm[coco]'") from error
-
-
 def _parse_coco(uri: str) -> dict[str, Any]:
     root = parse_json(store.read_bytes(uri), store.redact(uri))
-    lists = isinstance(root, dict) and all(
-        isinstance(root.get(k), list) for k in ("images", "annotations", "categories")
-    )
-    if not lists:
+    named = ("images", "annotations", "categories")
+    if not isinstance(root, dict) or not all(isinstance(root.get(name), list) for name in named):
         raise InputError(f"{store.redact(uri)} is no COCO file: it needs images, annotations and categories")
     for picture in root["images"]:
         sides = [picture.get(side, 0) for side in ("width", "height")] if isinstance(picture, dict) else [0, 0]
         if not all(isinstance(side, int | float) for side in sides) or sides[0] * sides[1] > MAX_PX:
             raise InputError(f"{store.redact(uri)}: {picture.get('file_name')} is too large for a patch")
-    return dict(root)
+    return root
 
 
 def _safe_file_name(file_name: str, annotations: str) -> str:

@@ -11,31 +11,35 @@ from wsi_mmm.errors import ConfigError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data import folders, volumes
-from wsi_mmm.training.data.base import DataSource, ItemIndex
+from wsi_mmm.training.data.base import DataContext, DatasetEntry, DataSource, ItemIndex
 from wsi_mmm.training.data.coco import coco
-from wsi_mmm.training.data.entry import ConfigTable, DataContext, DatasetEntry
 from wsi_mmm.training.data.images import Origin
-from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, SlidesEntry, TileBags
+from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, SlidesEntry, TaskColumns, TileBags
 from wsi_mmm.training.data.split import parts_by_pattern
-from wsi_mmm.training.data.tables import TableTask, read_table, slide_table
+from wsi_mmm.training.data.tables import read_table, slide_table
 
 
-class Pictured(DatasetEntry):
+class OfOneTask(DatasetEntry):
+    """A data set that has targets of one task."""
+
+    task: str
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks it is of."""
+        return (self.task,)
+
+
+class Pictured(OfOneTask):
     """Folders of pictures. ``mpp`` of the files: they are scaled to the model's (None: taken as they are).
 
     ``group``: a regular expression with one group that finds the patient or slide in a path. ``part``: one that finds
     train, val or test there, such as "^(train|val|test)/"; what it does not fit is divided as `SplitPart` says.
     """
 
-    task: str
     mpp: float | None = Field(default=None, gt=0)
     group: str | None = None
     part: str | None = None
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks it is of."""
-        return (self.task,)
 
     def origin(self, place: DataContext) -> Origin:
         """See `Origin`."""
@@ -119,21 +123,15 @@ class Coco(Pictured):
         )  # fmt: skip
 
 
-class Nifti(DatasetEntry):
+class Nifti(OfOneTask):
     """Slices of NIfTI volumes, and label volumes of the same names. ``window``: values shown black and white."""
 
     kind: Literal["nifti"]
-    task: str
     images: str
     labels: str | None = None
     axis: int = Field(default=2, ge=0, le=2)
     values: dict[int, str] | None = None
     window: tuple[float, float] | None = None
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks it is of."""
-        return (self.task,)
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
@@ -141,47 +139,36 @@ class Nifti(DatasetEntry):
         return volumes.nifti_slices(
             self.name, self.images, self.labels, task=self.task, axis=self.axis,
             values=None if self.values is None else _class_indices(self.name, self.values, card),
-            window=volumes.AUTO if self.window is None else volumes.IntensityWindow(*self.window),
+            window=self.window,
         )  # fmt: skip
 
 
-class PatientTable(ConfigTable):
+class PatientTable(TaskColumns):
     """A table with one row per patient, named in column ``patient``. Otherwise as a table of slides."""
 
     table: str
     patient: str = "patient"
-    columns: tuple[str, ...]
-    values: dict[str, str] = Field(default_factory=dict)
-    separator: str = ";"
 
     def targets(self, card: TaskCard) -> dict[str, Target]:
         """Patient -> the target of the task. ManifestError names a wrong row."""
-        task = TableTask(card.name, card.kind, self.columns, card.classes, self.values, self.separator)
-        found = slide_table(read_table(self.table), [task], slide=self.patient)
+        found = slide_table(read_table(self.table), [self.task(card)], slide=self.patient)
         return dict(zip(found.slides, found.targets[card.name], strict=True))
 
 
-class Dicom(DatasetEntry):
+class Dicom(OfOneTask):
     """DICOM files below ``images``, a slice each, grouped by the patient that they name. ``patients``: what is known of
     these (none: a task without target). ``window``: values shown black and white (none: as the file says)."""
 
     kind: Literal["dicom"]
-    task: str
     images: str
     patients: PatientTable | None = None
     window: tuple[float, float] | None = None
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks it is of."""
-        return (self.task,)
-
     def open(self, place: DataContext) -> DataSource:
         """The source."""
         known = None if self.patients is None else self.patients.targets(place.tasks[self.task])
-        window = volumes.AUTO if self.window is None else volumes.IntensityWindow(*self.window)
         label = None if known is None else known.get
-        return volumes.dicom_slices(self.name, self.images, task=self.task, label=label, window=window)
+        return volumes.dicom_slices(self.name, self.images, task=self.task, label=label, window=self.window)
 
 
 def _class_indices(name: str, values: Mapping[int, str], card: TaskCard) -> dict[int, int]:

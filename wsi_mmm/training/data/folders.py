@@ -33,9 +33,9 @@ def class_folders(
     InputError names a folder that is no class, and a class without pictures.
     """
     uris, keys, labels = [], [], []
+    table = {name: name for name in classes} | dict(folders or {})
     for uri in pictures_below(root):
         key = below(root, uri)
-        table = {name: name for name in classes} | dict(folders or {})
         chosen = next((table[folder] for folder in key.split("/")[:-1] if folder in table), None)
         if chosen == "":
             continue
@@ -71,13 +71,13 @@ def image_masks(
     ``values``: px value -> class index (-1: unknown); None: the value is the class, 255 unknown. Values that mean
     nothing are an error of the picture, not background.
     """
-    pairs = _match_files(origin, images, masks)
+    uris, files = _match_files(origin, images, masks)
     table = dict(values) if values is not None else {**{i: i for i in range(classes)}, IGNORE: -1}
 
-    def targets(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
-        return {task: mapped(_read_labels(pairs[n][1], shape), table, pairs[n][1])}
+    def target(n: int, shape: tuple[int, int]) -> Target:
+        return mapped(_read_labels(files[n], shape), table, files[n])
 
-    return _paired_images(origin, images, pairs, task=task, targets=targets)
+    return _paired_images(origin, images, uris, task=task, target=target)
 
 
 def image_class_masks(
@@ -97,7 +97,7 @@ def image_class_masks(
             f"data '{origin.name}': no masks below {store.redact(masks)}/<class>; classes: {', '.join(classes)}"
         )
 
-    def targets(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
+    def target(n: int, shape: tuple[int, int]) -> Target:
         out = np.full((len(classes), *shape), -1, np.int8)
         for k, found in enumerate(by_class):
             uri = found.get(_path_stem(below(images, uris[n])))
@@ -106,20 +106,15 @@ def image_class_masks(
                 out[k] = values > 0
                 if ((values > 0) & (values < IGNORE)).any():
                     out[k][values == IGNORE] = -1
-        return {task: out}
+        return out
 
-    pairs = [(uri, "") for uri in uris]
-    return _paired_images(origin, images, pairs, task=task, targets=targets)
+    return _paired_images(origin, images, uris, task=task, target=target)
 
 
 def image_instances(origin: Origin, images: str, labels: str, *, task: str) -> ImageItems:
     """Pictures below ``images`` with an instance image (0 background, a number per object) below ``labels``."""
-    pairs = _match_files(origin, images, labels)
-
-    def targets(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
-        return {task: _read_labels(pairs[n][1], shape)}
-
-    return _paired_images(origin, images, pairs, task=task, targets=targets)
+    uris, files = _match_files(origin, images, labels)
+    return _paired_images(origin, images, uris, task=task, target=lambda n, shape: _read_labels(files[n], shape))
 
 
 def mapped(values: I32, table: Mapping[int, int], uri: str) -> I32:
@@ -135,28 +130,29 @@ def mapped(values: I32, table: Mapping[int, int], uri: str) -> I32:
 def _paired_images(
     origin: Origin,
     root: str,
-    pairs: Sequence[tuple[str, str]],
+    uris: Sequence[str],
     *,
     task: str,
-    targets: Callable[[int, tuple[int, int]], Mapping[str, Target]],
+    target: Callable[[int, tuple[int, int]], Target],
 ) -> ImageItems:
-    keys = [below(root, image) for image, _ in pairs]
+    keys = [below(root, uri) for uri in uris]
     index = ItemIndex(keys, origin.groups(keys), np.full(len(keys), -1, np.int32))
-    return ImageItems(origin.name, (task,), index, lambda n: read_image(pairs[n][0]), targets, origin.factor)
+    return ImageItems(
+        origin.name, (task,), index, lambda n: read_image(uris[n]), lambda n, s: {task: target(n, s)}, origin.factor
+    )
 
 
-def _match_files(origin: Origin, images: str, labels: str) -> list[tuple[str, str]]:
-    """(picture, label image) by path and stem. InputError names a picture without one."""
-    found = _by_stem(labels)
-    pairs = []
-    for uri in pictures_below(images):
+def _match_files(origin: Origin, images: str, labels: str) -> tuple[list[str], list[str]]:
+    """Pictures, and the label image of each, by path and stem. InputError names a picture without one."""
+    found, uris, files = _by_stem(labels), pictures_below(images), []
+    for uri in uris:
         stem = _path_stem(below(images, uri))
         if stem not in found:
             raise InputError(
                 f"data '{origin.name}': no label image {stem}.png (or .tif, .npy) below {store.redact(labels)}"
             )
-        pairs.append((uri, found[stem]))
-    return pairs
+        files.append(found[stem])
+    return uris, files
 
 
 def _by_stem(root: str) -> dict[str, str]:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from wsi_mmm.errors import InputError, StorageError, WsiError
 from wsi_mmm.storage import store
-from wsi_mmm.tasks.targets import Target
-from wsi_mmm.training.data.base import ItemIndex, Sample
+from wsi_mmm.tasks.targets import Boxes, Target
+from wsi_mmm.training.data.base import ItemIndex, Sample, first_groups
 from wsi_mmm.types import I32, U8
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MAX_PX = 1 << 26
-"""Px of a picture above which it is refused: what is larger is a slide, and read as one."""
+"""Px of a picture above which it is refused: larger ones are read as slides."""
 
 MAX_SIDE = 1 << 15
 
@@ -40,20 +38,16 @@ class Origin:
         """The group of each key. InputError when the pattern is none, or does not fit a key."""
         if self.group is None:
             return list(keys)
-        try:
-            found = [(key, re.search(self.group, key)) for key in keys]
-            misfits = [key for key, match in found if match is None]
-            if misfits:
-                raise InputError(f"data '{self.name}': the group pattern does not fit {misfits[0]}")
-            return [match.group(1) for _, match in found if match]
-        except (re.error, IndexError) as error:
-            text = f"group {self.group!r} is no pattern with one group in brackets ({error})"
-            raise InputError(f"data '{self.name}': {text}") from error
+        found = first_groups(self.group, keys, f"data '{self.name}': group")
+        misfits = [key for key, group in zip(keys, found, strict=True) if group is None]
+        if misfits:
+            raise InputError(f"data '{self.name}': the group pattern does not fit {misfits[0]}")
+        return [group for group in found if group is not None]
 
 
 @dataclass(frozen=True)
 class ImageItems:
-    """A Source of whole pictures. ``image``: item -> uint8[h, w, 3]; ``targets``: item, (h, w) -> target by task.
+    """A DataSource of whole pictures. ``image``: item -> uint8[h, w, 3]; ``targets``: item, (h, w) -> target by task.
 
     Both may raise InputError or StorageError: then the item is a failed sample. ``factor``: px of the model's
     resolution per px of the file; pixels and target are resampled by it.
@@ -92,20 +86,15 @@ def resampled(pixels: U8, factor: float) -> U8:
 
 def resample_target(target: Target, factor: float) -> Target:
     """Label images int[..., h, w] by nearest neighbour, boxes by arithmetic; what has no place stays as it is."""
-    from wsi_mmm.tasks.targets import Boxes
-
     if isinstance(target, Boxes):
         height, width = (max(1, round(side * factor)) for side in (target.height, target.width))
         by = np.array([width / target.width, height / target.height] * 2, np.float32)
         return Boxes(target.xyxy * by, target.labels, height, width)
     if not isinstance(target, np.ndarray) or target.ndim < 2:
         return target
-    rows, columns = (_nearest_index(side, max(1, round(side * factor))) for side in target.shape[-2:])
+    sides = [(side, max(1, round(side * factor))) for side in target.shape[-2:]]
+    rows, columns = (((np.arange(wanted) + 0.5) * side / wanted).astype(np.int64) for side, wanted in sides)
     return np.ascontiguousarray(target[..., rows[:, None], columns])
-
-
-def _nearest_index(side: int, wanted: int) -> npt.NDArray[np.int64]:
-    return ((np.arange(wanted) + 0.5) * side / wanted).astype(np.int64)
 
 
 # ---------------------------------------------------------------- files
@@ -149,7 +138,7 @@ def _read_npy(uri: str) -> I32:
 
 
 def _npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of a .npy file: what it claims is looked at before memory is taken for it."""
+    """Shape and type of a .npy file, to be checked before memory is allocated for it."""
     versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in versions:
@@ -181,8 +170,7 @@ def pictures_below(root: str) -> list[str]:
         found = [uri for uri in store.list_uris(root) if uri.lower().endswith(ENDINGS)]
     except StorageError as error:
         raise InputError(f"{store.redact(root)} cannot be listed: {error}") from error
-    hidden = [uri for uri in found if uri.rpartition("/")[2].startswith(".")]
-    found = sorted(set(found) - set(hidden))
+    found = sorted(uri for uri in found if not uri.rpartition("/")[2].startswith("."))
     if not found:
         raise InputError(f"no picture ({', '.join(ENDINGS)}) below {store.redact(root)}")
     return found

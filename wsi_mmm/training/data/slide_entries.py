@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -16,9 +15,8 @@ from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.tissue import MIN_TISSUE
 from wsi_mmm.training.data import bags, tables
 from wsi_mmm.training.data.annotation_targets import MAP_KINDS, TILE_LEVEL_KINDS, AnnotationTarget
-from wsi_mmm.training.data.base import DataSource, ItemIndex
-from wsi_mmm.training.data.buckets import BucketReport, Buckets, How, Rule, same_names
-from wsi_mmm.training.data.entry import ConfigTable, DataContext, DatasetEntry
+from wsi_mmm.training.data.base import ConfigTable, DataContext, DatasetEntry, DataSource, ItemIndex, first_groups
+from wsi_mmm.training.data.buckets import BucketReport, Buckets, Rule, same_names
 from wsi_mmm.training.data.slides import (
     KEPT_OPEN,
     SlideItem,
@@ -33,20 +31,11 @@ from wsi_mmm.training.data.tables import SlideTable, TableTask, balance_labels
 from wsi_mmm.types import I32
 
 
-class Bucket(ConfigTable):
-    """A rule: class names that fit ``pattern`` get ``label``: a class of the task, or "ignore", "drop" or "use"."""
-
-    label: str
-    pattern: str = ""
-    how: How = "exact"
-    any_case: bool = False
-
-
 class TaskOfShapes(ConfigTable):
     """The targets of a task in annotations; see `AnnotationTarget`. ``buckets`` in order, the first that fits decides
     (none: class names are those of the task); ``unmatched``, ``unnamed``: where the rest goes."""
 
-    buckets: tuple[Bucket, ...] = ()
+    buckets: tuple[Rule, ...] = ()
     unmatched: str = "ignore"
     unnamed: str = "ignore"
     background: str | None = None
@@ -56,10 +45,9 @@ class TaskOfShapes(ConfigTable):
     values: tuple[str, ...] = ()
 
     def spec(self, card: TaskCard) -> AnnotationTarget:
-        """The lesson of the task ``card``. ConfigError for a kind that learns nothing from shapes."""
-        rules = tuple(Rule(b.label, b.pattern, b.how, b.any_case) for b in self.buckets)
-        named = same_names(card.classes)
-        buckets = Buckets(card.classes, rules or named.rules, self.unmatched, self.unnamed)
+        """The annotation target of the task ``card``. ConfigError for a kind that has no targets in shapes."""
+        rules = self.buckets or same_names(card.classes).rules
+        buckets = Buckets(card.classes, rules, self.unmatched, self.unnamed)
         return AnnotationTarget(
             card.name, card.kind, buckets, background=self.background, complete=self.complete,
             min_share=self.min_share, min_visible=self.min_visible, values=self.values,
@@ -103,7 +91,7 @@ class SlidesEntry(Tiled):
 
     ``slides``: files, folders, patterns, prefixes, manifests, as `wsi-mmm run` takes them. ``task``: one or several, of
     which the first chooses the tiles; ``shapes``: per task, what its annotations mean. ``annotations``: pattern with
-    {folder}, {name} and {stem}; "none", for a task that needs no truth (reconstruct): tiles with tissue. ``needed``
+    {folder}, {name} and {stem}; "none", for a task that needs no target (reconstruct): tiles with tissue. ``needed``
     False: slides whose annotations are not there are left out. ``group``: a regular expression with one group that
     finds the patient in a slide's id (None: every slide by itself).
     """
@@ -130,15 +118,16 @@ class SlidesEntry(Tiled):
     def items(self, place: DataContext) -> list[SlideItem]:
         """The slides with their annotation files."""
         specs = place.expand(self.slides)
-        found = []
-        for name, uri, mpp in specs:
+        ids, found = [name for name, _, _ in specs], []
+        groups = ids if self.group is None else first_groups(self.group, ids, f"data '{self.name}': group")
+        for (name, uri, mpp), group in zip(specs, groups, strict=True):
+            if group is None:
+                raise InputError(f"data '{self.name}': the group pattern finds no patient in {name!r}")
             annotation_file = None if self.annotations is None else beside(uri, self.annotations, needed=self.needed)
             if annotation_file is None and self.annotations is not None:
                 continue
             known: Mapping[str, Target] = dict.fromkeys(self.task) if self.annotations is None else {}
-            found.append(
-                SlideItem(name, uri, mpp or self.mpp_override, annotation_file, self._matched_group(name), known)
-            )
+            found.append(SlideItem(name, uri, mpp or self.mpp_override, annotation_file, group, known))
         if not found:
             raise InputError(
                 f"data '{self.name}': none of its {len(specs)} slides has annotations at {self.annotations}"
@@ -162,36 +151,32 @@ class SlidesEntry(Tiled):
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
-        specs = self.specs(place)  # what is wrong with the table is said before files are looked for
+        specs = self.specs(place)  # a wrong table is an error before files are looked for
         return slide_tiles(self.name, self.items(place), self.places(place), specs, caching=self.caching)
 
     def dry_run(self, place: DataContext) -> dict[str, BucketReport]:
-        """Per task what its bucket table makes of the annotations."""
+        """Task -> the report of its bucket table on the annotations."""
         specs, pool = self.specs(place), SlidePool(KEPT_OPEN)
         items = self.items(place) if specs else []
         return {one.task: dry_run_slides(items, one.buckets, pool) for one in specs}
 
-    def _matched_group(self, name: str) -> str:
-        if self.group is None:
-            return name
-        found = re.search(self.group, name)
-        if found is None or not found.groups():
-            raise InputError(f"data '{self.name}': the group pattern finds no patient in {name!r}")
-        return found.group(1)
-
 
 class TaskColumns(ConfigTable):
-    """The columns of a table that a task learns from; see `TableTask`."""
+    """The columns of a table that hold the targets of a task; see `TableTask`."""
 
     columns: tuple[str, ...]
     values: dict[str, str] = Field(default_factory=dict)
     separator: str = ";"
 
+    def task(self, card: TaskCard) -> TableTask:
+        """The table's task for ``card``."""
+        return TableTask(card.name, card.kind, self.columns, card.classes, self.values, self.separator)
+
 
 class Tabled(ConfigTable):
-    """A table with a row per slide. ``truth``: task -> its columns. ``id``, ``patient``, ``uri``, ``mpp``: the columns
-    of its name, its patient, its file and what its px measure; ``root`` is put before relative places. ``split``: the
-    column that says train, val, test or nothing (not used); without it patients are drawn (`SplitPart`)."""
+    """A table with a row per slide. ``truth``: task -> the columns of its targets. ``id``, ``patient``, ``uri``,
+    ``mpp``: the columns of its name, its patient, its file and what its px measure; ``root`` is put before relative
+    places. ``split``: the column that says train, val, test or nothing (not used); without it patients are drawn."""
 
     table: str
     id: str = "slide"
@@ -202,17 +187,9 @@ class Tabled(ConfigTable):
     root: str = ""
     truth: dict[str, TaskColumns] = Field(min_length=1)
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that it knows something about."""
-        return tuple(self.truth)
-
     def read(self, place: DataContext) -> tuple[SlideTable, I32]:
         """The rows, and the class int32[rows] that balancing goes by: of the first task."""
-        tasks = [
-            TableTask(name, place.tasks[name].kind, one.columns, place.tasks[name].classes, one.values, one.separator)
-            for name, one in self.truth.items()
-        ]
+        tasks = [columns.task(place.tasks[name]) for name, columns in self.truth.items()]
         table = tables.slide_table(tables.read_table(self.table), tasks, slide=self.id, group=self.patient)
         return table, balance_labels(tasks[0].kind, table.targets[tasks[0].task])
 
@@ -226,43 +203,42 @@ class Tabled(ConfigTable):
         )
         index = ItemIndex(table.slides, table.groups, np.zeros(len(table.slides), np.int32))
         found = split_by_column(index, table.splits)
-        said = dict.fromkeys(table.groups, "")
-        return said | {table.groups[n]: name for name in PARTS for n in found.part(name).tolist()}
+        named = {table.groups[n]: name for name in PARTS for n in found.part(name).tolist()}
+        return dict.fromkeys(table.groups, "") | named
 
     def items(self, place: DataContext) -> list[SlideItem]:
-        """The slides with their truth."""
+        """The slides with their targets."""
         table, labels = self.read(place)
         return slides_of_table(table, uri=self.uri, mpp=self.mpp, root=self.root, labels=labels)
 
 
-class SlideLabels(Tiled):
-    """Tissue tiles of slides, each with what a table says of its slide."""
+class OfSlideTable(DatasetEntry):
+    """A data set whose targets are in a table of slides."""
 
-    kind: Literal["slide-table"]
     slides: Tabled
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks it is of."""
-        return self.slides.tasks
+        return tuple(self.slides.truth)
+
+
+class SlideLabels(OfSlideTable, Tiled):
+    """Tissue tiles of slides, each with what a table says of its slide."""
+
+    kind: Literal["slide-table"]
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
         return slide_tiles(self.name, self.slides.items(place), self.places(place), caching=self.caching)
 
 
-class TileBags(Tiled):
+class TileBags(OfSlideTable, Tiled):
     """Bags of ``most`` tissue tiles of each slide, for learning end to end; ``times``: draws per slide."""
 
     kind: Literal["tile-bags"]
-    slides: Tabled
     most: int = Field(default=32, ge=1)
     times: int = Field(default=1, ge=1)
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks it is of."""
-        return self.slides.tasks
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
@@ -270,7 +246,7 @@ class TileBags(Tiled):
         return bags.tile_bags(self.name, self.slides.items(place), self.places(place), draws, caching=self.caching)
 
 
-class FeatureBags(DatasetEntry):
+class FeatureBags(OfSlideTable):
     """Bags of the vectors that ``wsi-mmm embed`` wrote, with what a table says of each slide.
 
     ``features``: pattern with {slide}, such as "features/{slide}/features.zarr" (or .h5). ``most``: instances drawn of
@@ -278,17 +254,11 @@ class FeatureBags(DatasetEntry):
     """
 
     kind: Literal["bags"]
-    slides: Tabled
     features: str
     most: int = Field(default=0, ge=0)
     times: int = Field(default=1, ge=1)
     seed: int = 0
     needed: bool = True
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks it is of."""
-        return self.slides.tasks
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""

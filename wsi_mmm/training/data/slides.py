@@ -1,21 +1,20 @@
-"""Slides as a Source: items are places, read many at a time by the road of `run`, with target from annotations, from
-tables, or both."""
+"""Slides as a DataSource: items are tiles, read as `run` reads them, with targets from annotations, tables or both."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from wsi_mmm.annotations import Shapes, parse_shapes
 from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
-from wsi_mmm.errors import ConfigError, InputError, ManifestError, WsiError
+from wsi_mmm.errors import ConfigError, InputError, WsiError
 from wsi_mmm.slides import Slide
 from wsi_mmm.slides.base import Fetched, TileReader
 from wsi_mmm.storage import store
@@ -25,20 +24,24 @@ from wsi_mmm.tiles.stream import is_far, read_tiles
 from wsi_mmm.tiles.tissue import MIN_TISSUE, select_tiles, tissue_mask
 from wsi_mmm.training.data.annotation_targets import (
     TILE_LEVEL_KINDS,
+    UNKNOWN,
     AnnotationTarget,
+    SlideAnnotations,
     annotations_for_task,
     choose,
+    drawn_places,
+    grid_places,
     map_targets,
     tile_targets,
 )
 from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
 from wsi_mmm.training.data.buckets import BucketReport, Buckets, dry_run
-from wsi_mmm.training.data.objects import drawn_places
-from wsi_mmm.training.data.regions import UNKNOWN, SlideAnnotations, grid_places
-from wsi_mmm.training.data.shapes_index import index_shapes
+from wsi_mmm.training.data.raster import index_shapes
 from wsi_mmm.training.data.tables import SlideTable
-from wsi_mmm.types import I32, I64, Mask, Tiles
+from wsi_mmm.types import I32, I64, Tiles
 
+T = TypeVar("T")
+R = TypeVar("R")
 _log = logging.getLogger(__name__)
 _OPENING = 4  # slides prepared at a time
 KEPT_OPEN = 16  # slides that stay open while nobody reads them
@@ -92,8 +95,8 @@ class TileSampling:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A slide with its places ``xy`` int64[n, 2] (target px), classes for balancing, targets of patch tasks by item,
-    and sheets of the tasks whose target is drawn when it is read."""
+    """A slide with the corners ``xy`` int64[n, 2] (target px) of its tiles, their classes for balancing, the targets of
+    tile tasks by item, and the annotations of the tasks whose targets are drawn when they are read."""
 
     item: SlideItem
     scale: tuple[float, float]
@@ -110,7 +113,7 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class SlideTiles:
-    """A Source of tiles of slides; see `slide_tiles`. ``broken``: slides that could not be prepared, and why."""
+    """A DataSource of tiles of slides; see `slide_tiles`."""
 
     name: str
     tasks: tuple[str, ...]
@@ -121,12 +124,6 @@ class SlideTiles:
     slides: Sequence[_Prepared]
     specs: Sequence[AnnotationTarget]
     starts: I64  # int64[slides + 1]: numbers of each slide's first item
-    broken: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def facts(self) -> dict[str, int]:
-        """Tiles by slide."""
-        return {one.item.id: len(one.xy) for one in self.slides}
 
     @property
     def remote(self) -> bool:
@@ -145,7 +142,7 @@ class SlideTiles:
     def read(self, numbers: Sequence[int], size: int, fetched: FetchedItems | None = None) -> list[Sample]:
         """Squares of ``size`` px round the middles of these items, slide by slide, in the order of ``numbers``.
 
-        Truth per px and boxes are those of the square; labels and numbers those of the item's own tile, whatever
+        Targets per px and boxes are those of the square; labels and numbers those of the item's own tile, whatever
         ``size`` is.
         """
         found: list[Sample | None] = [None] * len(numbers)
@@ -173,10 +170,13 @@ class SlideTiles:
         except WsiError as error:
             return [Sample(key, failed=str(error)) for key in keys]
         targets = self._read_targets(slide, local, tiles.xy, size)
-        reasons = _rejection_reasons(slide.item, tiles, failed)
+        boxes = level0_boxes(tiles).round().astype(np.int64).tolist()
+        text = "{}: px of the tile at level-0 ({}, {}) to ({}, {}) cannot be decoded"
         return [
-            Sample(key, failed=reason) if reason else Sample(key, pixels=pixels[n], targets=targets[n])
-            for n, (key, reason) in enumerate(zip(keys, reasons, strict=True))
+            Sample(key, failed=text.format(slide.item.id, *boxes[n]))
+            if failed[n]
+            else Sample(key, pixels=pixels[n], targets=targets[n])
+            for n, key in enumerate(keys)
         ]
 
     def _read_targets(self, slide: _Prepared, local: I64, corners: I64, size: int) -> list[dict[str, Target]]:
@@ -204,13 +204,6 @@ def fetch_tiles(pool: SlidePool, item: SlideItem, tiles: Tiles, caching: TileCac
     return None
 
 
-def _rejection_reasons(item: SlideItem, tiles: Tiles, failed: Mask) -> list[str]:
-    """Why each tile is not given, "" for those that are."""
-    boxes = level0_boxes(tiles).round().astype(np.int64).tolist()
-    said = "{}: px of the tile at level-0 ({}, {}) to ({}, {}) cannot be decoded"
-    return [said.format(item.id, *box) if bad else "" for box, bad in zip(boxes, failed.tolist(), strict=True)]
-
-
 # ---------------------------------------------------------------- making one
 
 
@@ -222,55 +215,37 @@ def slide_tiles(
     *,
     pool: SlidePool | None = None,
     caching: TileCaching | None = None,
-    keep_going: bool = False,
 ) -> SlideTiles:
-    """Tiles of ``items`` at ``places`` with the target of ``specs`` and of the slides themselves.
+    """Tiles of ``items`` at ``places`` with the targets of ``specs`` and of the slides themselves.
 
-    Every slide is opened and its annotations are read once. A slide that cannot be is an error, or with ``keep_going``
-    one of ``broken``. Raises InputError when no tile is left, two slides have one id, or one task is taught twice.
+    Every slide is opened and its annotations are read once. Raises what that raises, and InputError when no tile is
+    left, two slides have one id, or a task is listed twice.
     """
-    _check_sampling(name, items, places, specs)
-    pool = pool or SlidePool(KEPT_OPEN)
-    prepared: list[_Prepared] = []
-    broken: dict[str, str] = {}
-    with ThreadPoolExecutor(_OPENING, thread_name_prefix="wsi-mmm-prepare") as threads:
-        jobs = [threads.submit(_prepare_slide, pool, item, places, specs, number) for number, item in enumerate(items)]
-        for item, job in zip(items, jobs, strict=True):
-            try:
-                prepared.append(job.result())
-            except WsiError as error:
-                if not keep_going:
-                    threads.shutdown(cancel_futures=True)
-                    raise
-                broken[item.id] = str(error)
-    counts = [len(one.xy) for one in prepared]
-    if not sum(counts):
-        raise InputError(f"data '{name}': {_no_tiles_message(specs, broken)}")
-    tasks = dict.fromkeys([spec.task for spec in specs] + [task for item in items for task in item.targets])
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return SlideTiles(
-        name,
-        tuple(tasks),
-        _build_index(prepared),
-        places.tile,
-        pool,
-        caching,
-        prepared,
-        tuple(specs),
-        starts,
-        broken,
-    )
-
-
-def _check_sampling(
-    name: str, items: Sequence[SlideItem], places: TileSampling, specs: Sequence[AnnotationTarget]
-) -> None:
     check_ids(name, [item.id for item in items])
-    taught = [spec.task for spec in specs]
-    if len(set(taught)) < len(taught):
-        raise InputError(f"data '{name}': a task is listed twice among {', '.join(taught)}: keep one")
+    listed = [spec.task for spec in specs]
+    if len(set(listed)) < len(listed):
+        raise InputError(f"data '{name}': a task is listed twice among {', '.join(listed)}: keep one")
     if places.by == "objects" and not specs:
         raise ConfigError(f"data '{name}': places by objects need annotations: name a task, or choose by 'grid'")
+    pool = pool or SlidePool(KEPT_OPEN)
+
+    def prepare(numbered: tuple[int, SlideItem]) -> _Prepared:
+        return _prepare_slide(pool, numbered[1], places, specs, numbered[0])
+
+    prepared = map_threaded(prepare, list(enumerate(items)))
+    counts = [len(one.xy) for one in prepared]
+    if not sum(counts):
+        raise InputError(f"data '{name}': {_no_tiles_message(specs)}")
+    tasks = dict.fromkeys([*listed, *(task for item in items for task in item.targets)])
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    index = _build_index(prepared)
+    return SlideTiles(name, tuple(tasks), index, places.tile, pool, caching, prepared, tuple(specs), starts)
+
+
+def map_threaded(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """``function`` of each item, some at a time: what opens slides mostly waits. An error cancels the rest."""
+    with ThreadPoolExecutor(_OPENING, thread_name_prefix="wsi-mmm-prepare") as threads:
+        return list(threads.map(function, items))
 
 
 def check_ids(name: str, ids: Sequence[str]) -> None:
@@ -280,9 +255,7 @@ def check_ids(name: str, ids: Sequence[str]) -> None:
         raise InputError(f"data '{name}': two slides are called {double!r}: give them different ids")
 
 
-def _no_tiles_message(specs: Sequence[AnnotationTarget], broken: Mapping[str, str]) -> str:
-    if broken:
-        return f"no slide could be prepared; of {next(iter(broken))}: {next(iter(broken.values()))}"
+def _no_tiles_message(specs: Sequence[AnnotationTarget]) -> str:
     if not specs:
         return "no tile holds tissue: lower min_tissue"
     advice = "draw regions of a class in the bucket 'use', set complete, or lower min_share"
@@ -340,7 +313,7 @@ def _choose_tiles(
     if leading is None:
         xy = tissue_places(slide, places)
         labels = np.full(len(xy), UNKNOWN, np.int32)
-    elif annotated is None:  # a slide without annotations teaches this task nothing
+    elif annotated is None:  # a slide without annotations has no target of this task
         return np.zeros((0, 2), np.int64), np.zeros(0, np.int32)
     else:
         if places.by == "objects":
@@ -407,31 +380,22 @@ def slides_of_table(
     *,
     uri: str = "slide",
     mpp: str | None = None,
-    annotations: str | None = None,
     root: str = "",
     labels: I32 | None = None,
 ) -> list[SlideItem]:
-    """A slide per row: ``uri``, ``mpp`` and ``annotations`` name columns; ``root`` is put before relative places.
-    ``labels`` int32[rows]: what balancing goes by. Raises ManifestError with the row."""
+    """A slide per row: ``uri`` and ``mpp`` name columns; ``root`` is put before relative places. ``labels``
+    int32[rows]: what balancing goes by. Raises ManifestError with the row."""
     uris, columns = table.table.column(uri), table.table
     mpps = columns.column(mpp) if mpp else ("",) * len(uris)
-    annotation_files = columns.column(annotations) if annotations else ("",) * len(uris)
     found = []
     for row, place in enumerate(uris):
         if not place:
             raise columns.wrong(row, f"column {uri!r} is empty: name the slide's file")
-        item = SlideItem(
-            table.slides[row], _resolve_under(root, place), _cell_mpp(table, row, mpps[row]),
-            _resolve_under(root, annotation_files[row]) if annotation_files[row] else None,
-            table.groups[row], table.of(row),
-            int(labels[row]) if labels is not None else UNKNOWN,
-        )  # fmt: skip
-        found.append(item)
+        file = place if not root or "://" in place or place.startswith("/") else store.join(root, place)
+        label = int(labels[row]) if labels is not None else UNKNOWN
+        measured = _cell_mpp(table, row, mpps[row])
+        found.append(SlideItem(table.slides[row], file, measured, None, table.groups[row], table.of(row), label))
     return found
-
-
-def _resolve_under(root: str, place: str) -> str:
-    return place if not root or "://" in place or place.startswith("/") else store.join(root, place)
 
 
 def _cell_mpp(table: SlideTable, row: int, cell: str) -> float | None:
@@ -442,16 +406,14 @@ def _cell_mpp(table: SlideTable, row: int, cell: str) -> float | None:
     except ValueError:
         value = float("nan")
     if not 0 < value < float("inf"):
-        raise ManifestError(str(table.table.wrong(row, f"mpp is {cell!r}: give micrometres per px, such as 0.25")))
+        raise table.table.wrong(row, f"mpp is {cell!r}: give micrometres per px, such as 0.25")
     return value
 
 
-def dry_run_slides(items: Sequence[SlideItem], buckets: Buckets, pool: SlidePool | None = None) -> BucketReport:
-    """Report how a bucket table sorts the annotations of slides; areas in mm² where ``pool`` may open the slides."""
+def dry_run_slides(items: Sequence[SlideItem], buckets: Buckets, pool: SlidePool) -> BucketReport:
+    """Report how a bucket table sorts the annotations of slides; areas in mm² where slides know their resolution."""
 
     def resolution(item: SlideItem) -> float | None:
-        if pool is None:
-            return item.mpp
         with pool.slide(item.slide_key) as slide:
             info = slide.info
             return None if info.mpp_x is None or info.mpp_y is None else float(np.sqrt(info.mpp_x * info.mpp_y))

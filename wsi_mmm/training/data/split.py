@@ -7,15 +7,14 @@ give the same split, whatever their order in the file.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from wsi_mmm.errors import ConfigError, InputError, ManifestError
-from wsi_mmm.training.data.base import DataSource, ItemIndex
+from wsi_mmm.training.data.base import DataSource, ItemIndex, first_groups
 from wsi_mmm.types import F64, I32, I64
 
 PARTS = ("train", "val", "test")
@@ -38,7 +37,7 @@ class Split:
 
     def part(self, name: str) -> I64:
         """The part called train, val or test."""
-        found: I64 = {"train": self.train, "val": self.val, "test": self.test}[name]
+        found: I64 = getattr(self, name)
         return found
 
 
@@ -63,10 +62,9 @@ def split_by_column(index: ItemIndex, column: Sequence[str]) -> Split:
             + (f" and says '{wrong[0]}'" if wrong else "")
             + ": give train, val, test or nothing for each item"
         )
-    parts = [_WORDS[word] for word in words]
-    found = {name: np.flatnonzero([part == name for part in parts]) for name in PARTS}
-    split = Split(**found)
-    divided = _shared_groups({name: (index, split.part(name)) for name in PARTS})
+    split = Split(*(np.flatnonzero([_WORDS[word] == name for word in words]) for name in PARTS))
+    leaks = find_leaks({name: [(index, split.part(name))] for name in PARTS})
+    divided = [leak for leak in leaks if leak.kind == "group"]
     if divided:
         raise ManifestError(f"the split column divides {divided[0]}: give all of its items one part")
     return split
@@ -75,14 +73,12 @@ def split_by_column(index: ItemIndex, column: Sequence[str]) -> Split:
 def parts_by_pattern(index: ItemIndex, pattern: str, name: str) -> dict[str, str]:
     """Group -> train, val or test: the word that the first group of ``pattern`` finds in keys; groups of keys that it
     does not fit are left out. ConfigError: no pattern, another word, a group that is divided; ``name`` of the data."""
-    try:
-        found = [(str(g), re.search(pattern, key)) for key, g in zip(index.keys, index.groups, strict=True)]
-        words = [(group, match.group(1).lower()) for group, match in found if match]
-    except (re.error, IndexError) as error:
-        text = f"part {pattern!r} is no pattern with one group in brackets ({error})"
-        raise ConfigError(f"data '{name}': {text}") from error
     parts: dict[str, str] = {}
-    for group, word in words:
+    found = first_groups(pattern, index.keys, f"data '{name}': part")
+    for group, word in zip(map(str, index.groups), found, strict=True):
+        if word is None:
+            continue
+        word = word.lower()
         if not word or word not in _WORDS:
             raise ConfigError(f"data '{name}': part {pattern!r} finds '{word}', which is none of train, val and test")
         if parts.setdefault(group, _WORDS[word]) != _WORDS[word]:
@@ -101,9 +97,7 @@ def folds(index: ItemIndex, count: int, *, test: float = 0.0, seed: int = 0) -> 
         raise ConfigError(f"{count} folds with a test share of {test}: give 2 folds or more and a share below 1")
     aside = _assign_groups(index, np.array([1.0 - test, test]), f"folds/{seed}/test") == 1
     rest = np.flatnonzero(~aside)
-    inner = ItemIndex(
-        [index.keys[i] for i in rest.tolist()], [index.groups[i] for i in rest.tolist()], index.labels[rest]
-    )
+    inner = index.part(rest)
     side = _assign_groups(inner, np.full(count, 1.0 / count), f"folds/{seed}")
     if len(np.unique(side)) < count:
         raise ConfigError(f"{len(set(inner.groups))} groups do not fill {count} folds: use fewer folds")
@@ -120,7 +114,8 @@ def _assign_groups(index: ItemIndex, shares: F64, seed: str) -> I32:
     scale = 1.0 / np.maximum(table.sum(0), 1.0)
     have = np.zeros_like(wanted)
     chosen = np.zeros(len(groups), np.int32)
-    tie = np.array([_text_key(f"{seed}/{group}") for group in groups.tolist()], np.float64)
+    digests = [hashlib.blake2b(f"{seed}/{group}".encode(), digest_size=6).digest() for group in groups.tolist()]
+    tie = np.array([int.from_bytes(digest, "little") for digest in digests], np.float64)
     for number in np.lexsort((tie, -table.sum(1))).tolist():
         chosen[number] = _neediest_part(have, wanted, row=table[number], scale=scale, shares=shares)
         have[chosen[number]] += table[number]
@@ -135,10 +130,6 @@ def _neediest_part(have: F64, wanted: F64, *, row: F64, scale: F64, shares: F64)
     missing = (wanted - have).sum(1)
     short, missing = np.where(shares > 0, short, -np.inf), np.where(shares > 0, missing, -np.inf)
     return int(np.lexsort((-missing, -np.round(short, 9)))[0])
-
-
-def _text_key(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
 
 
 def missing_labels(index: ItemIndex, split: Split) -> dict[str, tuple[int, ...]]:
@@ -184,16 +175,13 @@ def find_leaks(
                 seen["key", key].setdefault(part, key)
                 if pictures and key in pictures:
                     seen["picture", pictures[key]].setdefault(part, key)
-    return tuple(_iter_leaks(seen))
-
-
-def _iter_leaks(seen: Mapping[tuple[str, str], Mapping[str, str]]) -> Iterator[Leak]:
+    found = []
     for (kind, name), where in seen.items():
-        if len(where) > 1:
-            keys = list(where.values())
-            if kind == "picture" and len(set(keys)) == 1:
-                continue  # one key in two parts: said as such
-            yield Leak(kind, keys[0] if kind == "picture" else name, tuple(f"{p}: {k}" for p, k in where.items()))
+        keys = list(where.values())
+        if len(where) > 1 and not (kind == "picture" and len(set(keys)) == 1):  # one key in two parts: named as such
+            named = tuple(f"{part}: {key}" for part, key in where.items())
+            found.append(Leak(kind, keys[0] if kind == "picture" else name, named))
+    return tuple(found)
 
 
 def check_leaks(
@@ -231,8 +219,3 @@ def forbid_test(split: Split, numbers: I64) -> None:
     touched = np.intersect1d(numbers, split.test)
     if len(touched):
         raise ConfigError(f"{len(touched)} items of the test part are among those to learn from: use the train part")
-
-
-def _shared_groups(parts: Mapping[str, tuple[ItemIndex, I64]]) -> list[str]:
-    leaks = find_leaks({name: [member] for name, member in parts.items()})
-    return [str(leak) for leak in leaks if leak.kind == "group"]

@@ -1,6 +1,6 @@
-"""Tables with a row per slide (CSV, TSV, Parquet) -> target of slides, patients and splits.
+"""Tables with a row per slide (CSV, TSV, Parquet) -> targets of slides, patients and splits.
 
-An unknown cell is unknown target. A cell that should be a label or a number and is not is an error that names its row.
+An unknown cell is an unknown target. A cell that should be a label or a number and is none is an error with its row.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -29,8 +28,6 @@ YES, NO = frozenset(("1", "true", "yes", "y", "event")), frozenset(("0", "false"
 MAX_CELLS, MAX_TEXT = 20_000_000, 1 << 30
 """Cells and bytes of a Parquet table of slides above which it is refused."""
 
-KINDS = ("classify", "multilabel", "regress", "survive")
-
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -38,9 +35,6 @@ class Table:
 
     name: str
     columns: Mapping[str, tuple[str, ...]]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), ()))
 
     def column(self, name: str) -> tuple[str, ...]:
         """The cells of a column. ManifestError naming those that there are."""
@@ -193,15 +187,8 @@ def slide_table(
 
 
 def _column_targets(table: Table, task: TableTask) -> tuple[Target, ...]:
-    columns = [table.column(name) for name in task.columns]
-    readers: dict[str, Callable[[int, tuple[str, ...]], Target]] = {
-        "classify": partial(_class_target, table, task),
-        "multilabel": partial(_label_targets, table, task),
-        "regress": partial(_value_targets, table, task),
-        "survive": partial(_survival_target, table, task),
-    }
-    read = readers[task.kind]
-    return tuple(read(row, cells) for row, cells in enumerate(zip(*columns, strict=True)))
+    rows = zip(*(table.column(name) for name in task.columns), strict=True)
+    return tuple(_READERS[task.kind](table, task, row, cells) for row, cells in enumerate(rows))
 
 
 def _class_target(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> int:
@@ -216,8 +203,7 @@ def _class_target(table: Table, task: TableTask, row: int, cells: tuple[str, ...
 
 def _label_targets(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Target:
     if len(task.columns) == len(task.labels) and (len(cells) > 1 or cells[0].lower() in YES | NO | UNKNOWN):
-        pairs = zip(task.columns, cells, strict=True)
-        return np.array([_parse_flag(table, row, column, cell) for column, cell in pairs], np.float32)
+        return np.array([_parse_flag(table, row, *pair) for pair in zip(task.columns, cells, strict=True)], np.float32)
     if cells[0].lower() in UNKNOWN - {"none"}:
         return np.full(len(task.labels), np.nan, np.float32)
     target = np.zeros(len(task.labels), np.float32)
@@ -238,8 +224,7 @@ def _parse_flag(table: Table, row: int, column: str, cell: str) -> float:
 
 
 def _value_targets(table: Table, task: TableTask, row: int, cells: tuple[str, ...]) -> Target:
-    pairs = zip(task.columns, cells, strict=True)
-    return np.array([_parse_float(table, row, column, cell) for column, cell in pairs], np.float32)
+    return np.array([_parse_float(table, row, *pair) for pair in zip(task.columns, cells, strict=True)], np.float32)
 
 
 def _parse_float(table: Table, row: int, column: str, cell: str) -> float:
@@ -263,10 +248,16 @@ def _survival_target(table: Table, task: TableTask, row: int, cells: tuple[str, 
     return Survival(time if known else math.nan, bool(known and event))
 
 
+_READERS: dict[str, Callable[[Table, TableTask, int, tuple[str, ...]], Target]] = {
+    "classify": _class_target, "multilabel": _label_targets, "regress": _value_targets, "survive": _survival_target,
+}  # fmt: skip
+KINDS = tuple(_READERS)
+
+
 def balance_labels(kind: str, targets: Sequence[Target]) -> I32:
     """int32[n]: what balancing and stratifying go by: the class, the first label that holds, whether the event
     happened; -1 where that is unknown or there is nothing of the kind."""
-    return np.array([_balancing_class(target) if kind != "regress" else -1 for target in targets], np.int32)
+    return np.array([-1 if kind == "regress" else _balancing_class(target) for target in targets], np.int32)
 
 
 def _balancing_class(target: Target) -> int:

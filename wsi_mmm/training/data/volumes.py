@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wsi_mmm.errors import InputError, MissingPackage
+from wsi_mmm.errors import InputError
+from wsi_mmm.plugins import import_package
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.training.data.base import ItemIndex
@@ -25,17 +25,11 @@ MAX_VOXELS = 1 << 30
 NIFTI = (".nii", ".nii.gz")
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # PS3.5 A.5: its library unpacks such a file whole, however large that is
 PERCENTILES = (0.5, 99.5)
+_INSTALL = "volumes need nibabel and pydicom: pip install 'wsi-mmm[volumes]'"
 
 
-@dataclass(frozen=True, slots=True)
-class IntensityWindow:
-    """Values shown as black and white. Both None: the percentiles 0.5 and 99.5 of the volume."""
-
-    low: float | None = None
-    high: float | None = None
-
-
-AUTO = IntensityWindow()
+IntensityWindow = tuple[float, float] | None
+"""Values shown as black and white. None: the percentiles 0.5 and 99.5 of the volume."""
 
 
 def nifti_slices(
@@ -46,12 +40,12 @@ def nifti_slices(
     task: str,
     axis: int = 2,
     values: Mapping[int, int] | None = None,
-    window: IntensityWindow = AUTO,
+    window: IntensityWindow = None,
 ) -> ImageItems:
     """Slices along ``axis`` of every NIfTI volume below ``images``; ``labels`` holds label volumes of the same names.
 
     ``values``: voxel value -> class index (-1: unknown); None: the value is the class. Grey becomes three equal
-    channels. Truth is for `segment`; without ``labels`` there is none.
+    channels. Targets are for `segment`; without ``labels`` there are none.
     """
     uris = sorted(uri for uri in store.list_uris(images) if uri.lower().endswith(NIFTI))
     if not uris:
@@ -86,7 +80,7 @@ def dicom_slices(
     *,
     task: str,
     label: Callable[[str], Target] | None = None,
-    window: IntensityWindow = AUTO,
+    window: IntensityWindow = None,
 ) -> ImageItems:
     """DICOM files (one slice each) below ``images``; the group is the patient (or series) that the file names.
 
@@ -100,7 +94,7 @@ def dicom_slices(
     def image(number: int) -> U8:
         values, own = _read_dicom(uris[number])
         coloured = values.dtype == np.uint8 and values.ndim == 3
-        return values if coloured else grey(values, own if window == AUTO else window, values)
+        return values if coloured else grey(values, window or own, values)
 
     def targets(number: int, shape: tuple[int, int]) -> Mapping[str, Target]:
         return {} if label is None else {task: label(groups[number])}
@@ -112,16 +106,13 @@ def dicom_slices(
 def grey(values: npt.NDArray[Any], window: IntensityWindow, whole: npt.NDArray[Any]) -> U8:
     """float[h, w] -> uint8[h, w, 3] between the window's values, or percentiles of ``whole``."""
     finite = whole[np.isfinite(whole)] if whole.dtype.kind == "f" else whole
-    low, high = window.low, window.high
-    if low is None or high is None:
-        found = np.percentile(finite, PERCENTILES) if finite.size else np.zeros(2)
-        low, high = (float(found[0]) if low is None else low), (float(found[1]) if high is None else high)
+    low, high = window or (np.percentile(finite, PERCENTILES).tolist() if finite.size else (0.0, 0.0))
     share = np.clip((np.nan_to_num(values.astype(np.float64)) - low) / max(high - low, 1e-9), 0.0, 1.0)
     return np.repeat((share * 255.0).round().astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _read_nifti(uri: str) -> F32:
-    nibabel = _import_library("nibabel")
+    nibabel = import_package("nibabel", _INSTALL)
     with tempfile.TemporaryDirectory() as folder:  # nibabel reads files
         local = Path(folder) / uri.rpartition("/")[2]
         path = store.local_path(uri) if store.is_local(uri) else local
@@ -148,7 +139,7 @@ def _patient_id(uri: str) -> str:
 
 
 def _read_header(uri: str, *, stop: bool) -> Any:
-    pydicom = _import_library("pydicom")
+    pydicom = import_package("pydicom", _INSTALL)
     data = store.read_bytes(uri)
     if DEFLATED in data:
         raise InputError(
@@ -169,7 +160,7 @@ def _read_dicom(uri: str) -> tuple[npt.NDArray[Any], IntensityWindow]:
             raise InputError(f"{store.redact(uri)} holds several frames; whole-slide DICOM is read as a slide")
         values = data.pixel_array
         if values.ndim == 3:
-            return np.asarray(values, np.uint8), AUTO
+            return np.asarray(values, np.uint8), None
         values = values * float(data.get("RescaleSlope", 1)) + float(data.get("RescaleIntercept", 0))
         if data.get("PhotometricInterpretation") == "MONOCHROME1":
             values = -values
@@ -179,17 +170,8 @@ def _read_dicom(uri: str) -> tuple[npt.NDArray[Any], IntensityWindow]:
 
 
 def _named_window(data: Any) -> IntensityWindow:
-    centre, width = data.get("WindowCenter"), data.get("WindowWidth")
-    if centre is None or width is None or data.get("PhotometricInterpretation") == "MONOCHROME1":
-        return AUTO
-    first = [float(v[0] if isinstance(v, Sequence) or hasattr(v, "__len__") else v) for v in (centre, width)]
-    return IntensityWindow(first[0] - first[1] / 2, first[0] + first[1] / 2)
-
-
-def _import_library(name: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingPackage(f"these files need {name}: pip install 'wsi-mmm[volumes]'") from error
+    named = data.get("WindowCenter"), data.get("WindowWidth")
+    if None in named or data.get("PhotometricInterpretation") == "MONOCHROME1":
+        return None
+    centre, width = (float(value[0] if hasattr(value, "__len__") else value) for value in named)
+    return centre - width / 2, centre + width / 2

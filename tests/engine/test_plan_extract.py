@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from helpers.plans import plan_of, result_of
 from wsi_mmm.cache.shard import SHARD
-from wsi_mmm.engine.plan import forward_units
-from wsi_mmm.engine.scheduler import schedule
-from wsi_mmm.engine.stages.extract import SIDE, extract_units, shard_groups_under, through_pool
+from wsi_mmm.engine.plan import SIDE, extract_units, forward_units, shard_groups_under, through_pool
+from wsi_mmm.engine.scheduler import Scheduler
 from wsi_mmm.engine.units import Kind, SlidePlan, UnitResult, WorkUnit
 from wsi_mmm.options import RunOptions
 
@@ -86,7 +85,7 @@ def kinds(placement: str) -> dict[str, list[str]]:
     plan = plan_of(900, 900, 2, 8, 1.0, 0)
     recipe = replace(plan.slide.recipe, options=RunOptions(cache="/c"))
     executor = Recorder(plan)
-    scheduler = schedule([replace(plan.slide, id=f"s{n}", recipe=recipe) for n in range(6)], placement=placement)
+    scheduler = Scheduler([replace(plan.slide, id=f"s{n}", recipe=recipe) for n in range(6)], placement=placement)
     assert all(state.status == "done" for state in scheduler.run(executor))
     found: dict[str, list[str]] = {}
     for unit in executor.units:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from wsi_mmm.cli.options import read_options
+from wsi_mmm.cli.run import read_options
 from wsi_mmm.engine.monitoring.observe import Observe
 from wsi_mmm.errors import OptionError
 from wsi_mmm.options import command_options

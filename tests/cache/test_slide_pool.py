@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import wsi_mmm
-from wsi_mmm.cache import CachedReader, TileCacheChoice, choose
-from wsi_mmm.cache.choice import pays
-from wsi_mmm.cache.quota import stored_shards
+from wsi_mmm.cache import CachedReader
+from wsi_mmm.cache.inventory import stored_shards
+from wsi_mmm.cache.slide_pool import TileCacheChoice, choose, pays
 from wsi_mmm.errors import OptionError
 from wsi_mmm.slides.base import Fetched
 from wsi_mmm.slides.fake import ArrayReader
