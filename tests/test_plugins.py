@@ -27,7 +27,7 @@ from wsi_mmm.slides.base import ReaderPlugin
 from wsi_mmm.slides.region_reader import RegionReader
 from wsi_mmm.slides.registry import find_reader, reader_plugin
 from wsi_mmm.tasks import find_kind, make_task
-from wsi_mmm.tasks.regress import Regress
+from wsi_mmm.tasks.tile_kinds import Regress
 from wsi_mmm.types import U8, Block, Level, SlideInfo, TaskInfo
 
 ROOT = Path(__file__).resolve().parents[1]

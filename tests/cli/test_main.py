@@ -412,7 +412,8 @@ def test_values_become_plain_json() -> None:
     """NaN is null, numpy scalars are numbers, paths are text."""
     value = {"a": float("nan"), "b": np.float32(0.5), "c": (1, None), "d": Path("x"), "e": Row("i", "done")}
     assert console.plain(value) == {
-        "a": None, "b": 0.5, "c": [1, None], "d": "x", "e": {"id": "i", "status": "done", "error": "", "objects": 0, "traceback": ""},
+        "a": None, "b": 0.5, "c": [1, None], "d": "x",
+        "e": {"id": "i", "status": "done", "error": "", "objects": 0, "traceback": ""},
     }  # fmt: skip
 
 
