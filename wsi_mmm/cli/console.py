@@ -85,6 +85,8 @@ def as_command(function: CommandFunction) -> Callable[..., None]:
             raise
         except Exception as error:  # noqa: BLE001  (an unexpected error is shown as one line, too)
             fail_unexpected(error)
+        finally:
+            flags.json = flags.debug = False
         if code:
             raise typer.Exit(code)
 
