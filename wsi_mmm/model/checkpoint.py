@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from wsi_mmm.errors import ModelError, first_line
+from wsi_mmm.errors import ModelError, PluginError, first_line
 from wsi_mmm.model.card import (
     CARD,
     WEIGHTS,
@@ -125,7 +125,10 @@ def _task_head(card: TaskCard, spec: HeadSpec) -> nn.Module:
     if scope is None:
         raise ModelError(f"task '{card.name}' of kind '{card.kind}' cannot have the head '{card.head}'")
     info = TaskInfo(card.name, card.kind, card.classes, card.colors)
-    head: nn.Module = kind.from_params(info, card.params, scope).head(spec)
+    head = kind.from_params(info, card.params, scope).head(spec)
+    if not isinstance(head, nn.Module):
+        gave = f"gave {type(head).__name__}, not a torch.nn.Module"
+        raise PluginError(f"task '{card.name}': head of the kind '{card.kind}' of a plug-in {gave}")
     return head
 
 

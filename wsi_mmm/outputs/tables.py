@@ -15,6 +15,7 @@ from pyarrow import parquet
 from wsi_mmm.outputs.report import SlideRow
 from wsi_mmm.types import F32, I64, Mask
 
+TILE_COLUMNS = ("row", "column", "x", "y", "width0", "height0", "failed", "tissue")
 SLIDE_FACTS = ("id", "uri", "status", "mpp_effective", "tiles", "failed_tiles")
 
 
@@ -31,8 +32,8 @@ def tiles_table(
     """The parquet file of n tiles, rows as given.
 
     ``index`` int64[n, 2] (row, column); ``xy`` int64[n, 2] level-0 px; ``size`` (width, height) of a tile, level-0 px;
-    ``failed`` bool[n]; ``tissue`` float32[n] share; ``columns``: predictions, as of ``Task.table``. Columns: row,
-    column, x, y, width0, height0, failed, tissue, then ``columns``: those of integers are indices into
+    ``failed`` bool[n]; ``tissue`` float32[n] share; ``columns``: predictions, as of ``Task.table``. Columns:
+    `TILE_COLUMNS`, then ``columns``: those of integers are indices into
     ``classes[column]`` and become names (null where negative), those of floats are null where NaN.
     """
     n = len(index)

@@ -48,15 +48,19 @@ TASK_KINDS: dict[str, type[Task]] = {
     "survive": Survive,
 }
 
+_MEMBERS = sorted(name for name in {*vars(Task), *Task.__annotations__} if not name.startswith("_"))
+
 
 def find_kind(name: str) -> type[Task]:
     """Return the class of a kind of task, ours or a plug-in's. ModelError listing those there are, PluginError."""
-    if name in TASK_KINDS:
-        return TASK_KINDS[name]
     plugins = plugin_names("tasks")
+    if name in TASK_KINDS:
+        if name in plugins:
+            raise PluginError(f"a plug-in offers a kind of task by the name '{name}', which is taken: give it another")
+        return TASK_KINDS[name]
     if name not in plugins:
         known = ", ".join(sorted({*TASK_KINDS, *plugins}))
-        raise ModelError(f"a task is of the unknown kind '{name}'; known: {known}")
+        raise ModelError(f"a task is of the unknown kind '{name}'; known: {known}; a plug-in must be installed here")
     kind = load_plugin("tasks", name)
     if not isinstance(kind, type) or not hasattr(kind, "from_params"):
         raise PluginError(f"the kind of task {name!r} of a plug-in is no class with the methods of wsi_mmm.tasks.Task")
@@ -75,6 +79,9 @@ def make_task(card: TaskCard) -> Task:
         task = kind.from_params(TaskInfo(card.name, card.kind, card.classes, card.colors, scope), card.params, scope)
     except TypeError as error:
         raise ModelError(f"task '{card.name}' has a parameter that '{card.kind}' does not know: {error}") from error
+    missing = [name for name in _MEMBERS if not hasattr(task, name)]
+    if missing:
+        raise PluginError(f"task '{card.name}': the kind '{card.kind}' of a plug-in lacks {', '.join(missing)}")
     if card.outputs != task.channels:
         raise ModelError(
             f"task '{card.name}' needs {task.channels} outputs for its classes, its card says {card.outputs}"

@@ -46,7 +46,8 @@ from wsi_mmm.slides.resample.tiled import (
 from wsi_mmm.slides.resample.weights import average_boxes
 from wsi_mmm.slides.tiff.codecs import UndecodableError, decoder, most_bytes, shrinks
 from wsi_mmm.slides.tiff.directories import Directory, read_directories, table
-from wsi_mmm.slides.tiff.metadata import COMPRESSIONS, Plane, TiffSlide, describe
+from wsi_mmm.slides.tiff.metadata import TiffSlide, describe
+from wsi_mmm.slides.tiff.planes import COMPRESSIONS, Plane
 from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.storage.store import BufferedStore, ByteStore, redact
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
@@ -63,7 +64,7 @@ class TiffReader:
     ) -> None:
         """Read ``store``; ``directories``: those already parsed. Raises NotASlide, SlideDamaged, StorageError."""
         name = redact(store.uri)
-        slide = describe(directories or read_directories(store), name)
+        slide = describe(store, directories or read_directories(store), name)
         self._planes = slide.planes
         self._offsets, self._counts = _read_tables(store, slide.planes, name)
         self._decode = [decoder(plane) for plane in slide.planes]
