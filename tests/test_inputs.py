@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -170,6 +171,100 @@ def test_manifests_of_the_tools_in_use_are_read(tmp_path: Path, text: str, expec
     specs = expand_inputs([manifest(tmp_path, text)])
     assert [(spec.id, spec.mpp, spec.mask and Path(spec.mask).name) for spec in specs] == expected
     assert all(Path(spec.uri).parent == tmp_path for spec in specs)
+
+
+ROWS = "slide,mpp\na.svs,0.25\nb.svs,0.5\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ROWS.replace(",", ";").encode(),
+        b"slide;mpp\na.svs;0,25\nb.svs;0,5\n",
+        b'slide,mpp\na.svs,"0,25"\nb.svs,"0,5"\n',
+        b"\xef\xbb\xbfsep=;\nslide;mpp\na.svs;0.25\nb.svs;0.5\n",
+        ROWS.replace(",", "\t").encode(),
+        ROWS.encode("utf-16"),
+        ROWS.encode("utf-16-le").join([b"\xff\xfe", b""]),
+        ROWS.replace("\n", "\r").encode(),
+        ROWS.replace("\n", "\r\n\r\n").encode(),
+        "slide,mpp,note\na.svs,0.25,Müller\nb.svs,0.5,\n".encode("cp1252"),
+    ],
+    ids=[
+        "semicolons",
+        "decimal commas",
+        "quoted commas",
+        "sep=",
+        "tabs",
+        "UTF-16",
+        "UTF-16 LE",
+        "CR",
+        "CRLF",
+        "cp1252",
+    ],
+)
+def test_a_manifest_as_spreadsheets_write_it(tmp_path: Path, data: bytes) -> None:
+    """Every separator, encoding and line end gives the same slides and resolutions."""
+    (tmp_path / "m.csv").write_bytes(data)
+    assert [(spec.id, spec.mpp) for spec in expand_inputs([f"{tmp_path}/m.csv"])] == [("a", 0.25), ("b", 0.5)]
+
+
+@pytest.mark.parametrize("cell", ["NA", "n/a", "none", "NULL", "-"])
+def test_a_resolution_that_is_not_known_is_left_to_the_slide(tmp_path: Path, cell: str) -> None:
+    """R writes NA; that is no resolution, and no error."""
+    assert expand_inputs([manifest(tmp_path, f"slide,mpp\na.svs,{cell}\n")])[0].mpp is None
+
+
+def test_a_zero_byte_in_a_manifest_is_named(tmp_path: Path) -> None:
+    """No path may hold one: the message says in which row it is."""
+    with pytest.raises(ManifestError, match="row 3 holds a zero byte"):
+        expand_inputs([manifest(tmp_path, "slide\na.svs\nb\0.svs\n")])
+
+
+def test_folders_that_are_links_are_entered_once(tmp_path: Path) -> None:
+    """A linked subfolder is searched; a link that leads back up ends the search there."""
+    touch(tmp_path, "store/a.svs", "in/b.svs")
+    (tmp_path / "in/batch").symlink_to(tmp_path / "store")
+    (tmp_path / "in/up").symlink_to(tmp_path / "in")
+    assert [spec.id for spec in expand_inputs([tmp_path / "in"])] == ["b", "a"]
+
+
+def test_hidden_and_server_folders_are_not_entered(tmp_path: Path) -> None:
+    """A bin and the thumbnails of a file server hold no slides of the study."""
+    touch(tmp_path, "a.svs", ".trash/b.svs", "@eaDir/a.svs", "#recycle/c.svs", "lost+found/d.svs")
+    assert [spec.id for spec in expand_inputs([tmp_path])] == ["a"]
+
+
+def test_pipes_and_sockets_in_a_folder_are_not_slides(tmp_path: Path) -> None:
+    """Opening a pipe would wait for ever; a broken link is a slide, which fails by name."""
+    touch(tmp_path, "a.tif")
+    os.mkfifo(tmp_path / "pipe.tif")
+    (tmp_path / "gone.tif").symlink_to(tmp_path / "nowhere.tif")
+    assert [spec.id for spec in expand_inputs([tmp_path])] == ["a", "gone"]
+
+
+@pytest.mark.parametrize("suffix", ["qptiff", "ptif", "tf8", "tf2", "OME.TF2"])
+def test_less_usual_suffixes_of_tiff_are_found(tmp_path: Path, suffix: str) -> None:
+    """A scanner's suffix is not a reason to miss its slides."""
+    touch(tmp_path, f"a.{suffix}")
+    assert len(expand_inputs([tmp_path])) == 1
+
+
+def test_dicom_without_a_suffix_is_found(tmp_path: Path) -> None:
+    """An archive names its files by UID; the mark at byte 128 tells them from others."""
+    for name in ("1.2.840.1", "IM0001", "README"):
+        (tmp_path / name).write_bytes(bytes(128) + (b"DICM" if name != "README" else b"TEXT"))
+    assert [Path(spec.uri).name for spec in expand_inputs([tmp_path])] == ["1.2.840.1", "IM0001"]
+
+
+def test_images_of_other_kinds_are_passed_over_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The log counts them, and so does the error of a folder that holds nothing else."""
+    touch(tmp_path, "a.png", "b.PNG", "c.vsi")
+    with pytest.raises(SlideNotFound, match=r"passed over: 2 \.png, 1 \.vsi"):
+        expand_inputs([tmp_path])
+    touch(tmp_path, "a.svs")
+    assert [spec.id for spec in expand_inputs([tmp_path])] == ["a"]
+    assert "2 .png, 1 .vsi" in caplog.text
 
 
 def test_a_tab_separated_manifest_is_read(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from wsi_mmm.engine.executors.dask_jobs import ClusterJob
-    from wsi_mmm.model.exporting import Exported
     from wsi_mmm.model.multitask import MultiTaskModel
+    from wsi_mmm.model.onnx import Exported
 
 __all__ = [
     "Event", "Job", "JobStatus", "Observe", "RunReport", "attach", "demo", "embed", "export_model", "fit_head",
@@ -226,9 +226,9 @@ def stream_tiles(
 def load_model(name_or_path: str | Path = "default", device: str = "cpu") -> MultiTaskModel:
     """Load a model by name, folder or URI; ``model.encoder(x)``, ``.squeezer(pyramid)``, ``model(x, tasks=[...])``."""
     from wsi_mmm.model.checkpoint import load_model as load
-    from wsi_mmm.model.fetched import fetched
+    from wsi_mmm.model.fetch import fetch_model
 
-    return load(fetched(str(name_or_path), user_cache()), device=device)
+    return load(fetch_model(str(name_or_path), user_cache()), device=device)
 
 
 def export_model(
@@ -245,16 +245,17 @@ def export_model(
     MissingPackage without the extra ``onnx``; ModelError when it cannot be translated or gives other answers.
     """
     from wsi_mmm.model.checkpoint import load_encoder
-    from wsi_mmm.model.fetched import fetched
-    from wsi_mmm.model.fold import folded
+    from wsi_mmm.model.fetch import fetch_model
+    from wsi_mmm.model.fold import fold_norms
     from wsi_mmm.model.identity import check_runtime, is_model
     from wsi_mmm.model.onnx import export_onnx
 
     check_runtime("onnx")
-    here = fetched(str(model), user_cache())
+    here = fetch_model(str(model), user_cache())
     loaded = load_model(here) if is_model(here) else load_encoder(here, weights)
     names = [tasks] if isinstance(tasks, str) else tasks
-    return export_onnx(folded(loaded.eval()), Path(output).expanduser(), tasks=names, side=tile_size)
+    folded, _ = fold_norms(loaded.eval())
+    return export_onnx(folded, Path(output).expanduser(), tasks=names, side=tile_size)
 
 
 def demo(

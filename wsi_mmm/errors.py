@@ -36,6 +36,11 @@ from __future__ import annotations
 from enum import StrEnum
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of a foreign error's text, at most so many characters; the name of its type when it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 class WsiError(Exception):
     """Base of the tree. ``str(error)`` is one line a user can act on."""
 

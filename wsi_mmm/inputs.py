@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import io
+import logging
 import os
 import re
 from collections import Counter
@@ -18,17 +20,31 @@ from wsi_mmm.config import SlideSpec
 from wsi_mmm.errors import InputError, ManifestError, NotFound, OptionError, SlideNotFound, StorageError
 from wsi_mmm.options import positive_mpp
 from wsi_mmm.plugins import plugin_names
-from wsi_mmm.slides.dicom import one_per_series
+from wsi_mmm.slides.dicom import is_dicom, one_per_series
 from wsi_mmm.storage import store
 
-SUFFIXES = frozenset(
-    (".svs", ".tif", ".tiff", ".btf", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide", ".czi", ".dcm")
-)
+# fmt: off
+SUFFIXES = frozenset((
+    ".svs", ".tif", ".tiff", ".btf", ".tf2", ".tf8", ".ptif", ".ptiff", ".qptiff", ".ndpi", ".scn", ".mrxs", ".vms",
+    ".vmu", ".bif", ".svslide", ".czi", ".dcm",
+))
 """File names a directory or prefix is searched for; a slide named outright may be called anything."""
+
+_IMAGES = frozenset((
+    ".png", ".jpg", ".jpeg", ".bmp", ".jp2", ".j2k", ".vsi", ".isyntax", ".lif", ".zvi", ".nd2", ".oir", ".afi", ".sys",
+))
+# fmt: on
+"""Suffixes of images that a folder is not searched for; the log says how many were passed over."""
+
+_NOT_SLIDES = re.compile(r"\..*|@eaDir|#recycle|\$RECYCLE\.BIN|lost\+found|__MACOSX", re.IGNORECASE)
+"""Folders that are not entered: hidden ones, and those that file servers and archives add."""
+
+_log = logging.getLogger(__name__)
 
 MANIFEST_SUFFIXES = (".csv", ".tsv")
 
 
+_NO_VALUE = ("", "na", "n/a", "none", "null", "-")  # as R, pandas and people write it
 _COLUMNS = {
     "slide": ("slide", "wsi", "image_path", "path", "slide_path", "uri", "filename"),
     "mpp": ("mpp", "spacing_at_level_0", "wsi_mpp", "slide_mpp"),
@@ -80,13 +96,41 @@ def _local_slides(path: str) -> list[str]:
 
 
 def _files_below(folder: str) -> list[str]:
-    found = [
-        os.path.join(base, name)
-        for base, _, names in os.walk(folder)
-        for name in names
-        if is_slide_name(name) and not name.startswith(".")
-    ]
-    return _require_slides(one_per_series(sorted(found)), f"no slide in {folder} (looked for {_shown_suffixes()})")
+    """Slides below ``folder``, linked folders included, each folder once; hidden folders and files are left out."""
+    found: list[str] = []
+    passed: Counter[str] = Counter()
+    entered: set[str] = set()
+    for base, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(base)
+        folders[:] = [] if place in entered else sorted(name for name in folders if not _NOT_SLIDES.fullmatch(name))
+        if place in entered:  # a link that leads back
+            continue
+        entered.add(place)
+        for name in (name for name in names if not name.startswith(".")):
+            path = os.path.join(base, name)
+            if _is_slide_file(path):
+                found.append(path)
+            elif PurePosixPath(name.lower()).suffix in _IMAGES:
+                passed[PurePosixPath(name.lower()).suffix] += 1
+    beside = f"; passed over: {_counted(passed)}" if passed else ""
+    if found and passed:
+        _log.warning("%s: images of other kinds were passed over: %s", folder, _counted(passed))
+    slides = one_per_series(sorted(found))
+    return _require_slides(slides, f"no slide in {folder} (looked for {_shown_suffixes()}{beside})")
+
+
+def _is_slide_file(path: str) -> bool:
+    """Return True for a file with a slide's suffix, or DICOM without one; never for a pipe, socket or device."""
+    name = os.path.basename(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        return False
+    if is_slide_name(name):
+        return True  # a broken link too: it fails by name when it is opened
+    return not re.search(r"[a-z]", PurePosixPath(name.lower()).suffix) and is_dicom(path)
+
+
+def _counted(suffixes: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
 
 
 def _remote_slides(uri: str) -> list[str]:
@@ -147,11 +191,14 @@ def read_manifest(uri: str) -> list[SlideSpec]:
 
     Headers of the tools in use are understood: ``slide,mpp`` | ``wsi,mpp`` |
     ``sample_id,image_path,mask_path,spacing_at_level_0`` | ``path,wsi_mpp,wsi_magnification``; others are ignored.
-    Paths are relative to the manifest. A wrong row becomes a SlideSpec with an ``error`` that names row (the header is
-    row 1) and column; a manifest that is wrong as a whole raises ManifestError.
+    Cells are separated by commas, semicolons (with decimal commas) or tabs; a first line ``sep=;`` is honoured. UTF-8,
+    UTF-16 with its mark and Windows-1252 are read. Paths are relative to the manifest. A wrong row becomes a SlideSpec
+    with an ``error`` that names row (the header is row 1) and column; a manifest that is wrong as a whole raises
+    ManifestError.
     """
     name = _file_name(uri)
-    rows = csv.reader(io.StringIO(_manifest_text(uri, name)), delimiter="\t" if name.lower().endswith(".tsv") else ",")
+    delimiter, text = _find_delimiter(_manifest_text(uri, name), name)
+    rows = csv.reader(io.StringIO(text), delimiter=delimiter)
     try:
         numbered = [(number, row) for number, row in enumerate(rows, start=1) if any(cell.strip() for cell in row)]
     except csv.Error as error:
@@ -166,12 +213,38 @@ def read_manifest(uri: str) -> list[SlideSpec]:
 
 
 def _manifest_text(uri: str, name: str) -> str:
+    """The manifest as text with line feeds, without mark, ``sep=`` line kept."""
     try:
-        return store.read_bytes(_local_path(uri) if store.is_local(uri) else uri).decode("utf-8-sig")
+        data = store.read_bytes(_local_path(uri) if store.is_local(uri) else uri)
     except NotFound as error:
         raise ManifestError(f"no manifest at {store.redact(uri)}") from error
-    except (StorageError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{name} cannot be read as UTF-8 text ({error})") from error
+    except StorageError as error:
+        raise ManifestError(f"{name} cannot be read ({error})") from error
+    text = _decode_manifest(data, name).replace("\r\n", "\n").replace("\r", "\n")
+    if "\0" in text:
+        row = text[: text.index("\0")].count("\n") + 1
+        raise ManifestError(f"{name}: row {row} holds a zero byte; save the file again as CSV UTF-8")
+    return text
+
+
+def _decode_manifest(data: bytes, name: str) -> str:
+    """Return text by its mark, as UTF-8, or as what Excel writes on Windows."""
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    for encoding in ("utf-16",) if marked else ("utf-8-sig", "cp1252"):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise ManifestError(f"{name} cannot be read as UTF-8, UTF-16 or Windows-1252 text; save it as CSV UTF-8")
+
+
+def _find_delimiter(text: str, name: str) -> tuple[str, str]:
+    """Return the separator of the cells and the text; a first line ``sep=;`` names it, and becomes empty."""
+    first = text.split("\n", 1)[0].strip().strip('"')
+    if first.lower().startswith("sep="):
+        return first[4:5] or "\t", text[text.find("\n") :]
+    header = next((line for line in text.split("\n") if line.strip(" ,;\t")), "")
+    return max("\t,;" if name.lower().endswith(".tsv") else ",;\t", key=header.count), text
 
 
 def _find_columns(header: Sequence[str], name: str) -> dict[str, str]:
@@ -205,7 +278,8 @@ def _row_spec(
     if not said["slide"]:
         return wrong(f", column {columns['slide']!r}: empty; it names the slide")
     try:
-        mpp = positive_mpp(said["mpp"]) if said.get("mpp") else None
+        given = said.get("mpp", "").replace(",", ".")  # a decimal comma; thousands do not occur
+        mpp = None if given.lower() in _NO_VALUE else positive_mpp(given)
     except OptionError as error:
         return wrong(f", column {columns['mpp']!r}: {error}")
     mask = _resolve_beside(said["mask"], manifest) if said.get("mask") else None

@@ -177,7 +177,7 @@ class RunOptions:
         panel=SLIDES, affects=CHANGES_VALUES, per="slide", check=_check_mpp,
     )  # fmt: skip
     reader: str | None = _run_option(
-        None, "Force a reader: tiff, openslide or tiffslide.", "--reader",
+        None, "Force a reader: tiff, openslide, tiffslide or a plug-in's.", "--reader",
         panel=SLIDES, affects=CHANGES_VALUES, per="slide",
     )  # fmt: skip
     cache: str | None = _run_option(

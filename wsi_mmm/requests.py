@@ -15,8 +15,9 @@ from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.errors import OptionError
 from wsi_mmm.host_tuning import cpu_count
 from wsi_mmm.inputs import expand_inputs, leads_away
-from wsi_mmm.model.fetched import fetched
-from wsi_mmm.model.weights import check_file, check_weights
+from wsi_mmm.model.card import WEIGHTS, model_path, read_card
+from wsi_mmm.model.fetch import fetch_model
+from wsi_mmm.model.identity import check_runtime, check_weights, encoder_identity, is_model, model_identity
 from wsi_mmm.options import RunOptions
 from wsi_mmm.slides.registry import find_reader
 from wsi_mmm.storage import store
@@ -26,10 +27,7 @@ Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
 
 def model_recipe(model: str, tasks: str | Sequence[str] | None, options: RunOptions) -> Recipe:
     """Return the recipe of a model's tasks (None: all of them). Raises OptionError, ModelError."""
-    from wsi_mmm.model.card import read_card
-    from wsi_mmm.model.identity import model_identity
-
-    here = fetched(model, user_cache())
+    here = fetch_model(model, user_cache())
     card = read_card(here)
     known = [task.name for task in card.tasks]
     wanted = ([tasks] if isinstance(tasks, str) else tasks) or known
@@ -37,23 +35,21 @@ def model_recipe(model: str, tasks: str | Sequence[str] | None, options: RunOpti
         if name not in known:
             raise OptionError(f"model {model!r} has no task {name!r}; it has: {', '.join(known) or 'none'}")
     chosen = tuple(name for name in known if name in wanted)
-    check_weights(here, card.weights_sha256)
+    check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
     base = Recipe(model, model_identity(here, card), chosen, card.mpp, card.tile_size, card.overlap)
     return _apply_options(base, options)
 
 
 def encoder_recipe(encoder: str, weights: str | None, options: RunOptions) -> Recipe:
     """Return the recipe of features alone, of a model's encoder or of a bare one. Raises OptionError, ModelError."""
-    from wsi_mmm.model.card import read_card
-    from wsi_mmm.model.identity import encoder_identity, is_model, model_identity
-
-    here = fetched(encoder, user_cache())
+    here = fetch_model(encoder, user_cache())
     bare = not is_model(here)
-    if bare and weights not in (None, "random"):
-        check_file(Path(str(weights)).expanduser())
-    elif not bare:
-        check_weights(here, read_card(here).weights_sha256)
-    identity = encoder_identity(encoder, weights) if bare else model_identity(here, read_card(here))
+    if bare:
+        identity = encoder_identity(encoder, weights)
+    else:
+        card = read_card(here)
+        check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
+        identity = model_identity(here, card)
     base = Recipe(encoder, identity, (), 0.5, 256, 0, block_tiles=8, encoder=bare, weights=weights)
     return _apply_options(base, options)
 
@@ -110,8 +106,6 @@ def request_run(slides: Slides, recipe: Recipe, output: str | Path) -> RunReques
 
 def check_runtime_here(request: RunRequest) -> RunRequest:
     """Return the request if this machine has the packages of its runtime; a cluster's workers check for themselves."""
-    from wsi_mmm.model.identity import check_runtime
-
     if not request.recipe.options.scheduler:
         check_runtime(request.recipe.options.runtime)
     return request

@@ -35,10 +35,10 @@ MODEL_ALONE = """
 import sys, time, torch
 from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.model.checkpoint import load_model
-from wsi_mmm.model.fold import folded
+from wsi_mmm.model.fold import fold_norms
 keep_memory()
 torch.set_num_threads(1)
-model = folded(load_model())
+model = fold_norms(load_model())[0]
 pixels = torch.randint(0, 256, (8, model.card.tile_size, model.card.tile_size, 3), dtype=torch.uint8)
 pixels = model.prepare(pixels)
 with torch.inference_mode():

@@ -22,8 +22,8 @@ import torch
 
 from wsi_mmm.host_tuning import keep_memory
 from wsi_mmm.model.checkpoint import load_encoder
-from wsi_mmm.model.fold import folded
-from wsi_mmm.model.runtime import forward_pass
+from wsi_mmm.model.fold import fold_norms
+from wsi_mmm.model.runner import forward_pass
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -68,7 +68,7 @@ def cases(case: str, encoder: str, size: int) -> list[tuple[str, Callable[[Any],
         model.to(memory_format=layout)
         batch = model.prepare(pixels(64)).contiguous(memory_format=layout)
         return [(f"batch 64, {CORES} intra-op threads", model.features, lambda: batch, 64, 1)]
-    lean = folded(model)
+    lean, _ = fold_norms(model)
     run = forward_pass(lean, case if case in ("compile", "onnx") else "eager", torch.device("cpu"))
     found = []
     for count in (8,) if case == "compile" else (4, 8, 16, 32):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import types
@@ -25,7 +26,7 @@ from wsi_mmm.engine.monitoring.observe import Observe
 from wsi_mmm.engine.monitoring.run_report import exit_code
 from wsi_mmm.errors import Cancelled, InputError, ModelError, OutputError
 from wsi_mmm.inputs import expand_inputs
-from wsi_mmm.model.card import zoo_names
+from wsi_mmm.model.card import model_path, zoo_names
 from wsi_mmm.options import OBSERVE_OPTIONS, RUN_OPTIONS, Option, RunOptions, command_options
 
 COMMANDS = ["run", "embed", "info", "thumbnail", "tissue", "models", "export", "doctor", "demo", "cache"]
@@ -37,11 +38,12 @@ class Row:
     status: str
     error: str = ""
     objects: int = 0
+    traceback: str = ""
 
     @property
     def extra(self) -> dict[str, Any]:
         files = {name: f"out/{self.id}/{file}" for name, file in FILES.items()}
-        return {"files": files if self.status != "failed" else {}}
+        return {"files": files if self.status != "failed" else {}, "traceback": self.traceback}
 
 
 FILES = {"geojson": "result.geojson.gz", "overlay": "overlay.png"}
@@ -74,6 +76,7 @@ class FakeApi:
     statuses: list[str] = field(default_factory=lambda: ["done"])
     error: BaseException | None = None
     unsaved: str = ""
+    traceback: str = ""
     calls: list[tuple[str, Any, dict[str, Any]]] = field(default_factory=list)
     observe: Observe | None = None
 
@@ -81,7 +84,8 @@ class FakeApi:
         for number, status in enumerate(self.statuses, start=1):
             progress(Event("slide", f"s{number}", number, len(self.statuses), status))
         rows = [
-            Row(f"s{number}", status, "broken" * (status == "failed")) for number, status in enumerate(self.statuses, 1)
+            Row(f"s{number}", status, "broken" * (status == "failed"), traceback=self.traceback)
+            for number, status in enumerate(self.statuses, 1)
         ]
         return Report(rows, unsaved=self.unsaved)
 
@@ -314,6 +318,13 @@ def test_debug_shows_the_traceback(api: FakeApi) -> None:
     assert result.stderr.endswith("error: disk full\n")
 
 
+def test_debug_shows_the_traceback_of_a_slide(api: FakeApi) -> None:
+    """A fault that is not the user's comes with its traceback from the worker; the line says how to see it."""
+    api.statuses, api.traceback = ["failed"], "Traceback: my_plugin.py\n"
+    assert invoke("run", "a.svs").stderr == "error: s1 failed: broken (--debug shows where)\n"
+    assert invoke("run", "a.svs", "--debug").stderr == "Traceback: my_plugin.py\nerror: s1 failed: broken\n"
+
+
 def test_a_few_slides_are_named_with_their_files_and_many_with_their_folder(api: FakeApi) -> None:
     """The last lines say what to open."""
     text = invoke("run", "a.svs").stdout
@@ -401,7 +412,8 @@ def test_values_become_plain_json() -> None:
     """NaN is null, numpy scalars are numbers, paths are text."""
     value = {"a": float("nan"), "b": np.float32(0.5), "c": (1, None), "d": Path("x"), "e": Row("i", "done")}
     assert console.plain(value) == {
-        "a": None, "b": 0.5, "c": [1, None], "d": "x", "e": {"id": "i", "status": "done", "error": "", "objects": 0},
+        "a": None, "b": 0.5, "c": [1, None], "d": "x",
+        "e": {"id": "i", "status": "done", "error": "", "objects": 0, "traceback": ""},
     }  # fmt: skip
 
 
@@ -417,6 +429,11 @@ def test_a_dry_run_opens_every_slide_and_computes_nothing(tiny_slide: Path, in_t
     assert not list((in_tmp / "out").iterdir())
     assert invoke("embed", tiny_slide, "-o", "out", "--mpp", "0.1", "--dry-run").exit_code == 4
     assert invoke("run", tiny_slide, "-o", "out", "--task", "x", "--dry-run").exit_code == 1
+    shutil.copytree(model_path("default"), "model")
+    card = Path("model/card.json")
+    card.write_text(card.read_text().replace('"classify"', '"odd"'))
+    result = invoke("run", tiny_slide, "-o", "out", "-m", "model", "--dry-run")
+    assert result.exit_code == 1 and "unknown kind 'odd'" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------ one slide
@@ -486,7 +503,7 @@ def test_models_lists_and_shows_the_default() -> None:
 def test_models_export_says_what_was_written(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
     """The file, its tasks, the tile sizes that fit, and how far its answers lie from torch's."""
     from wsi_mmm import api
-    from wsi_mmm.model.exporting import Exported
+    from wsi_mmm.model.onnx import Exported
 
     def written(name: str, *, output: Path, tasks: list[str] | None, **rest: object) -> Exported:
         return Exported(output, tuple(tasks or ("nuclei", "stain")), None if tasks is None else 512, 1.04e-06)

@@ -195,5 +195,7 @@ class TestOurKinds(TaskContract):
 def test_an_unknown_kind_names_those_that_are_known() -> None:
     """In one line."""
     card = EXAMPLES["classify"].card(kind="guess")
-    with pytest.raises(ModelError, match=r"unknown kind 'guess'; known: classify, detect, .*survive$"):
+    with pytest.raises(
+        ModelError, match=r"unknown kind 'guess'; known: classify, detect, .*survive; a plug-in must be installed here$"
+    ):
         make_task(card)

@@ -90,6 +90,25 @@ def test_images_are_pinned(services: dict[str, Any]) -> None:
     assert all("-c constraints.txt" in line or "--no-deps ." in line for line in re.findall(r"pip install.*", text))
 
 
+def test_no_image_comes_from_where_it_was_deleted(services: dict[str, Any]) -> None:
+    """MinIO's images are gone from Docker Hub: no file of deployment may name one, nor its command."""
+    assert services["s3"]["image"].startswith("chrislusf/seaweedfs:")
+    files = [ROOT / "docker-compose.yml", *(path for path in (ROOT / "deploy").rglob("*") if path.is_file())]
+    named = [str(path.relative_to(ROOT)) for path in files if re.search(r"minio/|minio server", path.read_text())]
+    assert not named
+
+
+def test_the_s3_server_keeps_everything_in_its_volume(services: dict[str, Any]) -> None:
+    """Its file system is read-only: its folder is its volume, and its port that of the health check."""
+    s3 = services["s3"]
+    command = s3["entrypoint"][-1]
+    inside = {volume.rsplit(":", 1)[1] for volume in s3["volumes"]}
+    assert set(re.findall(r"-dir=(\S+)", command)) == inside
+    port = re.findall(r"-s3\.port=(\d+)", command)
+    assert port == ["9000"] and s3["ports"] == ["127.0.0.1:9000:9000"]
+    assert "127.0.0.1:9000/" in s3["healthcheck"]["test"][-1]
+
+
 def test_the_image_copies_only_what_is_there() -> None:
     """Every file that the image is built from exists, and is let through to the builder."""
     text = (ROOT / "deploy" / "Dockerfile").read_text()

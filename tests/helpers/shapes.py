@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 
-from wsi_mmm.outputs import ragged
-from wsi_mmm.outputs.polygons import Frame, shapes, to_objects, trace
+from wsi_mmm.outputs.polygons import Frame, offsets_of, shapes, to_objects, trace
 from wsi_mmm.types import Objects, TaskInfo
 
 NUCLEI = TaskInfo("nuclei", "instances", ("nucleus", 'Ärger "%d"'), ((60, 120, 220), (220, 60, 60)))
@@ -40,7 +39,7 @@ def polygons(*rings: npt.ArrayLike, **measurements: npt.ArrayLike) -> Objects:
     return Objects(
         "nuclei",
         np.concatenate([*arrays, np.empty((0, 2))]),
-        ragged.offsets_of(np.array([len(a) for a in arrays], np.int64)),
+        offsets_of(np.array([len(a) for a in arrays], np.int64)),
         np.arange(n + 1),
         np.zeros(n, np.int32),
         np.stack([np.arange(n), np.arange(n)], axis=1),

@@ -18,9 +18,9 @@ from PIL import Image
 import wsi_mmm
 from helpers.qupath import check_qupath
 from wsi_mmm.api import RunReport
+from wsi_mmm.model.aggregator import GatedScore
 from wsi_mmm.model.card import ModelCard
 from wsi_mmm.model.checkpoint import build_model, save_model
-from wsi_mmm.model.grouper import GatedScore
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.slides.fake import pyramid
 from wsi_mmm.slides.tiff.writer import TiffForm, write_tiff

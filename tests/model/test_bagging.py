@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.bagging import answer_bag, bag_part
 from wsi_mmm.model.card import ModelCard
 from wsi_mmm.model.checkpoint import build_model
-from wsi_mmm.model.runner import Runner
+from wsi_mmm.model.runner import Runner, bag_part
 
 CARD = {
     "name": "bags", "encoder": {"name": "resnet18", "args": {"channels": [8, 16, 24, 32]}},
@@ -32,7 +31,7 @@ def test_a_bag_gives_the_same_bits_for_any_threads(kind: str) -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(answer_bag(runner, vectors, ["grade"]))
+            found.append(runner.answer_bag(vectors, ["grade"]))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -61,5 +60,5 @@ def test_a_bag_that_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(runner.model, "bag_logits", full)
     with pytest.raises(ModelError, match=r"7 tiles cannot be answered as one bag \(out of memory\); use a coarser mpp"):
-        answer_bag(runner, np.zeros((7, 32), np.float32), ["grade"])
+        runner.answer_bag(np.zeros((7, 32), np.float32), ["grade"])
     runner.close()

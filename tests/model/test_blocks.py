@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.blocks import GlobalPooling, Resize, build_pool
+from wsi_mmm.model.blocks import GlobalPooling, Neck, Resize, build_decoder, build_pool
 from wsi_mmm.model.card import DecoderCard, NeckCard, SqueezerCard
-from wsi_mmm.model.decoders import build_decoder
-from wsi_mmm.model.neck import Neck
 
 CHANNELS = (8, 12, 16, 24, 32)
 STRIDES = (2, 4, 8, 16, 32)

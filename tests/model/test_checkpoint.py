@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from wsi_mmm.errors import ModelError, OutputError
 from wsi_mmm.model.card import card_json, model_path, read_card, zoo_names
-from wsi_mmm.model.checkpoint import load_encoder, load_model, load_tensors, save_model, save_tensors
+from wsi_mmm.model.checkpoint import load_encoder, load_model, pack_tensors, save_model, unpack_tensors
+from wsi_mmm.storage import store
 
 
 @pytest.fixture
@@ -197,16 +198,16 @@ def test_an_encoder_unknown_to_timm_is_refused() -> None:
 def test_any_tensors_survive_a_checkpoint(tmp_path: Path) -> None:
     """Tensors and facts come back; a file that is none is refused; an unwritable place is an OutputError."""
     path = tmp_path / "deep" / "c.safetensors"
-    save_tensors(path, {"a": torch.arange(3)}, {"step": "7"})
-    tensors, facts = load_tensors(path)
+    store.write_bytes(str(path), pack_tensors({"a": torch.arange(3)}, {"step": "7"}))
+    tensors, facts = unpack_tensors(path.read_bytes(), str(path))
     assert tensors["a"].tolist() == [0, 1, 2]
     assert facts == {"step": "7"}
     path.write_bytes(b"nothing")
     with pytest.raises(ModelError):
-        load_tensors(path)
+        unpack_tensors(path.read_bytes(), str(path))
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
-        save_tensors(tmp_path / "file" / "c.safetensors", {}, {})
+        store.write_bytes(str(tmp_path / "file" / "c.safetensors"), pack_tensors({}, {}))
 
 
 def test_the_packaged_model_is_whole_and_small() -> None:

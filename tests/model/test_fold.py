@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wsi_mmm.model.checkpoint import load_encoder, load_model
-from wsi_mmm.model.fold import fold, folded
+from wsi_mmm.model.fold import fold_norms
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.model.runner import Runner
 
@@ -41,7 +41,7 @@ def test_folding_changes_an_encoder_by_rounding_only(name: str) -> None:
     """Activations inside norms, TensorFlow's padding and norms before convolutions included."""
     torch.manual_seed(0)
     model = lively(load_encoder(name, "random"))
-    lean = folded(model)
+    lean = fold_norms(model)[0]
     assert norms(lean) < norms(model)
     with torch.inference_mode():
         wanted, found = (m.features(m.prepare(noise())) for m in (model, lean))
@@ -52,7 +52,7 @@ def test_heads_and_decoder_are_folded_too(small_model: Path) -> None:
     """Every norm of a model with tasks goes that a convolution feeds alone; the model given is left as it was."""
     model = lively(load_model(small_model))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    lean = folded(model)
+    lean = fold_norms(model)[0]
     assert norms(lean) == len(model.decoder.norm)  # type: ignore[union-attr,arg-type]  # these follow a sum
     with torch.inference_mode():
         wanted, found = (m.forward_all(m.prepare(noise()))[1] for m in (model, lean))
@@ -75,16 +75,16 @@ def test_a_convolution_that_something_else_reads_too_is_left_alone() -> None:
 
     model = load_encoder("resnet10t", "random")
     model.encoder.backbone, model.encoder.channels, model.encoder.resampled = Twice(), (32,), False
-    kept, words = fold(lively(model).eval())
+    kept, words = fold_norms(lively(model).eval())
     assert kept is model
     assert words == "not folded: the answers would change by more than 0.0001 of the largest"
-    assert Runner(model, "cpu", 1).facts()["norms"] == words
+    assert Runner(model, "cpu", 1).describe()["norms"] == words
 
 
 def test_a_model_without_norms_is_not_copied() -> None:
     """A transformer passes as it is."""
     model = load_encoder("convnext_atto", "random")
-    assert fold(model) == (model, "none to fold")
+    assert fold_norms(model) == (model, "none to fold")
 
 
 def test_a_model_that_cannot_be_tried_runs_as_it_is() -> None:
@@ -103,13 +103,13 @@ def test_a_model_that_cannot_be_tried_runs_as_it_is() -> None:
     model.encoder.backbone, model.encoder.channels, model.encoder.resampled = Picky(), (32,), False
     runner = Runner(model, "cpu", 1)
     assert runner.model is model
-    assert runner.facts()["norms"].startswith("not folded: the model could not be tried at 256 px (Input width")
+    assert runner.describe()["norms"].startswith("not folded: the model could not be tried at 256 px (Input width")
     assert runner.run(noise().numpy()).features.shape == (2, 32)
 
 
 def test_the_report_says_how_many_norms_were_folded(small_model: Path) -> None:
     """Of how many."""
     model = load_model(small_model)
-    total, left = norms(model), norms(folded(model))
+    total, left = norms(model), norms(fold_norms(model)[0])
     assert 0 < left < total
-    assert Runner(model, "cpu", 1).facts()["norms"] == f"{total - left} of {total} folded into convolutions"
+    assert Runner(model, "cpu", 1).describe()["norms"] == f"{total - left} of {total} folded into convolutions"

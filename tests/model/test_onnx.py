@@ -14,13 +14,12 @@ import torch
 
 from wsi_mmm import api
 from wsi_mmm.errors import MissingPackage, ModelError, OutputError
-from wsi_mmm.model import exporting, identity, onnx
+from wsi_mmm.model import identity, onnx
 from wsi_mmm.model.card import CARD, card_json
 from wsi_mmm.model.checkpoint import build_model, load_encoder, load_model
-from wsi_mmm.model.exporting import Exported
-from wsi_mmm.model.fold import folded
+from wsi_mmm.model.fold import fold_norms
 from wsi_mmm.model.multitask import MultiTaskModel
-from wsi_mmm.model.onnx import export_onnx, open_session
+from wsi_mmm.model.onnx import Exported, export_onnx, open_session
 from wsi_mmm.model.runner import Runner
 from wsi_mmm.tasks import make_task
 from wsi_mmm.types import U8
@@ -32,7 +31,7 @@ TASKS = ["nuclei", "stain"]
 @pytest.fixture(scope="module")
 def model(small_model: Path) -> MultiTaskModel:
     """The small model, folded."""
-    return folded(load_model(small_model))
+    return fold_norms(load_model(small_model))[0]
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +136,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(
 )
 def test_the_tile_size_is_free_for_plain_convolutions_only(name: str, free: bool) -> None:
     """What a transformer makes of its positions depends on the size, and so does some padding."""
-    assert exporting.fits_any_size(load_encoder(name, "random")) is free
+    assert onnx.fits_any_size(load_encoder(name, "random")) is free
 
 
 @pytest.mark.slow
 def test_a_transformer_is_exported_at_one_size(tmp_path: Path) -> None:
     """Its features agree, and the result says the size."""
     torch.manual_seed(0)
-    done = export_onnx(folded(load_encoder("vit_tiny_patch16_224", "random")), tmp_path / "vit.onnx", side=96)
+    done = export_onnx(fold_norms(load_encoder("vit_tiny_patch16_224", "random"))[0], tmp_path / "vit.onnx", side=96)
     assert done.side == 96
     assert done.difference < 1e-4
     assert open_session(done.path, CPU)(tiles(2, 96, 96))[0].shape == (2, 192)
@@ -168,7 +167,7 @@ def test_bits_do_not_depend_on_grouping_or_threads(small_model: Path, cache: Pat
         assert np.array_equal(full[::-1], turned)
     assert np.abs(whole.features - eager.features).max() <= 1e-3 * np.abs(eager.features).max()
     assert np.abs(whole.maps["nuclei"].astype(int) - eager.maps["nuclei"]).max() <= 1
-    assert one.facts()["tolerance"].startswith("float32 through ONNX Runtime: within 1e-3")
+    assert one.describe()["tolerance"].startswith("float32 through ONNX Runtime: within 1e-3")
 
 
 def _answer(output: object, kind: str) -> np.ndarray:  # type: ignore[type-arg]
@@ -185,10 +184,10 @@ def test_a_file_is_made_once_per_model_and_size(
     monkeypatch.setattr(onnx, "export_onnx", lambda model, path, **_: (made.append(path), shutil.copy(kept, path)))
     runner(small_model, cache).run(tiles(1), TASKS)
     assert made == []
-    other = folded(load_model(small_model))
+    other = fold_norms(load_model(small_model))[0]
     next(other.heads.parameters()).data.add_(1.0)
-    assert onnx._file_key(other, tuple(TASKS), 64) != onnx._file_key(folded(load_model(small_model)), tuple(TASKS), 64)
-    assert kept.stem == onnx._file_key(folded(load_model(small_model)), tuple(TASKS), 64)
+    same = fold_norms(load_model(small_model))[0]
+    assert onnx._file_key(other, tuple(TASKS), 64) != onnx._file_key(same, tuple(TASKS), 64) == kept.stem
 
 
 @pytest.mark.parametrize("place", ["broken", "file", "none"])

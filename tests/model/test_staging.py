@@ -12,10 +12,8 @@ import torch
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.checkpoint import load_model
 from wsi_mmm.model.runner import Runner
-from wsi_mmm.model.staging import SLOTS, BatchStager
 from wsi_mmm.types import U8
 
-CPU = torch.device("cpu")
 cuda = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 
 
@@ -26,20 +24,22 @@ def parts(*counts: int) -> list[U8]:
 
 
 @pytest.mark.parametrize("device", ["cpu", cuda])
-def test_each_part_arrives_whole_and_padded_with_zeros(device: str) -> None:
+def test_each_part_arrives_whole_and_padded_with_zeros(small_model: Path, device: str) -> None:
     """However short the parts are."""
-    stager = BatchStager(torch.device(device))
+    runner = Runner(load_model(small_model), device, 1)
     for part in parts(4, 2, 4, 1, 3):
-        tiles = stager.await_copy(stager.stage([part], 4)).cpu().numpy()
+        tiles = runner._await_copy(runner._stage_batch([part], 4)).cpu().numpy()
         assert np.array_equal(tiles[: len(part)], part)
         assert tiles.shape == (4, 8, 8, 3)
         assert not tiles[len(part) :].any()
 
 
-def test_several_parts_share_a_batch() -> None:
+@pytest.mark.parametrize("device", ["cpu", cuda])
+def test_several_parts_share_a_batch(small_model: Path, device: str) -> None:
     """One after another, zeros after them."""
     one, two = parts(1, 2)
-    found = BatchStager(CPU).stage([one, two], 4).numpy()
+    runner = Runner(load_model(small_model), device, 1)
+    found = runner._await_copy(runner._stage_batch([one, two], 4)).cpu().numpy()
     assert np.array_equal(found[:3], np.concatenate([one, two]))
     assert not found[3:].any()
 
@@ -53,9 +53,8 @@ def test_on_a_gpu_the_next_batch_is_staged_before_this_one_is_computed(
     """One ahead, never more; on a CPU none, since another thread may take it."""
     runner, steps = Runner(load_model(small_model), "cpu", 1), []
     queue = runner._find_queue(64, ())
-    runner._own_stager()  # of a CPU, whatever the runner says of its device from now on
-    stage, forward = BatchStager.stage, runner._forward_batch
-    monkeypatch.setattr(BatchStager, "stage", lambda *args: steps.append("stage") or stage(*args))
+    stage, forward = runner._stage_batch, runner._forward_batch
+    monkeypatch.setattr(runner, "_stage_batch", lambda *args: steps.append("stage") or stage(*args))
     monkeypatch.setattr(runner, "_forward_batch", lambda *args: steps.append("compute") or forward(*args))
     monkeypatch.setattr(runner, "device", types.SimpleNamespace(type=kind))
     queue.add(np.zeros((3 * queue.size, 64, 64, 3), np.uint8))
@@ -63,12 +62,14 @@ def test_on_a_gpu_the_next_batch_is_staged_before_this_one_is_computed(
     assert steps == wanted.split()
 
 
-def test_buffers_are_used_again() -> None:
-    """As many as there are slots, and one that holds a part in flight is not touched."""
-    stager = BatchStager(CPU)
-    places = [stager.stage([part], 4).data_ptr() for part in parts(1, 2, 3, 1)]
-    assert places[:SLOTS] == places[SLOTS:]
-    assert len(set(places)) == SLOTS
+@pytest.mark.parametrize("device", ["cpu", cuda])
+def test_a_batch_in_flight_is_not_touched_by_later_ones(small_model: Path, device: str) -> None:
+    """The pinned memory of a copy that is under way is not given to another batch."""
+    runner = Runner(load_model(small_model), device, 1)
+    given = parts(1, 2, 3, 1, 2, 3)
+    staged = [runner._stage_batch([part], 4) for part in given]
+    for part, tiles in zip(given, staged, strict=True):
+        assert np.array_equal(runner._await_copy(tiles)[: len(part)].cpu().numpy(), part)
 
 
 @pytest.mark.parametrize("device", ["cpu", cuda])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -16,10 +16,11 @@ from PIL import Image
 
 from helpers.shapes import NUCLEI, centroids, ellipses, regions
 from wsi_mmm.errors import OptionError, StorageError
-from wsi_mmm.outputs import exports, ragged
+from wsi_mmm.outputs import exports
 from wsi_mmm.outputs.density import Density
-from wsi_mmm.outputs.maps import write_map
+from wsi_mmm.outputs.exports import write_map
 from wsi_mmm.outputs.overlay import Field, Scene, legend_counts, overlay_png
+from wsi_mmm.outputs.polygons import part
 from wsi_mmm.outputs.report import FACTS, SlideRow, report_html, report_json
 from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.types import Grid, TaskInfo
@@ -62,13 +63,6 @@ def test_a_table_without_tiles_has_its_columns() -> None:
 # ---------------------------------------------------------------- maps
 
 
-@dataclass(frozen=True)
-class MapOf:
-    info: TaskInfo = TISSUE
-    channels: int = 2
-    stride: int = 2
-
-
 def test_maps_are_the_pieces_put_together(tmp_path: Path) -> None:
     """Pieces land at their corners, what lies beyond the slide is cut, attributes say scale and classes."""
     grid = Grid(tile=64, overlap=0, columns=2, rows=2, width=101, height=79, scale_x=2.0, scale_y=2.0, mpp=0.5)
@@ -76,7 +70,7 @@ def test_maps_are_the_pieces_put_together(tmp_path: Path) -> None:
     pieces = [((y, x), values[:, y : y + 32, x : x + 32]) for y in (0, 32) for x in (0, 32)]
     uri = str(tmp_path / "maps" / "tissue.zarr")
     for _ in range(2):  # a second run takes the place of the first
-        write_map(uri, MapOf(), grid, pieces)
+        write_map(uri, TISSUE, 2, 2, grid, pieces)
     array = zarr.open_array(uri, mode="r")
     assert array.shape == (2, 40, 51)
     np.testing.assert_array_equal(array[:], values[:, :40, :51])
@@ -90,14 +84,14 @@ def test_a_failed_map_leaves_the_old_one(tmp_path: Path) -> None:
     """An error half-way leaves what was there, and nothing else."""
     grid = Grid(tile=64, overlap=0, columns=1, rows=1, width=64, height=64, scale_x=1.0, scale_y=1.0, mpp=0.5)
     uri = str(tmp_path / "tissue.zarr")
-    write_map(uri, MapOf(), grid, [((0, 0), np.full((2, 32, 32), 7, np.uint8))])
+    write_map(uri, TISSUE, 2, 2, grid, [((0, 0), np.full((2, 32, 32), 7, np.uint8))])
 
     def broken() -> object:
         yield (0, 0), np.ones((2, 32, 32), np.uint8)
         raise StorageError("gone")
 
     with pytest.raises(StorageError):
-        write_map(uri, MapOf(), grid, broken())  # type: ignore[arg-type]
+        write_map(uri, TISSUE, 2, 2, grid, broken())  # type: ignore[arg-type]
     assert (zarr.open_array(uri, mode="r")[:] == 7).all()
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -164,7 +158,7 @@ def test_density_counts_every_object_once() -> None:
     """Counts add up over pieces and classes; dense fields lie on the slide, where the objects are."""
     some = ellipses(500)
     density = Density(20_000, 10_000, classes=2)
-    for piece in (ragged.part(some, 0, 200), ragged.part(some, 200, 500)):
+    for piece in (part(some, 0, 200), part(some, 200, 500)):
         density.add(centroids(piece), piece.class_index)
     assert density.counts.sum(axis=(1, 2)).tolist() == np.bincount(some.class_index).tolist()
     fields = density.densest(900, 4)
@@ -178,7 +172,8 @@ def scene(width: int, height: int, fields: int) -> Scene:
     density = Density(width, height)
     density.add(centroids(some))
     pixels = np.full((300, 300, 3), 230, np.uint8)
-    areas = replace(ragged.scaled(regions(np.ones((3, 3))), 900, 900), task="tissue")
+    areas = regions(np.ones((3, 3)))
+    areas = replace(areas, coords=areas.coords * 900, task="tissue")
     return Scene(
         "slide <1> µm²", "a subtitle", np.full((100, 100 * width // height, 3), 240, np.uint8), width, height, 0.25,
         np.ones((20, 20), bool), density, [(TISSUE, areas)],

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from helpers.qupath import check_qupath
 from helpers.shapes import NUCLEI, ellipses, polygons, regions
 from wsi_mmm.errors import OutputError
-from wsi_mmm.outputs import ragged, sink
-from wsi_mmm.outputs.geojson import MANY, GeoJSONWriter, object_type
-from wsi_mmm.outputs.numbertext import coordinate_texts
+from wsi_mmm.outputs import sink
+from wsi_mmm.outputs.geojson import MANY, GeoJSONWriter, coordinate_texts, object_type
+from wsi_mmm.outputs.polygons import empty, part
 from wsi_mmm.types import Objects, TaskInfo
 
 TISSUE = TaskInfo("tissue", "segment", ("tumour", "stroma"), ((200, 0, 0), (0, 200, 0)))
@@ -86,13 +86,13 @@ def test_batches_change_no_byte(name: str, tmp_path: Path) -> None:
     """The file is the same for one batch and for many, and for every repetition."""
     some = ellipses(12_000)
     whole = write(tmp_path / name, some)
-    cut = [ragged.part(some, a, b) for a, b in ((0, 1), (1, 11_000), (11_000, 11_000), (11_000, 12_000))]
+    cut = [part(some, a, b) for a, b in ((0, 1), (1, 11_000), (11_000, 11_000), (11_000, 12_000))]
     assert write(tmp_path / f"b{name}", *cut) == whole
 
 
 def test_no_objects_are_a_valid_file(tmp_path: Path) -> None:
     """A slide without findings gives an empty FeatureCollection that is accepted."""
-    write(tmp_path / "a.geojson.gz", ragged.empty("nuclei"))
+    write(tmp_path / "a.geojson.gz", empty("nuclei"))
     report = check_qupath(tmp_path / "a.geojson.gz")
     assert report.ok
     assert report.features == 0

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from helpers.shapes import polygons, regions
-from wsi_mmm.outputs import ragged
 from wsi_mmm.outputs.merge import canonical, merge_regions
+from wsi_mmm.outputs.polygons import empty, sort_by_anchor
 from wsi_mmm.types import I32, Objects
 
 label_images = arrays(
@@ -36,7 +36,7 @@ def test_the_cut_leaves_no_trace(labels: I32, rows: set[int], columns: set[int],
     ys, xs = ([0, *sorted(c for c in cut if c < n), n] for cut, n in ((rows, height), (columns, width)))
     parts = [regions(labels[a:b, c:d], c, a) for a, b in pairwise(ys) for c, d in pairwise(xs)]
     random.shuffle(parts)  # type: ignore[attr-defined]
-    whole = ragged.sort_by_anchor(canonical(regions(labels)))
+    whole = sort_by_anchor(canonical(regions(labels)))
     assert_same(merge_regions(parts), whole)
 
 
@@ -53,7 +53,7 @@ def test_anchors_are_the_first_pixels() -> None:
 def test_nothing_to_merge() -> None:
     """No parts and empty parts give no objects."""
     assert len(merge_regions([])) == 0
-    assert len(merge_regions([ragged.empty("t"), ragged.empty("t")])) == 0
+    assert len(merge_regions([empty("t"), empty("t")])) == 0
 
 
 def test_what_is_not_on_whole_pixels_is_refused() -> None:

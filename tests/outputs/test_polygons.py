@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.shapes import areas, ellipses, polygons, regions
-from wsi_mmm.outputs import ragged
-from wsi_mmm.outputs.polygons import clip, round_valid, shapes, simplify
+from wsi_mmm.outputs.polygons import clip, concat, empty, part, round_valid, shapes, simplify, take
 
 RING = np.array([[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 2, 1], [1, 1, 1, 1]])
 
@@ -55,6 +54,13 @@ def test_what_is_no_polygon_is_dropped(bad: list[tuple[float, float]]) -> None:
     assert (len(done.objects), done.dropped) == (1, 1)
 
 
+def test_nothing_may_be_left() -> None:
+    """Objects that all collapse are dropped and counted, and none at all are none."""
+    done = round_valid(polygons([(0, 0), (0.001, 0), (0, 0.001)]))
+    assert (len(done.objects), done.dropped) == (0, 1)
+    assert len(round_valid(empty("t")).objects) == len(shapes(empty("t"))) == 0
+
+
 def test_clip_cuts_at_the_edge_and_keeps_the_rest() -> None:
     """What crosses the border is cut, what lies beyond goes, what lies inside is untouched; order by anchor stays."""
     box = np.array([(0, 0), (4, 0), (4, 4), (0, 4)])
@@ -73,15 +79,15 @@ def test_simplify_keeps_shape_within_the_tolerance() -> None:
     assert len(thin.coords) < 0.8 * len(some.coords)
     assert shapely.hausdorff_distance(shapes(some), shapes(thin)).max() <= 1.0
     assert simplify(some, 0) is some
-    assert len(simplify(ragged.empty("t"), 1.0)) == 0
+    assert len(simplify(empty("t"), 1.0)) == 0
 
 
 def test_take_and_concat_are_inverse() -> None:
     """Taking objects apart and joining them gives the same arrays; a measurement that one part lacks is NaN there."""
     some = regions(RING)
-    again = ragged.concat([ragged.part(some, 0, 1), ragged.take(some, np.array([1]))])
+    again = concat([part(some, 0, 1), take(some, np.array([1]))])
     np.testing.assert_array_equal(again.coords, some.coords)
     np.testing.assert_array_equal(again.ring_offsets, some.ring_offsets)
-    both = ragged.concat([polygons([(0, 0), (1, 0), (1, 1)], a=[1.0]), polygons([(0, 0), (1, 0), (1, 1)])])
+    both = concat([polygons([(0, 0), (1, 0), (1, 1)], a=[1.0]), polygons([(0, 0), (1, 0), (1, 1)])])
     np.testing.assert_array_equal(both.measurements["a"], [1.0, np.nan])
-    assert ragged.take(some, np.array([False, True])).class_index.tolist() == [1]
+    assert take(some, np.array([False, True])).class_index.tolist() == [1]

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy.ndimage import label
 
-from wsi_mmm.outputs import ragged
-from wsi_mmm.outputs.polygons import shapes
+from wsi_mmm.outputs.polygons import following_points, ring_areas, shapes
 from wsi_mmm.outputs.trace import Style, trace
 from wsi_mmm.types import I32, Objects
 
@@ -61,10 +60,11 @@ def test_rings_are_written_as_the_format_wants(labels: I32, style: Style) -> Non
     found = as_objects(labels, style)
     hole = np.ones(len(found.ring_offsets) - 1, bool)
     hole[found.object_offsets[:-1]] = False
-    np.testing.assert_array_equal(ragged.ring_areas(found) < 0, hole)
-    step = found.coords[ragged.following_points(found)] - found.coords
-    back = found.coords - found.coords[ragged.preceding_points(found)]
-    assert (back[:, 0] * step[:, 1] - back[:, 1] * step[:, 0] != 0).all()
+    np.testing.assert_array_equal(ring_areas(found) < 0, hole)
+    following = following_points(found)
+    step = found.coords[following] - found.coords
+    assert (step[:, 0] * step[following, 1] - step[:, 1] * step[following, 0] != 0).all()
+    assert (np.sort(following) == np.arange(len(following))).all()
     assert (np.diff(found.class_index) >= 0).all()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from wsi_mmm.annotations import AnnotationFormat, Shape, Shapes
-from wsi_mmm.errors import AnnotationError
+from wsi_mmm.errors import AnnotationError, NotASlide
 from wsi_mmm.slides.base import ReaderPlugin
 from wsi_mmm.slides.fingerprint import fingerprint
 from wsi_mmm.slides.region_reader import RegionReader
@@ -35,9 +35,12 @@ def open_npy(uri: str) -> RegionReader:
     finally:
         store.close()
     pixels = np.load(local_path(uri), mmap_mode="r", allow_pickle=False)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise NotASlide(f"{uri} is {pixels.dtype}{list(pixels.shape)}; give uint8[height, width, 3]")
     height, width, _ = pixels.shape
     info = SlideInfo(
-        uri=uri, width=width, height=height, mpp_x=None, mpp_y=None, levels=(Level(width, height, 1.0, 1.0, 256, 256),),
+        uri=uri, width=width, height=height, mpp_x=None, mpp_y=None,
+        levels=(Level(width, height, downsample_x=1.0, downsample_y=1.0, tile_width=256, tile_height=256),),
         vendor="npy", reader="npy", fingerprint=mark,
     )  # fmt: skip
 

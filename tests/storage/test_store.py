@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi_mmm.errors import ConfigError, NotFound, OutputError, SlideChanged
-from wsi_mmm.outputs.maps import zarr_store
+from wsi_mmm.outputs.exports import zarr_store
 from wsi_mmm.storage import objects, remote, store
 from wsi_mmm.storage.ranges import MergeRule, fetch_merged, plan_spans
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsi_mmm.model.card import TaskCard
-from wsi_mmm.outputs.ragged import concat
-from wsi_mmm.tasks import View, make_task, metrics_boxes, peaks
+from wsi_mmm.outputs.polygons import concat
+from wsi_mmm.tasks import View, make_task, metrics, peaks
 from wsi_mmm.tasks.detect import Detect
 from wsi_mmm.tasks.targets import Boxes
 from wsi_mmm.types import F64, U8, Objects
@@ -232,7 +232,7 @@ def test_average_precision_is_that_of_pycocotools(seed: int) -> None:
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
     rng = np.random.default_rng(seed)
     pairs = [_noisy(rng) for _ in range(5)]
-    ours = [metrics_boxes.average_precision(metrics_boxes.match_boxes(pairs, kind)) for kind in (0, 1)]
+    ours = [metrics.average_precision(metrics.match_boxes(pairs, kind)) for kind in (0, 1)]
     truths, found = coco.COCO(), []
     annotations = []
     for image, (truth, boxes_) in enumerate(pairs):

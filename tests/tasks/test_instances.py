@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsi_mmm.model.card import TaskCard
-from wsi_mmm.outputs.ragged import concat
-from wsi_mmm.tasks import View, grouping, make_task, metrics
+from wsi_mmm.outputs.polygons import concat
+from wsi_mmm.tasks import View, instances, make_task, metrics
 from wsi_mmm.tasks.instances import Instances
 from wsi_mmm.types import I32, U8, Objects
 
@@ -35,7 +35,7 @@ def discs(rng: np.random.Generator, height: int, width: int, count: int) -> I32:
 def maps_of(labels: I32, rng: np.random.Generator, noise: float = 0.0) -> U8:
     """Perfect maps of a label image, with noise on every byte."""
     t = np.asarray(TASK.target(labels).numpy(), np.float64)
-    offset = t[2:4] / 2 * grouping.STEPS + grouping.ZERO
+    offset = t[2:4] / 2 * instances.STEPS + instances.ZERO
     exact = np.concatenate([t[:2] * 255, offset])
     return np.clip(np.round(exact + noise * rng.standard_normal(exact.shape)), 0, 255).astype(np.uint8)
 
@@ -97,7 +97,7 @@ def test_any_partition_into_cores_gives_the_same_objects(
 ) -> None:
     """Objects found core by core, each with its halo only, are those of the whole plane to the last bit."""
     maps, size, rows, columns = scene
-    task = replace(TASK, rules=grouping.Rules(votes=votes, hops=hops, area=4))
+    task = replace(TASK, rules=instances.Rules(votes=votes, hops=hops, area=4))
     whole = interpret(maps, (0, 0, rows[-1], columns[-1]), size, task)
     cores = [(a, c, b, d) for a, b in pairwise(rows) for c, d in pairwise(columns)]
     parts = concat([interpret(maps, core, size, task) for core in cores])
@@ -167,7 +167,7 @@ def test_quantise_rounds_probabilities_and_offsets() -> None:
     import torch
 
     logits = torch.tensor([0.0, 100.0, 0.5, -100.0]).view(1, 4, 1, 1)
-    assert TASK.quantise(logits).flatten().tolist() == [128, 255, 128 + grouping.STEPS, 0]
+    assert TASK.quantise(logits).flatten().tolist() == [128, 255, 128 + instances.STEPS, 0]
 
 
 def test_partly_unknown_pictures_teach_what_is_known() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsi_mmm.model.card import TaskCard
-from wsi_mmm.outputs.ragged import concat
+from wsi_mmm.outputs.polygons import concat
 from wsi_mmm.tasks import View, make_task
 from wsi_mmm.types import Objects
 

@@ -81,6 +81,8 @@ def as_command(function: CommandFunction) -> Callable[..., None]:
         except Exception as error:  # noqa: BLE001  (an unexpected error is shown as one line, too)
             text = f"unexpected {type(error).__name__}: {error}; please report it with the output of --debug"
             fail(error, text, NOTHING_RAN)
+        finally:
+            flags.json = flags.debug = False
         if code:
             raise typer.Exit(code)
 

@@ -47,9 +47,9 @@ def show(name: Annotated[str, typer.Argument(help="Packaged model, or the folder
       wsi-mmm models show my-model/ --json
     """
     from wsi_mmm.model.card import read_card
-    from wsi_mmm.model.fetched import fetched
+    from wsi_mmm.model.fetch import fetch_model
 
-    card = read_card(fetched(name, user_cache())).model_dump(mode="json")
+    card = read_card(fetch_model(name, user_cache())).model_dump(mode="json")
     say_json(card)
     tasks = card.pop("tasks", [])
     card["data"] = {key: value for key, value in card["data"].items() if key not in ("configuration", "items")}

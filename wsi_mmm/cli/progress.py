@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from wsi_mmm.cli.console import error_line, flags, print_json, say, say_json
 
 if TYPE_CHECKING:
@@ -216,7 +218,11 @@ def print_report(report: RunReport) -> int:
     say_json({"report": {"path": report.path, "seconds": report.seconds, "slides": list(report.slides)}})
     bad = [row for row in report.slides if row.status in ("failed", "partial")]
     for row in bad:
-        error_line(f"{row.id} {row.status}: {row.error or 'some tiles could not be read'}")
+        trace = row.extra.get("traceback", "")
+        if flags.debug and trace:
+            typer.echo(trace, err=True, nl=False)
+        hint = "" if flags.debug or not trace else " (--debug shows where)"
+        error_line(f"{row.id} {row.status}: {row.error or 'some tiles could not be read'}{hint}")
     counts = Counter(row.status for row in report.slides)
     total = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
     say(f"{total} in {duration(report.seconds)}")

@@ -187,9 +187,12 @@ def _submit_job(inputs: list[str], output: str, given: Mapping[str, Any]) -> int
 
 
 def _open_slides(request: RunRequest, output: str) -> int:
-    """Open every slide and print its facts, or the error it would fail with; the exit code is that of the run."""
+    """Make the tasks; open every slide and print its facts, or its error; the exit code is that of the run."""
     from wsi_mmm.engine.monitoring.run_report import exit_code
+    from wsi_mmm.engine.stages.context import recipe_tasks
 
+    if not request.recipe.options.scheduler:  # workers elsewhere may have plug-ins that this machine lacks
+        recipe_tasks(request.recipe)
     statuses = []
     for task in request.tasks:
         try:

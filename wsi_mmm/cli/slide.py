@@ -18,7 +18,7 @@ SlideArgument = Annotated[str, typer.Argument(metavar="SLIDE", help="Path or URI
 SlidesArgument = Annotated[
     list[str], typer.Argument(metavar="SLIDE", help="Slides, folders, patterns or manifests.", show_default=False)
 ]
-ReaderOption = Annotated[str | None, typer.Option(help="Force a reader: tiff, openslide or tiffslide.")]
+ReaderOption = Annotated[str | None, typer.Option(help="Force a reader: tiff, openslide, tiffslide or a plug-in's.")]
 MppOverride = Annotated[float | None, typer.Option(help="Take the slide's own pixel to be this many micrometres wide.")]
 
 

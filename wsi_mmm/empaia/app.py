@@ -295,7 +295,7 @@ def _open_slide(request: RunRequest, inputs: JobInputs) -> tuple[ModelCard, Slid
     from wsi_mmm.empaia.geometry import joined, tissue_polygons
     from wsi_mmm.engine.stages import context
     from wsi_mmm.model.card import read_card
-    from wsi_mmm.model.fetched import fetched
+    from wsi_mmm.model.fetch import fetch_model
     from wsi_mmm.tiles.tissue import tissue_mask
 
     [task] = request.tasks
@@ -303,7 +303,7 @@ def _open_slide(request: RunRequest, inputs: JobInputs) -> tuple[ModelCard, Slid
         slide.scale(request.recipe.mpp)
         area = joined([region.area for region in inputs.regions])
         found = tissue_polygons(tissue_mask(slide), inputs.wsi, area)
-        return read_card(fetched(request.recipe.model, user_cache())), slide.info, found
+        return read_card(fetch_model(request.recipe.model, user_cache())), slide.info, found
 
 
 def _make_folder(folder: str) -> None:

@@ -1,4 +1,13 @@
-"""Shared parts between encoder and heads: tensors in, tensors out."""
+"""Shared parts between encoder and heads: poolings, decoders, the neck of dense detection. Tensors in, tensors out.
+
+Decoders make of bottleneck and pyramid one map at the pyramid's finest stride. "unet" joins the levels one by one,
+each with its own width; "fpn" keeps one width everywhere, adds from the top down and sums all levels at the end
+(Kirillov et al. 2019, panoptic feature pyramids): fewer weights, more of every scale.
+
+segmentation-models-pytorch is not used: its decoders are tied to its own encoders' list of stages (one of stride 1
+first) and widths, while ours must run on any timm pyramid, share `Fpn` with the detection neck, and keep the packaged
+model's weights as they are; what would be saved is sixty lines.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.card import SqueezerCard
+from wsi_mmm.model.card import DecoderCard, NeckCard, SqueezerCard
 
 
 def conv_unit(inputs: int, outputs: int, kernel: int = 3) -> nn.Sequential:
@@ -122,3 +131,100 @@ class Resize(nn.Module):
         if self.factor == 1:
             return x
         return functional.interpolate(x, scale_factor=self.factor, mode="bilinear", align_corners=False)
+
+
+# ---------------------------------------------------------------- decoders and neck
+
+
+def build_decoder(card: DecoderCard, bottleneck: int, channels: Sequence[int]) -> UNetDecoder | FpnDecoder:
+    """The decoder of a card for a pyramid of ``channels`` (its coarsest level left out). ModelError: widths unfit."""
+    if len(card.widths) != len(channels):
+        raise ModelError(f"decoder.widths has {len(card.widths)} entries, the encoder needs {len(channels)}")
+    if card.kind == "unet":
+        return UNetDecoder(bottleneck, channels, card.widths)
+    if len(set(card.widths)) != 1:
+        raise ModelError(f"the decoder 'fpn' has one width: give decoder.widths {len(channels)} times the same number")
+    return FpnDecoder(bottleneck, channels, card.widths[0])
+
+
+class UNetDecoder(nn.Module):
+    """U-shaped: the bottleneck map is doubled step by step, each time joined with the pyramid's map of that stride.
+
+    ``widths[i]`` are the channels after joining pyramid level i (finest first, the coarsest level excluded).
+    The result is float[n, widths[0], h / strides[0], w / strides[0]].
+    """
+
+    def __init__(self, bottleneck: int, channels: Sequence[int], widths: Sequence[int]) -> None:
+        super().__init__()
+        above = [*widths[1:], bottleneck]
+        reduce = nn.ModuleList(nn.Conv2d(a, w, 1, bias=False) for a, w in zip(above, widths, strict=True))
+        self.add_module("carry", reduce)  # the name that checkpoints have
+        self.lateral = nn.ModuleList(nn.Conv2d(c, w, 1, bias=False) for c, w in zip(channels, widths, strict=True))
+        self.norm = nn.ModuleList(nn.BatchNorm2d(w) for w in widths)
+        self.fuse = nn.ModuleList(conv_unit(w, w) if i else nn.Identity() for i, w in enumerate(widths))
+        self.width = widths[0]
+
+    def forward(self, bottleneck: Tensor, pyramid: Sequence[Tensor]) -> Tensor:
+        """``bottleneck`` from the squeezer, ``pyramid`` from the encoder."""
+        x, reduce = bottleneck, self.get_submodule("carry")
+        assert isinstance(reduce, nn.ModuleList)
+        for i in reversed(range(len(self.lateral))):
+            size = pyramid[i].shape[-2:]
+            x = functional.interpolate(reduce[i](x), size=size, mode="bilinear", align_corners=False)
+            x = self.fuse[i](torch.relu(self.norm[i](x + self.lateral[i](pyramid[i]))))
+        return x
+
+
+class Fpn(nn.Module):
+    """Maps of any widths, finest first -> one map float[n, width, h0, w0] of the finest's size."""
+
+    def __init__(self, channels: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.smooth = nn.ModuleList(conv_unit(width, width) for _ in channels)
+        self.width = width
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Top down: each level adds the coarser one, doubled; then all levels, smoothed, are summed."""
+        x = self.lateral[-1](maps[-1])
+        out: Tensor = self.smooth[-1](x)
+        for i in reversed(range(len(maps) - 1)):
+            size = maps[i].shape[-2:]
+            x = self.lateral[i](maps[i]) + functional.interpolate(x, size=size, mode="nearest")
+            wide = functional.interpolate(out, size=size, mode="bilinear", align_corners=False)
+            out = self.smooth[i](x) + wide
+        return out
+
+
+class FpnDecoder(nn.Module):
+    """`Fpn` over the pyramid, its coarsest level replaced by the bottleneck map."""
+
+    def __init__(self, bottleneck: int, channels: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.fpn = Fpn([*channels, bottleneck], width)
+        self.width = width
+
+    def forward(self, bottleneck: Tensor, pyramid: Sequence[Tensor]) -> Tensor:
+        """``bottleneck`` from the squeezer, ``pyramid`` from the encoder."""
+        x: Tensor = self.fpn([*pyramid[:-1], bottleneck])
+        return x
+
+
+class Neck(nn.Module):
+    """FPN-style, over the levels of stride 4 and coarser. ``channels`` and ``strides`` describe the encoder's pyramid.
+
+    ModelError if no level has stride 4.
+    """
+
+    def __init__(self, card: NeckCard, channels: Sequence[int], strides: Sequence[int]) -> None:
+        super().__init__()
+        if 4 not in strides:
+            raise ModelError(f"dense heads need a map of stride 4, the encoder has {', '.join(map(str, strides))}")
+        self.first = list(strides).index(4)
+        self.fpn = Fpn(channels[self.first :], card.width)
+        self.width = card.width
+
+    def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """The pyramid, finest first -> float[n, width, h / 4, w / 4]."""
+        x: Tensor = self.fpn(pyramid[self.first :])
+        return x

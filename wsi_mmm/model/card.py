@@ -50,8 +50,8 @@ class TaskCard(_CardPart):
     """One task. ``head`` and ``outputs`` say which head holds its weights and how many logits that gives;
     ``params`` are numbers that its kind understands (thresholds, background class).
 
-    Heads: "map" reads the decoder's map, "vector" the pooled vector of a tile, "bag" the vector that the grouper makes
-    of many tiles, "dense" the detection neck's map of stride 4, "image" draws px from the decoder's map.
+    Heads: "map" reads the decoder's map, "vector" the pooled vector of a tile, "bag" the vector that the aggregator
+    makes of many tiles, "dense" the detection neck's map of stride 4, "image" draws px from the decoder's map.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
@@ -93,7 +93,7 @@ class SqueezerCard(_CardPart):
 class DecoderCard(_CardPart):
     """``bottleneck``: channels after squeezing (0: none). ``widths``: decoder channels per stride, finest first.
 
-    ``kind``: see `model.decoders`; "fpn" wants all ``widths`` the same.
+    ``kind``: see `model.blocks`; "fpn" wants all ``widths`` the same.
     """
 
     bottleneck: int = Field(default=128, ge=0)
@@ -108,7 +108,7 @@ class NeckCard(_CardPart):
 
 
 class BagCard(_CardPart):
-    """How tiles become one vector (`model.grouper`). ``width``: its channels, 0: those of the tiles' vectors.
+    """How tiles become one vector (`model.aggregator`). ``width``: its channels, 0: those of the tiles' vectors.
 
     ``hidden``: channels of the attention's inside; ``heads``: attentions side by side, each for its share of the
     channels; ``layers``: blocks of the transformer.

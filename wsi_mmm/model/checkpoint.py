@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from wsi_mmm.errors import ModelError
+from wsi_mmm.errors import ModelError, PluginError, first_line
 from wsi_mmm.model.card import (
     CARD,
     WEIGHTS,
@@ -26,6 +28,7 @@ from wsi_mmm.model.card import (
 )
 from wsi_mmm.model.encoder import PyramidEncoder, build_encoder
 from wsi_mmm.model.heads import HeadSpec, build_head
+from wsi_mmm.model.identity import check_weights
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.storage import store
@@ -60,9 +63,7 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
     path = model_path(name_or_path) / WEIGHTS
     weights = _read_weights(path, card.weights_sha256)
     model = build_model(card)
-    _fill_all(
-        model, {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}, path
-    )
+    _fill_all(model, weights, path)
     return _move_to_device(model, device)
 
 
@@ -124,32 +125,39 @@ def _task_head(card: TaskCard, spec: HeadSpec) -> nn.Module:
     if scope is None:
         raise ModelError(f"task '{card.name}' of kind '{card.kind}' cannot have the head '{card.head}'")
     info = TaskInfo(card.name, card.kind, card.classes, card.colors)
-    head: nn.Module = kind.from_params(info, card.params, scope).head(spec)
+    head = kind.from_params(info, card.params, scope).head(spec)
+    if not isinstance(head, nn.Module):
+        gave = f"gave {type(head).__name__}, not a torch.nn.Module"
+        raise PluginError(f"task '{card.name}': head of the kind '{card.kind}' of a plug-in {gave}")
     return head
 
 
 def _move_to_device(model: MultiTaskModel, device: str | torch.device) -> MultiTaskModel:
-    try:
-        model.to(device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot use the device '{device}': {str(error).splitlines()[0]}") from error
+    model.to(device=pick_device(str(device)))
     model.to(memory_format=torch.channels_last)
     return model.eval()
 
 
-def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. ModelError if absent, truncated, no safetensors, or not of the given hash."""
-    if not path.is_file():
-        raise ModelError(f"the weights {path} are missing")
+def pick_device(name: str) -> torch.device:
+    """The device for "auto", "cpu", "cuda", "cuda:1" or "mps". ModelError if this machine has no such thing."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if not sha256:
-            return load_file(path)
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise ModelError(f"the weights {path} are not those its card was written for (sha256 differs)")
-        return load(data)
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the device '{name}' cannot be used here: {first_line(error)}") from error
+    return device
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, float32. ModelError if absent, truncated, no safetensors, or of another hash."""
+    check_weights(path, sha256)
+    try:
+        weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"the weights {path} cannot be read as safetensors: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"the weights {path} cannot be read as safetensors: {first_line(error)}") from error
+    return {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
 
 
 def _fill_all(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
@@ -175,10 +183,7 @@ def _load_backbone(encoder: PyramidEncoder, weights: Mapping[str, Tensor], path:
     nested = {key: key.removeprefix("model.") for key in wanted}
     flat = {key: key.replace("_", ".", 1) if key.split(".")[0] not in named else key for key in wanted}
     chosen = {key: named.get(key, named.get(nested[key], named.get(flat[key]))) for key in wanted}
-    found = {
-        key: value.float() if value.is_floating_point() else value for key, value in chosen.items() if value is not None
-    }
-    _fill_all(encoder.backbone, found, path)
+    _fill_all(encoder.backbone, {key: value for key, value in chosen.items() if value is not None}, path)
 
 
 def _declared_mean_std(encoder: PyramidEncoder) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -191,19 +196,16 @@ def _declared_mean_std(encoder: PyramidEncoder) -> tuple[tuple[float, float, flo
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """A safetensors file of any tensors with string metadata, written whole or not at all."""
-    data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, dict(facts))
-    store.write_bytes(str(path), data)
+def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """One safetensors file of any tensors, copied to the CPU, with string metadata."""
+    return save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, dict(metadata))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a file of `save_tensors`. ModelError if it cannot be read."""
+def unpack_tensors(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file of `pack_tensors`. ModelError naming ``source`` if it is none, or not whole."""
     try:
-        with safe_open(path, "pt") as file:
-            facts = dict(file.metadata() or {})
-        return load_file(path), facts
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(
-            f"the checkpoint {path} cannot be read as safetensors: {str(error).splitlines()[0]}"
-        ) from error
+        (length,) = struct.unpack("<Q", data[:8])
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        return load(data), metadata
+    except (SafetensorError, struct.error, ValueError) as error:
+        raise ModelError(f"{source} is damaged or no safetensors file ({first_line(error)}); remove it") from error

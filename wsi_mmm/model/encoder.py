@@ -13,7 +13,7 @@ import timm
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wsi_mmm.errors import ModelError, PluginError
+from wsi_mmm.errors import ModelError, PluginError, first_line
 from wsi_mmm.plugins import load_plugin, plugin_names
 
 _VIT_STRIDES = (4, 8, 16, 32)
@@ -30,7 +30,6 @@ class PyramidEncoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.channels = channels
-        self.native_strides = strides
         self.resampled = len(strides) > 1 and len(set(strides)) == 1
         self.strides = _VIT_STRIDES[-len(strides) :] if self.resampled else strides
 
@@ -59,12 +58,10 @@ def build_encoder(name: str, *, pretrained: bool = False, args: Mapping[str, Any
     try:
         backbone = _features_only(name, pretrained, options)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
-        raise ModelError(f"timm cannot build the encoder '{name}': {_first_line(error)}") from error
+        raise ModelError(f"timm cannot build the encoder '{name}': {first_line(error)}") from error
     except Exception as error:  # huggingface_hub raises its own tree (offline, gated, missing): one meaning for us
-        why = _first_line(error)
-        raise ModelError(
-            f"the weights of '{name}' cannot be downloaded ({why}); pass them with --weights FILE.safetensors"
-        ) from error
+        why = f"the weights of '{name}' cannot be downloaded ({first_line(error)})"
+        raise ModelError(f"{why}; pass them with --weights FILE.safetensors") from error
     info: Any = backbone.feature_info
     return PyramidEncoder(backbone, tuple(info.channels()), tuple(int(r) for r in info.reduction()))
 
@@ -89,8 +86,3 @@ def _features_only(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
         picks = [round((i + 1) * depth / 4) - 1 for i in range(4)]
         backbone = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=picks, **options)
     return backbone
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type when it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

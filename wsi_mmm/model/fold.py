@@ -13,18 +13,14 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
+from wsi_mmm.errors import first_line
 from wsi_mmm.model.multitask import MultiTaskModel
 
 TOLERANCE = 1e-4
 """Largest difference between the answers of the folded and the plain model, as a share of the largest answer."""
 
 
-def folded(model: MultiTaskModel) -> MultiTaskModel:
-    """A copy of ``model``, for evaluation only, with its norms folded; ``model`` itself where `fold` says why not."""
-    return fold(model)[0]
-
-
-def fold(model: MultiTaskModel) -> tuple[MultiTaskModel, str]:
+def fold_norms(model: MultiTaskModel) -> tuple[MultiTaskModel, str]:
     """A copy of ``model``, for evaluation only, with its norms folded, and a report's words for what was done.
 
     ``model`` itself when it has none to fold, when it cannot be run at its card's tile size, or when the copy's answers
@@ -34,10 +30,10 @@ def fold(model: MultiTaskModel) -> tuple[MultiTaskModel, str]:
     if not norms:
         return model, "none to fold"
     try:
-        probe = _seeded_input(model)
+        probe = model.prepare(seeded_noise(1, model.card.tile_size, model.card.tile_size))
         wanted, pairs = _find_pairs(model, probe)
     except (RuntimeError, AssertionError, ValueError) as error:  # a size that this encoder does not take
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        line = first_line(error, 120)
         return model, f"not folded: the model could not be tried at {model.card.tile_size} px ({line})"
     if not pairs:
         return model, f"not folded: no convolution feeds one of the {norms} alone"
@@ -45,7 +41,8 @@ def fold(model: MultiTaskModel) -> tuple[MultiTaskModel, str]:
     for conv, norm in pairs.items():
         _fold_norm(copied, conv, norm)
     copied.requires_grad_(False)
-    if not _all_close(wanted, _all_answers(copied, probe)):
+    compared = zip(wanted, _all_answers(copied, probe), strict=True)
+    if any(float((one - two).abs().max()) > TOLERANCE * float(one.abs().max()) for one, two in compared):
         return model, f"not folded: the answers would change by more than {TOLERANCE:g} of the largest"
     return copied, f"{len(pairs)} of {norms} folded into convolutions"
 
@@ -58,10 +55,10 @@ def _is_conv(module: nn.Module) -> bool:
     return type(module) in (nn.Conv2d, Conv2dSame)  # others change their weights as they run
 
 
-def _seeded_input(model: MultiTaskModel) -> Tensor:
-    side = model.card.tile_size
-    noise = torch.randint(0, 256, (1, side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return model.prepare(noise)
+def seeded_noise(count: int, height: int, width: int) -> Tensor:
+    """Tiles uint8[count, height, width, 3] to try a model with, the same each time."""
+    numbers = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, height, width, 3), generator=numbers, dtype=torch.uint8)
 
 
 @torch.inference_mode()
@@ -99,7 +96,10 @@ def _find_pairs(model: MultiTaskModel, probe: Tensor) -> tuple[list[Tensor], dic
 
 
 def _fold_norm(model: nn.Module, conv_name: str, norm_name: str) -> None:
-    """norm(conv(x)) = conv'(x) with w' = w * s, b' = (b - mean) * s + shift, s = gain / sqrt(var + eps)."""
+    """norm(conv(x)) = conv'(x) with w' = w * s, b' = (b - mean) * s + shift, s = gain / sqrt(var + eps).
+
+    The activation that timm puts into a norm stays.
+    """
     conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
@@ -111,16 +111,5 @@ def _fold_norm(model: nn.Module, conv_name: str, norm_name: str) -> None:
         conv.weight.copy_(conv.weight.double() * scale.view(-1, 1, 1, 1))
         conv.bias = nn.Parameter(((bias - mean) * scale + shift).float())
     parent, _, name = norm_name.rpartition(".")
-    setattr(model.get_submodule(parent), name, _without_norm(norm))
-
-
-def _without_norm(norm: nn.BatchNorm2d) -> nn.Module:
-    """Return the rest of a norm: the activation that timm puts into it."""
-    return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-
-
-def _all_close(wanted: list[Tensor], found: list[Tensor]) -> bool:
-    limits = [TOLERANCE * float(one.abs().max()) for one in wanted]
-    return all(
-        float((one - other).abs().max()) <= limit for one, other, limit in zip(wanted, found, limits, strict=True)
-    )
+    rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    setattr(model.get_submodule(parent), name, rest)

@@ -1,4 +1,7 @@
-"""Identity of a model's numbers: hashes of weights and of the facts that change what they compute. No torch."""
+"""Identity of a model's numbers: hashes of weights and of the facts that change what they compute. No torch.
+
+Weights are looked at before a run begins, so that what is broken is said once, not by every slide.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 from wsi_mmm.errors import MissingPackage, ModelError
 from wsi_mmm.model.card import CARD, WEIGHTS, ModelCard, model_path, zoo_names
 
-_CHUNK = 1 << 22
+_PICKLES = (b"\x80", b"PK\x03\x04")  # pickle, and the zip archive that torch.save writes
 
 RUNTIMES = {
     "eager": "float32; norms folded into convolutions: within 1e-4 of the plain model's largest answer",
@@ -19,7 +22,6 @@ RUNTIMES = {
     "onnx": "float32 through ONNX Runtime: within 1e-3 of eager's largest answer",
 }
 """Ways to run a model, and how far their numbers may lie apart. One kind of device and runtime: equal to the bit."""
-
 
 _NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
 
@@ -44,13 +46,13 @@ def model_identity(name: str, card: ModelCard) -> str:
     """sha256 hex of a model: its weights and the part of its card that changes its answers."""
     parts = {"encoder", "squeezer", "decoder", "neck", "bag", "mean", "std", "tasks"}
     facts = card.model_dump(mode="json", include=parts)
-    weights = card.weights_sha256 or _file_hash(model_path(name) / WEIGHTS)
+    weights = card.weights_sha256 or check_weights(model_path(name) / WEIGHTS)
     return hashlib.sha256(json.dumps([facts, weights], sort_keys=True).encode()).hexdigest()
 
 
 def encoder_identity(name: str, weights: str | None) -> str:
     """sha256 hex of an encoder: its name and its weights (a file's content, or the word that stands for them)."""
-    known = _file_hash(Path(weights)) if weights and weights != "random" else str(weights)
+    known = check_weights(Path(weights).expanduser()) if weights and weights != "random" else str(weights)
     return hashlib.sha256(json.dumps([name, known]).encode()).hexdigest()
 
 
@@ -65,12 +67,20 @@ def device_kind(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
+def check_weights(path: Path, sha256: str = "") -> str:
+    """The sha256 of a weights file. ModelError when it cannot be read, is a pickle, or has another hash than its
+    card names (``sha256``; empty: any will do)."""
     try:
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+            head = file.read(9)
+            file.seek(0)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise ModelError(f"the weights {path} are missing: copy the whole model folder, or check the path") from error
     except OSError as error:
-        raise ModelError(f"cannot read the weights {path}: {error.strerror}") from error
-    return digest.hexdigest()
+        raise ModelError(f"the weights {path} cannot be read: {error.strerror}") from error
+    if head.startswith(_PICKLES) and head[8:] != b"{":  # safetensors: 8 bytes of length, then a JSON object
+        raise ModelError(f"the weights {path} are a pickle (.pt), which can run code; save them as safetensors")
+    if sha256 and found != sha256:
+        raise ModelError(f"the weights {path} are not those its card was written for: copy the model folder again")
+    return found

@@ -28,7 +28,7 @@ def layers(model: MultiTaskModel) -> tuple[Layer, ...]:
     """Every parameter with its depth, in the model's order.
 
     Depth 0 is the encoder's stem, then one per stage or block of its; what it has after them counts with the last of
-    them. The shared parts (squeezer, decoder, neck, grouper) are one deeper, the heads two.
+    them. The shared parts (squeezer, decoder, neck, aggregator) are one deeper, the heads two.
     """
     depths = _encoder_depths(model.encoder.backbone)
     above = max(depths.values(), default=0)

@@ -1,32 +1,34 @@
 """The multi-task model: one encoder pass, any number of heads.
 
-Heads are handed in (the tasks that make them live on a higher floor), so this room knows no task.
+Heads are handed in: the tasks that make them are above this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.blocks import GlobalPooling, Resize
+from wsi_mmm.model.aggregator import MilAggregator
+from wsi_mmm.model.blocks import GlobalPooling, Neck, Resize, build_decoder
 from wsi_mmm.model.card import ModelCard
-from wsi_mmm.model.decoders import build_decoder
 from wsi_mmm.model.encoder import PyramidEncoder
-from wsi_mmm.model.grouper import MilAggregator
 from wsi_mmm.model.heads import MAP_STRIDE
-from wsi_mmm.model.neck import Neck
+
+ModelPass = Callable[[Tensor, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
+"""uint8[n, s, s, 3] on the device, tasks -> (vectors, logits), however it is carried out."""
 
 
 class MultiTaskModel(nn.Module):
     """``model(x, tasks=[...])`` -> dict of logits. ``encoder``, ``squeezer`` and ``decoder`` can be used alone.
 
     The card says which head each task has; only the shared parts that some head reads are there: "map" and "image"
-    read the decoder's map, "dense" the neck's, "vector" the pooled vector, "bag" the aggregate of many vectors,
-    "pixels" the image.
+    read the decoder's map, "dense" the neck's, "vector" the pooled vector, "bag" the aggregate of many vectors (the
+    attribute ``grouper``, as checkpoints call it), "pixels" the image. ``tasks``: names of the heads; ``tile_heads``
+    answer per tile, ``bag_heads`` per bag of tiles; ``vector_width``: D of `features`.
     """
 
     def __init__(self, card: ModelCard, encoder: PyramidEncoder, *, heads: Mapping[str, nn.Module]) -> None:
@@ -35,9 +37,13 @@ class MultiTaskModel(nn.Module):
         self.encoder = encoder
         self.kinds: dict[str, str] = {task.name: task.head for task in card.tasks}
         self.squeezer = GlobalPooling(encoder.channels[-1], card.decoder.bottleneck, card.squeezer)
+        self.vector_width = self.squeezer.vector_width
         self.decoder = self._build_decoder() if self._has_head("map", "image") else None
         self.to_map = Resize(encoder.strides[0], MAP_STRIDE)
         self.heads = nn.ModuleDict(dict(heads))
+        self.tasks = tuple(heads)
+        self.tile_heads = frozenset(name for name, kind in self.kinds.items() if kind in ("vector", "pixels"))
+        self.bag_heads = frozenset(name for name, kind in self.kinds.items() if kind == "bag")
         self.neck = Neck(card.neck, encoder.channels, encoder.strides) if self._has_head("dense") else None
         self.grouper = MilAggregator(card.bag, encoder.channels[-1]) if self._has_head("bag") else None
         self.register_buffer("mean", torch.tensor(card.mean).view(1, 3, 1, 1) * 255.0, persistent=False)
@@ -56,21 +62,6 @@ class MultiTaskModel(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.get_buffer("mean").device
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the heads."""
-        return tuple(self.heads)
-
-    @property
-    def tile_heads(self) -> frozenset[str]:
-        """Tasks that answer per tile."""
-        return frozenset(name for name, kind in self.kinds.items() if kind in ("vector", "pixels"))
-
-    @property
-    def bag_heads(self) -> frozenset[str]:
-        """Tasks that answer per bag of tiles."""
-        return frozenset(name for name, kind in self.kinds.items() if kind == "bag")
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Set the mode as every module does, but keep norms whose statistics are to stay in evaluation mode.
@@ -115,7 +106,7 @@ class MultiTaskModel(nn.Module):
 
     def forward_all(self, x: Tensor, tasks: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The pooled vector float[n, D] and the logits of ``tasks`` (None: all) but those that `bag_logits` answers."""
-        names = self._check_tasks(tasks)
+        names = self.check_tasks(tasks)
         wanted = {name: kind for name in names if (kind := self.kinds[name]) != "bag"}
         shared = self.trunk(x, wanted.values())
         return shared["vector"], {name: self.heads[name](shared[kind]) for name, kind in wanted.items()}
@@ -128,7 +119,7 @@ class MultiTaskModel(nn.Module):
         ``tasks`` (None: all bag tasks); ``bags``: how many bags there are (None: up to the largest number in ``bag``).
         ModelError for a task without a bag head.
         """
-        names = [name for name in self.tasks if name in self.bag_heads] if tasks is None else self._check_tasks(tasks)
+        names = [name for name in self.tasks if name in self.bag_heads] if tasks is None else self.check_tasks(tasks)
         other = [name for name in names if name not in self.bag_heads]
         if other or self.grouper is None:
             what = f"task '{other[0]}' is not" if other else "there is no task that is"
@@ -136,7 +127,8 @@ class MultiTaskModel(nn.Module):
         grouped, attention = self.grouper(vectors, bag, bags)
         return {name: self.heads[name](grouped) for name in names}, dict.fromkeys(names, attention)
 
-    def _check_tasks(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
+    def check_tasks(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
+        """``tasks`` (None: all). ModelError for one that the model does not have."""
         names = self.tasks if tasks is None else tuple(tasks)
         unknown = [name for name in names if name not in self.heads]
         if unknown:
@@ -146,11 +138,6 @@ class MultiTaskModel(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """float[n, 3, h, w] from `prepare` -> pooled vectors float[n, D]; the heads are not run."""
         return self.trunk(x, ())["vector"]
-
-    @property
-    def vector_width(self) -> int:
-        """D of `features`."""
-        return self.squeezer.vector_width
 
 
 def normalise(rgb: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
-"""Features: features.zarr as the native store, and the files of other tools made from it."""
+"""Features and blended maps as Zarr v3, and the files of other tools made from features."""
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,16 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec
 from zarr.errors import GroupNotFoundError
+from zarr.storage import LocalStore, ObjectStore
 
-from wsi_mmm.errors import MissingPackage, OptionError, StorageError
-from wsi_mmm.outputs.maps import zarr_store
+from wsi_mmm.errors import OptionError, StorageError
+from wsi_mmm.plugins import import_package
 from wsi_mmm.storage import store
 from wsi_mmm.storage.store import published_folder
-from wsi_mmm.types import F32, I64
+from wsi_mmm.types import F32, I64, U8, Grid, TaskInfo
 
-_ROWS = 4096  # tiles per chunk
+_ROWS = 4096  # tiles per chunk of features
+MAP_CHUNK, MAP_SHARD = 512, 2048  # map px
 MAX_VALUES = 1 << 31
 """Numbers of a slide's features above which a store is refused: two million tiles of a thousand."""
 
@@ -94,10 +95,7 @@ def as_h5(features: SlideFeatures) -> bytes:
 
 def as_pt(features: SlideFeatures) -> bytes:
     """The tensor float32[n, D] that CLAM reads with ``torch.load``."""
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingPackage("the .pt export needs torch: pip install torch, or export h5") from error
+    torch = import_package("torch", "the .pt export needs torch: pip install torch, or export h5")
     buffer = io.BytesIO()
     torch.save(torch.from_numpy(np.ascontiguousarray(features.vectors)), buffer)
     return buffer.getvalue()
@@ -105,10 +103,7 @@ def as_pt(features: SlideFeatures) -> bytes:
 
 def as_h5ad(features: SlideFeatures) -> bytes:
     """AnnData: X is the features, ``obsm["spatial"]`` the middle of each tile, ``uns["wsi_mmm"]`` the attributes."""
-    try:
-        anndata = importlib.import_module("anndata")  # optional, untyped
-    except ImportError as error:
-        raise MissingPackage("the .h5ad export needs anndata: pip install anndata, or export h5") from error
+    anndata = import_package("anndata", "the .h5ad export needs anndata: pip install anndata, or export h5")
     middle = features.coords + int(features.attributes.get("patch_size_level0", 0)) / 2
     data = anndata.AnnData(X=features.vectors, obsm={"spatial": middle}, uns={"wsi_mmm": dict(features.attributes)})
     with tempfile.TemporaryDirectory() as folder:
@@ -118,3 +113,41 @@ def as_h5ad(features: SlideFeatures) -> bytes:
 
 
 FORMATS: dict[str, Callable[[SlideFeatures], bytes]] = {"h5": as_h5, "pt": as_pt, "h5ad": as_h5ad}
+
+
+def write_map(
+    uri: str, info: TaskInfo, channels: int, stride: int, grid: Grid, blocks: Iterable[tuple[tuple[int, int], U8]]
+) -> None:
+    """The blended map of a task, from which objects were made: uint8[channels, H, W] at ``uri``, map px = ``stride``
+    target px; px that no block covers are 0.
+
+    ``blocks``: corner (y, x) in map px and uint8[channels, h, w]; what lies beyond the slide is cut off. Attributes:
+    task, kind, classes, mpp (of a map px), scale_x, scale_y (level-0 px per map px), value_scale (255 means 1.0).
+    """
+    height, width = (-(-size // stride) for size in (grid.height, grid.width))
+    with published_folder(uri) as place:
+        array = zarr.create_array(
+            zarr_store(place),
+            shape=(channels, height, width),
+            chunks=(1, MAP_CHUNK, MAP_CHUNK),
+            shards=(channels, MAP_SHARD, MAP_SHARD),
+            dtype="uint8",
+            fill_value=0,
+            compressors=BloscCodec(cname="zstd", clevel=3, shuffle="noshuffle"),
+            dimension_names=("channel", "y", "x"),
+            attributes={
+                "task": info.name, "kind": info.kind, "classes": list(info.classes), "mpp": grid.mpp * stride,
+                "scale_x": grid.scale_x * stride, "scale_y": grid.scale_y * stride, "value_scale": 255,
+            },
+        )  # fmt: skip
+        for (y, x), block in blocks:
+            part = block[:, : height - y, : width - x]
+            if part.size and part.any():
+                array[:, y : y + part.shape[1], x : x + part.shape[2]] = part
+
+
+def zarr_store(uri: str) -> LocalStore | ObjectStore[Any]:
+    """The Zarr store at ``uri``: a folder, or a prefix of an object store."""
+    if store.is_local(uri):
+        return LocalStore(store.local_path(uri))
+    return ObjectStore(store.object_store(uri))

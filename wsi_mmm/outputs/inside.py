@@ -15,8 +15,7 @@ import shapely
 
 from wsi_mmm.annotations import parse_shapes
 from wsi_mmm.errors import AnnotationError
-from wsi_mmm.outputs.polygons import CHUNK, Rounded, from_parts, round_valid, shapes
-from wsi_mmm.outputs.ragged import concat, part, take
+from wsi_mmm.outputs.polygons import CHUNK, Rounded, chunks, concat, from_parts, round_valid, shapes, take
 from wsi_mmm.types import F64, Mask, Objects
 
 
@@ -36,22 +35,19 @@ class Regions:
 
     def single(self, objects: Objects) -> Rounded:
         """The objects whose centroid lies in a region, made safe first: that is the outline which is published."""
-        safe = round_valid(objects)
-        inside = np.zeros(len(safe.objects), np.bool_)
-        for start in range(0, len(inside), CHUNK):
-            stop = min(start + CHUNK, len(inside))
-            centres = shapely.get_coordinates(shapely.centroid(shapes(part(safe.objects, start, stop))))
-            inside[start:stop] = shapely.intersects_xy(self.area, centres[:, 0], centres[:, 1])
-        return Rounded(take(safe.objects, inside), safe.repaired, safe.dropped)
+        kept, repaired, dropped = [], 0, 0
+        for safe in map(round_valid, chunks(objects)):
+            x, y = shapely.get_coordinates(shapely.centroid(shapes(safe.objects))).T
+            kept.append(take(safe.objects, shapely.intersects_xy(self.area, x, y)))
+            repaired, dropped = repaired + safe.repaired, dropped + safe.dropped
+        return Rounded(concat(kept), repaired, dropped)
 
     def cut(self, objects: Objects) -> Objects:
         """Areas cut along the regions, in their order; one cut in several keeps them all."""
-        chunks = [part(objects, start, min(start + CHUNK, len(objects))) for start in range(0, len(objects), CHUNK)]
-        if not chunks:
-            return objects
-        return concat(
-            [from_parts(some, shapely.intersection(shapely.make_valid(shapes(some)), self.area)) for some in chunks]
-        )
+        return concat([
+            from_parts(some, shapely.intersection(shapely.make_valid(shapes(some)), self.area))
+            for some in chunks(objects)
+        ])  # fmt: skip
 
 
 def regions_of(data: bytes, name: str) -> Regions:

@@ -10,19 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from wsi_mmm.outputs.ragged import (
+from wsi_mmm.outputs.polygons import (
     concat,
     drop_points,
     following_points,
+    gather_groups,
     offsets_of,
-    preceding_points,
     sort_by_anchor,
     take,
-    take_rings,
 )
 from wsi_mmm.outputs.trace import find_rings, first_edges, split_touching, walk_rings
 from wsi_mmm.types import F64, I32, I64, Mask, Objects
@@ -62,7 +60,8 @@ def merge_regions(parts: Sequence[Objects]) -> Objects:
         return fragments
     segments = _outline_edges(fragments)
     left, pairs = _cancel_seams(segments, _on_seams(segments, parts), fragments.class_index)
-    group = _connected_fragments(pairs, len(fragments))
+    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(fragments), len(fragments)))
+    group = np.asarray(connected_components(graph.tocsr(), directed=False)[1])
     alone = np.bincount(group)[group] == 1
     done = [take(fragments, alone)]
     if not alone.all():
@@ -73,14 +72,15 @@ def merge_regions(parts: Sequence[Objects]) -> Objects:
 def canonical(objects: Objects) -> Objects:
     """The one way to write down each polygon of whole-pixel coordinates (see `merge_regions`); anchors recomputed."""
     corners = drop_points(objects, _turn_directions(objects) != 0)
-    rotated = replace(corners, coords=corners.coords[_first_corner_rotation(corners)])
-    first = rotated.coords[rotated.ring_offsets[:-1]]
-    owner = np.repeat(np.arange(len(rotated)), np.diff(rotated.object_offsets))
+    rotated = corners.coords[_first_corner_rotation(corners)]
+    first = rotated[corners.ring_offsets[:-1]]
+    owner = np.repeat(np.arange(len(corners)), np.diff(corners.object_offsets))
     hole = np.ones(len(owner), np.bool_)
-    hole[rotated.object_offsets[:-1]] = False
-    ordered = take_rings(rotated, np.lexsort((first[:, 0], first[:, 1], hole, owner)))
-    starts = ordered.coords[ordered.ring_offsets[ordered.object_offsets[:-1]]]
-    return replace(ordered, anchor=np.floor(starts[:, ::-1]).astype(np.int64))
+    hole[corners.object_offsets[:-1]] = False
+    ranking = np.lexsort((first[:, 0], first[:, 1], hole, owner))
+    index, ring_offsets = gather_groups(corners.ring_offsets, ranking)
+    anchor = np.floor(first[ranking][corners.object_offsets[:-1], ::-1]).astype(np.int64)
+    return replace(corners, coords=rotated[index], ring_offsets=ring_offsets, anchor=anchor)
 
 
 def _outline_edges(fragments: Objects) -> _Segments:
@@ -114,9 +114,8 @@ def _cancel_seams(segments: _Segments, seam: Mask, class_index: I32) -> tuple[_S
         left, met = _cancel_along(some, axis, class_index)
         remaining.append(left)
         pairs.append(met)
-    names = ("tail", "length", "direction", "fragment")
-    joined = _Segments(*(np.concatenate([getattr(part, name) for part in remaining]) for name in names))
-    return joined, np.concatenate(pairs)
+    fields = zip(*((s.tail, s.length, s.direction, s.fragment) for s in remaining), strict=True)
+    return _Segments(*(np.concatenate(values) for values in fields)), np.concatenate(pairs)
 
 
 def _cancel_along(some: _Segments, axis: int, class_index: I32) -> tuple[_Segments, I64]:
@@ -144,11 +143,6 @@ def _cancel_along(some: _Segments, axis: int, class_index: I32) -> tuple[_Segmen
     tail[:, 1 - axis] = lines[ranking][:-1][one] // (int(class_index.max()) + 1)
     direction = axis + 2 * (~stays_forward).astype(np.int64)
     return _Segments(tail, length[one], direction, running[one, 2] + running[one, 3]), running[two][:, 2:]
-
-
-def _connected_fragments(pairs: I64, count: int) -> I32:
-    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
-    return np.asarray(connected_components(graph.tocsr(), directed=False)[1])
 
 
 def _rebuild_regions(segments: _Segments, fragments: Objects, group: I32) -> Objects:
@@ -211,9 +205,10 @@ def _twice_area(segments: _Segments, ring: I32, count: int) -> F64:
 
 def _turn_directions(objects: Objects) -> F64:
     """Cross product of the steps before and after each point: 0 where the outline goes straight on."""
-    points = objects.coords
-    before, after = points - points[preceding_points(objects)], points[following_points(objects)] - points
-    turn: npt.NDArray[np.float64] = before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]
+    following = following_points(objects)
+    before = objects.coords[following] - objects.coords
+    after, turn = before[following], np.empty(len(before))
+    turn[following] = before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]
     return turn
 
 

@@ -1,4 +1,5 @@
-"""overlay.png: the slide with its objects, and a few fields close up. Drawn with Pillow alone."""
+"""Pictures of a slide, drawn with Pillow: overlay.png with its objects and a few fields close up, and
+attention-<task>.png with the weight of each tile in a bag task."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from wsi_mmm.outputs.density import Density
 from wsi_mmm.outputs.trace import trace
-from wsi_mmm.types import F64, U8, Mask, Objects, TaskInfo
+from wsi_mmm.types import F32, F64, I64, U8, Grid, Mask, Objects, TaskInfo
 
 Rgb = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -81,8 +82,12 @@ def overlay_png(scene: Scene) -> bytes:
         place = (_MARGIN + left + _GAP + column * (_FIELD + _GAP), _HEAD + row * (_FIELD + _GAP))
         page.paste(_draw_field(shown, scene, str(number + 1)), place)
     _draw_legend(draw, page, scene, (_MARGIN, _HEAD + tall + 18))
+    return _png_bytes(page)
+
+
+def _png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    page.save(buffer, "PNG", compress_level=6)
+    image.save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
 
 
@@ -122,9 +127,14 @@ def _blend_heat(image: Image.Image, density: Density) -> Image.Image:
     """Heat over a paled slide: the denser, the less of the slide shows through."""
     value = density.smooth()
     level = np.clip(value / max(_full_scale(density), 1e-9), 0, 1)
-    small = np.concatenate([heat(level), (255 * np.clip(1.1 * level**0.5, 0, 0.82))[..., None]], axis=-1)
+    small = np.concatenate([_heat_colors(level), (255 * np.clip(1.1 * level**0.5, 0, 0.82))[..., None]], axis=-1)
     layer = Image.fromarray(small.astype(np.uint8), "RGBA").resize(image.size, Image.Resampling.BICUBIC)
-    out = Image.blend(image, Image.new("RGB", image.size, (255, 255, 255)), 0.25)
+    return _paint_over(image, layer, 0.25)
+
+
+def _paint_over(image: Image.Image, layer: Image.Image, pale: float) -> Image.Image:
+    """``layer`` (RGBA) over the image, which is mixed with ``pale`` of white before."""
+    out = Image.blend(image, Image.new("RGB", image.size, (255, 255, 255)), pale)
     out.paste(layer.convert("RGB"), mask=layer.getchannel("A"))
     return out
 
@@ -135,7 +145,7 @@ def _full_scale(density: Density) -> float:
     return float(np.quantile(value[value > 0.01], 0.99)) if (value > 0.01).any() else 1.0
 
 
-def heat(level: F64) -> F64:
+def _heat_colors(level: F64) -> F64:
     """Colours float64[..., 3] of ``level`` in [0, 1]: dark violet to yellow."""
     steps = np.linspace(0, 1, len(_HEAT))
     return np.stack([np.interp(level, steps, _HEAT[:, k]) for k in range(3)], axis=-1)
@@ -235,7 +245,7 @@ def _shorten_text(draw: ImageDraw.ImageDraw, text: str, room: float, *, size: in
 def _draw_legend(draw: ImageDraw.ImageDraw, page: Image.Image, scene: Scene, corner: tuple[int, int]) -> None:
     x, y = corner
     if scene.density is not None and scene.density.counts.any():
-        bar = heat(np.tile(np.linspace(0, 1, 180), (14, 1))).astype(np.uint8)
+        bar = _heat_colors(np.tile(np.linspace(0, 1, 180), (14, 1))).astype(np.uint8)
         page.paste(Image.fromarray(bar), (x, y + 4))
         text = f"0 to {_per_area(scene.density, scene.mpp)}"
         x = round(_write_text(draw, (x + 192, y + 17), text, size=17, fill=_SOFT)) + 40
@@ -298,3 +308,37 @@ def _write_text(
 
 def _load_font(size: int) -> Font:
     return ImageFont.load_default(size=size)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention_png(thumbnail: U8, grid: Grid, index: I64, attention: F32) -> bytes:
+    """``thumbnail`` uint8[h, w, 3] of the whole slide; ``index`` int64[n, 2] (row, column) of its tiles; ``attention``
+    float32[n], NaN: nothing is drawn. A tile is drawn as its own stride; colours as of `levels`."""
+    height, width = thumbnail.shape[:2]
+    cells = np.zeros((grid.rows, grid.columns, 4), np.uint8)
+    known = ~np.isnan(attention)
+    row, column = index[known].T
+    cells[row, column, :3] = _heat_colors(levels(attention[known])).astype(np.uint8)
+    cells[row, column, 3] = 190  # nearly opaque
+    # Picture px ask which cell they lie in: tiles at the far edges reach beyond the slide.
+    y = _cell_of(height, grid.height, grid.stride, grid.rows)
+    x = _cell_of(width, grid.width, grid.stride, grid.columns)
+    layer = Image.fromarray(cells[np.ix_(y, x)], "RGBA")
+    return _png_bytes(_paint_over(Image.fromarray(thumbnail).convert("RGB"), layer, 0.4))
+
+
+def levels(attention: F32) -> F64:
+    """0 to 1 by rank, equal shares alike: attention is skewed, a few tiles have most of it."""
+    _, place, counts = np.unique(attention, return_inverse=True, return_counts=True)
+    if len(counts) < 2:
+        return np.zeros(len(attention))
+    middle = np.cumsum(counts) - (counts + 1) / 2
+    found: F64 = ((middle - middle[0]) / (middle[-1] - middle[0]))[place]
+    return found
+
+
+def _cell_of(places: int, length: int, stride: int, count: int) -> I64:
+    found: I64 = np.minimum((np.arange(places) + 0.5) * length / places / stride, count - 1).astype(np.int64)
+    return found

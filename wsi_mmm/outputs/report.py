@@ -7,8 +7,8 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from html import escape
 from typing import Any
 from urllib.parse import quote
@@ -17,10 +17,6 @@ from PIL import Image
 
 from wsi_mmm.outputs.report_style import STYLE
 
-FACTS = (
-    "id", "uri", "status", "error", "mpp_requested", "mpp_effective", "tiles", "failed_tiles", "objects", "seconds",
-    "tiles_per_s", "busy_share", "bytes_read", "cache_hits", "peak_rss_mb",
-)  # fmt: skip
 _PICTURE = 1100  # px, the longer side of an embedded picture
 _FAILURES = 50  # listed per slide; report.json has all
 _COLORS = ("#3d6fd8", "#e08a1e", "#3a9d6e", "#b0528f", "#7a6ff0", "#8b8f98", "#c2513a")
@@ -53,6 +49,9 @@ class SlideRow:
     cache_hits: int
     peak_rss_mb: float
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+FACTS = tuple(one.name for one in fields(SlideRow) if one.name != "extra")
 
 
 def report_json(facts: Mapping[str, Any], slides: Sequence[SlideRow]) -> bytes:
@@ -121,13 +120,20 @@ def _slides_table(slides: Sequence[SlideRow]) -> str:
         "slide", "status", "mpp asked", "mpp used", "tiles", "failed", "objects", "time", "tiles/s", "model busy",
         "read", "cache hits", "peak MB",
     )  # fmt: skip
-    rows = "".join(_table_row(n, row) for n, row in enumerate(slides, 1))
+    return _html_table(heads, (_slide_cells(n, row) for n, row in enumerate(slides, 1)))
+
+
+def _html_table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are HTML already."""
     head = "".join(f"<th>{name}</th>" for name in heads)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _table_row(number: int, row: SlideRow) -> str:
-    cells = [
+def _slide_cells(number: int, row: SlideRow) -> list[str]:
+    return [
+        f'<a href="#slide-{number}" title="{_html_text(row.uri)}">{_html_text(row.id)}</a>',
+        _status_chip(row.status),
         _number_text(row.mpp_requested, 4),
         _number_text(row.mpp_effective, 4),
         f"{row.tiles:,}",
@@ -140,19 +146,14 @@ def _table_row(number: int, row: SlideRow) -> str:
         f"{row.cache_hits:,}",
         f"{row.peak_rss_mb:,.0f}",
     ]
-    name = f'<a href="#slide-{number}" title="{_html_text(row.uri)}">{_html_text(row.id)}</a>'
-    first = f"<td>{name}</td><td>{_status_chip(row.status)}</td>"
-    return f"<tr>{first}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
 def _workers_table(workers: Sequence[Mapping[str, Any]]) -> str:
     """A row per worker process: wall time, threads, and in what their time was spent, in shares."""
     if not workers:
         return ""
-    stages = list(workers[0]["time"])
-    head = "".join(f"<th>{_html_text(name)}</th>" for name in ("worker", "threads", "wall", "units", "tiles", *stages))
-    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _worker_cells(one))}</tr>" for one in workers[:200])
-    return f'<h2>Workers</h2><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    heads = ("worker", "threads", "wall", "units", "tiles", *map(_html_text, workers[0]["time"]))
+    return f"<h2>Workers</h2>{_html_table(heads, map(_worker_cells, workers[:200]))}"
 
 
 def _worker_cells(one: Mapping[str, Any]) -> list[str]:
@@ -171,8 +172,8 @@ def _slide_card(number: int, row: SlideRow, overlay: bytes | None) -> str:
     return (
         f'<article id="slide-{number}"><h2>{_html_text(row.id)} {_status_chip(row.status)}</h2>'
         f'<p class="uri">{_html_text(row.uri)}</p>{error}'
-        f"{picture}{_stage_bars(_stage_times(row))}{_class_counts(row.extra.get('classes') or {})}"
-        f"{_answer_list(row.extra.get('answers') or {})}"
+        f"{picture}{_stage_bars(row.extra.get('time') or row.extra.get('stages') or {})}"
+        f"{_class_counts(row.extra.get('classes') or {})}{_answer_list(row.extra.get('answers') or {})}"
         f"{_failure_list(row.extra.get('failures') or [])}{_file_list(row.id, files)}</article>"
     )
 
@@ -181,10 +182,6 @@ def _file_link(slide: str, uri: str, html: str) -> str:
     """``html`` as a link to a file of a slide's folder, which lies beside the report; unchanged for other files."""
     _, found, name = uri.rpartition(f"/{slide}/")
     return f'<a href="{_html_text(quote(f"./{slide}/{name}"))}">{html}</a>' if found else html
-
-
-def _stage_times(row: SlideRow) -> Mapping[str, float]:
-    return row.extra.get("time") or row.extra.get("stages") or {}
 
 
 def _stage_bars(stages: Mapping[str, float]) -> str:

@@ -8,25 +8,11 @@ import queue
 import threading
 import zlib
 from pathlib import Path
-from typing import Protocol
 
 from wsi_mmm.storage.local import local_errors, temporary_beside
 
 BLOCK = 1 << 20  # bytes handed on at a time: fixed, so the compressed bytes do not depend on the caller's batches
 LEVEL = 1  # gzip: 6 takes four times as long for a fifth less; measured in tests/benchmarks/bench_geojson.py
-
-
-class _Compressor(Protocol):
-    def compress(self, data: bytes, /) -> bytes: ...
-    def flush(self) -> bytes: ...
-
-
-class _Plain:
-    def compress(self, data: bytes, /) -> bytes:
-        return data
-
-    def flush(self) -> bytes:
-        return b""
 
 
 class FileSink:
@@ -40,7 +26,7 @@ class FileSink:
         self._buffer = bytearray()
         self._blocks: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
         self._error: OSError | None = None
-        self._compressor: _Compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, 31) if gzip else _Plain()
+        self._compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, 31) if gzip else None
         with local_errors(str(self.path), writing=True):
             self._temporary = temporary_beside(self.path)
             self._file = self._temporary.open("wb")
@@ -91,8 +77,9 @@ class FileSink:
     def _write_blocks(self) -> None:
         """The thread: goes on taking blocks after an error, so that the writer never waits for it in vain."""
         while (block := self._blocks.get()) is not None:
-            self._write_data(self._compressor.compress(block))
-        self._write_data(self._compressor.flush())
+            self._write_data(self._compressor.compress(block) if self._compressor else block)
+        if self._compressor:
+            self._write_data(self._compressor.flush())
 
     def _write_data(self, data: bytes) -> None:
         if self._error is None:

@@ -1,7 +1,8 @@
-"""tiles.parquet: one row per tile of a slide."""
+"""Tables: tiles.parquet, one row per tile of a slide; slides.csv and slides.parquet, one row per slide of a run."""
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import parquet
 
+from wsi_mmm.outputs.report import SlideRow
 from wsi_mmm.types import F32, I64, Mask
+
+TILE_COLUMNS = ("row", "column", "x", "y", "width0", "height0", "failed", "tissue")
+SLIDE_FACTS = ("id", "uri", "status", "mpp_effective", "tiles", "failed_tiles")
 
 
 def tiles_table(
@@ -27,8 +32,8 @@ def tiles_table(
     """The parquet file of n tiles, rows as given.
 
     ``index`` int64[n, 2] (row, column); ``xy`` int64[n, 2] level-0 px; ``size`` (width, height) of a tile, level-0 px;
-    ``failed`` bool[n]; ``tissue`` float32[n] share; ``columns``: predictions, as of ``Task.table``. Columns: row,
-    column, x, y, width0, height0, failed, tissue, then ``columns``: those of integers are indices into
+    ``failed`` bool[n]; ``tissue`` float32[n] share; ``columns``: predictions, as of ``Task.table``. Columns:
+    `TILE_COLUMNS`, then ``columns``: those of integers are indices into
     ``classes[column]`` and become names (null where negative), those of floats are null where NaN.
     """
     n = len(index)
@@ -43,18 +48,44 @@ def tiles_table(
         "tissue": np.asarray(tissue, np.float32),
     }
     for name, values in columns.items():
-        table[name] = (
-            _class_names(values, classes[name]) if np.issubdtype(values.dtype, np.integer) else _nan_as_null(values)
-        )
+        if np.issubdtype(values.dtype, np.integer):
+            indices, names = pa.array(values.astype(np.int32), mask=values < 0), pa.array(classes[name], pa.string())
+            table[name] = pa.DictionaryArray.from_arrays(indices, names)
+        else:
+            table[name] = pa.array(values, mask=np.isnan(values))
+    return _parquet_bytes(table, "zstd")
+
+
+def _parquet_bytes(columns: Mapping[str, object], compression: str) -> bytes:
     buffer = io.BytesIO()
-    parquet.write_table(pa.table(table), buffer, compression="zstd")
+    parquet.write_table(pa.table(columns), buffer, compression=compression)
     return buffer.getvalue()
 
 
-def _nan_as_null(values: npt.NDArray[Any]) -> Any:
-    return pa.array(values, mask=np.isnan(values))
+def slides_csv(rows: Sequence[SlideRow]) -> bytes:
+    """UTF-8, a header, empty cells for what is not known: `SLIDE_FACTS`, then ``<task>`` and ``<task>:<class>``."""
+    columns = _slide_columns(rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue().encode()
 
 
-def _class_names(index: npt.NDArray[Any], names: Sequence[str]) -> pa.DictionaryArray:
-    indices = pa.array(index.astype(np.int32), mask=index < 0)
-    return pa.DictionaryArray.from_arrays(indices, pa.array(list(names), pa.string()))
+def slides_parquet(rows: Sequence[SlideRow]) -> bytes:
+    """The same columns: text, whole numbers, float64; null for what is not known."""
+    columns = {name: _typed_array(values) for name, values in _slide_columns(rows).items()}
+    return _parquet_bytes(columns, "snappy")  # as pyarrow does by itself
+
+
+def _slide_columns(rows: Sequence[SlideRow]) -> dict[str, list[Any]]:
+    """Rows in their order, answers in the order of the model's tasks."""
+    answers = [row.extra.get("answers") or {} for row in rows]
+    names = dict.fromkeys(name for answer in answers for name in answer)
+    facts = {name: [getattr(row, name) for row in rows] for name in SLIDE_FACTS}
+    return facts | {name: [answer.get(name) for answer in answers] for name in names}
+
+
+def _typed_array(values: list[Any]) -> Any:
+    """A column without any value is text: Parquet readers do not all know the type of nothing."""
+    return pa.array(values, pa.string()) if all(value is None for value in values) else pa.array(values)

@@ -72,7 +72,12 @@ def trace(labels: I32, style: Style = "smooth") -> Rings:
         return Rings(np.empty((0, 2)), np.zeros(1, np.int64), np.zeros(1, np.int64), np.empty(0, np.int32))
     count, ring = find_rings(edges.following)
     if style == "exact":
-        edges, count, ring = _valid_corners(edges, count, ring, width=width)
+        corners = np.array([1, width + 1, width, 0], edges.pixel.dtype)  # flat steps to where each side ends
+        turned = np.flatnonzero(edges.pixel == edges.pixel[edges.following])  # only these meet a diagonal partner
+        following, count, ring = split_touching(
+            edges.following, count, ring, head=edges.pixel + corners[edges.side], among=turned
+        )
+        edges = edges._replace(following=following)
     start = first_edges(ring, count)
     hole = _is_hole(edges, ring, count, width)
     parent = _ring_exteriors(edges, ring, start, hole, width)
@@ -91,15 +96,15 @@ def _crack_edges(padded: I32) -> _Edges:
     pixel: Int = np.flatnonzero(_on_border(padded))
     if flat.size < 2**31 - 2 * width:
         pixel = pixel.astype(np.int32)
+    steps = np.array([-width, 1, width, -1], pixel.dtype)  # to the neighbours across top, right, bottom, left
     own = flat[pixel]
-    sides = np.stack([flat[pixel + step] != own for step in _neighbour_steps(width)], axis=1)
+    sides = np.stack([flat[pixel + step] != own for step in steps], axis=1)
     number = (np.cumsum(sides.ravel(), dtype=np.int32) - 1).reshape(sides.shape)
     dense = np.empty(flat.size, np.int32)
     dense[pixel] = np.arange(len(pixel), dtype=np.int32)
     where, side = np.nonzero(sides)
     side8 = side.astype(np.uint8)
-    following = _next_edges(flat, pixel[where], side8, width=width)
-    next_pixel, next_side = following
+    next_pixel, next_side = _next_edges(flat, pixel[where], side8, steps)
     return _Edges(pixel[where], side8, number[dense[next_pixel], next_side])
 
 
@@ -116,19 +121,13 @@ def _on_border(padded: I32) -> Mask:
     return out.ravel()
 
 
-def _neighbour_steps(width: int) -> tuple[int, int, int, int]:
-    """Flat index steps to the neighbours across top, right, bottom, left."""
-    return -width, 1, width, -1
-
-
-def _next_edges(flat: I32, pixel: Int, side: npt.NDArray[np.uint8], *, width: int) -> tuple[Int, Int]:
+def _next_edges(flat: I32, pixel: Int, side: npt.NDArray[np.uint8], steps: Int) -> tuple[Int, Int]:
     """Pixel and side of the edge that follows each edge.
 
     If the pixel ahead is of another label: turn round the own pixel (also when the diagonal pixel has the same
     label: diagonal contact does not connect). Else straight on, or, if the pixel ahead on the outer side belongs
     too, turn outwards onto it.
     """
-    steps = np.array(_neighbour_steps(width), pixel.dtype)
     forward = steps[[_RIGHT, _BOTTOM, _LEFT, _TOP]][side]
     own = flat[pixel]
     ahead = pixel + forward
@@ -138,18 +137,6 @@ def _next_edges(flat: I32, pixel: Int, side: npt.NDArray[np.uint8], *, width: in
     next_pixel = np.where(blocked, pixel, np.where(outward, diagonal, ahead))
     turn = blocked.astype(np.uint8) + np.uint8(3) * outward
     return next_pixel, (side + turn) & np.uint8(3)
-
-
-def _valid_corners(edges: _Edges, count: int, ring: I32, *, width: int) -> tuple[_Edges, int, I32]:
-    head = _corner_number(edges, (edges.side + np.uint8(1)) & np.uint8(3), width)
-    turned = np.flatnonzero(edges.pixel == edges.pixel[edges.following])  # only these meet a diagonal partner
-    following, count, ring = split_touching(edges.following, count, ring, head=head, among=turned)
-    return edges._replace(following=following), count, ring
-
-
-def _corner_number(edges: _Edges, corner: npt.NDArray[np.uint8], width: int) -> Int:
-    """Flat number of a pixel's corner (0: top left, then in the order of travel)."""
-    return edges.pixel + np.array([0, 1, width + 1, width], edges.pixel.dtype)[corner]
 
 
 def _is_hole(edges: _Edges, ring: I32, count: int, width: int) -> Mask:

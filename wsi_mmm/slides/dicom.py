@@ -21,11 +21,21 @@ def series_of(path: str | Path) -> str | None:
     return found.group(1).decode() if found else None
 
 
+def is_dicom(path: str) -> bool:
+    """Return True for a local file with the mark of DICOM at byte 128, whatever its name."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
 def one_per_series(paths: Iterable[str]) -> list[str]:
-    """The paths without the ``.dcm`` files whose folder and series an earlier one has; the order is kept."""
+    """The paths without the DICOM files whose folder and series an earlier one has; the order is kept."""
     kept, seen = [], set()
     for path in paths:
-        series = series_of(path) if path.lower().endswith(".dcm") else None
+        named = path.lower().endswith(".dcm") or "." not in path.rsplit("/", 1)[-1].strip("0123456789.")
+        series = series_of(path) if named else None
         key = (str(Path(path).parent), series)
         if series is None or key not in seen:
             kept.append(path)

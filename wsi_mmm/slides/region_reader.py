@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from wsi_mmm.errors import PluginError
 from wsi_mmm.slides.base import ReadStats
 from wsi_mmm.slides.resample.scaled import WHITE, Source, Window, read_scaled, sources_of
 from wsi_mmm.slides.resample.tiled import CACHE_BYTES, Key, NativeTiles, Tile, TileCache, Tiling, fill, size_of
@@ -60,10 +61,21 @@ class RegionReader:
         self, tiling: Tiling, keys: Sequence[Key], scratch: U8 | None = None
     ) -> Iterator[tuple[Key, Tile, int]]:
         for key in keys:
-            tile: Tile = self._read_chunk(tiling.source.level, tiling.window(key[2]))
+            window = tiling.window(key[2])
+            tile: Tile = self._read_chunk(tiling.source.level, window)
+            if not isinstance(tile, str):
+                self._check_pixels(tile, window)
             with self._lock:
                 self._chunks += 1
             yield key, tile, size_of(tile)
+
+    def _check_pixels(self, tile: object, window: Window) -> None:
+        # numpy would take floats or one channel for RGB without a word.
+        x0, y0, x1, y1 = window
+        got = f"{tile.dtype}{list(tile.shape)}" if isinstance(tile, np.ndarray) else type(tile).__name__
+        wanted = f"uint8[{y1 - y0}, {x1 - x0}, 3]"
+        if got != wanted:
+            raise PluginError(f"the reader {self.info.reader!r} gave {got} for a region that is {wanted}")
 
 
 def over_white(rgba: U8) -> U8:

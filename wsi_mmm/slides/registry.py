@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from wsi_mmm.errors import NotASlide, NotFound, OptionError, PluginError, SlideDamaged, SlideNotFound
 from wsi_mmm.plugins import load_plugin, plugin_names
@@ -11,10 +12,13 @@ from wsi_mmm.slides.openslide import detect, open_with_openslide, open_with_tiff
 from wsi_mmm.slides.service.app_api import SCHEME, open_app_slide
 from wsi_mmm.slides.service.wsi_service import open_wsi_service
 from wsi_mmm.slides.tiff.directories import Directory, is_tiff, read_directories
-from wsi_mmm.slides.tiff.metadata import perhaps_openslide, plane_of, unsupported, vendor_of
+from wsi_mmm.slides.tiff.metadata import vendor_of
+from wsi_mmm.slides.tiff.pages import find_slide_page
+from wsi_mmm.slides.tiff.planes import perhaps_openslide, plane_of, unsupported
 from wsi_mmm.slides.tiff.reader import TiffReader
 from wsi_mmm.storage.base import is_service
 from wsi_mmm.storage.store import BufferedStore, buffered, is_local, open_store, redact
+from wsi_mmm.types import SlideInfo
 
 _PLAIN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP", b"BM": "BMP", b"%PDF": "PDF",
           b"PK\x03\x04": "ZIP", b"\x1f\x8b": "gzip"}  # fmt: skip
@@ -40,16 +44,27 @@ def find_reader(name: str) -> Callable[[str], Reader]:
         return READERS[name]
     plugins = plugin_names("readers")
     if name in plugins:
-        return reader_plugin(name).open_reader
+        return partial(_open_with_plugin, name, reader_plugin(name))
     raise OptionError(f"there is no reader {name!r}; choose one of {', '.join((*READERS, *plugins))}")
 
 
 def reader_plugin(name: str) -> ReaderPlugin:
     """Return the reader that an installed package offers as ``name``. PluginError when it is none."""
+    if name in READERS:
+        raise PluginError(f"a plug-in offers a reader by the name {name!r}, which is taken: give it another")
     plugin = load_plugin("readers", name)
     if not isinstance(plugin, ReaderPlugin):
         raise PluginError(f"the reader {name!r} of a plug-in is no wsi_mmm.slides.base.ReaderPlugin")
     return plugin
+
+
+def _open_with_plugin(name: str, plugin: ReaderPlugin, uri: str) -> Reader:
+    reader = plugin.open_reader(uri)
+    info = getattr(reader, "info", None)
+    if not isinstance(info, SlideInfo) or info.reader != name:
+        got = f"a SlideInfo of {info.reader!r}" if isinstance(info, SlideInfo) else f"a {type(reader).__name__}"
+        raise PluginError(f"the reader {name!r} of a plug-in gave {got}, not a Reader with SlideInfo.reader={name!r}")
+    return reader
 
 
 def plugin_suffixes() -> frozenset[str]:
@@ -89,9 +104,9 @@ def _examine_content(store: BufferedStore) -> str | list[Directory]:
         if is_local(store.uri) and detect(store.uri) == "hamamatsu":
             return "openslide"
         raise
-    first = directories[0]
-    if vendor_of(first) is not None:
-        plane = plane_of(first, name)
+    vendor = vendor_of(directories[0])
+    if vendor is not None:
+        plane = plane_of(find_slide_page(directories, vendor, name).directory, name)
         if not unsupported(plane) or not perhaps_openslide(plane):
             return directories
     return "openslide" if _seen_by_openslide(store.uri) else directories

@@ -167,9 +167,12 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def temporary_beside(path: Path) -> Path:
-    """Return a hidden name of its own, with the suffix of ``path``, in its folder, which is made if need be."""
+    """Return a hidden name of its own in the folder of ``path``, which is made if need be.
+
+    It lacks the suffix of ``path``: what a killed process leaves behind is taken for no part and no slide.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 # ---------------------------------------------------------------- errors

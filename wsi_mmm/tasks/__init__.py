@@ -1,4 +1,4 @@
-"""Tasks: `make_task` builds one from its card. A new kind is a new file and one line in `TASK_KINDS`.
+"""Tasks: `make_task` builds one from its card. A new kind is a new class and one line in `TASK_KINDS`.
 
 Kinds, the heads they need, and the parameters of their cards (numbers; ``<class>``: a class of the card):
 
@@ -7,7 +7,7 @@ kind          head         parameters
 ============  ===========  =====================================================================================
 classify      vector, bag  ``smoothing`` (0.02), ``weight:<class>`` (1)
 detect        dense        ``threshold`` (90) byte of a centre, ``overlap`` (0.4), ``size`` (16) usual side in target px
-instances     map          those of `grouping.Rules`
+instances     map          those of `instances.Rules`
 multilabel    vector, bag  ``smoothing`` (0), ``weight:<class>`` (1) of tiles that have the label
 multisegment  map          ``threshold`` (128) byte from which px are drawn, ``weight:<class>`` (1)
 reconstruct   image        ``patch`` (16) side of hidden squares in px, ``share`` (0.5) of them (0: grey instead),
@@ -26,16 +26,12 @@ from wsi_mmm.errors import ModelError, PluginError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.tasks.base import Task as Task
-from wsi_mmm.tasks.base import View as View
-from wsi_mmm.tasks.classify import Classify
 from wsi_mmm.tasks.detect import Detect
 from wsi_mmm.tasks.instances import Instances
-from wsi_mmm.tasks.multilabel import Multilabel
-from wsi_mmm.tasks.multisegment import Multisegment
 from wsi_mmm.tasks.reconstruct import Reconstruct
-from wsi_mmm.tasks.regress import Regress
-from wsi_mmm.tasks.segment import Segment
-from wsi_mmm.tasks.survive import Survive
+from wsi_mmm.tasks.segment import Multisegment, Segment
+from wsi_mmm.tasks.tile_kinds import Classify, Multilabel, Regress, Survive
+from wsi_mmm.tasks.window import View as View
 from wsi_mmm.types import TaskInfo
 
 __all__ = ["TASK_KINDS", "Task", "View", "find_kind", "make_task"]
@@ -52,15 +48,19 @@ TASK_KINDS: dict[str, type[Task]] = {
     "survive": Survive,
 }
 
+_MEMBERS = sorted(name for name in {*vars(Task), *Task.__annotations__} if not name.startswith("_"))
+
 
 def find_kind(name: str) -> type[Task]:
     """Return the class of a kind of task, ours or a plug-in's. ModelError listing those there are, PluginError."""
-    if name in TASK_KINDS:
-        return TASK_KINDS[name]
     plugins = plugin_names("tasks")
+    if name in TASK_KINDS:
+        if name in plugins:
+            raise PluginError(f"a plug-in offers a kind of task by the name '{name}', which is taken: give it another")
+        return TASK_KINDS[name]
     if name not in plugins:
         known = ", ".join(sorted({*TASK_KINDS, *plugins}))
-        raise ModelError(f"a task is of the unknown kind '{name}'; known: {known}")
+        raise ModelError(f"a task is of the unknown kind '{name}'; known: {known}; a plug-in must be installed here")
     kind = load_plugin("tasks", name)
     if not isinstance(kind, type) or not hasattr(kind, "from_params"):
         raise PluginError(f"the kind of task {name!r} of a plug-in is no class with the methods of wsi_mmm.tasks.Task")
@@ -79,6 +79,9 @@ def make_task(card: TaskCard) -> Task:
         task = kind.from_params(TaskInfo(card.name, card.kind, card.classes, card.colors, scope), card.params, scope)
     except TypeError as error:
         raise ModelError(f"task '{card.name}' has a parameter that '{card.kind}' does not know: {error}") from error
+    missing = [name for name in _MEMBERS if not hasattr(task, name)]
+    if missing:
+        raise PluginError(f"task '{card.name}': the kind '{card.kind}' of a plug-in lacks {', '.join(missing)}")
     if card.outputs != task.channels:
         raise ModelError(
             f"task '{card.name}' needs {task.channels} outputs for its classes, its card says {card.outputs}"

@@ -9,13 +9,12 @@ be float32, which depends on the blocks as little as the features do, to the bit
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
-import numpy as np
 import numpy.typing as npt
 
-from wsi_mmm.tasks.params import Params
+from wsi_mmm.errors import ModelError
+from wsi_mmm.tasks.window import View
 from wsi_mmm.types import U8, Objects, TaskInfo
 
 if TYPE_CHECKING:
@@ -27,26 +26,11 @@ AnyTarget = Any
 """A `tasks.targets.Target` of the task's own kind."""
 
 Scope = Literal["pixel", "tile", "bag"]
+Params = Mapping[str, float]
+"""Parameters of a task's card: named numbers. ``<name>:<class>`` is the parameter of one class."""
+
 Quantised = npt.NDArray[Any]
 """The output of `quantise`, of one image or stacked: uint8, of tile and bag tasks maybe float32."""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """The position of a window of blended maps on its slide, and the part of it that is interpreted.
-
-    ``y0``, ``x0``: target px of the window's first map px (multiples of the task's stride). ``core``: (y0, x0, y1, x1)
-    in target px, half open: objects whose anchor lies in it belong to this view. ``scale_x``, ``scale_y``: level-0 px
-    per target px. ``width``, ``height``: size of the slide in target px.
-    """
-
-    y0: int
-    x0: int
-    core: tuple[int, int, int, int]
-    scale_x: float
-    scale_y: float
-    width: int
-    height: int
 
 
 class Task(Protocol):
@@ -105,8 +89,69 @@ class Task(Protocol):
         holds class indices (-1: none), the others float32."""
 
 
-def check_view(window: U8, view: View, stride: int) -> None:
-    """ValueError if window and view do not lie on the map grid (a mistake of the caller, not of a user)."""
-    values = (view.y0, view.x0, *view.core)
-    if window.ndim != 3 or window.dtype != np.uint8 or any(v % stride for v in values):
-        raise ValueError(f"window must be uint8[C, h, w] and the view on a grid of {stride} target px: {view}")
+# ---------------------------------------------------------------- methods that several kinds share
+
+
+def head_of_scope(self: Task, spec: HeadSpec) -> nn.Module:
+    """Logits of as many channels as the task has, from the head that the kind names for its scope."""
+    from wsi_mmm.model.heads import build_head
+
+    return build_head(self.heads[self.scope], spec, self.channels)
+
+
+def draws_nothing(self: Task, window: U8, view: View) -> Objects:
+    """Tile tasks draw no objects."""
+    raise TypeError(f"task '{self.info.name}' answers per {self.scope}; use table()")
+
+
+def has_no_table(self: Task, values: Quantised) -> Mapping[str, npt.NDArray[Any]]:
+    """Pixel tasks have no tile table."""
+    return {}
+
+
+# ---------------------------------------------------------------- parameters of a card
+
+
+def check_names(params: Params, known: Iterable[str]) -> None:
+    """TypeError, which `make_task` explains, naming the first parameter that is not in ``known``."""
+    unknown = sorted(set(params) - set(known))
+    if unknown:
+        raise TypeError(f"'{unknown[0]}'")
+
+
+def number_within(info: TaskInfo, params: Params, name: str, default: float, span: tuple[float, float]) -> float:
+    """The parameter ``name``; ModelError if it lies outside ``span``, both ends allowed."""
+    value = float(params.get(name, default))
+    if not span[0] <= value <= span[1]:
+        raise ModelError(f"task '{info.name}': '{name}' is {value:g}: give a number from {span[0]:g} to {span[1]:g}")
+    return value
+
+
+def smoothing_share(info: TaskInfo, params: Params, default: float) -> float:
+    """``smoothing`` of a task whose other parameters are weights of classes; ModelError if it is not in [0, 1)."""
+    check_names(params, ("smoothing", *class_names("weight", info)))
+    value = float(params.get("smoothing", default))
+    if not 0 <= value < 1:
+        raise ModelError(f"task '{info.name}': 'smoothing' is {value:g}: give a share from 0 to below 1")
+    return value
+
+
+def class_weights(info: TaskInfo, params: Params) -> tuple[float, ...] | None:
+    """``weight:<class>`` of every class (1 by default), None if the card has none. ModelError for one below 0."""
+    if not set(params) & set(class_names("weight", info)):
+        return None
+    weights = per_class(info, params, "weight", 1.0)
+    if min(weights) < 0:
+        raise ModelError(f"task '{info.name}': a weight is below 0")
+    return weights
+
+
+def per_class(info: TaskInfo, params: Params, name: str, default: float) -> tuple[float, ...]:
+    """``<name>:<class>`` of every class, else ``name``, else ``default``."""
+    common = params.get(name, default)
+    return tuple(float(params.get(key, common)) for key in class_names(name, info))
+
+
+def class_names(name: str, info: TaskInfo) -> list[str]:
+    """The names ``<name>:<class>``, in the order of the classes."""
+    return [f"{name}:{one}" for one in info.classes]

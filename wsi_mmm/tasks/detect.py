@@ -9,21 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from wsi_mmm.tasks import metrics_boxes, peaks
-from wsi_mmm.tasks.base import AnyTarget, Quantised, Scope, View, check_view
-from wsi_mmm.tasks.params import Params, check_names, number_within
+from wsi_mmm.tasks import peaks
+from wsi_mmm.tasks.base import (
+    AnyTarget,
+    Params,
+    Quantised,
+    Scope,
+    check_names,
+    has_no_table,
+    head_of_scope,
+    number_within,
+)
+from wsi_mmm.tasks.metrics import box_metrics
 from wsi_mmm.tasks.targets import Boxes
-from wsi_mmm.types import F32, F64, U8, Mask, Objects, TaskInfo
+from wsi_mmm.tasks.window import View, check_view
+from wsi_mmm.types import F32, F64, U8, Objects, TaskInfo
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from wsi_mmm.model.heads import HeadSpec
+    from torch import Tensor
 
 NEAR = 0.3
 """Px whose heat is at least this learn the sides of their object, too."""
@@ -33,7 +41,11 @@ NEAR = 0.3
 class Detect:
     """The `detect` task. ``channels``: K classes + 4 sides. ``threshold``: byte of a centre; ``overlap``: intersection
     over union above which one of two boxes goes; ``size``: usual side of an object in target px, for which an
-    untrained head guesses right."""
+    untrained head guesses right.
+
+    Logits float[n, K + 4, h, w]: centres, then log2 of the distances of left, top, right and bottom in units of half
+    ``size``.
+    """
 
     info: TaskInfo
     channels: int
@@ -45,6 +57,8 @@ class Detect:
     halo: int = peaks.STRIDE * peaks.HALO
 
     heads: ClassVar[Mapping[Scope, str]] = {"pixel": "dense"}
+    head = head_of_scope
+    table = has_no_table
 
     @classmethod
     def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
@@ -57,13 +71,6 @@ class Detect:
             overlap=number_within(info, params, "overlap", 0.4, (0.05, 1.0)),
             size=number_within(info, params, "size", 16.0, (1.0, 1000.0)),
         )
-
-    def head(self, spec: HeadSpec) -> nn.Module:
-        """Logits float[n, K + 4, h, w]: centres, then log2 of the distances of left, top, right and bottom in units
-        of half ``size``."""
-        from wsi_mmm.model.heads import build_head
-
-        return build_head("dense", spec, self.channels)
 
     def target(self, value: AnyTarget) -> Tensor:
         """`Boxes` -> float32[K + 5, h / 4, w / 4]: heat per class (1 at centres, NaN: unknown), logarithms of the four
@@ -87,22 +94,20 @@ class Detect:
         count = self.channels - 4
         chance = torch.sigmoid(logits[:, :count].float() + PRIOR) * 255.0
         sides = (logits[:, count:].float() + float(np.log2(self.size / 2 / peaks.LEAST))) * peaks.OCTAVE
-        return torch.cat([chance, sides], dim=1).round().clamp(0.0, 255.0).to(torch.uint8)
+        return torch.cat([chance, sides], dim=1).round().clamp(0.0, 255.0).byte()
 
     def metrics(self, pairs: Iterable[tuple[AnyTarget, Quantised]]) -> dict[str, float]:
         """ap50 (mean over classes), and f1, precision and recall of what the threshold lets through, at IoU 0.5."""
-        scenes = [(value, self._find_boxes(maps, threshold=13)) for value, maps in pairs]
-        return metrics_boxes.box_metrics(scenes, classes=self.channels - 4, threshold=self.threshold)
-
-    def _find_boxes(self, maps: U8, threshold: int) -> peaks.FoundBoxes:
-        return peaks.boxes_of(maps, (0, 0), threshold=threshold, overlap=self.overlap)
+        scenes = [(value, peaks.boxes_of(maps, (0, 0), threshold=13, overlap=self.overlap)) for value, maps in pairs]
+        return box_metrics(scenes, classes=self.channels - 4, threshold=self.threshold)
 
     def interpret(self, window: U8, view: View) -> Objects:
         """Rectangles whose centre px lies in the core, cut at the slide's edge, with their ``probability``."""
         check_view(window, view, self.stride)
         corner = (view.y0 // self.stride, view.x0 // self.stride)
         found = peaks.boxes_of(window, corner, threshold=self.threshold, overlap=self.overlap)
-        found = found.where(_centres_in_core(found, view))
+        (y0, x0, y1, x1), (y, x) = view.core, found.anchor.T
+        found = found.where((y >= y0) & (y < min(y1, view.height)) & (x >= x0) & (x < min(x1, view.width)))
         corners = np.clip(found.xyxy, 0.0, (view.width, view.height) * 2) * ((view.scale_x, view.scale_y) * 2)
         count = len(corners)
         return Objects(
@@ -114,17 +119,6 @@ class Detect:
             found.anchor,
             {"probability": found.score / 255.0},
         )
-
-    def table(self, values: Quantised) -> Mapping[str, npt.NDArray[Any]]:
-        """Pixel tasks have no tile table."""
-        return {}
-
-
-def _centres_in_core(found: peaks.FoundBoxes, view: View) -> Mask:
-    y0, x0, y1, x1 = view.core
-    y, x = found.anchor.T
-    inside: Mask = (y >= y0) & (y < min(y1, view.height)) & (x >= x0) & (x < min(x1, view.width))
-    return inside
 
 
 def _make_target(value: Boxes, classes: int, unit: float) -> F32:

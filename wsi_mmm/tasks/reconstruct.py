@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from wsi_mmm.outputs import ragged
-from wsi_mmm.tasks.base import AnyTarget, Quantised, Scope, View
-from wsi_mmm.tasks.params import Params, check_names, number_within
+from wsi_mmm.outputs.polygons import empty
+from wsi_mmm.tasks.base import (
+    AnyTarget,
+    Params,
+    Quantised,
+    Scope,
+    check_names,
+    has_no_table,
+    head_of_scope,
+    number_within,
+)
+from wsi_mmm.tasks.window import View
 from wsi_mmm.types import U8, Objects, TaskInfo
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from wsi_mmm.model.heads import HeadSpec
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,8 @@ class Reconstruct:
     halo: int = 0
 
     heads: ClassVar[Mapping[Scope, str]] = {"pixel": "image"}
+    head = head_of_scope
+    table = has_no_table
 
     @classmethod
     def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
@@ -53,12 +61,6 @@ class Reconstruct:
             centre=number_within(info, params, "centre", 0.7, (0.0, 1.0)),
             spread=number_within(info, params, "spread", 0.2, (1e-3, 10.0)),
         )
-
-    def head(self, spec: HeadSpec) -> nn.Module:
-        """float[n, 3, h, w]: normalised px."""
-        from wsi_mmm.model.heads import build_head
-
-        return build_head("image", spec, 3)
 
     def hide(self, pixels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Clean RGB in [0, 1] float[n, 3, h, w] -> (what the model is shown, in the same form; the target).
@@ -105,10 +107,7 @@ class Reconstruct:
 
     def quantise(self, logits: Tensor) -> Tensor:
         """RGB uint8[n, 3, h, w]."""
-        import torch
-
-        rgb = (logits.float() * self.spread + self.centre) * 255.0
-        return rgb.round().clamp(0.0, 255.0).to(torch.uint8)
+        return ((logits.float() * self.spread + self.centre) * 255.0).round().clamp(0.0, 255.0).byte()
 
     def metrics(self, pairs: Iterable[tuple[AnyTarget, Quantised]]) -> dict[str, float]:
         """psnr in dB: 10 log10(255^2 / mean squared error), of pictures uint8[h, w, 3] against drawn uint8[3, h, w],
@@ -123,8 +122,4 @@ class Reconstruct:
 
     def interpret(self, window: U8, view: View) -> Objects:
         """Nothing."""
-        return ragged.empty(self.info.name)
-
-    def table(self, values: Quantised) -> Mapping[str, npt.NDArray[Any]]:
-        """Pixel tasks have no tile table."""
-        return {}
+        return empty(self.info.name)

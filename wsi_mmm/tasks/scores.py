@@ -28,6 +28,12 @@ def mean(values: Iterable[float]) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
+def mean_metrics(each: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Per metric the mean over ``each`` of those that are numbers; metrics that none of them defines are left out."""
+    table = list(each)
+    return known_metrics({name: mean(one[name] for one in table) for name in table[0]})
+
+
 # ---------------------------------------------------------------- classes
 
 

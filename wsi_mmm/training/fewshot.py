@@ -19,7 +19,7 @@ from scipy.special import softmax
 
 from wsi_mmm.errors import InputError, ModelError, OptionError
 from wsi_mmm.model.card import TaskCard
-from wsi_mmm.model.checkpoint import build_model, load_tensors, save_model, save_tensors
+from wsi_mmm.model.checkpoint import build_model, pack_tensors, save_model, unpack_tensors
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.plugins import import_package
 from wsi_mmm.storage import store
@@ -226,7 +226,7 @@ def save(folder: str | Path, head: Head, facts: dict[str, Any]) -> None:
         store.write_bytes(str(place / TREES), head.text.encode())
     else:
         arrays = {k: torch.from_numpy(v) for k, v in asdict(head).items() if isinstance(v, np.ndarray)}  # type: ignore[call-overload]
-        save_tensors(place / TENSORS, arrays, {})
+        store.write_bytes(str(place / TENSORS), pack_tensors(arrays, {}))
     more = {"k": head.k} if isinstance(head, Neighbours) else {}
     text = json.dumps({**facts, "kind": kind, **more}, indent=2)
     store.write_bytes(str(place / FACTS), (text + "\n").encode())
@@ -240,7 +240,8 @@ def load(folder: str | Path) -> tuple[Head, dict[str, Any]]:
         kind, classes = facts["kind"], len(facts["classes"])
         if kind == "gbm":
             return Trees((place / TREES).read_text(encoding="utf-8"), classes), facts
-        arrays = {name: value.numpy() for name, value in load_tensors(place / TENSORS)[0].items()}
+        tensors, _ = unpack_tensors((place / TENSORS).read_bytes(), str(place / TENSORS))
+        arrays = {name: value.numpy() for name, value in tensors.items()}
         if kind == "linear":
             return Linear(arrays["weight"], arrays["bias"]), facts
         return Neighbours(arrays["vectors"], arrays["labels"], int(facts["k"]), classes), facts

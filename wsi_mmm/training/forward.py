@@ -73,8 +73,8 @@ def passes(context: TrainingContext, names: Sequence[str]) -> list[tuple[str, ..
 
 
 def shared(context: TrainingContext, batch: TrainBatch, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run encoder, decoder, neck and grouper once, as far as the heads of ``names`` (one group of `passes`) read them;
-    return by task the tensor that its head reads, and its target.
+    """Run encoder, decoder, neck and aggregator once, as far as the heads of ``names`` (one group of `passes`) read
+    them; return by task the tensor that its head reads, and its target.
 
     Tasks whose heads read the same tensor share it. Random layers (dropout) are seeded by the batch, so the result does
     not depend on which rank computes the batch, or when.

@@ -64,5 +64,5 @@ def _draw_curve(axes: Any, curve: Mapping[float, Sequence[float]], colour: str, 
 def _save_plot(fig: Any, paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         with atomic_file(path) as temporary:
-            fig.savefig(temporary, dpi=150)
+            fig.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))
     return list(paths)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError, NotFound, OutputError, WsiError
-from wsi_mmm.model.tensorfile import pack, unpack
+from wsi_mmm.model.checkpoint import pack_tensors, unpack_tensors
 from wsi_mmm.storage import store
 from wsi_mmm.storage.base import is_local
 from wsi_mmm.training.optim import Optimiser, Scale
@@ -85,7 +85,7 @@ def write(checkpoints: CheckpointStore, training: Training, *, ranks: Ranks = AL
         facts |= {"identity": dict(checkpoints.identity), "hash": checkpoints.hash}
         text = json.dumps({"step": training.step, "best": training.best, "hash": checkpoints.hash})
         try:
-            store.write_bytes(uri, pack(tensors, {"facts": json.dumps(facts, sort_keys=True)}))
+            store.write_bytes(uri, pack_tensors(tensors, {"facts": json.dumps(facts, sort_keys=True)}))
             for name in (LATEST, BEST) if best else (LATEST,):
                 store.write_bytes(checkpoints.pointer(name), text.encode())
             _delete_old(checkpoints)
@@ -159,7 +159,7 @@ def resume(checkpoints: CheckpointStore, training: Training) -> bool:
 def read(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a checkpoint. ModelError if it is missing, damaged or of another format."""
     try:
-        tensors, metadata = unpack(store.read_bytes(uri), uri)
+        tensors, metadata = unpack_tensors(store.read_bytes(uri), uri)
         facts: dict[str, Any] = json.loads(metadata["facts"])
     except NotFound as error:
         raise ModelError(f"{uri} is missing; remove latest.json beside it to begin anew") from error

@@ -14,8 +14,7 @@ from wsi_mmm.cache import ArraySpec, CacheEntry
 from wsi_mmm.engine.plan import forward_units
 from wsi_mmm.engine.stages import context, publish
 from wsi_mmm.engine.units import SlidePlan, WorkUnit
-from wsi_mmm.model import bagging
-from wsi_mmm.tasks.classify import Classify
+from wsi_mmm.tasks.tile_kinds import Classify
 from wsi_mmm.types import F32, TaskInfo
 
 GRADE = Classify(TaskInfo("t", "classify", ("low", "high"), ((0, 0, 0),) * 2), 2, "bag")
@@ -48,13 +47,12 @@ def test_tiles_that_cannot_be_read_have_no_say(tmp_path: Path, monkeypatch: pyte
     _, wanted = filled(plan, tmp_path)
     seen: list[F32] = []
 
-    def answer(runner: object, vectors: F32, tasks: list[str]) -> tuple[dict[str, F32], dict[str, F32]]:
+    def answer(vectors: F32, tasks: list[str]) -> tuple[dict[str, F32], dict[str, F32]]:
         seen.append(vectors)
         return {"t": np.array([0.25, 0.75], np.float32)}, {"t": np.full(len(vectors), 0.5, np.float32)}
 
     monkeypatch.setattr(context, "recipe_tasks", lambda recipe: [GRADE])
-    monkeypatch.setattr(context, "load_runner", lambda recipe: SimpleNamespace())
-    monkeypatch.setattr(bagging, "answer_bag", answer)
+    monkeypatch.setattr(context, "load_runner", lambda recipe: SimpleNamespace(answer_bag=answer))
     ctx = context.UnitContext(WorkUnit("publish", plan.slide, grid=plan.grid, entry=str(tmp_path)))
     failed = np.zeros(len(plan.index), np.bool_)
     failed[[1, 4]] = True

@@ -21,7 +21,7 @@ from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.errors import OptionError, OutputError, StorageError
 from wsi_mmm.outputs import exports
 from wsi_mmm.outputs.report import FACTS, SlideRow, report_html, report_json
-from wsi_mmm.outputs.slides_table import slides_csv, slides_parquet
+from wsi_mmm.outputs.tables import slides_csv, slides_parquet
 from wsi_mmm.storage import store
 
 _PACKAGES = ("torch", "timm", "openslide-python", "openslide-bin", "zarr", "dask", "shapely", "numpy")

@@ -163,17 +163,17 @@ def _make_runner(recipe: Recipe) -> Runner:
 def _local_model(recipe: Recipe) -> str:
     """The folder of a recipe's model on this machine. ModelError when it is not the one that the run began with."""
     from wsi_mmm.model.card import read_card
-    from wsi_mmm.model.fetched import fetched, forget
+    from wsi_mmm.model.fetch import fetch_model, forget_model
     from wsi_mmm.model.identity import model_identity
 
     key = (recipe.model, recipe.model_hash)
     if key in _models:
         return _models[key]
     for _ in range(2):
-        here = fetched(recipe.model, recipe.user_cache)
+        here = fetch_model(recipe.model, recipe.user_cache)
         if model_identity(here, read_card(here)) == recipe.model_hash:
             return _models.setdefault(key, here)
-        forget(recipe.model)  # a process that lives long may hold an earlier one
+        forget_model(recipe.model)  # a process that lives long may hold an earlier one
     raise ModelError(
         f"the model {store.redact(recipe.model)} on {os.uname().nodename} is not the one the run was begun with: "
         "copy that to every worker, or begin the run again"

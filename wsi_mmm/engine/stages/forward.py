@@ -35,7 +35,7 @@ def forward(ctx: UnitContext) -> ForwardResult:
         # Last, because it says that the others are complete.
         cache.write_block_record(block_name(ctx.unit.block), {"tiles": ctx.unit.tiles.hex(), "failed": failed})
     return ForwardResult(
-        ctx.facts(), len(batch.index), failed, device=str(runner.device), encoder=json.dumps(runner.facts()),
+        ctx.facts(), len(batch.index), failed, device=str(runner.device), encoder=json.dumps(runner.describe()),
         tile_cache=ctx.tile_cache_text(),
     )  # fmt: skip
 

@@ -10,8 +10,8 @@ from wsi_mmm.engine.stages import workdir
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.units import WorkUnit
 from wsi_mmm.outputs import polygons
-from wsi_mmm.tasks.base import Task, View
-from wsi_mmm.tasks.blend import blend, window_weights
+from wsi_mmm.tasks.base import Task
+from wsi_mmm.tasks.window import View, blend, window_weights
 from wsi_mmm.timing import timed
 from wsi_mmm.types import U8, Objects
 

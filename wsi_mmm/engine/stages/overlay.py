@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from wsi_mmm.engine.units import SlidePlan
-from wsi_mmm.outputs import ragged
+from wsi_mmm.outputs import polygons
 from wsi_mmm.outputs.density import Density
 from wsi_mmm.outputs.overlay import Field, Scene, legend_counts, overlay_png
 from wsi_mmm.slides import Slide
@@ -39,7 +39,7 @@ class Picture:
     def add(self, info: TaskInfo, objects: Objects) -> None:
         """Take in objects that are being written."""
         if info.dissolves:
-            self.areas.append((info, ragged.part(objects, 0, min(len(objects), MAX_AREAS))))
+            self.areas.append((info, polygons.part(objects, 0, min(len(objects), MAX_AREAS))))
         elif not info.draws_tiles:
             # Level-0 centres of the owning pixels.
             self.density.add(

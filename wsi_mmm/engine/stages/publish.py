@@ -20,16 +20,16 @@ from wsi_mmm.engine.stages.interpret import blended_core
 from wsi_mmm.engine.stages.overlay import THUMBNAIL, Picture
 from wsi_mmm.engine.stages.prepare import load_slide_plan, published_before, region_hash, regions_of_interest
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
-from wsi_mmm.outputs import merge, polygons, ragged
-from wsi_mmm.outputs.attention import attention_png
-from wsi_mmm.outputs.exports import write_features
+from wsi_mmm.errors import PluginError
+from wsi_mmm.outputs import merge, polygons
+from wsi_mmm.outputs.exports import write_features, write_map
 from wsi_mmm.outputs.geojson import GeoJSONWriter
 from wsi_mmm.outputs.inside import Regions
-from wsi_mmm.outputs.maps import write_map
-from wsi_mmm.outputs.tables import tiles_table
+from wsi_mmm.outputs.overlay import attention_png
+from wsi_mmm.outputs.tables import TILE_COLUMNS, tiles_table
 from wsi_mmm.storage import store
 from wsi_mmm.storage.store import published_file
-from wsi_mmm.tasks.base import Task
+from wsi_mmm.tasks.base import Quantised, Task
 from wsi_mmm.tiles.grid import tile_boxes, tile_size_level0, tile_xy
 from wsi_mmm.types import F32, I64, Mask, Objects, TaskInfo
 
@@ -147,7 +147,7 @@ def _write_geojson(
             if task.info.kind == "multilabel" and len(plan.index):  # a tile has each label of at least a half
                 shares = [np.asarray(tables[name][f"{name}:{label}"], np.float64) for label in task.info.classes]
                 classes = np.array([np.count_nonzero(share >= 0.5) for share in shares], np.int64)
-            if task.info.kind not in ("regress", "survive"):  # numbers have no classes to count
+            if _names_classes(task, tables.get(name)):
                 done.classes[name] = dict(zip(task.info.classes, classes.tolist(), strict=True))
     done.repaired, done.dropped = done.repaired + writer.repaired, done.dropped + writer.dropped
 
@@ -183,8 +183,8 @@ def _objects_near(task: str, plan: SlidePlan, box: tuple[float, float, float, fl
         if core.x0 < x1 and core.x1 > x0 and core.y0 < y1 and core.y1 > y0:
             part = workdir.load_part(plan.slide, task, unit.block)
             y, x = part.anchor[:, 0], part.anchor[:, 1]
-            parts.append(ragged.take(part, (x >= x0) & (x < x1) & (y >= y0) & (y < y1)))
-    return ragged.concat(parts) if parts else ragged.empty(task)
+            parts.append(polygons.take(part, (x >= x0) & (x < x1) & (y >= y0) & (y < y1)))
+    return polygons.concat(parts) if parts else polygons.empty(task)
 
 
 def _task_objects(
@@ -198,7 +198,7 @@ def _task_objects(
     elif task.scope == "pixel":
         for _, units in itertools.groupby(interpret_units(plan), lambda unit: unit.block[0]):
             parts = [workdir.load_part(plan.slide, name, unit.block) for unit in units]
-            yield ragged.sort_by_anchor(ragged.concat(parts))
+            yield polygons.sort_by_anchor(polygons.concat(parts))
     elif len(plan.index):
         yield _tile_rectangles(task, plan, tables[name])
 
@@ -207,9 +207,16 @@ def _merge_regions(task: Task, plan: SlidePlan) -> Objects:
     """Regions cut by block borders made whole, scaled to level-0 px."""
     grid, parts = plan.grid, [workdir.load_part(plan.slide, task.info.name, u.block) for u in interpret_units(plan)]
     if not parts:
-        return ragged.empty(task.info.name)
-    merged = ragged.scaled(merge.merge_regions(parts), grid.scale_x, grid.scale_y)
+        return polygons.empty(task.info.name)
+    merged = polygons.scaled(merge.merge_regions(parts), grid.scale_x, grid.scale_y)
     return polygons.simplify(merged, grid.scale_x * task.stride)
+
+
+def _names_classes(task: Task, values: Values | None) -> bool:
+    """True if there are classes to count; a task that gives numbers per tile has none."""
+    if task.info.kind in ("regress", "survive"):
+        return False
+    return values is None or any(np.issubdtype(column.dtype, np.integer) for column in values.values())
 
 
 def _tile_rectangles(task: Task, plan: SlidePlan, values: Values) -> Objects:
@@ -243,8 +250,27 @@ def _task_tables(ctx: UnitContext, plan: SlidePlan) -> dict[str, Values]:
             name = f"tables/{task.info.name}"
             kept = ctx.cache.existing(name)
             dense = ctx.cache.read(ArraySpec(name, kept.shape[2:], str(kept.dtype)), slice(None), slice(None))
-            tables[task.info.name] = task.table(dense[plan.index[:, 0], plan.index[:, 1]])
+            tables[task.info.name] = _checked_columns(task, dense[plan.index[:, 0], plan.index[:, 1]])
     return tables
+
+
+def _checked_columns(task: Task, values: Quantised) -> Values:
+    """The columns of a task. PluginError for what cannot be written: the task may be a plug-in's."""
+    name, n = task.info.name, len(values)
+    columns: object = task.table(values)
+    if not isinstance(columns, Mapping):
+        raise PluginError(f"task '{name}': table of the kind '{task.info.kind}' gave {type(columns).__name__}, no dict")
+    for column, numbers in columns.items():
+        fault = ""
+        if column in TILE_COLUMNS:
+            fault = f"a column '{column}', a name that is taken"
+        elif not isinstance(numbers, np.ndarray) or numbers.shape != (n,):
+            fault = f"'{column}' as something else than an array of one number per tile (here {n})"
+        elif np.issubdtype(numbers.dtype, np.integer) and (column != name or numbers.max() >= len(task.info.classes)):
+            fault = f"integers as '{column}': numbers are float32, classes are indices in the column '{name}'"
+        if fault:
+            raise PluginError(f"task '{name}': table of the kind '{task.info.kind}' gave {fault}")
+    return columns
 
 
 def _failed_tiles(ctx: UnitContext, plan: SlidePlan) -> Mask:
@@ -290,7 +316,8 @@ def _write_maps(ctx: UnitContext, plan: SlidePlan) -> str:
     for task in ctx.tasks:
         if task.scope == "pixel":
             cores = (blended_core(ctx, task, unit) for unit in units)
-            write_map(store.join(plan.slide.output, "maps", f"{task.info.name}.zarr"), task, plan.grid, cores)
+            uri = store.join(plan.slide.output, "maps", f"{task.info.name}.zarr")
+            write_map(uri, task.info, task.channels, task.stride, plan.grid, cores)
     return "maps"
 
 
@@ -309,10 +336,8 @@ def answer_slide(ctx: UnitContext, plan: SlidePlan, failed: Mask) -> SlideAnswer
     attention = {name: np.full(len(plan.index), np.nan, np.float32) for name in names}
     columns: dict[str, str | float | None] = {}
     if not failed.all():
-        from wsi_mmm.model.bagging import answer_bag
-
         vectors = gather_features(ctx.cache, plan.index[~failed], plan.slide.recipe.block_tiles)
-        values, shares = answer_bag(ctx.runner, vectors, names)
+        values, shares = ctx.runner.answer_bag(vectors, names)
         for task in tasks:
             columns |= json_row(task.table(values[task.info.name][None]), task.info.classes)
             attention[task.info.name][~failed] = shares[task.info.name]

@@ -55,15 +55,17 @@ class TileCache(Generic[TileKey, Value]):
             have, mine, theirs = self._claim_keys(left)
             for key, value in have:
                 use(key, value)
+            left = theirs
+            if not mine:
+                continue
             try:
-                for key, value, size in load(mine) if mine else ():
+                for key, value, size in load(mine):
                     use(key, value)
                     self._store_value(key, value, size, cold=cold(key))
             finally:
                 with self._changed:
                     self._loading.difference_update(mine)
                     self._changed.notify_all()
-            left = theirs
 
     def missing(self, keys: Sequence[TileKey]) -> list[TileKey]:
         """Return which of ``keys`` are not here at this moment."""

@@ -50,7 +50,7 @@ class Taps:
         return int(np.searchsorted(self.begin, bottom - self.taps, "right"))
 
 
-@lru_cache(64)  # blocks in a row of the grid share one axis, those in a column the other
+@lru_cache(256)  # blocks in a row of the grid share one axis, those in a column the other
 def taps(start: int, count: int, scale: float, origin: float = 0.0, size: int | None = None) -> Taps:
     """Return the taps of output pixels start..start+count-1, each ``scale`` source px wide, from ``origin``.
 

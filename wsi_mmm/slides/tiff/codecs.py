@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from wsi_mmm.slides.tiff.metadata import Plane
+from wsi_mmm.slides.tiff.planes import Plane
 from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.types import U8
 

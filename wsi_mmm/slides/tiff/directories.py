@@ -116,7 +116,10 @@ def read_directories(store: ByteStore) -> list[Directory]:
     chain = _read_chain(file, file.pointer.unpack_from(head, 8 if big else 4)[0], seen)
     if not chain:
         raise SlideDamaged(f"{redact(store.uri)} is a TIFF without any image; copy it again")
-    found = [_load_values(file, d, _NUMBERS if n else _TEXTS + _NUMBERS) for n, d in enumerate(chain)]
+    first = _load_values(file, chain[0], _TEXTS + _NUMBERS)
+    # PerkinElmer says in the text of each directory what it is; other texts of later directories are not needed.
+    wanted = (270, *_NUMBERS) if b"<PerkinElmer-QPI" in first.values.get(270, b"")[:4096] else _NUMBERS
+    found = [first, *(_load_values(file, directory, wanted) for directory in chain[1:])]
     return [_with_sub(file, d, seen) for d in found]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, repeat
@@ -46,7 +46,8 @@ from wsi_mmm.slides.resample.tiled import (
 from wsi_mmm.slides.resample.weights import average_boxes
 from wsi_mmm.slides.tiff.codecs import UndecodableError, decoder, most_bytes, shrinks
 from wsi_mmm.slides.tiff.directories import Directory, read_directories, table
-from wsi_mmm.slides.tiff.metadata import COMPRESSIONS, Plane, TiffSlide, describe
+from wsi_mmm.slides.tiff.metadata import TiffSlide, describe
+from wsi_mmm.slides.tiff.planes import COMPRESSIONS, Plane
 from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.storage.store import BufferedStore, ByteStore, redact
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
@@ -63,7 +64,7 @@ class TiffReader:
     ) -> None:
         """Read ``store``; ``directories``: those already parsed. Raises NotASlide, SlideDamaged, StorageError."""
         name = redact(store.uri)
-        slide = describe(directories or read_directories(store), name)
+        slide = describe(store, directories or read_directories(store), name)
         self._planes = slide.planes
         self._offsets, self._counts = _read_tables(store, slide.planes, name)
         self._decode = [decoder(plane) for plane in slide.planes]
@@ -147,48 +148,43 @@ class TiffReader:
     def _decode_into(self, tiles: Tiles, out: Sequence[U8], tiling: Tiling, fetched: Fetched | None) -> I64:
         """Decode nested tiles: native tiles of their size right where they belong, smaller ones beside each other."""
         source, numbers = tiling.source, inner_numbers(tiles, tiling)
-        targets = list(out) if numbers.shape[1] == 1 else _native_parts(out, tiling)
-        scratch = None if numbers.shape[1] == 1 else np.empty((tiling.height, tiling.width, 3), np.uint8)
-        buffers = targets if scratch is None else repeat(scratch)
+        targets, scratch = list(out), list(out)
+        if numbers.shape[1] > 1:
+            targets = _native_parts(out, tiling)
+            scratch = [np.empty((tiling.height, tiling.width, 3), np.uint8)] * len(targets)
+        keys = [(source.level, source.shrink, number) for number in numbers.ravel().tolist()]
         failed: list[Window] = []
-        tiles_of = self._decode_tiles(source, numbers.ravel().tolist(), buffers, fetched)
-        for target, (number, tile) in zip(targets, tiles_of, strict=True):
+        for target, (key, tile, _) in zip(targets, self._load_tiles(source, fetched, keys, scratch), strict=True):
             if tile is not target:
                 target[...] = tile if isinstance(tile, np.ndarray) else WHITE
             if isinstance(tile, str):
-                failed.append(level0_rect(source, tiling.window(number)))
+                failed.append(level0_rect(source, tiling.window(key[2])))
         return np.array(failed, np.int64).reshape(-1, 4)
 
     def _load_tiles(
-        self, source: Source, fetched: Fetched | None, keys: Sequence[Key], scratch: U8 | None = None
+        self, source: Source, fetched: Fetched | None, keys: Sequence[Key], scratch: U8 | list[U8] | None = None
     ) -> Iterator[tuple[Key, Tile, int]]:
-        for number, tile in self._decode_tiles(source, [key[2] for key in keys], repeat(scratch), fetched):
-            yield (source.level, source.shrink, number), tile, size_of(tile)
-
-    def _decode_tiles(
-        self, source: Source, numbers: Sequence[int], buffers: Iterable[U8 | None], fetched: Fetched | None
-    ) -> Iterator[tuple[int, Tile]]:
-        """Yield (number, pixels or why there are none) in the order given, decoded into ``buffers`` where possible."""
+        """Decode tiles in the order given, where possible to ``scratch``: one place for all, or one for each."""
         plane, decode, most = self._planes[source.level], self._decode[source.level], self._most[source.level]
         shrink, rows = source.shrink, plane.tile_height
         plain = plane.tiled and plane.width % shrink == 0 and plane.height % shrink == 0
-        buffer_of = iter(buffers)
-        few = len(numbers) * most <= _FETCH_BYTES
-        for group in [numbers] if few else _fetch_groups(numbers, self._counts[source.level]):
-            lengths = self._counts[source.level][group].tolist()
-            data = self._compressed_bytes(source.level, group, fetched)
+        buffers = iter(scratch) if isinstance(scratch, list) else repeat(scratch)
+        numbers = [key[2] for key in keys]
+        counts = self._counts[source.level][numbers]
+        for part in [slice(None)] if len(keys) * most <= _FETCH_BYTES else _fetch_parts(counts):
+            data = self._compressed_bytes(source.level, numbers[part], fetched)
             with self._lock:
-                self._decoded += len(group)
-            for number, raw, length in zip(group, data, lengths, strict=True):
+                self._decoded += len(data)
+            for key, raw, length, buffer in zip(keys[part], data, counts[part].tolist(), buffers, strict=False):
                 tile: Tile
                 try:
                     if plain and 0 < length == len(raw) <= most:
-                        tile = decode(raw, shrink, rows, next(buffer_of))
+                        tile = decode(raw, shrink, rows, buffer)
                     else:
-                        tile = self._check_and_decode(source, number, raw, next(buffer_of))
+                        tile = self._check_and_decode(source, key[2], raw, buffer)
                 except UndecodableError as error:
                     tile = str(error)
-                yield number, tile
+                yield key, tile, size_of(tile)
 
     def _compressed_bytes(self, level: int, numbers: Sequence[int], fetched: Fetched | None = None) -> list[Buffer]:
         """The compressed bytes of native tiles in the order given, fetching what ``fetched`` lacks."""
@@ -252,11 +248,10 @@ def _native_parts(out: Sequence[U8], tiling: Tiling) -> list[U8]:
     ]
 
 
-def _fetch_groups(numbers: Sequence[int], counts: I64) -> Iterator[Sequence[int]]:
-    """Cut into runs of about _FETCH_BYTES compressed bytes (one tile at least)."""
-    run = np.cumsum(counts[list(numbers)]) // _FETCH_BYTES
-    cuts = [0, *(np.flatnonzero(np.diff(run)) + 1).tolist(), len(numbers)]
-    yield from (numbers[a:b] for a, b in pairwise(cuts) if b > a)
+def _fetch_parts(counts: I64) -> Iterator[slice]:
+    """Cut tiles of so many compressed bytes into runs of about _FETCH_BYTES (one tile at least)."""
+    cuts = [0, *(np.flatnonzero(np.diff(np.cumsum(counts) // _FETCH_BYTES)) + 1).tolist(), len(counts)]
+    yield from (slice(a, b) for a, b in pairwise(cuts) if b > a)
 
 
 def _read_tables(store: ByteStore, planes: Sequence[Plane], name: str) -> tuple[list[I64], list[I64]]:

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from wsi_mmm.outputs.attention import attention_png, levels
+from wsi_mmm.outputs.overlay import attention_png, levels
 from wsi_mmm.outputs.report import SlideRow, report_html
-from wsi_mmm.outputs.slides_table import FACTS, slides_csv, slides_parquet
+from wsi_mmm.outputs.tables import SLIDE_FACTS, slides_csv, slides_parquet
 from wsi_mmm.types import Grid
 
 
@@ -30,7 +30,7 @@ ROWS = [
 def test_slides_keep_their_order_and_what_is_not_known_is_empty() -> None:
     """A slide that failed has its row; a column without any value is there and empty."""
     table = pq.read_table(io.BytesIO(slides_parquet(ROWS))).to_pydict()
-    assert list(table) == [*FACTS, "grade", "grade:high", "age"]
+    assert list(table) == [*SLIDE_FACTS, "grade", "grade:high", "age"]
     assert table["id"] == ["b", "broken", "a"]
     assert table["grade"] == ['a "b", c', None, None]
     assert table["grade:high"] == [0.25, None, 1e-7]

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_mmm.tasks.blend import blend, window_weights
+from wsi_mmm.tasks.window import blend, window_weights
 
 
 def test_weights_rise_from_one_at_the_rim_to_the_overlap() -> None:

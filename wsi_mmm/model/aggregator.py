@@ -26,7 +26,10 @@ class MilAggregator(nn.Module):
         self.width = card.width or inputs
         if self.width % card.heads:
             raise ModelError(f"bag.heads is {card.heads}, which does not divide the bag's {self.width} channels")
-        self.embed = _build_embedding(card, inputs)
+        self.embed: nn.Module = nn.Identity()
+        if card.width:
+            norm, linear = nn.LayerNorm(inputs), nn.Linear(inputs, card.width)
+            self.embed = nn.Sequential(norm, linear, nn.GELU(), nn.Dropout(card.dropout))
         layers = card.layers if card.kind == "transformer" else 0
         self.blocks = nn.ModuleList(BagBlock(self.width, card.heads, card.dropout) for _ in range(layers))
         self.score = None if card.kind == "mean" else GatedScore(self.width, card.hidden, card.heads)
@@ -51,12 +54,6 @@ class MilAggregator(nn.Module):
         for block in self.blocks:
             padded = block(padded, there)
         return padded[bag, place]
-
-
-def _build_embedding(card: BagCard, inputs: int) -> nn.Module:
-    if not card.width:
-        return nn.Identity()
-    return nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, card.width), nn.GELU(), nn.Dropout(card.dropout))
 
 
 class GatedScore(nn.Module):

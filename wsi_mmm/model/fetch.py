@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 import threading
+from contextlib import closing
 from pathlib import Path
 
 from wsi_mmm.errors import ModelError, OutputError, WsiError
@@ -20,7 +21,7 @@ _lock = threading.Lock()
 _known: dict[tuple[str, str], str] = {}
 
 
-def fetched(name: str, cache: str | None) -> str:
+def fetch_model(name: str, cache: str | None) -> str:
     """The folder of a model that is named by a URI (``s3://bucket/model``); every other name as it is.
 
     Card and weights are copied into ``cache``/models (None: into a folder of its own in the system's temporary one),
@@ -33,11 +34,11 @@ def fetched(name: str, cache: str | None) -> str:
         return str(store.local_path(name))
     with _lock:
         if (name, str(cache)) not in _known:
-            _known[name, str(cache)] = str(_fetch_model(name, _model_cache(cache)))
+            _known[name, str(cache)] = str(_copy_model(name, _model_cache(cache)))
         return _known[name, str(cache)]
 
 
-def forget(name: str) -> None:
+def forget_model(name: str) -> None:
     """Look again where the model of that name lies when it is wanted next: it may be another one by now."""
     with _lock:
         for key in [key for key in _known if key[0] == name]:
@@ -53,10 +54,13 @@ def _model_cache(cache: str | None) -> Path:
     return folder
 
 
-def _fetch_model(uri: str, folder: Path) -> Path:
+def _copy_model(uri: str, folder: Path) -> Path:
     shown = store.redact(uri)
     try:
-        data = _fetch_card(uri)
+        with closing(store.open_store(store.join(uri, CARD))) as held:
+            if held.size > MOST_CARD:
+                raise ModelError(f"a card of {held.size} bytes is none")
+            data = bytes(held.get_ranges([(0, held.size)])[0])
         raw = json.loads(data)
     except WsiError as error:
         raise ModelError(f"no model at {shown}: it has no {CARD} that can be read ({error})") from error
@@ -75,25 +79,12 @@ def _fetch_model(uri: str, folder: Path) -> Path:
     return target
 
 
-def _fetch_card(uri: str) -> bytes:
-    held = store.open_store(store.join(uri, CARD))
-    try:
-        if held.size > MOST_CARD:
-            raise ModelError(f"a card of {held.size} bytes is none")
-        return bytes(held.get_ranges([(0, held.size)])[0])
-    finally:
-        held.close()
-
-
 def _copy_object(uri: str, path: Path) -> str:
     """The object into a file, a piece at a time; its sha256 hex."""
-    held, digest = store.open_store(uri), hashlib.sha256()
-    try:
-        with path.open("wb") as file:
-            for start in range(0, held.size, _CHUNK):
-                [chunk] = held.get_ranges([(start, min(_CHUNK, held.size - start))])
-                digest.update(chunk)
-                file.write(chunk)
-    finally:
-        held.close()
+    digest = hashlib.sha256()
+    with closing(store.open_store(uri)) as held, path.open("wb") as file:
+        for start in range(0, held.size, _CHUNK):
+            [chunk] = held.get_ranges([(start, min(_CHUNK, held.size - start))])
+            digest.update(chunk)
+            file.write(chunk)
     return digest.hexdigest()

@@ -13,9 +13,9 @@ import wsi_mmm
 from helpers.moto import moto_bucket
 from wsi_mmm.engine.stages import context
 from wsi_mmm.errors import ModelError, WsiError
-from wsi_mmm.model import fetched as room
+from wsi_mmm.model import fetch
 from wsi_mmm.model.card import CARD, WEIGHTS
-from wsi_mmm.model.fetched import fetched, forget
+from wsi_mmm.model.fetch import fetch_model, forget_model
 from wsi_mmm.options import RunOptions
 from wsi_mmm.requests import encoder_recipe, model_recipe
 from wsi_mmm.storage import store
@@ -27,7 +27,7 @@ URI = "s3://models/small"
 def stored(small_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """A model in a bucket, and a user's cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(room, "_known", {})
+    monkeypatch.setattr(fetch, "_known", {})
     with moto_bucket("models", monkeypatch):
         for name in (CARD, WEIGHTS):
             store.write_bytes(f"{URI}/{name}", (small_model / name).read_bytes())
@@ -37,21 +37,21 @@ def stored(small_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_a_model_is_copied_once(stored: str, small_model: Path, tmp_path: Path) -> None:
     """Its files are those of the bucket; another process finds them there and does not read the weights again."""
-    folder = Path(fetched(stored, str(tmp_path / "kept")))
+    folder = Path(fetch_model(stored, str(tmp_path / "kept")))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         name: (small_model / name).read_bytes() for name in (CARD, WEIGHTS)
     }
     store.delete(f"{stored}/{WEIGHTS}")
-    forget(stored)
-    assert Path(fetched(stored, str(tmp_path / "kept"))) == folder
+    forget_model(stored)
+    assert Path(fetch_model(stored, str(tmp_path / "kept"))) == folder
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_a_name_or_folder_stays_what_it_is(small_model: Path) -> None:
     """Only what has a scheme is looked for on storage; file:// is a folder."""
-    assert fetched("default", None) == "default"
-    assert fetched("hf-hub:timm/resnet18", None) == "hf-hub:timm/resnet18"
-    assert fetched(small_model.as_uri(), None) == str(small_model)
+    assert fetch_model("default", None) == "default"
+    assert fetch_model("hf-hub:timm/resnet18", None) == "hf-hub:timm/resnet18"
+    assert fetch_model(small_model.as_uri(), None) == str(small_model)
 
 
 def test_it_runs_as_the_folder_does(stored: str, small_model: Path, tiny_slide: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_what_is_broken_is_told_in_a_line(
     else:
         store.write_bytes(f"{stored}/{name}", data)
     with pytest.raises(WsiError, match=words) as error:
-        fetched(stored, str(tmp_path / "kept"))
+        fetch_model(stored, str(tmp_path / "kept"))
     assert "\n" not in str(error.value)
     assert list((tmp_path / "kept" / "models").iterdir()) == []
 
@@ -95,7 +95,7 @@ def test_a_card_without_a_hash_is_refused(stored: str, tmp_path: Path) -> None:
     card = json.loads(store.read_bytes(f"{stored}/{CARD}"))
     store.write_bytes(f"{stored}/{CARD}", json.dumps({**card, "weights_sha256": ""}).encode())
     with pytest.raises(ModelError, match="names no weights_sha256"):
-        fetched(stored, str(tmp_path))
+        fetch_model(stored, str(tmp_path))
 
 
 def test_a_worker_refuses_another_model_than_the_run_began_with(stored: str, small_model: Path) -> None:

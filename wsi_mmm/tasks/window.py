@@ -1,10 +1,40 @@
-"""Blending overlapping tiles in integers: exact, and independent of the order and the grouping of the tiles."""
+"""Windows of blended maps: how tiles are laid into them, and the part that is interpreted.
+
+Overlapping tiles are blended in integers: exact, and independent of the order and the grouping of the tiles.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from wsi_mmm.types import I32, I64, U8
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The position of a window of blended maps on its slide, and the part of it that is interpreted.
+
+    ``y0``, ``x0``: target px of the window's first map px (multiples of the task's stride). ``core``: (y0, x0, y1, x1)
+    in target px, half open: objects whose anchor lies in it belong to this view. ``scale_x``, ``scale_y``: level-0 px
+    per target px. ``width``, ``height``: size of the slide in target px.
+    """
+
+    y0: int
+    x0: int
+    core: tuple[int, int, int, int]
+    scale_x: float
+    scale_y: float
+    width: int
+    height: int
+
+
+def check_view(window: U8, view: View, stride: int) -> None:
+    """ValueError if window and view do not lie on the map grid (a mistake of the caller, not of a user)."""
+    values = (view.y0, view.x0, *view.core)
+    if window.ndim != 3 or window.dtype != np.uint8 or any(v % stride for v in values):
+        raise ValueError(f"window must be uint8[C, h, w] and the view on a grid of {stride} target px: {view}")
 
 
 def window_weights(size: int, overlap: int) -> I32:

@@ -1,4 +1,4 @@
-"""Groupers: ragged bags in, one vector per bag and honest attention out."""
+"""Aggregators: ragged bags in, one vector per bag and honest attention out."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from wsi_mmm.errors import ModelError
+from wsi_mmm.model.aggregator import MilAggregator
 from wsi_mmm.model.card import BagCard
-from wsi_mmm.model.grouper import MilAggregator
 
 KINDS = ["mean", "gated", "transformer"]
 
 
-def grouper(kind: str, heads: int = 2, width: int = 8) -> MilAggregator:
-    """A grouper of seeded random weights over vectors of 6 channels, in float64."""
+def aggregator(kind: str, heads: int = 2, width: int = 8) -> MilAggregator:
+    """An aggregator of seeded random weights over vectors of 6 channels, in float64."""
     torch.manual_seed(1)
     card = BagCard.model_validate({"kind": kind, "width": width, "hidden": 5, "heads": heads})
     return MilAggregator(card, 6).double().eval()
@@ -32,7 +32,7 @@ def ragged() -> tuple[Tensor, Tensor]:
 def test_attention_sums_to_one_per_bag(kind: str) -> None:
     """Also for a bag of one, where it is 1."""
     vectors, bag = ragged()
-    out, attention = grouper(kind)(vectors, bag)
+    out, attention = aggregator(kind)(vectors, bag)
     assert out.shape == (4, 8) and attention.shape == (31,)
     sums = torch.zeros(4, dtype=torch.float64).index_add(0, bag, attention)
     torch.testing.assert_close(sums, torch.ones(4, dtype=torch.float64))
@@ -45,7 +45,7 @@ def test_attention_sums_to_one_per_bag(kind: str) -> None:
 def test_a_bag_does_not_know_its_companions_or_its_order(kind: str) -> None:
     """Each bag alone, its tiles in another order, gives the same vector and attention as among others."""
     vectors, bag = ragged()
-    model = grouper(kind)
+    model = aggregator(kind)
     out, attention = model(vectors, bag)
     for number in range(4):
         rows = (bag == number).nonzero()[:, 0].flip(0)
@@ -58,7 +58,7 @@ def test_a_bag_does_not_know_its_companions_or_its_order(kind: str) -> None:
 def test_no_tiles_and_empty_bags_are_answered(kind: str) -> None:
     """An empty batch gives no bags; a bag without tiles among others is zeros and changes nothing of theirs."""
     vectors, bag = ragged()
-    model = grouper(kind)
+    model = aggregator(kind)
     out, attention = model(vectors[:0], bag[:0])
     assert out.shape == (0, 8) and attention.shape == (0,)
     alone, _ = model(vectors, bag)
@@ -72,13 +72,13 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     """Through softmax, sums and padding."""
     vectors, bag = ragged()
     some = vectors[:9].clone().requires_grad_()
-    model = grouper(kind)
+    model = aggregator(kind)
     assert torch.autograd.gradcheck(lambda v: model(v, bag[:9])[0], (some,))
 
 
 def test_gated_attention_is_the_formula_of_its_paper() -> None:
     """One head, one bag, written out: a = softmax(w (tanh(V h) * sigmoid(U h))), z = sum of a h (Ilse et al. 2018)."""
-    model = grouper("gated", heads=1, width=0)
+    model = aggregator("gated", heads=1, width=0)
     h = ragged()[0]
     assert model.score is not None
     v, u, w = model.score.value, model.score.gate, model.score.out
@@ -102,7 +102,7 @@ def test_a_long_bag_beside_short_ones_is_not_padded() -> None:
 
 def test_huge_scores_do_not_overflow() -> None:
     """Softmax subtracts each bag's own largest score."""
-    model = grouper("gated", heads=1)
+    model = aggregator("gated", heads=1)
     assert model.score is not None
     torch.nn.init.constant_(model.score.out.bias, 1e4)
     vectors, bag = ragged()
@@ -119,7 +119,7 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
 def test_half_precision_does_not_blur_attention(kind: str) -> None:
     """Under autocast to bfloat16 attention still sums to 1 within float32's rounding, and vectors stay close."""
     vectors, bag = ragged()
-    model = grouper(kind).float()
+    model = aggregator(kind).float()
     exact, _ = model(vectors.float(), bag)
     with torch.autocast("cpu", torch.bfloat16):
         out, attention = model(vectors.float(), bag)
