@@ -63,6 +63,13 @@ def test_paths_do_not_depend_on_the_folder_a_worker_stands_in(in_tmp: Path) -> N
     assert task.output == str(in_tmp / "out" / "a")
 
 
+def test_a_home_folder_is_meant_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quoted or in a settings file, ~ reaches the program: results belong below the home, not in a folder called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for output in ("~/results", Path("~/results/")):
+        assert api.run_request("a.svs", output=output, device="cpu").output == str(tmp_path / "results")
+
+
 def test_a_second_run_over_the_same_slides_is_refused(tmp_path: Path) -> None:
     """While a run works in an output folder, another over the same slides is one line: wait, or go elsewhere."""
     with claimed(str(tmp_path), ["a"]), pytest.raises(OutputError, match="another run is working"):

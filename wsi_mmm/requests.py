@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +86,7 @@ def request_run(slides: Slides, recipe: Recipe, output: str | Path) -> RunReques
     options = recipe.options
     tls = tls_of(options.tls, options.scheduler)
     specs = expand_inputs([slides] if isinstance(slides, str | Path | SlideSpec) else slides, mpp=options.mpp_override)
-    out = _absolute_uri(str(output).rstrip("/"))
+    out = _absolute_uri(os.path.expanduser(output) if store.is_local(str(output)) else str(output).rstrip("/"))
     for place in (out, options.cache):
         if place is not None:
             run_report.check_writable(place)

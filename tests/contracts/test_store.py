@@ -18,7 +18,7 @@ import pytest
 
 from helpers.faulty import KINDS, Faulty
 from helpers.moto import moto_server
-from wsi_mmm.errors import NotFound, SlideChanged, StorageError
+from wsi_mmm.errors import ConfigError, NotFound, SlideChanged, StorageError
 from wsi_mmm.slides import open_slide
 from wsi_mmm.storage import store
 
@@ -225,6 +225,19 @@ def test_a_dead_endpoint_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match="AWS_ENDPOINT_URL") as caught:
         store.open_store("s3://bucket/a")
     assert time.monotonic() - began < 7.0
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["minio:9000", "localhost", "127.0.0.1:9000", "ftp://x", "http://", "https://bad host", "http://h:port"]
+)
+def test_an_endpoint_that_is_no_address_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commonest slip is to leave out http://; the message shows how it is written."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    with pytest.raises(ConfigError, match="write it as http://HOST:PORT") as caught:
+        store.open_store("s3://bucket/a")
     assert SECRET not in str(caught.value)
 
 

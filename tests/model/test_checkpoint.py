@@ -82,6 +82,8 @@ def test_an_absent_model_names_what_there_is() -> None:
         ({"mpp": None}, "mpp"),
         ({"surprise": 1}, "surprise"),
         ({"overlap": 40}, "overlap"),
+        ({"mean": [0.5, float("inf"), 0.5]}, "mean"),
+        ({"std": [0.5, float("nan"), 0.5]}, "std"),
         ({"encoder": {"name": "no_such_net"}}, "cannot build the encoder 'no_such_net'"),
         ({"decoder": {"bottleneck": 16, "widths": [8]}}, "widths"),
     ],
@@ -136,6 +138,19 @@ def test_weights_of_another_model_are_refused(copy_of: Path, fault: str) -> None
     save_file(tensors, path)
     change_card(copy_of, weights_sha256="")
     with pytest.raises(ModelError, match="do not fit") as error:
+        load_model(copy_of)
+    one_line(error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(copy_of: Path, value: float) -> None:
+    """A training that diverged leaves NaN: a run would find nothing and call it done. The error names the tensor."""
+    path = copy_of / "model.safetensors"
+    tensors = load_file(path)
+    tensors["heads.stain.out.bias"][0] = value
+    save_file(tensors, path)
+    change_card(copy_of, weights_sha256="")
+    with pytest.raises(ModelError, match=r"NaN or infinity in 'heads\.stain\.out\.bias'") as error:
         load_model(copy_of)
     one_line(error)
 

@@ -18,6 +18,15 @@ from wsi_mmm.outputs.exports import zarr_store
 from wsi_mmm.storage import objects, remote, store
 from wsi_mmm.storage.ranges import MergeRule, fetch_merged, plan_spans
 
+
+def test_a_pipe_or_device_is_refused_at_once(tmp_path: Path) -> None:
+    """Opening a pipe that nobody writes to would wait for ever."""
+    os.mkfifo(tmp_path / "a.tif")
+    for path in (str(tmp_path / "a.tif"), "/dev/null"):
+        with pytest.raises(NotFound, match="pipe, socket or device"):
+            store.open_store(path)
+
+
 RULES = st.builds(
     MergeRule,
     gap=st.integers(0, 300),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -76,11 +77,14 @@ def as_command(function: CommandFunction) -> Callable[..., None]:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe has ended
             code = NOTHING_RAN
+        except OSError as error:
+            if error.errno != errno.ENOSPC or error.filename is not None:
+                fail_unexpected(error)
+            fail(error, "standard output is on a full device; free space there, results are where --output says", 1)
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:  # noqa: BLE001  (an unexpected error is shown as one line, too)
-            text = f"unexpected {type(error).__name__}: {error}; please report it with the output of --debug"
-            fail(error, text, NOTHING_RAN)
+            fail_unexpected(error)
         finally:
             flags.json = flags.debug = False
         if code:
@@ -95,6 +99,11 @@ def as_command(function: CommandFunction) -> Callable[..., None]:
     command_function.__signature__ = whole  # type: ignore[attr-defined]
     command_function.__annotations__ = {one.name: one.annotation for one in whole.parameters.values()}
     return command_function
+
+
+def fail_unexpected(error: Exception) -> NoReturn:
+    """Print what nobody foresaw as one line."""
+    fail(error, f"unexpected {type(error).__name__}: {error}; please report it with the output of --debug", NOTHING_RAN)
 
 
 def fail(error: BaseException, message: str, code: int) -> NoReturn:

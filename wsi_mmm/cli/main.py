@@ -63,10 +63,13 @@ app.add_typer(models.models_app, name="models", rich_help_panel=_REST)
 def main() -> None:
     """Entry point of the ``wsi-mmm`` command; tunes the process, which a library call never does."""
     tune_process()
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _raise_interrupt)
     app()
 
 
 def _raise_interrupt(*_: object) -> NoReturn:
-    """Handle SIGTERM, which batch systems send before they kill, as Ctrl-C."""
+    """Stop as after Ctrl-C: SIGTERM and SIGUSR1 are what batch systems send before they kill, SIGHUP a closed shell."""
     raise KeyboardInterrupt

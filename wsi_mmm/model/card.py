@@ -6,6 +6,7 @@ A model is a folder with ``card.json`` and ``model.safetensors``. "default" name
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,8 +147,8 @@ class ModelCard(_CardPart):
 
     @model_validator(mode="after")
     def _check_card(self) -> ModelCard:
-        if min(self.std) <= 0:
-            raise ValueError("std must be positive")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise ValueError("mean and std must be finite numbers, and std positive")
         if self.overlap * 2 > self.tile_size:
             raise ValueError("overlap must be at most half of tile_size")
         if len({task.name for task in self.tasks}) != len(self.tasks):

@@ -171,6 +171,8 @@ def _fill_all(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> N
         if value.shape != weights[key].shape:
             found, due = tuple(weights[key].shape), tuple(value.shape)
             raise ModelError(f"the weights {path} do not fit the model: '{key}' is {found}, not {due}")
+        if not torch.isfinite(weights[key]).all():
+            raise ModelError(f"the weights {path} hold NaN or infinity in '{key}': its training diverged; take another")
     module.load_state_dict(dict(weights))
 
 

@@ -88,6 +88,8 @@ def open_file(uri: str) -> LocalStore:
     with local_errors(uri):
         if path.is_dir():
             raise NotFound(f"{uri} is a folder; give the file of one slide")
+        if path.exists() and not path.is_file():
+            raise NotFound(f"{uri} is a pipe, socket or device; give the file of one slide")
         return LocalStore(uri, os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
 
 

@@ -199,13 +199,26 @@ def s3_settings(env: Mapping[str, str]) -> dict[str, str]:
     endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or env.get("AWS_ENDPOINT")
     settings = {"region": env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1"}
     if endpoint:
-        settings["endpoint"] = endpoint
+        settings["endpoint"] = _check_endpoint(endpoint)
     if any(env.get(name, "").lower() in ("1", "true", "yes") for name in ("AWS_NO_SIGN_REQUEST", "AWS_SKIP_SIGNATURE")):
         return settings | {"skip_signature": "true"}
     if not env.get("AWS_ACCESS_KEY_ID") or env.get("AWS_PROFILE"):
         return settings | _shared_credentials(env)
     # obstore reads them itself, but stores are cached by their settings, and keys may change.
     return settings | {new: env[old.upper()] for old, new in _KEYS.items() if env.get(old.upper())}
+
+
+def _check_endpoint(address: str) -> str:
+    """Return ``address`` if it is one of an http(s) server; ConfigError says what it lacks."""
+    parts = urlsplit(address)
+    try:
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        whole = False
+    if not whole or any(letter.isspace() for letter in address):
+        shown = redact(address) if "://" in address else address.rpartition("@")[2]
+        raise ConfigError(f"the S3 endpoint {shown!r} is no address; write it as http://HOST:PORT or https://HOST")
+    return address
 
 
 def _shared_credentials(env: Mapping[str, str]) -> dict[str, str]:
@@ -222,6 +235,8 @@ def _shared_credentials(env: Mapping[str, str]) -> dict[str, str]:
             "unset AWS_PROFILE"
         )
     names = {**_KEYS, "region": "region", "endpoint_url": "endpoint"}
+    if "endpoint_url" in found:
+        _check_endpoint(found["endpoint_url"])
     return {new: found[old] for old, new in names.items() if old in found}
 
 
