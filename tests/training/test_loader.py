@@ -12,19 +12,25 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.annotation_targets import joint
 from helpers.faulty import Faulty
 from helpers.memory_source import COLOURS, MemorySource, bag_source, picture_source
+from helpers.training import batch as noise_batch
 from helpers.training import tiny
 from wsi_mmm.errors import ConfigError, StorageError
 from wsi_mmm.model.card import TaskCard
+from wsi_mmm.model.checkpoint import load_model
 from wsi_mmm.slides.base import Fetched
 from wsi_mmm.slides.tiff.reader import TiffReader
 from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.training import fit as fitting
+from wsi_mmm.training import job
 from wsi_mmm.training.augment import Augment
+from wsi_mmm.training.config import parse
 from wsi_mmm.training.data.base import FetchedItems, Sample
 from wsi_mmm.training.data.slides import SlideItem, SlideTiles, TileSampling, slide_tiles
 from wsi_mmm.training.fit import FitPlan, StepReport, TrainingListener, fit
+from wsi_mmm.training.forward import TrainingContext
 from wsi_mmm.training.loader import (
     FETCHES,
     READ_AHEAD,
@@ -33,10 +39,13 @@ from wsi_mmm.training.loader import (
     TrainBatch,
     batches,
     make_preprocess,
+    mixed,
     pictures,
+    together,
 )
 from wsi_mmm.training.optim import OptimPlan
 from wsi_mmm.training.policy import key_of
+from wsi_mmm.training.strategies import StrategyInputs, StrategyPlan, make_strategy
 from wsi_mmm.training.warp import NO_CHANGE, Change
 from wsi_mmm.types import Tiles
 
@@ -142,8 +151,8 @@ def test_what_cannot_be_read_is_left_out_and_named() -> None:
     assert torch.equal(pictures(part), pictures(whole)[kept])
     assert torch.equal(part.targets["discs"], whole.targets["discs"][kept])
     none = picture_source("a", 4, targets=KNOWN, broken=frozenset(f"a-{i}" for i in range(4)))
-    mixed = [DataFeed(none, 4), DataFeed(bag_source("c", (1, 2)), 2)]
-    found = [b for step in batches(mixed, TASKS, plan=PLAN, steps=range(3)) for b in step]
+    both = [DataFeed(none, 4), DataFeed(bag_source("c", (1, 2)), 2)]
+    found = [b for step in batches(both, TASKS, plan=PLAN, steps=range(3)) for b in step]
     assert [len(batch) for batch in found] == [0, 2] * 3 and found[0].targets == {} and found[0].pixels is None
     assert [len(batch.failed) for batch in found] == [4, 0] * 3 and found[0].failed[0].endswith(": damaged")
 
@@ -412,3 +421,72 @@ def test_a_fetch_that_fails_fails_no_batch(tiny_slide: Path, monkeypatch: pytest
         got = list(batches([far], TASKS, plan=plan, steps=steps))
     assert next(failures, None) is None
     assert all(same(x, y) for one, two in zip(near, got, strict=True) for x, y in zip(one, two, strict=True))
+
+
+# ---------------------------------------------------------------- the pictures of a step together
+
+
+def test_what_a_task_knows_it_learns_from_all_the_same() -> None:
+    """With norms that keep their statistics, the loss of each task and the gradient of a step are those of the
+    micro-batches by themselves; bags, and micro-batches of which nothing was read, stay as they are."""
+    model, tasks = tiny(["classify", "instances", "bag-classify"])
+    model = model.double().eval()
+    apart = (
+        noise_batch(tasks, {"t0": "classify"}, seed=1, items=3, feed="a"),
+        noise_batch(tasks, {"t1": "instances"}, seed=2, items=2, feed="b"),
+        noise_batch(tasks, {"t2": "bag-classify"}, seed=3, feed="bags"),
+        replace(noise_batch(tasks, {"t0": "classify"}, seed=4, items=1, feed="lost"), keys=(), failed=("x: why",)),
+    )
+    found = together(apart, tasks)
+    assert [len(one) for one in found] == [5, 3, 0] and found[0].feed == "a+b" and found[2].failed == ("x: why",)
+    assert set(found[0].targets) == {"t0", "t1"} and found[0].keys == apart[0].keys + apart[1].keys
+    results = []
+    for some in (apart, found):
+        model.zero_grad(set_to_none=True)
+        losses = make_strategy(StrategyPlan(), tuple(tasks))(StrategyInputs(TrainingContext(model, tasks), some))
+        results.append((losses, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    assert results[0][0].keys() == results[1][0].keys() == {"t0", "t1", "t2"}
+    for name, value in results[0][0].items():
+        assert abs(value - results[1][0][name]) < 1e-9, name
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        assert torch.allclose(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_one_micro_batch_is_left_alone() -> None:
+    """There is nothing to mix."""
+    _, tasks = tiny(["classify"])
+    one = (noise_batch(tasks, {"t0": "classify"}, seed=1),)
+    assert together(one, tasks)[0] is one[0]
+
+
+def test_pictures_of_a_training_are_those_of_its_data_sets(tmp_path: Path) -> None:
+    """The stream of a configuration with ``sampling.mixed``: the same crops, whatever the sizes of their pictures."""
+    config = parse(joint(tmp_path))
+    prepared = job.prepare(config)
+    feeds = [one.feed for one in prepared.data]
+    plan = LoadPlan(config.model.learnt_px, seed=1, threads=0)
+    apart = next(batches(feeds, prepared.tasks, plan=plan, steps=range(3)))
+    [whole] = next(mixed(batches(feeds, prepared.tasks, plan=plan, steps=range(3)), prepared.tasks))
+    assert len(whole) == sum(map(len, apart)) == 8
+    crops = torch.cat([pictures(one) for one in apart])
+    assert torch.equal(pictures(whole), crops) and float(np.ptp(crops.numpy())) > 0.3
+
+
+def test_a_mixed_training_of_small_crops(tmp_path: Path) -> None:
+    """From the configuration to the model: crops smaller than the tiles of a run, and parts that paths name."""
+    raw = joint(tmp_path, steps=2)
+    words = {"p0": "train", "p1": "val", "p2": "train", "p3": "test"}
+    for folder in ("patches/dark", "patches/pale", "discs/images", "discs/masks"):
+        for path in sorted((tmp_path / folder).iterdir()):
+            (tmp_path / folder / words[path.name[:2]]).mkdir(exist_ok=True)
+            path.rename(tmp_path / folder / words[path.name[:2]] / path.name)
+    raw |= {"sampling": {"mixed": True}, "model": {**raw["model"], "tile_size": 64, "crop": 32}}
+    raw["data"] = [{**data, "part": "(train|val|test)/"} for data in raw["data"]]
+    config = parse(raw)
+    for one in job.prepare(config).data:
+        keys = one.feed.source.index.keys
+        for part in ("train", "val", "test"):
+            assert {words[keys[n].rpartition("/")[2][:2]] for n in one.split.part(part)} == {part}
+    done = job.train(config)
+    assert done.step == 2 and set(done.test) == {"tissue", "disc"}
+    assert load_model(done.model).card.tile_size == 64
