@@ -447,6 +447,18 @@ def test_demo_prints_where_the_three_files_are(api: FakeApi) -> None:
         assert path in text
 
 
+def test_info_lists_every_image_of_a_tiff(tmp_path: Path) -> None:
+    """A label in the file is shown as what it was taken for."""
+    import tifffile
+
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(np.full((512, 512, 3), 200, np.uint8), tile=(128, 128), photometric="rgb", metadata=None)
+        tiff.write(np.zeros((90, 200, 3), np.uint8), photometric="rgb", metadata=None, subfiletype=1)
+    done = invoke("info", str(tmp_path / "a.tif"))
+    assert re.search(r"image\[0\] +slide, 512 x 512 px", done.stdout)
+    assert re.search(r"image\[1\] +label, macro or thumbnail, 200 x 90 px", done.stdout)
+
+
 def test_info_shows_a_slide_and_goes_on_after_a_missing_one(tiny_slide: Path) -> None:
     """Facts as text or JSON; a missing slide is one error line and exit code 3."""
     text = invoke("info", tiny_slide).stdout

@@ -59,6 +59,9 @@ def _show_info(slide: SlideInfo) -> None:
         "bounds offset": f"{slide.bounds_x}, {slide.bounds_y}",
         "fingerprint": slide.fingerprint,
     }
+    if scenes := slide.properties.get("tiff.scenes"):
+        pairs["scenes"] = f"{scenes} (the first is read)"
+    pairs |= {key[5:]: role for key, role in slide.properties.items() if key.startswith("tiff.image[")}
     facts(pairs, slide.uri)
     rows = [
         (n, f"{one.width} x {one.height}", f"{one.downsample_x:g}", f"{one.tile_width} x {one.tile_height}")
