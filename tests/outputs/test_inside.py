@@ -88,6 +88,29 @@ def test_a_run_works_only_in_its_regions(tiny_slide: Path, tmp_path: Path) -> No
     assert (tmp_path / "out" / some.id / "overlay.png").exists()
     [again] = wsi_mmm.run(tiny_slide, **told).slides
     assert again.extra["resumed"] and again.objects == some.objects
-    file.write_bytes(geojson((0, 0, 10, 10)))
+    file.write_bytes(geojson((700, 500, 10, 10)))
     [other] = wsi_mmm.run(tiny_slide, **told, overlay=False).slides
-    assert (other.status, other.objects) in (("empty", 0), ("done", 0)) and other.tiles <= 1 < some.tiles
+    assert other.status == "done" and other.tiles <= 1 < some.tiles
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [((50_000, 300, 800, 500), "hold no pixel of the slide"), ((0, 0, 9, 9), "no tissue lies in its regions")],
+    ids=["off the slide", "on glass"],
+)
+def test_regions_that_select_nothing_fail_the_slide(
+    tiny_slide: Path, tmp_path: Path, region: tuple[int, int, int, int], message: str
+) -> None:
+    """An empty answer would look like a slide without objects; the message says where the regions lie."""
+    (tmp_path / "regions.geojson").write_bytes(geojson(region))
+    [row] = wsi_mmm.run(
+        tiny_slide, output=tmp_path / "out", tasks="nuclei", features=False, regions=tmp_path / "regions.geojson",
+        tissue=str(_tissue_file(tmp_path)),
+    ).slides  # fmt: skip
+    assert row.status == "failed" and message in row.error
+
+
+def _tissue_file(folder: Path) -> Path:
+    """Tissue in the middle of the slide only, so that its corner is glass."""
+    (folder / "tissue.geojson").write_bytes(geojson((600, 400, 200, 200)))
+    return folder / "tissue.geojson"

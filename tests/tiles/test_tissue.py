@@ -250,6 +250,41 @@ def test_what_is_no_mask_of_the_slide_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_black_on_transparent_is_a_mask_of_what_is_drawn(tmp_path: Path) -> None:
+    """Drawing programs save outlines filled black on nothing."""
+    drawn = np.zeros((60, 80, 4), np.uint8)
+    drawn[15:30, 40:60, 3] = 255
+    Image.fromarray(drawn).save(tmp_path / "m.png")
+    found = tissue_mask(array_slide(np.full((*SIZE, 3), 255, np.uint8)), str(tmp_path / "m.png"))
+    assert (found.mask == (drawn[..., 3] > 0)).all()
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_mask_that_selects_nothing_is_an_error(tmp_path: Path, alpha: bool) -> None:
+    """All zero would end as an empty slide, exit code 0."""
+    Image.fromarray(np.zeros((60, 80, 4 if alpha else 3), np.uint8)).save(tmp_path / "m.png")
+    with pytest.raises(AnnotationError, match="no pixel of the mask is set"):
+        tissue_mask(array_slide(np.full((*SIZE, 3), 255, np.uint8)), str(tmp_path / "m.png"))
+
+
+def test_a_thumbnail_is_no_mask(tmp_path: Path) -> None:
+    """White glass and coloured tissue are nonzero both: taken as a mask it would select everything."""
+    picture_ = np.full((60, 80, 3), 250, np.uint8)
+    picture_[15:30, 40:60] = (200, 50, 120)
+    Image.fromarray(picture_).save(tmp_path / "m.png")
+    with pytest.raises(AnnotationError, match=r"no mask \(a thumbnail\?\)"):
+        tissue_mask(array_slide(np.full((*SIZE, 3), 255, np.uint8)), str(tmp_path / "m.png"))
+
+
+def test_outlines_off_the_slide_are_an_error_that_says_where_they_lie(tmp_path: Path) -> None:
+    """Outlines of another slide, or in µm, lie wholly beside it."""
+    ring = [[5000, 6000], [7000, 6000], [7000, 8000], [5000, 6000]]
+    (tmp_path / "a.geojson").write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    with pytest.raises(AnnotationError, match=r"x 5000 to 7000, y 6000 to 8000.*px of level 0") as caught:
+        tissue_mask(array_slide(np.full((*SIZE, 3), 255, np.uint8)), str(tmp_path / "a.geojson"))
+    assert "\n" not in str(caught.value)
+
+
 # --------------------------------------------------------------------------------------------- selecting tiles
 
 

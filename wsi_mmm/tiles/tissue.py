@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import shapely
 from PIL import Image
 
 from wsi_mmm.annotations import find_format, parse_shapes, rasterise
@@ -160,7 +162,19 @@ def _from_shapes(data: bytes, name: str, info: SlideInfo) -> TissueMask:
         raise AnnotationError(f"{name}: no polygon is in it: draw the tissue, or use --tissue auto")
     scale = max(max(info.width, info.height) / SHAPES_SIDE, 1.0)
     size = math.ceil(info.height / scale), math.ceil(info.width / scale)
-    return TissueMask(rasterise(shapes, size, scale_x=scale, scale_y=scale), scale, scale)
+    mask = rasterise(shapes, size, scale_x=scale, scale_y=scale)
+    if not mask.any():
+        raise AnnotationError(off_slide(name, [shape.geometry for shape in shapes], info))
+    return TissueMask(mask, scale, scale)
+
+
+def off_slide(name: str, geometries: Sequence[shapely.Geometry], info: SlideInfo) -> str:
+    """The message for outlines that select nothing of a slide: where they lie, and where the slide does."""
+    x0, y0, x1, y1 = shapely.total_bounds(geometries)
+    return (
+        f"{name}: its outlines (x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}) hold no pixel of the slide, which has "
+        f"{info.width} x {info.height} px: give them in px of level 0 of this slide"
+    )
 
 
 def _from_picture(data: bytes, name: str, info: SlideInfo) -> TissueMask:
@@ -172,11 +186,16 @@ def _from_picture(data: bytes, name: str, info: SlideInfo) -> TissueMask:
             f"{name}: a mask of {width} x {height} px does not have the aspect of the slide's {info.width} x "
             f"{info.height} px: give a mask of the whole slide, such as {width} x {max(1, round(expected))} px"
         )
+    if not mask.any():
+        raise AnnotationError(f"{name}: no pixel of the mask is set: nonzero pixels are tissue; or use --tissue auto")
     return TissueMask(mask, info.width / width, info.height / height)
 
 
 def _read_picture(data: bytes, name: str) -> Mask:
-    """Nonzero pixels of a picture (of any channel but alpha; where alpha is zero, nothing)."""
+    """Nonzero pixels of a picture (of any channel but alpha; where alpha is zero, nothing).
+
+    A picture that is black wherever it is not transparent is a mask of what is not transparent.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -192,4 +211,12 @@ def _read_picture(data: bytes, name: str) -> Mask:
     if values.ndim == 2:
         return np.asarray(values != 0, bool)
     colour = values[..., :-1] if alpha else values
-    return np.asarray((colour != 0).any(axis=2) & (values[..., -1] != 0 if alpha else True), bool)
+    drawn = (colour != 0).any(axis=2)
+    if alpha:
+        opaque = values[..., -1] != 0
+        return np.asarray(drawn & opaque if (drawn & opaque).any() else opaque & ~opaque.all(), bool)
+    if drawn.all() and colour.shape[2] >= 3 and (colour[..., 0] != colour[..., 2]).any():
+        raise AnnotationError(
+            f"{name}: a colour picture without a black pixel is no mask (a thumbnail?): glass must be 0 in it"
+        )
+    return np.asarray(drawn, bool)

@@ -6,16 +6,17 @@ import hashlib
 from dataclasses import replace
 
 import numpy as np
+import shapely
 
 from wsi_mmm.engine.stages import workdir
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
-from wsi_mmm.errors import ManifestError, OutputError
+from wsi_mmm.errors import AnnotationError, ManifestError, OutputError
 from wsi_mmm.model.identity import device_kind
 from wsi_mmm.outputs.inside import Regions, regions_of
 from wsi_mmm.storage import store
 from wsi_mmm.tiles.grid import make_grid, tile_boxes
-from wsi_mmm.tiles.tissue import select_tiles, tissue_mask, tissue_share
+from wsi_mmm.tiles.tissue import off_slide, select_tiles, tissue_mask, tissue_share
 from wsi_mmm.types import F32, I64
 
 
@@ -39,7 +40,13 @@ def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
     mask = tissue_mask(slide, task.mask or recipe.options.tissue)
     index = select_tiles(grid, mask, min_tissue=recipe.options.min_tissue)
     if (regions := regions_of_interest(task)) is not None:
-        index = index[regions.touched(tile_boxes(grid, index))]
+        chosen = index[regions.touched(tile_boxes(grid, index))]
+        if len(index) and not len(chosen):
+            name = store.redact(recipe.options.regions or "")
+            if not shapely.intersects(regions.area, shapely.box(0, 0, slide.info.width, slide.info.height)):
+                raise AnnotationError(off_slide(name, [regions.area], slide.info))
+            raise AnnotationError(f"{name}: no tissue lies in its regions; draw them on tissue, or add --tissue none")
+        index = chosen
     plan = _make_plan(ctx, task, index, tissue_share(grid, mask, index))
     workdir.save_arrays(workdir.plan_uri(plan.slide), {"index": plan.index, "tissue": plan.tissue})
     return plan, None
