@@ -88,14 +88,14 @@ def test_a_run_works_only_in_its_regions(tiny_slide: Path, tmp_path: Path) -> No
     assert (tmp_path / "out" / some.id / "overlay.png").exists()
     [again] = wsi_mmm.run(tiny_slide, **told).slides
     assert again.extra["resumed"] and again.objects == some.objects
-    file.write_bytes(geojson((700, 500, 10, 10)))
+    file.write_bytes(geojson((700, 300, 710, 310)))
     [other] = wsi_mmm.run(tiny_slide, **told, overlay=False).slides
     assert other.status == "done" and other.tiles <= 1 < some.tiles
 
 
 @pytest.mark.parametrize(
     ("region", "message"),
-    [((50_000, 300, 800, 500), "hold no pixel of the slide"), ((0, 0, 9, 9), "no tissue lies in its regions")],
+    [((50_000, 300, 50_800, 800), "hold no pixel of the slide"), ((0, 0, 9, 9), "no tissue lies in its regions")],
     ids=["off the slide", "on glass"],
 )
 def test_regions_that_select_nothing_fail_the_slide(
@@ -112,5 +112,5 @@ def test_regions_that_select_nothing_fail_the_slide(
 
 def _tissue_file(folder: Path) -> Path:
     """Tissue in the middle of the slide only, so that its corner is glass."""
-    (folder / "tissue.geojson").write_bytes(geojson((600, 400, 200, 200)))
+    (folder / "tissue.geojson").write_bytes(geojson((800, 600, 1000, 800)))
     return folder / "tissue.geojson"
