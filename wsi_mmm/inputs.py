@@ -220,11 +220,7 @@ def _manifest_text(uri: str, name: str) -> str:
         raise ManifestError(f"no manifest at {store.redact(uri)}") from error
     except StorageError as error:
         raise ManifestError(f"{name} cannot be read ({error})") from error
-    text = _decode_manifest(data, name).replace("\r\n", "\n").replace("\r", "\n")
-    if "\0" in text:
-        row = text[: text.index("\0")].count("\n") + 1
-        raise ManifestError(f"{name}: row {row} holds a zero byte; save the file again as CSV UTF-8")
-    return text
+    return _decode_manifest(data, name).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _decode_manifest(data: bytes, name: str) -> str:
@@ -271,6 +267,8 @@ def _row_spec(
         error = f"{name}: row {number}{reason}"
         return SlideSpec(manifest, f"{safe_id(stem(manifest))}-row-{number}", error=error)
 
+    if any("\0" in cell for cell in cells):
+        return wrong(" holds a zero byte; save the file again as CSV UTF-8")
     if any(cell.strip() for cell in cells[len(header) :]):
         return wrong(f" has {len(cells)} cells and the header {len(header)}; quote paths that hold commas")
     row = dict(zip(header, cells, strict=False))  # cells missing at the end are empty

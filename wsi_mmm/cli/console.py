@@ -70,6 +70,7 @@ def as_command(function: CommandFunction) -> Callable[..., None]:
         flags.json, flags.debug = json, debug
         try:
             code = function(**values) or OK
+            sys.stdout.flush()
         except (KeyboardInterrupt, Cancelled) as error:
             fail(error, "stopped; run the same command again to resume", STOPPED)
         except WsiError as error:
@@ -80,6 +81,7 @@ def as_command(function: CommandFunction) -> Callable[..., None]:
         except OSError as error:
             if error.errno != errno.ENOSPC or error.filename is not None:
                 fail_unexpected(error)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the rest fails again as Python ends
             fail(error, "standard output is on a full device; free space there, results are where --output says", 1)
         except (typer.Exit, typer.Abort):
             raise
