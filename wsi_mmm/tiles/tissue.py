@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import shapely
 from PIL import Image
 
 from wsi_mmm.annotations import find_format, parse_shapes, rasterise
@@ -164,13 +163,14 @@ def _from_shapes(data: bytes, name: str, info: SlideInfo) -> TissueMask:
     size = math.ceil(info.height / scale), math.ceil(info.width / scale)
     mask = rasterise(shapes, size, scale_x=scale, scale_y=scale)
     if not mask.any():
-        raise AnnotationError(off_slide(name, [shape.geometry for shape in shapes], info))
+        corners = np.array([shape.geometry.bounds for shape in shapes])
+        raise AnnotationError(off_slide(name, (*corners[:, :2].min(axis=0), *corners[:, 2:].max(axis=0)), info))
     return TissueMask(mask, scale, scale)
 
 
-def off_slide(name: str, geometries: Sequence[shapely.Geometry], info: SlideInfo) -> str:
-    """The message for outlines that select nothing of a slide: where they lie, and where the slide does."""
-    x0, y0, x1, y1 = shapely.total_bounds(geometries)
+def off_slide(name: str, bounds: Sequence[float], info: SlideInfo) -> str:
+    """The message for outlines that select nothing of a slide: where they lie (x0, y0, x1, y1), and where it does."""
+    x0, y0, x1, y1 = bounds
     return (
         f"{name}: its outlines (x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}) hold no pixel of the slide, which has "
         f"{info.width} x {info.height} px: give them in px of level 0 of this slide"

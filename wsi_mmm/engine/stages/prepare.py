@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import replace
 
 import numpy as np
-import shapely
 
 from wsi_mmm.engine.stages import workdir
 from wsi_mmm.engine.stages.context import UnitContext
@@ -43,8 +42,8 @@ def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
         chosen = index[regions.touched(tile_boxes(grid, index))]
         if len(index) and not len(chosen):
             name = store.redact(recipe.options.regions or "")
-            if not shapely.intersects(regions.area, shapely.box(0, 0, slide.info.width, slide.info.height)):
-                raise AnnotationError(off_slide(name, [regions.area], slide.info))
+            if not regions.touched(np.array([[0.0, 0.0, slide.info.width, slide.info.height]])).any():
+                raise AnnotationError(off_slide(name, regions.area.bounds, slide.info))
             raise AnnotationError(f"{name}: no tissue lies in its regions; draw them on tissue, or add --tissue none")
         index = chosen
     plan = _make_plan(ctx, task, index, tissue_share(grid, mask, index))
