@@ -40,7 +40,7 @@ def check(name: str, score: Score, slack: float = 0.0) -> None:
     before, after = score.before[name].get(spec.metric, 0.0), score.after[name][spec.metric]
     assert after >= spec.score - slack, (name, score.before[name], score.after[name])
     assert after >= before + spec.gain - slack, (name, score.before[name], score.after[name])
-    assert score.seconds < 300  # several processes of the suite share the cores
+    assert score.seconds < 2 * 120  # seconds of a core: two minutes of two cores
 
 
 def test_tiles_are_classified(begun: tuple[Ground, Score]) -> None:

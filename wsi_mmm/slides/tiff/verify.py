@@ -21,6 +21,7 @@ _MOST_FINE = 1024  # px per side read at the finer level for one window
 _CELLS = 8  # both are averaged to so many cells per side
 _ALIKE, _CLOSE, _CORRELATED = 4.0, 20.0, 0.9  # mean grey levels apart: alike as such; close, if the patterns agree
 _SHARE = 0.75  # of the windows must agree
+_LARGEST_TILE = 1 << 22  # px of a native tile or strip; what is stored in larger ones is not compared, nor trusted
 
 ReadTiles = Callable[[Sequence[int]], dict[int, U8]]
 
@@ -41,8 +42,10 @@ def _same_picture(store: ByteStore, fine: Plane, coarse: Plane) -> bool:
     """Tell whether averaged windows agree; where none can be compared, whether it calls itself a reduced image."""
     ratio = fine.width / coarse.width, fine.height / coarse.height
     side = min(_SIDE, int(_MOST_FINE / max(ratio)), coarse.tile_width, coarse.tile_height)
+    if side < 4 or max(plane.tile_width * plane.tile_height for plane in (fine, coarse)) > _LARGEST_TILE:
+        return False
     read_fine, read_coarse = _tile_reader(store, fine), _tile_reader(store, coarse)
-    if side < 4 or read_fine is None or read_coarse is None:
+    if read_fine is None or read_coarse is None:
         return False
     windows = _detailed_windows(coarse, read_coarse, side)
     boxes = [(x * ratio[0], y * ratio[1], (x + side) * ratio[0], (y + side) * ratio[1]) for x, y, _ in windows]
@@ -92,8 +95,9 @@ def _detailed_windows(plane: Plane, read: ReadTiles, side: int) -> list[tuple[in
         row, column = divmod(number, plane.columns)
         left, top = column * plane.tile_width, row * plane.tile_height
         width, height = min(plane.tile_width, plane.width - left), min(plane.tile_height, plane.height - top)
-        for y in range(0, height - side + 1, side):
-            for x in range(0, width - side + 1, side):
+        # A few hundred windows a tile at most, however large it is.
+        for y in range(0, height - side + 1, max(side, height // 16)):
+            for x in range(0, width - side + 1, max(side, width // 16)):
                 window = tile[y : y + side, x : x + side]
                 found.append((float(window.std()), left + x, top + y, window))
     found.sort(key=lambda one: -one[0])
