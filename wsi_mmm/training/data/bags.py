@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from wsi_mmm.cache import CacheEntry
 from wsi_mmm.cache.slide_pool import SlidePool, TileCaching
 from wsi_mmm.errors import InputError, StorageError, WsiError
-from wsi_mmm.outputs.exports import MAX_VALUES, SlideFeatures, read_features
+from wsi_mmm.outputs.exports import MAX_VALUES, SlideFeatures, check_features, read_features
 from wsi_mmm.slides.base import Fetched
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
@@ -182,7 +182,7 @@ def read_h5(uri: str) -> SlideFeatures:
     vectors, coords = vectors.reshape(-1, vectors.shape[-1]), coords.reshape(-1, coords.shape[-1])[:, :2]
     if len(vectors) != len(coords):
         raise StorageError(f"{name} holds {len(vectors)} features and {len(coords)} coords: export it again")
-    return SlideFeatures(vectors, coords, {})
+    return check_features(SlideFeatures(vectors, coords, {}), uri)
 
 
 def _values_of(file: Any, name: str) -> Any:
