@@ -65,6 +65,14 @@ def read_features(uri: str) -> SlideFeatures:
         raise StorageError(f"{store.redact(uri)} is no features.zarr; wsi-mmm embed makes them") from error
 
 
+def read_attributes(uri: str) -> dict[str, Any]:
+    """The attributes of what `write_features` wrote, without its arrays. StorageError if there is none."""
+    try:
+        return dict(zarr.open_group(zarr_store(uri), mode="r").attrs)
+    except (GroupNotFoundError, KeyError, FileNotFoundError, ValueError) as error:
+        raise StorageError(f"{store.redact(uri)} is no features.zarr; wsi-mmm embed makes them") from error
+
+
 def check_features(features: SlideFeatures, uri: str) -> SlideFeatures:
     """Return ``features``. StorageError naming ``uri`` when some are NaN or infinite."""
     found = features.vectors
