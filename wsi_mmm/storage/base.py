@@ -59,13 +59,11 @@ def join(uri: str, *parts: str) -> str:
 
 
 def split_address(uri: str) -> SplitResult:
-    """Return the parts of a URI. Raises StorageError for one whose host or port cannot be read."""
+    """Return the parts of a URI. Raises StorageError for one whose host cannot be read."""
     try:
-        parts = urlsplit(uri)
-        _ = parts.port  # a number, when there is one
+        return urlsplit(uri)
     except ValueError as error:
-        raise StorageError(f"{redact(uri)} is no address: its host or port cannot be read; correct it") from error
-    return parts
+        raise StorageError(f"{redact(uri)} is no address: its host cannot be read; correct it") from error
 
 
 def redact(uri: str) -> str:

@@ -61,7 +61,7 @@ def read(uri: str) -> bytes:
     """Return the whole object. Raises NotFound, StorageError."""
 
     async def get(on_begin: OnBegin) -> bytes:
-        answer = await _call_server(uri, "get_object")
+        answer = await _ask_server(uri, "get_object")
         on_begin()
         async with answer["Body"] as body:
             return bytes(await body.read())
@@ -72,7 +72,7 @@ def read(uri: str) -> bytes:
 def exists(uri: str) -> bool:
     """Tell whether there is such an object. Raises StorageError when that cannot be found out."""
     try:
-        fetch(uri, 0, lambda on_begin: _call_server(uri, "head_object"))
+        fetch(uri, 0, lambda on_begin: _ask_server(uri, "head_object"))
     except NotFound:
         return False
     return True
@@ -121,11 +121,11 @@ def delete(uri: str) -> None:
 async def _get_part(uri: str, start: int, stop: int, on_begin: OnBegin) -> tuple[bytes, int, str]:
     """Return bytes, the size of the whole object and its version."""
     try:
-        answer = await _call_server(uri, "get_object", Range=f"bytes={start}-{stop - 1}")
+        answer = await _ask_server(uri, "get_object", Range=f"bytes={start}-{stop - 1}")
     except Exception as error:
         if start or "InvalidRange" not in str(error):
             raise
-        answer = await _call_server(uri, "head_object")  # no range of an empty object is valid
+        answer = await _ask_server(uri, "head_object")  # no range of an empty object is valid
         return b"", int(answer["ContentLength"]), _version_of(answer)
     on_begin()
     said = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.get("ContentRange", ""))
@@ -140,19 +140,19 @@ def _version_of(answer: dict[str, Any]) -> str:
 
 
 async def _list_page(prefix: str, options: dict[str, Any]) -> dict[str, Any]:
-    client, bucket = await _client(), split_uri(prefix)[0].removeprefix("s3://")
+    client, bucket = await _open_client(), split_uri(prefix)[0].removeprefix("s3://")
     page: dict[str, Any] = await client.list_objects_v2(Bucket=bucket, **options)
     return page
 
 
-async def _call_server(uri: str, method: str, **options: Any) -> dict[str, Any]:
+async def _ask_server(uri: str, method: str, **options: Any) -> dict[str, Any]:
     base, key = split_uri(uri)
-    call = getattr(await _client(), method)
-    answer: dict[str, Any] = await call(Bucket=base.removeprefix("s3://"), Key=key, **options)
+    ask = getattr(await _open_client(), method)
+    answer: dict[str, Any] = await ask(Bucket=base.removeprefix("s3://"), Key=key, **options)
     return answer
 
 
-async def _client() -> Any:
+async def _open_client() -> Any:
     """Return this process's client of S3 for the settings of now; called in the loop."""
     key = os.getpid(), find_settings(), storage_timeout()
     if key not in _clients:

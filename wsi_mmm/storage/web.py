@@ -231,7 +231,10 @@ def _redirect_target(answer: aiohttp.ClientResponse, uri: str, begun: yarl.URL, 
     place = answer.headers.get("Location", "")
     if not place:
         raise StorageError(f"{redact(uri)}: the server has moved it ({answer.status}) and does not say where to")
-    target = urljoin(str(url), place)
+    try:
+        target = urljoin(str(url), place)
+    except ValueError:
+        target = place  # no address, which is said below
     name = f"{redact(uri)}, redirected to {redact(target)},"
     if split_address(target).scheme not in ("http", "https"):
         raise StorageError(f"{name} leads to something else than a web server; correct the address")
