@@ -49,7 +49,8 @@ KEPT_OPEN = 16  # slides that stay open while nobody reads them
 
 @dataclass(frozen=True, slots=True)
 class SlideItem:
-    """A slide to learn from. ``mpp`` overrides what it says; ``annotations``: path or URI of its GeoJSON or ASAP XML;
+    """A slide to learn from. ``mpp`` overrides what it says; ``scene``: the number of the image to read, of a file that
+    holds several; ``annotations``: path or URI of its GeoJSON or ASAP XML;
     ``group``: its patient ("": the slide by itself); ``targets``: what is known of the whole slide, by task, and
     ``label`` the class of it that balancing goes by where tiles have none."""
 
@@ -60,11 +61,12 @@ class SlideItem:
     group: str = ""
     targets: Mapping[str, Target] = field(default_factory=dict)
     label: int = UNKNOWN
+    scene: int | None = None
 
     @property
     def slide_key(self) -> SlideKey:
         """The slide to open."""
-        return SlideKey(self.uri, self.mpp)
+        return SlideKey(self.uri, self.mpp, scene=self.scene)
 
 
 @dataclass(frozen=True, slots=True)
