@@ -208,11 +208,11 @@ def test_a_manifest_names_scenes(tmp_path: Path, two_scans: Path) -> None:
 
 
 def test_data_for_training_names_a_scene(two_scans: Path) -> None:
-    """In [[data]] of slides and of tables of slides, as mpp_override does."""
+    """In [[data]] of slides and of tables of slides; a manifest's own column comes first."""
     from wsi_mmm.training.data.slide_entries import SlidesEntry
     from wsi_mmm.training.data.slides import SlideItem
 
-    entry = SlidesEntry(name="d", kind="slides", task="t", slides=("a",), scene=0, mpp_override=0.4)
-    own, other = entry.overridden([SlideItem("a", str(two_scans)), SlideItem("b", "b.tif", 0.3, scene=2)])
-    assert (own.scene, own.mpp, other.scene, other.mpp) == (0, 0.4, 2, 0.3)
+    entry = SlidesEntry(name="d", kind="slides", task="t", slides=("a",), scene=0)
+    own, other = entry.of_scene([SlideItem("a", str(two_scans)), SlideItem("b", "b.tif", scene=2)])
+    assert (own.scene, other.scene) == (0, 2)
     assert own.slide_key.scene == 0

@@ -57,14 +57,16 @@ class TaskOfShapes(ConfigTable):
 
 class Tiled(DatasetEntry):
     """Tiles of slides. ``by`` "grid" or "objects"; ``per_slide``: at most so many; see `Places`. ``cache``: a folder or
-    URI for decoded tiles, shared with runs; ``mpp_override``: what the px of slides measure of which nothing else says
-    it; ``scene``: the number of the image to read, of files that hold several."""
+    URI for decoded tiles, shared with runs; ``mpp_override``: micrometres per px of slides, in place of what their
+    files say (a column ``mpp`` comes first). ``scene``: the number of the image to read, of files that hold several.
+    ``dot_um``: radius of the disc that a point of the annotations stands for (none: that of a cell, 4; 0: points are
+    left out)."""
 
     by: Literal["grid", "objects"] = "grid"
     stride: int = Field(default=0, ge=0)
     per_slide: int = Field(default=0, ge=0)
     min_tissue: float = Field(default=MIN_TISSUE, ge=0, le=1)
-    dot_um: float = Field(default=0.0, ge=0)
+    dot_um: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     seed: int = 0
     mpp_override: float | None = Field(default=None, gt=0)
     scene: int | None = Field(default=None, ge=0)
@@ -76,12 +78,9 @@ class Tiled(DatasetEntry):
             place.mpp, place.size, self.stride, self.by, self.per_slide, self.min_tissue, self.seed, self.dot_um
         )
 
-    def overridden(self, items: Sequence[SlideItem]) -> list[SlideItem]:
-        """The slides with ``mpp_override`` and ``scene`` where their own rows say nothing."""
-        return [
-            replace(one, mpp=one.mpp or self.mpp_override, scene=self.scene if one.scene is None else one.scene)
-            for one in items
-        ]
+    def of_scene(self, items: Sequence[SlideItem]) -> list[SlideItem]:
+        """The slides with ``scene``, where their own rows say nothing."""
+        return [replace(one, scene=self.scene if one.scene is None else one.scene) for one in items]
 
     @property
     def caching(self) -> TileCaching | None:
@@ -137,12 +136,12 @@ class SlidesEntry(Tiled):
             if annotation_file is None and self.annotations is not None:
                 continue
             known: Mapping[str, Target] = dict.fromkeys(self.task) if self.annotations is None else {}
-            found.append(SlideItem(name, uri, mpp, annotation_file, group, known, scene=scene))
+            found.append(SlideItem(name, uri, mpp or self.mpp_override, annotation_file, group, known, scene=scene))
         if not found:
             raise InputError(
                 f"data '{self.name}': none of its {len(specs)} slides has annotations at {self.annotations}"
             )
-        return self.overridden(found)
+        return self.of_scene(found)
 
     def specs(self, place: DataContext) -> list[AnnotationTarget]:
         """The annotation target of each task; none without annotations."""
@@ -168,7 +167,8 @@ class SlidesEntry(Tiled):
         """Task -> the report of its bucket table on the annotations."""
         specs, pool = self.specs(place), SlidePool(KEPT_OPEN)
         items = self.items(place) if specs else []
-        return {one.task: dry_run_slides(items, one.buckets, pool) for one in specs}
+        radius = self.places(place).dot_radius
+        return {one.task: dry_run_slides(items, one.buckets, pool, radius) for one in specs}
 
 
 class TaskColumns(ConfigTable):
@@ -216,10 +216,11 @@ class Tabled(ConfigTable):
         named = {table.groups[n]: name for name in PARTS for n in found.part(name).tolist()}
         return dict.fromkeys(table.groups, "") | named
 
-    def items(self, place: DataContext) -> list[SlideItem]:
-        """The slides with their targets."""
+    def items(self, place: DataContext, mpp_override: float | None) -> list[SlideItem]:
+        """The slides with their targets; ``mpp_override`` for those whose row names no mpp."""
         table, labels = self.read(place)
-        return slides_of_table(table, uri=self.uri, mpp=self.mpp, root=self.root, labels=labels)
+        found = slides_of_table(table, uri=self.uri, mpp=self.mpp, root=self.root, labels=labels)
+        return [replace(item, mpp=item.mpp or mpp_override) for item in found]
 
 
 class OfSlideTable(DatasetEntry):
@@ -240,7 +241,7 @@ class SlideLabels(OfSlideTable, Tiled):
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
-        items = self.overridden(self.slides.items(place))
+        items = self.of_scene(self.slides.items(place, self.mpp_override))
         return slide_tiles(self.name, items, self.places(place), caching=self.caching)
 
 
@@ -254,7 +255,7 @@ class TileBags(OfSlideTable, Tiled):
     def open(self, place: DataContext) -> DataSource:
         """The source."""
         draws = bags.Draws(self.most, self.times, self.seed)
-        items = self.overridden(self.slides.items(place))
+        items = self.of_scene(self.slides.items(place, self.mpp_override))
         return bags.tile_bags(self.name, items, self.places(place), draws, caching=self.caching)
 
 
