@@ -51,6 +51,7 @@ _COLUMNS = {
     "mpp": ("mpp", "spacing_at_level_0", "wsi_mpp", "slide_mpp"),
     "mask": ("mask_path", "mask", "tissue"),
     "id": ("sample_id", "slide_id", "id"),
+    "scene": ("scene",),
 }
 """Columns of a manifest by meaning; of several names the first counts."""
 
@@ -58,11 +59,13 @@ _COLUMNS = {
 # ------------------------------------------------------------------------------------------------ inputs
 
 
-def expand_inputs(inputs: Sequence[str | Path | SlideSpec], mpp: float | None = None) -> list[SlideSpec]:
+def expand_inputs(
+    inputs: Sequence[str | Path | SlideSpec], mpp: float | None = None, scene: int | None = None
+) -> list[SlideSpec]:
     """Return every slide that ``inputs`` name, each with an id, in the order given, sorted inside a folder or pattern.
 
     An input is a slide (path or URI), a directory (searched recursively), a glob, an ``s3://`` (or other) prefix or
-    pattern, or a manifest ``.csv``/``.tsv``. ``mpp`` applies to the slides whose manifest row says nothing.
+    pattern, or a manifest ``.csv``/``.tsv``. ``mpp`` and ``scene`` apply to the slides whose manifest row says nothing.
 
     A slide that is named outright is not checked here: if it is missing it fails alone and the others go on. What
     names many slides and finds none raises SlideNotFound; a manifest with a bad row raises ManifestError.
@@ -72,7 +75,10 @@ def expand_inputs(inputs: Sequence[str | Path | SlideSpec], mpp: float | None = 
     specs = [spec for item in inputs for spec in _expand_one(item)]
     if not specs:
         raise SlideNotFound("no slides given; name files, folders, patterns or a manifest CSV")
-    return unique_specs([spec if spec.mpp is not None else replace(spec, mpp=mpp) for spec in specs])
+    return unique_specs([
+        replace(one, mpp=mpp if one.mpp is None else one.mpp, scene=scene if one.scene is None else one.scene)
+        for one in specs
+    ])  # fmt: skip
 
 
 def _expand_one(item: str | Path | SlideSpec) -> Iterable[SlideSpec]:
@@ -293,7 +299,11 @@ def _row_spec(
     except OptionError as error:
         return wrong(f", column {columns['mpp']!r}: {error}")
     mask = _resolve_beside(said["mask"], manifest) if said.get("mask") else None
-    return SlideSpec(_resolve_beside(said["slide"], manifest), said.get("id", ""), mpp, mask)
+    chosen = "" if said.get("scene", "").lower() in _NO_VALUE else said["scene"]
+    if chosen and not re.fullmatch(r"[0-9]{1,9}", chosen):
+        return wrong(f", column {columns['scene']!r}: {chosen!r} is no number of an image, such as 0 (see 'info')")
+    scene = int(chosen) if chosen else None
+    return SlideSpec(_resolve_beside(said["slide"], manifest), said.get("id", ""), mpp, mask, scene=scene)
 
 
 def _resolve_beside(uri: str, manifest: str) -> str:
@@ -317,25 +327,30 @@ def unique_specs(specs: Sequence[SlideSpec]) -> list[SlideSpec]:
     """The same slides with ids that are safe folder names and unique without regard to case.
 
     Slides that share a file name get the name of their folder and a short hash of their URI in front of it, so an id
-    does not depend on the order of the inputs nor on how many others there are beside its namesakes.
-    A slide that is named twice is kept once; a second, different demand on a slide becomes a spec with an error.
+    does not depend on the order of the inputs nor on how many others there are beside its namesakes. A scene that was
+    chosen is part of the id. A slide that is named twice is kept once; a second, different demand on a slide becomes a
+    spec with an error.
     """
     kept: dict[str, SlideSpec] = {}
     for number, spec in enumerate(specs):
-        key = _slide_identity(spec.uri)
+        key = _slide_identity(spec)
         if spec.error:
             kept[f"{key}#{number}"] = spec
         elif replace(kept.setdefault(key, spec), uri=spec.uri) != spec:
             error = f"{store.redact(spec.uri)} is given twice with different id, mpp or mask; keep one"
-            kept[f"{key}#{number}"] = SlideSpec(
-                spec.uri, f"{safe_id(spec.id or stem(spec.uri))}-again-{number}", error=error
-            )
-    ids = [safe_id(spec.id or stem(spec.uri)) for spec in kept.values()]
+            kept[f"{key}#{number}"] = SlideSpec(spec.uri, f"{_own_id(spec)}-again-{number}", error=error)
+    ids = [_own_id(spec) for spec in kept.values()]
     namesakes = Counter(name.lower() for name in ids)
     return [
         replace(spec, id=_qualified_id(spec, name, key) if namesakes[name.lower()] > 1 else name)
         for (key, spec), name in zip(kept.items(), ids, strict=True)
     ]
+
+
+def _own_id(spec: SlideSpec) -> str:
+    """The id as given, or of the file's name and the scene."""
+    chosen = "" if spec.scene is None else f"-scene-{spec.scene}"
+    return safe_id(spec.id or stem(spec.uri) + chosen)
 
 
 def _qualified_id(spec: SlideSpec, name: str, identity: str) -> str:
@@ -345,8 +360,9 @@ def _qualified_id(spec: SlideSpec, name: str, identity: str) -> str:
     return f"{folder[:40]}-{name}-{sha256(identity.encode()).hexdigest()[:8]}"
 
 
-def _slide_identity(uri: str) -> str:
-    return os.path.abspath(_local_path(uri)) if store.is_local(uri) else uri
+def _slide_identity(spec: SlideSpec) -> str:
+    place = os.path.abspath(_local_path(spec.uri)) if store.is_local(spec.uri) else spec.uri
+    return place if spec.scene is None else f"{place}?scene={spec.scene}"
 
 
 def stem(uri: str) -> str:
