@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from wsi_mmm.config import SlideSpec
 from wsi_mmm.errors import InputError, ManifestError, NotFound, OptionError, SlideNotFound, StorageError
@@ -22,6 +22,7 @@ from wsi_mmm.options import positive_mpp
 from wsi_mmm.plugins import plugin_names
 from wsi_mmm.slides.dicom import is_dicom, one_per_series
 from wsi_mmm.storage import store
+from wsi_mmm.storage.patterns import match_uris
 
 # fmt: off
 SUFFIXES = frozenset((
@@ -97,8 +98,16 @@ def _local_slides(path: str) -> list[str]:
         return _files_below(path)
     if os.path.exists(path) or not glob.has_magic(path):
         return [path]  # a missing file fails alone, when it is opened
-    found = filter(os.path.isfile, glob.glob(path, recursive=True))
+    found = filter(os.path.isfile, glob.glob(_escape_existing(path), recursive=True))
     return _require_slides(one_per_series(sorted(found)), f"no file matches {path}")
+
+
+def _escape_existing(path: str) -> str:
+    """Return a pattern in which folders that are there under just that name, such as ``run[1]``, mean themselves."""
+    head, tail = os.path.split(path)
+    if not tail or head == path:
+        return path
+    return os.path.join(glob.escape(head) if os.path.isdir(head) else _escape_existing(head), tail)
 
 
 def _files_below(folder: str) -> list[str]:
@@ -140,29 +149,32 @@ def _counted(suffixes: Mapping[str, int]) -> str:
 
 
 def _remote_slides(uri: str) -> list[str]:
-    """A pattern, or a prefix (ends in ``/``, or no suffix), is listed; anything else, and a web address, is a slide."""
-    fixed = re.split(r"[*\[]", uri, maxsplit=1)[0]
-    if uri.lower().startswith(("http://", "https://", "wsi://")):
+    """A prefix (ends in ``/``, or no suffix of a slide) or a pattern is listed, unless there is an object of just that
+    name; anything else, and a web address, is a slide."""
+    if store.scheme_of(uri) in ("http", "https", "wsi"):
         return [uri]
+    fixed = re.split(r"[*?\[]", uri, maxsplit=1)[0]
     if fixed != uri:
-        if fixed.count("/") < 3:
-            raise InputError(f"{store.redact(uri)}: name the bucket; only what follows it can be a pattern")
-        wanted = re.compile(_glob_regex(uri))
-        found = [name for name in store.list_uris(fixed[: fixed.rfind("/")]) if wanted.fullmatch(name)]
-        return _require_slides(found, f"nothing matches {store.redact(uri)}")
-    if "." in _file_name(uri) and not uri.endswith("/"):
+        return _matching_objects(uri, fixed)
+    name = _file_name(uri)
+    if "." in name and not uri.endswith("/") and (is_slide_name(name) or store.exists(uri)):
         return [uri]
     found = [name for name in store.list_uris(uri) if is_slide_name(name)]
+    if not found and "." in name and not uri.endswith("/"):
+        return [uri]  # it fails alone, when it is opened
     return _require_slides(found, f"no slide below {store.redact(uri)} (looked for {_shown_suffixes()})")
 
 
-def _glob_regex(glob_text: str) -> str:
-    """Glob to regular expression: ``*`` stays inside a folder, ``**`` crosses folders, ``[abc]`` as usual."""
-    replacements = {r"**/": r"(?:.*/)?", r"**": r".*", r"*": r"[^/]*"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\[[^\]]+\])", glob_text)
-    return "".join(
-        replacements.get(part) or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part))
-        for part in parts
+def _matching_objects(uri: str, fixed: str) -> list[str]:
+    """The objects that a pattern matches, or the slides below the prefixes that it matches; ``fixed``: its text before
+    the first sign of a pattern."""
+    if fixed.count("/") < 3:
+        raise InputError(f"{store.redact(uri)}: name the bucket; only what follows it can be a pattern")
+    if not uri.endswith("/") and store.exists(uri):
+        return [uri]
+    found, below = match_uris(uri, store.list_uris(fixed[: fixed.rfind("/") + 1]))
+    return _require_slides(
+        found or [one for one in below if is_slide_name(one)], f"nothing matches {store.redact(uri)}"
     )
 
 
@@ -362,9 +374,12 @@ def stem(uri: str) -> str:
 
 def _file_name(uri: str) -> str:
     """The last part of the path. An object-store key may hold ``?`` and ``#``; in a web address they end the path."""
-    if uri.lower().startswith(("http://", "https://", "wsi://")):
-        return PurePosixPath(unquote(urlsplit(uri).path)).name
-    return PurePosixPath(_local_path(uri) if store.is_local(uri) else uri.partition("://")[2]).name
+    if store.is_local(uri):
+        return PurePosixPath(_local_path(uri)).name
+    path = uri.partition("://")[2].partition("/")[2]
+    if store.scheme_of(uri) in ("http", "https", "wsi"):
+        path = unquote(re.split("[?#]", path, maxsplit=1)[0])
+    return PurePosixPath(path).name
 
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|report)(\..*)?", re.IGNORECASE)
