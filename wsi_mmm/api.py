@@ -20,7 +20,7 @@ from wsi_mmm.engine.monitoring.run_report import RunReport, load_report
 from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.engine.units import Executor
 from wsi_mmm.errors import PluginError
-from wsi_mmm.options import RunKeywords, make_options
+from wsi_mmm.options import LEAST_TISSUE, RunKeywords, make_options
 from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.requests import Slides, check_runtime_here, encoder_recipe, model_recipe, request_run
 from wsi_mmm.slides import Slide
@@ -200,12 +200,15 @@ def stream_tiles(
     overlap: int = 0,
     *,
     tissue: str = "auto",
+    min_tissue: float = LEAST_TISSUE,
     batch_size: int = 64,
     workers: int = 2,
 ) -> Iterator[Batch]:
     """Yield the tiles of a slide: ``.pixels`` uint8[n, size, size, 3], ``.xy`` int64[n, 2] level-0 px (x, y).
 
-    The order is fixed, the last batch may be short; ``workers`` threads read ahead of the caller.
+    The tiles and their sequence (row by row) are those of `embed` with the same options: ``.xy`` of all batches are the
+    ``coords`` of its features. The last batch may be short; ``workers`` threads read ahead of the caller. Holds up to
+    two rows of tiles, or some 256 MB.
     """
     from wsi_mmm.slides import open_slide
     from wsi_mmm.tiles.grid import make_grid
@@ -216,8 +219,8 @@ def stream_tiles(
     try:
         held.scale(mpp)
         grid = make_grid(held.info, mpp, tile=size, overlap=overlap)
-        index = select_tiles(grid, tissue_mask(held, tissue))
-        yield from stream(held.reader, grid, index, batch_size=batch_size, workers=workers)
+        index = select_tiles(grid, tissue_mask(held, tissue), min_tissue)
+        yield from stream(held.reader, grid, index, batch_size=batch_size, workers=workers, by_row=True)
     finally:
         if held is not slide:
             held.close()

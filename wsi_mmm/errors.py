@@ -41,6 +41,18 @@ def first_line(error: BaseException, most: int = 200) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
+def printable(text: str) -> str:
+    """``text`` as UTF-8 can hold it: bytes of a file name that are no UTF-8 are written as ``\\xe9``."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        except UnicodeEncodeError:  # halves of a character, as JSON may hold them
+            return text.encode("utf-8", "backslashreplace").decode()
+    return text
+
+
 class WsiError(Exception):
     """Base of the tree. ``str(error)`` is one line a user can act on."""
 

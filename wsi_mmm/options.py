@@ -24,6 +24,9 @@ Placement = Literal["beside", "pool"]
 ValueCheck = Callable[[str, Any], str]
 """Returns what is wrong with the value of a named option, as a message; empty when it is right."""
 
+LEAST_TISSUE = 0.02
+"""Share of a tile that must be tissue, unless a user says otherwise."""
+
 WHAT, HOW, WHERE, SLIDES, WATCH = "What to compute", "How to compute it", "Where results go", "Slides", "Watch it"
 BOTH: tuple[CommandName, ...] = ("run", "embed")
 CHANGES_VALUES: tuple[Affects, ...] = ("values", "result")
@@ -170,7 +173,7 @@ class RunOptions:
         see="[outputs](outputs.md)",
     )  # fmt: skip
     min_tissue: float = _run_option(
-        0.02, "Share of a tile that must be tissue.", panel=WHAT, affects=CHANGES_RESULT, check=_check_share
+        LEAST_TISSUE, "Share of a tile that must be tissue.", panel=WHAT, affects=CHANGES_RESULT, check=_check_share
     )
     mpp_override: float | None = _run_option(
         None, "Take the slides' own pixel to be this many micrometres wide.", "--mpp-override",

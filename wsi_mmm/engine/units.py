@@ -152,7 +152,7 @@ class UnitFacts:
 
 @dataclass(frozen=True, slots=True)
 class SlideSummary:
-    """The parts of slide.json that reports show."""
+    """The parts of slide.json that reports show. ``cost``: the row of the run that did the slide, when that is kept."""
 
     status: SlideStatus
     tiles: int = 0
@@ -162,6 +162,7 @@ class SlideSummary:
     mpp_effective: float | None = None
     reader: str | None = None
     answers: Mapping[str, str | float | None] | None = None
+    cost: Mapping[str, Any] | None = None
 
     @property
     def object_count(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from wsi_mmm.errors import printable
 from wsi_mmm.storage.ranges import Buffer, Counter, Ranges
 
 HEAD = 256 << 10  # bytes: the header, and in most slides the tables of tiles behind it
@@ -52,7 +53,8 @@ def join(uri: str, *parts: str) -> str:
 
 
 def redact(uri: str) -> str:
-    """Return ``uri`` without user, password, query and fragment, fit to be shown."""
+    """Return ``uri`` without user, password, query and fragment, fit to be shown: see `printable`."""
+    uri = printable(uri)
     if is_local(uri):
         return uri
     parts = urlsplit(uri)

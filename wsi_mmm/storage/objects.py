@@ -118,6 +118,17 @@ def list_uris(prefix: str) -> list[str]:
     return sorted(list_sizes(prefix, recursive=True))
 
 
+def list_folders(prefix: str) -> list[str]:
+    """Return the names of the folders directly in a folder-like prefix, sorted: a request for each thousand."""
+    store, path = _find_store(prefix, retries=True)
+
+    def list_prefixes() -> list[str]:
+        with translate_errors(prefix):
+            return list(load_obstore().list_with_delimiter(store, prefix=path.rstrip("/") or None)["common_prefixes"])
+
+    return sorted(found.rstrip("/").rpartition("/")[2] for found in retry_transient(list_prefixes))
+
+
 def list_sizes(prefix: str, *, recursive: bool = False) -> dict[str, int]:
     """Return the bytes of every object in a folder-like prefix, by URI; with ``recursive`` of those below it too."""
     store, path = _find_store(prefix, retries=True)
