@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -56,13 +57,15 @@ class TaskOfShapes(ConfigTable):
 
 class Tiled(DatasetEntry):
     """Tiles of slides. ``by`` "grid" or "objects"; ``per_slide``: at most so many; see `Places`. ``cache``: a folder or
-    URI for decoded tiles, shared with runs; ``mpp_override``: what the slides' own px measure."""
+    URI for decoded tiles, shared with runs; ``mpp_override``: micrometres per px of slides, in place of what their
+    files say (a column ``mpp`` comes first). ``dot_um``: radius of the disc that a point of the annotations stands for
+    (none: that of a cell, 4; 0: points are left out)."""
 
     by: Literal["grid", "objects"] = "grid"
     stride: int = Field(default=0, ge=0)
     per_slide: int = Field(default=0, ge=0)
     min_tissue: float = Field(default=MIN_TISSUE, ge=0, le=1)
-    dot_um: float = Field(default=0.0, ge=0)
+    dot_um: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     seed: int = 0
     mpp_override: float | None = Field(default=None, gt=0)
     cache: str | None = None
@@ -158,7 +161,8 @@ class SlidesEntry(Tiled):
         """Task -> the report of its bucket table on the annotations."""
         specs, pool = self.specs(place), SlidePool(KEPT_OPEN)
         items = self.items(place) if specs else []
-        return {one.task: dry_run_slides(items, one.buckets, pool) for one in specs}
+        radius = self.places(place).dot_radius
+        return {one.task: dry_run_slides(items, one.buckets, pool, radius) for one in specs}
 
 
 class TaskColumns(ConfigTable):
@@ -206,10 +210,11 @@ class Tabled(ConfigTable):
         named = {table.groups[n]: name for name in PARTS for n in found.part(name).tolist()}
         return dict.fromkeys(table.groups, "") | named
 
-    def items(self, place: DataContext) -> list[SlideItem]:
-        """The slides with their targets."""
+    def items(self, place: DataContext, mpp_override: float | None) -> list[SlideItem]:
+        """The slides with their targets; ``mpp_override`` for those whose row names no mpp."""
         table, labels = self.read(place)
-        return slides_of_table(table, uri=self.uri, mpp=self.mpp, root=self.root, labels=labels)
+        found = slides_of_table(table, uri=self.uri, mpp=self.mpp, root=self.root, labels=labels)
+        return [replace(item, mpp=item.mpp or mpp_override) for item in found]
 
 
 class OfSlideTable(DatasetEntry):
@@ -230,7 +235,8 @@ class SlideLabels(OfSlideTable, Tiled):
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
-        return slide_tiles(self.name, self.slides.items(place), self.places(place), caching=self.caching)
+        items = self.slides.items(place, self.mpp_override)
+        return slide_tiles(self.name, items, self.places(place), caching=self.caching)
 
 
 class TileBags(OfSlideTable, Tiled):
@@ -243,7 +249,8 @@ class TileBags(OfSlideTable, Tiled):
     def open(self, place: DataContext) -> DataSource:
         """The source."""
         draws = bags.Draws(self.most, self.times, self.seed)
-        return bags.tile_bags(self.name, self.slides.items(place), self.places(place), draws, caching=self.caching)
+        items = self.slides.items(place, self.mpp_override)
+        return bags.tile_bags(self.name, items, self.places(place), draws, caching=self.caching)
 
 
 class FeatureBags(OfSlideTable):
