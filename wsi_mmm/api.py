@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from wsi_mmm.engine.units import Executor
 from wsi_mmm.errors import PluginError
 from wsi_mmm.options import LEAST_TISSUE, RunKeywords, make_options
 from wsi_mmm.plugins import load_plugin, plugin_names
-from wsi_mmm.requests import Slides, check_runtime_here, encoder_recipe, model_recipe, request_run
+from wsi_mmm.requests import Slides, check_recipe_here, encoder_recipe, model_recipe, request_run
 from wsi_mmm.slides import Slide
 from wsi_mmm.types import Batch
 
@@ -90,12 +91,13 @@ def run_request(
 ) -> RunRequest:
     """Return the run that `run` would execute, with the same checks; no slide is opened."""
     asked = make_options(options, workers=workers, scheduler=scheduler)
-    return check_runtime_here(request_run(slides, model_recipe(str(model), tasks, asked), output))
+    return request_run(slides, check_recipe_here(model_recipe(str(model), tasks, asked)), output)
 
 
 def execute(request: RunRequest, progress: Listener | None = None, *, observe: Observe = NOTHING) -> RunReport:
     """Execute a run, in this process, in local processes or on a cluster, as its options say. Raises as `run` does."""
-    return run_slides(request, partial(make_executor, request), progress or silent, observe=observe)
+    listener = progress or (_log_warning if observe == NOTHING else silent)
+    return run_slides(request, partial(make_executor, request), listener, observe=observe)
 
 
 def submit(
@@ -190,7 +192,7 @@ def embed_request(
 ) -> RunRequest:
     """Return the run that `embed` would execute, with the same checks; no slide is opened."""
     asked = make_options(options, workers=workers, scheduler=scheduler)
-    return check_runtime_here(request_run(slides, encoder_recipe(encoder, weights, asked), output))
+    return request_run(slides, check_recipe_here(encoder_recipe(encoder, weights, asked)), output)
 
 
 def stream_tiles(
@@ -294,6 +296,12 @@ def make_executor(request: RunRequest) -> Executor:
     from wsi_mmm.engine.executors.threads import ThreadsExecutor
 
     return ThreadsExecutor(request.recipe)
+
+
+def _log_warning(event: Event) -> None:
+    """Show the warnings of a run that nobody listens to, by Python's logging."""
+    if event.kind == "warning":
+        logging.getLogger(__name__).warning("%s", event.message)
 
 
 def _scheduler_address(client: Client | str) -> str | None:

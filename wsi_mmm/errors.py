@@ -20,6 +20,7 @@
     │   └── OutputError          the output cannot be written (permission, disk full)
     │       └── OutputTaken      another run is working on the same output
     ├── ModelError               a model file is missing, broken or does not fit
+    │   └── ModelNotLoaded       the model of a run cannot be used by any slide
     ├── MissingPackage           an optional package is needed and not installed
     ├── PluginError              a package that extends wsi_mmm cannot be used
     ├── ClusterError             the scheduler, its workers or another rank cannot do the work
@@ -142,6 +143,10 @@ class OutputTaken(OutputError):
 
 class ModelError(WsiError):
     """A model file is missing, broken, or does not fit its card."""
+
+
+class ModelNotLoaded(ModelError):
+    """The model of a run cannot be loaded or made ready here: no slide can be done with it."""
 
 
 class MissingPackage(WsiError):

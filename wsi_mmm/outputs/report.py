@@ -117,9 +117,10 @@ def _page_header(facts: Mapping[str, Any], slides: Sequence[SlideRow]) -> str:
         ("tiles/s", f"{now / seconds:,.1f}" if seconds else "–"),
         ("read", _bytes_text(read)),
     ]
+    warnings = "".join(f'<p class="error">{_html_text(text)}</p>' for text in facts.get("warnings") or ())
     boxes = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in totals)
     return (
-        f"<header><h1>wsi-mmm <small>{_html_text(facts.get('wsi_mmm_version', ''))}</small></h1>"
+        f"<header><h1>wsi-mmm <small>{_html_text(facts.get('wsi_mmm_version', ''))}</small></h1>{warnings}"
         f"<p>{_html_text(facts.get('started', ''))} · {_html_text(facts.get('device', ''))} {chips}</p></header>"
         f'<section class="figures">{boxes}</section>'
     )
@@ -191,7 +192,7 @@ def _slide_card(number: int, row: SlideRow, overlay: bytes | None) -> str:
 def _file_link(slide: str, uri: str, html: str) -> str:
     """``html`` as a link to a file of a slide's folder, which lies beside the report; unchanged for other files."""
     _, found, name = uri.rpartition(f"/{slide}/")
-    return f'<a href="{_html_text(quote(f"./{slide}/{name}"))}">{html}</a>' if found else html
+    return f'<a href="{_html_text(quote(printable(f"./{slide}/{name}")))}">{html}</a>' if found else html
 
 
 def _stage_bars(stages: Mapping[str, float]) -> str:

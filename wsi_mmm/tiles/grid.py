@@ -44,7 +44,7 @@ def make_grid(info: SlideInfo, mpp: float, *, tile: int = 512, overlap: int = 64
     if min(scale_x, scale_y) < MIN_SCALE and not allow_upsample:
         raise OptionError(
             f"mpp {mpp:g} is more than twice as fine as the slide ({info.mpp_x:g}): "
-            f"ask for {MIN_SCALE * mpp / min(scale_x, scale_y):g} or more, or allow upsampling"
+            f"ask for {MIN_SCALE * mpp / min(scale_x, scale_y):g} or more"
         )
     width, height = _target_size(info.width, scale_x), _target_size(info.height, scale_y)
     columns, rows = _count_tiles(width, tile, overlap), _count_tiles(height, tile, overlap)

@@ -18,7 +18,7 @@ from wsi_mmm.engine.events import SlideStatus
 from wsi_mmm.engine.monitoring.accounting import RunAccounting, SlideTotals, busy_share, round_seconds
 from wsi_mmm.engine.monitoring.slide_rows import keep_row, with_kept_cost, write_slide_tables
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.scheduler import SlideState
+from wsi_mmm.engine.scheduler import SlideState, enlarged_text
 from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.errors import OptionError, OutputError, StorageError
 from wsi_mmm.outputs import exports
@@ -34,7 +34,8 @@ class RunReport:
 
     ``exit_code``: 0 every slide succeeded, 3 some failed or have tiles that could not be read, 4 none succeeded.
     ``unsaved``: why report.json and report.html could not be written; then a code of 0 is 3, too.
-    ``accounting``: where the time went, from the units and results that it is shown.
+    ``warnings``: what was said when it began. ``accounting``: where the time went, from the units and results that it
+    is shown.
     """
 
     output: str
@@ -45,6 +46,7 @@ class RunReport:
     seconds: float = 0.0
     device: str = ""
     unsaved: str = ""
+    warnings: list[str] = field(default_factory=list)
     accounting: RunAccounting = field(default_factory=RunAccounting)
 
     @property
@@ -90,7 +92,8 @@ class RunReport:
             "argv": [store.redact(word) for word in sys.argv],
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(self.seconds, 3),
-            "device": self._device_names(), "slides_asked": len(self.names), "workers": self.accounting.worker_rows(),
+            "device": self._device_names(), "warnings": self.warnings,
+            "slides_asked": len(self.names), "workers": self.accounting.worker_rows(),
         }  # fmt: skip
         store.write_bytes(store.join(self.output, "report.json"), report_json(facts, self.slides))
         if any("answers" in row.extra for row in self.slides):
@@ -183,6 +186,7 @@ def _extra_facts(state: SlideState, totals: SlideTotals) -> dict[str, object]:
         "device": ", ".join(sorted(totals.devices)) or None,
         "encoder": [json.loads(facts) for facts in sorted(set(totals.encoders.values()))],
         **({"tile_cache": state.tile_cache} if state.tile_cache else {}),
+        **({"warning": text} if state.plan and (text := enlarged_text(state.plan)) else {}),
         "reader": (summary and summary.reader) or (state.plan.info.reader if state.plan else None),
         "time": round_seconds(totals.seconds),
         **({"traceback": state.traceback} if state.traceback else {}),  # only for faults that are not the user's
