@@ -1,4 +1,4 @@
-"""Whether the weights of an encoder can be had from the Hugging Face Hub: said in seconds, in one line.
+"""A look at the Hugging Face Hub before weights are asked for: what cannot be had is said in seconds, in one line.
 
 The Hub's own client tries again and again, two and a half minutes for one file, before it says that nobody answers.
 """
