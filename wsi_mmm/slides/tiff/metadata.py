@@ -61,7 +61,7 @@ def describe(store: ByteStore, directories: Sequence[Directory], name: str, scen
     pyramid = find_pyramid(directories, vendor, name, scene)
     top = pyramid.top
     properties = _aperio_properties(text) if vendor == "aperio" and pyramid.usual else {}
-    declared = "" if pyramid.ome is None else pyramid.ome.pixels.get("SignificantBits", "")
+    declared = "" if top.ome is None else top.ome.pixels.get("SignificantBits", "")
     bits = int(declared) if re.fullmatch(r"[0-9]{1,2}", declared) else 0
     pyramid = replace(pyramid, planes=with_used_bits(store, pyramid.planes, bits))
     planes = confirmed_planes(store, pyramid.planes, pyramid.doubtful)
