@@ -27,18 +27,26 @@ Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
 
 
 def model_recipe(model: str, tasks: str | Sequence[str] | None, options: RunOptions) -> Recipe:
-    """Return the recipe of a model's tasks (None: all of them). Raises OptionError, ModelError."""
+    """Return the recipe of a model's tasks (None: those that its card lists for that, else all). Raises OptionError,
+    ModelError."""
     here = fetch_model(model, user_cache())
     card = read_card(here)
     known = [task.name for task in card.tasks]
-    wanted = ([tasks] if isinstance(tasks, str) else tasks) or known
+    wanted = ([tasks] if isinstance(tasks, str) else tasks) or card.default_tasks or known
     for name in wanted:
         if name not in known:
             raise OptionError(f"model {model!r} has no task {name!r}; it has: {', '.join(known) or 'none'}")
     chosen = tuple(name for name in known if name in wanted)
     check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
     base = Recipe(model, model_identity(here, card), chosen, card.mpp, card.tile_size, card.overlap)
-    return _apply_options(base, options)
+    recipe = _apply_options(base, options)
+    for task in card.tasks:
+        if task.name in chosen and task.head == "bag" and (recipe.mpp, recipe.tile) != (card.mpp, card.tile_size):
+            learnt = (
+                f"learnt from tiles of {card.tile_size} px at {card.mpp:g} mpp, and of others its answer means nothing"
+            )
+            raise OptionError(f"task {task.name!r} {learnt}: leave --mpp, --mag and --tile-size out")
+    return recipe
 
 
 def encoder_recipe(encoder: str, weights: str | None, options: RunOptions) -> Recipe:
@@ -85,7 +93,11 @@ def request_run(slides: Slides, recipe: Recipe, output: str | Path) -> RunReques
     """Return the run of a recipe over slides. Raises OptionError, ManifestError, OutputError."""
     options = recipe.options
     tls = tls_of(options.tls, options.scheduler)
-    specs = expand_inputs([slides] if isinstance(slides, str | Path | SlideSpec) else slides, mpp=options.mpp_override)
+    specs = expand_inputs(
+        [slides] if isinstance(slides, str | Path | SlideSpec) else slides,
+        mpp=options.mpp_override,
+        scene=options.scene,
+    )
     out = _absolute_uri(os.path.expanduser(output) if store.is_local(str(output)) else str(output).rstrip("/"))
     for place in (out, options.cache):
         if place is not None:
@@ -99,6 +111,7 @@ def request_run(slides: Slides, recipe: Recipe, output: str | Path) -> RunReques
             mpp=spec.mpp,
             mask=spec.mask and _absolute_uri(spec.mask),
             error=spec.error or leads_away(out, spec.id),
+            scene=spec.scene,
         )
         for spec in specs
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -58,8 +58,9 @@ class TaskOfShapes(ConfigTable):
 class Tiled(DatasetEntry):
     """Tiles of slides. ``by`` "grid" or "objects"; ``per_slide``: at most so many; see `Places`. ``cache``: a folder or
     URI for decoded tiles, shared with runs; ``mpp_override``: micrometres per px of slides, in place of what their
-    files say (a column ``mpp`` comes first). ``dot_um``: radius of the disc that a point of the annotations stands for
-    (none: that of a cell, 4; 0: points are left out)."""
+    files say (a column ``mpp`` comes first). ``scene``: the number of the image to read, of files that hold several.
+    ``dot_um``: radius of the disc that a point of the annotations stands for (none: that of a cell, 4; 0: points are
+    left out)."""
 
     by: Literal["grid", "objects"] = "grid"
     stride: int = Field(default=0, ge=0)
@@ -68,6 +69,7 @@ class Tiled(DatasetEntry):
     dot_um: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     seed: int = 0
     mpp_override: float | None = Field(default=None, gt=0)
+    scene: int | None = Field(default=None, ge=0)
     cache: str | None = None
 
     def places(self, place: DataContext) -> TileSampling:
@@ -75,6 +77,10 @@ class Tiled(DatasetEntry):
         return TileSampling(
             place.mpp, place.size, self.stride, self.by, self.per_slide, self.min_tissue, self.seed, self.dot_um
         )
+
+    def of_scene(self, items: Sequence[SlideItem]) -> list[SlideItem]:
+        """The slides with ``scene``, where their own rows say nothing."""
+        return [replace(one, scene=self.scene if one.scene is None else one.scene) for one in items]
 
     @property
     def caching(self) -> TileCaching | None:
@@ -121,21 +127,21 @@ class SlidesEntry(Tiled):
     def items(self, place: DataContext) -> list[SlideItem]:
         """The slides with their annotation files."""
         specs = place.expand(self.slides)
-        ids, found = [name for name, _, _ in specs], []
+        ids, found = [name for name, *_ in specs], []
         groups = ids if self.group is None else first_groups(self.group, ids, f"data '{self.name}': group")
-        for (name, uri, mpp), group in zip(specs, groups, strict=True):
+        for (name, uri, mpp, scene), group in zip(specs, groups, strict=True):
             if group is None:
                 raise InputError(f"data '{self.name}': the group pattern finds no patient in {name!r}")
             annotation_file = None if self.annotations is None else beside(uri, self.annotations, needed=self.needed)
             if annotation_file is None and self.annotations is not None:
                 continue
             known: Mapping[str, Target] = dict.fromkeys(self.task) if self.annotations is None else {}
-            found.append(SlideItem(name, uri, mpp or self.mpp_override, annotation_file, group, known))
+            found.append(SlideItem(name, uri, mpp or self.mpp_override, annotation_file, group, known, scene=scene))
         if not found:
             raise InputError(
                 f"data '{self.name}': none of its {len(specs)} slides has annotations at {self.annotations}"
             )
-        return found
+        return self.of_scene(found)
 
     def specs(self, place: DataContext) -> list[AnnotationTarget]:
         """The annotation target of each task; none without annotations."""
@@ -235,7 +241,7 @@ class SlideLabels(OfSlideTable, Tiled):
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
-        items = self.slides.items(place, self.mpp_override)
+        items = self.of_scene(self.slides.items(place, self.mpp_override))
         return slide_tiles(self.name, items, self.places(place), caching=self.caching)
 
 
@@ -249,7 +255,7 @@ class TileBags(OfSlideTable, Tiled):
     def open(self, place: DataContext) -> DataSource:
         """The source."""
         draws = bags.Draws(self.most, self.times, self.seed)
-        items = self.slides.items(place, self.mpp_override)
+        items = self.of_scene(self.slides.items(place, self.mpp_override))
         return bags.tile_bags(self.name, items, self.places(place), draws, caching=self.caching)
 
 
@@ -257,7 +263,9 @@ class FeatureBags(OfSlideTable):
     """Bags of the vectors that ``wsi-mmm embed`` wrote, with what a table says of each slide.
 
     ``features``: pattern with {slide}, such as "features/{slide}/features.zarr" (or .h5). ``most``: instances drawn of
-    each bag (0: all), ``times``: draws per slide. ``needed`` False: slides without features are left out.
+    each bag (0: all), ``times``: draws per slide. ``needed`` False: slides without features are left out. The vectors
+    must be those that the model makes: of the weights, mpp, tile size and overlap that it declares. ``foreign`` True:
+    files of other tools, which do not say what they hold, are taken to be so.
     """
 
     kind: Literal["bags"]
@@ -266,9 +274,11 @@ class FeatureBags(OfSlideTable):
     times: int = Field(default=1, ge=1)
     seed: int = 0
     needed: bool = True
+    foreign: bool = False
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
         table, labels = self.slides.read(place)
         items = bags.bags_of_table(table, self.features, labels=labels, needed=self.needed)
-        return bags.feature_bags(self.name, items, bags.Draws(self.most, self.times, self.seed))
+        draws = bags.Draws(self.most, self.times, self.seed)
+        return bags.feature_bags(self.name, items, draws, foreign=self.foreign)

@@ -51,7 +51,8 @@ _LEAST_DOT_PX = 2.0  # px of maps are two target px wide
 
 @dataclass(frozen=True, slots=True)
 class SlideItem:
-    """A slide to learn from. ``mpp`` overrides what it says; ``annotations``: path or URI of its GeoJSON or ASAP XML;
+    """A slide to learn from. ``mpp`` overrides what it says; ``scene``: the number of the image to read, of a file that
+    holds several; ``annotations``: path or URI of its GeoJSON or ASAP XML;
     ``group``: its patient ("": the slide by itself); ``targets``: what is known of the whole slide, by task, and
     ``label`` the class of it that balancing goes by where tiles have none."""
 
@@ -62,11 +63,12 @@ class SlideItem:
     group: str = ""
     targets: Mapping[str, Target] = field(default_factory=dict)
     label: int = UNKNOWN
+    scene: int | None = None
 
     @property
     def slide_key(self) -> SlideKey:
         """The slide to open."""
-        return SlideKey(self.uri, self.mpp)
+        return SlideKey(self.uri, self.mpp, scene=self.scene)
 
 
 @dataclass(frozen=True, slots=True)
