@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from wsi_mmm.annotations import MAX_AREA_BYTES, read_annotation_file
+from wsi_mmm.engine.monitoring.slide_rows import ROW
 from wsi_mmm.engine.stages import workdir
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
@@ -34,7 +35,8 @@ def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
     if done is not None:
         if not store.exists(workdir.plan_uri(task)):
             workdir.remove_scratch(task)  # left behind when a run ended while it tidied up
-        return None, done
+        kept = workdir.read_json(store.join(task.output, ROW))
+        return None, replace(done, cost=kept if kept and kept.get("result_hash") == task.result_hash() else None)
     slide.scale(recipe.mpp)  # explains what to do when the slide has no mpp
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     mask = tissue_mask(slide, task.mask or recipe.options.tissue)
