@@ -176,11 +176,11 @@ class RunOptions:
         panel=WHAT, unset=_models_own("overlap"), affects=CHANGES_VALUES,
     )  # fmt: skip
     tissue: str = _run_option(
-        "auto", "auto, none (the whole slide), or a GeoJSON or mask image.", "--tissue",
+        "auto", "auto, none (the whole slide), annotations (GeoJSON, XML) or a mask image.", "--tissue",
         panel=WHAT, metavar="WHERE", affects=CHANGES_RESULT, takes="a path or a word",
     )  # fmt: skip
     regions: str | None = _run_option(
-        None, "GeoJSON of polygons (level-0 px): work only there.", "--regions",
+        None, "Annotations (GeoJSON, XML): work only in their polygons.", "--regions",
         panel=WHAT, metavar="FILE", affects=CHANGES_RESULT, takes="a path or a word", commands=("run",),
         see="[outputs](outputs.md)",
     )  # fmt: skip
