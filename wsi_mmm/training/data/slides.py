@@ -45,6 +45,8 @@ R = TypeVar("R")
 _log = logging.getLogger(__name__)
 _OPENING = 4  # slides prepared at a time
 KEPT_OPEN = 16  # slides that stay open while nobody reads them
+SET_MPP = "set mpp_override = 0.25 in its [[data]], or give a table of slides with a column 'mpp'"
+"""The way out for a slide of a training that does not say its resolution."""
 DOT_PX = 4.0  # least radius, target px, of the disc that a point stands for by default: maps show it
 _LEAST_DOT_PX = 2.0  # px of maps are two target px wide
 
@@ -308,7 +310,7 @@ def _prepare_slide(
     pool: SlidePool, item: SlideItem, places: TileSampling, specs: Sequence[AnnotationTarget], number: int
 ) -> _Prepared:
     with pool.slide(item.slide_key) as slide:
-        scale = slide.scale(places.mpp)
+        scale = slide.scale(places.mpp, SET_MPP)
         make_grid(slide.info, places.mpp, tile=places.tile, overlap=0)  # refuses what is much finer than the slide
         annotated_by_task = _annotations_by_task(slide, item, places, specs)
         xy, labels = _choose_tiles(slide, places, specs, annotated_by_task, number)
