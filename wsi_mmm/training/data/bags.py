@@ -32,6 +32,7 @@ from wsi_mmm.training.data.slides import (
     check_ids,
     fetch_tiles,
     map_threaded,
+    slide_scale,
     tissue_places,
 )
 from wsi_mmm.training.data.tables import SlideTable
@@ -341,10 +342,11 @@ def tile_bags(
 
     def look(item: SlideItem) -> tuple[I64, tuple[float, float], bool]:
         with pool.slide(item.slide_key) as slide:
+            slide_scale(slide, item, places.mpp)
             corners = tissue_places(slide, places)
             if not len(corners):
                 raise InputError(f"data '{name}': {item.id} has no tile with tissue: lower min_tissue, or leave it out")
-            return corners, slide.scale(places.mpp), is_far(slide.reader)
+            return corners, slide_scale(slide, item, places.mpp), is_far(slide.reader)
 
     corners, scales, remote = zip(*map_threaded(look, items), strict=True)
     index, tasks = _repeat_index(items, draws.times), _task_names(items)

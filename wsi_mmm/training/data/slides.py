@@ -14,7 +14,7 @@ import numpy as np
 
 from wsi_mmm.annotations import Shapes, clip_to_slide, parse_shapes, read_annotation_file
 from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
-from wsi_mmm.errors import ConfigError, InputError, WsiError
+from wsi_mmm.errors import ConfigError, InputError, MppUnknown, WsiError
 from wsi_mmm.slides import Slide
 from wsi_mmm.slides.base import Fetched, TileReader
 from wsi_mmm.storage import store
@@ -254,11 +254,13 @@ def slide_tiles(
     tasks = dict.fromkeys([*listed, *(task for item in items for task in item.targets)])
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     index = _build_index(prepared)
-    lines = _unlearnt_classes(name, prepared, specs)
+    lines = _unlearnt_classes(name, prepared, specs, ", or per_slide left these out" if places.per_slide else "")
     return SlideTiles(name, tuple(tasks), index, places.tile, pool, caching, prepared, tuple(specs), starts, lines)
 
 
-def _unlearnt_classes(name: str, prepared: Sequence[_Prepared], specs: Sequence[AnnotationTarget]) -> tuple[str, ...]:
+def _unlearnt_classes(
+    name: str, prepared: Sequence[_Prepared], specs: Sequence[AnnotationTarget], more: str
+) -> tuple[str, ...]:
     """A line for each class of a tile task that has objects but is the target of no tile."""
     lines = []
     for spec in specs:
@@ -268,7 +270,7 @@ def _unlearnt_classes(name: str, prepared: Sequence[_Prepared], specs: Sequence[
         seen = {label for one in prepared for label in _classes_of(one.by_tile.get(spec.task, ()))}
         lines += [
             f"warning: data '{name}': {count} objects of '{spec.buckets.labels[label]}' are the target of no tile of "
-            f"'{spec.task}': they cover less than min_share ({spec.min_share:g}) of each, or another class lies on top"
+            f"'{spec.task}': min_share is {spec.min_share:g}, and they cover less, or another class hides them{more}"
             for label, count in sorted(counts.items())
             if label not in seen
         ]
@@ -308,7 +310,7 @@ def _prepare_slide(
     pool: SlidePool, item: SlideItem, places: TileSampling, specs: Sequence[AnnotationTarget], number: int
 ) -> _Prepared:
     with pool.slide(item.slide_key) as slide:
-        scale = slide.scale(places.mpp)
+        scale = slide_scale(slide, item, places.mpp)
         make_grid(slide.info, places.mpp, tile=places.tile, overlap=0)  # refuses what is much finer than the slide
         annotated_by_task = _annotations_by_task(slide, item, places, specs)
         xy, labels = _choose_tiles(slide, places, specs, annotated_by_task, number)
@@ -325,6 +327,15 @@ def _prepare_slide(
         for task, annotated in annotated_by_task.items()
     }
     return _Prepared(item, scale, xy, labels, by_tile, drawn, remote, objects)
+
+
+def slide_scale(slide: Slide, item: SlideItem, mpp: float) -> tuple[float, float]:
+    """Level-0 px per target px (x, y). MppUnknown in the words of a training configuration."""
+    try:
+        return slide.scale(mpp)
+    except MppUnknown as error:
+        fix = "set mpp_override in its [[data]], or give a table or manifest with a column 'mpp'"
+        raise MppUnknown(f"{item.id} does not say its resolution: {fix}") from error
 
 
 def _annotations_by_task(
