@@ -474,5 +474,5 @@ def test_a_slide_without_resolution_names_the_key_of_the_configuration(tmp_path:
     item = SlideItem("s", str(tmp_path / "s.tiff"))
     for make in (lambda: slide_tiles("d", [item], TileSampling(0.5, tile=64)),
                  lambda: tile_bags("d", [item], TileSampling(0.5, tile=64), Draws(most=2))):  # fmt: skip
-        with pytest.raises(MppUnknown, match=r"^s does not say its resolution: set mpp_override in its \[\[data\]\]"):
+        with pytest.raises(MppUnknown, match=r"set mpp_override = 0\.25 in its \[\[data\]\]"):
             make()

@@ -14,7 +14,7 @@ import numpy as np
 
 from wsi_mmm.annotations import Shapes, clip_to_slide, parse_shapes, read_annotation_file
 from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
-from wsi_mmm.errors import ConfigError, InputError, MppUnknown, WsiError
+from wsi_mmm.errors import ConfigError, InputError, WsiError
 from wsi_mmm.slides import Slide
 from wsi_mmm.slides.base import Fetched, TileReader
 from wsi_mmm.storage import store
@@ -45,6 +45,8 @@ R = TypeVar("R")
 _log = logging.getLogger(__name__)
 _OPENING = 4  # slides prepared at a time
 KEPT_OPEN = 16  # slides that stay open while nobody reads them
+SET_MPP = "set mpp_override = 0.25 in its [[data]], or give a table of slides with a column 'mpp'"
+"""The way out for a slide of a training that does not say its resolution."""
 DOT_PX = 4.0  # least radius, target px, of the disc that a point stands for by default: maps show it
 _LEAST_DOT_PX = 2.0  # px of maps are two target px wide
 
@@ -310,7 +312,7 @@ def _prepare_slide(
     pool: SlidePool, item: SlideItem, places: TileSampling, specs: Sequence[AnnotationTarget], number: int
 ) -> _Prepared:
     with pool.slide(item.slide_key) as slide:
-        scale = slide_scale(slide, item, places.mpp)
+        scale = slide.scale(places.mpp, SET_MPP)
         make_grid(slide.info, places.mpp, tile=places.tile, overlap=0)  # refuses what is much finer than the slide
         annotated_by_task = _annotations_by_task(slide, item, places, specs)
         xy, labels = _choose_tiles(slide, places, specs, annotated_by_task, number)
@@ -327,15 +329,6 @@ def _prepare_slide(
         for task, annotated in annotated_by_task.items()
     }
     return _Prepared(item, scale, xy, labels, by_tile, drawn, remote, objects)
-
-
-def slide_scale(slide: Slide, item: SlideItem, mpp: float) -> tuple[float, float]:
-    """Level-0 px per target px (x, y). MppUnknown in the words of a training configuration."""
-    try:
-        return slide.scale(mpp)
-    except MppUnknown as error:
-        fix = "set mpp_override in its [[data]], or give a table or manifest with a column 'mpp'"
-        raise MppUnknown(f"{item.id} does not say its resolution: {fix}") from error
 
 
 def _annotations_by_task(
