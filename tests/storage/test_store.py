@@ -81,6 +81,7 @@ def test_a_local_object_is_written_read_listed_and_deleted(tmp_path: Path, form:
     assert store.exists(uri)
     assert store.read_bytes(uri) == b"hello"
     assert store.list_uris(root) == [uri, store.join(root, "c.bin")]
+    assert store.list_folders(root) == ["a"] and store.list_folders(store.join(root, "none")) == []
     store.write_bytes(uri, b"other")
     assert store.read_bytes(uri) == b"other"
     store.delete(uri)
@@ -175,6 +176,9 @@ def test_a_profile_gives_the_keys_of_the_shared_files(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match="aws configure"):
         aws.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "other"})
+    services = "[profile lab]\nservices = near\n[services near]\ns3 =\n  endpoint_url = http://near:9\nsts =\n  x = y\n"
+    (tmp_path / ".aws/config").write_text(services)
+    assert aws.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "lab"})["endpoint"] == "http://near:9"
 
 
 def test_public_buckets_are_read_unsigned() -> None:

@@ -13,12 +13,14 @@ from wsi_mmm.cli.console import error_line, say, say_json
 from wsi_mmm.cli.progress import print_report, progress
 from wsi_mmm.errors import ManifestError, OptionError, WsiError
 from wsi_mmm.options import (
+    GIVE_MPP,
     OBSERVE_OPTIONS,
     WHERE,
     CommandName,
     Option,
     check_value,
     command_options,
+    default_words,
     resolution,
     settings_names,
 )
@@ -50,7 +52,7 @@ def add_flags(command: CommandName, *, output: str) -> Callable[[Command], Comma
     """
 
     def decorate(function: Command) -> Command:
-        made = [_flag_parameter(option, output) for option in command_options(command)]
+        made = [_flag_parameter(option, command, output) for option in command_options(command)]
         inputs = Parameter("inputs", Parameter.KEYWORD_ONLY, annotation=Inputs)
         function.__signature__ = Signature([inputs, *made])  # type: ignore[attr-defined]
         return function
@@ -58,12 +60,13 @@ def add_flags(command: CommandName, *, output: str) -> Callable[[Command], Comma
     return decorate
 
 
-def _flag_parameter(option: Option, output: str) -> Parameter:
+def _flag_parameter(option: Option, command: CommandName, output: str) -> Parameter:
     kind: Any = str if option.parse else option.value_type
     if kind is not bool:
         kind = (list[kind] if option.several else kind) | None
     default = output if option.name == "output" else False if option.value_type is bool else None
-    flag = typer.Option(*option.flags, help=option.help, rich_help_panel=option.panel, metavar=option.metavar)
+    words = f" (default: {words})" if (words := default_words(option, command)) else ""
+    flag = typer.Option(*option.flags, help=option.help + words, rich_help_panel=option.panel, metavar=option.metavar)
     return Parameter(option.name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, flag], default=default)
 
 
@@ -221,7 +224,7 @@ def _slide_facts(task: SlideTask) -> dict[str, Any]:
     recipe = task.recipe
     with open_slide(task.uri, task.mpp, recipe.options.reader, task.scene) as slide:
         info = slide.info
-        slide.scale(recipe.mpp)
+        slide.scale(recipe.mpp, GIVE_MPP)
         grid = make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     size = {"width": info.width, "height": info.height, "mpp_x": info.mpp_x, "tiles_at_most": grid.rows * grid.columns}
     return {"id": task.id, "uri": store.redact(task.uri), **size}

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_mmm.errors import MppUnknown, OptionError
+from wsi_mmm.errors import OptionError
+from wsi_mmm.slides.base import require_mpp
 from wsi_mmm.types import F64, I64, Grid, Mask, SlideInfo, Tiles
 
 MAX_TILES = 100_000_000
@@ -44,7 +45,7 @@ def make_grid(info: SlideInfo, mpp: float, *, tile: int = 512, overlap: int = 64
     if min(scale_x, scale_y) < MIN_SCALE and not allow_upsample:
         raise OptionError(
             f"mpp {mpp:g} is more than twice as fine as the slide ({info.mpp_x:g}): "
-            f"ask for {MIN_SCALE * mpp / min(scale_x, scale_y):g} or more, or allow upsampling"
+            f"ask for {MIN_SCALE * mpp / min(scale_x, scale_y):g} or more"
         )
     width, height = _target_size(info.width, scale_x), _target_size(info.height, scale_y)
     columns, rows = _count_tiles(width, tile, overlap), _count_tiles(height, tile, overlap)
@@ -90,11 +91,11 @@ def any_overlap(boxes: F64, rects: I64) -> Mask:
     return np.asarray(hit.all(axis=-1).any(axis=-1), bool)
 
 
-def blocks(grid: Grid, index: I64, block_tiles: int) -> list[BlockTiles]:
+def blocks(grid: Grid, index: I64, block_tiles: int, rows: int | None = None) -> list[BlockTiles]:
     """Group tiles ``index`` int64[n, 2] into aligned blocks of ``block_tiles`` x ``block_tiles``, row-major.
 
-    The order of ``index`` does not matter; a tile given twice counts once. Raises OptionError for a tile
-    outside the grid or ``block_tiles`` < 1.
+    ``rows``: rows of tiles in a block, when other than its columns. The order of ``index`` does not matter; a tile
+    given twice counts once. Raises OptionError for a tile outside the grid or ``block_tiles`` < 1.
     """
     if block_tiles < 1:
         raise OptionError(f"block_tiles is {block_tiles}: give 1 or more")
@@ -105,7 +106,7 @@ def blocks(grid: Grid, index: I64, block_tiles: int) -> list[BlockTiles]:
         raise OptionError(
             f"a tile is outside the grid of {grid.rows} rows x {grid.columns} columns: select tiles again"
         )
-    block = index // block_tiles
+    block = index // np.array([rows or block_tiles, block_tiles])
     ranking = np.lexsort((index[:, 1], index[:, 0], block[:, 1], block[:, 0]))
     index, block = index[ranking], block[ranking]
     cuts = np.flatnonzero(np.any(block[1:] != block[:-1], axis=1)) + 1
@@ -127,9 +128,8 @@ def _check_recipe(mpp: float, tile: int, overlap: int) -> None:
 
 def _target_scale(info: SlideInfo, mpp: float) -> tuple[float, float]:
     """Level-0 px per target px (x, y)."""
-    if info.mpp_x is None or info.mpp_y is None:
-        raise MppUnknown("the slide does not say its resolution: pass --mpp-override 0.25 or a manifest column 'mpp'")
-    return mpp / info.mpp_x, mpp / info.mpp_y
+    mpp_x, mpp_y = require_mpp(info)
+    return mpp / mpp_x, mpp / mpp_y
 
 
 def _target_size(pixels: int, scale: float) -> int:
