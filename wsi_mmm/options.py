@@ -176,11 +176,11 @@ class RunOptions:
         panel=WHAT, unset=_models_own("overlap"), affects=CHANGES_VALUES,
     )  # fmt: skip
     tissue: str = _run_option(
-        "auto", "auto, none (the whole slide), or a GeoJSON or mask image.", "--tissue",
+        "auto", "auto, none (the whole slide), annotations (GeoJSON, XML) or a mask image.", "--tissue",
         panel=WHAT, metavar="WHERE", affects=CHANGES_RESULT, takes="a path or a word",
     )  # fmt: skip
     regions: str | None = _run_option(
-        None, "GeoJSON of polygons (level-0 px): work only there.", "--regions",
+        None, "Annotations (GeoJSON, XML): work only in their polygons.", "--regions",
         panel=WHAT, metavar="FILE", affects=CHANGES_RESULT, takes="a path or a word", commands=("run",),
         see="[outputs](outputs.md)",
     )  # fmt: skip
@@ -388,6 +388,10 @@ def _help_sequence() -> tuple[Option, ...]:
 
 OPTIONS: tuple[Option, ...] = _help_sequence()
 """Every option of the commands ``run`` and ``embed``, in the order of their help."""
+
+
+GIVE_MPP = "give --mpp-override 0.25 (Python: mpp_override=0.25) or a manifest with a column 'mpp'"
+"""The way out for a slide of a run that does not say its resolution."""
 
 
 # ---------------------------------------------------------------- what is derived

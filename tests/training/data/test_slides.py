@@ -21,12 +21,21 @@ from conftest import RealData
 from helpers.faulty import Faulty
 from helpers.moto import moto_server
 from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
-from wsi_mmm.errors import AnnotationError, ConfigError, InputError, ManifestError, OptionError, SlideNotFound
+from wsi_mmm.errors import (
+    AnnotationError,
+    ConfigError,
+    InputError,
+    ManifestError,
+    MppUnknown,
+    OptionError,
+    SlideNotFound,
+)
 from wsi_mmm.slides import open_slide
-from wsi_mmm.slides.fake import SyntheticNuclei
+from wsi_mmm.slides.fake import SyntheticNuclei, synthetic_slide
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Boxes
 from wsi_mmm.training.data.annotation_targets import AnnotationTarget
+from wsi_mmm.training.data.bags import Draws, tile_bags
 from wsi_mmm.training.data.base import DataSource
 from wsi_mmm.training.data.buckets import USE, Buckets, Rule, same_names
 from wsi_mmm.training.data.slides import (
@@ -155,6 +164,21 @@ def test_places_round_objects_are_drawn_by_their_seed(tiny_slide: Path, nuclei: 
     boxes = found.read([0], 64)[0].targets["n"]
     assert isinstance(boxes, Boxes)
     assert np.allclose(boxes.xyxy[0, 2:] - boxes.xyxy[0, :2], 16)
+
+
+def test_objects_off_the_slide_are_no_targets(
+    tiny_slide: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tiles round them would be moved to the slide's edge; they are not counted, and a line says so."""
+    shapes = [("nucleus", box(300, 300, 320, 320)), ("nucleus", box(-900, 50, -880, 70)), ("nucleus", Point(1e6, 9))]
+    notes = geojson(tmp_path / "off.geojson", shapes)
+    places = TileSampling(0.5, tile=64, by="objects", per_slide=20)
+    found = the_tiles(tiny_slide, notes, places, AnnotationTarget("n", "detect", NUCLEI, complete=True))
+    corners = np.array([key.split("@")[1].split(",") for key in found.index.keys], float)
+    assert len(corners) and (corners > 100).all() and (corners < 400).all()
+    assert "off.geojson lie off the slide" in caplog.text
+    run = dry_run_slides([SlideItem("s", str(tiny_slide), annotations=notes)], NUCLEI, SlidePool())
+    assert (sum(line.objects for line in run.lines), run.off_slide) == (1, {"s": 2})
 
 
 def test_without_annotations_tiles_of_tissue_carry_what_the_table_says(tiny_slide: Path, tmp_path: Path) -> None:
@@ -441,4 +465,14 @@ def test_classes_whose_objects_are_the_target_of_no_tile_are_named(tiny_slide: P
     )
     found = the_tiles(tiny_slide, nuclei, TileSampling(0.5, tile=128), spec)
     (line,) = found.unlearnt
-    assert "120 objects of 'nucleus' are the target of no tile of 'n'" in line and "min_share (0.5)" in line
+    assert "120 objects of 'nucleus' are the target of no tile of 'n'" in line and "min_share is 0.5" in line
+
+
+def test_a_slide_without_resolution_names_the_key_of_the_configuration(tmp_path: Path) -> None:
+    """Not an option of another command."""
+    synthetic_slide(tmp_path / "s.tiff", 1, width=256, height=256, mpp=0.5, nuclei=2, variant="no-mpp")
+    item = SlideItem("s", str(tmp_path / "s.tiff"))
+    for make in (lambda: slide_tiles("d", [item], TileSampling(0.5, tile=64)),
+                 lambda: tile_bags("d", [item], TileSampling(0.5, tile=64), Draws(most=2))):  # fmt: skip
+        with pytest.raises(MppUnknown, match=r"set mpp_override = 0\.25 in its \[\[data\]\]"):
+            make()

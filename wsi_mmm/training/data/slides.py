@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from wsi_mmm.annotations import Shapes, parse_shapes
+from wsi_mmm.annotations import Shapes, clip_to_slide, parse_shapes, read_annotation_file
 from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
 from wsi_mmm.errors import ConfigError, InputError, WsiError
 from wsi_mmm.slides import Slide
@@ -35,7 +35,7 @@ from wsi_mmm.training.data.annotation_targets import (
     tile_targets,
 )
 from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
-from wsi_mmm.training.data.buckets import DOT_UM, BucketReport, Buckets, dry_run
+from wsi_mmm.training.data.buckets import DOT_UM, BucketReport, Buckets, SlideObjects, dry_run
 from wsi_mmm.training.data.raster import index_shapes
 from wsi_mmm.training.data.tables import SlideTable
 from wsi_mmm.types import I32, I64, Tiles
@@ -45,6 +45,8 @@ R = TypeVar("R")
 _log = logging.getLogger(__name__)
 _OPENING = 4  # slides prepared at a time
 KEPT_OPEN = 16  # slides that stay open while nobody reads them
+SET_MPP = "set mpp_override = 0.25 in its [[data]], or give a table of slides with a column 'mpp'"
+"""The way out for a slide of a training that does not say its resolution."""
 DOT_PX = 4.0  # least radius, target px, of the disc that a point stands for by default: maps show it
 _LEAST_DOT_PX = 2.0  # px of maps are two target px wide
 
@@ -254,11 +256,13 @@ def slide_tiles(
     tasks = dict.fromkeys([*listed, *(task for item in items for task in item.targets)])
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     index = _build_index(prepared)
-    lines = _unlearnt_classes(name, prepared, specs)
+    lines = _unlearnt_classes(name, prepared, specs, ", or per_slide left these out" if places.per_slide else "")
     return SlideTiles(name, tuple(tasks), index, places.tile, pool, caching, prepared, tuple(specs), starts, lines)
 
 
-def _unlearnt_classes(name: str, prepared: Sequence[_Prepared], specs: Sequence[AnnotationTarget]) -> tuple[str, ...]:
+def _unlearnt_classes(
+    name: str, prepared: Sequence[_Prepared], specs: Sequence[AnnotationTarget], more: str
+) -> tuple[str, ...]:
     """A line for each class of a tile task that has objects but is the target of no tile."""
     lines = []
     for spec in specs:
@@ -268,7 +272,7 @@ def _unlearnt_classes(name: str, prepared: Sequence[_Prepared], specs: Sequence[
         seen = {label for one in prepared for label in _classes_of(one.by_tile.get(spec.task, ()))}
         lines += [
             f"warning: data '{name}': {count} objects of '{spec.buckets.labels[label]}' are the target of no tile of "
-            f"'{spec.task}': they cover less than min_share ({spec.min_share:g}) of each, or another class lies on top"
+            f"'{spec.task}': min_share is {spec.min_share:g}, and they cover less, or another class hides them{more}"
             for label, count in sorted(counts.items())
             if label not in seen
         ]
@@ -308,7 +312,7 @@ def _prepare_slide(
     pool: SlidePool, item: SlideItem, places: TileSampling, specs: Sequence[AnnotationTarget], number: int
 ) -> _Prepared:
     with pool.slide(item.slide_key) as slide:
-        scale = slide.scale(places.mpp)
+        scale = slide.scale(places.mpp, SET_MPP)
         make_grid(slide.info, places.mpp, tile=places.tile, overlap=0)  # refuses what is much finer than the slide
         annotated_by_task = _annotations_by_task(slide, item, places, specs)
         xy, labels = _choose_tiles(slide, places, specs, annotated_by_task, number)
@@ -335,7 +339,10 @@ def _annotations_by_task(
         return {}
     values = list(dict.fromkeys(value for spec in specs for value in spec.values))
     radius = tuple(places.dot_radius / mpp for mpp in (slide.info.mpp_x or 1.0, slide.info.mpp_y or 1.0))
-    index = index_shapes(read_shapes(item.annotations, values), values, dot_radius=(radius[0], radius[1]))
+    there = clip_to_slide(read_shapes(item.annotations, values), slide.info.width, slide.info.height)
+    if off := there.describe_off():
+        _log.warning("%s: %s", item.id, off.replace("in it", f"in {store.redact(item.annotations)}"))
+    index = index_shapes(there.shapes, values, dot_radius=(radius[0], radius[1]))
     size, scale = (slide.info.width, slide.info.height), slide.scale(places.mpp)
     found = {spec.task: annotations_for_task(spec, index, scale=scale, size=size) for spec in specs}
     for spec in specs if places.dot_um is None and index.dots else ():
@@ -350,7 +357,7 @@ def _annotations_by_task(
 
 def read_shapes(uri: str, values: Sequence[str] = ()) -> Shapes:
     """The shapes of an annotation file at a path or URI. Raises AnnotationError, StorageError, NotFound."""
-    return parse_shapes(store.read_bytes(uri), store.redact(uri), values)
+    return parse_shapes(read_annotation_file(uri), store.redact(uri), values)
 
 
 def _choose_tiles(
@@ -469,10 +476,12 @@ def dry_run_slides(
 ) -> BucketReport:
     """Report how a bucket table sorts the annotations of slides; areas in mm² where slides know their resolution."""
 
-    def resolution(item: SlideItem) -> float | None:
+    def objects(item: SlideItem, uri: str) -> SlideObjects:
         with pool.slide(item.slide_key) as slide:
             info = slide.info
-            return None if info.mpp_x is None or info.mpp_y is None else float(np.sqrt(info.mpp_x * info.mpp_y))
+        mpp = None if info.mpp_x is None or info.mpp_y is None else float(np.sqrt(info.mpp_x * info.mpp_y))
+        return SlideObjects(item.id, read_shapes(uri), (info.width, info.height), mpp)
 
-    noted = [(item, item.annotations) for item in items if item.annotations is not None]
-    return dry_run(buckets, ((item.id, read_shapes(uri), resolution(item)) for item, uri in noted), dot_um=dot_um)
+    return dry_run(
+        buckets, (objects(item, item.annotations) for item in items if item.annotations is not None), dot_um=dot_um
+    )
