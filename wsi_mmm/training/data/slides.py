@@ -256,11 +256,13 @@ def slide_tiles(
     tasks = dict.fromkeys([*listed, *(task for item in items for task in item.targets)])
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     index = _build_index(prepared)
-    lines = _unlearnt_classes(name, prepared, specs)
+    lines = _unlearnt_classes(name, prepared, specs, ", or per_slide left these out" if places.per_slide else "")
     return SlideTiles(name, tuple(tasks), index, places.tile, pool, caching, prepared, tuple(specs), starts, lines)
 
 
-def _unlearnt_classes(name: str, prepared: Sequence[_Prepared], specs: Sequence[AnnotationTarget]) -> tuple[str, ...]:
+def _unlearnt_classes(
+    name: str, prepared: Sequence[_Prepared], specs: Sequence[AnnotationTarget], more: str
+) -> tuple[str, ...]:
     """A line for each class of a tile task that has objects but is the target of no tile."""
     lines = []
     for spec in specs:
@@ -270,7 +272,7 @@ def _unlearnt_classes(name: str, prepared: Sequence[_Prepared], specs: Sequence[
         seen = {label for one in prepared for label in _classes_of(one.by_tile.get(spec.task, ()))}
         lines += [
             f"warning: data '{name}': {count} objects of '{spec.buckets.labels[label]}' are the target of no tile of "
-            f"'{spec.task}': they cover less than min_share ({spec.min_share:g}) of each, or another class lies on top"
+            f"'{spec.task}': min_share is {spec.min_share:g}, and they cover less, or another class hides them{more}"
             for label, count in sorted(counts.items())
             if label not in seen
         ]
