@@ -104,7 +104,7 @@ def test_what_lies_on_glass_is_no_cell(what: str) -> None:
         "fibres",
         "ink",
         "shade",
-    ):  # at two micrometres the usual look is fine enough to take these for tissue
+    ):  # on so small a slide the usual look takes these for tissue
         assert not tissue_mask(Slide(ArrayReader(picture, 1.0))).mask.any()
 
 

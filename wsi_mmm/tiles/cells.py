@@ -43,7 +43,7 @@ _LONG = 0.12  # area by squared length of what is too thin for a cell
 _SHARP_MPP = 3.0  # from here on a px is as large as a nucleus: averaging would lose it
 _GLASS_PX = 64  # side of the squares whose median is the glass there
 
-Box = tuple[int, int, int, int]
+PxBox = tuple[int, int, int, int]
 """x0, y0, x1, y1, px."""
 
 
@@ -95,8 +95,8 @@ def _local_glass(density: F32) -> F32:
     height, width = density.shape[:2]
     rows, columns = (max(1, -(-side // _GLASS_PX)) for side in (height, width))
     padded = np.pad(density, ((0, rows * _GLASS_PX - height), (0, columns * _GLASS_PX - width), (0, 0)), mode="edge")
-    squares = padded.reshape(rows, _GLASS_PX, columns, _GLASS_PX, 3).swapaxes(1, 2).reshape(rows, columns, -1, 3)
-    medians = ndimage.percentile_filter(np.median(squares, axis=2).astype(np.float32), 25, size=(7, 7, 1))
+    cut = padded.reshape(rows, _GLASS_PX, columns, _GLASS_PX, 3).swapaxes(1, 2).reshape(rows, columns, -1, 3)
+    medians = ndimage.percentile_filter(np.median(cut, axis=2).astype(np.float32), 25, size=(7, 7, 1))
     y, x = ((np.arange(side) + 0.5) / _GLASS_PX - 0.5 for side in (height, width))
     at = np.meshgrid(y, x, indexing="ij")
     layers = [ndimage.map_coordinates(medians[..., channel], at, order=1, mode="nearest") for channel in range(3)]
@@ -104,8 +104,8 @@ def _local_glass(density: F32) -> F32:
 
 
 def dense_enough(places: F64, size: tuple[float, float], factor: float = 1.0) -> Mask:
-    """Which of ``places`` float64[n, 2] (x, y), micrometres on a slide of ``size`` (width, height), have enough others
-    within the nine square millimetres around that these are no chance. bool[n]"""
+    """Choose those of ``places`` float64[n, 2] (x, y), micrometres on a slide of ``size`` (width, height), that have so
+    many others within the nine square millimetres around that these are no chance: bool[n]."""
     columns, rows = (max(1, math.ceil(side / 1000)) for side in size)
     column, row = np.minimum((places / 1000).astype(np.int64), (columns - 1, rows - 1)).T
     counts = np.zeros((rows, columns))
@@ -118,7 +118,7 @@ def dense_enough(places: F64, size: tuple[float, float], factor: float = 1.0) ->
     return np.asarray((around[0] + 1e-6 >= needed)[row, column], bool)
 
 
-def pieces(width: int, height: int, side: int, margin: int) -> Iterator[tuple[Box, Box]]:
+def pieces(width: int, height: int, side: int, margin: int) -> Iterator[tuple[PxBox, PxBox]]:
     """Yield squares of ``side`` px that together cover a picture, and each with what the picture has within ``margin``
     px of it."""
     for y in range(0, height, side):
