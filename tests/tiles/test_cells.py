@@ -11,7 +11,7 @@ from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.base import Slide
 from wsi_mmm.slides.fake import ArrayReader
 from wsi_mmm.tiles import tissue
-from wsi_mmm.tiles.cells import dense_enough, find_cells, pieces
+from wsi_mmm.tiles.cells import dense_enough, find_cells, split_picture
 from wsi_mmm.tiles.find import find_tissue
 from wsi_mmm.tiles.grid import make_grid
 from wsi_mmm.tiles.tissue import select_tiles, tissue_mask
@@ -137,7 +137,7 @@ def test_pieces_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     slide = Slide(ArrayReader(rgb(density + glass(1200)), 1.0))
     scale = np.array([2.0, 2.0])
     whole = tissue._cells_of(slide, scale, 2.0)
-    monkeypatch.setattr(tissue, "_PIECE", 256)
+    monkeypatch.setattr(tissue, "_CORE_PX", 256)
     parts = tissue._cells_of(slide, scale, 2.0)
     assert abs(len(parts.places) - len(whole.places)) <= 0.02 * len(whole.places) > 0
     assert len(np.unique(parts.owner)) == len(parts.places) and parts.owner.max() == len(parts.places) - 1
@@ -146,7 +146,7 @@ def test_pieces_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 def test_pieces_cover_a_picture_once() -> None:
     """Their cores, each inside of what is read for it."""
     seen = np.zeros((70, 130), int)
-    for core, wide in pieces(130, 70, 48, 10):
+    for core, wide in split_picture(130, 70, 48, 10):
         seen[core[1] : core[3], core[0] : core[2]] += 1
         assert wide[0] >= 0 and wide[1] >= 0 and wide[2] <= 130 and wide[3] <= 70
         assert wide[0] <= core[0] and wide[2] >= core[2]

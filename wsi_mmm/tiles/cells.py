@@ -118,7 +118,7 @@ def dense_enough(places: F64, size: tuple[float, float], factor: float = 1.0) ->
     return np.asarray((around[0] + 1e-6 >= needed)[row, column], bool)
 
 
-def pieces(width: int, height: int, side: int, margin: int) -> Iterator[tuple[PxBox, PxBox]]:
+def split_picture(width: int, height: int, side: int, margin: int) -> Iterator[tuple[PxBox, PxBox]]:
     """Yield squares of ``side`` px that together cover a picture, and each with what the picture has within ``margin``
     px of it."""
     for y in range(0, height, side):

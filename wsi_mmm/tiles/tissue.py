@@ -36,7 +36,7 @@ from wsi_mmm.tiles.cells import (
     FoundCells,
     dense_enough,
     find_cells,
-    pieces,
+    split_picture,
 )
 from wsi_mmm.tiles.find import find_tissue, grow_mask
 from wsi_mmm.types import F32, F64, I64, Block, Grid, Mask, SlideInfo
@@ -62,7 +62,7 @@ HARDLY_ANY = 0.01
 MAX_CELL_PX = 1 << 28
 """Px of the picture in which cells are looked for; that of a larger slide is coarser."""
 
-_PIECE = 2048  # px of that picture that are looked at together
+_CORE_PX = 2048  # px of that picture that are looked at together
 
 MIN_TISSUE = 0.01
 """Default share of a tile that must be tissue: low, so that pale and ragged edges stay in."""
@@ -202,7 +202,7 @@ def _cells_of(slide: Slide, scale: F64, um_per_px: float) -> FoundCells:
         math.ceil(side / one) for side, one in zip((slide.info.width, slide.info.height), scale, strict=True)
     )
     places, px, owner, count = [np.zeros((0, 2))], [np.zeros((0, 2), np.int64)], [np.zeros(0, np.int64)], 0
-    for core, (x, y, x1, y1) in pieces(width, height, _PIECE, math.ceil(MARGIN_UM / um_per_px)):
+    for core, (x, y, x1, y1) in split_picture(width, height, _CORE_PX, math.ceil(MARGIN_UM / um_per_px)):
         seen = find_cells(slide.reader.read(Block(x, y, x1 - x, y1 - y, *scale.tolist())).pixels, um_per_px)
         middles = np.add(seen.places, (x, y))
         # Those whose middle lies in the margin are another piece's.
