@@ -314,8 +314,29 @@ _FIRST: tuple[Option, ...] = (
         panel=WHAT, metavar="NAME", affects=CHANGES_VALUES, commands=("run",), several=True,
     ),
     _command_option(
-        "weights", str, "Local .safetensors weights of the encoder, or 'random'.", "--weights",
-        panel=WHAT, affects=CHANGES_VALUES, commands=("embed",),
+        "weights", str, "Weights of the encoder: a .safetensors file, its folder, or 'random'.", "--weights",
+        panel=WHAT, affects=CHANGES_VALUES, commands=("embed",), see="[encoders](encoders.md)",
+    ),
+    _command_option(
+        "pool", str,
+        "Vector of an encoder: cls, patch_mean, cls+patch_mean, gap or native. (default: as published, else native)",
+        "--pool", panel=WHAT, affects=CHANGES_VALUES, commands=("embed",),
+    ),
+    _command_option(
+        "input_size", int, "Resize tiles to so many px for the encoder. (default: as published, else not)",
+        "--input-size", panel=WHAT, affects=CHANGES_VALUES, commands=("embed",),
+    ),
+    _command_option(
+        "mean", str, "Mean of R,G,B in 0 to 1, as the weights were trained. (default: theirs)", "--mean",
+        panel=WHAT, metavar="R,G,B", affects=CHANGES_VALUES, commands=("embed",),
+    ),
+    _command_option(
+        "std", str, "Standard deviation of R,G,B, likewise. (default: theirs)", "--std",
+        panel=WHAT, metavar="R,G,B", affects=CHANGES_VALUES, commands=("embed",),
+    ),
+    _command_option(
+        "encoder_args", str, "Arguments of the timm network, such as '{\"init_values\": 1e-5}'.", "--encoder-args",
+        panel=WHAT, metavar="JSON", affects=CHANGES_VALUES, commands=("embed",),
     ),
 )  # fmt: skip
 _LAST: tuple[Option, ...] = (

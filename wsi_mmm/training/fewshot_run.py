@@ -15,8 +15,10 @@ import numpy as np
 
 from wsi_mmm.annotations import parse_shapes, shape_at
 from wsi_mmm.errors import InputError, ManifestError
-from wsi_mmm.model.checkpoint import load_encoder, load_model
-from wsi_mmm.model.identity import encoder_identity, is_model, model_identity
+from wsi_mmm.model.checkpoint import load_model, open_encoder
+from wsi_mmm.model.choose import ChosenEncoder, choose_encoder, hash_encoder, locate_weights, unread_encoder
+from wsi_mmm.model.identity import is_model, model_identity
+from wsi_mmm.model.recipe import parse_recipe
 from wsi_mmm.outputs.exports import SlideFeatures, read_features
 from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.storage import store
@@ -26,7 +28,7 @@ from wsi_mmm.training.fewshot import KINDS, Labelled, Linear
 from wsi_mmm.types import F64
 
 MODEL = "model"
-MADE_WITH = ("encoder", "model_hash", "mpp", "patch_size")
+MADE_WITH = ("encoder", "model_hash", "network", "mpp", "patch_size")
 """Attributes of features that must agree where they are used together."""
 
 REGION = 2048
@@ -178,14 +180,28 @@ def learn(  # noqa: PLR0913  (a public function: one keyword per option a user c
 def _save_model(head: Linear, folder: Path, about: dict[str, Any], weights: str | None) -> None:
     """Write the encoder with the head behind it. InputError unless it is the encoder that the features are of."""
     name = str(about["encoder"])
-    model = load_model(name) if is_model(name) else load_encoder(name, weights)
-    identity = model_identity(name, model.card) if is_model(name) else encoder_identity(name, weights)
-    if about["model_hash"] not in (None, identity):
-        raise InputError(f"the features are of other weights of '{name}'; pass those with --weights")
+    other = f"the features are of other weights of '{name}'; pass those with --weights"
+    if is_model(name):
+        model = load_model(name)
+        if about["model_hash"] not in (None, model_identity(name, model.card)):
+            raise InputError(other)
+    else:
+        chosen = _same_encoder(name, about.get("network"), weights)
+        if about["model_hash"] not in (None, chosen.identity):
+            raise InputError(other)
+        model = open_encoder(chosen)
     sized = {} if model.card.tasks else {"mpp": about["mpp"], "tile_size": about["patch_size"], "overlap": 0}
     facts = {"name": str(about["task"]), **sized, "metrics": {about["task"]: about["figures"]}}
     model.card = model.card.model_copy(update=facts)
     fewshot.save_with_head(model, head, folder, name=str(about["task"]), classes=about["classes"])
+
+
+def _same_encoder(name: str, network: str | None, weights: str | None) -> ChosenEncoder:
+    """The bare encoder that the features name; those of earlier versions do not say how it pooled."""
+    if network is None:
+        return choose_encoder(name, weights)
+    recipe = parse_recipe(network, "the encoder of the features")
+    return hash_encoder(unread_encoder(recipe, locate_weights(recipe, weights), weights))
 
 
 # ---------------------------------------------------------------- prediction

@@ -1,0 +1,193 @@
+"""From an encoder's name, its weights and what a user said to a complete recipe. Only bare names of timm need torch."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wsi_mmm.errors import ModelError
+from wsi_mmm.model.identity import check_weights
+from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD, ColourTriple, EncoderRecipe, Pooling, parse_recipe
+from wsi_mmm.model.weights import (
+    FOLDER,
+    HUB,
+    WeightsConfig,
+    config_beside,
+    find_at_home,
+    find_file,
+    find_in_folder,
+    find_on_hub,
+    hub_config,
+    split_source,
+)
+from wsi_mmm.plugins import plugin_names
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderOptions:
+    """The options of an encoder beside its name and weights; None: as its registry entry or its weights say."""
+
+    arguments: Mapping[str, Any] | None = None
+    mean: ColourTriple | None = None
+    std: ColourTriple | None = None
+    pooling: Pooling | None = None
+    input_px: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenEncoder:
+    """A complete recipe, the file of its weights (None: random ones, or those of a plug-in), and the file's sha256
+    (empty: not known yet)."""
+
+    recipe: EncoderRecipe
+    path: Path | None
+    sha256: str
+
+    @property
+    def identity(self) -> str:
+        """sha256 hex of all that its vectors depend on."""
+        return encoder_identity(self.recipe, self.sha256)
+
+
+@dataclass(frozen=True, slots=True)
+class TimmFacts:
+    """The facts that timm declares of a bare name: repository and file of its weights, and how they were trained."""
+
+    mean: ColourTriple = IMAGENET_MEAN
+    std: ColourTriple = IMAGENET_STD
+    hub_id: str = ""
+    file: str = ""
+    licence: str = ""
+
+
+def encoder_identity(recipe: EncoderRecipe, weights_sha256: str) -> str:
+    """sha256 hex of an encoder: what its recipe computes, and the bytes of its weights ("random": there are none)."""
+    return hashlib.sha256(json.dumps([recipe.value_facts(), weights_sha256], sort_keys=True).encode()).hexdigest()
+
+
+def choose_encoder(
+    name: str, weights: str | None = None, said: EncoderOptions | None = None, *, entry: EncoderRecipe | None = None
+) -> ChosenEncoder:
+    """The encoder ``name`` (``entry``: what a registry says of it) with all that its vectors depend on.
+
+    ``name``: of timm, ``hf-hub:org/name``, ``local-dir:folder`` (or a folder with config.json), or of a plug-in.
+    ``weights``: None finds or downloads those that the name stands for; "random"; a safetensors file, or the folder
+    that holds one. ModelError naming the fix: nothing of that name, no weights, mean and std said nowhere.
+    """
+    asked = said or EncoderOptions()
+    base, declared = _named_recipe(name, weights, entry)
+    path = locate_weights(base, weights)
+    beside = config_beside(path) if path is not None and entry is None and not declared else WeightsConfig()
+    if beside.architecture and _bare_name(beside.architecture) != _bare_name(base.architecture):
+        raise ModelError(
+            f"the config.json beside {path} is of the architecture {beside.architecture}, not {base.architecture}: "
+            f"give --encoder {beside.architecture}, or move the file away from it"
+        )
+    updates: dict[str, Any] = {
+        "arguments": {**base.arguments, **beside.arguments, **(asked.arguments or {})},
+        "mean": asked.mean or base.mean or beside.mean,
+        "std": asked.std or base.std or beside.std,
+        "pooling": asked.pooling or base.pooling,
+        "input_px": base.input_px if asked.input_px is None else asked.input_px,
+    }
+    recipe = parse_recipe(base.model_dump() | _known_colours(updates, base, path), f"the encoder {name}")
+    return hash_encoder(unread_encoder(recipe, path, weights))
+
+
+def unread_encoder(recipe: EncoderRecipe, path: Path | None, weights: str | None) -> ChosenEncoder:
+    """The encoder whose file was not looked at yet: `open_encoder` finds its hash as it reads it."""
+    return ChosenEncoder(recipe, path, "" if path is not None else weights or "none")
+
+
+def hash_encoder(chosen: ChosenEncoder) -> ChosenEncoder:
+    """The same with the sha256 of its file. ModelError when that is missing or a pickle."""
+    return replace(chosen, sha256=check_weights(chosen.path)) if chosen.path is not None else chosen
+
+
+def locate_weights(recipe: EncoderRecipe, weights: str | None) -> Path | None:
+    """The file of weights on this machine, by ``weights`` as of `choose_encoder`; None: random or a plug-in's own."""
+    if weights == RANDOM or (weights is None and recipe.architecture in plugin_names("encoders")):
+        return None
+    if weights is not None:
+        return find_file(weights, recipe.file)
+    source, rest = split_source(recipe.name)
+    if source == FOLDER:
+        return find_in_folder(Path(rest).expanduser(), recipe.file)
+    at_home = find_at_home(recipe.name, recipe.file) if not source else None
+    if at_home is not None:
+        return at_home
+    if recipe.hub_id:
+        return find_on_hub(recipe.hub_id, recipe.file)
+    raise ModelError(f"no weights are known for {recipe.name}: pass them with --weights FILE.safetensors")
+
+
+def _named_recipe(name: str, weights: str | None, entry: EncoderRecipe | None) -> tuple[EncoderRecipe, bool]:
+    """The recipe that a name stands for, and whether a configuration of its own was read with it."""
+    if entry is not None:
+        return entry, True
+    source, rest = split_source(name)
+    if source:
+        config = hub_config(rest) if source == HUB else config_beside(Path(rest).expanduser() / "weights")
+        if not config.architecture:
+            raise ModelError(
+                f"the config.json of {rest} names no timm architecture: name one with --encoder, "
+                "and its file with --weights"
+            )
+        full = name if source == HUB else FOLDER + str(Path(rest).expanduser().absolute())
+        return EncoderRecipe(
+            name=full, architecture=config.architecture, arguments=dict(config.arguments), mean=config.mean,
+            std=config.std, hub_id=rest if source == HUB else "",
+        ), True  # fmt: skip
+    if name in plugin_names("encoders"):
+        return EncoderRecipe(name=name, architecture=name, mean=IMAGENET_MEAN, std=IMAGENET_STD), False
+    facts = _timm_facts(name)
+    own = weights in (None, RANDOM) or "." in name  # the name says which weights are meant
+    return EncoderRecipe(
+        name=name, architecture=name, mean=facts.mean if own else None, std=facts.std if own else None,
+        hub_id=facts.hub_id, file=facts.file, licence=facts.licence,
+    ), False  # fmt: skip
+
+
+def _timm_facts(name: str) -> TimmFacts:
+    from wsi_mmm.model.networks import timm_facts
+
+    facts = timm_facts(name)
+    if facts is None:
+        raise ModelError(f"there is no encoder '{name}'{suggest_names(name, similar_to(name))}")
+    return facts
+
+
+def similar_to(name: str) -> list[str]:
+    """Names of timm's networks and of plug-ins that look like ``name``, the nearest first."""
+    from wsi_mmm.model.networks import network_names
+
+    return difflib.get_close_matches(name, [*network_names(), *plugin_names("encoders")], n=3, cutoff=0.5)
+
+
+def suggest_names(name: str, near: list[str]) -> str:
+    """The end of a message about an unknown ``name``."""
+    return f": did you mean {' or '.join(near)}?" if near else ": give a timm name, hf-hub:org/name or local-dir:folder"
+
+
+def _bare_name(architecture: str) -> str:
+    return architecture.partition(".")[0]
+
+
+def _known_colours(updates: dict[str, Any], base: EncoderRecipe, path: Path | None) -> dict[str, Any]:
+    """``updates`` if they have mean and std; random weights want ImageNet's. ModelError when nothing says them."""
+    if path is None:
+        updates["mean"], updates["std"] = updates["mean"] or IMAGENET_MEAN, updates["std"] or IMAGENET_STD
+    if updates["mean"] is None or updates["std"] is None:
+        raise ModelError(
+            f"nothing says which mean and std the weights {path} of {base.name} were trained with: put their "
+            "config.json beside them, or give --mean and --std "
+            "(ImageNet's: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225)"
+        )
+    return updates
