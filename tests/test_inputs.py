@@ -74,6 +74,7 @@ def test_a_bucket_prefix_and_pattern_are_listed(monkeypatch: pytest.MonkeyPatch)
     """Prefixes give what looks like slides; patterns give what matches, within a folder unless ``**`` is said."""
     keys = ["s3://b/p/a.svs", "s3://b/p/n.txt", "s3://b/p/x.y/c.svs", "s3://b/p/z?.svs"]
     monkeypatch.setattr(inputs.store, "list_uris", lambda prefix: [key for key in keys if key.startswith(prefix)])
+    monkeypatch.setattr(inputs.store, "exists", lambda uri: uri in keys)
     slides = ["s3://b/p/a.svs", "s3://b/p/x.y/c.svs", "s3://b/p/z?.svs"]
     assert [spec.uri for spec in expand_inputs(["s3://b/p"])] == slides
     assert [spec.uri for spec in expand_inputs(["s3://b/p/x.y/"])] == ["s3://b/p/x.y/c.svs"]

@@ -124,9 +124,9 @@ def fit_head(
     )  # fmt: skip
 
 
-def _slides_named(words: Sequence[str]) -> list[tuple[str, str, float | None]]:
-    """(id, URI, mpp override) of every slide that ``words`` stand for."""
-    return [(spec.id, spec.uri, spec.mpp) for spec in expand_inputs(list(words))]
+def _slides_named(words: Sequence[str]) -> list[tuple[str, str, float | None, int | None]]:
+    """(id, URI, mpp override, scene) of every slide that ``words`` stand for."""
+    return [(spec.id, spec.uri, spec.mpp, spec.scene) for spec in expand_inputs(list(words))]
 
 
 def _training(config: str | Path | Mapping[str, Any], settings: Sequence[str]) -> TrainConfig:

@@ -24,7 +24,8 @@ class SlideSpec:
     ``id`` names its folder in the output: unique in a run, one path component, never ``.`` or ``..``; empty means that
     ``unique_specs`` chooses it. ``mpp`` overrides what the file says of itself (micrometres per level-0 px, above 0).
     ``mask`` is a GeoJSON or mask image that says where to look, in place of tissue detection. ``error``: the fault of
-    its manifest row; such a slide fails alone, with this message.
+    its manifest row; such a slide fails alone, with this message. ``scene``: the number of the image to read, of a file
+    that holds several.
     """
 
     uri: str
@@ -32,6 +33,7 @@ class SlideSpec:
     mpp: float | None = None
     mask: str | None = None
     error: str = ""
+    scene: int | None = None
 
 
 def read_toml(path: str | Path) -> dict[str, object]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from wsi_mmm.config import SlideSpec
 from wsi_mmm.errors import InputError, ManifestError, NotFound, OptionError, SlideNotFound, StorageError
@@ -22,6 +22,7 @@ from wsi_mmm.options import positive_mpp
 from wsi_mmm.plugins import plugin_names
 from wsi_mmm.slides.dicom import is_dicom, one_per_series
 from wsi_mmm.storage import store
+from wsi_mmm.storage.patterns import match_uris
 
 # fmt: off
 SUFFIXES = frozenset((
@@ -50,6 +51,7 @@ _COLUMNS = {
     "mpp": ("mpp", "spacing_at_level_0", "wsi_mpp", "slide_mpp"),
     "mask": ("mask_path", "mask", "tissue"),
     "id": ("sample_id", "slide_id", "id"),
+    "scene": ("scene",),
 }
 """Columns of a manifest by meaning; of several names the first counts."""
 
@@ -57,11 +59,13 @@ _COLUMNS = {
 # ------------------------------------------------------------------------------------------------ inputs
 
 
-def expand_inputs(inputs: Sequence[str | Path | SlideSpec], mpp: float | None = None) -> list[SlideSpec]:
+def expand_inputs(
+    inputs: Sequence[str | Path | SlideSpec], mpp: float | None = None, scene: int | None = None
+) -> list[SlideSpec]:
     """Return every slide that ``inputs`` name, each with an id, in the order given, sorted inside a folder or pattern.
 
     An input is a slide (path or URI), a directory (searched recursively), a glob, an ``s3://`` (or other) prefix or
-    pattern, or a manifest ``.csv``/``.tsv``. ``mpp`` applies to the slides whose manifest row says nothing.
+    pattern, or a manifest ``.csv``/``.tsv``. ``mpp`` and ``scene`` apply to the slides whose manifest row says nothing.
 
     A slide that is named outright is not checked here: if it is missing it fails alone and the others go on. What
     names many slides and finds none raises SlideNotFound; a manifest with a bad row raises ManifestError.
@@ -71,7 +75,10 @@ def expand_inputs(inputs: Sequence[str | Path | SlideSpec], mpp: float | None = 
     specs = [spec for item in inputs for spec in _expand_one(item)]
     if not specs:
         raise SlideNotFound("no slides given; name files, folders, patterns or a manifest CSV")
-    return unique_specs([spec if spec.mpp is not None else replace(spec, mpp=mpp) for spec in specs])
+    return unique_specs([
+        replace(one, mpp=mpp if one.mpp is None else one.mpp, scene=scene if one.scene is None else one.scene)
+        for one in specs
+    ])  # fmt: skip
 
 
 def _expand_one(item: str | Path | SlideSpec) -> Iterable[SlideSpec]:
@@ -91,8 +98,16 @@ def _local_slides(path: str) -> list[str]:
         return _files_below(path)
     if os.path.exists(path) or not glob.has_magic(path):
         return [path]  # a missing file fails alone, when it is opened
-    found = filter(os.path.isfile, glob.glob(path, recursive=True))
+    found = filter(os.path.isfile, glob.glob(_escape_existing(path), recursive=True))
     return _require_slides(one_per_series(sorted(found)), f"no file matches {path}")
+
+
+def _escape_existing(path: str) -> str:
+    """Return a pattern in which folders that are there under just that name, such as ``run[1]``, mean themselves."""
+    head, tail = os.path.split(path)
+    if not tail or head == path:
+        return path
+    return os.path.join(glob.escape(head) if os.path.isdir(head) else _escape_existing(head), tail)
 
 
 def _files_below(folder: str) -> list[str]:
@@ -134,29 +149,32 @@ def _counted(suffixes: Mapping[str, int]) -> str:
 
 
 def _remote_slides(uri: str) -> list[str]:
-    """A pattern, or a prefix (ends in ``/``, or no suffix), is listed; anything else, and a web address, is a slide."""
-    fixed = re.split(r"[*\[]", uri, maxsplit=1)[0]
-    if uri.lower().startswith(("http://", "https://", "wsi://")):
+    """A prefix (ends in ``/``, or no suffix of a slide) or a pattern is listed, unless there is an object of just that
+    name; anything else, and a web address, is a slide."""
+    if store.scheme_of(uri) in ("http", "https", "wsi"):
         return [uri]
+    fixed = re.split(r"[*?\[]", uri, maxsplit=1)[0]
     if fixed != uri:
-        if fixed.count("/") < 3:
-            raise InputError(f"{store.redact(uri)}: name the bucket; only what follows it can be a pattern")
-        wanted = re.compile(_glob_regex(uri))
-        found = [name for name in store.list_uris(fixed[: fixed.rfind("/")]) if wanted.fullmatch(name)]
-        return _require_slides(found, f"nothing matches {store.redact(uri)}")
-    if "." in _file_name(uri) and not uri.endswith("/"):
+        return _matching_objects(uri, fixed)
+    name = _file_name(uri)
+    if "." in name and not uri.endswith("/") and (is_slide_name(name) or store.exists(uri)):
         return [uri]
     found = [name for name in store.list_uris(uri) if is_slide_name(name)]
+    if not found and "." in name and not uri.endswith("/"):
+        return [uri]  # it fails alone, when it is opened
     return _require_slides(found, f"no slide below {store.redact(uri)} (looked for {_shown_suffixes()})")
 
 
-def _glob_regex(glob_text: str) -> str:
-    """Glob to regular expression: ``*`` stays inside a folder, ``**`` crosses folders, ``[abc]`` as usual."""
-    replacements = {r"**/": r"(?:.*/)?", r"**": r".*", r"*": r"[^/]*"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\[[^\]]+\])", glob_text)
-    return "".join(
-        replacements.get(part) or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part))
-        for part in parts
+def _matching_objects(uri: str, fixed: str) -> list[str]:
+    """The objects that a pattern matches, or the slides below the prefixes that it matches; ``fixed``: its text before
+    the first sign of a pattern."""
+    if fixed.count("/") < 3:
+        raise InputError(f"{store.redact(uri)}: name the bucket; only what follows it can be a pattern")
+    if not uri.endswith("/") and store.exists(uri):
+        return [uri]
+    found, below = match_uris(uri, store.list_uris(fixed[: fixed.rfind("/") + 1]))
+    return _require_slides(
+        found or [one for one in below if is_slide_name(one)], f"nothing matches {store.redact(uri)}"
     )
 
 
@@ -281,7 +299,11 @@ def _row_spec(
     except OptionError as error:
         return wrong(f", column {columns['mpp']!r}: {error}")
     mask = _resolve_beside(said["mask"], manifest) if said.get("mask") else None
-    return SlideSpec(_resolve_beside(said["slide"], manifest), said.get("id", ""), mpp, mask)
+    chosen = "" if said.get("scene", "").lower() in _NO_VALUE else said["scene"]
+    if chosen and not re.fullmatch(r"[0-9]{1,9}", chosen):
+        return wrong(f", column {columns['scene']!r}: {chosen!r} is no number of an image, such as 0 (see 'info')")
+    scene = int(chosen) if chosen else None
+    return SlideSpec(_resolve_beside(said["slide"], manifest), said.get("id", ""), mpp, mask, scene=scene)
 
 
 def _resolve_beside(uri: str, manifest: str) -> str:
@@ -305,25 +327,30 @@ def unique_specs(specs: Sequence[SlideSpec]) -> list[SlideSpec]:
     """The same slides with ids that are safe folder names and unique without regard to case.
 
     Slides that share a file name get the name of their folder and a short hash of their URI in front of it, so an id
-    does not depend on the order of the inputs nor on how many others there are beside its namesakes.
-    A slide that is named twice is kept once; a second, different demand on a slide becomes a spec with an error.
+    does not depend on the order of the inputs nor on how many others there are beside its namesakes. A scene that was
+    chosen is part of the id. A slide that is named twice is kept once; a second, different demand on a slide becomes a
+    spec with an error.
     """
     kept: dict[str, SlideSpec] = {}
     for number, spec in enumerate(specs):
-        key = _slide_identity(spec.uri)
+        key = _slide_identity(spec)
         if spec.error:
             kept[f"{key}#{number}"] = spec
         elif replace(kept.setdefault(key, spec), uri=spec.uri) != spec:
             error = f"{store.redact(spec.uri)} is given twice with different id, mpp or mask; keep one"
-            kept[f"{key}#{number}"] = SlideSpec(
-                spec.uri, f"{safe_id(spec.id or stem(spec.uri))}-again-{number}", error=error
-            )
-    ids = [safe_id(spec.id or stem(spec.uri)) for spec in kept.values()]
+            kept[f"{key}#{number}"] = SlideSpec(spec.uri, f"{_own_id(spec)}-again-{number}", error=error)
+    ids = [_own_id(spec) for spec in kept.values()]
     namesakes = Counter(name.lower() for name in ids)
     return [
         replace(spec, id=_qualified_id(spec, name, key) if namesakes[name.lower()] > 1 else name)
         for (key, spec), name in zip(kept.items(), ids, strict=True)
     ]
+
+
+def _own_id(spec: SlideSpec) -> str:
+    """The id as given, or of the file's name and the scene."""
+    chosen = "" if spec.scene is None else f"-scene-{spec.scene}"
+    return safe_id(spec.id or stem(spec.uri) + chosen)
 
 
 def _qualified_id(spec: SlideSpec, name: str, identity: str) -> str:
@@ -333,8 +360,9 @@ def _qualified_id(spec: SlideSpec, name: str, identity: str) -> str:
     return f"{folder[:40]}-{name}-{sha256(identity.encode()).hexdigest()[:8]}"
 
 
-def _slide_identity(uri: str) -> str:
-    return os.path.abspath(_local_path(uri)) if store.is_local(uri) else uri
+def _slide_identity(spec: SlideSpec) -> str:
+    place = os.path.abspath(_local_path(spec.uri)) if store.is_local(spec.uri) else spec.uri
+    return place if spec.scene is None else f"{place}?scene={spec.scene}"
 
 
 def stem(uri: str) -> str:
@@ -346,9 +374,12 @@ def stem(uri: str) -> str:
 
 def _file_name(uri: str) -> str:
     """The last part of the path. An object-store key may hold ``?`` and ``#``; in a web address they end the path."""
-    if uri.lower().startswith(("http://", "https://", "wsi://")):
-        return PurePosixPath(unquote(urlsplit(uri).path)).name
-    return PurePosixPath(_local_path(uri) if store.is_local(uri) else uri.partition("://")[2]).name
+    if store.is_local(uri):
+        return PurePosixPath(_local_path(uri)).name
+    path = uri.partition("://")[2].partition("/")[2]
+    if store.scheme_of(uri) in ("http", "https", "wsi"):
+        path = unquote(re.split("[?#]", path, maxsplit=1)[0])
+    return PurePosixPath(path).name
 
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|report)(\..*)?", re.IGNORECASE)

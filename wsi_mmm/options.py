@@ -180,6 +180,10 @@ class RunOptions:
         None, "Force a reader: tiff, openslide, tiffslide or a plug-in's.", "--reader",
         panel=SLIDES, affects=CHANGES_VALUES, per="slide",
     )  # fmt: skip
+    scene: int | None = _run_option(
+        None, "Image to read of a file that holds several, by the number that info shows.", "--scene", "--series",
+        panel=SLIDES, affects=CHANGES_VALUES, per="slide", metavar="N", check=_at_least(0),
+    )  # fmt: skip
     cache: str | None = _run_option(
         None, "Folder or s3:// prefix that keeps features and maps between runs. (environment: WSI_MMM_CACHE)",
         "--cache", panel=WHERE, takes="a path or a word",
@@ -264,6 +268,7 @@ class RunKeywords(TypedDict, total=False):
     min_tissue: float | None
     mpp_override: float | None
     reader: str | None
+    scene: int | None
     cache: str | Path | None
     cache_tiles: Literal["auto", "on", "off"] | bool | None
     cache_quota: int | str | None

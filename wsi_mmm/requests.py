@@ -142,7 +142,11 @@ def request_run(slides: Slides, recipe: Recipe, output: str | Path) -> RunReques
     """Return the run of a recipe over slides. Raises OptionError, ManifestError, OutputError."""
     options = recipe.options
     tls = tls_of(options.tls, options.scheduler)
-    specs = expand_inputs([slides] if isinstance(slides, str | Path | SlideSpec) else slides, mpp=options.mpp_override)
+    specs = expand_inputs(
+        [slides] if isinstance(slides, str | Path | SlideSpec) else slides,
+        mpp=options.mpp_override,
+        scene=options.scene,
+    )
     out = _absolute_uri(os.path.expanduser(output) if store.is_local(str(output)) else str(output).rstrip("/"))
     for place in (out, options.cache):
         if place is not None:
@@ -156,6 +160,7 @@ def request_run(slides: Slides, recipe: Recipe, output: str | Path) -> RunReques
             mpp=spec.mpp,
             mask=spec.mask and _absolute_uri(spec.mask),
             error=spec.error or leads_away(out, spec.id),
+            scene=spec.scene,
         )
         for spec in specs
     )

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
+SECRET = "very/secret+key"
+
 
 @contextmanager
 def moto_server() -> Iterator[str]:

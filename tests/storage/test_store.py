@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from wsi_mmm.errors import ConfigError, NotFound, OutputError, SlideChanged
 from wsi_mmm.outputs.exports import zarr_store
-from wsi_mmm.storage import objects, remote, store
+from wsi_mmm.storage import aws, remote, store
 from wsi_mmm.storage.ranges import MergeRule, fetch_merged, plan_spans
 
 
@@ -166,7 +166,7 @@ def test_a_profile_gives_the_keys_of_the_shared_files(tmp_path: Path) -> None:
     (tmp_path / ".aws").mkdir()
     (tmp_path / ".aws/credentials").write_text("[lab]\naws_access_key_id = AK\naws_secret_access_key = SK%1\n")
     (tmp_path / ".aws/config").write_text("[profile lab]\nregion = eu-north-1\nendpoint_url = http://host:9\n")
-    found = objects.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "lab"})
+    found = aws.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "lab"})
     assert found == {
         "region": "eu-north-1",
         "access_key_id": "AK",
@@ -174,13 +174,13 @@ def test_a_profile_gives_the_keys_of_the_shared_files(tmp_path: Path) -> None:
         "endpoint": "http://host:9",
     }
     with pytest.raises(ConfigError, match="aws configure"):
-        objects.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "other"})
+        aws.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "other"})
 
 
 def test_public_buckets_are_read_unsigned() -> None:
     """Either variable of the two tools works."""
     for name in ("AWS_NO_SIGN_REQUEST", "AWS_SKIP_SIGNATURE"):
-        assert objects.s3_settings({name: "true"})["skip_signature"] == "true"
+        assert aws.s3_settings({name: "true"})["skip_signature"] == "true"
 
 
 @pytest.mark.parametrize(
@@ -191,14 +191,14 @@ def test_a_profile_whose_keys_lie_elsewhere_says_how_to_export_them(tmp_path: Pa
     (tmp_path / ".aws").mkdir()
     (tmp_path / ".aws/config").write_text(f"[profile lab]\nregion = eu-north-1\n{key}\n")
     with pytest.raises(ConfigError, match="export-credentials --profile lab"):
-        objects.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "lab"})
+        aws.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "lab"})
 
 
 def test_a_broken_credentials_file_is_one_line_without_its_content(tmp_path: Path) -> None:
     """The parser repeats the line it stumbles over; the error does not."""
     (tmp_path / "keys").write_text("aws_secret_access_key = very-secret\n")
     with pytest.raises(ConfigError, match="check its lines") as caught:
-        objects.s3_settings({"HOME": str(tmp_path), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "keys")})
+        aws.s3_settings({"HOME": str(tmp_path), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "keys")})
     assert "very-secret" not in str(caught.value)
     assert caught.value.__cause__ is None
 

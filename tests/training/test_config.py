@@ -13,6 +13,9 @@ import pytest
 from helpers.annotation_targets import ENCODER
 from wsi_mmm.cli.train import EXAMPLE
 from wsi_mmm.errors import ConfigError, ModelError, OptionError
+from wsi_mmm.model.card import TaskCard
+from wsi_mmm.tasks import make_task
+from wsi_mmm.tasks.segment import Segment
 from wsi_mmm.training.config import TrainConfig, json_schema, model_card, parse
 
 
@@ -152,3 +155,50 @@ def test_the_recipes_are_configurations(path: Path) -> None:
     raw = tomllib.loads(path.read_text())
     jsonschema.validate(raw, json.loads(json.dumps(json_schema())))
     assert parse(raw).task_cards()
+
+
+@pytest.mark.parametrize(
+    ("classes", "more", "hidden"),
+    [
+        (("gland", "stroma"), {}, -1),
+        (("gland", "Background"), {}, 1),
+        (("background", "gland"), {}, 0),
+        (("background", "gland"), {"background": ""}, -1),
+        (("other", "gland"), {"background": "other"}, 0),
+        (("other", "gland"), {"params": {"background": 1}}, 1),
+        (("background", "gland"), {"params": {"background": -1}}, -1),
+    ],
+)
+def test_no_class_is_the_background_unless_it_says_so(
+    classes: tuple[str, ...], more: dict[str, Any], hidden: int
+) -> None:
+    """The card of a `segment` task always names the class that is not drawn; the first one is none by itself."""
+    task = {"name": "t", "kind": "segment", "classes": list(classes), **more}
+    data = {"name": "d", "kind": "image-masks", "task": "t", "images": "i", "masks": "m"}
+    (card,) = parse(small(task=[task], data=[data])).task_cards()
+    made = make_task(card)
+    assert isinstance(made, Segment) and card.params["background"] == made.background == hidden
+
+
+def test_cards_without_a_background_keep_their_meaning() -> None:
+    """Models of earlier versions do not name it: there the first class is not drawn."""
+    colors = ((0, 0, 0), (1, 1, 1))
+    card = TaskCard(name="t", kind="segment", head="map", outputs=2, classes=("a", "b"), colors=colors)
+    made = make_task(card)
+    assert isinstance(made, Segment) and made.background == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ({"kind": "segment", "classes": ["gland"]}, "chooses among classes and has only one"),
+        ({"kind": "segment", "classes": ["a", "b"], "background": "c"}, "background 'c' is none of a, b"),
+        ({"kind": "segment", "classes": ["a", "b"], "params": {"background": 2}}, "the number of a class, or -1"),
+        ({"kind": "instances", "classes": ["a"], "background": "a"}, "only 'segment' has a background"),
+    ],
+)
+def test_a_background_that_cannot_be_is_said(task: dict[str, Any], words: str) -> None:
+    """One line that names the task and the fix."""
+    data = {"name": "d", "kind": "image-masks", "task": "t", "images": "i", "masks": "m"}
+    with pytest.raises(ConfigError, match=words):
+        parse(small(task=[{"name": "t", **task}], data=[data])).task_cards()

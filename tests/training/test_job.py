@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.annotation_targets import DECODER, ENCODER, SIZE, disc_task, discs, joint, patches, tissue_task
+import wsi_mmm
+from helpers.annotation_targets import DECODER, ENCODER, MODEL, SIZE, disc_task, discs, joint, patches, tissue_task
 from wsi_mmm.errors import ConfigError, InputError, ManifestError, ModelError, OutputError
-from wsi_mmm.model.checkpoint import load_model
+from wsi_mmm.model.checkpoint import load_model, save_model
+from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.training import job
 from wsi_mmm.training.config import parse
 from wsi_mmm.training.data.base import Sample
@@ -325,3 +327,24 @@ def test_a_dask_cluster_trains_as_one_process_does(tmp_path: Path) -> None:
     spread = load_file(tmp_path / "cluster" / "model" / "model.safetensors")
     assert alone.keys() == spread.keys()
     assert max(float((alone[k].float() - spread[k].float()).abs().max()) for k in alone) < 2e-3
+
+
+def test_the_first_class_of_a_segmentation_is_drawn(tmp_path: Path) -> None:
+    """A model whose answer is the first class everywhere draws it, unless that class is the background."""
+    slide = tmp_path / "s.tiff"
+    synthetic_slide(slide, 1, width=256, height=192, mpp=0.5, nuclei=4)
+    for classes, drawn in ((["gland", "stroma"], {"gland": 1, "stroma": 0}), (["background", "disc"], {"disc": 0})):
+        raw = joint(tmp_path, task=[{**disc_task(), "classes": classes}], model={**MODEL, "tile_size": 64})
+        raw["data"] = [{key: value for key, value in raw["data"][1].items() if key != "values"}]
+        model = job.begin_model(parse(raw))
+        with torch.no_grad():
+            model.get_parameter("heads.disc.out.bias").copy_(torch.tensor([30.0, -30.0]))
+        save_model(model.eval(), tmp_path / classes[0])
+        report = wsi_mmm.run(
+            str(slide), tmp_path / classes[0], output=tmp_path / "out" / classes[0], tissue="none", gzip=False
+        )
+        counts = json.loads((tmp_path / "out" / classes[0] / "s" / "slide.json").read_text())["classes"]["disc"]
+        found = json.loads((tmp_path / "out" / classes[0] / "s" / "result.geojson").read_text())["features"]
+        assert report.exit_code == 0 and {name: counts[name] for name in drawn} == drawn
+        names = [one["properties"]["classification"]["name"] for one in found]
+        assert names == [name for name, count in drawn.items() for _ in range(count)]

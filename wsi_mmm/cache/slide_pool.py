@@ -39,11 +39,12 @@ class TileCaching:
 
 @dataclass(frozen=True, slots=True)
 class SlideKey:
-    """A slide to open: its URI, the mpp that a user gives for it, and the reader that is asked for."""
+    """A slide to open: its URI, the mpp that a user gives for it, the reader and the scene that are asked for."""
 
     uri: str
     mpp: float | None = None
     reader: str | None = None
+    scene: int | None = None
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class _PoolEntry:
         """The slide, opened by the first thread that asks; others wait for it."""
         with self.lock:
             if self.slide is None:
-                self.slide = open_slide(key.uri, key.mpp, key.reader)
+                self.slide = open_slide(key.uri, key.mpp, key.reader, key.scene)
             return self.slide
 
     def close(self) -> None:

@@ -219,7 +219,7 @@ def _slide_facts(task: SlideTask) -> dict[str, Any]:
     if task.error:
         raise ManifestError(task.error)
     recipe = task.recipe
-    with open_slide(task.uri, task.mpp, recipe.options.reader) as slide:
+    with open_slide(task.uri, task.mpp, recipe.options.reader, task.scene) as slide:
         info = slide.info
         slide.scale(recipe.mpp)
         grid = make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)

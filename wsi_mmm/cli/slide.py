@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wsi_mmm.cli.console import error_line, facts, say, say_json, table
-from wsi_mmm.errors import OutputError, WsiError
+from wsi_mmm.errors import ManifestError, OutputError, WsiError
 
 if TYPE_CHECKING:
     from wsi_mmm.types import U8, Mask, SlideInfo
@@ -19,16 +19,26 @@ SlidesArgument = Annotated[
     list[str], typer.Argument(metavar="SLIDE", help="Slides, folders, patterns or manifests.", show_default=False)
 ]
 ReaderOption = Annotated[str | None, typer.Option(help="Force a reader: tiff, openslide, tiffslide or a plug-in's.")]
+SceneOption = Annotated[
+    int | None,
+    typer.Option(
+        "--scene", "--series", min=0, metavar="N",
+        help="Image to read of a file that holds several, by the number that info shows.",
+    ),
+]  # fmt: skip
 MppOverride = Annotated[float | None, typer.Option(help="Take the slide's own pixel to be this many micrometres wide.")]
 
 
-def info(slides: SlidesArgument, mpp_override: MppOverride = None, reader: ReaderOption = None) -> int:
-    """Show size, resolution, levels and vendor of slides.
+def info(
+    slides: SlidesArgument, mpp_override: MppOverride = None, reader: ReaderOption = None, scene: SceneOption = None
+) -> int:
+    """Show size, resolution, levels, vendor and images of slides.
 
     \b
     Examples:
       wsi-mmm info slide.svs
       wsi-mmm info slides/ --json
+      wsi-mmm info two-scans.ome.tif --scene 1
       wsi-mmm info s3://bucket/slide.svs
     """
     from wsi_mmm.engine.monitoring.run_report import exit_code
@@ -36,9 +46,11 @@ def info(slides: SlidesArgument, mpp_override: MppOverride = None, reader: Reade
     from wsi_mmm.slides import open_slide
 
     statuses = []
-    for spec in expand_inputs(slides, mpp_override):
+    for spec in expand_inputs(slides, mpp_override, scene):
         try:
-            with open_slide(spec.uri, spec.mpp, reader) as slide:
+            if spec.error:
+                raise ManifestError(spec.error)
+            with open_slide(spec.uri, spec.mpp, reader, spec.scene) as slide:
                 _show_info(slide.info)
             statuses.append("done")
         except WsiError as error:  # the other slides can still be shown
@@ -59,9 +71,9 @@ def _show_info(slide: SlideInfo) -> None:
         "bounds offset": f"{slide.bounds_x}, {slide.bounds_y}",
         "fingerprint": slide.fingerprint,
     }
-    if scenes := slide.properties.get("tiff.scenes"):
-        pairs["scenes"] = f"{scenes} (the first is read)"
     pairs |= {key[5:]: role for key, role in slide.properties.items() if key.startswith("tiff.image[")}
+    if any(", scene " in str(role) and not str(role).startswith("slide") for role in pairs.values()):
+        pairs["scene"] = f"{slide.properties['tiff.scene']} is read; --scene N chooses another"
     facts(pairs, slide.uri)
     rows = [
         (n, f"{one.width} x {one.height}", f"{one.downsample_x:g}", f"{one.tile_width} x {one.tile_height}")
@@ -77,6 +89,7 @@ def thumbnail(
     ] = "thumbnail.png",
     max_size: Annotated[int, typer.Option(help="Px of the longer side.", min=1)] = 1024,
     reader: ReaderOption = None,
+    scene: SceneOption = None,
 ) -> None:
     """Write a small picture of a slide.
 
@@ -87,7 +100,7 @@ def thumbnail(
     """
     from wsi_mmm.slides import open_slide
 
-    with open_slide(slide, reader=reader) as opened:
+    with open_slide(slide, reader=reader, scene=scene) as opened:
         pixels = opened.thumbnail(max_size)
     write_picture(output, pixels)
     _report_written(output, {"width": pixels.shape[1], "height": pixels.shape[0]})
@@ -101,6 +114,7 @@ def tissue(
     where: Annotated[str, typer.Option("--tissue", help="auto, none, or a GeoJSON or mask image.")] = "auto",
     max_size: Annotated[int, typer.Option(help="Px of the longer side of the overlay.", min=1)] = 1536,
     reader: ReaderOption = None,
+    scene: SceneOption = None,
 ) -> None:
     """Find the tissue and write it as a mask and a picture.
 
@@ -114,7 +128,7 @@ def tissue(
     from wsi_mmm.slides import open_slide
     from wsi_mmm.tiles.tissue import tissue_mask
 
-    with open_slide(slide, reader=reader) as opened:
+    with open_slide(slide, reader=reader, scene=scene) as opened:
         found = tissue_mask(opened, tissue=where)
         picture = opened.thumbnail(max_size)
     write_picture(output, np.where(found.mask, 255, 0).astype(np.uint8))

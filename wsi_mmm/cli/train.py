@@ -139,6 +139,8 @@ def _show_data(prepared: Prepared) -> None:
         classes = ", ".join(f"{name} {count}" for name, count in one["classes"].items())
         rows.append((one["data"], ", ".join(one["tasks"]), one["train"], one["val"], one["test"], classes))
     table(rows, ("data", "tasks", "train", "val", "test", "classes of train"))
+    for line in (*prepared.drawn_classes(), *prepared.warnings()):
+        say(line)
     say(describe(prepared))
 
 

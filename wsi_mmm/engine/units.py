@@ -36,7 +36,8 @@ class SlideTask:
     """One slide to be done: where it is, what the user said of it, where its results go.
 
     ``error``: why it cannot be done, known from the start (a wrong row of a manifest). ``reader``: the name of the
-    reader that opened the slide, known from the plan step on; empty before.
+    reader that opened the slide, known from the plan step on; empty before. ``scene``: the image of its file that the
+    user chose.
     """
 
     id: str
@@ -47,6 +48,7 @@ class SlideTask:
     mask: str | None = None
     error: str = ""
     reader: str = ""
+    scene: int | None = None
 
     @property
     def scratch(self) -> str:
@@ -59,9 +61,10 @@ class SlideTask:
         The content of a mask file is compared apart (slide.json keeps its hash): where it lies does not matter.
         """
         recipe, masked = self.recipe.result_hash(self.reader), self.mask is not None
-        if self.mpp is None and not masked:
+        if self.mpp is None and not masked and self.scene is None:
             return recipe
-        return sha256(json.dumps([recipe, self.mpp, masked]).encode()).hexdigest()[:32]
+        said = [recipe, self.mpp, masked] if self.scene is None else [recipe, self.mpp, masked, self.scene]
+        return sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,16 @@ _SAMPLE = 16 << 10
 _SAMPLES = 16
 
 
-def fingerprint_of(store: ByteStore) -> str | Callable[[], str]:
-    """Return the fingerprint, or for a remote store what finds it later: opening need not wait for 16 more requests."""
-    return cache(partial(fingerprint, store)) if store.remote else fingerprint(store)
+def fingerprint_of(store: ByteStore, scene: int | None = None) -> str | Callable[[], str]:
+    """Return the fingerprint, or for a remote store what finds it later: opening need not wait for 16 more requests.
+
+    ``scene``: the number of an image that is read in place of the file's usual one: another slide."""
+    return cache(partial(_scene_fingerprint, store, scene)) if store.remote else _scene_fingerprint(store, scene)
+
+
+def _scene_fingerprint(store: ByteStore, scene: int | None) -> str:
+    mark = fingerprint(store)
+    return mark if scene is None else blake2b(f"{mark},scene {scene}".encode(), digest_size=16).hexdigest()
 
 
 def fingerprint(store: ByteStore) -> str:

@@ -24,18 +24,33 @@ _PLAIN = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "
           b"PK\x03\x04": "ZIP", b"\x1f\x8b": "gzip"}  # fmt: skip
 
 
-def open_slide(uri: str, mpp: float | None = None, reader: str | None = None) -> Slide:
+def open_slide(uri: str, mpp: float | None = None, reader: str | None = None, scene: int | None = None) -> Slide:
     """Open a slide at a path or URI; ``mpp`` overrides what it says of level 0, ``reader`` forces one by name.
 
-    Raises SlideNotFound, NotASlide, SlideDamaged, StorageError, OptionError.
+    ``scene``: of a file that holds several images the one to read, by the number that ``properties`` and ``wsi-mmm
+    info`` show. Raises SlideNotFound, NotASlide, SlideDamaged, StorageError, OptionError.
     """
     uri = str(uri)
     if mpp is not None:
         check_mpp(mpp)
     try:
-        return Slide(find_reader(reader)(uri) if reader else _by_content(uri), mpp)
+        return Slide(_open_named(uri, reader, scene) if reader else _by_content(uri, scene), mpp)
     except NotFound as error:
         raise SlideNotFound(str(error)) from error
+
+
+def _open_named(uri: str, reader: str, scene: int | None) -> Reader:
+    open_reader = find_reader(reader)
+    return _open_tiff(uri, scene) if open_reader is _open_tiff else _only_image(open_reader(uri), scene)
+
+
+def _only_image(reader: Reader, scene: int | None) -> Reader:
+    """Return the reader; OptionError when another image than its only one is asked for."""
+    if not scene:
+        return reader
+    name = f"{reader.info.uri} (reader {reader.info.reader})"
+    reader.close()
+    raise OptionError(f"{name} has no scene {scene}: this reader gives one image of a file; choose no scene")
 
 
 def find_reader(name: str) -> Callable[[str], Reader]:
@@ -72,24 +87,24 @@ def plugin_suffixes() -> frozenset[str]:
     return frozenset(suffix for name in plugin_names("readers") for suffix in reader_plugin(name).suffixes)
 
 
-def _by_content(uri: str) -> Reader:
+def _by_content(uri: str, scene: int | None) -> Reader:
     if uri.startswith(f"{SCHEME}://"):
-        return open_app_slide(uri)
+        return _only_image(open_app_slide(uri), scene)
     if uri.startswith("wsi://") or is_service(uri):
-        return open_wsi_service(uri)
+        return _only_image(open_wsi_service(uri), scene)
     store = buffered(open_store(uri))
     try:
-        found = _examine_content(store)
+        found = _examine_content(store, scene)
         if not isinstance(found, str):
-            return TiffReader(store, found)
+            return TiffReader(store, found, scene=scene)
     except BaseException:
         store.close()
         raise
     store.close()
-    return find_reader(found)(uri)
+    return _only_image(find_reader(found)(uri), scene)
 
 
-def _examine_content(store: BufferedStore) -> str | list[Directory]:
+def _examine_content(store: BufferedStore, scene: int | None) -> str | list[Directory]:
     """Return the directories of a TIFF for our own reader, else a reader's name. Raises NotASlide, SlideDamaged."""
     name = redact(store.uri)
     if store.size == 0:
@@ -106,7 +121,7 @@ def _examine_content(store: BufferedStore) -> str | list[Directory]:
         raise
     vendor = vendor_of(directories[0])
     if vendor is not None:
-        plane = plane_of(find_slide_page(directories, vendor, name).directory, name)
+        plane = plane_of(find_slide_page(directories, vendor, name, scene).directory, name)
         if not unsupported(plane) or not perhaps_openslide(plane):
             return directories
     return "openslide" if _seen_by_openslide(store.uri) else directories
@@ -138,10 +153,10 @@ def _seen_by_openslide(uri: str) -> bool:
     return detect(uri) is not None
 
 
-def _open_tiff(uri: str) -> Reader:
+def _open_tiff(uri: str, scene: int | None = None) -> Reader:
     store = buffered(open_store(uri))
     try:
-        return TiffReader(store)
+        return TiffReader(store, scene=scene)
     except BaseException:
         store.close()
         raise

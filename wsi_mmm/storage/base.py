@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
+from wsi_mmm.errors import StorageError
 from wsi_mmm.storage.ranges import Buffer, Counter, Ranges
 
 HEAD = 256 << 10  # bytes: the header, and in most slides the tables of tiles behind it
@@ -19,6 +20,7 @@ _TAIL = 1 << 20  # when no more than this follows a read, all of it is read
 _MOST = 4 << 20  # bytes kept
 _SERVED = re.compile(r"(/[^?#]*)?/v3/slides/[^/]+/?")
 _SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 # ---------------------------------------------------------------- URIs
@@ -29,12 +31,17 @@ def is_local(uri: str) -> bool:
     return not _SCHEME.match(uri) or uri.startswith("file://")
 
 
+def scheme_of(uri: str) -> str:
+    """Return the scheme in small letters; empty for a path."""
+    return uri.partition("://")[0].lower() if _SCHEME.match(uri) else ""
+
+
 def is_service(uri: str) -> bool:
     """Tell whether ``uri`` is a slide of a WSI service: ``wsi://``, or http(s) whose path ends in ``/v3/slides/ID``.
 
     Over http(s) an ID with a dot means a file.
     """
-    parts = urlsplit(uri)
+    parts = split_address(uri)
     if parts.scheme == "wsi":
         return _SERVED.fullmatch(parts.path) is not None
     served = parts.scheme in ("http", "https") and _SERVED.fullmatch(parts.path) is not None
@@ -51,16 +58,25 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(p.strip("/") for p in parts)])
 
 
+def split_address(uri: str) -> SplitResult:
+    """Return the parts of a URI. Raises StorageError for one whose host cannot be read."""
+    try:
+        return urlsplit(uri)
+    except ValueError as error:
+        raise StorageError(f"{redact(uri)} is no address: its host cannot be read; correct it") from error
+
+
 def redact(uri: str) -> str:
-    """Return ``uri`` without user, password, query and fragment, fit to be shown."""
+    """Return ``uri`` without user, password, query and fragment, control characters as \\x0a: fit to be shown."""
     if is_local(uri):
         return uri
-    parts = urlsplit(uri)
-    if parts.scheme in ("s3", "s3a", "gs"):
-        scheme, rest = uri.split("://", 1)
-        bucket, slash, key = rest.partition("/")
-        return f"{scheme}://{bucket.rpartition('@')[2]}{slash}{key}"
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    scheme, rest = uri.split("://", 1)
+    host, slash, path = rest.partition("/")
+    if scheme_of(uri) not in ("s3", "s3a", "gs"):  # whose keys may hold '?' and '#'
+        cut = re.match(r"([^?#]*)", rest)
+        host, slash, path = (cut[1] if cut else "").partition("/")
+    shown = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", shown)
 
 
 # ---------------------------------------------------------------- objects

@@ -1,4 +1,4 @@
-"""Any other scheme, and signed ``https://`` addresses, over fsspec, whose blocking functions run in threads."""
+"""Any other scheme over fsspec, whose blocking functions run in threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from wsi_mmm.errors import MissingPackage, NotFound, StorageError
 from wsi_mmm.storage.base import redact
-from wsi_mmm.storage.remote import OnBegin, RemoteStore, endpoint_for, fetch, storage_timeout
+from wsi_mmm.storage.remote import OnBegin, RemoteStore, endpoint_for, fetch
 from wsi_mmm.storage.translate import NO_RANGES, translate_errors
 
 T = TypeVar("T")
@@ -27,12 +27,9 @@ def open_file(uri: str) -> RemoteStore:
         raise StorageError(f"{redact(uri)}: the server does not say the size; copy the file to a local disk or to S3")
     if info.get("partial") is False:
         raise StorageError(f"{redact(uri)}: {NO_RANGES}")
-    tag = str(info.get("ETag") or "")
-    # A server that keeps to RFC 9110 then refuses ranges of another version; weak tags are not allowed in If-Match.
-    options = {"headers": {"If-Match": tag}} if tag.startswith('"') and uri.startswith("http") else {}
 
     async def get(start: int, stop: int, on_begin: OnBegin) -> tuple[bytes, None]:
-        return await _in_thread(lambda: bytes(fs.cat_file(path, start=start, end=stop, **options))), None
+        return await _in_thread(lambda: bytes(fs.cat_file(path, start=start, end=stop))), None
 
     return RemoteStore(uri, int(info["size"]), None, get, endpoint_for(uri))
 
@@ -87,7 +84,7 @@ def _file_system(uri: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        fs, path = fsspec.url_to_fs(uri, **_client_options(uri))
+        fs, path = fsspec.url_to_fs(uri)
     except ImportError as error:
         raise MissingPackage(f"{redact(uri)}: reading this needs one more package of the fsspec family") from error
     except ValueError as error:
@@ -95,12 +92,3 @@ def _file_system(uri: str) -> tuple[Any, str]:
             f"{redact(uri)}: no storage is known by this scheme; use a path, s3://, http:// or https://"
         ) from error
     return fs, str(path)
-
-
-def _client_options(uri: str) -> dict[str, Any]:
-    """Return a time-out for blocking requests over http: their threads cannot be stopped from outside."""
-    if not uri.startswith(("http://", "https://")):
-        return {}
-    import aiohttp
-
-    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=storage_timeout(), connect=5)}}

@@ -1,41 +1,28 @@
-"""``s3://`` and ``http(s)://`` over obstore, with the settings of the AWS tools from the environment."""
+"""``s3://`` over obstore, with the settings of the AWS tools from the environment."""
 
 from __future__ import annotations
 
-import configparser
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-from wsi_mmm.errors import ConfigError, MissingPackage, NotFound, OutputError, StorageError
+from wsi_mmm.errors import MissingPackage, NotFound, OutputError, StorageError
+from wsi_mmm.storage import odd_keys
+from wsi_mmm.storage.aws import Settings, find_settings, split_uri
 from wsi_mmm.storage.base import HEAD, BufferedStore, redact
 from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.storage.remote import OnBegin, RemoteStore, check_length, endpoint_for, fetch, storage_timeout
 from wsi_mmm.storage.retry import retry_transient
 from wsi_mmm.storage.translate import translate_errors
 
-Settings = tuple[tuple[str, str], ...]
-
+_NO_XML = "invalid list response"  # control characters in names
 _CONNECT = timedelta(seconds=5)
 _IDLE = "40"  # connections kept
 _WHOLE = 8 << 20  # bytes expected of a whole object, whose size is not known yet
-_ELSEWHERE = ("sso_session", "sso_start_url", "credential_process", "role_arn", "web_identity_token_file")
-_KEYS = {  # name in the files of the AWS tools, and in their environment in capitals -> name of obstore
-    "aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key",
-    "aws_session_token": "session_token",
-}  # fmt: skip
 _runtime: list[int] = []  # the process in which obstore's threads run
-
-
-def is_served(uri: str) -> bool:
-    """Tell whether obstore serves it; signed http URLs have a query, which it would drop."""
-    parts = urlsplit(uri)
-    return parts.scheme in ("s3", "s3a") or (parts.scheme in ("http", "https") and not parts.query)
 
 
 def open_file(uri: str) -> BufferedStore:
@@ -119,26 +106,41 @@ def list_uris(prefix: str) -> list[str]:
 
 
 def list_sizes(prefix: str, *, recursive: bool = False) -> dict[str, int]:
-    """Return the bytes of every object in a folder-like prefix, by URI; with ``recursive`` of those below it too."""
+    """Return the bytes of every object in a folder-like prefix, by URI; with ``recursive`` of those below it too.
+
+    obstore cannot list a prefix with a key that it cannot name, and takes the slash from names that end in one, which
+    empty ones do: such a prefix is listed by `odd_keys`.
+    """
     store, path = _find_store(prefix, retries=True)
     root = prefix[: len(prefix) - len(path)] if path else prefix.rstrip("/") + "/"
     below = path.rstrip("/") or None
+    unnamed = load_obstore().exceptions.InvalidPathError, load_obstore().exceptions.GenericError
 
-    def list_objects() -> list[Any]:
+    def list_objects() -> list[Any] | None:
         with translate_errors(prefix):
-            if recursive:
-                return [item for page in load_obstore().list(store, prefix=below) for item in page]
-            return list(load_obstore().list_with_delimiter(store, prefix=below)["objects"])
+            try:
+                if recursive:
+                    return [item for page in load_obstore().list(store, prefix=below) for item in page]
+                return list(load_obstore().list_with_delimiter(store, prefix=below)["objects"])
+            except unnamed as error:
+                if isinstance(error, unnamed[0]) or _NO_XML in str(error):
+                    return None
+                raise
 
-    return {root + str(item["path"]): int(item["size"]) for item in retry_transient(list_objects)}
+    found = retry_transient(list_objects)
+    names = {root + str(item["path"]): int(item["size"]) for item in found or ()}
+    if found is None or len(names) < len(found) or 0 in names.values():
+        return odd_keys.list_sizes(prefix, recursive=recursive)
+    return names
 
 
 def object_store(uri: str) -> Any:
     """An obstore store whose root is the prefix ``uri`` of an ``s3://`` bucket, for Zarr."""
     if not uri.startswith(("s3://", "s3a://")):
         raise OutputError(f"{redact(uri)}: Zarr is kept in local folders and on s3:// only; choose one of these")
-    base, key = _split_uri(uri)
-    return _make_store(base, _store_settings(base), storage_timeout(), retries=True, prefix=key.strip("/") or None)
+    odd_keys.check_writable(uri)
+    base, key = split_uri(uri)
+    return _make_store(base, find_settings(), storage_timeout(), retries=True, prefix=key.strip("/") or None)
 
 
 def load_obstore() -> Any:
@@ -162,95 +164,18 @@ def _object_version(meta: Any) -> str:
 
 def _find_store(uri: str, *, retries: bool) -> tuple[Any, str]:
     """Return a store and the path in it; without ``retries`` it does not try again itself (remote.py does)."""
-    base, path = _split_uri(uri)
-    return _kept_store(base, _store_settings(base), storage_timeout(), retries), path
-
-
-def _split_uri(uri: str) -> tuple[str, str]:
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https"):
-        return f"{parts.scheme}://{parts.netloc}", unquote(parts.path).lstrip("/")
-    # A key may hold '#' and '?': it is everything after the bucket, not what a URL parser makes of it.
-    bucket, _, key = uri.split("://", 1)[1].partition("/")
-    return f"s3://{bucket}", key
-
-
-def _store_settings(base: str) -> Settings:
-    return tuple(sorted(s3_settings(os.environ).items())) if base.startswith("s3://") else ()
+    base, path = split_uri(uri)
+    return _kept_store(base, find_settings(), storage_timeout(), retries), path
 
 
 def _make_store(base: str, settings: Settings, seconds: float, retries: bool, prefix: str | None = None) -> Any:
     wait = timedelta(seconds=seconds)
     client = {"timeout": wait, "connect_timeout": min(wait, _CONNECT), "pool_max_idle_per_host": _IDLE}
-    if not settings or dict(settings).get("endpoint", "").startswith("http://"):
+    if dict(settings).get("endpoint", "").startswith("http://"):
         client["allow_http"] = True
     options = {"client_options": client, "retry_config": {"max_retries": 4 if retries else 0, "retry_timeout": wait}}
-    stores = load_obstore().store
-    if base.startswith("s3://"):
-        return stores.S3Store(base.removeprefix("s3://"), prefix=prefix, config=dict(settings), **options)
-    return stores.HTTPStore.from_url(base, **options)
+    config = dict(settings)
+    return load_obstore().store.S3Store(base.removeprefix("s3://"), prefix=prefix, config=config, **options)
 
 
 _kept_store = lru_cache(maxsize=32)(_make_store)
-
-
-def s3_settings(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings of obstore, from the environment of the AWS tools."""
-    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or env.get("AWS_ENDPOINT")
-    settings = {"region": env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1"}
-    if endpoint:
-        settings["endpoint"] = _check_endpoint(endpoint)
-    if any(env.get(name, "").lower() in ("1", "true", "yes") for name in ("AWS_NO_SIGN_REQUEST", "AWS_SKIP_SIGNATURE")):
-        return settings | {"skip_signature": "true"}
-    if not env.get("AWS_ACCESS_KEY_ID") or env.get("AWS_PROFILE"):
-        return settings | _shared_credentials(env)
-    # obstore reads them itself, but stores are cached by their settings, and keys may change.
-    return settings | {new: env[old.upper()] for old, new in _KEYS.items() if env.get(old.upper())}
-
-
-def _check_endpoint(address: str) -> str:
-    """Return ``address`` if it is one of an http(s) server; ConfigError says what it lacks."""
-    parts = urlsplit(address)
-    try:
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        whole = False
-    if not whole or any(letter.isspace() for letter in address):
-        shown = redact(address) if "://" in address else address.rpartition("@")[2]
-        raise ConfigError(f"the S3 endpoint {shown!r} is no address; write it as http://HOST:PORT or https://HOST")
-    return address
-
-
-def _shared_credentials(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the keys of AWS_PROFILE (default: 'default') in the shared credentials and config files."""
-    profile = env.get("AWS_PROFILE") or env.get("AWS_DEFAULT_PROFILE") or "default"
-    found = _read_profile(profile, env)
-    if env.get("AWS_PROFILE") and not found:
-        raise ConfigError(f"AWS_PROFILE={profile} is in no credentials file; run 'aws configure --profile {profile}'")
-    elsewhere = next((name for name in _ELSEWHERE if name in found), None)
-    if elsewhere and "aws_access_key_id" not in found:
-        raise ConfigError(
-            f"the AWS profile {profile} takes its keys from elsewhere ({elsewhere}), which is not followed here; "
-            f'export them first: eval "$(aws configure export-credentials --profile {profile} --format env)"; '
-            "unset AWS_PROFILE"
-        )
-    names = {**_KEYS, "region": "region", "endpoint_url": "endpoint"}
-    if "endpoint_url" in found:
-        _check_endpoint(found["endpoint_url"])
-    return {new: found[old] for old, new in names.items() if old in found}
-
-
-def _read_profile(profile: str, env: Mapping[str, str]) -> dict[str, str]:
-    home = Path(env.get("HOME") or "~").expanduser() / ".aws"
-    parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read([env.get("AWS_SHARED_CREDENTIALS_FILE") or home / "credentials",
-                     env.get("AWS_CONFIG_FILE") or home / "config"])  # fmt: skip
-    except (configparser.Error, OSError, UnicodeDecodeError):
-        # Not chained: the parser's error quotes the line, which may hold a key.
-        raise ConfigError("the AWS credentials or config file cannot be read; check its lines") from None
-    found: dict[str, str] = {}
-    for section in (f"profile {profile}", profile):
-        if parser.has_section(section):
-            found |= dict(parser.items(section))
-    return found

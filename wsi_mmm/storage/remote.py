@@ -53,6 +53,7 @@ class _RequestLoop:
 
 _loop: _RequestLoop | None = None
 _lock = threading.Lock()
+_closing: set[asyncio.Task[None]] = set()
 
 
 def _request_loop() -> _RequestLoop:
@@ -94,6 +95,20 @@ def wait_for(coroutine: Coroutine[Any, Any, T]) -> T:
     except BaseException:
         future.cancel()
         raise
+
+
+def close_with_loop(close: Callable[[], Awaitable[object]]) -> None:
+    """Call ``close`` when the loop ends; called in the loop."""
+
+    async def close_at_end() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await close()
+
+    task = asyncio.create_task(close_at_end())
+    _closing.add(task)  # the loop itself keeps no task alive
+    task.add_done_callback(_closing.discard)
 
 
 class UsualTime:

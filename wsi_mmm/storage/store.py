@@ -1,7 +1,8 @@
 """Bytes at a URI: ranges of slides, whole objects, and places to write files and folders for outputs.
 
-Local paths and ``file://`` (local), ``s3://`` and ``http(s)://`` over obstore (objects), else over fsspec
-(fsspec_files). S3 takes the environment of the AWS tools: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+Local paths and ``file://`` (local), ``s3://`` over obstore (objects; odd_keys for names that it cannot say),
+``http(s)://`` over aiohttp (web), else over fsspec (fsspec_files). S3 takes the environment of the AWS tools:
+AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_SESSION_TOKEN, AWS_REGION, AWS_PROFILE with the shared credentials file, AWS_NO_SIGN_REQUEST or AWS_SKIP_SIGNATURE
 for public buckets. WSI_MMM_STORAGE_TIMEOUT: seconds until a request is given up (30).
 Raises NotFound (reading), TransientError, SlideChanged, OutputError (writing), StorageError; none shows a secret.
@@ -15,8 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from wsi_mmm.storage import fsspec_files, local, objects
-from wsi_mmm.storage.base import BufferedStore, ByteStore, buffered, is_local, join, local_path, redact
+from wsi_mmm.storage import fsspec_files, local, objects, odd_keys, web
+from wsi_mmm.storage.base import (
+    BufferedStore,
+    ByteStore,
+    buffered,
+    is_local,
+    join,
+    local_path,
+    redact,
+    scheme_of,
+    split_address,
+)
 from wsi_mmm.storage.objects import list_sizes, object_store
 from wsi_mmm.storage.retry import retry_transient
 from wsi_mmm.storage.translate import translate_errors
@@ -25,12 +36,12 @@ from wsi_mmm.timing import timed
 __all__ = [
     "BufferedStore", "ByteStore", "buffered", "delete", "exists", "is_local", "join", "list_sizes", "list_uris",
     "local_path", "object_store", "open_store", "published_file", "published_folder", "read_bytes", "redact",
-    "retry_transient", "translate_errors", "write_bytes",
+    "retry_transient", "scheme_of", "split_address", "translate_errors", "write_bytes",
 ]  # fmt: skip
 
 
 class _Backend(Protocol):
-    """Objects of some schemes, as local, objects and fsspec_files serve them."""
+    """Objects of some schemes, as local, objects, odd_keys, web and fsspec_files serve them."""
 
     def open_file(self, uri: str) -> ByteStore: ...
     def read(self, uri: str) -> bytes: ...
@@ -41,7 +52,14 @@ class _Backend(Protocol):
 
 
 def _backend_of(uri: str) -> _Backend:
-    return local if is_local(uri) else objects if objects.is_served(uri) else fsspec_files
+    if is_local(uri):
+        return local
+    scheme = scheme_of(uri)
+    if scheme in ("http", "https"):
+        return web
+    if scheme in ("s3", "s3a"):
+        return odd_keys if odd_keys.is_odd(uri) else objects
+    return fsspec_files
 
 
 def open_store(uri: str) -> ByteStore:
@@ -68,7 +86,7 @@ def exists(uri: str) -> bool:
 
 def list_uris(prefix: str) -> list[str]:
     """Return the URIs of all objects below a folder-like prefix, recursive, sorted; empty when there are none."""
-    return _backend_of(prefix).list_uris(prefix)
+    return _backend_of(prefix.rstrip("/")).list_uris(prefix)
 
 
 def delete(uri: str) -> None:

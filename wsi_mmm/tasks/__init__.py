@@ -14,7 +14,7 @@ reconstruct   image        ``patch`` (16) side of hidden squares in px, ``share`
                            ``centre`` (0.7) and ``spread`` (0.2) of the px drawn
 regress       vector, bag  ``centre`` (0), ``spread`` (1), ``centre:<class>``, ``spread:<class>``, ``huber`` (0)
 segment       map          ``background`` (0; -1: none) class that is not drawn, ``smoothing`` (0.02),
-                           ``weight:<class>`` (1)
+                           ``weight:<class>`` (1). `wsi_mmm.training.config` always writes ``background``.
 survive       vector, bag  ``bins`` (0: Cox) intervals up to ``horizon``, or up to each of ``edge:1`` ..
                            ``edge:<bins>``; ``efron`` (1; 0: Breslow) for ties of Cox
 ============  ===========  =====================================================================================

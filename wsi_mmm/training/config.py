@@ -85,7 +85,8 @@ class ModelPart(ConfigTable):
 
 class TaskPart(ConfigTable):
     """A task. ``scope`` "bag" lets a tile kind answer for a whole slide. ``weight`` of its loss. ``colors``: chosen
-    when not given."""
+    when not given. ``background``, of `segment`: the class that is not drawn ("": all are drawn; none given: the class
+    called "background", in any case of letters, where there is one, else all are drawn)."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
     kind: str
@@ -94,6 +95,7 @@ class TaskPart(ConfigTable):
     params: dict[str, int | float] = Field(default_factory=dict)
     scope: Literal["tile", "bag"] = "tile"
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    background: str | None = None
 
     @field_validator("kind")
     @classmethod
@@ -245,11 +247,34 @@ def task_card(part: TaskPart, first: int, count: int) -> TaskCard:
     if part.scope == "bag" and "bag" not in kind.heads:
         raise ConfigError(f"task '{part.name}': '{part.kind}' answers for pixels, not for bags")
     scope: Scope = part.scope if part.scope in kind.heads else "pixel"
-    outputs = kind.from_params(info, part.params, scope).channels
+    params = {**part.params, **_background_param(part)}
+    outputs = kind.from_params(info, params, scope).channels
     return TaskCard.model_validate({
         "name": part.name, "kind": part.kind, "head": kind.heads[scope], "outputs": outputs, "classes": part.classes,
-        "colors": colors, "params": dict(part.params),
+        "colors": colors, "params": params,
     })  # fmt: skip
+
+
+def _background_param(part: TaskPart) -> dict[str, int]:
+    """``background`` of a `segment` card, always explicit: cards without it (older ones) mean the first class."""
+    if part.kind != "segment":
+        if part.background is not None:
+            raise ConfigError(f"task '{part.name}': only 'segment' has a background, not '{part.kind}': leave it out")
+        return {}
+    if len(part.classes) < 2:
+        fix = 'list what is not of it, too, such as "background", or take kind multisegment'
+        raise ConfigError(f"task '{part.name}': 'segment' chooses among classes and has only one: {fix}")
+    named = part.background
+    if named is None and "background" in part.params:
+        if part.params["background"] not in range(-1, len(part.classes)):
+            raise ConfigError(f"task '{part.name}': params.background: give the number of a class, or -1 to draw all")
+        return {}
+    if named:
+        if named not in part.classes:
+            raise ConfigError(f"task '{part.name}': background '{named}' is none of {', '.join(part.classes)}")
+        return {"background": part.classes.index(named)}
+    usual = [n for n, name in enumerate(part.classes) if named is None and name.casefold() == "background"]
+    return {"background": usual[0] if usual else -1}
 
 
 def _default_colour(number: int, count: int) -> Color:

@@ -21,12 +21,14 @@ from wsi_mmm.model.checkpoint import build_model, declared_normalisation, load_m
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.storage import store
 from wsi_mmm.tasks import Task, make_task
+from wsi_mmm.tasks.segment import Segment
 from wsi_mmm.training import fit as fitting
 from wsi_mmm.training.config import TrainConfig, model_card
 from wsi_mmm.training.data.bags import FeatureBagSource
 from wsi_mmm.training.data.base import DataContext, Expand, Sample, each_by_itself
 from wsi_mmm.training.data.buckets import BucketReport
 from wsi_mmm.training.data.slide_entries import SlidesEntry
+from wsi_mmm.training.data.slides import SlideTiles
 from wsi_mmm.training.data.split import missing_labels
 from wsi_mmm.training.divide import DataSet, divided
 from wsi_mmm.training.fit import QUIET, FitPlan, StepReport, TrainingListener
@@ -64,13 +66,25 @@ class Prepared:
 
     def warnings(self) -> list[str]:
         """A line for every class that a part has no item of: it is not learnt, or not judged."""
-        lines = []
+        lines: list[str] = []
         for one in self.data:
+            if isinstance(one.feed.source, SlideTiles):
+                lines += one.feed.source.unlearnt
             known = self._class_names(one)
             for part, numbers in missing_labels(one.feed.source.index, one.split).items():
                 what = ", ".join(known[n] if n < len(known) else str(n) for n in numbers)
                 verb = "learnt" if part == "train" else "judged"
                 lines.append(f"warning: data '{one.name}' has no {what} in its {part} part: that is not {verb}")
+        return lines
+
+    def drawn_classes(self) -> list[str]:
+        """A line for every `segment` task: which class is not drawn."""
+        lines = []
+        for task in self.tasks.values():
+            if isinstance(task, Segment):
+                hidden = task.info.classes[task.background] if task.background >= 0 else ""
+                words = f"'{hidden}' is the background, which is not drawn" if hidden else "every class is drawn"
+                lines.append(f"task '{task.info.name}': {words}")
         return lines
 
     def _class_names(self, data: DataSet) -> tuple[str, ...]:
@@ -175,7 +189,7 @@ def train_as(
     prepared = prepare(config, expand)
     if ranks.first:
         listener.say(describe(prepared))
-        for line in prepared.warnings():
+        for line in (*prepared.drawn_classes(), *prepared.warnings()):
             listener.say(line)
     trackers = open_trackers(config.tracking, config.out, facts_of(config)) if ranks.first else ()
     boards = [one for one in trackers if isinstance(one, TensorBoard)] if config.tracking.images else []

@@ -19,7 +19,10 @@ from wsi_mmm.outputs.exports import write_features
 from wsi_mmm.slides.fake import SyntheticNuclei
 from wsi_mmm.tasks.targets import Boxes, Survival
 from wsi_mmm.training.config import TrainConfig, parse
+from wsi_mmm.training.data.bags import TileBagSource
 from wsi_mmm.training.data.base import DataSource, Sample
+from wsi_mmm.training.data.slide_entries import SlideLabels, TileBags
+from wsi_mmm.training.data.slides import SlideTiles
 from wsi_mmm.training.job import data_context, read_annotations
 
 TASKS = {
@@ -326,6 +329,20 @@ def test_slide_table(study: Path) -> None:
     assert np.asarray(samples[0].targets["regress"]).tolist() == [61.0]
     assert samples[2].targets.get("regress") is None or np.isnan(np.asarray(samples[2].targets["regress"])).all()
     assert samples[0].targets["survive"] == Survival(10.0, True)
+
+
+@pytest.mark.parametrize("kind", ["slide-table", "tile-bags"])
+def test_the_mpp_of_the_entry_holds_for_tables_too(study: Path, kind: str) -> None:
+    """``mpp_override`` says what px measure where the row does not: at 1.0 mpp a slide has four times the tiles."""
+    scope = "bag" if kind == "tile-bags" else "tile"
+    entry = config(of_table(study, kind, "mpp_override = 1.0"), *KINDS, scope=scope).data[0]
+    assert isinstance(entry, SlideLabels | TileBags)
+    found = entry.slides.items(data_context(config(of_table(study, kind), *KINDS, scope=scope)), entry.mpp_override)
+    assert [item.mpp for item in found] == [1.0, 1.0]
+    source = entry.open(data_context(config(of_table(study, kind), *KINDS, scope=scope)))
+    assert isinstance(source, SlideTiles | TileBagSource)
+    scales = [one.scale for one in source.slides] if isinstance(source, SlideTiles) else source.scales
+    assert list(scales) == [(0.5, 0.5)] * 2
 
 
 def test_tile_bags(study: Path) -> None:

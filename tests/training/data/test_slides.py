@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from shapely.geometry import Point, Polygon, box, mapping
+from shapely.geometry import MultiPoint, Point, Polygon, box, mapping
+from skimage import measure
 
 from conftest import RealData
 from helpers.faulty import Faulty
@@ -378,3 +379,66 @@ def test_slides_in_a_bucket_give_the_same_samples(
             assert np.array_equal(one.pixels, other.pixels)  # type: ignore[arg-type]
         assert store.list_uris("s3://train/cache")
         pool.close()
+
+
+def dots(path: Path, name: str = "nucleus") -> str:
+    """Five points of one class, three of them one object, and a point that would be a use-region."""
+    three = MultiPoint([(700, 300), (760, 340), (90, 1000)])
+    return geojson(path, [(name, Point(400, 300)), (name, three), (name, Point(900, 700)), ("ROI", Point(500, 500))])
+
+
+@pytest.mark.parametrize("mpp", [0.5, 2.0])
+@pytest.mark.parametrize("kind", ["segment", "multisegment", "instances", "detect"])
+def test_every_point_that_the_dry_run_counts_is_learnt(tiny_slide: Path, tmp_path: Path, kind: str, mpp: float) -> None:
+    """By default points are discs of a cell's size, whatever kind of map is learnt and at whatever scale: as many
+    objects are in the targets as the dry run says. A point is no use-region."""
+    table = Buckets(("nucleus", "rest"), (Rule("nucleus", "nucleus"), Rule(USE, "ROI")))
+    notes = dots(tmp_path / "dots.geojson")
+    background = "rest" if kind == "segment" else None
+    spec = AnnotationTarget("n", kind, table, background=background, complete=True)
+    places = TileSampling(mpp, tile=256)
+    source = the_tiles(tiny_slide, notes, places, spec)
+    run = dry_run_slides([SlideItem("s", str(tiny_slide), annotations=notes)], table, SlidePool(), places.dot_radius)
+    said = {(line.label, line.objects, line.points) for line in run.lines}
+    assert said == {("nucleus", 5, 5), ("drop", 1, 1)} and "6, learnt as discs of" in run.table()
+    targets = [sample.targets["n"] for sample in source.read(range(len(source.index)), 256)]
+    if kind == "detect":
+        assert sum(int((one.labels == 0).sum()) for one in targets if isinstance(one, Boxes)) == 5
+    else:
+        maps = np.stack([np.asarray(target).reshape(-1, 256, 256)[0] for target in targets])
+        seen = maps[:, 1::2, 1::2]  # what the maps of a model show
+        drawn = seen == 0 if kind == "segment" else seen > 0
+        assert sum(int(measure.label(one).max()) for one in drawn) == 5
+        assert drawn.sum() >= 5 * 10
+
+
+@pytest.mark.parametrize("kind", ["classify", "multilabel"])
+def test_points_are_refused_where_they_could_teach_nothing(tiny_slide: Path, tmp_path: Path, kind: str) -> None:
+    """A point covers no tile: an error that says what to do, unless the radius of its disc is given."""
+    notes = dots(tmp_path / "dots.geojson")
+    spec = AnnotationTarget("n", kind, NUCLEI, min_share=0.2, complete=True)
+    with pytest.raises(InputError, match="s: 5 points have a class of 'n', and a point covers no tile: draw regions"):
+        the_tiles(tiny_slide, notes, TileSampling(0.5, tile=64), spec)
+    wide = the_tiles(tiny_slide, notes, TileSampling(0.5, tile=64, dot_um=40.0), spec)
+    assert any(np.any(sample.targets["n"]) == (kind != "classify") for sample in wide.read(range(len(wide.index)), 64))
+    assert wide.unlearnt == ()
+
+
+def test_points_left_out_are_said_to_be(tiny_slide: Path, tmp_path: Path) -> None:
+    """``dot_um = 0`` is a wish: the dry run says that they are dropped. A radius that maps cannot show is an error."""
+    notes = dots(tmp_path / "dots.geojson")
+    items = [SlideItem("s", str(tiny_slide), annotations=notes)]
+    run = dry_run_slides(items, NUCLEI, SlidePool(), 0.0)
+    assert {line.label for line in run.lines} == {"drop"} and "points among them: 6, left out" in run.table()
+    with pytest.raises(ConfigError, match=r"dot_um is 0\.5: discs so small are lost at 0\.5 mpp: give 1 or more"):
+        TileSampling(0.5, dot_um=0.5)
+
+
+def test_classes_whose_objects_are_the_target_of_no_tile_are_named(tiny_slide: Path, nuclei: str) -> None:
+    """Outlines of nuclei cover no half of a tile: the dry run counts 120 objects, a line says that none is learnt."""
+    spec = AnnotationTarget(
+        "n", "classify", replace(NUCLEI, labels=("nucleus", "rest")), background="rest", complete=True
+    )
+    found = the_tiles(tiny_slide, nuclei, TileSampling(0.5, tile=128), spec)
+    (line,) = found.unlearnt
+    assert "120 objects of 'nucleus' are the target of no tile of 'n'" in line and "min_share (0.5)" in line

@@ -50,7 +50,7 @@ def load_recipe(key: str, find: FindRecipe) -> Recipe:
 def pack_unit(unit: WorkUnit, key: str) -> bytes:
     """A unit as it is sent; ``key``: the key of its recipe."""
     slide, grid = unit.slide, unit.grid
-    place = [slide.id, slide.uri, slide.output, slide.mpp, slide.mask, slide.error, slide.reader]
+    place = [slide.id, slide.uri, slide.output, slide.mpp, slide.mask, slide.error, slide.reader, slide.scene]
     rest = [unit.block, _pack_bits(unit.tiles), grid and astuple(grid), unit.entry]
     return json.dumps([key, unit.kind, place, *rest], separators=(",", ":")).encode()
 
@@ -58,8 +58,8 @@ def pack_unit(unit: WorkUnit, key: str) -> bytes:
 def unpack_unit(data: bytes, find: FindRecipe) -> WorkUnit:
     """The unit that `pack_unit` packed, equal to it."""
     key, kind, place, block, tiles, grid, entry = json.loads(data)
-    name, uri, output, mpp, mask, error, reader = place
-    slide = SlideTask(name, uri, output, load_recipe(key, find), mpp, mask, error, reader)
+    name, uri, output, mpp, mask, error, reader, scene = place
+    slide = SlideTask(name, uri, output, load_recipe(key, find), mpp, mask, error, reader, scene)
     return WorkUnit(kind, slide, tuple(block), _unpack_bits(tiles), Grid(*grid) if grid else None, entry)
 
 

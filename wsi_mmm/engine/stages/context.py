@@ -124,7 +124,7 @@ class UnitContext:
 
 def slide_key(task: SlideTask) -> SlideKey:
     """The key of a task's slide in `open_slides`."""
-    return SlideKey(task.uri, task.mpp, task.recipe.options.reader)
+    return SlideKey(task.uri, task.mpp, task.recipe.options.reader, task.scene)
 
 
 def load_runner(recipe: Recipe) -> Runner:

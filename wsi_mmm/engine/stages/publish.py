@@ -110,6 +110,7 @@ def _slide_json(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str,
         "mpp_requested": recipe.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),
         "objects": done.counts, "classes": done.classes, "repaired": done.repaired, "dropped": done.dropped,
         "files": done.files, **({} if answers is None else {"answers": answers}),
+        **({} if plan.slide.scene is None else {"scene": plan.slide.scene}),
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from wsi_mmm.errors import ConfigError, OptionError, SlideDamaged, StorageError
 from wsi_mmm.slides.service.client import ServiceClient, service_client
 from wsi_mmm.slides.service.cuts import GRID_CUTS, RECTANGLE_CUTS
 from wsi_mmm.slides.service.reader import PictureRoutes, ServiceReader
-from wsi_mmm.storage.base import redact
+from wsi_mmm.storage.base import redact, split_address
 from wsi_mmm.storage.remote import storage_timeout
 
 SCHEME = "empaia"
@@ -56,7 +56,7 @@ def open_app_slide(uri: str) -> ServiceReader:
 
 
 def _job_slide(uri: str, env: Mapping[str, str]) -> _JobSlide:
-    name, parts = redact(uri), urlsplit(uri)
+    name, parts = redact(uri), split_address(uri)
     job, key = parts.netloc, parts.path.strip("/")
     query = _PICTURES.get(tuple(parse_qsl(parts.query)))
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", job) or not key or "/" in key or query is None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_mmm.errors import NotFound, StorageError, TransientCause, TransientError, WsiError
 from wsi_mmm.storage.ranges import Counter
-from wsi_mmm.storage.remote import Endpoint, OnBegin, request, wait_for
+from wsi_mmm.storage.remote import Endpoint, OnBegin, close_with_loop, request, wait_for
 from wsi_mmm.storage.translate import SHORT
 from wsi_mmm.timing import timed
 
@@ -51,7 +51,7 @@ class ServiceClient:
         self._tls, self._advice = tls, advice
         # After 429 a service needs a longer rest than the pauses between retries here.
         self._endpoint = Endpoint(seconds, _CONCURRENT, doubles=False, final={TransientCause.TOO_MANY_REQUESTS})
-        self._held: tuple[int, Any, asyncio.Task[None]] | None = None
+        self._held: tuple[int, aiohttp.ClientSession] | None = None
 
     def get_many(self, urls: Sequence[str], most: Sequence[int], *, name: str, counter: Counter) -> list[bytes]:
         """Return the answers in order, at most ``most`` bytes each. Raises NotFound, StorageError."""
@@ -91,9 +91,9 @@ class ServiceClient:
         """Return this process's connections; called in the loop."""
         if self._held is None or self._held[0] != os.getpid():
             session = _new_session(tls=self._tls)
-            self._held = (os.getpid(), session, asyncio.create_task(_close_at_end(session)))
-        opened: aiohttp.ClientSession = self._held[1]
-        return opened
+            close_with_loop(session.close)
+            self._held = (os.getpid(), session)
+        return self._held[1]
 
 
 @cache
@@ -111,14 +111,6 @@ def _new_session(*, tls: bool) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT),
         cookie_jar=aiohttp.DummyCookieJar(),
     )
-
-
-async def _close_at_end(session: aiohttp.ClientSession) -> None:
-    """Close the session when the loop ends, which cancels this."""
-    try:
-        await asyncio.Event().wait()
-    finally:
-        await session.close()
 
 
 async def _read_body(answer: aiohttp.ClientResponse, most: int, name: str) -> bytes:

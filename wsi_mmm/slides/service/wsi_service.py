@@ -18,7 +18,7 @@ from wsi_mmm.errors import ConfigError, NotFound, OptionError, StorageError, Wsi
 from wsi_mmm.slides.service.client import ServiceClient, service_client
 from wsi_mmm.slides.service.info import storage_path
 from wsi_mmm.slides.service.reader import PictureRoutes, ServiceReader
-from wsi_mmm.storage.base import is_service, redact
+from wsi_mmm.storage.base import is_service, redact, split_address
 from wsi_mmm.storage.remote import storage_timeout
 
 _TIMEOUT = 300.0  # seconds: services may take as long for a picture
@@ -54,7 +54,7 @@ def open_wsi_service(uri: str) -> ServiceReader:
 
 def parse_address(uri: str) -> ServiceAddress:
     """Parse the URI of a slide. Raises OptionError for one that names no slide of a service, or holds a login."""
-    name, parts = redact(uri), urlsplit(uri)
+    name, parts = redact(uri), split_address(uri)
     if "@" in parts.netloc:
         raise OptionError(f"{name}: a login in the address would be shown; leave it out and {_ADVICE}")
     if not is_service(uri):

@@ -26,13 +26,15 @@ _CROP = re.compile(r"\[-?[0-9]+[ ,]+-?[0-9]+[ ,]+([0-9]{1,8})x[0-9]{1,8}\][^|>]{
 
 @dataclass(frozen=True, slots=True)
 class TiffSlide:
-    """The pyramid of a TIFF and what it says about itself."""
+    """The pyramid of a TIFF and what it says about itself. ``scene``: the number of an image that was chosen in place
+    of the usual one; None for that."""
 
     planes: tuple[Plane, ...]
     vendor: str
     mpp: tuple[float, float] | None
     objective: float | None
     properties: Mapping[str, str]
+    scene: int | None = None
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -44,31 +46,31 @@ class TiffSlide:
         )
 
 
-def describe(store: ByteStore, directories: Sequence[Directory], name: str) -> TiffSlide:
-    """Return the pyramid; doubtful levels are compared with finer ones.
+def describe(store: ByteStore, directories: Sequence[Directory], name: str, scene: int | None = None) -> TiffSlide:
+    """Return the pyramid, of the image ``scene`` or the usual one; doubtful levels are compared with finer ones.
 
-    Raises NotASlide when this reader cannot read it, SlideDamaged when it contradicts itself, StorageError.
+    Raises NotASlide when this reader cannot read it, OptionError when there is no such scene, SlideDamaged when it
+    contradicts itself, StorageError.
     """
     first = directories[0]
     text = first.text(270)
     vendor = vendor_of(first)
     if vendor is None:
         raise NotASlide(f"{name} is a vendor's TIFF that only OpenSlide reads; give reader='openslide' or leave it out")
-    pyramid = find_pyramid(directories, vendor, name)
-    properties = _aperio_properties(text) if vendor == "aperio" else {}
+    pyramid = find_pyramid(directories, vendor, name, scene)
+    top = pyramid.top
+    properties = _aperio_properties(text) if vendor == "aperio" and pyramid.usual else {}
     planes = confirmed_planes(store, pyramid.planes, pyramid.doubtful)
     if len(pyramid.pages) > len(planes):
         properties |= page_roles(pyramid, planes)
-    if len(pyramid.scenes) > 1:
-        properties["tiff.scenes"] = ", ".join(pyramid.scenes)
-    if vendor == "aperio":
-        mpp = _aperio_mpp(properties, text, planes[0].width)
+    if vendor == "aperio":  # the description is that of the slide alone
+        mpp = _aperio_mpp(properties, text, planes[0].width) if pyramid.usual else None
     elif vendor == "ome":
-        mpp = None if pyramid.ome is None else _ome_mpp(pyramid.ome.pixels)
+        mpp = None if top.ome is None else _ome_mpp(top.ome.pixels)
     else:
-        mpp = _tags_mpp(pyramid.top)
+        mpp = _tags_mpp(top.page.directory)
     objective = _find_objective(vendor, text, properties)
-    return TiffSlide(planes, vendor, mpp, objective, properties)
+    return TiffSlide(planes, vendor, mpp, objective, properties, None if pyramid.usual else top.number)
 
 
 def vendor_of(first: Directory) -> str | None:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wsi_mmm.errors import NotASlide
+from wsi_mmm.errors import NotASlide, OptionError
 from wsi_mmm.slides.tiff.directories import Directory
 from wsi_mmm.slides.tiff.ome import OmeImage, ome_images
 from wsi_mmm.slides.tiff.planes import Plane, plane_of, unsupported
@@ -54,36 +54,52 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class SceneImage:
+    """An image of the file that can be read as the slide. ``number``: of the OME image, else of its directory."""
+
+    number: int
+    page: Page
+    ome: OmeImage | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Pyramid:
-    """The slide's directory, its candidate levels from fine to coarse, and every image of the file.
+    """The slide's image, its candidate levels from fine to coarse, and every image of the file.
 
     ``numbers``: the directory of each plane. ``doubtful``: positions in ``planes`` of levels that only their size
-    speaks for. ``scenes``: names of the images that could be the slide, the one in use first.
+    speaks for. ``scenes``: the images that can be read as the slide. ``usual``: ``top`` is the one that is read when
+    nobody chooses.
     """
 
-    top: Directory
+    top: SceneImage
     planes: tuple[Plane, ...]
     numbers: tuple[str, ...]
     doubtful: frozenset[int]
     pages: tuple[Page, ...]
-    scenes: tuple[str, ...] = ()
-    ome: OmeImage | None = None
+    scenes: tuple[SceneImage, ...]
+    usual: bool
 
 
-def find_slide_page(directories: Sequence[Directory], vendor: str, name: str) -> Page:
-    """Return the image that is the slide at full resolution. Raises NotASlide for what is not one brightfield image."""
-    return _find_top(_list_pages(directories), vendor, name)[0]
+def find_slide_page(directories: Sequence[Directory], vendor: str, name: str, scene: int | None = None) -> Page:
+    """Return the image that is the slide at full resolution: the one of number ``scene``, or the usual one.
+
+    Raises NotASlide for what is not one brightfield image, OptionError when there is no such scene.
+    """
+    return _find_top(_list_pages(directories), vendor, name, scene)[0].page
 
 
-def find_pyramid(directories: Sequence[Directory], vendor: str, name: str) -> Pyramid:
-    """Choose the slide and its levels among the images of a file. Raises NotASlide for what cannot be read here."""
+def find_pyramid(directories: Sequence[Directory], vendor: str, name: str, scene: int | None = None) -> Pyramid:
+    """Choose the slide and its levels among the images of a file. Raises as `find_slide_page`, and for what cannot be
+    read here."""
     pages = _list_pages(directories)
-    top, image, scenes = _find_top(pages, vendor, name)
+    chosen, scenes, usual = _find_top(pages, vendor, name, scene)
+    top = chosen.page
     plane = plane_of(top.directory, name)
     why = unsupported(plane)
     if why:
         raise NotASlide(f"{name} is a TIFF that this reader cannot read: {why}; convert it to an 8-bit RGB tiled TIFF")
     planes, numbers, sure, doubtful = [plane], [top.number], [plane], set()
+    vendor = vendor if usual or vendor != "aperio" else "generic-tiff"  # Aperio's rules are those of its slide
     candidates = [page for page in pages if page is not top and _may_be_level(page, top, vendor)]
     sizes = Counter(page.size for page in candidates)
     for page in sorted(candidates, key=lambda page: -page.area):
@@ -96,19 +112,55 @@ def find_pyramid(directories: Sequence[Directory], vendor: str, name: str) -> Py
             doubtful.add(len(planes))
         planes.append(found)
         numbers.append(page.number)
-    return Pyramid(top.directory, tuple(planes), tuple(numbers), frozenset(doubtful), tuple(pages), scenes, image)
+    return Pyramid(
+        chosen, tuple(planes), tuple(numbers), frozenset(doubtful), tuple(pages), tuple(scenes), usual
+    )  # fmt: skip
 
 
-def _find_top(pages: Sequence[Page], vendor: str, name: str) -> tuple[Page, OmeImage | None, tuple[str, ...]]:
+def _find_top(
+    pages: Sequence[Page], vendor: str, name: str, wanted: int | None
+) -> tuple[SceneImage, list[SceneImage], bool]:
+    """Return the slide's scene, all scenes, and whether it is the usual one."""
+    chain = [page for page in pages if page.parent is None]
     text = pages[0].directory.text(270)
-    if vendor == "ome":
-        image, top, scenes = _ome_top(pages, text, name)
-        return top, image, scenes
+    scenes = _ome_scenes(chain, text, name) if vendor == "ome" else []
+    scenes = scenes or [SceneImage(int(page.number), page) for page in chain if not page.mask]
+    if wanted is None:
+        return _usual_scene(pages, scenes, vendor, name), scenes, True
+    found = next((scene for scene in scenes if scene.number == wanted), None)
+    if found is None:
+        numbers = ", ".join(str(scene.number) for scene in scenes[:20])
+        known = f"choose scene {numbers}" if len(scenes) > 1 else f"it holds one image, {numbers}: choose none"
+        raise OptionError(f"{name} has no scene {wanted}; {known}")
+    _check_chosen(pages, found, vendor, name)
+    try:
+        return found, scenes, _usual_scene(pages, scenes, vendor, name).page is found.page
+    except NotASlide:  # nothing would be read unless somebody chose
+        return found, scenes, False
+
+
+def _usual_scene(pages: Sequence[Page], scenes: Sequence[SceneImage], vendor: str, name: str) -> SceneImage:
+    """Return the scene that is read when nobody chooses. Raises NotASlide."""
+    if scenes and scenes[0].ome is not None:
+        return _ome_top(scenes, name)
     if vendor == "perkinelmer":
-        return _qpi_top(pages, name), None, ()
-    top = pages[0] if vendor == "aperio" else _largest_page(pages)
-    _check_channels(pages, top, text, name)
-    return top, None, ()
+        top = _qpi_top(pages, name)
+    else:
+        top = pages[0] if vendor == "aperio" else _largest_page(pages)
+        _check_channels(pages, top, pages[0].directory.text(270), name)
+    return next((scene for scene in scenes if scene.page is top), SceneImage(int(top.number), top))
+
+
+def _check_chosen(pages: Sequence[Page], scene: SceneImage, vendor: str, name: str) -> None:
+    """Refuse a channel that the file names as one, chosen or not; other grey pages may be chosen."""
+    grey, text = scene.page.directory.number(277, 1) < 3, pages[0].directory.text(270)
+    if scene.ome is not None:
+        if grey and scene.ome.planes > 1:
+            raise NotASlide(_channels_text(name, scene.ome.planes, scene.ome.channels))
+    elif grey and vendor == "perkinelmer" and _qpi_type(scene.page) == "FullResolution":
+        _qpi_top(pages, name)
+    elif grey and text.startswith("ImageJ="):
+        _check_channels(pages, scene.page, text, name)
 
 
 def _list_pages(directories: Sequence[Directory]) -> list[Page]:
@@ -137,7 +189,8 @@ def _check_channels(pages: Sequence[Page], top: Page, text: str, name: str) -> N
     ]  # fmt: skip
     stacked = [int(n) for n in _IMAGEJ_PAGES.findall(text)] if text.startswith("ImageJ=") else []
     if len(alike) > 1 or max(stacked, default=1) > 1:
-        raise NotASlide(_channels_text(name, max(len(alike), *stacked, 1), ()))
+        choice = "" if stacked else f", or choose one of them: scene {', '.join(p.number for p in alike[:20])}"
+        raise NotASlide(_channels_text(name, max(len(alike), *stacked, 1), ()) + choice)
 
 
 def _channels_text(name: str, count: int, channels: Sequence[str]) -> str:
@@ -163,22 +216,26 @@ def _qpi_type(page: Page) -> str:
     return found[1] if found else ""
 
 
-def _ome_top(pages: Sequence[Page], text: str, name: str) -> tuple[OmeImage | None, Page, tuple[str, ...]]:
-    """The largest brightfield image that OME-XML describes and the file holds; the names of others beside it."""
-    chain = [page for page in pages if page.parent is None]
+def _ome_scenes(chain: Sequence[Page], text: str, name: str) -> list[SceneImage]:
+    """The images that OME-XML describes and the file holds, of one directory the first; none when it cannot be read."""
     images = ome_images(text, name)
-    if not images:
-        return None, _largest_page(pages), ()
-    here = [image for image in images if image.ifd is not None and image.ifd < len(chain)]
-    if not here:
+    found: dict[int, SceneImage] = {}
+    for number, image in enumerate(images):
+        if image.ifd is not None and image.ifd < len(chain):
+            found.setdefault(image.ifd, SceneImage(number, chain[image.ifd], image))
+    if images and not found:
         raise NotASlide(f"{name} is an OME-TIFF whose pixels lie in other files; give the file that holds them")
-    colour = [image for image in here if chain[image.ifd or 0].directory.number(277, 1) >= 3 or image.planes == 1]
+    return sorted(found.values(), key=lambda scene: scene.number)
+
+
+def _ome_top(scenes: Sequence[SceneImage], name: str) -> SceneImage:
+    """The largest brightfield image that OME-XML describes; a label is one only if there is no other."""
+    here = [(scene, scene.ome) for scene in scenes if scene.ome is not None]
+    colour = [(scene, ome) for scene, ome in here if scene.page.directory.number(277, 1) >= 3 or ome.planes == 1]
     if not colour:
-        raise NotASlide(_channels_text(name, here[0].planes, here[0].channels))
-    slides = [image for image in colour if not _BESIDE.search(image.name)] or colour
-    best = max(slides, key=lambda image: chain[image.ifd or 0].area)
-    names = [best, *(image for image in slides if image is not best)]
-    return best, chain[best.ifd or 0], tuple(image.name or f"image {image.ifd}" for image in names)
+        raise NotASlide(_channels_text(name, here[0][1].planes, here[0][1].channels))
+    slides = [scene for scene, ome in colour if not _BESIDE.search(ome.name)] or [scene for scene, _ in colour]
+    return max(slides, key=lambda scene: scene.page.area)
 
 
 def _may_be_level(page: Page, top: Page, vendor: str) -> bool:
@@ -217,12 +274,18 @@ def _vouched(page: Page, plane: Plane, finer: Sequence[Plane], vendor: str) -> b
 
 
 def page_roles(pyramid: Pyramid, planes: Sequence[Plane]) -> dict[str, str]:
-    """Return what every image of the file was taken for, when ``planes`` were found to be the slide and its levels."""
+    """Return what every image of the file was taken for, when ``planes`` were found to be the slide and its levels,
+    and the number by which it can be chosen."""
     taken = [number for number, plane in zip(pyramid.numbers, pyramid.planes, strict=True) if plane in planes]
-    return {f"tiff.image[{page.number}]": _role(page, taken) for page in pyramid.pages}
+    scenes = {scene.page.number: scene for scene in pyramid.scenes}
+    roles = {f"tiff.image[{page.number}]": _role(page, taken, scenes.get(page.number)) for page in pyramid.pages}
+    named = [pyramid.top, *(scene for scene in pyramid.scenes if scene is not pyramid.top)]
+    names = [scene.ome.name or f"image {scene.page.number}" for scene in named if scene.ome is not None]
+    more = {"tiff.scenes": ", ".join(names[:100])} if len(names) > 1 else {}
+    return roles | more | {"tiff.scene": str(pyramid.top.number)}
 
 
-def _role(page: Page, taken: Sequence[str]) -> str:
+def _role(page: Page, taken: Sequence[str], scene: SceneImage | None) -> str:
     width, height = page.size
     if page.number == taken[0]:
         role = "slide"
@@ -234,4 +297,6 @@ def _role(page: Page, taken: Sequence[str]) -> str:
         role = "label, macro or thumbnail"
     else:
         role = "other page"
-    return f"{role}, {width} x {height} px"
+    chosen_by = "" if scene is None or role == "level" else f", scene {scene.number}"
+    called = f" ({scene.ome.name})" if scene is not None and scene.ome is not None and scene.ome.name else ""
+    return f"{role}, {width} x {height} px{chosen_by}{called}"

@@ -60,11 +60,19 @@ class TiffReader:
     """Reader of one TIFF; thread-safe, decodes in the calling thread."""
 
     def __init__(
-        self, store: ByteStore, directories: Sequence[Directory] | None = None, *, cache_bytes: int = CACHE_BYTES
+        self,
+        store: ByteStore,
+        directories: Sequence[Directory] | None = None,
+        *,
+        scene: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        """Read ``store``; ``directories``: those already parsed. Raises NotASlide, SlideDamaged, StorageError."""
+        """Read ``store``; ``directories``: those already parsed; ``scene``: the number of the image to read.
+
+        Raises NotASlide, OptionError, SlideDamaged, StorageError.
+        """
         name = redact(store.uri)
-        slide = describe(store, directories or read_directories(store), name)
+        slide = describe(store, directories or read_directories(store), name, scene)
         self._planes = slide.planes
         self._offsets, self._counts = _read_tables(store, slide.planes, name)
         self._decode = [decoder(plane) for plane in slide.planes]
@@ -281,6 +289,6 @@ def _slide_info(store: ByteStore, slide: TiffSlide) -> SlideInfo:
     return SlideInfo(
         uri=redact(store.uri), width=top.width, height=top.height,
         mpp_x=slide.mpp[0] if slide.mpp else None, mpp_y=slide.mpp[1] if slide.mpp else None,
-        levels=slide.levels, vendor=slide.vendor, reader="tiff", fingerprint=fingerprint_of(store),
+        levels=slide.levels, vendor=slide.vendor, reader="tiff", fingerprint=fingerprint_of(store, slide.scene),
         objective=slide.objective, properties=properties,
     )  # fmt: skip

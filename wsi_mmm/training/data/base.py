@@ -104,13 +104,13 @@ class SlideSource(DataSource, Protocol):
 # ---------------------------------------------------------------- as a configuration lists them
 
 
-Expand = Callable[[Sequence[str]], Sequence[tuple[str, str, float | None]]]
-"""Words for slides -> (id, URI, mpp override or None) of each."""
+Expand = Callable[[Sequence[str]], Sequence[tuple[str, str, float | None, int | None]]]
+"""Words for slides -> (id, URI, mpp override or None, scene or None) of each."""
 
 
-def each_by_itself(words: Sequence[str]) -> list[tuple[str, str, float | None]]:
+def each_by_itself(words: Sequence[str]) -> list[tuple[str, str, float | None, int | None]]:
     """Every word is a slide, called by its file's stem."""
-    return [(PurePosixPath(word).stem, word, None) for word in words]
+    return [(PurePosixPath(word).stem, word, None, None) for word in words]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from wsi_mmm.annotations import Shapes
@@ -19,6 +19,9 @@ from wsi_mmm.errors import ConfigError
 IGNORE, DROP, USE = "ignore", "drop", "use"
 CODES: Mapping[str, int] = {IGNORE: -1, DROP: -2, USE: -3}
 """What stands for a bucket among class indices."""
+
+DOT_UM = 4.0
+"""Micrometres: radius of the disc that a point stands for, about a nucleus."""
 
 How = Literal["exact", "prefix", "regex", "unnamed"]
 
@@ -110,7 +113,8 @@ def same_names(labels: Sequence[str]) -> Buckets:
 @dataclass(frozen=True, slots=True)
 class Line:
     """The outcome for the objects of one class of one slide. ``area`` level-0 px²; ``area_mm2`` None where the
-    slide's resolution is not known; points count as objects without area. ``rule``: "" when none fits."""
+    slide's resolution is not known. ``points``: how many of the objects are points, without area. ``rule``: "" when
+    none fits."""
 
     slide: str
     class_name: str | None
@@ -119,16 +123,19 @@ class Line:
     objects: int
     area: float
     area_mm2: float | None
+    points: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BucketReport:
     """Every class of every slide, and what a table does with it. ``skipped``: objects that are no polygon (points
-    included), ``repaired``: invalid polygons, by slide."""
+    included), ``repaired``: invalid polygons, by slide. ``dot_um``: radius of the discs that points become (0: they are
+    left out)."""
 
     lines: tuple[Line, ...]
     skipped: Mapping[str, int]
     repaired: Mapping[str, int]
+    dot_um: float = 0.0
 
     @property
     def unmatched(self) -> tuple[str, ...]:
@@ -142,9 +149,10 @@ class BucketReport:
 
     def as_json(self) -> str:
         """Everything, as JSON."""
-        facts = {"unmatched": self.unmatched, "unnamed": self.unnamed, "skipped": self.skipped}
+        facts: dict[str, object] = {"unmatched": self.unmatched, "unnamed": self.unnamed, "skipped": self.skipped}
         lines = [asdict(line) for line in self.lines]
-        return json.dumps({"lines": lines, **facts, "repaired": self.repaired}, ensure_ascii=False, indent=1)
+        facts |= {"repaired": self.repaired, "dot_um": self.dot_um}
+        return json.dumps({"lines": lines, **facts}, ensure_ascii=False, indent=1)
 
     def table(self) -> str:
         """The lines in columns, the sums by label, and the classes without a rule."""
@@ -161,25 +169,38 @@ class BucketReport:
             end.append(f"no rule fits: {', '.join(self.unmatched)}")
         if self.unnamed:
             end.append(f"without a class: {self.unnamed} objects")
+        if points := sum(one.points for one in self.lines):
+            what = f"learnt as discs of {self.dot_um:g} µm radius" if self.dot_um else "left out"
+            end.append(f"points among them: {points}, {what} (dot_um)")
+        if lost := sum(self.skipped.values()):
+            end.append(f"no polygons: {lost} objects (points, lines, outlines without area)")
         lines = ["  ".join(f"{cell:<{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, "", *end])
 
 
-def dry_run(buckets: Buckets, slides: Iterable[tuple[str, Shapes, float | None]]) -> BucketReport:
-    """Report how ``buckets`` would sort the objects of slides: (id, shapes, mpp or None). Nothing is read or
-    written."""
+def dry_run(
+    buckets: Buckets, slides: Iterable[tuple[str, Shapes, float | None]], *, dot_um: float = DOT_UM
+) -> BucketReport:
+    """Report how ``buckets`` would sort the objects of slides: (id, shapes, mpp or None). ``dot_um``: radius of the
+    disc that a point becomes (0: points are left out). Nothing is read or written."""
     lines: list[Line] = []
     skipped, repaired = {}, {}
     for slide, shapes, mpp in slides:
         found: dict[str | None, list[float]] = defaultdict(list)
         for item in shapes:
             found[item.class_name].append(float(item.geometry.area))
-        for dot in shapes.dots:
-            found[dot.class_name].append(0.0)
-        names = sorted(found, key=lambda name: (name is None, name or ""))
-        lines += [_class_row(buckets, slide, name, areas=found[name], mpp=mpp) for name in names]
+        dots = Counter(dot.class_name for dot in shapes.dots)
+        for name in sorted({*found, *dots}, key=lambda name: (name is None, name or "")):
+            row = _class_row(buckets, slide, name, areas=found[name], mpp=mpp)
+            learnt = bool(dot_um) and row.label != USE
+            if learnt:
+                row = replace(row, objects=row.objects + dots[name], points=dots[name])
+            if row.objects:
+                lines.append(row)
+            if dots[name] and not learnt:  # a row of their own: they are not what the others are
+                lines.append(replace(row, label=DROP, objects=dots[name], points=dots[name], area=0.0, area_mm2=None))
         skipped[slide], repaired[slide] = shapes.skipped, shapes.repaired
-    return BucketReport(tuple(lines), skipped, repaired)
+    return BucketReport(tuple(lines), skipped, repaired, dot_um)
 
 
 def _class_row(buckets: Buckets, slide: str, name: str | None, *, areas: list[float], mpp: float | None) -> Line:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_mmm.annotations import Shapes, box_index, ring_arrays
-from wsi_mmm.training.data.buckets import CODES, USE, Buckets
+from wsi_mmm.training.data.buckets import CODES, DROP, USE, Buckets
 from wsi_mmm.types import F64, I32, I64, Mask
 
 DOT_CORNERS = 24  # of the polygon that stands for a point
@@ -34,7 +34,8 @@ class ShapeIndex:
     """n shapes in level-0 px. Points of shape i: ``xy[start[i]:start[i + 1]]`` float64[m, 2], its rings one after the
     other, each closed; ``closing`` bool[m]: the last point of a ring. ``boxes`` float64[n, 4] (x0, y0, x1, y1);
     ``areas`` float64[n]. ``name_of`` int32[n]: place in ``names``. ``values``: name of a number -> float64[n], NaN
-    where there is none. ``touching``: boxes float64[k, 4] -> pairs (box, shape) whose extents touch."""
+    where there is none. ``touching``: boxes float64[k, 4] -> pairs (box, shape) whose extents touch. The last ``dots``
+    shapes are discs that stand for points."""
 
     xy: F64
     start: I64
@@ -45,6 +46,7 @@ class ShapeIndex:
     name_of: I32
     values: Mapping[str, F64]
     touching: Callable[[F64], tuple[I64, I64]]
+    dots: int = 0
 
     def __len__(self) -> int:
         return len(self.name_of)
@@ -70,7 +72,7 @@ def index_shapes(shapes: Shapes, values: Sequence[str] = (), *, dot_radius: tupl
     kept = {name: numbers[:, column] for column, name in enumerate(values)}
     disc = DOT_CORNERS / 2 * math.sin(2 * math.pi / DOT_CORNERS) * dot_radius[0] * dot_radius[1]
     areas = np.concatenate([areas, np.full(len(dots), disc)])
-    return ShapeIndex(xy, start, closing, boxes, areas, tuple(names), name_of, kept, packed_index(boxes))
+    return ShapeIndex(xy, start, closing, boxes, areas, tuple(names), name_of, kept, packed_index(boxes), len(dots))
 
 
 def _disc_outlines(middles: F64, radius: tuple[float, float]) -> F64:
@@ -131,8 +133,11 @@ class Coding:
 
 
 def encode(index: ShapeIndex, buckets: Buckets) -> Coding:
-    """Apply a table: earlier rules on top, among equals what comes later in the file."""
+    """Apply a table: earlier rules on top, among equals what comes later in the file. A point is no use-region: such
+    ones are left out."""
     placed = np.array([buckets.place(name) for name in index.names], np.int64).reshape(-1, 2)[index.name_of]
+    dots = placed[len(index) - index.dots :, 0]
+    dots[dots == CODES[USE]] = CODES[DROP]
     ranking = np.empty(len(index), np.int64)
     ranking[np.lexsort((np.arange(len(index)), -placed[:, 1]))] = np.arange(len(index))
     return Coding(placed[:, 0].astype(np.int32), ranking)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -56,15 +57,19 @@ class TaskOfShapes(ConfigTable):
 
 class Tiled(DatasetEntry):
     """Tiles of slides. ``by`` "grid" or "objects"; ``per_slide``: at most so many; see `Places`. ``cache``: a folder or
-    URI for decoded tiles, shared with runs; ``mpp_override``: what the slides' own px measure."""
+    URI for decoded tiles, shared with runs; ``mpp_override``: micrometres per px of slides, in place of what their
+    files say (a column ``mpp`` comes first). ``scene``: the number of the image to read, of files that hold several.
+    ``dot_um``: radius of the disc that a point of the annotations stands for (none: that of a cell, 4; 0: points are
+    left out)."""
 
     by: Literal["grid", "objects"] = "grid"
     stride: int = Field(default=0, ge=0)
     per_slide: int = Field(default=0, ge=0)
     min_tissue: float = Field(default=MIN_TISSUE, ge=0, le=1)
-    dot_um: float = Field(default=0.0, ge=0)
+    dot_um: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     seed: int = 0
     mpp_override: float | None = Field(default=None, gt=0)
+    scene: int | None = Field(default=None, ge=0)
     cache: str | None = None
 
     def places(self, place: DataContext) -> TileSampling:
@@ -72,6 +77,10 @@ class Tiled(DatasetEntry):
         return TileSampling(
             place.mpp, place.size, self.stride, self.by, self.per_slide, self.min_tissue, self.seed, self.dot_um
         )
+
+    def of_scene(self, items: Sequence[SlideItem]) -> list[SlideItem]:
+        """The slides with ``scene``, where their own rows say nothing."""
+        return [replace(one, scene=self.scene if one.scene is None else one.scene) for one in items]
 
     @property
     def caching(self) -> TileCaching | None:
@@ -118,21 +127,21 @@ class SlidesEntry(Tiled):
     def items(self, place: DataContext) -> list[SlideItem]:
         """The slides with their annotation files."""
         specs = place.expand(self.slides)
-        ids, found = [name for name, _, _ in specs], []
+        ids, found = [name for name, *_ in specs], []
         groups = ids if self.group is None else first_groups(self.group, ids, f"data '{self.name}': group")
-        for (name, uri, mpp), group in zip(specs, groups, strict=True):
+        for (name, uri, mpp, scene), group in zip(specs, groups, strict=True):
             if group is None:
                 raise InputError(f"data '{self.name}': the group pattern finds no patient in {name!r}")
             annotation_file = None if self.annotations is None else beside(uri, self.annotations, needed=self.needed)
             if annotation_file is None and self.annotations is not None:
                 continue
             known: Mapping[str, Target] = dict.fromkeys(self.task) if self.annotations is None else {}
-            found.append(SlideItem(name, uri, mpp or self.mpp_override, annotation_file, group, known))
+            found.append(SlideItem(name, uri, mpp or self.mpp_override, annotation_file, group, known, scene=scene))
         if not found:
             raise InputError(
                 f"data '{self.name}': none of its {len(specs)} slides has annotations at {self.annotations}"
             )
-        return found
+        return self.of_scene(found)
 
     def specs(self, place: DataContext) -> list[AnnotationTarget]:
         """The annotation target of each task; none without annotations."""
@@ -158,7 +167,8 @@ class SlidesEntry(Tiled):
         """Task -> the report of its bucket table on the annotations."""
         specs, pool = self.specs(place), SlidePool(KEPT_OPEN)
         items = self.items(place) if specs else []
-        return {one.task: dry_run_slides(items, one.buckets, pool) for one in specs}
+        radius = self.places(place).dot_radius
+        return {one.task: dry_run_slides(items, one.buckets, pool, radius) for one in specs}
 
 
 class TaskColumns(ConfigTable):
@@ -206,10 +216,11 @@ class Tabled(ConfigTable):
         named = {table.groups[n]: name for name in PARTS for n in found.part(name).tolist()}
         return dict.fromkeys(table.groups, "") | named
 
-    def items(self, place: DataContext) -> list[SlideItem]:
-        """The slides with their targets."""
+    def items(self, place: DataContext, mpp_override: float | None) -> list[SlideItem]:
+        """The slides with their targets; ``mpp_override`` for those whose row names no mpp."""
         table, labels = self.read(place)
-        return slides_of_table(table, uri=self.uri, mpp=self.mpp, root=self.root, labels=labels)
+        found = slides_of_table(table, uri=self.uri, mpp=self.mpp, root=self.root, labels=labels)
+        return [replace(item, mpp=item.mpp or mpp_override) for item in found]
 
 
 class OfSlideTable(DatasetEntry):
@@ -230,7 +241,8 @@ class SlideLabels(OfSlideTable, Tiled):
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
-        return slide_tiles(self.name, self.slides.items(place), self.places(place), caching=self.caching)
+        items = self.of_scene(self.slides.items(place, self.mpp_override))
+        return slide_tiles(self.name, items, self.places(place), caching=self.caching)
 
 
 class TileBags(OfSlideTable, Tiled):
@@ -243,7 +255,8 @@ class TileBags(OfSlideTable, Tiled):
     def open(self, place: DataContext) -> DataSource:
         """The source."""
         draws = bags.Draws(self.most, self.times, self.seed)
-        return bags.tile_bags(self.name, self.slides.items(place), self.places(place), draws, caching=self.caching)
+        items = self.of_scene(self.slides.items(place, self.mpp_override))
+        return bags.tile_bags(self.name, items, self.places(place), draws, caching=self.caching)
 
 
 class FeatureBags(OfSlideTable):

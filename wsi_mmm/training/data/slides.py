@@ -35,7 +35,7 @@ from wsi_mmm.training.data.annotation_targets import (
     tile_targets,
 )
 from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
-from wsi_mmm.training.data.buckets import BucketReport, Buckets, dry_run
+from wsi_mmm.training.data.buckets import DOT_UM, BucketReport, Buckets, dry_run
 from wsi_mmm.training.data.raster import index_shapes
 from wsi_mmm.training.data.tables import SlideTable
 from wsi_mmm.types import I32, I64, Tiles
@@ -45,11 +45,14 @@ R = TypeVar("R")
 _log = logging.getLogger(__name__)
 _OPENING = 4  # slides prepared at a time
 KEPT_OPEN = 16  # slides that stay open while nobody reads them
+DOT_PX = 4.0  # least radius, target px, of the disc that a point stands for by default: maps show it
+_LEAST_DOT_PX = 2.0  # px of maps are two target px wide
 
 
 @dataclass(frozen=True, slots=True)
 class SlideItem:
-    """A slide to learn from. ``mpp`` overrides what it says; ``annotations``: path or URI of its GeoJSON or ASAP XML;
+    """A slide to learn from. ``mpp`` overrides what it says; ``scene``: the number of the image to read, of a file that
+    holds several; ``annotations``: path or URI of its GeoJSON or ASAP XML;
     ``group``: its patient ("": the slide by itself); ``targets``: what is known of the whole slide, by task, and
     ``label`` the class of it that balancing goes by where tiles have none."""
 
@@ -60,11 +63,12 @@ class SlideItem:
     group: str = ""
     targets: Mapping[str, Target] = field(default_factory=dict)
     label: int = UNKNOWN
+    scene: int | None = None
 
     @property
     def slide_key(self) -> SlideKey:
         """The slide to open."""
-        return SlideKey(self.uri, self.mpp)
+        return SlideKey(self.uri, self.mpp, scene=self.scene)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class TileSampling:
     annotation target can learn from; without annotation targets, those with at least ``min_tissue`` tissue. ``by``
     "objects": ``per_slide`` tiles drawn round the objects of the first annotation target, every class alike.
     ``per_slide``: at most so many (0: all), drawn by ``seed``. ``dot_um``: radius of the disc that a point stands for
-    (0: points are left out)."""
+    (0: points are left out; None: that of a cell, `dot_radius`)."""
 
     mpp: float
     tile: int = 256
@@ -84,19 +88,28 @@ class TileSampling:
     per_slide: int = 0
     min_tissue: float = MIN_TISSUE
     seed: int = 0
-    dot_um: float = 0.0
+    dot_um: float | None = None
 
     def __post_init__(self) -> None:
         if self.tile < 1 or not 0 <= self.stride <= self.tile:
             raise ConfigError(f"tile {self.tile}, stride {self.stride}: give 1 or more, the stride up to the tile")
         if self.by not in ("grid", "objects") or (self.by == "objects" and self.per_slide < 1):
             raise ConfigError("places are chosen by 'grid', or by 'objects' with per_slide of 1 or more")
+        if 0 < self.dot_radius < _LEAST_DOT_PX * self.mpp:
+            least = f"give {_LEAST_DOT_PX * self.mpp:g} or more, or 0 to leave points out"
+            raise ConfigError(f"dot_um is {self.dot_radius:g}: discs so small are lost at {self.mpp:g} mpp: {least}")
+
+    @property
+    def dot_radius(self) -> float:
+        """Micrometres of the disc that a point stands for; 0: points are left out."""
+        return max(DOT_UM, DOT_PX * self.mpp) if self.dot_um is None else self.dot_um
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     """A slide with the corners ``xy`` int64[n, 2] (target px) of its tiles, their classes for balancing, the targets of
-    tile tasks by item, and the annotations of the tasks whose targets are drawn when they are read."""
+    tile tasks by item, the annotations of the tasks whose targets are drawn when they are read, and per task how many
+    objects each class has."""
 
     item: SlideItem
     scale: tuple[float, float]
@@ -105,6 +118,7 @@ class _Prepared:
     by_tile: Mapping[str, Sequence[Target]]
     annotated_by_task: Mapping[str, SlideAnnotations]
     remote: bool
+    objects: Mapping[str, Counter[int]]
 
     def tiles(self, local: I64, tile: int, size: int) -> Tiles:
         """Return the squares of ``size`` px round the middles of its items ``local``, tiles of ``tile`` px."""
@@ -124,6 +138,7 @@ class SlideTiles:
     slides: Sequence[_Prepared]
     specs: Sequence[AnnotationTarget]
     starts: I64  # int64[slides + 1]: numbers of each slide's first item
+    unlearnt: tuple[str, ...] = ()  # a line for each class of a tile task whose objects are in no item
 
     @property
     def remote(self) -> bool:
@@ -239,7 +254,34 @@ def slide_tiles(
     tasks = dict.fromkeys([*listed, *(task for item in items for task in item.targets)])
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     index = _build_index(prepared)
-    return SlideTiles(name, tuple(tasks), index, places.tile, pool, caching, prepared, tuple(specs), starts)
+    lines = _unlearnt_classes(name, prepared, specs)
+    return SlideTiles(name, tuple(tasks), index, places.tile, pool, caching, prepared, tuple(specs), starts, lines)
+
+
+def _unlearnt_classes(name: str, prepared: Sequence[_Prepared], specs: Sequence[AnnotationTarget]) -> tuple[str, ...]:
+    """A line for each class of a tile task that has objects but is the target of no tile."""
+    lines = []
+    for spec in specs:
+        if spec.kind not in ("classify", "multilabel"):
+            continue
+        counts = sum((one.objects[spec.task] for one in prepared if spec.task in one.objects), Counter[int]())
+        seen = {label for one in prepared for label in _classes_of(one.by_tile.get(spec.task, ()))}
+        lines += [
+            f"warning: data '{name}': {count} objects of '{spec.buckets.labels[label]}' are the target of no tile of "
+            f"'{spec.task}': they cover less than min_share ({spec.min_share:g}) of each, or another class lies on top"
+            for label, count in sorted(counts.items())
+            if label not in seen
+        ]
+    return tuple(lines)
+
+
+def _classes_of(targets: Sequence[Target]) -> set[int]:
+    """The classes that some of these targets of tiles say are there."""
+    if not len(targets):
+        return set()
+    table = np.array(targets)
+    found = table if table.ndim == 1 else np.flatnonzero((table == 1).any(axis=0))
+    return {int(label) for label in np.unique(found) if label >= 0}
 
 
 def map_threaded(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -278,7 +320,11 @@ def _prepare_slide(
     }
     drawn = {task: annotated for task, annotated in annotated_by_task.items() if task not in by_tile}
     labels = np.where(labels < 0, np.int32(item.label), labels) if not specs else labels
-    return _Prepared(item, scale, xy, labels, by_tile, drawn, remote)
+    objects = {
+        task: Counter(annotated.coding.code[annotated.coding.code >= 0].tolist())
+        for task, annotated in annotated_by_task.items()
+    }
+    return _Prepared(item, scale, xy, labels, by_tile, drawn, remote, objects)
 
 
 def _annotations_by_task(
@@ -288,10 +334,18 @@ def _annotations_by_task(
     if not specs or item.annotations is None:
         return {}
     values = list(dict.fromkeys(value for spec in specs for value in spec.values))
-    radius = tuple(places.dot_um / mpp for mpp in (slide.info.mpp_x or 1.0, slide.info.mpp_y or 1.0))
+    radius = tuple(places.dot_radius / mpp for mpp in (slide.info.mpp_x or 1.0, slide.info.mpp_y or 1.0))
     index = index_shapes(read_shapes(item.annotations, values), values, dot_radius=(radius[0], radius[1]))
     size, scale = (slide.info.width, slide.info.height), slide.scale(places.mpp)
-    return {spec.task: annotations_for_task(spec, index, scale=scale, size=size) for spec in specs}
+    found = {spec.task: annotations_for_task(spec, index, scale=scale, size=size) for spec in specs}
+    for spec in specs if places.dot_um is None and index.dots else ():
+        count = int((found[spec.task].coding.code[-index.dots :] >= 0).sum())
+        if count and spec.kind in TILE_LEVEL_KINDS:
+            raise InputError(
+                f"{item.id}: {count} points have a class of '{spec.task}', and a point covers no tile: draw regions, "
+                "put their class into the bucket 'drop', or give dot_um (a radius in micrometres; 0: without points)"
+            )
+    return found
 
 
 def read_shapes(uri: str, values: Sequence[str] = ()) -> Shapes:
@@ -410,7 +464,9 @@ def _cell_mpp(table: SlideTable, row: int, cell: str) -> float | None:
     return value
 
 
-def dry_run_slides(items: Sequence[SlideItem], buckets: Buckets, pool: SlidePool) -> BucketReport:
+def dry_run_slides(
+    items: Sequence[SlideItem], buckets: Buckets, pool: SlidePool, dot_um: float = DOT_UM
+) -> BucketReport:
     """Report how a bucket table sorts the annotations of slides; areas in mm² where slides know their resolution."""
 
     def resolution(item: SlideItem) -> float | None:
@@ -419,4 +475,4 @@ def dry_run_slides(items: Sequence[SlideItem], buckets: Buckets, pool: SlidePool
             return None if info.mpp_x is None or info.mpp_y is None else float(np.sqrt(info.mpp_x * info.mpp_y))
 
     noted = [(item, item.annotations) for item in items if item.annotations is not None]
-    return dry_run(buckets, ((item.id, read_shapes(uri), resolution(item)) for item, uri in noted))
+    return dry_run(buckets, ((item.id, read_shapes(uri), resolution(item)) for item, uri in noted), dot_um=dot_um)
