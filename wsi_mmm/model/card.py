@@ -31,7 +31,9 @@ _ZOO = Path(__file__).parent / "zoo"
 Color = tuple[int, int, int]
 HeadKind = Literal["map", "vector", "bag", "dense", "image", "pixels"]
 
-_LATER = frozenset({"squeezer", "neck", "bag", "kind", "norm", "pooling", "registers", "input_px", "interpolation"})
+_LATER = frozenset(
+    {"squeezer", "neck", "bag", "kind", "norm", "pooling", "registers", "input_px", "interpolation", "key_map"}
+)
 """Fields that the first cards did not have; see `_Part`."""
 
 
@@ -80,8 +82,8 @@ class EncoderCard(_CardPart):
     ("frozen"; gains and biases still learn). Which norms a backbone has is never changed.
 
     ``pooling``: how the network's last tokens or map become the vector of a tile, see `EncoderRecipe`, as are
-    ``registers``, ``input_px`` and ``interpolation``. "squeezer", as all first cards: `SqueezerCard` pools the coarsest
-    map, before the network's last norm; the name then stands for the network as timm's ``features_only`` makes it.
+    ``registers``, ``input_px``, ``interpolation`` and ``key_map``. "squeezer", as all first cards: `SqueezerCard` pools
+    the coarsest map, before the network's last norm; the network is then as timm's ``features_only`` makes it.
     """
 
     name: str = Field(min_length=1)
@@ -91,6 +93,7 @@ class EncoderCard(_CardPart):
     registers: int | None = Field(default=None, ge=0)
     input_px: int = Field(default=0, ge=0, le=4096)
     interpolation: Interpolation = "bicubic"
+    key_map: str = ""
 
     @property
     def own_pooling(self) -> Pooling | None:

@@ -33,6 +33,7 @@ from wsi_mmm.model.encoder import PyramidEncoder, build_encoder
 from wsi_mmm.model.fitting import fit_weights
 from wsi_mmm.model.heads import HeadSpec, build_head
 from wsi_mmm.model.identity import refuse_pickle
+from wsi_mmm.model.key_maps import prepare_network, rename_tensors
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.model.networks import PooledBackbone, create_network, declared_colours, fill_network, renamed_by_timm
 from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD, ColourTriple, EncoderRecipe
@@ -75,6 +76,7 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
     if card.encoder.own_pooling is not None and isinstance(pooled, PooledBackbone):  # created without weights
         own = {key.removeprefix(_NETWORK): value for key, value in weights.items() if key.startswith(_NETWORK)}
         pooled.model = fill_network(card.encoder.name, card.encoder.args, pooled.model, own)
+        prepare_network(pooled.model, card.encoder.key_map)
         weights = {key: value for key, value in weights.items() if not key.startswith(_NETWORK)}
     model.load_state_dict(weights, strict=False)  # all are there
     return _move_to_device(model, device)
@@ -115,7 +117,7 @@ def open_encoder(
     recipe, found = chosen.recipe, chosen.sha256
     card = EncoderCard(
         name=recipe.architecture, args=recipe.arguments, pooling=recipe.pooling, registers=recipe.registers,
-        input_px=recipe.input_px, interpolation=recipe.interpolation,
+        input_px=recipe.input_px, interpolation=recipe.interpolation, key_map=recipe.key_map,
     )  # fmt: skip
     if recipe.architecture in plugin_names("encoders"):
         encoder = _build_encoder(card, str(chosen.path) if chosen.path else None if chosen.sha256 == "none" else RANDOM)
@@ -147,10 +149,12 @@ def _open_weights(card: EncoderCard, recipe: EncoderRecipe, path: Path) -> tuple
     """The encoder with the weights at ``path``, which are read once, and their sha256."""
     tensors, found = read_tensors(path)
     network = create_network(card.name, card.args, empty=True)
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    tensors = rename_tensors(tensors, card.key_map, shapes)
     try:
         fitting = fit_weights(network, tensors, str(path))
     except ModelError:
-        if not recipe.hub_id:
+        if not recipe.hub_id or recipe.sources:  # only of what timm itself would load
             raise
         fitting = fit_weights(network, renamed_by_timm(network, tensors), str(path))
     return build_encoder(card, tensors=fitting), found

@@ -13,6 +13,7 @@ from typing import Any
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.identity import check_weights
 from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD, ColourTriple, EncoderRecipe, Pooling, parse_recipe
+from wsi_mmm.model.registry import find_entry, near_names, suggest_encoders
 from wsi_mmm.model.weights import (
     FOLDER,
     HUB,
@@ -72,19 +73,17 @@ def encoder_identity(recipe: EncoderRecipe, weights_sha256: str) -> str:
     return hashlib.sha256(json.dumps([recipe.value_facts(), weights_sha256], sort_keys=True).encode()).hexdigest()
 
 
-def choose_encoder(
-    name: str, weights: str | None = None, said: EncoderOptions | None = None, *, entry: EncoderRecipe | None = None
-) -> ChosenEncoder:
-    """The encoder ``name`` (``entry``: what a registry says of it) with all that its vectors depend on.
+def choose_encoder(name: str, weights: str | None = None, said: EncoderOptions | None = None) -> ChosenEncoder:
+    """The encoder ``name`` with all that its vectors depend on.
 
-    ``name``: of timm, ``hf-hub:org/name``, ``local-dir:folder`` (or a folder with config.json), or of a plug-in.
-    ``weights``: None finds or downloads those that the name stands for; "random"; a safetensors file, or the folder
-    that holds one. ModelError naming the fix: nothing of that name, no weights, mean and std said nowhere.
+    ``name``: of the registry, of timm, ``hf-hub:org/name``, ``local-dir:folder`` (or a folder with config.json), or of
+    a plug-in. ``weights``: None finds or downloads those that the name stands for; "random"; a safetensors file, or the
+    folder that holds one. ModelError naming the fix: nothing of that name, no weights, mean and std said nowhere.
     """
     asked = said or EncoderOptions()
-    base, declared = _named_recipe(name, weights, entry)
+    base, declared = _named_recipe(name, weights)
     path = locate_weights(base, weights)
-    beside = config_beside(path) if path is not None and entry is None and not declared else WeightsConfig()
+    beside = config_beside(path) if path is not None and not declared else WeightsConfig()
     if beside.architecture and _bare_name(beside.architecture) != _bare_name(base.architecture):
         raise ModelError(
             f"the config.json beside {path} is of the architecture {beside.architecture}, not {base.architecture}: "
@@ -128,10 +127,10 @@ def locate_weights(recipe: EncoderRecipe, weights: str | None) -> Path | None:
     raise ModelError(f"no weights are known for {recipe.name}: pass them with --weights FILE.safetensors")
 
 
-def _named_recipe(name: str, weights: str | None, entry: EncoderRecipe | None) -> tuple[EncoderRecipe, bool]:
-    """The recipe that a name stands for, and whether a configuration of its own was read with it."""
-    if entry is not None:
-        return entry, True
+def _named_recipe(name: str, weights: str | None) -> tuple[EncoderRecipe, bool]:
+    """The recipe that a name stands for, and whether it says all that its weights' own configuration would."""
+    if (entry := find_entry(name)) is not None:
+        return entry.recipe, True
     source, rest = split_source(name)
     if source:
         config = hub_config(rest) if source == HUB else config_beside(Path(rest).expanduser() / "weights")
@@ -143,7 +142,7 @@ def _named_recipe(name: str, weights: str | None, entry: EncoderRecipe | None) -
         full = name if source == HUB else FOLDER + str(Path(rest).expanduser().absolute())
         return EncoderRecipe(
             name=full, architecture=config.architecture, arguments=dict(config.arguments), mean=config.mean,
-            std=config.std, hub_id=rest if source == HUB else "",
+            std=config.std, hub_id=rest if source == HUB and weights is None else "",
         ), True  # fmt: skip
     if name in plugin_names("encoders"):
         return EncoderRecipe(name=name, architecture=name, mean=IMAGENET_MEAN, std=IMAGENET_STD), False
@@ -151,7 +150,8 @@ def _named_recipe(name: str, weights: str | None, entry: EncoderRecipe | None) -
     own = weights in (None, RANDOM) or "." in name  # the name says which weights are meant
     return EncoderRecipe(
         name=name, architecture=name, mean=facts.mean if own else None, std=facts.std if own else None,
-        hub_id=facts.hub_id, file=facts.file, licence=facts.licence,
+        hub_id=facts.hub_id if weights is None else "", file=facts.file if weights is None else "",
+        licence=facts.licence if own else "",
     ), False  # fmt: skip
 
 
@@ -160,20 +160,18 @@ def _timm_facts(name: str) -> TimmFacts:
 
     facts = timm_facts(name)
     if facts is None:
-        raise ModelError(f"there is no encoder '{name}'{suggest_names(name, similar_to(name))}")
+        raise ModelError(f"there is no encoder '{name}'; {_suggest_names(name)}")
     return facts
 
 
-def similar_to(name: str) -> list[str]:
-    """Names of timm's networks and of plug-ins that look like ``name``, the nearest first."""
+def _suggest_names(name: str) -> str:
+    """The end of a message about an unknown name: near ones of the registry, else of timm and plug-ins."""
     from wsi_mmm.model.networks import network_names
 
-    return difflib.get_close_matches(name, [*network_names(), *plugin_names("encoders")], n=3, cutoff=0.5)
-
-
-def suggest_names(name: str, near: list[str]) -> str:
-    """The end of a message about an unknown ``name``."""
-    return f": did you mean {' or '.join(near)}?" if near else ": give a timm name, hf-hub:org/name or local-dir:folder"
+    others = [*network_names(), *plugin_names("encoders")]
+    if near_names(name) or not (near := difflib.get_close_matches(name.partition(".")[0], others, n=3, cutoff=0.8)):
+        return suggest_encoders(name)
+    return f"did you mean {' or '.join(near)}? wsi-mmm models encoders lists the published ones"
 
 
 def _bare_name(architecture: str) -> str:

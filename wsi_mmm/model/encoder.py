@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from wsi_mmm.errors import ModelError, PluginError, first_line
 from wsi_mmm.model.card import EncoderCard, ModelCard
+from wsi_mmm.model.key_maps import prepare_network
 from wsi_mmm.model.networks import BUILD_ERRORS, PooledBackbone, check_input, create_network, fill_network
 from wsi_mmm.plugins import load_plugin, plugin_names
 
@@ -80,6 +81,7 @@ def build_encoder(
         network = create_network(card.name, card.args, empty=empty or tensors is not None)
         if tensors is not None:
             network = fill_network(card.name, card.args, network, tensors)
+        prepare_network(network, card.key_map)
         backbone = PooledBackbone(network, card.own_pooling, card.registers)
         width = int(getattr(network, "num_features", 0) or backbone.vector_width)
         return PyramidEncoder(backbone, backbone.channels or (width,), backbone.strides or (32,))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.networks import grid_side, network_config
+from wsi_mmm.model.networks import create_network, grid_side, network_config
+from wsi_mmm.model.registry import encoder_entries
 
 _WRAPPERS = ("module.", "encoder.", "backbone.", "model.")
 _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "last_linear.")
@@ -101,8 +102,23 @@ def _describe_misfit(misfit: Misfit) -> str:
         fault = f"'{key}' is {_shape_text(misfit.weights[key])}, the network's {_shape_text(misfit.network[key])}"
     else:
         return ""
+    if names := _fitting_entries(misfit.weights):
+        return f"{fault}; they fit --encoder {' or '.join(names)}"
     hint = next((text for find in _HINTS if (text := find(misfit))), "")
     return f"{fault}; {hint or 'give the architecture and --encoder-args that they were trained with'}"
+
+
+def _fitting_entries(weights: TensorShapes) -> list[str]:
+    """Names of the registry whose network has exactly these tensors, in timm's names."""
+    token = weights.get("cls_token", ())
+    found = []
+    for name, entry in encoder_entries().items():
+        recipe = entry.recipe
+        if len(token) == 3 and not recipe.key_map and recipe.dimension in (token[-1], 2 * token[-1]):
+            network = create_network(recipe.architecture, recipe.arguments, empty=True)
+            if {key: tuple(value.shape) for key, value in network.state_dict().items()} == dict(weights):
+                found.append(name)
+    return found
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:
@@ -176,7 +192,9 @@ def _hint_registers(misfit: Misfit) -> str:
 def _hint_depth(misfit: Misfit) -> str:
     """Another number of blocks."""
     here, there = _depth_of(misfit.weights), _depth_of(misfit.network)
-    return f"they have {here} blocks, the network {there}: give {_arguments_text(depth=here)}" if here != there else ""
+    if not here or not there or here == there:
+        return ""
+    return f"they have {here} blocks, the network {there}: give {_arguments_text(depth=here)}"
 
 
 def _depth_of(shapes: TensorShapes) -> int:
