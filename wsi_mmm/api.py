@@ -58,7 +58,7 @@ def run(
         slides: a slide, folder, glob, ``s3://`` prefix, manifest CSV, or a list of these and of SlideSpec.
         model: "default", or the folder of a model, on disk or storage (``s3://bucket/model``).
         output: folder or ``s3://`` prefix for results and the run report.
-        tasks: name or names of the model's tasks to run; None: all.
+        tasks: name or names of the model's tasks to run; None: all, or those that its card lists as ``default_tasks``.
         workers: 0: in this process with reader threads; n: n local processes.
         scheduler: address of a Dask cluster, ``tcp://host:port``; ``tls://host:port`` with ``tls``, a folder of
             certificates (``ca.crt``, ``tls.crt``, ``tls.key``).

@@ -315,7 +315,7 @@ _FIRST: tuple[Option, ...] = (
         "--encoder", "--model", "-m", panel=WHAT, affects=CHANGES_VALUES, commands=("embed",),
     ),
     _command_option(
-        "tasks", str, "Task of the model, repeatable. (default: all)", "--task",
+        "tasks", str, "Task of the model, repeatable. (default: all; of a few-shot model that of its head)", "--task",
         panel=WHAT, metavar="NAME", affects=CHANGES_VALUES, commands=("run",), several=True,
     ),
     _command_option(

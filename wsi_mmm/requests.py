@@ -32,18 +32,26 @@ Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
 
 
 def model_recipe(model: str, tasks: str | Sequence[str] | None, options: RunOptions) -> Recipe:
-    """Return the recipe of a model's tasks (None: all of them). Raises OptionError, ModelError."""
+    """Return the recipe of a model's tasks (None: those that its card lists for that, else all). Raises OptionError,
+    ModelError."""
     here = fetch_model(model, user_cache())
     card = read_card(here)
     known = [task.name for task in card.tasks]
-    wanted = ([tasks] if isinstance(tasks, str) else tasks) or known
+    wanted = ([tasks] if isinstance(tasks, str) else tasks) or card.default_tasks or known
     for name in wanted:
         if name not in known:
             raise OptionError(f"model {model!r} has no task {name!r}; it has: {', '.join(known) or 'none'}")
     chosen = tuple(name for name in known if name in wanted)
     check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
     base = Recipe(model, model_identity(here, card), chosen, card.mpp, card.tile_size, card.overlap)
-    return _apply_options(base, options)
+    recipe = _apply_options(base, options)
+    for task in card.tasks:
+        if task.name in chosen and task.head == "bag" and (recipe.mpp, recipe.tile) != (card.mpp, card.tile_size):
+            learnt = (
+                f"learnt from tiles of {card.tile_size} px at {card.mpp:g} mpp, and of others its answer means nothing"
+            )
+            raise OptionError(f"task {task.name!r} {learnt}: leave --mpp, --mag and --tile-size out")
+    return recipe
 
 
 def encoder_recipe(

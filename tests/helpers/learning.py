@@ -203,7 +203,7 @@ def configuration(ground: Ground, specs: Sequence[AnnotationTarget], out: Path, 
             one["slides"] = [str(known.path) for known in ground.slides]
         else:
             one["slides"]["root"] = str(ground.folder)
-            model["start"] = ground.model
+            model |= {"start": ground.model, "overlap": 0}  # as the vectors were made
         data.append(one)
     return {
         "out": str(out), "seed": seed, "steps": max(spec.steps for spec in specs), "device": "cpu", "threads": 1,

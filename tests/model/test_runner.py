@@ -13,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
+import wsi_mmm
 from wsi_mmm.errors import ModelError
-from wsi_mmm.model.checkpoint import load_model
+from wsi_mmm.model.checkpoint import load_model, save_model
 from wsi_mmm.model.runner import Runner, RunOutput
+from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.tasks import make_task
 from wsi_mmm.types import U8
 
@@ -127,6 +130,45 @@ def test_a_pass_that_fails_fails_its_calls_and_no_others(small_model: Path) -> N
         runner.run(tiles(300))
     runner._pass = plain
     assert len(runner.run(tiles(300)).features) == 300
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["vectors", "nuclei", "stain"])
+def test_answers_that_are_not_finite_are_an_error(small_model: Path, where: str, value: float) -> None:
+    """One number of one tile is enough; the tensor is named; the tiles of a batch that only fill it up do not count."""
+    model = load_model(small_model)
+    quantise = {card.name: make_task(card).quantise for card in model.card.tasks}
+    runner = Runner(model, "cpu", 1, quantise=quantise)
+    plain, row = runner._pass, [1]
+
+    def spoilt(x: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        vector, logits = plain(x, names)
+        part = vector if where == "vectors" else logits[where]
+        part[row[0], ..., -1] = value
+        return vector, logits
+
+    runner._pass = spoilt
+    named = "the feature vectors" if where == "vectors" else f"the answers of task '{where}'"
+    with pytest.raises(ModelError, match=f"{named} hold NaN or infinity"):
+        runner.run(tiles(2), TASKS)
+    row[0] = 2  # padding
+    assert len(runner.run(tiles(2), TASKS).features) == 2
+
+
+@pytest.mark.parametrize("command", ["run", "embed"])
+def test_a_model_that_overflows_writes_nothing(small_model: Path, tmp_path: Path, command: str) -> None:
+    """Its weights are numbers, its answers are not: the slide fails with a line, and has no result and no features."""
+    model = load_model(small_model)
+    with torch.no_grad():
+        for name, value in model.encoder.named_parameters():
+            if value.ndim == 1 and name.endswith("weight"):
+                value.fill_(1e20)
+    save_model(model, tmp_path / "big", half=False)
+    synthetic_slide(tmp_path / "s.tiff", 1, width=128, height=128, mpp=0.5, nuclei=4)
+    act = {"run": wsi_mmm.run, "embed": wsi_mmm.embed}[command]
+    report = act(str(tmp_path / "s.tiff"), str(tmp_path / "big"), output=tmp_path / "out", tissue="none")
+    assert report.exit_code != 0 and "hold NaN or infinity" in str(report.slides[0])
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.startswith(("result", "features", "tiles"))]
 
 
 def test_wrong_pixels_tasks_and_devices_are_refused(runners: dict[int, Runner], small_model: Path) -> None:

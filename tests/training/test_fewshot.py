@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from shapely.geometry import box
 
+import wsi_mmm
+from helpers.annotation_targets import geojson
+from wsi_mmm import api
 from wsi_mmm.errors import InputError, ManifestError, ModelError, OptionError
-from wsi_mmm.model.card import DecoderCard, EncoderCard, ModelCard
-from wsi_mmm.model.checkpoint import build_model, load_model
-from wsi_mmm.outputs.exports import write_features
+from wsi_mmm.model.card import DecoderCard, EncoderCard, ModelCard, read_card
+from wsi_mmm.model.checkpoint import build_model, load_model, save_model
+from wsi_mmm.outputs.exports import read_features, write_features
+from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.training import fewshot
+from wsi_mmm.training.data.embedding import source_identity
 from wsi_mmm.training.fewshot import KINDS, Labelled, Linear
 from wsi_mmm.training.fewshot_run import embedded, learn, predict, slides_by_table, tiles_by_regions
 
@@ -151,3 +159,82 @@ def test_slides_learn_from_a_table(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="wsi-mmm embed makes them"):
         embedded(str(tmp_path / "empty"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a task of its own, learnt at other sizes than the features below are embedded at."""
+    task = {"name": "other", "kind": "classify", "head": "vector", "outputs": 2, "classes": ["x", "y"],
+            "colors": [[0, 0, 0]] * 2}  # fmt: skip
+    card = ModelCard.model_validate(
+        {"name": "base", "encoder": {"name": "resnet18", "args": {"channels": [8, 8, 16, 16]}},
+         "decoder": {"bottleneck": 0, "widths": []}, "mpp": 0.5, "tile_size": 256, "overlap": 32, "mean": [0.7] * 3,
+         "std": [0.2] * 3, "tasks": [task]}
+    )  # fmt: skip
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("base")
+    save_model(build_model(card), folder)
+    return folder
+
+
+def test_a_run_says_of_every_tile_what_predict_says(base: Path, tmp_path: Path) -> None:
+    """The model of a head cuts tiles as the head learnt them, whatever the base model's card says: the same tiles, the
+    same classes, the same counts. It answers its own task alone unless others are named."""
+    slide = tmp_path / "s.tiff"
+    synthetic_slide(slide, 2, width=1200, height=900, mpp=0.25, nuclei=60)
+    options: Any = {"mpp": 1.0, "tile_size": 64, "overlap": 16}
+    wsi_mmm.embed(str(slide), str(base), output=tmp_path / "emb", tissue="none", **options)
+    (tmp_path / "ann").mkdir()
+    halves = [("left", box(0, 0, 600, 900)), ("right", box(600, 0, 1200, 900))]
+    geojson(tmp_path / "ann" / "s.geojson", halves)
+    learn(str(tmp_path / "emb"), str(tmp_path / "ann"), tmp_path / "head", task="side")
+    predict(str(tmp_path / "emb"), tmp_path / "head", str(tmp_path / "said"))
+    said = pq.read_table(tmp_path / "said" / "s.parquet")
+    report = wsi_mmm.run(str(slide), tmp_path / "head" / "model", output=tmp_path / "out", tissue="none")
+    run = pq.read_table(tmp_path / "out" / "s" / "tiles.parquet")
+    assert report.exit_code == 0 and len(run) == len(said) > 25
+    for column in ("x", "y", "side"):
+        assert run[column].to_pylist() == said[column].to_pylist(), column
+    assert np.allclose(run["side:left"].to_numpy(), said["side:left"].to_numpy(), atol=1 / 200)
+    assert set(said["side"].to_pylist()) == {"left", "right"}
+    counts = json.loads((tmp_path / "out" / "s" / "slide.json").read_text())["classes"]
+    assert counts == {"side": {name: said["side"].to_pylist().count(name) for name in ("left", "right")}}
+    card = read_card(tmp_path / "head" / "model")
+    assert (card.mpp, card.tile_size, card.overlap, card.default_tasks) == (1.0, 64, 16, ("side",))
+    made = json.loads((tmp_path / "head" / "head.json").read_text())
+    assert card.data["features"] == {name: made[name] for name in card.data["features"]}
+    assert made["model_hash"] == source_identity(str(base), None) and made["overlap"] == 16
+    both = api.run_request(str(slide), tmp_path / "head" / "model", output=tmp_path / "o", tasks=["side", "other"])
+    assert both.recipe.tasks == ("other", "side")
+
+
+@pytest.mark.parametrize(("name", "value"), [("mpp", 1.0), ("patch_size", 128), ("overlap", 16)])
+def test_vectors_of_other_scales_are_not_mixed(tmp_path: Path, name: str, value: float) -> None:
+    """Learning and predicting: a line that names both files, the attribute and both values."""
+    _slides(tmp_path, 2)
+    uri = tmp_path / "emb" / "s1" / "features.zarr"
+    found = read_features(str(uri))
+    facts = {**FACTS, "overlap": 0}
+    write_features(str(tmp_path / "emb" / "s0" / "features.zarr"), found.vectors, found.coords, facts)
+    write_features(str(uri), found.vectors, found.coords, {**facts, name: value})
+    words = (
+        rf"s1 was embedded with {name} {value}, s0 with .*s1/features\.zarr, .*s0/features\.zarr\): embed them alike"
+    )
+    with pytest.raises(InputError, match=words):
+        learn(str(tmp_path / "emb"), str(tmp_path / "ann"), tmp_path / "head", head="knn")
+    (tmp_path / "ann" / "s1.geojson").unlink()
+    learn(str(tmp_path / "emb"), str(tmp_path / "ann"), tmp_path / "head", head="knn")
+    with pytest.raises(InputError, match=rf"s1 was embedded with {name} {value}, the head with .*head\.json"):
+        predict(str(tmp_path / "emb"), tmp_path / "head", str(tmp_path / "out"))
+
+
+def test_tiles_that_no_model_takes_are_said_before_fitting(tmp_path: Path) -> None:
+    """A linear head becomes a model; where `run` could not cut such tiles, the line says at which size to embed."""
+    _slides(tmp_path, 2)
+    for n in range(2):
+        uri = str(tmp_path / "emb" / f"s{n}" / "features.zarr")
+        found = read_features(uri)
+        write_features(uri, found.vectors, found.coords, {**FACTS, "patch_size": 250})
+    with pytest.raises(InputError, match=r"no model takes tiles of 250 px .*multiple of 32"):
+        learn(str(tmp_path / "emb"), str(tmp_path / "ann"), tmp_path / "head")
+    learn(str(tmp_path / "emb"), str(tmp_path / "ann"), tmp_path / "head", head="knn")

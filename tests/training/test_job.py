@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,12 @@ import wsi_mmm
 from helpers.annotation_targets import DECODER, ENCODER, MODEL, SIZE, disc_task, discs, joint, patches, tissue_task
 from wsi_mmm.errors import ConfigError, InputError, ManifestError, ModelError, OutputError
 from wsi_mmm.model.checkpoint import load_model, save_model
+from wsi_mmm.outputs.exports import write_features
 from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.training import job
 from wsi_mmm.training.config import parse
 from wsi_mmm.training.data.base import Sample
+from wsi_mmm.training.data.embedding import source_identity
 from wsi_mmm.training.data.images import ImageItems
 from wsi_mmm.training.divide import divide, fixed_parts
 from wsi_mmm.training.fit import StepReport, TrainingListener
@@ -348,3 +351,60 @@ def test_the_first_class_of_a_segmentation_is_drawn(tmp_path: Path) -> None:
         assert report.exit_code == 0 and {name: counts[name] for name in drawn} == drawn
         names = [one["properties"]["classification"]["name"] for one in found]
         assert names == [name for name, count in drawn.items() for _ in range(count)]
+
+
+def bag_training(folder: Path, start: Path, **attributes: Any) -> dict[str, Any]:
+    """Bags of vectors that ``start`` made of six slides, by their files; ``attributes`` that are otherwise."""
+    made = {"encoder": "start", "model_hash": source_identity(str(start), None), "mpp": 0.5, "patch_size": SIZE,
+            "overlap": 0, **attributes}  # fmt: skip
+    rows = []
+    for number in range(6):
+        vectors = np.random.default_rng(number).normal(size=(4, 16)).astype(np.float32)
+        write_features(f"{folder}/f{number}/features.zarr", vectors, np.zeros((4, 2), np.int64), made)
+        rows.append(f"f{number},{'ab'[number % 2]}")
+    (folder / "bags.csv").write_text("\n".join(["slide,grade", *rows]))
+    task = {"name": "grade", "kind": "classify", "classes": ["a", "b"], "scope": "bag"}
+    slides = {"table": str(folder / "bags.csv"), "truth": {"grade": {"columns": ["grade"]}}}
+    data = {"name": "bags", "kind": "bags", "features": f"{folder}/{{slide}}/features.zarr", "slides": slides}
+    model = {**MODEL, "start": str(start), "mean": [0.5] * 3, "std": [0.2] * 3}
+    split = {"val": 0.34, "test": 0.0}
+    return joint(folder, task=[task], data=[data], model=model, split=split)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """A model of the encoder of `MODEL`."""
+    raw = joint(tmp_path / "first", model={**MODEL, "mean": [0.5] * 3, "std": [0.2] * 3})
+    save_model(job.begin_model(parse(raw)), tmp_path / "start")
+    return tmp_path / "start"
+
+
+def test_bags_are_vectors_of_the_model_that_learns_from_them(tmp_path: Path, start: Path) -> None:
+    """What the files say must be what the model would make of slides; a training says what it learnt from, and its
+    model may be begun with again."""
+    raw = bag_training(tmp_path, start)
+    done = train(parse(raw, ["steps=1"]))
+    card = load_model(done.model).card
+    assert card.data["features"]["model_hash"] == source_identity(str(start), None)
+    assert prepare(parse(raw, [f"model.start={done.model}"]))  # its encoder is still the one that made them
+    with pytest.raises(ConfigError, match="cannot hold vectors of this model, whose encoder is random"):
+        prepare(parse({**raw, "model": {key: value for key, value in raw["model"].items() if key != "start"}}))
+    with pytest.raises(
+        ConfigError, match=r"data 'bags': .*f0/features\.zarr was embedded with mpp 0\.5, model\.mpp is 1:"
+    ):
+        prepare(parse(raw, ["model.mpp=1.0"]))
+    with pytest.raises(ConfigError, match=r"was embedded by 'start' \(model_hash 999999999999\)"):
+        prepare(parse(bag_training(tmp_path, start, model_hash="9" * 64)))
+
+
+def test_bags_do_not_learn_beside_what_changes_their_encoder(tmp_path: Path, start: Path) -> None:
+    """Vectors on disk stay what they are while other data moves the encoder: refused unless that is frozen."""
+    raw, bags = joint(tmp_path), bag_training(tmp_path, start)
+    both = {**bags, "task": [tissue_task(), *bags["task"]], "data": [raw["data"][0], *bags["data"]]}
+    with pytest.raises(ConfigError, match=r"'patches' would change the encoder.* set optim\.frozen = (\d+)") as error:
+        prepare(parse(both))
+    depth = re.search(r"frozen = (\d+)", str(error.value))
+    assert depth is not None
+    done = train(parse(both, ["steps=2", f"optim.frozen={depth[1]}", f"out={tmp_path}/frozen"]))
+    before, after = load_model(start).state_dict(), load_model(done.model).state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("encoder."))

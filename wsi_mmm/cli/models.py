@@ -1,10 +1,10 @@
-"""The commands about models and their features: models, models show, models export, export."""
+"""The commands about models and their features: models, models show, encoders, convert and export, export."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,9 +12,13 @@ from wsi_mmm.cli.console import as_command, command, facts, make_app, say, say_j
 from wsi_mmm.config import user_cache
 from wsi_mmm.errors import InputError
 
+if TYPE_CHECKING:
+    from wsi_mmm.model.registry import EncoderEntry
+
 models_app = make_app(
-    "List the packaged models, show one, or write one for other tools.\n\n\b\nExamples:\n  wsi-mmm models\n"
-    "  wsi-mmm models show default\n  wsi-mmm models export default -o default.onnx",
+    "List the packaged models, show one, or write one for other tools; list the published encoders.\n\n\b\n"
+    "Examples:\n  wsi-mmm models\n  wsi-mmm models show default\n  wsi-mmm models encoders\n"
+    "  wsi-mmm models export default -o default.onnx",
     no_args_is_help=False,
 )
 
@@ -65,6 +69,82 @@ def _shorten_value(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shorten_value, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@command(models_app, "encoders")
+def encoders(
+    name: Annotated[str | None, typer.Argument(help="Show one of them, with its sources.", show_default=False)] = None,
+) -> None:
+    """List the published encoders that embed --encoder knows by name, their licences first.
+
+    \b
+    Examples:
+      wsi-mmm models encoders
+      wsi-mmm models encoders uni2-h
+    """
+    from wsi_mmm.model.registry import encoder_entries, find_entry, suggest_encoders
+
+    if name is not None:
+        entry = find_entry(name)
+        if entry is None:
+            raise InputError(f"no published encoder '{name}': {suggest_encoders(name)}")
+        _show_encoder(entry)
+        return
+    rows = []
+    for entry in encoder_entries().values():
+        say_json(_encoder_facts(entry))
+        recipe = entry.recipe
+        gated = "gated" if recipe.gated else ""
+        rows.append((recipe.licence, entry.commercial, gated, entry.name, recipe.dimension, recipe.pooling))
+    table(rows, ("licence", "commercial use", "", "encoder", "vector", "pooling"))
+    say("wsi-mmm models encoders NAME shows one; its weights: docs/encoders.md. Any timm name is an encoder, too.")
+
+
+def _encoder_facts(entry: EncoderEntry) -> dict[str, object]:
+    own = entry.model_dump(mode="json")
+    recipe: dict[str, object] = own.pop("recipe")
+    first = {key: recipe.pop(key) for key in ("licence", "name", "hub_id")}
+    return {**first, **own, **recipe}
+
+
+def _show_encoder(entry: EncoderEntry) -> None:
+    from wsi_mmm.config import weight_places
+    from wsi_mmm.model.find_weights import explain_missing, find_weights
+
+    known = _encoder_facts(entry)
+    found = find_weights(entry.recipe, None, weight_places())
+    say_json({**known, "weights": None if found is None else str(found.path)})
+    sources = known.pop("sources")
+    shown = {key: _shorten_value(value) for key, value in known.items() if value not in (None, "", [], {})}
+    facts(shown, f"encoder {entry.name}")
+    for source in sources if isinstance(sources, list) else ():
+        say(f"  {source}")
+    say(explain_missing(entry.recipe, weight_places()) if found is None else f"weights: {found.path} ({found.place})")
+
+
+@command(models_app, "convert")
+def convert(
+    source: Annotated[Path, typer.Argument(help="Pickled weights: .bin, .pth or .pt.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write. (default: SOURCE.safetensors)", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Write pickled weights as safetensors, which embed --weights takes; nothing in the file is run.
+
+    \b
+    Examples:
+      wsi-mmm models convert uni/pytorch_model.bin -o uni/model.safetensors
+    """
+    from wsi_mmm.model.convert_weights import convert_weights
+
+    target = output or source.with_suffix(".safetensors")
+    done = convert_weights(source, target)
+    say_json({"source": str(source), "output": str(done.path), "tensors": done.tensors, "bytes": done.bytes,
+              "left_out": done.left_out, "part": done.part})  # fmt: skip
+    part = f" of '{done.part}'" if done.part else ""
+    rest = f"; {done.left_out} values that are no tensors were left out" if done.left_out else ""
+    say(f"wrote {done.path}: {done.tensors} tensors{part}, {done.bytes / 1e6:.1f} MB{rest}")
 
 
 @command(models_app, "export")

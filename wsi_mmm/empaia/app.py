@@ -212,6 +212,9 @@ class _JobRunner:
     def _prepare_request(self, inputs: JobInputs) -> RunRequest:
         """The checked request for the engine. JobError when this job has begun to post before."""
         from wsi_mmm import api
+        from wsi_mmm.config import user_cache
+        from wsi_mmm.model.card import read_card
+        from wsi_mmm.model.fetch import fetch_model
 
         if self._app.scheduler and not self._app.folder:
             raise OptionError("on a cluster the work folder must be one that all workers see; name it with --work")
@@ -223,9 +226,11 @@ class _JobRunner:
         if inputs.regions:
             regions = store.join(self._folder, "regions.geojson")
             store.write_bytes(regions, regions_geojson(inputs.regions))
+        tasks = [task.name for task in read_card(fetch_model(self._app.model, user_cache())).tasks]  # as its EAD says
         return api.run_request(
-            spec, self._app.model, output=store.join(self._folder, "results"), scheduler=self._app.scheduler,
-            tls=self._app.tls, regions=regions, features=False, overlay=False, device=self._app.device,
+            spec, self._app.model, output=store.join(self._folder, "results"), tasks=tasks,
+            scheduler=self._app.scheduler, tls=self._app.tls, regions=regions, features=False, overlay=False,
+            device=self._app.device,
         )  # fmt: skip
 
     async def _run_engine(self, request: RunRequest) -> Results:

@@ -32,7 +32,8 @@ Color = tuple[int, int, int]
 HeadKind = Literal["map", "vector", "bag", "dense", "image", "pixels"]
 
 _LATER = frozenset(
-    {"squeezer", "neck", "bag", "kind", "norm", "pooling", "registers", "input_px", "interpolation", "key_map"}
+    {"squeezer", "neck", "bag", "kind", "norm", "default_tasks"}
+    | {"pooling", "registers", "input_px", "interpolation", "key_map"}
 )
 """Fields that the first cards did not have; see `_Part`."""
 
@@ -141,7 +142,8 @@ class BagCard(_CardPart):
 
 
 class ModelCard(_CardPart):
-    """See the module text. ``tile_size`` and ``overlap`` are target px at ``mpp``; mean/std are of RGB in [0, 1]."""
+    """See the module text. ``tile_size`` and ``overlap`` are target px at ``mpp``; mean/std are of RGB in [0, 1].
+    ``default_tasks``: those that a run answers when it names none (none listed: all)."""
 
     format: Literal["wsi-mmm-model/1"] = "wsi-mmm-model/1"
     name: str
@@ -156,6 +158,7 @@ class ModelCard(_CardPart):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     tasks: tuple[TaskCard, ...] = ()
+    default_tasks: tuple[str, ...] = ()
     data: dict[str, Any] = {}
     licence: str = ""
     metrics: dict[str, Any] = {}
@@ -170,6 +173,8 @@ class ModelCard(_CardPart):
             raise ValueError("overlap must be at most half of tile_size")
         if len({task.name for task in self.tasks}) != len(self.tasks):
             raise ValueError("two tasks have one name")
+        if not {*self.default_tasks} <= {task.name for task in self.tasks}:
+            raise ValueError("default_tasks names a task that the model does not have")
         if self.encoder.pooling != "squeezer" and self.squeezer.kind != "mean":
             raise ValueError(f"the encoder pools by '{self.encoder.pooling}': leave the squeezer out")
         if self.encoder.input_px and any(task.head not in ("vector", "bag") for task in self.tasks):

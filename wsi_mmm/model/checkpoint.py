@@ -20,7 +20,6 @@ from wsi_mmm.errors import ModelError, PluginError, first_line
 from wsi_mmm.model.card import (
     CARD,
     WEIGHTS,
-    DecoderCard,
     EncoderCard,
     ModelCard,
     TaskCard,
@@ -28,7 +27,15 @@ from wsi_mmm.model.card import (
     model_path,
     read_card,
 )
-from wsi_mmm.model.choose import RANDOM, ChosenEncoder, EncoderOptions, choose_encoder, encoder_identity
+from wsi_mmm.model.choose import (
+    RANDOM,
+    ChosenEncoder,
+    EncoderOptions,
+    bare_card,
+    choose_encoder,
+    encoder_identity,
+    hash_encoder,
+)
 from wsi_mmm.model.encoder import PyramidEncoder, build_encoder
 from wsi_mmm.model.fitting import fit_weights
 from wsi_mmm.model.heads import HeadSpec, build_head
@@ -114,14 +121,11 @@ def open_encoder(
 ) -> MultiTaskModel:
     """The model of a chosen encoder. ModelError: weights that do not fit, or that are others than those chosen, or
     than those of the ``identity`` that a run was begun with."""
-    recipe, found = chosen.recipe, chosen.sha256
-    card = EncoderCard(
-        name=recipe.architecture, args=recipe.arguments, pooling=recipe.pooling, registers=recipe.registers,
-        input_px=recipe.input_px, interpolation=recipe.interpolation, key_map=recipe.key_map,
-    )  # fmt: skip
-    if recipe.architecture in plugin_names("encoders"):
-        encoder = _build_encoder(card, str(chosen.path) if chosen.path else None if chosen.sha256 == "none" else RANDOM)
-        card = card if encoder.vector_width else EncoderCard(name=card.name, args=card.args)
+    recipe, found, whole = chosen.recipe, chosen.sha256, bare_card(chosen.recipe)
+    card = whole.encoder
+    if card.name in plugin_names("encoders"):
+        encoder = _build_encoder(card, str(chosen.path) if chosen.path else RANDOM if found == RANDOM else None)
+        found = hash_encoder(chosen).sha256
     elif chosen.path is None:
         with torch.random.fork_rng(devices=[]):  # the same on every worker
             torch.manual_seed(0)
@@ -138,10 +142,6 @@ def open_encoder(
         raise ModelError(
             f"the encoder {recipe.name} gives {encoder.vector_width} numbers, its entry says {recipe.dimension}"
         )
-    whole = ModelCard(
-        name=recipe.name, encoder=card, decoder=DecoderCard(bottleneck=0), mpp=recipe.mpp, tile_size=recipe.tile_px,
-        overlap=0, mean=recipe.mean or IMAGENET_MEAN, std=recipe.std or IMAGENET_STD, licence=recipe.licence,
-    )  # fmt: skip
     return _move_to_device(assemble_model(whole, encoder), device)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wsi_mmm.errors import ModelError
+from wsi_mmm.model.card import DecoderCard, EncoderCard, ModelCard
 from wsi_mmm.model.identity import check_weights
 from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD, ColourTriple, EncoderRecipe, Pooling, parse_recipe
 from wsi_mmm.model.registry import find_entry, near_names, suggest_encoders
@@ -73,6 +74,21 @@ def encoder_identity(recipe: EncoderRecipe, weights_sha256: str) -> str:
     return hashlib.sha256(json.dumps([recipe.value_facts(), weights_sha256], sort_keys=True).encode()).hexdigest()
 
 
+def bare_card(recipe: EncoderRecipe) -> ModelCard:
+    """The card of a bare encoder: a model without tasks. Plug-ins pool themselves only if they say so when opened."""
+    encoder = EncoderCard(name=recipe.architecture, args=recipe.arguments)
+    if recipe.architecture not in plugin_names("encoders"):
+        encoder = EncoderCard(
+            name=recipe.architecture, args=recipe.arguments, pooling=recipe.pooling, registers=recipe.registers,
+            input_px=recipe.input_px, interpolation=recipe.interpolation, key_map=recipe.key_map,
+        )  # fmt: skip
+    return ModelCard(
+        name=recipe.name, encoder=encoder, decoder=DecoderCard(bottleneck=0), mpp=recipe.mpp, overlap=0,
+        tile_size=recipe.tile_px, mean=recipe.mean or IMAGENET_MEAN, std=recipe.std or IMAGENET_STD,
+        licence=recipe.licence,
+    )  # fmt: skip
+
+
 def choose_encoder(name: str, weights: str | None = None, said: EncoderOptions | None = None) -> ChosenEncoder:
     """The encoder ``name`` with all that its vectors depend on.
 
@@ -95,6 +111,7 @@ def choose_encoder(name: str, weights: str | None = None, said: EncoderOptions |
         "std": asked.std or base.std or beside.std,
         "pooling": asked.pooling or base.pooling,
         "input_px": base.input_px if asked.input_px is None else asked.input_px,
+        "dimension": 0 if asked.pooling or asked.arguments else base.dimension,
     }
     recipe = parse_recipe(base.model_dump() | _known_colours(updates, base, path), f"the encoder {name}")
     return hash_encoder(unread_encoder(recipe, path, weights))

@@ -217,6 +217,7 @@ class Runner:
         model = self.model if self.device.type == "cpu" else bag_part(self.model).to("cpu")
         x = torch.from_numpy(np.ascontiguousarray(vectors, np.float32))
         logits, attention = model.bag_logits(x, torch.zeros(len(x), dtype=torch.int64), tuple(tasks))
+        check_finite(model.card.name, x, {**logits, **{f"{name} (attention)": attention[name] for name in tasks}})
         answers = {name: self.quantise[name](logits[name].float())[0].numpy() for name in tasks}
         return answers, {name: attention[name].float().numpy() for name in tasks}
 
@@ -231,7 +232,7 @@ class Runner:
 
         def compute_blank(_: int) -> None:
             together.wait()  # one on each thread
-            self._forward_batch(self._await_copy(self._stage_batch([blank], queue.size)), 1, queue.tasks)
+            self._forward_batch(self._await_copy(self._stage_batch([blank], queue.size)), 0, queue.tasks)
 
         try:
             list(self._pool.map(compute_blank, range(self.threads)))
@@ -317,11 +318,14 @@ class Runner:
         return staged
 
     def _forward_batch(self, tiles: Tensor, count: int, tasks: tuple[str, ...]) -> Answers:
-        """Run one padded batch; return the answers of its first ``count`` tiles."""
+        """Run one padded batch; return the answers of its first ``count`` tiles. ModelError: they are not finite."""
         with torch.inference_mode():
             vector, logits = self._pass(tiles, tasks)
             answers = {"": vector.float()} | {name: self.quantise[name](x.float()) for name, x in logits.items()}
-            return {name: x[:count].contiguous().cpu().numpy() for name, x in answers.items()}
+            found = {name: x[:count].contiguous().cpu().numpy() for name, x in answers.items()}
+            if count:
+                check_finite(self.model.card.name, vector[:count], {name: x[:count] for name, x in logits.items()})
+            return found
 
 
 def forward_pass(model: MultiTaskModel, runtime: str, device: torch.device, *, folder: Path | None = None) -> ModelPass:
@@ -344,6 +348,19 @@ def forward_pass(model: MultiTaskModel, runtime: str, device: torch.device, *, f
             return network(model.prepare(pixels), tuple(tasks))
 
     return run
+
+
+def check_finite(model: str, vector: Tensor, logits: Mapping[str, Tensor]) -> None:
+    """ModelError naming the first of a batch's tensors that holds NaN or infinity. One reduction each, one wait."""
+    parts = {"the feature vectors": vector, **{f"the answers of task '{name}'": x for name, x in logits.items()}}
+    ends = torch.stack([end.float() for x in parts.values() for end in x.aminmax()])
+    good = ends.isfinite().view(-1, 2).all(1).tolist()
+    for name, fine in zip(parts, good, strict=True):
+        if not fine:
+            why = "its weights are damaged, its training diverged, or numbers overflow in a runtime of less precision"
+            raise ModelError(
+                f"model '{model}': {name} hold NaN or infinity: {why}; try --runtime eager, or another model"
+            )
 
 
 def bag_part(model: MultiTaskModel) -> MultiTaskModel:

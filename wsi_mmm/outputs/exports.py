@@ -56,13 +56,31 @@ def write_features(uri: str, features: F32, coords: I64, attributes: Mapping[str
 
 
 def read_features(uri: str) -> SlideFeatures:
-    """The features that `write_features` wrote. StorageError if there are none."""
+    """The features that `write_features` wrote. StorageError if there are none, or some are not finite."""
     try:
         group = zarr.open_group(zarr_store(uri), mode="r")
         vectors, coords = (_read_array(group, name) for name in ("features", "coords"))
-        return SlideFeatures(vectors, coords, dict(group.attrs))
+        return check_features(SlideFeatures(vectors, coords, dict(group.attrs)), uri)
     except (GroupNotFoundError, KeyError, FileNotFoundError, ValueError) as error:
         raise StorageError(f"{store.redact(uri)} is no features.zarr; wsi-mmm embed makes them") from error
+
+
+def read_attributes(uri: str) -> dict[str, Any]:
+    """The attributes of what `write_features` wrote, without its arrays. StorageError if there is none."""
+    try:
+        return dict(zarr.open_group(zarr_store(uri), mode="r").attrs)
+    except (GroupNotFoundError, KeyError, FileNotFoundError, ValueError) as error:
+        raise StorageError(f"{store.redact(uri)} is no features.zarr; wsi-mmm embed makes them") from error
+
+
+def check_features(features: SlideFeatures, uri: str) -> SlideFeatures:
+    """Return ``features``. StorageError naming ``uri`` when some are NaN or infinite."""
+    found = features.vectors
+    if found.size and not (np.isfinite(found.min()) and np.isfinite(found.max())):
+        count = int((~np.isfinite(found).all(axis=1)).sum())
+        text = f"holds NaN or infinity in the features of {count} of {len(found)} tiles"
+        raise StorageError(f"{store.redact(uri)} {text}: embed the slide again, or leave it out")
+    return features
 
 
 def _read_array(group: zarr.Group, name: str) -> Any:

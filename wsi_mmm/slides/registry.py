@@ -114,7 +114,7 @@ def _examine_content(store: BufferedStore, scene: int | None) -> str | list[Dire
         return _other_kind(store.uri, name, head)
     try:
         directories = read_directories(store)
-    except SlideDamaged:
+    except (SlideDamaged, NotASlide):
         # NDPI beyond 4 GB bends the TIFF format: only its own vendor's reader knows how.
         if is_local(store.uri) and detect(store.uri) == "hamamatsu":
             return "openslide"

@@ -250,7 +250,8 @@ def load(folder: str | Path) -> tuple[Head, dict[str, Any]]:
 
 
 def with_head(model: MultiTaskModel, head: Linear, name: str, classes: Sequence[str]) -> MultiTaskModel:
-    """``model`` with one more `classify` task of that head. ModelError when the name is taken or sizes do not fit."""
+    """``model`` with one more `classify` task of that head, which alone a run answers unless others are named.
+    ModelError when the name is taken or sizes do not fit."""
     if head.weight.shape[1] != model.vector_width:
         raise ModelError(f"the head is for vectors of {head.weight.shape[1]}, the encoder gives {model.vector_width}")
     colors = tuple(_PALETTE[i % len(_PALETTE)] for i in range(len(classes)))
@@ -259,8 +260,8 @@ def with_head(model: MultiTaskModel, head: Linear, name: str, classes: Sequence[
     )
     if name in model.tasks:
         raise ModelError(f"the model has a task '{name}' already; choose another --task name")
-    card = model.card.model_copy(update={"tasks": (*model.card.tasks, task), "weights_sha256": ""})
-    made = assemble_model(card, model.encoder)
+    tasks = {"tasks": (*model.card.tasks, task), "default_tasks": (name,)}
+    made = assemble_model(model.card.model_copy(update={**tasks, "weights_sha256": ""}), model.encoder)
     made.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
         made.get_parameter(f"heads.{name}.out.weight").copy_(torch.from_numpy(head.weight))

@@ -6,7 +6,7 @@ Vectors are what `wsi-mmm embed` wrote; tiles are labelled by annotated regions,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,25 @@ import numpy as np
 from wsi_mmm.annotations import parse_shapes, shape_at
 from wsi_mmm.errors import InputError, ManifestError
 from wsi_mmm.model.checkpoint import load_model, open_encoder
-from wsi_mmm.model.choose import ChosenEncoder, choose_encoder, hash_encoder, locate_weights, unread_encoder
-from wsi_mmm.model.identity import is_model, model_identity
-from wsi_mmm.model.recipe import parse_recipe
+from wsi_mmm.model.identity import is_model
 from wsi_mmm.outputs.exports import SlideFeatures, read_features
 from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.storage import store
 from wsi_mmm.training import fewshot
+from wsi_mmm.training.data.bags import without_failed
+from wsi_mmm.training.data.embedding import (
+    ATTRIBUTES,
+    FEATURES,
+    common_embedding,
+    embedding_of,
+    source_encoder,
+    source_identity,
+)
 from wsi_mmm.training.data.tables import read_table
 from wsi_mmm.training.fewshot import KINDS, Labelled, Linear
 from wsi_mmm.types import F64
 
 MODEL = "model"
-MADE_WITH = ("encoder", "model_hash", "network", "mpp", "patch_size")
-"""Attributes of features that must agree where they are used together."""
-
 REGION = 2048
 """Level-0 px: tiles of one square of this side are learnt from or judged together, so that a neighbour that shows the
 same gland does not count as unseen."""
@@ -48,17 +52,10 @@ def embedded(source: str) -> list[tuple[str, str]]:
     return [(uri.removesuffix(mark).rpartition("/")[2], uri.removesuffix("/zarr.json")) for uri in found]
 
 
-def _common_attributes(features: Sequence[SlideFeatures], ids: Sequence[str]) -> dict[str, object]:
-    """The attributes MADE_WITH that all ``features`` share. InputError naming two slides that differ."""
-    first = {name: features[0].attributes.get(name) for name in MADE_WITH}
-    for found, slide in zip(features, ids, strict=True):
-        for name in MADE_WITH:
-            if found.attributes.get(name) != first[name]:
-                raise InputError(
-                    f"{slide} was embedded with {name} {found.attributes.get(name)}, {ids[0]} with {first[name]}: "
-                    "embed them alike"
-                )
-    return first
+def _common_attributes(features: Sequence[SlideFeatures], named: Sequence[tuple[str, str]]) -> dict[str, object]:
+    """How all ``features`` of ``named`` slides (id, URI) were made. InputError naming two that differ."""
+    made = [(*pair, embedding_of(found.attributes)) for pair, found in zip(named, features, strict=True)]
+    return {**dict.fromkeys(ATTRIBUTES), **common_embedding(made).to_json()}
 
 
 def tiles_by_regions(
@@ -73,8 +70,8 @@ def tiles_by_regions(
     slides = [(slide, uri, file) for slide, uri in embedded(source) if (file := _annotation_file(annotations, slide))]
     if not slides:
         raise InputError(f"{annotations} holds no <slide>.geojson for any slide below {store.redact(source)}")
-    read = [read_features(uri) for _, uri, _ in slides]
-    facts = _common_attributes(read, [slide for slide, _, _ in slides])
+    read = [without_failed(read_features(uri), uri) for _, uri, _ in slides]
+    facts = _common_attributes(read, [(slide, uri) for slide, uri, _ in slides])
     named: list[str | None] = []
     for (_, _, file), features in zip(slides, read, strict=True):
         shapes = parse_shapes(store.read_bytes(file), store.redact(file))
@@ -118,8 +115,8 @@ def slides_by_table(
             raise cells.wrong(row, f"no slide '{names[row]}' below {store.redact(source)}")
         if labels[row] not in chosen:
             raise cells.wrong(row, f"unknown label '{labels[row]}'; known: {', '.join(chosen)}")
-    read = [read_features(present[names[row]]) for row in rows]
-    facts = _common_attributes(read, [names[row] for row in rows])
+    read = [without_failed(read_features(uri), uri) for uri in (present[names[row]] for row in rows)]
+    facts = _common_attributes(read, [(names[row], present[names[row]]) for row in rows])
     for features, row in zip(read, rows, strict=True):
         if not len(features.vectors):
             raise InputError(f"slide {names[row]} has no tile; take it out of {table}")
@@ -164,6 +161,8 @@ def learn(  # noqa: PLR0913  (a public function: one keyword per option a user c
     else:
         data, facts = tiles_by_regions(features, labels, classes=classes)
     kinds = list(KINDS) if head == "all" else [head]
+    if "linear" in kinds and not of_slides:
+        _check_tiles(facts)
     judged = {"judged_on": facts.pop("judged_on")}
     fits = [(kind, *fewshot.fit(kind, data, seed=seed)) for kind in kinds]
     found = [(kind, fit, {**metrics, **judged}) for kind, fit, metrics in fits]
@@ -177,31 +176,30 @@ def learn(  # noqa: PLR0913  (a public function: one keyword per option a user c
     return [Fitted(k, metrics, k == kind) for k, _, metrics in found]
 
 
+def _check_tiles(made: Mapping[str, Any]) -> None:
+    """InputError for tiles that a model, which `run` takes, cannot have."""
+    side, overlap = made["patch_size"], made["overlap"] or 0
+    if side is None or made["mpp"] is None:
+        raise InputError("the features do not say the mpp and the size of their tiles: embed the slides again")
+    if side % 32 or side < 64 or overlap % 8 or 2 * overlap > side:
+        raise InputError(
+            f"no model takes tiles of {side} px that share {overlap} px: embed with a --tile-size that is a "
+            "multiple of 32, from 64, and an --overlap that is a multiple of 8, up to half of it; or choose --head knn"
+        )
+
+
 def _save_model(head: Linear, folder: Path, about: dict[str, Any], weights: str | None) -> None:
-    """Write the encoder with the head behind it. InputError unless it is the encoder that the features are of."""
-    name = str(about["encoder"])
-    other = f"the features are of other weights of '{name}'; pass those with --weights"
-    if is_model(name):
-        model = load_model(name)
-        if about["model_hash"] not in (None, model_identity(name, model.card)):
-            raise InputError(other)
-    else:
-        chosen = _same_encoder(name, about.get("network"), weights)
-        if about["model_hash"] not in (None, chosen.identity):
-            raise InputError(other)
-        model = open_encoder(chosen)
-    sized = {} if model.card.tasks else {"mpp": about["mpp"], "tile_size": about["patch_size"], "overlap": 0}
-    facts = {"name": str(about["task"]), **sized, "metrics": {about["task"]: about["figures"]}}
-    model.card = model.card.model_copy(update=facts)
-    fewshot.save_with_head(model, head, folder, name=str(about["task"]), classes=about["classes"])
-
-
-def _same_encoder(name: str, network: str | None, weights: str | None) -> ChosenEncoder:
-    """The bare encoder that the features name; those of earlier versions do not say how it pooled."""
-    if network is None:
-        return choose_encoder(name, weights)
-    recipe = parse_recipe(network, "the encoder of the features")
-    return hash_encoder(unread_encoder(recipe, locate_weights(recipe, weights), weights))
+    """Write the encoder with the head behind it, which a run applies to tiles as the head learnt them: of the same
+    size, overlap and mpp. InputError unless it is the encoder that the features are of."""
+    name, task = str(about["encoder"]), str(about["task"])
+    if about["model_hash"] not in (None, source_identity(name, weights, about.get("network"))):
+        raise InputError(f"the features are of other weights of '{name}'; pass those with --weights")
+    model = load_model(name) if is_model(name) else open_encoder(source_encoder(name, weights, about.get("network")))
+    model.card = model.card.model_copy(update={
+        "name": task, "mpp": about["mpp"], "tile_size": about["patch_size"], "overlap": about["overlap"] or 0,
+        "metrics": {task: about["figures"]}, "data": {**model.card.data, FEATURES: embedding_of(about).to_json()},
+    })  # fmt: skip
+    fewshot.save_with_head(model, head, folder, name=task, classes=about["classes"])
 
 
 # ---------------------------------------------------------------- prediction
@@ -227,11 +225,12 @@ def predict(features: str, head: str | Path, output: str) -> list[Said]:
     found = []
     for slide, uri in embedded(features):
         read = read_features(uri)
-        for name in MADE_WITH:
-            if read.attributes.get(name) != about.get(name):
-                raise InputError(
-                    f"{slide} was embedded with {name} {read.attributes.get(name)}, the head with {about.get(name)}"
-                )
+        made = embedding_of(read.attributes)
+        learnt = embedding_of({**made.to_json(), **{name: about[name] for name in ATTRIBUTES if name in about}})
+        if difference := made.first_difference(learnt):
+            name, mine, theirs = difference
+            text = f"{slide} was embedded with {name} {mine}, the head with {theirs}"
+            raise InputError(f"{text} ({store.redact(uri)}, {Path(head) / fewshot.FACTS}): embed it alike")
         found.append(_predict_slide(slide, read, fitted=fitted, about=about, output=output))
     return found
 

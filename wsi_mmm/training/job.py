@@ -18,6 +18,7 @@ import torch
 from wsi_mmm._version import __version__
 from wsi_mmm.errors import ConfigError, ModelError, OutputError
 from wsi_mmm.model.checkpoint import build_model, declared_normalisation, load_model, save_model
+from wsi_mmm.model.layers import layers
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.storage import store
 from wsi_mmm.tasks import Task, make_task
@@ -25,8 +26,9 @@ from wsi_mmm.tasks.segment import Segment
 from wsi_mmm.training import fit as fitting
 from wsi_mmm.training.config import TrainConfig, model_card
 from wsi_mmm.training.data.bags import FeatureBagSource
-from wsi_mmm.training.data.base import DataContext, Expand, Sample, each_by_itself
+from wsi_mmm.training.data.base import DataContext, DataSource, Expand, Sample, each_by_itself
 from wsi_mmm.training.data.buckets import BucketReport
+from wsi_mmm.training.data.embedding import FEATURES, check_source
 from wsi_mmm.training.data.slide_entries import SlidesEntry
 from wsi_mmm.training.data.slides import SlideTiles
 from wsi_mmm.training.data.split import missing_labels
@@ -134,7 +136,25 @@ def prepare(config: TrainConfig, expand: Expand = each_by_itself) -> Prepared:
                 f"data '{feed.source.name}' holds vectors of {feed.source.width} numbers, the model makes "
                 f"{model.vector_width}: give the encoder that embedded them, and its weights or model.start"
             )
+    _check_bags(config, model, [feed.source for feed in feeds])
     return Prepared(config, model, tasks, data)
+
+
+def _check_bags(config: TrainConfig, model: MultiTaskModel, sources: Sequence[DataSource]) -> None:
+    """ConfigError unless bags of vectors are, and stay, those that the model itself makes of slides."""
+    part, bags = config.model, [source for source in sources if isinstance(source, FeatureBagSource)]
+    for source in bags:
+        check_source(
+            source.embedding, source.items[0].uri, f"data '{source.name}'", card=model.card, start=part.start,
+            weights=None if part.encoder.weights == "pretrained" else part.encoder.weights, foreign=source.foreign,
+        )  # fmt: skip
+    depths = 1 + max(layer.depth for layer in layers(model) if layer.name.startswith("encoder."))
+    others = [source.name for source in sources if not isinstance(source, FeatureBagSource)]
+    if bags and others and config.optim.frozen < depths:
+        raise ConfigError(
+            f"data '{others[0]}' would change the encoder, and with it the vectors of data '{bags[0].name}': set "
+            f"optim.frozen = {depths}, or train the bags apart, with the other model as model.start"
+        )
 
 
 def begin_model(config: TrainConfig) -> MultiTaskModel:
@@ -344,6 +364,9 @@ def _finish_training(
         "configuration": facts_of(config),
         "items": prepared.summary(),
     }
+    bags = [one.feed.source for one in prepared.data if isinstance(one.feed.source, FeatureBagSource)]
+    if bags:
+        facts[FEATURES] = bags[0].embedding.to_json()
     reported: dict[str, Any] = {
         name: {t: {m: round(v, 4) for m, v in metrics.items()} for t, metrics in found.items()}
         for name, found in (("val", val), ("test", test))

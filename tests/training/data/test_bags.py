@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -28,6 +29,7 @@ from wsi_mmm.training.data.bags import (
     tile_bags,
 )
 from wsi_mmm.training.data.base import DataSource
+from wsi_mmm.training.data.embedding import Embedding
 from wsi_mmm.training.data.slides import SlideItem, TileSampling
 from wsi_mmm.training.data.tables import TableTask, balance_labels, read_table, slide_table
 from wsi_mmm.types import I64
@@ -35,12 +37,15 @@ from wsi_mmm.types import I64
 RNG = np.random.default_rng(0)
 
 
-def features(folder: Path, name: str, count: int, width: int = 6) -> str:
-    """Vectors whose first value is their number."""
+MADE = {"encoder": "e", "model_hash": "h" * 64, "mpp": 0.5, "patch_size": 256, "overlap": 0}
+
+
+def features(folder: Path, name: str, count: int, width: int = 6, **more: object) -> str:
+    """Vectors whose first value is their number; ``more``: attributes that differ."""
     vectors = RNG.normal(size=(count, width)).astype(np.float32)
     vectors[:, 0] = np.arange(count)
     uri = str(folder / name / "features.zarr")
-    write_features(uri, vectors, np.arange(2 * count).reshape(count, 2), {"encoder": "e"})
+    write_features(uri, vectors, np.arange(2 * count).reshape(count, 2), {**MADE, **more})
     return uri
 
 
@@ -129,6 +134,60 @@ def test_bags_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         feature_bags("d", [items[0], items[0]])
     with pytest.raises(InputError):
         Draws(most=-1)
+
+
+@pytest.mark.parametrize("form", ["zarr", "h5"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("model_hash", "x" * 64), ("mpp", 1.0), ("patch_size", 224), ("overlap", 32)]
+)
+def test_bags_that_were_made_otherwise_are_refused(tmp_path: Path, form: str, name: str, value: object) -> None:
+    """Whichever slide it is: the line names both files and both values. What the model is called does not matter."""
+    good = [features(tmp_path, one, 4, encoder=one) for one in "ab"]
+    odd = features(tmp_path, "odd", 4, **{name: value})
+    places = [*good, odd]
+    if form == "h5":
+        places = [str(tmp_path / f"{n}.h5") for n in range(3)]
+        for source, target in zip([*good, odd], places, strict=True):
+            export(source, target)
+    items = [BagItem(one, uri) for one, uri in zip(("a", "b", "odd"), places, strict=True)]
+    found = feature_bags("d", items[:2])
+    assert found.embedding.to_json() == {**MADE, "encoder": "a"}
+    words = rf"data 'd': odd was embedded with {name} {value}, a with {MADE[name]} \({places[2]}, {places[0]}\)"
+    with pytest.raises(InputError, match=words):
+        feature_bags("d", items)
+    with pytest.raises(InputError, match=f"odd was embedded with {name}"):
+        replace(found, items=(items[0], items[2])).read([1], 0)  # the file was replaced since
+
+
+def test_files_of_other_tools_say_what_they_say(tmp_path: Path) -> None:
+    """No attributes: nothing is known. Those of TRIDENT and CLAM: sizes, and a magnification for mpp."""
+    with h5py.File(tmp_path / "bare.h5", "w") as file:
+        file["features"], file["coords"] = np.zeros((3, 6), np.float32), np.zeros((3, 2), np.int64)
+    with h5py.File(tmp_path / "trident.h5", "w") as file:
+        file["features"], file["coords"] = np.zeros((1, 3, 6), np.float32), np.zeros((3, 2), np.int64)
+        file["coords"].attrs.update({"patch_size": 512, "overlap": 0, "target_magnification": 20, "level0_width": 9000})
+        file["features"].attrs["encoder"] = "uni_v1"
+    bare, other = (feature_bags("d", [BagItem("a", str(tmp_path / name))]) for name in ("bare.h5", "trident.h5"))
+    assert bare.embedding == Embedding() and bare.embedding.missing == "model_hash"
+    assert other.embedding == Embedding("uni_v1", None, 0.5, 512, 0) and other.embedding.missing == "model_hash"
+    with pytest.raises(InputError, match="b was embedded with encoder uni_v1, a with None"):
+        feature_bags("d", [BagItem("a", str(tmp_path / "bare.h5")), BagItem("b", str(tmp_path / "trident.h5"))])
+
+
+@pytest.mark.parametrize("form", ["zarr", "h5"])
+def test_vectors_that_are_not_finite_are_a_failed_bag(tmp_path: Path, form: str) -> None:
+    """The file and the number of tiles are named; nothing is learnt from it."""
+    vectors = np.zeros((5, 6), np.float32)
+    vectors[1, 3], vectors[4, 0] = np.nan, np.inf
+    uri = str(tmp_path / "x" / "features.zarr")
+    write_features(uri, vectors, np.zeros((5, 2), np.int64), MADE)
+    if form == "h5":
+        uri = str(tmp_path / "x.h5")
+        with h5py.File(uri, "w") as file:
+            file["features"], file["coords"] = vectors, np.zeros((5, 2), np.int64)
+            file["coords"].attrs.update(MADE)
+    found = feature_bags("d", [BagItem("a", features(tmp_path, "a", 4)), BagItem("x", uri)])
+    assert f"{uri} holds NaN or infinity in the features of 2 of 5 tiles" in found.read([1], 0)[0].failed
 
 
 def test_an_entry_of_the_feature_cache_is_a_bag(tiny_slide: Path, tmp_path: Path) -> None:

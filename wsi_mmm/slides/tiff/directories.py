@@ -6,8 +6,10 @@ Formats: TIFF 6.0 section 2; BigTIFF as in libtiff's design notes (version 43, 8
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -16,10 +18,13 @@ from wsi_mmm.storage.store import BufferedStore, ByteStore, buffered, redact
 from wsi_mmm.types import I64
 
 _MAX_DIRECTORIES = 1024
-_MAX_TAGS = 4096
+_MAX_TAGS, _MAX_ALL_TAGS = 4096, 1 << 16  # of one directory, of all
+_MAX_VALUES = 4096  # of one tag
+_MAX_TILES = 1 << 23  # of one directory
 _TEXTS = (270, 271, 305, 700)  # description, make, software, XMP: of the first directory alone
 _NUMBERS = (254, 256, 257, 258, 259, 262, 277, 278, 282, 283, 284, 296, 317, 322, 323, 330, 338, 339, 347, 32997)
 _MAX_TEXT, _MAX_NUMBERS = 16 << 20, 64 << 10  # larger values are not loaded, nor is what nobody asks for
+_MAX_LOADED = 64 << 20  # bytes of the values of all tags
 _TYPES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 5: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 10: "i4", 11: "f4", 12: "f8",
           13: "u4", 16: "u8", 17: "i8", 18: "u8"}  # fmt: skip
 _PAIRS = (5, 10)  # rationals: two numbers per value
@@ -59,7 +64,7 @@ class Directory:
         if entry is None or raw is None or entry.kind == 2:
             return []
         with np.errstate(invalid="ignore"):  # numbers that are none: 0 below
-            flat = np.frombuffer(raw, self.endian + _TYPES[entry.kind]).astype(np.float64)
+            flat = np.frombuffer(raw, self.endian + _TYPES[entry.kind])[:_MAX_VALUES].astype(np.float64)
         if entry.kind in _PAIRS:
             return [float(a / b) if b else 0.0 for a, b in flat.reshape(-1, 2)]
         return [float(v) if np.isfinite(v) else 0.0 for v in flat]
@@ -76,13 +81,25 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class _TiffFile:
-    """A file and how it is laid out. Bytes behind what is read are kept: neighbouring directories are one request."""
+    """A file and how it is laid out. Bytes behind what is read are kept: neighbouring directories are one request.
+
+    ``seen``: offsets of directories; ``read``: bytes of values and numbers of tags that were read until now.
+    """
 
     store: BufferedStore
     endian: str
     entry: struct.Struct
     pointer: struct.Struct
     counter: struct.Struct
+    seen: set[int] = field(default_factory=set)
+    read: Counter[str] = field(default_factory=Counter)
+
+    def count(self, what: Literal["bytes", "tags"], more: int, most: int) -> None:
+        """Add to what was read. Raises NotASlide beyond ``most``: the work for one file is bounded."""
+        self.read[what] += more
+        if self.read[what] > most:
+            name = redact(self.store.uri)
+            raise NotASlide(f"the directories of {name} hold more than {most} {what}, the most that is read of a TIFF")
 
 
 def _read_exactly(store: BufferedStore, start: int, length: int) -> bytes:
@@ -111,35 +128,38 @@ def read_directories(store: ByteStore) -> list[Directory]:
         raise NotASlide(f"{redact(store.uri)} is no TIFF; check that this is a slide")
     endian, big = "<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+")
     forms = ("HHQ8s", "Q", "Q") if big else ("HHI4s", "I", "H")
-    file = _TiffFile(ahead, endian, *(struct.Struct(endian + form) for form in forms))
-    seen: set[int] = set()
-    chain = _read_chain(file, file.pointer.unpack_from(head, 8 if big else 4)[0], seen)
+    entry, pointer, counter = (struct.Struct(endian + form) for form in forms)
+    file = _TiffFile(ahead, endian, entry, pointer, counter)
+    chain = _read_chain(file, file.pointer.unpack_from(head, 8 if big else 4)[0])
     if not chain:
         raise SlideDamaged(f"{redact(store.uri)} is a TIFF without any image; copy it again")
+    if 270 in chain[0].entries and chain[0].entries[270].size > _MAX_TEXT:
+        size = chain[0].entries[270].size
+        raise NotASlide(f"{redact(store.uri)} has a description of {size} bytes; at most {_MAX_TEXT} are read")
     first = _load_values(file, chain[0], _TEXTS + _NUMBERS)
     # PerkinElmer says in the text of each directory what it is; other texts of later directories are not needed.
     wanted = (270, *_NUMBERS) if b"<PerkinElmer-QPI" in first.values.get(270, b"")[:4096] else _NUMBERS
     found = [first, *(_load_values(file, directory, wanted) for directory in chain[1:])]
-    return [_with_sub(file, d, seen) for d in found]
+    return [_with_sub(file, d) for d in found]
 
 
-def _read_chain(file: _TiffFile, offset: int, seen: set[int]) -> list[Directory]:
+def _read_chain(file: _TiffFile, offset: int) -> list[Directory]:
     found: list[Directory] = []
     while offset:
-        if offset in seen:
+        if offset in file.seen:
             raise SlideDamaged(f"{redact(file.store.uri)} is damaged: its directories form a loop; copy it again")
-        _remember_offset(file, offset, seen)
+        _remember_offset(file, offset)
         directory, offset = _read_directory(file, offset)
         found.append(directory)
     return found
 
 
-def _remember_offset(file: _TiffFile, offset: int, seen: set[int]) -> None:
-    seen.add(offset)
-    if len(seen) > _MAX_DIRECTORIES:
-        name = redact(file.store.uri)
-        raise SlideDamaged(
-            f"{name} is damaged: more than {_MAX_DIRECTORIES} directories; convert it to a pyramidal TIFF"
+def _remember_offset(file: _TiffFile, offset: int) -> None:
+    file.seen.add(offset)
+    if len(file.seen) > _MAX_DIRECTORIES:
+        raise NotASlide(
+            f"{redact(file.store.uri)} holds more than {_MAX_DIRECTORIES} images, the most that is read of a TIFF: a "
+            "stack, or damaged; convert the wanted one to a pyramidal TIFF"
         )
 
 
@@ -147,7 +167,10 @@ def _read_directory(file: _TiffFile, offset: int) -> tuple[Directory, int]:
     counter, entry, pointer = file.counter, file.entry, file.pointer
     number = counter.unpack(_read_exactly(file.store, offset, counter.size))[0]
     if not 0 < number <= _MAX_TAGS:
-        raise SlideDamaged(f"{redact(file.store.uri)} is damaged: a directory claims {number} tags")
+        raise SlideDamaged(
+            f"{redact(file.store.uri)} is damaged: a directory claims {number} tags, where 1 to {_MAX_TAGS} are read"
+        )
+    file.count("tags", number, _MAX_ALL_TAGS)
     raw = _read_exactly(file.store, offset + counter.size, number * entry.size + pointer.size)
     entries: dict[int, TagEntry] = {}
     for tag, kind, count, value in entry.iter_unpack(raw[: number * entry.size]):
@@ -184,12 +207,18 @@ def _load_values(file: _TiffFile, directory: Directory, wanted: Sequence[int] = 
 
 
 def _read_value(file: _TiffFile, entry: TagEntry) -> bytes:
+    file.count("bytes", entry.size, _MAX_LOADED)
     return _read_exactly(file.store, entry.offset, entry.size) if entry.offset + entry.size <= file.store.size else b""
 
 
 def table(store: ByteStore, directories: Sequence[Directory], tags: Sequence[int]) -> list[I64]:
-    """Return one integer table per (directory, tag), all fetched together."""
+    """Return one integer table per (directory, tag), all fetched together. NotASlide when one has too many entries."""
     entries = [d.entries[t] for d, t in zip(directories, tags, strict=True)]
+    if (count := max((entry.count for entry in entries), default=0)) > _MAX_TILES:
+        raise NotASlide(
+            f"{redact(store.uri)} has an image of {count} tiles or strips; at most {_MAX_TILES} are read: convert it "
+            "to larger tiles"
+        )
     far = [e for e in entries if e.inline is None]
     parts = iter(store.get_ranges([(e.offset, e.size) for e in far]) if far else [])
     out: list[I64] = []
@@ -201,11 +230,11 @@ def table(store: ByteStore, directories: Sequence[Directory], tags: Sequence[int
     return out
 
 
-def _with_sub(file: _TiffFile, directory: Directory, seen: set[int]) -> Directory:
+def _with_sub(file: _TiffFile, directory: Directory) -> Directory:
     """Add the SubIFDs, each on its own: some writers chain them too, so what follows one is not followed."""
     sub = []
     for offset in dict.fromkeys(int(v) for v in directory.numbers(SUBIFDS)):
-        if offset and offset not in seen:
-            _remember_offset(file, offset, seen)
+        if offset and offset not in file.seen:
+            _remember_offset(file, offset)
             sub.append(_load_values(file, _read_directory(file, offset)[0]))
     return replace(directory, sub=tuple(sub))

@@ -94,7 +94,7 @@ def vendor_of(first: Directory) -> str | None:
 
 
 def _aperio_properties(text: str) -> dict[str, str]:
-    pairs = (part.split("=", 1) for part in text.split("|")[1:] if "=" in part)
+    pairs = (part.split("=", 1) for part in text[:65536].split("|")[1:] if "=" in part)
     return {f"aperio.{key.strip()}": value.strip() for key, value in pairs}
 
 
@@ -135,9 +135,8 @@ def _find_objective(vendor: str, text: str, properties: Mapping[str, str]) -> fl
     if vendor == "perkinelmer":
         found = re.search(r"<Objective(?:Magnification)?>\s*([0-9.]{1,8})\s*x?\s*</Objective", text[:65536])
         return _parse_float(found[1]) if found else None
-    root = parse_ome(text) if vendor == "ome" else None
-    objective = None if root is None else next((e for e in root.iter() if e.tag.endswith("Objective")), None)
-    return None if objective is None else _parse_float(objective.get("NominalMagnification"))
+    document = parse_ome(text) if vendor == "ome" else None
+    return None if document is None else _parse_float(document.objective)
 
 
 def _parse_float(text: str | None) -> float | None:

@@ -187,7 +187,7 @@ def _check_channels(pages: Sequence[Page], top: Page, text: str, name: str) -> N
         page for page in pages
         if page.parent is top.parent and not page.mask and page.size == top.size and page.directory.number(277, 1) == 1
     ]  # fmt: skip
-    stacked = [int(n) for n in _IMAGEJ_PAGES.findall(text)] if text.startswith("ImageJ=") else []
+    stacked = [int(n) for n in _IMAGEJ_PAGES.findall(text[:65536])] if text.startswith("ImageJ=") else []
     if len(alike) > 1 or max(stacked, default=1) > 1:
         choice = "" if stacked else f", or choose one of them: scene {', '.join(p.number for p in alike[:20])}"
         raise NotASlide(_channels_text(name, max(len(alike), *stacked, 1), ()) + choice)

@@ -14,7 +14,7 @@ from itertools import pairwise, repeat
 
 import numpy as np
 
-from wsi_mmm.errors import SlideDamaged
+from wsi_mmm.errors import NotASlide, SlideDamaged
 from wsi_mmm.slides.base import Fetched, ReadStats
 from wsi_mmm.slides.fingerprint import fingerprint_of
 from wsi_mmm.slides.resample.cut import cut_tiles
@@ -54,6 +54,9 @@ from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
 
 _EXACT_JPEG, _EXACT = 16.0, 8.0  # level-0 px per target px up to which level 0 is read (see scaled.py)
 _FETCH_BYTES = 32 << 20  # compressed bytes held at a time
+_MOST_PIXELS = 1 << 40  # of level 0
+_MOST_AVERAGED = 1 << 35  # px that a picture of the whole slide may take: 185,000 px each way without levels
+_MOST_EMPTY = 1 << 32  # the same, where less than a thousandth is stored
 
 
 class TiffReader:
@@ -273,7 +276,22 @@ def _read_tables(store: ByteStore, planes: Sequence[Plane], name: str) -> tuple[
     for plane, some, other in zip(planes, offsets, counts, strict=True):
         if not len(some) == len(other) == plane.columns * plane.rows or (other < 0).any() or (some < 0).any():
             raise SlideDamaged(f"{name} is damaged: {len(some)} tiles where {plane.columns * plane.rows} are needed")
+    _check_extent(planes, counts, name)
     return offsets, counts
+
+
+def _check_extent(planes: Sequence[Plane], counts: Sequence[I64], name: str) -> None:
+    """Raise NotASlide for sizes that nobody could read through; what a level leaves out is read from finer ones."""
+    area = averaged = float(planes[0].width * planes[0].height)
+    for plane, lengths in zip(planes[1:], counts[1:], strict=True):
+        left_out = float(np.mean(lengths == 0))
+        averaged = plane.width * plane.height * (1 - left_out) + averaged * left_out
+    most = _MOST_AVERAGED if np.count_nonzero(counts[0]) * 1000 >= len(counts[0]) else _MOST_EMPTY
+    if area > _MOST_PIXELS or averaged > most:
+        raise NotASlide(
+            f"{name} claims {planes[0].width} x {planes[0].height} px, and a picture of the whole would read "
+            f"{averaged:.3g} of them; at most {_MOST_PIXELS} and {most} px are read: convert it to a pyramidal TIFF"
+        )
 
 
 def _slide_info(store: ByteStore, slide: TiffSlide) -> SlideInfo:

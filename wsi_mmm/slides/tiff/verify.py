@@ -21,6 +21,8 @@ _MOST_FINE = 1024  # px per side read at the finer level for one window
 _CELLS = 8  # both are averaged to so many cells per side
 _ALIKE, _CLOSE, _CORRELATED = 4.0, 20.0, 0.9  # mean grey levels apart: alike as such; close, if the patterns agree
 _SHARE = 0.75  # of the windows must agree
+_COMPARED = 16  # levels of a file that are compared; of more the rest is not trusted
+_MOST_TILES = 4096  # finer tiles under a window
 _LARGEST_TILE = 1 << 22  # px of a native tile or strip; what is stored in larger ones is not compared, nor trusted
 
 ReadTiles = Callable[[Sequence[int]], dict[int, U8]]
@@ -29,12 +31,16 @@ ReadTiles = Callable[[Sequence[int]], dict[int, U8]]
 def confirmed_planes(store: ByteStore, planes: Sequence[Plane], doubtful: frozenset[int]) -> tuple[Plane, ...]:
     """Return the planes that show the slide, each smaller than the one before; planes[0] is the slide itself."""
     kept = [planes[0]]
+    compared = 0
     for position, plane in enumerate(planes[1:], start=1):
         finer = next((p for p in reversed(kept) if p.width > plane.width and p.height > plane.height), None)
         if finer is None or finer is not kept[-1]:
             continue  # of two levels of one size the first is kept
-        if position not in doubtful or _same_picture(store, finer, plane):
-            kept.append(plane)
+        if position in doubtful:
+            compared += 1
+            if compared > _COMPARED or not _same_picture(store, finer, plane):
+                continue
+        kept.append(plane)
     return tuple(kept)
 
 
@@ -42,7 +48,12 @@ def _same_picture(store: ByteStore, fine: Plane, coarse: Plane) -> bool:
     """Tell whether averaged windows agree; where none can be compared, whether it calls itself a reduced image."""
     ratio = fine.width / coarse.width, fine.height / coarse.height
     side = min(_SIDE, int(_MOST_FINE / max(ratio)), coarse.tile_width, coarse.tile_height)
-    if side < 4 or max(plane.tile_width * plane.tile_height for plane in (fine, coarse)) > _LARGEST_TILE:
+    under = (side * ratio[0] / fine.tile_width + 2) * (side * ratio[1] / fine.tile_height + 2)
+    if (
+        side < 4
+        or under > _MOST_TILES
+        or max(plane.tile_width * plane.tile_height for plane in (fine, coarse)) > _LARGEST_TILE
+    ):
         return False
     read_fine, read_coarse = _tile_reader(store, fine), _tile_reader(store, coarse)
     if read_fine is None or read_coarse is None:

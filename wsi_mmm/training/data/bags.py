@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from wsi_mmm.cache import CacheEntry
 from wsi_mmm.cache.slide_pool import SlidePool, TileCaching
 from wsi_mmm.errors import InputError, StorageError, WsiError
-from wsi_mmm.outputs.exports import MAX_VALUES, SlideFeatures, read_features
+from wsi_mmm.outputs.exports import MAX_VALUES, SlideFeatures, check_features, read_attributes, read_features
 from wsi_mmm.slides.base import Fetched
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
@@ -24,6 +24,7 @@ from wsi_mmm.tiles.grid import tile_xy
 from wsi_mmm.tiles.stream import is_far, read_tiles
 from wsi_mmm.training.data.annotation_targets import UNKNOWN
 from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
+from wsi_mmm.training.data.embedding import Embedding, check_alike, common_embedding, embedding_of
 from wsi_mmm.training.data.slides import (
     KEPT_OPEN,
     SlideItem,
@@ -74,7 +75,8 @@ class Draws:
 
 @dataclass(frozen=True)
 class FeatureBagSource:
-    """A DataSource of bags of vectors float32[k, D] with level-0 ``xy``; all bags have ``width`` D."""
+    """A DataSource of bags of vectors float32[k, D] with level-0 ``xy``; all bags have ``width`` D, and their files say
+    that they were made by ``embedding``. ``foreign``: what they do not say is taken to be the model's."""
 
     name: str
     tasks: tuple[str, ...]
@@ -82,10 +84,12 @@ class FeatureBagSource:
     items: Sequence[BagItem]
     draws: Draws
     width: int
+    embedding: Embedding
+    foreign: bool = False
 
     def read(self, numbers: Sequence[int], size: int) -> list[Sample]:
         """These bags; ``size`` is not looked at. InputError when vectors are of another length than those of the first
-        bag: then they come from another encoder."""
+        bag, or their file says that they were made otherwise."""
         return [self._read_bag(number) for number in numbers]
 
     def _read_bag(self, number: int) -> Sample:
@@ -98,6 +102,9 @@ class FeatureBagSource:
         if found.vectors.shape[1] != self.width:
             text = f"holds vectors of {found.vectors.shape[1]}, {self.items[0].id} of {self.width}"
             raise InputError(f"data '{self.name}': {item.id} {text}: embed all slides with one encoder")
+        first = self.items[0]
+        made = (item.id, item.uri, embedding_of(found.attributes)), (first.id, first.uri, self.embedding)
+        check_alike(*made, f"data '{self.name}': ")
         if not len(found.vectors):
             return Sample(key, failed=f"{item.id}: no tile has features")
         some = self.draws.chosen(len(found.vectors), slide, time)
@@ -105,13 +112,35 @@ class FeatureBagSource:
         return Sample(key, vectors=vectors, xy=found.coords[some], targets=item.targets)
 
 
-def feature_bags(name: str, items: Sequence[BagItem], draws: Draws = Draws()) -> FeatureBagSource:
-    """Bags of these slides. The first is read for the length of its vectors. Raises InputError, StorageError."""
+def feature_bags(
+    name: str, items: Sequence[BagItem], draws: Draws = Draws(), *, foreign: bool = False
+) -> FeatureBagSource:
+    """Bags of these slides. The first is read for the length of its vectors, of all others what they say of how they
+    were made (of HDF5 files in storage when they are read). Raises InputError, StorageError."""
     check_ids(name, [item.id for item in items])
     if not items:
         raise InputError(f"data '{name}': no slide with features: run wsi-mmm embed first")
-    width = read_item(items[0]).vectors.shape[1]
-    return FeatureBagSource(name, _task_names(items), _repeat_index(items, draws.times), tuple(items), draws, width)
+    first = read_item(items[0])
+    made = [(items[0].id, items[0].uri, embedding_of(first.attributes))]
+    made += [one for one in map_threaded(_read_embedding, items[1:]) if one is not None]
+    shared = common_embedding(made, f"data '{name}': ")
+    index, width = _repeat_index(items, draws.times), first.vectors.shape[1]
+    return FeatureBagSource(name, _task_names(items), index, tuple(items), draws, width, shared, foreign)
+
+
+def _read_embedding(item: BagItem) -> tuple[str, str, Embedding] | None:
+    """Id, URI and what a file says without reading its vectors; None where that cannot be: reading it will say."""
+    try:
+        if item.grid is not None or (_is_h5(item.uri) and not store.is_local(item.uri)):
+            return None
+        found = _read_h5_attributes(item.uri) if _is_h5(item.uri) else read_attributes(item.uri)
+    except WsiError:
+        return None  # a damaged file is a failed sample
+    return item.id, item.uri, embedding_of(found)
+
+
+def _is_h5(uri: str) -> bool:
+    return uri.lower().endswith((".h5", ".hdf5"))
 
 
 def bags_of_table(table: SlideTable, pattern: str, *, labels: I32 | None = None, needed: bool = True) -> list[BagItem]:
@@ -145,15 +174,14 @@ def read_item(item: BagItem) -> SlideFeatures:
     """All vectors of a slide. Raises StorageError, NotFound."""
     if item.grid is not None:
         return entry_features(item.uri, item.grid)
-    if item.uri.lower().endswith((".h5", ".hdf5")):
+    if _is_h5(item.uri):
         return read_h5(item.uri)
-    return _without_failed(
-        read_features(item.uri), store.join(item.uri.rstrip("/").rpartition("/")[0], "tiles.parquet")
-    )
+    return without_failed(read_features(item.uri), item.uri)
 
 
-def _without_failed(features: SlideFeatures, tiles: str) -> SlideFeatures:
-    """``features`` less those of tiles that the run's table lists as failed: these were computed on white px."""
+def without_failed(features: SlideFeatures, uri: str) -> SlideFeatures:
+    """``features`` at ``uri`` less those of tiles that the run's table beside it lists as failed."""
+    tiles = store.join(uri.rstrip("/").rpartition("/")[0], "tiles.parquet")
     if not store.exists(tiles):
         return features
     try:
@@ -171,18 +199,33 @@ def _leave_out(features: SlideFeatures, failed: Set[tuple[int, int]]) -> SlideFe
 
 
 def read_h5(uri: str) -> SlideFeatures:
-    """``features`` [n, D] (or [1, n, D], as some tools write) and ``coords`` [n, 2] of an HDF5 file."""
+    """``features`` [n, D] (or [1, n, D], as some tools write) and ``coords`` [n, 2] of an HDF5 file, and what their
+    attributes say."""
     name = store.redact(uri)
     try:
         with h5py.File(io.BytesIO(store.read_bytes(uri)), "r") as file:
             vectors = np.asarray(_values_of(file, "features"), np.float32)
             coords = np.asarray(_values_of(file, "coords"), np.int64)
+            attributes = _h5_attributes(file)
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise StorageError(f"{name} is no HDF5 file of features and coords ({error}): export it again") from error
     vectors, coords = vectors.reshape(-1, vectors.shape[-1]), coords.reshape(-1, coords.shape[-1])[:, :2]
     if len(vectors) != len(coords):
         raise StorageError(f"{name} holds {len(vectors)} features and {len(coords)} coords: export it again")
-    return SlideFeatures(vectors, coords, {})
+    return check_features(SlideFeatures(vectors, coords, attributes), uri)
+
+
+def _h5_attributes(file: Any) -> dict[str, Any]:
+    """Attributes of the file, of ``features`` and of ``coords``, where ours and those of other tools stand."""
+    return {**file.attrs, **file["features"].attrs, **file["coords"].attrs}
+
+
+def _read_h5_attributes(uri: str) -> dict[str, Any]:
+    try:
+        with h5py.File(store.local_path(uri), "r") as file:
+            return _h5_attributes(file)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise StorageError(f"{store.redact(uri)} is no HDF5 file of features and coords: export it again") from error
 
 
 def _values_of(file: Any, name: str) -> Any:

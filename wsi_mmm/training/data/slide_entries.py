@@ -263,7 +263,9 @@ class FeatureBags(OfSlideTable):
     """Bags of the vectors that ``wsi-mmm embed`` wrote, with what a table says of each slide.
 
     ``features``: pattern with {slide}, such as "features/{slide}/features.zarr" (or .h5). ``most``: instances drawn of
-    each bag (0: all), ``times``: draws per slide. ``needed`` False: slides without features are left out.
+    each bag (0: all), ``times``: draws per slide. ``needed`` False: slides without features are left out. The vectors
+    must be those that the model makes: of the weights, mpp, tile size and overlap that it declares. ``foreign`` True:
+    files of other tools, which do not say what they hold, are taken to be so.
     """
 
     kind: Literal["bags"]
@@ -272,9 +274,11 @@ class FeatureBags(OfSlideTable):
     times: int = Field(default=1, ge=1)
     seed: int = 0
     needed: bool = True
+    foreign: bool = False
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
         table, labels = self.slides.read(place)
         items = bags.bags_of_table(table, self.features, labels=labels, needed=self.needed)
-        return bags.feature_bags(self.name, items, bags.Draws(self.most, self.times, self.seed))
+        draws = bags.Draws(self.most, self.times, self.seed)
+        return bags.feature_bags(self.name, items, draws, foreign=self.foreign)

@@ -1,0 +1,187 @@
+"""The weights of an encoder on this machine: an argument, the user's folder of folders, the hub's cache.
+
+Nothing is opened but folders, and nothing downloaded except by `download_weights`. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wsi_mmm.errors import ModelError, first_line
+from wsi_mmm.model.recipe import EncoderRecipe
+from wsi_mmm.plugins import import_package
+
+WEIGHTS_VARIABLE = "WSI_MMM_WEIGHTS"
+SAFE_ENDING = ".safetensors"
+PICKLE_ENDINGS = (".bin", ".pth", ".pt", ".torch", ".ckpt", ".tar")
+_USUAL = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.safetensors")
+_MOST_FILES = 10_000
+
+
+@dataclass(frozen=True)
+class WeightPlaces:
+    """The places of weights: ``folder``, the user's folder of folders ("": none); ``hub``, the hub's cache;
+    ``offline``: nothing may be downloaded."""
+
+    folder: str = ""
+    hub: str = ""
+    offline: bool = True
+
+
+@dataclass(frozen=True)
+class FoundWeights:
+    """A safetensors file, and which of the places it was found in."""
+
+    path: Path
+    place: str
+
+
+def find_weights(recipe: EncoderRecipe, weights: str | None, places: WeightPlaces) -> FoundWeights | None:
+    """The weights of a published encoder: ``weights`` (a file or a folder), else those in ``places``; None: nowhere.
+
+    ModelError: a place that was named is not there, or holds weights that cannot be read as they are.
+    """
+    if weights is not None:
+        path = Path(weights).expanduser()
+        if not path.exists():
+            raise ModelError(f"the weights {path} are missing: check the path of --weights")
+        return FoundWeights(choose_file(path, recipe.file, recipe.name), "--weights")
+    for folder, place in _candidate_folders(recipe, places):
+        if folder.is_file() or any(_weight_files(folder)):
+            return FoundWeights(choose_file(folder, recipe.file, recipe.name), place)
+    return None
+
+
+def choose_file(path: Path, wanted: str = "", name: str = "NAME") -> Path:
+    """The safetensors file that ``path`` is, or that the folder ``path`` holds; ``wanted``: its published name.
+
+    ModelError, naming the fix: none is there, there are several, or only a pickle is.
+    """
+    if not path.is_dir():
+        if path.suffix in PICKLE_ENDINGS:
+            raise ModelError(_advise_conversion(path, name))
+        return path
+    files = {file.name: file for file in _weight_files(path)}
+    safe = sorted(file for file in files if file.endswith(SAFE_ENDING))
+    for usual in (wanted, f"{Path(wanted).stem}{SAFE_ENDING}" if wanted else "", *_USUAL):
+        if usual in safe:
+            return files[usual]
+    if any(file.endswith(".index.json") for file in _names_in(path)):
+        raise ModelError(f"the weights in {path} are cut into several files: pass one that holds them all")
+    if len(safe) > 1:
+        raise ModelError(f"{path} holds several weights ({', '.join(safe[:3])}): pass one of them with --weights")
+    if safe:
+        return files[safe[0]]
+    if files:
+        raise ModelError(_advise_conversion(files.get(wanted) or files[min(files)], name))
+    raise ModelError(f"{path} holds no weights: a file that ends with {SAFE_ENDING} is looked for")
+
+
+def explain_missing(recipe: EncoderRecipe, places: WeightPlaces) -> str:
+    """One line for weights that are nowhere: where they are looked for, and how to get them there."""
+    folder = f"{places.folder or f'${WEIGHTS_VARIABLE}'}/{recipe.name}"
+    gated = " (accept its terms on its page first)" if recipe.gated else ""
+    return (
+        f"the weights of '{recipe.name}' are not on this machine: where there is network, "
+        f"hf download {recipe.hub_id} --local-dir {recipe.name}{gated}; then put that folder at {folder} "
+        "or pass it with --weights (docs/encoders.md)"
+    )
+
+
+def download_weights(recipe: EncoderRecipe, places: WeightPlaces) -> FoundWeights:
+    """The weights fetched from the hub into its cache, where that is permitted.
+
+    ModelError, one line: no network, terms that were not accepted, no such file; or only a pickle is published.
+    """
+    if places.offline:
+        raise ModelError(explain_missing(recipe, places))
+    hub: Any = import_package(
+        "huggingface_hub", "downloading weights needs huggingface_hub: pip install huggingface_hub"
+    )
+    for name in dict.fromkeys((_USUAL[0], recipe.file or _USUAL[0])):
+        path = _download_file(hub, recipe, name, places)
+        if path is not None:
+            return FoundWeights(choose_file(path, name, recipe.name), "the hub")
+    raise ModelError(f"{recipe.hub_id} has neither {_USUAL[0]} nor '{recipe.file}'; {explain_missing(recipe, places)}")
+
+
+def _download_file(hub: Any, recipe: EncoderRecipe, name: str, places: WeightPlaces) -> Path | None:
+    """None: the repository has no such file."""
+    try:
+        return Path(hub.hf_hub_download(recipe.hub_id, name, cache_dir=places.hub or None))
+    except Exception as error:  # huggingface_hub raises its own tree, and that of its HTTP client
+        kind = type(error).__name__
+        if kind in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+            return None
+        if kind == "GatedRepoError" or "401" in str(error) or "403" in str(error):
+            reason = f"accept its terms at https://huggingface.co/{recipe.hub_id} and run hf auth login"
+        else:
+            reason = f"the hub cannot be reached ({first_line(error, 80)}); {explain_missing(recipe, places)}"
+        raise ModelError(f"the weights of '{recipe.name}' cannot be downloaded: {reason}") from error
+
+
+def _advise_conversion(path: Path, name: str) -> str:
+    target = f"{name}/model{SAFE_ENDING}" if "snapshots" in path.parts else str(path.with_suffix(SAFE_ENDING))
+    return (
+        f"the weights {path} are a pickle, which can run code; "
+        f"wsi-mmm models convert {path} -o {target} reads the tensors alone, without running any"
+    )
+
+
+def _candidate_folders(recipe: EncoderRecipe, places: WeightPlaces) -> Iterator[tuple[Path, str]]:
+    if places.folder:
+        root = Path(places.folder).expanduser()
+        if not root.is_dir():
+            raise ModelError(f"{WEIGHTS_VARIABLE} names {root}, which is no folder: make it, or unset the variable")
+        organisation, _, model = recipe.hub_id.partition("/")
+        for name in (recipe.name, model, f"{organisation}--{model}", recipe.name + SAFE_ENDING):
+            if found := _entry_called(root, name):
+                yield found, WEIGHTS_VARIABLE
+        if (inner := _entry_called(root, organisation)) and (found := _entry_called(inner, model)):
+            yield found, WEIGHTS_VARIABLE
+        if snapshot := _cached_snapshot(root, recipe.hub_id):
+            yield snapshot, WEIGHTS_VARIABLE
+    if places.hub and (snapshot := _cached_snapshot(Path(places.hub).expanduser(), recipe.hub_id)):
+        yield snapshot, "the hub's cache"
+
+
+def _cached_snapshot(cache: Path, hub_id: str) -> Path | None:
+    """The snapshot of a repository that its branch ``main`` names in a cache of the hub, or the only one there."""
+    home = _entry_called(cache, f"models--{hub_id.replace('/', '--')}")
+    if home is None:
+        return None
+    try:
+        revision = (home / "refs" / "main").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        revision = ""
+    snapshots = _names_in(home / "snapshots")
+    if revision in snapshots:
+        return home / "snapshots" / revision
+    return home / "snapshots" / snapshots[0] if len(snapshots) == 1 else None
+
+
+def _entry_called(folder: Path, name: str) -> Path | None:
+    """The file or folder of that name; the hub's ids are written in several cases (MahmoodLab/uni)."""
+    if not name:
+        return None
+    if (folder / name).exists():
+        return folder / name
+    alike = [found for found in _names_in(folder) if found.lower() == name.lower()]
+    return folder / alike[0] if alike else None
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    for name in _names_in(folder):
+        if name.endswith((SAFE_ENDING, *PICKLE_ENDINGS)) and (folder / name).is_file():
+            yield folder / name
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Names in a folder, sorted; none where it is no folder or cannot be read."""
+    try:
+        return sorted(path.name for path, _ in zip(folder.iterdir(), range(_MOST_FILES), strict=False))
+    except OSError:
+        return []
