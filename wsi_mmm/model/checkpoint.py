@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError, PluginError, first_line
+from wsi_mmm.model.bounds import bounded_parameters
 from wsi_mmm.model.card import (
     CARD,
     WEIGHTS,
@@ -77,7 +78,8 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
     card = read_card(name_or_path)
     path = model_path(name_or_path) / WEIGHTS
     weights = _read_weights(path, card.weights_sha256)
-    model = assemble_model(card, build_encoder(card.encoder, empty=True))
+    with bounded_parameters(len(weights), sum(value.numel() for value in weights.values()), str(path)):
+        model = assemble_model(card, build_encoder(card.encoder, empty=True))
     _check_fit(model, weights, path)
     pooled = model.encoder.backbone
     if card.encoder.own_pooling is not None and isinstance(pooled, PooledBackbone):  # created without weights

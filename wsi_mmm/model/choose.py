@@ -12,18 +12,16 @@ from typing import Any
 
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import DecoderCard, EncoderCard, ModelCard
+from wsi_mmm.model.find_weights import choose_file, download_weights, find_weights, local_places
+from wsi_mmm.model.hub import check_hub
 from wsi_mmm.model.identity import check_weights
 from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD, ColourTriple, EncoderRecipe, Pooling, parse_recipe
 from wsi_mmm.model.registry import find_entry, near_names, suggest_encoders
-from wsi_mmm.model.weights import (
+from wsi_mmm.model.weights_config import (
     FOLDER,
     HUB,
     WeightsConfig,
     config_beside,
-    find_at_home,
-    find_file,
-    find_in_folder,
-    find_on_hub,
     hub_config,
     split_source,
 )
@@ -131,17 +129,16 @@ def locate_weights(recipe: EncoderRecipe, weights: str | None) -> Path | None:
     """The file of weights on this machine, by ``weights`` as of `choose_encoder`; None: random or a plug-in's own."""
     if weights == RANDOM or (weights is None and recipe.architecture in plugin_names("encoders")):
         return None
-    if weights is not None:
-        return find_file(weights, recipe.file)
     source, rest = split_source(recipe.name)
-    if source == FOLDER:
-        return find_in_folder(Path(rest).expanduser(), recipe.file)
-    at_home = find_at_home(recipe.name, recipe.file) if not source else None
-    if at_home is not None:
-        return at_home
-    if recipe.hub_id:
-        return find_on_hub(recipe.hub_id, recipe.file)
-    raise ModelError(f"no weights are known for {recipe.name}: pass them with --weights FILE.safetensors")
+    if weights is None and source == FOLDER:
+        return choose_file(Path(rest).expanduser(), recipe.file, recipe.name)
+    places = local_places()
+    found = find_weights(recipe, weights, places)
+    if found is None and not recipe.hub_id:
+        raise ModelError(f"no weights are known for {recipe.name}: pass them with --weights FILE.safetensors")
+    if found is None and not places.offline:
+        check_hub(f"{HUB}{recipe.hub_id}")
+    return (found or download_weights(recipe, places)).path
 
 
 def _named_recipe(name: str, weights: str | None) -> tuple[EncoderRecipe, bool]:
@@ -150,7 +147,10 @@ def _named_recipe(name: str, weights: str | None) -> tuple[EncoderRecipe, bool]:
         return entry.recipe, True
     source, rest = split_source(name)
     if source:
-        config = hub_config(rest) if source == HUB else config_beside(Path(rest).expanduser() / "weights")
+        given = WeightsConfig() if weights in (None, RANDOM) else config_beside(choose_file(Path(weights).expanduser()))
+        config = config_beside(Path(rest).expanduser() / "weights") if source == FOLDER else given
+        if source == HUB and not given.architecture:
+            config = hub_config(rest)
         if not config.architecture:
             raise ModelError(
                 f"the config.json of {rest} names no timm architecture: name one with --encoder, "

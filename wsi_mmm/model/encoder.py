@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from wsi_mmm.errors import ModelError, PluginError, first_line
 from wsi_mmm.model.card import EncoderCard, ModelCard
+from wsi_mmm.model.hub import check_hub
 from wsi_mmm.model.key_maps import prepare_network
 from wsi_mmm.model.networks import BUILD_ERRORS, PooledBackbone, check_input, create_network, fill_network
 from wsi_mmm.plugins import load_plugin, plugin_names
@@ -85,6 +86,8 @@ def build_encoder(
         backbone = PooledBackbone(network, card.own_pooling, card.registers)
         width = int(getattr(network, "num_features", 0) or backbone.vector_width)
         return PyramidEncoder(backbone, backbone.channels or (width,), backbone.strides or (32,))
+    if pretrained:
+        check_hub(card.name)
     try:
         features = _features_only(card.name, pretrained, dict(card.args))
     except BUILD_ERRORS as error:

@@ -10,9 +10,9 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from wsi_mmm.errors import MissingPackage, ModelError
+from wsi_mmm.errors import MissingPackage, ModelError, OptionError
 from wsi_mmm.model.card import CARD, WEIGHTS, ModelCard, model_path, zoo_names
-from wsi_mmm.model.weights import convert_hint
+from wsi_mmm.model.find_weights import advise_conversion
 
 _PICKLES = (b"\x80", b"PK\x03\x04")  # pickle, and the zip archive that torch.save writes
 
@@ -62,6 +62,19 @@ def device_kind(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device(device: str) -> None:
+    """OptionError, before any slide is begun, when this machine has no such device; "auto" and "cpu" always are."""
+    kind, _, number = device.partition(":")
+    if kind in ("auto", "cpu"):
+        return
+    import torch
+
+    found = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count, "mps": torch.mps.device_count}[kind]()
+    if int(number or 0) >= found:
+        there = f"it has {found} of that kind" if found else "torch finds none of that kind here"
+        raise OptionError(f"this machine has no device {device!r} ({there}); choose --device auto or cpu")
+
+
 def check_weights(path: Path, sha256: str = "") -> str:
     """The sha256 of a weights file. ModelError when it cannot be read, is a pickle, or has another hash than its
     card names (``sha256``; empty: any will do)."""
@@ -83,4 +96,4 @@ def refuse_pickle(path: Path) -> None:
     except OSError as error:
         raise ModelError(f"the weights {path} cannot be read: {error.strerror}") from error
     if head.startswith(_PICKLES) and head[8:] != b"{":  # safetensors: 8 bytes of length, then a JSON object
-        raise ModelError(f"the weights {path} are no safetensors file: {convert_hint(path)}")
+        raise ModelError(advise_conversion(path, "NAME"))

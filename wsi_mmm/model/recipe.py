@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from wsi_mmm.errors import ModelError
+from wsi_mmm.model.bounds import check_arguments
 
 Pooling = Literal["cls", "patch_mean", "cls+patch_mean", "gap", "native"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -63,6 +64,7 @@ class EncoderRecipe(BaseModel):
             or min(self.std or (1.0,)) <= 0
         ):
             raise ValueError("mean and std must be finite numbers, and std positive")
+        check_arguments(self.arguments)
         return self
 
     def value_facts(self) -> dict[str, Any]:
