@@ -101,7 +101,7 @@ def choose_encoder(name: str, weights: str | None = None, said: EncoderOptions |
     if beside.architecture and _bare_name(beside.architecture) != _bare_name(base.architecture):
         raise ModelError(
             f"the config.json beside {path} is of the architecture {beside.architecture}, not {base.architecture}: "
-            f"give --encoder {beside.architecture}, or move the file away from it"
+            f"give embed --encoder {beside.architecture}, or move the file away from it"
         )
     updates: dict[str, Any] = {
         "arguments": {**base.arguments, **beside.arguments, **(asked.arguments or {})},
@@ -135,7 +135,7 @@ def locate_weights(recipe: EncoderRecipe, weights: str | None) -> Path | None:
     places = local_places()
     found = find_weights(recipe, weights, places)
     if found is None and not recipe.hub_id:
-        raise ModelError(f"no weights are known for {recipe.name}: pass them with --weights FILE.safetensors")
+        raise ModelError(f"no weights are known for {recipe.name}: give a .safetensors file of them as weights")
     if found is None and not places.offline:
         check_hub(f"{HUB}{recipe.hub_id}")
     return (found or download_weights(recipe, places)).path
@@ -153,8 +153,8 @@ def _named_recipe(name: str, weights: str | None) -> tuple[EncoderRecipe, bool]:
             config = hub_config(rest)
         if not config.architecture:
             raise ModelError(
-                f"the config.json of {rest} names no timm architecture: name one with --encoder, "
-                "and its file with --weights"
+                f"the config.json of {rest} names no timm architecture: name one as encoder, "
+                "and give its file as weights"
             )
         full = name if source == HUB else FOLDER + str(Path(rest).expanduser().absolute())
         return EncoderRecipe(
@@ -202,7 +202,7 @@ def _known_colours(updates: dict[str, Any], base: EncoderRecipe, path: Path | No
     if updates["mean"] is None or updates["std"] is None:
         raise ModelError(
             f"nothing says which mean and std the weights {path} of {base.name} were trained with: put their "
-            "config.json beside them, or give --mean and --std "
+            "config.json beside them, or give embed --mean and --std "
             "(ImageNet's: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225)"
         )
     return updates

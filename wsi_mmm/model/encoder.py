@@ -94,7 +94,7 @@ def build_encoder(
         raise ModelError(f"timm cannot build the encoder '{card.name}': {first_line(error)}") from error
     except Exception as error:  # huggingface_hub raises its own tree (offline, gated, missing): one meaning for us
         why = f"the weights of '{card.name}' cannot be downloaded ({first_line(error)})"
-        raise ModelError(f"{why}; pass them as a .safetensors file") from error
+        raise ModelError(f"{why}; give a .safetensors file of them as weights") from error
     info: Any = features.feature_info
     return PyramidEncoder(features, tuple(info.channels()), tuple(int(r) for r in info.reduction()))
 

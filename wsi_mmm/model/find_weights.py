@@ -99,7 +99,7 @@ def explain_missing(recipe: EncoderRecipe, places: WeightPlaces) -> str:
     return (
         f"the weights of '{recipe.name}' are not on this machine: where there is network, "
         f"hf download {recipe.hub_id} --local-dir {name}{gated}; then put that folder at {folder} "
-        "or pass it with --weights (docs/encoders.md)"
+        "or give it as weights (docs/encoders.md)"
     )
 
 
@@ -131,7 +131,7 @@ def find_config(hub_id: str, name: str, places: WeightPlaces) -> Path:
     path = None if places.offline else _download_file(hub, recipe, name, places)
     if path is None:
         raise ModelError(
-            f"{hub_id} has no {name} that could be had: name its timm network with --encoder, its file with --weights"
+            f"{hub_id} has no {name} that could be had: name its timm network as encoder and give its file as weights"
         )
     return path
 

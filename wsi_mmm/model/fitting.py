@@ -103,9 +103,9 @@ def _describe_misfit(misfit: Misfit) -> str:
     else:
         return ""
     if names := _fitting_entries(misfit.weights):
-        return f"{fault}; they fit --encoder {' or '.join(names)}"
+        return f"{fault}; they fit embed --encoder {' or '.join(names)}"
     hint = next((text for find in _HINTS if (text := find(misfit))), "")
-    return f"{fault}; {hint or 'give the architecture and --encoder-args that they were trained with'}"
+    return f"{fault}; {hint or 'give the architecture and arguments that they were trained with'}"
 
 
 def _fitting_entries(weights: TensorShapes) -> list[str]:
@@ -126,7 +126,7 @@ def _shape_text(shape: tuple[int, ...]) -> str:
 
 
 def _arguments_text(**arguments: object) -> str:
-    return f"--encoder-args '{json.dumps(arguments)}'"
+    return f"embed --encoder-args '{json.dumps(arguments)}'"
 
 
 def _hint_names(misfit: Misfit) -> str:
@@ -153,7 +153,7 @@ def _hint_gated(misfit: Misfit) -> str:
             if packed and plain:
                 base = "vit_giant_patch14_reg4_dinov2" if "reg_token" in misfit.weights else "vit_giant_patch14_dinov2"
                 return (
-                    f"their MLPs are SwiGLU (fc1 is doubled): give --encoder {base} with "
+                    f"their MLPs are SwiGLU (fc1 is doubled): give embed --encoder {base} with "
                     f"{_gated_arguments(misfit.weights)}, or the encoder's name in 'wsi-mmm models encoders'"
                 )
             return ""
@@ -169,7 +169,7 @@ def _gated_arguments(weights: TensorShapes) -> str:
         if second is not None:
             arguments["mlp_ratio"] = round(second[0] / embed[0], 5)
     arguments["depth"] = _depth_of(weights)
-    return f"{_arguments_text(**arguments)} and its num_heads"
+    return f"{_arguments_text(**arguments).removeprefix('embed ')} and its num_heads"
 
 
 def _hint_scale(misfit: Misfit) -> str:

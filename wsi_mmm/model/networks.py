@@ -84,7 +84,7 @@ class PooledBackbone(nn.Module):
         if isinstance(getattr(self.model, "norm", None), nn.Identity):
             raise ModelError(
                 f"this {name} norms its vector after pooling, so its tokens are not normed: use the pooling native, "
-                """or --encoder-args '{"global_pool": "token"}'"""
+                """or embed --encoder-args '{"global_pool": "token"}'"""
             )
 
 
@@ -195,7 +195,7 @@ def check_input(network: nn.Module, px: int, name: str) -> None:
         takes = f"of {fixed} px" if fixed else f"that are a multiple of {step[0]} px wide"
         raise ModelError(
             f"the encoder {name} takes images {takes}, not of {px} px: give --tile-size {near} to read such tiles, "
-            f"or --input-size {near} to resize them"
+            f"or embed --input-size {near} to resize them"
         )
 
 

@@ -241,7 +241,7 @@ class Runner:
         except (AssertionError, RuntimeError, ValueError) as error:  # what networks say of a size that they do not take
             raise ModelError(
                 f"the model {self.model.card.name} cannot take tiles of {side} px ({first_line(error)}): "
-                "give another --tile-size, or resize them with --input-size"
+                "give another tile_size, or resize them with embed --input-size"
             ) from error
 
     def describe(self) -> dict[str, Any]:
