@@ -235,3 +235,15 @@ def test_the_packaged_model_is_whole_and_small() -> None:
     assert "research" in model.card.limits
     assert model.card.data
     assert json.loads(card_json(model.card))["weights_sha256"] == model.card.weights_sha256
+
+
+def test_weights_too_large_for_half_precision_are_kept(small_model: Path, tmp_path: Path) -> None:
+    """A variance of 100,000 is no infinity: that tensor is written as float32, the others stay small."""
+    model = load_model(small_model)
+    name = next(key for key in model.state_dict() if key.endswith("running_var"))
+    with torch.no_grad():
+        model.get_buffer(name)[0] = 1e5
+    save_model(model, tmp_path)
+    assert load_model(tmp_path).get_buffer(name)[0] == 1e5
+    written = load_file(tmp_path / "model.safetensors")
+    assert [key for key, value in written.items() if value.dtype == torch.float32] == [name]

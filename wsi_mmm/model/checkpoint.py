@@ -72,18 +72,23 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
 def save_model(
     model: MultiTaskModel, folder: str | Path, *, card: ModelCard | None = None, half: bool = True
 ) -> ModelCard:
-    """Write ``model`` (float16 when ``half``) and ``card`` (None: its own), to which the weights' hash is added."""
-    dtype = torch.float16 if half else torch.float32
-    state = {
-        key: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
-        for key, value in model.state_dict().items()
-    }
+    """Write ``model`` (float16 when ``half``, but tensors too large for it) and ``card`` (None: its own), to which the
+    weights' hash is added."""
+    state = {key: _to_file_type(value.detach(), half).cpu().contiguous() for key, value in model.state_dict().items()}
     data = save(state)
     done = (card or model.card).model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
     target = Path(folder)
     store.write_bytes(str(target / WEIGHTS), data)
     store.write_bytes(str(target / CARD), card_json(done).encode())
     return done
+
+
+def _to_file_type(value: Tensor, half: bool) -> Tensor:
+    """Numbers as float16 where that can hold them, else as float32: infinity would be refused when they are loaded."""
+    if not value.is_floating_point():
+        return value
+    small = value.to(torch.float16)
+    return small if half and bool(small.isfinite().all()) else value.to(torch.float32)
 
 
 def load_encoder(name: str, weights: str | None = None, device: str | torch.device = "cpu") -> MultiTaskModel:

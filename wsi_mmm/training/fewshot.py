@@ -242,6 +242,9 @@ def load(folder: str | Path) -> tuple[Head, dict[str, Any]]:
             return Trees((place / TREES).read_text(encoding="utf-8"), classes), facts
         tensors, _ = unpack_tensors((place / TENSORS).read_bytes(), str(place / TENSORS))
         arrays = {name: value.numpy() for name, value in tensors.items()}
+        broken = next((name for name, value in arrays.items() if not np.isfinite(value).all()), None)
+        if broken is not None:
+            raise ModelError(f"the head {place / TENSORS} holds NaN or infinity in '{broken}'; fit it again")
         if kind == "linear":
             return Linear(arrays["weight"], arrays["bias"]), facts
         return Neighbours(arrays["vectors"], arrays["labels"], int(facts["k"]), classes), facts
