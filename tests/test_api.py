@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import wsi_mmm
 from wsi_mmm import api, requests
 from wsi_mmm.engine.output_lock import claimed
-from wsi_mmm.errors import OptionError, OutputError
+from wsi_mmm.engine.stages.context import UnitContext
+from wsi_mmm.engine.stages.prepare import prepare
+from wsi_mmm.engine.units import WorkUnit
+from wsi_mmm.errors import OptionError, OutputError, WsiError
+from wsi_mmm.model.card import model_path
 from wsi_mmm.options import make_options
+from wsi_mmm.tiles.grid import tile_xy
 
 
 @pytest.mark.parametrize(
@@ -25,6 +34,13 @@ from wsi_mmm.options import make_options
         ({"threads": 0}, "threads must be at least 1"),
         ({"min_tissue": 7}, "min_tissue is a share between 0 and 1"),
         ({"device": "gpu"}, "there is no device 'gpu'"),
+        ({"device": "cuda:99"}, "this machine has no device 'cuda:99'"),
+        ({"device": "mps:7"}, "choose --device auto or cpu"),
+        ({"tile_size": 0}, "tile size 0 px and overlap 0 px do not fit"),
+        ({"tile_size": -256}, "tiles have 16 to 8192 px"),
+        ({"tile_size": 10**6}, "tiles have 16 to 8192 px"),
+        ({"tile_size": 250}, "tile size must be a multiple of 32 px"),
+        ({"tile_size": 256, "overlap": 256}, "overlap by less than themselves"),
         ({"reader": "best"}, "there is no reader 'best'"),
         ({"workers": "2"}, "workers must be a whole number"),
         ({"nonsense": 1}, "unknown option 'nonsense'; known: batch_size"),
@@ -37,6 +53,50 @@ def test_a_wrong_option_is_said_before_anything_runs(options: dict[str, Any], wo
         wsi_mmm.run("a.svs", output=tmp_path / "out", **options)
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [0, -1, 10**6])
+def test_a_tile_size_that_cannot_be_is_said_once_by_embed(size: int, tmp_path: Path) -> None:
+    """Before any slide, as run does."""
+    with pytest.raises(OptionError, match="tiles have 16 to 8192 px"):
+        wsi_mmm.embed("a.svs", output=tmp_path / "out", tile_size=size)
+
+
+def test_a_model_whose_tasks_cannot_be_made_is_said_once(tmp_path: Path) -> None:
+    """Its card is read before any slide is begun, not by each of them."""
+    shutil.copytree(model_path("default"), tmp_path / "model")
+    card = json.loads((tmp_path / "model" / "card.json").read_text())
+    card["tasks"][0]["kind"] = "guess"
+    (tmp_path / "model" / "card.json").write_text(json.dumps(card))
+    with pytest.raises(WsiError, match="guess"):
+        wsi_mmm.run(["a.svs", "b.svs"], str(tmp_path / "model"), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"mpp": 1.0, "tile_size": 96, "overlap": 16}, {"tissue": "none"}])
+def test_stream_tiles_gives_the_tiles_of_embed_in_their_sequence(
+    options: dict[str, Any], tiny_slide: Path, tmp_path: Path
+) -> None:
+    """By default and with the same options: one can be put beside the other."""
+    request = api.embed_request(tiny_slide, output=tmp_path, **options)
+    with closing(UnitContext(WorkUnit("plan", request.tasks[0]))) as ctx:
+        plan, _ = prepare(ctx)
+    assert plan is not None
+    named = {"size" if name == "tile_size" else name: value for name, value in options.items()}
+    streamed = [batch.xy for batch in wsi_mmm.stream_tiles(tiny_slide, batch_size=7, **named)]
+    assert np.array_equal(np.concatenate(streamed), tile_xy(plan.grid, plan.index))
+
+
+def test_what_a_model_did_not_learn_at_is_said_before_a_run(tmp_path: Path) -> None:
+    """Off by more than a tenth, either way; by --mag as by --mpp; for the encoder of a model, too."""
+    learnt = requests.model_recipe("default", None, make_options({}))
+    assert learnt.warnings() == () and learnt.model_mpp == learnt.mpp
+    for mpp, words in ((2 * learnt.mpp, "2 times smaller"), (learnt.mpp / 2, "2 times larger")):
+        [text] = requests.model_recipe("default", None, make_options({"mpp": mpp})).warnings()
+        assert words in text and f"use --mpp {learnt.mpp:g}" in text and "default learnt at" in text
+    assert requests.model_recipe("default", None, make_options({"mpp": 1.05 * learnt.mpp})).warnings() == ()
+    assert len(requests.encoder_recipe("default", None, make_options({"mpp": 1.0})).warnings()) == 1
+    assert requests.encoder_recipe("resnet18", "random", make_options({"mpp": 9.0})).warnings() == ()
 
 
 def test_an_unknown_export_is_said_before_anything_runs(tmp_path: Path) -> None:

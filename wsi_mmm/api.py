@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,9 +21,9 @@ from wsi_mmm.engine.monitoring.run_report import RunReport, load_report
 from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.engine.units import Executor
 from wsi_mmm.errors import PluginError
-from wsi_mmm.options import RunKeywords, make_options
+from wsi_mmm.options import LEAST_TISSUE, RunKeywords, make_options
 from wsi_mmm.plugins import load_plugin, plugin_names
-from wsi_mmm.requests import Slides, check_runtime_here, encoder_recipe, model_recipe, request_run
+from wsi_mmm.requests import Slides, check_recipe_here, encoder_recipe, model_recipe, request_run
 from wsi_mmm.slides import Slide
 from wsi_mmm.types import Batch
 
@@ -90,12 +91,13 @@ def run_request(
 ) -> RunRequest:
     """Return the run that `run` would execute, with the same checks; no slide is opened."""
     asked = make_options(options, workers=workers, scheduler=scheduler)
-    return check_runtime_here(request_run(slides, model_recipe(str(model), tasks, asked), output))
+    return request_run(slides, check_recipe_here(model_recipe(str(model), tasks, asked)), output)
 
 
 def execute(request: RunRequest, progress: Listener | None = None, *, observe: Observe = NOTHING) -> RunReport:
     """Execute a run, in this process, in local processes or on a cluster, as its options say. Raises as `run` does."""
-    return run_slides(request, partial(make_executor, request), progress or silent, observe=observe)
+    listener = progress or (_log_warning if observe == NOTHING else silent)
+    return run_slides(request, partial(make_executor, request), listener, observe=observe)
 
 
 def submit(
@@ -190,7 +192,7 @@ def embed_request(
 ) -> RunRequest:
     """Return the run that `embed` would execute, with the same checks; no slide is opened."""
     asked = make_options(options, workers=workers, scheduler=scheduler)
-    return check_runtime_here(request_run(slides, encoder_recipe(encoder, weights, asked), output))
+    return request_run(slides, check_recipe_here(encoder_recipe(encoder, weights, asked)), output)
 
 
 def stream_tiles(
@@ -200,12 +202,15 @@ def stream_tiles(
     overlap: int = 0,
     *,
     tissue: str = "auto",
+    min_tissue: float = LEAST_TISSUE,
     batch_size: int = 64,
     workers: int = 2,
 ) -> Iterator[Batch]:
     """Yield the tiles of a slide: ``.pixels`` uint8[n, size, size, 3], ``.xy`` int64[n, 2] level-0 px (x, y).
 
-    The order is fixed, the last batch may be short; ``workers`` threads read ahead of the caller.
+    The tiles and their sequence (row by row) are those of `embed` with the same options: ``.xy`` of all batches are the
+    ``coords`` of its features. The last batch may be short; ``workers`` threads read ahead of the caller. Holds up to
+    two rows of tiles, or some 256 MB.
     """
     from wsi_mmm.slides import open_slide
     from wsi_mmm.tiles.grid import make_grid
@@ -216,8 +221,8 @@ def stream_tiles(
     try:
         held.scale(mpp)
         grid = make_grid(held.info, mpp, tile=size, overlap=overlap)
-        index = select_tiles(grid, tissue_mask(held, tissue))
-        yield from stream(held.reader, grid, index, batch_size=batch_size, workers=workers)
+        index = select_tiles(grid, tissue_mask(held, tissue), min_tissue)
+        yield from stream(held.reader, grid, index, batch_size=batch_size, workers=workers, by_row=True)
     finally:
         if held is not slide:
             held.close()
@@ -291,6 +296,12 @@ def make_executor(request: RunRequest) -> Executor:
     from wsi_mmm.engine.executors.threads import ThreadsExecutor
 
     return ThreadsExecutor(request.recipe)
+
+
+def _log_warning(event: Event) -> None:
+    """Show the warnings of a run that nobody listens to, by Python's logging."""
+    if event.kind == "warning":
+        logging.getLogger(__name__).warning("%s", event.message)
 
 
 def _scheduler_address(client: Client | str) -> str | None:

@@ -20,6 +20,7 @@
     │   └── OutputError          the output cannot be written (permission, disk full)
     │       └── OutputTaken      another run is working on the same output
     ├── ModelError               a model file is missing, broken or does not fit
+    │   └── ModelNotLoaded       the model of a run cannot be used by any slide
     ├── MissingPackage           an optional package is needed and not installed
     ├── PluginError              a package that extends wsi_mmm cannot be used
     ├── ClusterError             the scheduler, its workers or another rank cannot do the work
@@ -39,6 +40,18 @@ from enum import StrEnum
 def first_line(error: BaseException, most: int = 200) -> str:
     """The first line of a foreign error's text, at most so many characters; the name of its type when it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
+def printable(text: str) -> str:
+    """``text`` as UTF-8 can hold it: bytes of a file name that are no UTF-8 are written as ``\\xe9``."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        except UnicodeEncodeError:  # halves of a character, as JSON may hold them
+            return text.encode("utf-8", "backslashreplace").decode()
+    return text
 
 
 class WsiError(Exception):
@@ -130,6 +143,10 @@ class OutputTaken(OutputError):
 
 class ModelError(WsiError):
     """A model file is missing, broken, or does not fit its card."""
+
+
+class ModelNotLoaded(ModelError):
+    """The model of a run cannot be loaded or made ready here: no slide can be done with it."""
 
 
 class MissingPackage(WsiError):

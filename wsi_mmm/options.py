@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -23,6 +23,14 @@ CommandName = Literal["run", "embed"]
 Placement = Literal["beside", "pool"]
 ValueCheck = Callable[[str, Any], str]
 """Returns what is wrong with the value of a named option, as a message; empty when it is right."""
+
+LEAST_TISSUE = 0.02
+"""Share of a tile that must be tissue, unless a user says otherwise."""
+
+EMBED_DEFAULTS = {"mpp": 0.5, "tile_size": 256, "overlap": 0, "block_tiles": 8}
+"""Options of a run that computes features alone, unless a user says otherwise."""
+
+BLOCK_TILES = 4  # of a run with a model
 
 WHAT, HOW, WHERE, SLIDES, WATCH = "What to compute", "How to compute it", "Where results go", "Slides", "Watch it"
 BOTH: tuple[CommandName, ...] = ("run", "embed")
@@ -39,7 +47,8 @@ class Option:
     where the work is done. ``parse`` is applied before the type is checked, ``check`` after it; values of the types
     ``accepts`` pass as they are. ``takes``: what the value must be, in words. ``flag_value``: the value that a flag
     without a value stands for. ``settings``: whether a settings file may set it. ``after``: the option that it follows
-    in the help. ``see``: a link for the table in the documentation.
+    in the help. ``unset``: the value, in words, that no value stands for, where the commands differ for each. ``see``:
+    a link for the table in the documentation.
     """
 
     name: str
@@ -60,6 +69,7 @@ class Option:
     several: bool = False
     settings: bool = True
     after: str = ""
+    unset: str | Mapping[CommandName, str] = ""
     see: str = ""
 
 
@@ -136,6 +146,11 @@ def _switch_word(value: object) -> object:
 # ---------------------------------------------------------------- the options
 
 
+def _models_own(name: str) -> Mapping[CommandName, str]:
+    """The words for an option that a model decides, and that `embed` has a number for."""
+    return {"run": "the model's", "embed": f"{EMBED_DEFAULTS[name]:g}"}
+
+
 def _run_option(default: T, words: str, *flags: str, **rest: Any) -> T:
     """A field of `RunOptions`, with the rest of its `Option`."""
     return field(default=default, metadata={"help": words, "flags": flags, **rest})
@@ -149,28 +164,28 @@ class RunOptions:
     """
 
     mpp: float | None = _run_option(
-        None, "Resolution to work at, micrometres per pixel. (default: the model's)", "--mpp",
-        panel=WHAT, affects=CHANGES_VALUES, check=_check_mpp,
+        None, "Resolution to work at, micrometres per pixel.", "--mpp",
+        panel=WHAT, unset=_models_own("mpp"), affects=CHANGES_VALUES, check=_check_mpp,
     )  # fmt: skip
     tile_size: int | None = _run_option(
-        None, "Tile width in px at that resolution. (default: the model's)", "--tile-size",
-        panel=WHAT, affects=CHANGES_VALUES,
+        None, "Tile width in px at that resolution.", "--tile-size",
+        panel=WHAT, unset=_models_own("tile_size"), affects=CHANGES_VALUES,
     )  # fmt: skip
     overlap: int | None = _run_option(
-        None, "Px that neighbouring tiles share. (default: the model's)", "--overlap",
-        panel=WHAT, affects=CHANGES_VALUES,
+        None, "Px that neighbouring tiles share.", "--overlap",
+        panel=WHAT, unset=_models_own("overlap"), affects=CHANGES_VALUES,
     )  # fmt: skip
     tissue: str = _run_option(
-        "auto", "auto, none (the whole slide), or a GeoJSON or mask image.", "--tissue",
+        "auto", "auto, none (the whole slide), annotations (GeoJSON, XML) or a mask image.", "--tissue",
         panel=WHAT, metavar="WHERE", affects=CHANGES_RESULT, takes="a path or a word",
     )  # fmt: skip
     regions: str | None = _run_option(
-        None, "GeoJSON of polygons (level-0 px): work only there.", "--regions",
+        None, "Annotations (GeoJSON, XML): work only in their polygons.", "--regions",
         panel=WHAT, metavar="FILE", affects=CHANGES_RESULT, takes="a path or a word", commands=("run",),
         see="[outputs](outputs.md)",
     )  # fmt: skip
     min_tissue: float = _run_option(
-        0.02, "Share of a tile that must be tissue.", panel=WHAT, affects=CHANGES_RESULT, check=_check_share
+        LEAST_TISSUE, "Share of a tile that must be tissue.", panel=WHAT, affects=CHANGES_RESULT, check=_check_share
     )
     mpp_override: float | None = _run_option(
         None, "Take the slides' own pixel to be this many micrometres wide.", "--mpp-override",
@@ -216,20 +231,21 @@ class RunOptions:
     )  # fmt: skip
     batch_size: int = _run_option(64, "Tiles per batch; changes speed only.", "--batch-size", check=_at_least(1))
     block_tiles: int | None = _run_option(
-        None, "Rows and columns of tiles that are read and kept together. (default: 4, for embed 8)",
+        None, "Rows and columns of tiles that are read and kept together.",
+        unset={"run": str(BLOCK_TILES), "embed": str(EMBED_DEFAULTS["block_tiles"])},
         affects=("values",), check=_check_blocks,
     )  # fmt: skip
     workers: int = _run_option(
-        0, "Local worker processes, each on a GPU of its own; 0: this process. (default: 0)", "--workers",
+        0, "Local worker processes, each on a GPU of its own; 0: this process.", "--workers",
         per="run", check=_at_least(0),
     )  # fmt: skip
     threads: int | None = _run_option(None, "Model threads per process.", "--threads", check=_at_least(1))
     device: str = _run_option(
-        "auto", "auto, cpu, cuda or cuda:N. (default: auto)", "--device", affects=("values",), check=_check_device
+        "auto", "auto, cpu, cuda or cuda:N.", "--device", affects=("values",), check=_check_device
     )
     runtime: str = _run_option(
         "eager",
-        "How the model runs: eager, compile, bf16 or onnx; the numbers differ a little. (default: eager)",
+        "How the model runs: eager, compile, bf16 or onnx; the numbers differ a little.",
         "--runtime", affects=CHANGES_VALUES, check=_one_of("eager", "compile", "bf16", "onnx"),
     )  # fmt: skip
     scheduler: str | None = _run_option(
@@ -307,16 +323,18 @@ _FIRST: tuple[Option, ...] = (
         "output", str, "Folder or s3:// prefix of the results.", "--output", "-o", panel=WHERE, settings=False
     ),
     _command_option(
-        "model", str, "Packaged model or model folder, s3:// too. (default: default)", "--model", "-m",
-        panel=WHAT, affects=CHANGES_VALUES, commands=("run",),
+        "model", str, "Packaged model or model folder, s3:// too.", "--model", "-m",
+        panel=WHAT, unset="default", affects=CHANGES_VALUES, commands=("run",),
     ),
     _command_option(
-        "encoder", str, "timm name, hf-hub: id, or model folder, s3:// too. (default: the default model's encoder)",
-        "--encoder", "--model", "-m", panel=WHAT, affects=CHANGES_VALUES, commands=("embed",),
+        "encoder", str, "timm name, hf-hub: id, or model folder, s3:// too.",
+        "--encoder", "--model", "-m", panel=WHAT, unset="the default model's encoder",
+        affects=CHANGES_VALUES, commands=("embed",),
     ),
     _command_option(
-        "tasks", str, "Task of the model, repeatable. (default: all; of a few-shot model that of its head)", "--task",
-        panel=WHAT, metavar="NAME", affects=CHANGES_VALUES, commands=("run",), several=True,
+        "tasks", str, "Task of the model, repeatable.", "--task",
+        panel=WHAT, unset="all; of a few-shot model that of its head",
+        metavar="NAME", affects=CHANGES_VALUES, commands=("run",), several=True,
     ),
     _command_option(
         "weights", str, "Local .safetensors weights of the encoder, or 'random'.", "--weights",
@@ -346,8 +364,8 @@ OBSERVE_OPTIONS: tuple[Option, ...] = (
     ),
     _command_option(
         "log_level", str,
-        "debug (every unit of work), info, warning or error; without --log-file to stderr. (default: info)",
-        "--log-level", panel=WATCH,
+        "debug (every unit of work), info, warning or error; without --log-file to stderr.",
+        "--log-level", panel=WATCH, unset="info",
     ),
     _command_option(
         "metrics_port", int, "Serve Prometheus metrics on this port of this machine.", "--metrics-port", panel=WATCH
@@ -378,6 +396,15 @@ OPTIONS: tuple[Option, ...] = _help_sequence()
 def command_options(command: CommandName) -> tuple[Option, ...]:
     """Return the options that a command has a flag for."""
     return tuple(option for option in OPTIONS if option.flags and command in option.commands)
+
+
+def default_words(option: Option, command: CommandName) -> str:
+    """Return what an option is when a user does not give it, in words; empty for flags and where that is nothing."""
+    if option.value_type is bool:
+        return ""
+    if option.default is not None:
+        return str(option.default)
+    return option.unset if isinstance(option.unset, str) else option.unset.get(command, "")
 
 
 def settings_names(command: CommandName) -> list[str]:

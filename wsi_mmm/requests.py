@@ -12,14 +12,22 @@ from wsi_mmm.engine.executors.tls import tls_of
 from wsi_mmm.engine.monitoring import run_report
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.run import RunRequest
+from wsi_mmm.engine.stages.context import recipe_tasks
 from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.errors import OptionError
 from wsi_mmm.host_tuning import cpu_count
 from wsi_mmm.inputs import expand_inputs, leads_away
 from wsi_mmm.model.card import WEIGHTS, model_path, read_card
 from wsi_mmm.model.fetch import fetch_model
-from wsi_mmm.model.identity import check_runtime, check_weights, encoder_identity, is_model, model_identity
-from wsi_mmm.options import RunOptions
+from wsi_mmm.model.identity import (
+    check_device,
+    check_runtime,
+    check_weights,
+    encoder_identity,
+    is_model,
+    model_identity,
+)
+from wsi_mmm.options import EMBED_DEFAULTS, RunOptions
 from wsi_mmm.slides.registry import find_reader
 from wsi_mmm.storage import store
 
@@ -38,7 +46,8 @@ def model_recipe(model: str, tasks: str | Sequence[str] | None, options: RunOpti
             raise OptionError(f"model {model!r} has no task {name!r}; it has: {', '.join(known) or 'none'}")
     chosen = tuple(name for name in known if name in wanted)
     check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
-    base = Recipe(model, model_identity(here, card), chosen, card.mpp, card.tile_size, card.overlap)
+    identity = model_identity(here, card)
+    base = Recipe(model, identity, chosen, card.mpp, card.tile_size, card.overlap, model_mpp=card.mpp)
     recipe = _apply_options(base, options)
     for task in card.tasks:
         if task.name in chosen and task.head == "bag" and (recipe.mpp, recipe.tile) != (card.mpp, card.tile_size):
@@ -52,14 +61,25 @@ def model_recipe(model: str, tasks: str | Sequence[str] | None, options: RunOpti
 def encoder_recipe(encoder: str, weights: str | None, options: RunOptions) -> Recipe:
     """Return the recipe of features alone, of a model's encoder or of a bare one. Raises OptionError, ModelError."""
     here = fetch_model(encoder, user_cache())
-    bare = not is_model(here)
+    bare, model_mpp = not is_model(here), None
     if bare:
         identity = encoder_identity(encoder, weights)
     else:
         card = read_card(here)
         check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
-        identity = model_identity(here, card)
-    base = Recipe(encoder, identity, (), 0.5, 256, 0, block_tiles=8, encoder=bare, weights=weights)
+        identity, model_mpp = model_identity(here, card), card.mpp
+    base = Recipe(
+        encoder,
+        identity,
+        (),
+        EMBED_DEFAULTS["mpp"],
+        int(EMBED_DEFAULTS["tile_size"]),
+        int(EMBED_DEFAULTS["overlap"]),
+        int(EMBED_DEFAULTS["block_tiles"]),
+        encoder=bare,
+        weights=weights,
+        model_mpp=model_mpp,
+    )
     return _apply_options(base, options)
 
 
@@ -69,7 +89,7 @@ def _apply_options(base: Recipe, options: RunOptions) -> Recipe:
         find_reader(options.reader)
     if options.cache_quota is not None and not store.is_local(options.cache or "."):
         raise OptionError("a quota holds for a cache in a folder; give a bucket a lifecycle rule instead")
-    tile = options.tile_size or base.tile
+    tile = base.tile if options.tile_size is None else options.tile_size
     overlap = base.overlap if options.tile_size is None else min(base.overlap, tile // 8 // 2 * 2)
     share = max(1, cpu_count() // options.workers) if options.workers else None  # local workers share the processors
     return replace(
@@ -118,11 +138,21 @@ def request_run(slides: Slides, recipe: Recipe, output: str | Path) -> RunReques
     return RunRequest(tasks, recipe, out, tls)
 
 
-def check_runtime_here(request: RunRequest) -> RunRequest:
-    """Return the request if this machine has the packages of its runtime; a cluster's workers check for themselves."""
-    if not request.recipe.options.scheduler:
-        check_runtime(request.recipe.options.runtime)
-    return request
+def check_recipe_here(recipe: Recipe) -> Recipe:
+    """Return the recipe if this machine can run its model: packages of the runtime, device, weights, tasks of the card.
+
+    A cluster's workers check for themselves. Raises MissingPackage, OptionError, ModelError, PluginError.
+    """
+    options = recipe.options
+    if not options.scheduler:
+        check_runtime(options.runtime)
+        check_device(options.device)
+        if recipe.encoder and recipe.weights is None:
+            from wsi_mmm.model.hub import check_hub  # asks timm what the encoder is called there
+
+            check_hub(recipe.model)
+        recipe_tasks(recipe)
+    return recipe
 
 
 def _absolute_uri(uri: str) -> str:

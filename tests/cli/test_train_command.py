@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
-from shapely.geometry import Polygon
+from shapely.geometry import Point, Polygon, box
 from typer.testing import CliRunner, Result
 
-from helpers.annotation_targets import MODEL, geojson, joint
+from helpers.annotation_targets import MODEL, discs, geojson, joint, patches
 from wsi_mmm import api
 from wsi_mmm.cli import console, train
 from wsi_mmm.cli.main import app
-from wsi_mmm.cli.train import EVERY, EXAMPLE, _LossLines
+from wsi_mmm.cli.train import EVERY, _LossLines
 from wsi_mmm.errors import Cancelled, NotFinite
+from wsi_mmm.outputs.exports import write_features
 from wsi_mmm.slides.fake import SyntheticNuclei
+from wsi_mmm.training.data.embedding import source_identity
+from wsi_mmm.training.examples import EXAMPLES
 from wsi_mmm.training.fit import StepReport
 
 
@@ -67,13 +71,91 @@ def slides(tmp_path: Path, tiny_slide: Path, tiny_truth: SyntheticNuclei) -> Pat
     return written(tmp_path / "slides.toml", raw)
 
 
-def test_the_example_is_valid_by_the_printed_schema() -> None:
-    """--example is what --schema describes."""
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_the_examples_are_valid_by_the_printed_schema(name: str) -> None:
+    """--example is what --schema describes; without a name it is that of pictures."""
     schema = json.loads(invoke("--schema").stdout)
-    example = invoke("--example").stdout
-    assert example == EXAMPLE
+    example = invoke("--example", name).stdout
+    assert example == EXAMPLES[name] and invoke("--example").stdout == EXAMPLES["pictures"]
     jsonschema.validate(tomllib.loads(example), schema)
     assert "tracking" in schema["properties"]
+    wrong = invoke("--example", "films")
+    assert wrong.exit_code == 1 and "no example 'films'; choose one of: pictures, slides, bags" in wrong.stderr
+
+
+def files_of_pictures(folder: Path) -> None:
+    """Patches of two classes and four patients, and pictures with masks."""
+    discs(folder / "glands")
+    patches(folder / "made")
+    for name, made in (("tumour", "dark"), ("normal", "pale")):
+        for path in (folder / "made" / made).iterdir():
+            target = folder / "patches" / name / path.name.replace("p", "patient", 1)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+
+
+def files_of_slides(folder: Path, slide: Path) -> None:
+    """Four slides of four patients with a region that was annotated, in QuPath's words, and a point."""
+    (folder / "slides").mkdir()
+    for number in range(1, 5):
+        (folder / "slides" / f"P{number}_a.tiff").symlink_to(slide)
+        shapes = [("ROI", box(0, 0, 1400, 1100)), ("Tumor", box(0, 0, 700, 1100)), ("Stroma", box(700, 0, 1300, 1100)),
+                  ("Tumor", Point(1350, 600)), ("Fat", box(1350, 0, 1390, 40))]  # fmt: skip
+        geojson(folder / "slides" / f"P{number}_a.geojson", shapes)
+
+
+def files_of_bags(folder: Path) -> None:
+    """Eight slides' vectors as embed writes them, and the table."""
+    made = {"encoder": "default", "model_hash": source_identity("default", None), "mpp": 0.5, "patch_size": 256,
+            "overlap": 0}  # fmt: skip
+    rows = ["slide,patient,grade"]
+    for number in range(8):
+        vectors = np.random.default_rng(number).normal(size=(3, 224)).astype(np.float32)
+        write_features(f"{folder}/features/s{number}/features.zarr", vectors, np.zeros((3, 2), np.int64), made)
+        rows.append(f"s{number},p{number},{('low', 'high')[number % 2]}")
+    (folder / "slides.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_every_example_passes_its_dry_run_when_its_files_are_there(name: str, in_tmp: Path, tiny_slide: Path) -> None:
+    """And names the first that is missing when they are not."""
+    path = in_tmp / "example.toml"
+    path.write_text(invoke("--example", name).stdout)
+    missing = invoke(path, "--dry-run")
+    assert missing.exit_code == 1 and missing.stderr.count("\n") == 1, missing.output
+    if name == "slides":
+        files_of_slides(in_tmp, tiny_slide)
+    else:
+        {"pictures": files_of_pictures, "bags": files_of_bags}[name](in_tmp)
+    found = invoke(path, "--dry-run")
+    assert found.exit_code == 0, found.output
+    words = {"pictures": "'background' is the background, which is not drawn", "bags": "low 3, high 3",
+             "slides": "points among them: 4, learnt as discs of 4 µm"}[name]  # fmt: skip
+    assert words in found.stdout and "warning" not in found.stdout, found.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("validation.best=tissue.mean_iou", "validation.best is 'tissue.mean_iou': a task of kind 'classify' gives"),
+        ("validation.best=tissues.f1", "give task.metric; tasks are: tissue, disc"),
+        ("model.encoder.name=resnet1000", "resnet1000"),
+        ("optim.frozen=99", "frozen is 99, but the model has"),
+        ("out=s3://bucket/run", "the model is written to a local folder"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_training_would_refuse(config: Path, setting: str, words: str) -> None:
+    """Before hours of queueing: a metric that the task does not have, an encoder that nobody knows, and the like."""
+    result = invoke(config, "--dry-run", "--set", setting)
+    assert result.exit_code == 1 and words in result.stderr and result.stderr.count("\n") == 1, result.output
+
+
+def test_a_dry_run_refuses_a_missing_mask(config: Path, tmp_path: Path) -> None:
+    """The picture without one is named."""
+    gone = next((tmp_path / "discs" / "masks").iterdir())
+    gone.unlink()
+    result = invoke(config, "--dry-run")
+    assert result.exit_code == 1 and gone.stem in result.stderr and result.stderr.count("\n") == 1, result.output
 
 
 def test_help_teaches_by_example() -> None:

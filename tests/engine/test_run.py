@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from helpers.plans import plan_of, result_of
 from wsi_mmm.engine.events import Event, Listener, SlideStatus
 from wsi_mmm.engine.run import RunRequest, file_sizes, largest_first, run_slides
 from wsi_mmm.engine.units import Capabilities, Kind, SlidePlan, UnitResult, WorkUnit, failure_of
-from wsi_mmm.errors import Cancelled, StorageError
+from wsi_mmm.errors import Cancelled, ModelNotLoaded, StorageError
 
 
 @dataclass
@@ -110,3 +111,55 @@ def test_slides_in_a_bucket_are_weighed_by_one_listing(monkeypatch: pytest.Monke
     many = [f"s3://b/study/{n}.svs" for n in range(5)]
     assert file_sizes([*many, "s3://b/else/1.svs"])[many[4]] == 4
     assert asked == ["s3://b/study"]
+
+
+@dataclass
+class NoModel(Pretend):
+    """An executor whose model cannot be loaded; ``after``: forwards that some worker did before."""
+
+    after: int = 0
+    forwards: int = 0
+
+    def start(self, unit: WorkUnit) -> None:
+        super().start(unit)
+        self.forwards += unit.kind == "forward"
+        if unit.kind == "forward" and self.forwards > self.after:
+            self.done[-1] = failure_of(unit, ModelNotLoaded("the device 'cuda' cannot be used here"))
+
+    def wait(self, timeout: float) -> UnitResult | None:
+        return self.done.pop(0) if self.done else None
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run_once(tmp_path: Path) -> None:
+    """Not slide by slide; the report of an earlier run stands."""
+    wanted, plan = request(tmp_path, "a", "b", "c")
+    (tmp_path / "report.json").write_text("earlier")
+    executor, heard = NoModel(plan), list[Event]()
+    with pytest.raises(ModelNotLoaded, match="the device 'cuda' cannot be used here"):
+        run_slides(wanted, executor, heard.append)
+    assert executor.log[-1] == "closed, cancel=True" and not [event for event in heard if event.kind == "slide"]
+    assert (tmp_path / "report.json").read_text() == "earlier"
+
+
+def test_one_worker_without_the_model_fails_its_units_alone(tmp_path: Path) -> None:
+    """Once tiles have gone through the model elsewhere the others go on."""
+    wanted, plan = request(tmp_path, "a")
+    report = run_slides(wanted, NoModel(plan, after=1), lambda event: None)
+    assert [row.status for row in report.slides] == ["failed"]
+
+
+def test_what_is_off_scale_is_said_once_and_reported(tmp_path: Path) -> None:
+    """The model's resolution before the first slide, a coarse slide at the first one; each slide in the report."""
+    wanted, plan = request(tmp_path, "a", "b")
+    recipe = replace(wanted.recipe, model_mpp=wanted.recipe.mpp / 2)
+    wanted = replace(wanted, recipe=recipe, tasks=tuple(replace(task, recipe=recipe) for task in wanted.tasks))
+    coarse = replace(plan, slide=wanted.tasks[0], grid=replace(plan.grid, scale_x=0.6, scale_y=0.6))
+    heard = list[Event]()
+    report = run_slides(wanted, Pretend(coarse), heard.append)
+    said = [event.message for event in heard if event.kind == "warning"]
+    assert len(said) == 2 and heard[0].message == said[0] == recipe.warnings()[0]
+    assert said[1].startswith("b was scanned at 0.5 mpp, coarser than the 0.5 mpp asked for")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["warnings"] == report.warnings == said
+    assert [slide["warning"].split()[0] for slide in found["slides"]] == ["a", "b"]
+    assert "2 times smaller" in (tmp_path / "report.html").read_text()

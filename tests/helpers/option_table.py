@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wsi_mmm.options import OPTIONS, Option
+from wsi_mmm.options import OPTIONS, Option, default_words
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 BEGIN = "<!-- begin of the option table: made by tests/helpers/option_table.py -->"
@@ -23,6 +23,10 @@ def _row(option: Option) -> str:
     flags += f"`{option.flags[-1]}{value}`" if option.flags else ""
     name = f"`{option.name}`" if option.settings or option.name == "output" else ""
     default = "" if option.default is None or not name else f"`{option.default}`"
+    if option.default is None:
+        words = {command: default_words(option, command) for command in option.commands}
+        same = len(set(words.values())) == 1
+        default = words[option.commands[0]] if same else ", ".join(f"`{name}`: {text}" for name, text in words.items())
     only = f"`{option.commands[0]}`: " if len(option.commands) == 1 else ""
     see = f" See {option.see}." if option.see else ""
     changes = ", ".join(option.affects) or "nothing"

@@ -85,7 +85,7 @@ def test_lists_and_objects_are_counted_before_they_are_made(monkeypatch: pytest.
     monkeypatch.setattr(limits, "MAX_LISTS", 1000)
     with pytest.raises(AnnotationError, match="more than 1,000 lists"):
         parse_shapes(b"[" + b"[]," * 1000 + b"[]]", "x")
-    monkeypatch.setattr("wsi_mmm.annotations.MAX_OBJECTS", 2)
+    monkeypatch.setattr("wsi_mmm.annotations.geojson_file.MAX_OBJECTS", 2)
     point = b'{"type": "Point", "coordinates": [1, 2]}'
     assert len(parse_shapes(b"[" + b",".join([point] * 2) + b"]", "x").dots) == 2
     with pytest.raises(AnnotationError, match="more than 2 objects"):

@@ -37,6 +37,7 @@ def test_every_kind_of_key_is_listed_and_read(bucket: str) -> None:
     _put("p/folder.tif/", b"")
     assert store.list_uris(f"{bucket}/p") == store.list_uris(f"{bucket}/p/") == sorted(wanted)
     assert store.list_uris(bucket) == sorted(wanted)
+    assert store.list_folders(bucket) == ["p"]
     for uri, data in wanted.items():
         opened = store.open_store(uri)
         assert (opened.size, bytes(opened.get_ranges([(3, 4)])[0])) == (len(data), data[3:7])

@@ -210,3 +210,12 @@ def test_an_answer_of_another_length_is_never_taken_for_the_bytes_asked_for(
         opened.get_ranges([(10, 20)])
     assert "hidden" not in str(caught.value)
     assert opened.get_ranges([(100, 20)]) == [b""]
+
+
+def test_folders_of_a_prefix_are_listed_without_what_is_in_them(bucket: str) -> None:
+    """Their names, as the tables of all slides want them; through fsspec, too."""
+    for root in (f"{bucket}/out", f"memory://{bucket.partition('//')[2]}/out"):
+        assert store.list_folders(root) == []
+        for name in ("b/slide.json", "a/slide.json", "a/features.zarr/c/0", "report.json"):
+            store.write_bytes(store.join(root, name), b"{}")
+        assert store.list_folders(root) == store.list_folders(root + "/") == ["a", "b"]

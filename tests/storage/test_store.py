@@ -81,6 +81,7 @@ def test_a_local_object_is_written_read_listed_and_deleted(tmp_path: Path, form:
     assert store.exists(uri)
     assert store.read_bytes(uri) == b"hello"
     assert store.list_uris(root) == [uri, store.join(root, "c.bin")]
+    assert store.list_folders(root) == ["a"] and store.list_folders(store.join(root, "none")) == []
     store.write_bytes(uri, b"other")
     assert store.read_bytes(uri) == b"other"
     store.delete(uri)

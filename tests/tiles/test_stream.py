@@ -75,6 +75,19 @@ def test_bytes_do_not_depend_on_blocks_batches_or_threads(mpp: float) -> None:
         assert sorted_whole(list(got)) == want
 
 
+@pytest.mark.parametrize("bytes_", [1, 8 * 3 * 64**2, 1 << 30])
+def test_tiles_row_by_row_are_those_of_blocks(bytes_: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With by_row the sequence is that of the grid, whatever is read together; the memory held follows ROWS_BYTES."""
+    monkeypatch.setattr("wsi_mmm.tiles.stream.ROWS_BYTES", bytes_)
+    reader, grid, index = a_grid(0.7)
+    want = sorted_whole(list(stream(reader, grid, index, workers=0)))
+    for batch_size, workers in [(1, 0), (7, 2), (1000, 3)]:
+        got = list(stream(reader, grid, index, batch_size=batch_size, workers=workers, by_row=True))
+        assert [len(batch.xy) for batch in got[:-1]] == [batch_size] * (len(got) - 1)
+        assert np.array_equal(np.concatenate([batch.index for batch in got]), index)
+        assert sorted_whole(got) == want
+
+
 def test_a_tile_at_scale_one_is_the_slide_itself() -> None:
     """Tile (1, 2) of 64 px with stride 48 begins at level-0 (96, 48); beyond the slide it is white."""
     reader, grid, _ = a_grid(0.5)

@@ -285,6 +285,26 @@ def test_outlines_off_the_slide_are_an_error_that_says_where_they_lie(tmp_path: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_xml_of_a_viewer_is_a_mask_and_what_it_does_not_use_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, encoding: str
+) -> None:
+    """Half of a square is on the slide, another one off it; a ruler has no area."""
+    squares = [(0, 0, 0), (0, -16, 0), (0, 9000, 0), (4, 0, 0)]
+    regions = "".join(
+        f'<Region Type="{kind}">'
+        + "".join(f'<Vertex X="{x + dx}" Y="{y + dy}"/>' for dx, dy in ((0, 0), (32, 0), (32, 32), (0, 32)))
+        + "</Region>"
+        for kind, x, y in squares
+    )
+    text = f"<Annotations><Annotation><Regions>{regions}</Regions></Annotation></Annotations>"
+    (tmp_path / "a.xml").write_bytes(text.encode(encoding))
+    found = tissue_mask(array_slide(np.full((*SIZE, 3), 255, np.uint8)), str(tmp_path / "a.xml"))
+    assert found.mask[:32, :32].all() and found.mask.sum() <= 33 * 33
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "1 objects in it are no polygon" in said and "1 objects in it lie off the slide, 1 reach beyond it" in said
+
+
 # --------------------------------------------------------------------------------------------- selecting tiles
 
 

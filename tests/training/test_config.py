@@ -11,12 +11,12 @@ import jsonschema
 import pytest
 
 from helpers.annotation_targets import ENCODER
-from wsi_mmm.cli.train import EXAMPLE
 from wsi_mmm.errors import ConfigError, ModelError, OptionError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks import make_task
 from wsi_mmm.tasks.segment import Segment
 from wsi_mmm.training.config import TrainConfig, json_schema, model_card, parse
+from wsi_mmm.training.examples import EXAMPLES
 
 
 def small(**more: Any) -> dict[str, Any]:
@@ -92,6 +92,12 @@ def test_a_setting_that_fits_nowhere_is_named(setting: str, words: str) -> None:
         (small(task=[*small()["task"], {"name": "u", "kind": "segment", "classes": ["a"]}]), "no data is of task 'u'"),
         (small(validation={"best": "u.f1"}), r"validation\.best is 'u\.f1': give task\.metric; tasks are: t"),
         (small(validation={"best": "t"}), r"give task\.metric"),
+        (small(validation={"best": "t.f2"}),
+         r"validation\.best is 't\.f2': a task of kind 'classify' gives accuracy, balanced_accuracy, f1, auroc, ap"),
+        (small(validation={"best": "t.auroc", "lower": True}),
+         r"t\.auroc is better the higher it is: set validation\.lower = false"),
+        (small(task=[{"name": "t", "kind": "regress", "classes": ["a"]}], validation={"best": "t.mae"}),
+         r"t\.mae is better the lower it is: set validation\.lower = true"),
         (small(validation={"patience": 2}), r"patience wants .* give validation\.best"),
         (small(sampling={"fraction_of": ["e"]}), "fraction_of names 'e'; data sets are: d"),
         (small(sampling={"policy": "random"}), r"sampling\.policy: .*'balanced'"),
@@ -115,6 +121,10 @@ def test_what_is_wrong_is_named_with_its_fix(raw: dict[str, Any], words: str) ->
         ({"kind": "segment", "classes": ["a"], "scope": "bag"}, "'segment' answers for pixels, not for bags"),
         ({"kind": "instances", "classes": ["a", "b"]}, "takes exactly one class"),
         ({"kind": "classify", "classes": ["a"], "params": {"smoothing": 2}}, "give a share from 0"),
+        (
+            {"kind": "classify", "classes": ["a"], "params": {"weight:b": 2}},
+            "params has 'weight:b', which 'classify' does not know: it knows smoothing, weight:a",
+        ),
     ],
 )
 def test_a_task_that_cannot_be_is_named(task: dict[str, Any], words: str) -> None:
@@ -130,7 +140,7 @@ def test_the_schema_accepts_the_example_and_refuses_a_misspelling() -> None:
     """--schema is a JSON schema by which editors find what `parse` finds, and the example is a training."""
     schema = json.loads(json.dumps(json_schema()))
     jsonschema.Draft202012Validator.check_schema(schema)
-    example = tomllib.loads(EXAMPLE)
+    example = tomllib.loads(EXAMPLES["pictures"])
     jsonschema.validate(example, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**example, "stepps": 3}, schema)
@@ -139,7 +149,7 @@ def test_the_schema_accepts_the_example_and_refuses_a_misspelling() -> None:
 
 def test_a_configuration_survives_json() -> None:
     """What is written into a card is read back as the same configuration."""
-    config = parse(tomllib.loads(EXAMPLE), ["model.mean=[0.5,0.5,0.5]", f"model.encoder={_toml(ENCODER)}"])
+    config = parse(tomllib.loads(EXAMPLES["pictures"]), ["model.mean=[0.5,0.5,0.5]", f"model.encoder={_toml(ENCODER)}"])
     text = json.dumps(config.model_dump(mode="json"))
     assert TrainConfig.model_validate(json.loads(text)) == config
     assert parse(json.loads(text)) == config

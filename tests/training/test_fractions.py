@@ -56,7 +56,7 @@ def test_each_share_is_trained_once_and_summed_up(tmp_path: Path, monkeypatch: p
 
     with pytest.raises(ConfigError, match=r"another configuration \(optim differ\): choose another out"):
         train_fractions(parse(joint(tmp_path), ["steps=1", "seed=3", "optim.rate=0.5"]), [50], seeds=1)
-    with pytest.raises(ConfigError, match=r"gives no figure 'disc\.nothing'; it gives: tissue\.accuracy"):
+    with pytest.raises(OptionError, match=r"the metric is 'disc\.nothing': a task of kind 'segment' gives mean_iou"):
         train_fractions(config, [50], seeds=1, metric="disc.nothing")
     older = json.loads((tmp_path / "run" / names[0] / "result.json").read_text())
     del older["configuration"]["model"]["crop"]  # an option that there was not yet

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from wsi_mmm.errors import Cancelled, WsiError
+from wsi_mmm.errors import Cancelled, WsiError, printable
 
 OK, NOTHING_RAN, STOPPED = 0, 1, 130
 """Exit codes beside those of a run that ended, which `RunReport.exit_code` gives, and typer's 2 for wrong usage."""
@@ -121,7 +121,7 @@ def fail(error: BaseException, message: str, code: int) -> NoReturn:
 def error_line(message: str) -> None:
     """One line on stderr, whatever line breaks a foreign text brought along."""
     label = typer.style("error:", fg="red", bold=True) if sys.stderr.isatty() else "error:"
-    typer.echo(f"{label} {' '.join(message.split())}", err=True)
+    typer.echo(f"{label} {' '.join(printable(message).split())}", err=True)
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -130,7 +130,7 @@ def error_line(message: str) -> None:
 def say(text: str = "") -> None:
     """A line on stdout; nothing with ``--json``."""
     if not flags.json:
-        typer.echo(text)
+        typer.echo(printable(text))
 
 
 def say_json(value: object) -> None:
@@ -152,7 +152,15 @@ def plain(value: object) -> object:
     def fallback(other: Any) -> object:
         return other.item() if hasattr(other, "item") else str(other)
 
-    return to_jsonable_python(value, inf_nan_mode="null", fallback=fallback)
+    return _printable_json(to_jsonable_python(value, inf_nan_mode="null", fallback=fallback))
+
+
+def _printable_json(value: object) -> object:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(str(key)): _printable_json(inner) for key, inner in value.items()}
+    return [_printable_json(inner) for inner in value] if isinstance(value, list) else value
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> None:
@@ -161,14 +169,14 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> None:
         return
     if not sys.stdout.isatty():
         for row in [header, *rows]:
-            typer.echo("\t".join(str(cell) for cell in row))
+            typer.echo("\t".join(printable(str(cell)) for cell in row))
         return
     from rich.console import Console
     from rich.table import Table
 
     drawn = Table(*header, header_style="bold")
     for row in rows:
-        drawn.add_row(*(str(cell) for cell in row))
+        drawn.add_row(*(printable(str(cell)) for cell in row))
     Console().print(drawn)
 
 

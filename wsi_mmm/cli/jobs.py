@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wsi_mmm import config
-from wsi_mmm.cli.console import command, make_app, say, say_json, table
+from wsi_mmm.cli.console import STOPPED, command, make_app, say, say_json, table
 from wsi_mmm.cli.progress import duration
 
 if TYPE_CHECKING:
@@ -57,14 +57,22 @@ def watch(name: Name, scheduler: SchedulerFlag, tls: TlsFlag = None) -> int:
     Examples:
       wsi-mmm jobs watch 1a2b3c4d --scheduler tcp://host:8786
     """
-    status = None
-    for status in _attach_job(name, scheduler, tls).watch():
-        say_json(status)
-        slides = f"{status.slides_done}/{status.slides_total} slides"
-        # By the clock of the process that runs it.
-        seconds = max(0.0, (status.ended or time.time()) - status.started)
-        running = f", {duration(seconds)}" if status.started else ""
-        say(f"{status.state}  {slides}, {_tile_counts(status)} tiles{running}")
+    status, warned = None, 0
+    try:
+        for status in _attach_job(name, scheduler, tls).watch():
+            say_json(status)
+            slides = f"{status.slides_done}/{status.slides_total} slides"
+            # By the clock of the process that runs it.
+            seconds = max(0.0, (status.ended or time.time()) - status.started)
+            running = f", {duration(seconds)}" if status.started else ""
+            for warning in status.warnings[warned:]:
+                say(f"warning: {warning}")
+            warned = len(status.warnings)
+            say(f"{status.state}  {slides}, {_tile_counts(status)} tiles{running}")
+    except KeyboardInterrupt:
+        where = f"{name} --scheduler {scheduler}"
+        say(f"job {name} goes on; 'wsi-mmm jobs watch {where}' follows it, 'wsi-mmm jobs cancel {where}' stops it")
+        return STOPPED
     if status is not None and status.error:
         say(status.error)
     return 0 if status is not None and status.state == "done" else 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
+import sys
 from typing import Annotated, NoReturn
 
 import typer
@@ -63,11 +66,22 @@ app.add_typer(models.models_app, name="models", rich_help_panel=_REST)
 def main() -> None:
     """Entry point of the ``wsi-mmm`` command; tunes the process, which a library call never does."""
     tune_process()
+    _keep_streams()
     for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _raise_interrupt)
     app()
+
+
+def _keep_streams() -> None:
+    """Make any text printable on standard output and error; a stream that was closed swallows what is printed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # opened first, so that no slide or result gets its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (to the end of the process)
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _raise_interrupt(*_: object) -> NoReturn:

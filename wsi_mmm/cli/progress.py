@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from wsi_mmm.cli.console import error_line, flags, print_json, say, say_json
+from wsi_mmm.errors import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -178,7 +179,7 @@ def line(event: Event, pace: str = "") -> str:
     detail = ", ".join(part for part in (count, pace, event.message) if part)
     if event.total == 1 and event.status == "failed":
         detail = "failed"  # the reason is the very next line
-    return f"{words}{number}{event.slide}" + (f": {detail}" if detail and event.slide else detail)
+    return printable(f"{words}{number}{event.slide}" + (f": {detail}" if detail and event.slide else detail))
 
 
 class ProgressBars:
@@ -220,7 +221,7 @@ def print_report(report: RunReport) -> int:
     for row in bad:
         trace = row.extra.get("traceback", "")
         if flags.debug and trace:
-            typer.echo(trace, err=True, nl=False)
+            typer.echo(printable(trace), err=True, nl=False)
         hint = "" if flags.debug or not trace else " (--debug shows where)"
         error_line(f"{row.id} {row.status}: {row.error or 'some tiles could not be read'}{hint}")
     counts = Counter(row.status for row in report.slides)

@@ -19,6 +19,7 @@ from wsi_mmm.options import (
     Option,
     check_value,
     command_options,
+    default_words,
     resolution,
     settings_names,
 )
@@ -50,7 +51,7 @@ def add_flags(command: CommandName, *, output: str) -> Callable[[Command], Comma
     """
 
     def decorate(function: Command) -> Command:
-        made = [_flag_parameter(option, output) for option in command_options(command)]
+        made = [_flag_parameter(option, command, output) for option in command_options(command)]
         inputs = Parameter("inputs", Parameter.KEYWORD_ONLY, annotation=Inputs)
         function.__signature__ = Signature([inputs, *made])  # type: ignore[attr-defined]
         return function
@@ -58,12 +59,13 @@ def add_flags(command: CommandName, *, output: str) -> Callable[[Command], Comma
     return decorate
 
 
-def _flag_parameter(option: Option, output: str) -> Parameter:
+def _flag_parameter(option: Option, command: CommandName, output: str) -> Parameter:
     kind: Any = str if option.parse else option.value_type
     if kind is not bool:
         kind = (list[kind] if option.several else kind) | None
     default = output if option.name == "output" else False if option.value_type is bool else None
-    flag = typer.Option(*option.flags, help=option.help, rich_help_panel=option.panel, metavar=option.metavar)
+    words = f" (default: {words})" if (words := default_words(option, command)) else ""
+    flag = typer.Option(*option.flags, help=option.help + words, rich_help_panel=option.panel, metavar=option.metavar)
     return Parameter(option.name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, flag], default=default)
 
 

@@ -35,7 +35,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Open and divide the data, say what there is, learn nothing.")
     ] = False,
-    example: Annotated[bool, typer.Option("--example", help="Print a configuration to begin with.")] = False,
+    example: Annotated[
+        bool,
+        typer.Option("--example", help="Print a configuration to begin with: of pictures, or --example slides|bags."),
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of configurations.")] = False,
     fractions: Annotated[
         str | None,
@@ -64,6 +67,7 @@ def train(
     \b
     Examples:
       wsi-mmm train --example > joint.toml
+      wsi-mmm train --example slides > slides.toml     (QuPath's annotations; --example bags: a label per slide)
       wsi-mmm train joint.toml --dry-run
       wsi-mmm train joint.toml --set steps=200 --set out=runs/try
       wsi-mmm train joint.toml --fractions 1,10,50,100 --seeds 3
@@ -75,7 +79,11 @@ def train(
         print_json(words.json_schema())
         return
     if example:
-        sys.stdout.write(EXAMPLE)
+        from wsi_mmm.training.examples import EXAMPLES
+
+        if config not in (None, *EXAMPLES):
+            raise OptionError(f"there is no example '{config}'; choose one of: {', '.join(EXAMPLES)}")
+        sys.stdout.write(EXAMPLES[config or "pictures"])
         return
     if config is None:
         raise OptionError("give a configuration; wsi-mmm train --example prints one to begin with")
@@ -210,61 +218,3 @@ def _draw_bar() -> Iterator[tuple[Callable[[StepReport], None], Callable[[str], 
             bars.update(row, completed=progress.step, total=progress.steps, words=words(progress))
 
         yield step, lambda text: bars.print(text, markup=False)
-
-
-EXAMPLE = """\
-# wsi-mmm train joint.toml: one encoder learns two tasks from two data sets. --schema lists every option.
-out = "runs/joint"
-seed = 0
-steps = 2000
-
-[model]
-name = "joint"
-mpp = 0.5                    # micrometres per pixel of what the model sees
-tile_size = 256
-encoder = { name = "resnet18d", weights = "random" }   # or "pretrained", or a .safetensors file
-
-[[task]]
-name = "tissue"
-kind = "classify"
-classes = ["tumour", "normal"]
-
-[[task]]
-name = "gland"
-kind = "segment"
-classes = ["background", "gland"]
-
-[[data]]
-name = "patches"             # patches/tumour/*.png, patches/normal/*.png
-kind = "class-folders"
-task = "tissue"
-path = "patches"
-group = "(patient[0-9]+)"    # what must stay on one side of the split
-batch = 16
-
-[[data]]
-name = "glands"              # glands/images/*.png and glands/masks/*.png, of the same names
-kind = "image-masks"
-task = "gland"
-images = "glands/images"
-masks = "glands/masks"
-values = { 0 = "background", 1 = "gland", 255 = "" }
-batch = 8
-
-[split]
-val = 0.2
-test = 0.1
-
-[sampling]
-policy = "balanced"          # every data set in every step
-
-[optim]
-rate = 1e-3
-schedule = "cosine"
-warmup = 50
-average = 0.999              # moving average of the weights
-
-[validation]
-every = 200
-best = "tissue.balanced_accuracy"
-"""

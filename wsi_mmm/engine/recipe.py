@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wsi_mmm.errors import OptionError
-from wsi_mmm.options import RUN_OPTIONS, Affects, RunOptions, recipe_names
+from wsi_mmm.options import BLOCK_TILES, RUN_OPTIONS, Affects, RunOptions, recipe_names
+from wsi_mmm.storage import store
 
+MOST_TILE = 8192  # px of a tile's side: 200 MB of pixels
+OFF_SCALE = 1.1  # ratio of resolutions from which on objects look clearly larger or smaller than those learnt from
 RESULT_FORMAT = 3  # raised when the same recipe would give other objects or other files
 _RESOLVED = {"mpp": "mpp", "tile_size": "tile", "overlap": "overlap", "block_tiles": "block_tiles"}
 """Options that the model decides when the user does not: the fields of a recipe that hold what they came to."""
@@ -22,9 +25,10 @@ class Recipe:
     """The model and the options that turn slides into results.
 
     ``model``: name or path of a model, or of a bare encoder when ``encoder`` is true; ``model_hash`` identifies its
-    weights. ``mpp`` micrometres per target px; ``tile``/``overlap`` target px; ``block_tiles``: rows and columns of
-    tiles in a block. ``options``: what the user asked for, with paths made absolute. ``user_cache``: folder, on the
-    machine that works, of what is kept per user (``~`` is that machine's); None keeps nothing.
+    weights; ``model_mpp``: resolution at which it learnt, None: unknown. ``mpp`` micrometres per target px;
+    ``tile``/``overlap`` target px; ``block_tiles``: rows and columns of tiles in a block. ``options``: what the user
+    asked for, with paths made absolute. ``user_cache``: folder, on the machine that works, of what is kept per user
+    (``~`` is that machine's); None keeps nothing.
     """
 
     model: str
@@ -33,17 +37,19 @@ class Recipe:
     mpp: float
     tile: int
     overlap: int
-    block_tiles: int = 4
+    block_tiles: int = BLOCK_TILES
     options: RunOptions = field(default_factory=RunOptions)
     encoder: bool = False
     weights: str | None = None
     user_cache: str | None = None
+    model_mpp: float | None = None
     _result_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.tile < 16 or not 0 <= self.overlap < self.tile:
+        if not 16 <= self.tile <= MOST_TILE or not 0 <= self.overlap < self.tile:
             sizes = f"tile size {self.tile} px and overlap {self.overlap} px"
-            raise OptionError(f"{sizes} do not fit: tiles have at least 16 px and overlap by less than themselves")
+            bounds = f"tiles have 16 to {MOST_TILE} px and overlap by less than themselves"
+            raise OptionError(f"{sizes} do not fit: {bounds}")
         if self.tasks:
             self._check_map_sizes()
 
@@ -53,6 +59,18 @@ class Recipe:
             raise OptionError(f"tile size must be a multiple of 32 px of at least 64, not {self.tile}")
         if not 0 <= self.overlap <= self.tile // 2 or self.overlap % 8:
             raise OptionError(f"overlap must be a multiple of 8 px and at most half a tile, not {self.overlap}")
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return what a user should know before the run begins, a line each."""
+        if self.model_mpp is None or 1 / OFF_SCALE <= self.mpp / self.model_mpp <= OFF_SCALE:
+            return ()
+        seen = "smaller" if self.mpp > self.model_mpp else "larger"
+        ratio = max(self.mpp / self.model_mpp, self.model_mpp / self.mpp)
+        asked = f"{store.redact(self.model)} learnt at {self.model_mpp:g} mpp and is to work at {self.mpp:g} mpp"
+        return (
+            f"{asked}: it sees everything {ratio:.3g} times {seen} and will miss or mistake much of it; "
+            f"use --mpp {self.model_mpp:g} (Python: mpp={self.model_mpp:g})",
+        )
 
     def forward_hash(self, kind: str, scale: tuple[float, float], reader: str = "") -> str:
         """Return the hash of all that the network's values depend on.
@@ -86,6 +104,7 @@ class Recipe:
         """Return the recipe as a flat JSON object, for reports and workers."""
         return self._model_facts() | {
             "block_tiles": self.block_tiles, "weights": self.weights, "user_cache": self.user_cache,
+            "model_mpp": self.model_mpp,
             **{name: getattr(self.options, name) for name in _REPORTED},
         }  # fmt: skip
 

@@ -17,7 +17,7 @@ from wsi_mmm.engine.output_lock import TAKEN, claimed
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.scheduler import Scheduler
 from wsi_mmm.engine.units import Executor, SlideTask, UnitResult, WorkUnit
-from wsi_mmm.errors import OutputTaken, WsiError
+from wsi_mmm.errors import ModelNotLoaded, OutputTaken, WsiError
 from wsi_mmm.storage import store
 
 LISTED = 3  # slides of one folder of a bucket from which on the folder is listed
@@ -59,11 +59,12 @@ def run_slides(
         # The announcement ends before the executor is closed: it needs the executor's connection.
         with _close_after(running), announcing as announced:
             hooks = combine_hooks([Hooks(listener), Hooks(announced), observers])
-            for warning in able.warnings:
+            report = RunReport(request.output, request.recipe, tuple(task.id for task in tasks))
+            report.warnings = [*request.recipe.warnings()]
+            for warning in (*able.warnings, *report.warnings):
                 hooks.listener(Event("warning", "", message=warning))
             if able.dashboard:
                 hooks.listener(Event("stage", "", message=f"dashboard: {able.dashboard}"))
-            report = RunReport(request.output, request.recipe, tuple(task.id for task in tasks))
 
             def watch(thing: WorkUnit | UnitResult) -> None:
                 report.accounting.watch(thing)
@@ -71,14 +72,20 @@ def run_slides(
 
             upcoming = largest_first(tasks) if able.many_workers else tasks
             scheduler = Scheduler(upcoming, hooks.listener, request.recipe.options.placement)
+            saved = True
             try:
                 for state in scheduler.run(running, stop, watch):
                     row = report.add(state)
                     text = outcome_text(state, row.cache_hits)
                     done, total = scheduler.ended, scheduler.total
                     hooks.listener(Event("slide", state.task.id, done, total, text, state.status))
+            except ModelNotLoaded:  # nothing was done, and an earlier report stands
+                saved = bool(report.rows)
+                raise
             finally:
-                report.save()
+                report.warnings += scheduler.warnings
+                if saved:
+                    report.save()
     return report
 
 

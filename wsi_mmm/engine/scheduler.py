@@ -21,6 +21,7 @@ from wsi_mmm.engine.plan import (
     shard_groups_under,
     through_pool,
 )
+from wsi_mmm.engine.recipe import OFF_SCALE
 from wsi_mmm.engine.units import (
     BlockIndex,
     Box,
@@ -39,7 +40,7 @@ from wsi_mmm.engine.units import (
     Watch,
     WorkUnit,
 )
-from wsi_mmm.errors import Cancelled
+from wsi_mmm.errors import Cancelled, ModelNotLoaded
 from wsi_mmm.options import Placement
 
 # Later stages first: a slide that is nearly done frees memory and disk.
@@ -104,6 +105,17 @@ class SlideState:
         return max(0.0, self.ended - self.started)
 
 
+def enlarged_text(plan: SlidePlan) -> str:
+    """The warning for a slide that is coarser than the resolution asked for; empty for others."""
+    if min(plan.grid.scale_x, plan.grid.scale_y) * OFF_SCALE >= 1:
+        return ""
+    scanned = max(plan.info.mpp_x or 0.0, plan.info.mpp_y or 0.0)
+    asked = f"{plan.slide.recipe.mpp:g} mpp"
+    return (
+        f"{plan.slide.id} was scanned at {scanned:g} mpp, coarser than the {asked} asked for: its pixels are enlarged"
+    )
+
+
 class Scheduler:
     """The units of a run that are ready, by kind, and the slides under way; a slide that has ended is forgotten.
 
@@ -123,13 +135,16 @@ class Scheduler:
         self.running: Counter[Kind] = Counter()
         self.planning = 0  # slides whose plan is not in yet
         self.planned, self.planned_forwards = 0, 0  # plans ever, and forwards of all of them
+        self.computed = False  # some tile has gone through the model
+        self.warnings: list[str] = []  # what was said of slides, once per run
 
     def run(
         self, executor: Executor, stop: threading.Event | None = None, watch: Watch = lambda unit_or_result: None
     ) -> Iterator[SlideState]:
         """Drive the executor until every slide has ended; yields each slide's state as it ends.
 
-        Raises Cancelled soon after ``stop`` is set.
+        Raises Cancelled soon after ``stop`` is set; ModelNotLoaded when the model cannot be used and no tile went
+        through it yet: then the fault is not one worker's.
         """
         while True:
             self._open_slides(executor)
@@ -144,6 +159,8 @@ class Scheduler:
             if result is None:
                 continue
             watch(result)
+            if isinstance(result, Failure) and result.of_model and not self.computed:
+                raise ModelNotLoaded(result.error)
             state = self.receive(result)
             if state.status is not None and not state.running:
                 state.ended = time.time()
@@ -234,11 +251,15 @@ class Scheduler:
             for unit in interpret_units(plan):
                 state.interprets.add(unit, needed_blocks(unit))
         state.blocks_left = len(units) + len(state.interprets.units)
+        if not self.warnings and (text := enlarged_text(plan)):
+            self.warnings.append(f"{text}; report.json lists every such slide")
+            self.listener(Event("warning", "", message=self.warnings[0]))
         self.listener(Event("plan", state.task.id, 0, len(plan.index), f"{len(plan.index)} tiles"))
         self._publish_when_ready(state)
 
     def _take_forward(self, state: SlideState, result: ForwardResult) -> None:
         state.tiles += result.tiles
+        self.computed = self.computed or not result.cached
         state.failed |= dict.fromkeys(result.failed)
         if result.tile_cache and not state.tile_cache:
             state.tile_cache = result.tile_cache

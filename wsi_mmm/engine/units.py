@@ -19,7 +19,7 @@ import numpy as np
 
 from wsi_mmm.engine.events import Listener, SlideStatus
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.errors import WsiError
+from wsi_mmm.errors import ModelNotLoaded, WsiError
 from wsi_mmm.timing import StepTime
 from wsi_mmm.types import F32, I64, Grid, SlideInfo
 
@@ -155,7 +155,7 @@ class UnitFacts:
 
 @dataclass(frozen=True, slots=True)
 class SlideSummary:
-    """The parts of slide.json that reports show."""
+    """The parts of slide.json that reports show. ``cost``: the row of the run that did the slide, when that is kept."""
 
     status: SlideStatus
     tiles: int = 0
@@ -165,6 +165,7 @@ class SlideSummary:
     mpp_effective: float | None = None
     reader: str | None = None
     answers: Mapping[str, str | float | None] | None = None
+    cost: Mapping[str, Any] | None = None
 
     @property
     def object_count(self) -> int:
@@ -229,11 +230,13 @@ class PublishResult:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A unit raised. ``error``: one line; ``traceback``: only for faults that are not the user's."""
+    """A unit raised. ``error``: one line; ``traceback``: only for faults that are not the user's. ``of_model``: the
+    model cannot be loaded, so that no slide can be done."""
 
     facts: UnitFacts
     error: str
     traceback: str = ""
+    of_model: bool = False
 
 
 UnitResult = PlanResult | ExtractResult | ForwardResult | InterpretResult | PublishResult | Failure
@@ -259,7 +262,8 @@ def failure_of(unit: WorkUnit, error: BaseException) -> Failure:
     known = isinstance(error, WsiError)
     text = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
     detail = "" if known else "".join(traceback.format_exception(error))
-    return Failure(UnitFacts(unit.kind, unit.slide.id, unit.block, os.getpid()), text, detail)
+    facts = UnitFacts(unit.kind, unit.slide.id, unit.block, os.getpid())
+    return Failure(facts, text, detail, isinstance(error, ModelNotLoaded))
 
 
 # ---------------------------------------------------------------- the port

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wsi_mmm.errors import ModelError, PluginError, first_line
+from wsi_mmm.model.hub import check_hub
 from wsi_mmm.plugins import load_plugin, plugin_names
 
 _VIT_STRIDES = (4, 8, 16, 32)
@@ -55,6 +56,8 @@ def build_encoder(name: str, *, pretrained: bool = False, args: Mapping[str, Any
     options = dict(args or {})
     if name in plugin_names("encoders"):
         return _plugin_encoder(name, pretrained, options)
+    if pretrained:
+        check_hub(name)
     try:
         backbone = _features_only(name, pretrained, options)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:

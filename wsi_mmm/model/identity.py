@@ -10,7 +10,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from wsi_mmm.errors import MissingPackage, ModelError
+from wsi_mmm.errors import MissingPackage, ModelError, OptionError
 from wsi_mmm.model.card import CARD, WEIGHTS, ModelCard, model_path, zoo_names
 
 _PICKLES = (b"\x80", b"PK\x03\x04")  # pickle, and the zip archive that torch.save writes
@@ -65,6 +65,19 @@ def device_kind(device: str) -> str:
     except ImportError:
         return "cpu"
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """OptionError, before any slide is begun, when this machine has no such device; "auto" and "cpu" always are."""
+    kind, _, number = device.partition(":")
+    if kind in ("auto", "cpu"):
+        return
+    import torch
+
+    found = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count, "mps": torch.mps.device_count}[kind]()
+    if int(number or 0) >= found:
+        there = f"it has {found} of that kind" if found else "torch finds none of that kind here"
+        raise OptionError(f"this machine has no device {device!r} ({there}); choose --device auto or cpu")
 
 
 def check_weights(path: Path, sha256: str = "") -> str:

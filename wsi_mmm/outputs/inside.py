@@ -13,24 +13,32 @@ from typing import Any
 import numpy as np
 import shapely
 
-from wsi_mmm.annotations import parse_shapes
+from wsi_mmm.annotations import Shapes, check_crossings, parse_shapes
 from wsi_mmm.errors import AnnotationError
 from wsi_mmm.outputs.polygons import CHUNK, Rounded, chunks, concat, from_parts, round_valid, shapes, take
 from wsi_mmm.types import F64, Mask, Objects
 
+_EDGE = 1e-6  # px: less is no area that is shared
+
 
 @dataclass(frozen=True, slots=True)
 class Regions:
-    """The regions of interest of a slide as one prepared shapely geometry of level-0 px."""
+    """The regions of interest of a slide as one prepared shapely geometry of level-0 px, and the ``shapes`` that it is
+    made of."""
 
     area: Any
+    shapes: Shapes = Shapes(())  # noqa: RUF009  (frozen)
 
     def touched(self, boxes: F64) -> Mask:
-        """bool[n]: the rectangles float64[n, 4] (x0, y0, x1, y1) that share area with a region; an edge is none."""
+        """bool[n]: the rectangles float64[n, 4] (x0, y0, x1, y1) that share area with a region; an edge is none.
+
+        Rectangles are made smaller by a millionth of a px: `shapely.touches` would visit every vertex for each of them.
+        """
         found = np.zeros(len(boxes), np.bool_)
         for start in range(0, len(boxes), CHUNK):
-            some = shapely.box(*boxes[start : start + CHUNK].T)
-            found[start : start + CHUNK] = shapely.intersects(self.area, some) & ~shapely.touches(self.area, some)
+            x0, y0, x1, y1 = boxes[start : start + CHUNK].T
+            some = shapely.box(x0 + _EDGE, y0 + _EDGE, x1 - _EDGE, y1 - _EDGE)
+            found[start : start + CHUNK] = shapely.intersects(self.area, some)
         return found
 
     def single(self, objects: Objects) -> Rounded:
@@ -54,7 +62,9 @@ def regions_of(data: bytes, name: str) -> Regions:
     """The regions in the bytes of an annotation file of polygons in level-0 px. Raises AnnotationError."""
     found = parse_shapes(data, name)
     if not len(found):
-        raise AnnotationError(f"{name}: no polygon is in it: draw the regions to work in, or leave --regions out")
+        beside = f" ({found.describe_skipped()})" if found.skipped else ""
+        raise AnnotationError(f"{name}: no polygon is in it{beside}: draw the regions to work in, or omit --regions")
+    check_crossings([shape.geometry for shape in found], name)
     area = shapely.union_all([shape.geometry for shape in found])
     shapely.prepare(area)
-    return Regions(area)
+    return Regions(area, found)

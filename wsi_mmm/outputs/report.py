@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
+from wsi_mmm.errors import printable
 from wsi_mmm.outputs.report_style import STYLE
 
 _PICTURE = 1100  # px, the longer side of an embedded picture
@@ -28,7 +29,8 @@ class SlideRow:
 
     ``status``: done | empty | partial | failed | cancelled. ``extra`` may hold ``failures`` (level-0 rectangles
     [x0, y0, x1, y1] that could not be read), ``stages``, ``time`` (name -> seconds), ``files`` (name -> URI),
-    ``classes`` (task -> class -> count), ``answers`` (column -> prediction of a bag task for the slide), ``resumed``,
+    ``classes`` (task -> class -> count), ``answers`` (column -> prediction of a bag task for the slide), ``resumed``
+    (the cost is that of the run that did the slide, ``this_run`` that of looking at it),
     ``reader``, ``device``, ``encoder`` (chosen by the model's runner, per process), ``features_s`` (from the first
     tile asked for to the last value stored), ``model_began_s`` (after that).
     """
@@ -56,18 +58,24 @@ FACTS = tuple(one.name for one in fields(SlideRow) if one.name != "extra")
 
 def report_json(facts: Mapping[str, Any], slides: Sequence[SlideRow]) -> bytes:
     """``facts`` of the run (versions, recipe, argv; the caller keeps secrets out) and ``slides``, one object each."""
-    rows = [{**{name: getattr(row, name) for name in FACTS}, **row.extra} for row in slides]
-    return (
-        json.dumps(_json_value({**facts, "slides": rows}), indent=1, ensure_ascii=False, default=str) + "\n"
-    ).encode()
+    whole = _json_value({**facts, "slides": [row_json(row) for row in slides]})
+    return (json.dumps(whole, indent=1, ensure_ascii=False, default=str) + "\n").encode()
+
+
+def row_json(row: SlideRow) -> dict[str, Any]:
+    """One row as a JSON object."""
+    facts = {name: getattr(row, name) for name in FACTS}
+    return {str(name): _json_value(value) for name, value in {**facts, **row.extra}.items()}
 
 
 def _json_value(value: Any) -> Any:
-    """NaN and infinity are no JSON: null instead."""
+    """NaN and infinity are no JSON: null instead. Names that are no UTF-8: see `printable`."""
+    if isinstance(value, str):
+        return printable(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _json_value(inner) for key, inner in value.items()}
+        return {printable(str(key)): _json_value(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(inner) for inner in value]
     return value
@@ -99,17 +107,20 @@ def _page_header(facts: Mapping[str, Any], slides: Sequence[SlideRow]) -> str:
     states = Counter(row.status for row in slides)
     chips = " ".join(f"{_status_chip(state, f'{count} {state}')}" for state, count in sorted(states.items()))
     tiles, seconds = sum(row.tiles for row in slides), float(facts.get("seconds") or 0)
+    now = sum(row.tiles for row in slides if not row.extra.get("resumed"))  # tiles of slides that this run did
+    read = sum((row.extra.get("this_run") or {"bytes_read": row.bytes_read})["bytes_read"] for row in slides)
     totals = [
         ("slides", f"{len(slides):,}"),
         ("tiles", f"{tiles:,}"),
         ("objects", f"{sum(row.objects for row in slides):,}"),
         ("wall time", _seconds_text(seconds)),
-        ("tiles/s", f"{tiles / seconds:,.1f}" if seconds else "–"),
-        ("read", _bytes_text(sum(row.bytes_read for row in slides))),
+        ("tiles/s", f"{now / seconds:,.1f}" if seconds else "–"),
+        ("read", _bytes_text(read)),
     ]
+    warnings = "".join(f'<p class="error">{_html_text(text)}</p>' for text in facts.get("warnings") or ())
     boxes = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in totals)
     return (
-        f"<header><h1>wsi-mmm <small>{_html_text(facts.get('wsi_mmm_version', ''))}</small></h1>"
+        f"<header><h1>wsi-mmm <small>{_html_text(facts.get('wsi_mmm_version', ''))}</small></h1>{warnings}"
         f"<p>{_html_text(facts.get('started', ''))} · {_html_text(facts.get('device', ''))} {chips}</p></header>"
         f'<section class="figures">{boxes}</section>'
     )
@@ -181,7 +192,7 @@ def _slide_card(number: int, row: SlideRow, overlay: bytes | None) -> str:
 def _file_link(slide: str, uri: str, html: str) -> str:
     """``html`` as a link to a file of a slide's folder, which lies beside the report; unchanged for other files."""
     _, found, name = uri.rpartition(f"/{slide}/")
-    return f'<a href="{_html_text(quote(f"./{slide}/{name}"))}">{html}</a>' if found else html
+    return f'<a href="{_html_text(quote(printable(f"./{slide}/{name}")))}">{html}</a>' if found else html
 
 
 def _stage_bars(stages: Mapping[str, float]) -> str:
@@ -251,7 +262,7 @@ def _run_facts(facts: Mapping[str, Any]) -> str:
 
 
 def _html_text(value: object) -> str:
-    return escape(str(value), quote=True)
+    return escape(printable(str(value)), quote=True)
 
 
 def _status_chip(status: str, text: str | None = None) -> str:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import parquet
 
+from wsi_mmm.errors import printable
 from wsi_mmm.outputs.report import SlideRow
 from wsi_mmm.types import F32, I64, Mask
 
@@ -83,9 +84,16 @@ def _slide_columns(rows: Sequence[SlideRow]) -> dict[str, list[Any]]:
     answers = [row.extra.get("answers") or {} for row in rows]
     names = dict.fromkeys(name for answer in answers for name in answer)
     facts = {name: [getattr(row, name) for row in rows] for name in SLIDE_FACTS}
-    return facts | {name: [answer.get(name) for answer in answers] for name in names}
+    columns = facts | {name: [answer.get(name) for answer in answers] for name in names}
+    return {
+        printable(name): [printable(value) if isinstance(value, str) else value for value in values]
+        for name, values in columns.items()
+    }
 
 
 def _typed_array(values: list[Any]) -> Any:
-    """A column without any value is text: Parquet readers do not all know the type of nothing."""
-    return pa.array(values, pa.string()) if all(value is None for value in values) else pa.array(values)
+    """A column without any value is text (Parquet readers do not all know the type of nothing), and so is one of texts
+    and numbers: slides of several models."""
+    texts = [None if value is None else value if isinstance(value, str) else str(value) for value in values]
+    mixed = any(isinstance(value, str) for value in values) or all(value is None for value in values)
+    return pa.array(texts, pa.string()) if mixed else pa.array(values)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from wsi_mmm.errors import StorageError
+from wsi_mmm.errors import StorageError, printable
 from wsi_mmm.storage.ranges import Buffer, Counter, Ranges
 
 HEAD = 256 << 10  # bytes: the header, and in most slides the tables of tiles behind it
@@ -67,7 +67,9 @@ def split_address(uri: str) -> SplitResult:
 
 
 def redact(uri: str) -> str:
-    """Return ``uri`` without user, password, query and fragment, control characters as \\x0a: fit to be shown."""
+    """Return ``uri`` without user, password, query and fragment, fit to be shown: control characters as \\x0a, and see
+    `printable`."""
+    uri = printable(uri)
     if is_local(uri):
         return uri
     scheme, rest = uri.split("://", 1)

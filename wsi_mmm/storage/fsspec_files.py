@@ -52,6 +52,20 @@ def list_uris(prefix: str) -> list[str]:
     return _run_request(prefix, lambda: sorted(str(fs.unstrip_protocol(p)) for p in fs.find(path)))
 
 
+def list_folders(prefix: str) -> list[str]:
+    """Return the names of the folders directly in a prefix, sorted."""
+    fs, path = _file_system(prefix)
+
+    def list_names() -> list[str]:
+        try:
+            found = fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(str(one["name"]).rstrip("/").rpartition("/")[2] for one in found if one["type"] == "directory")
+
+    return _run_request(prefix, list_names)
+
+
 def write(uri: str, data: bytes) -> None:
     """Write the whole object. Raises OutputError."""
     fs, path = _file_system(uri)

@@ -114,6 +114,16 @@ def list_uris(prefix: str) -> list[str]:
     return [f"{prefix.rstrip('/')}/{name}" for name in names]
 
 
+def list_folders(prefix: str) -> list[str]:
+    """Return the names of the folders directly in a folder, sorted; links are left out."""
+    with local_errors(prefix):
+        try:
+            with os.scandir(local_path(prefix)) as found:
+                return sorted(one.name for one in found if one.is_dir(follow_symlinks=False))
+        except FileNotFoundError:
+            return []
+
+
 def write(uri: str, data: bytes) -> None:
     """Write the whole file: readers see the old one or the new one. Raises OutputError."""
     with atomic_file(local_path(uri)) as temporary:

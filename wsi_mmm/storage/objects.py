@@ -105,6 +105,24 @@ def list_uris(prefix: str) -> list[str]:
     return sorted(list_sizes(prefix, recursive=True))
 
 
+def list_folders(prefix: str) -> list[str]:
+    """Return the names of the folders directly in a folder-like prefix, sorted: a request for each thousand."""
+    store, path = _find_store(prefix, retries=True)
+
+    def list_prefixes() -> list[str] | None:
+        with translate_errors(prefix):
+            try:
+                below = path.rstrip("/") or None
+                return list(load_obstore().list_with_delimiter(store, prefix=below)["common_prefixes"])
+            except load_obstore().exceptions.InvalidPathError:
+                return None
+
+    found = retry_transient(list_prefixes)
+    if found is None:
+        return odd_keys.list_folders(prefix)
+    return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+
+
 def list_sizes(prefix: str, *, recursive: bool = False) -> dict[str, int]:
     """Return the bytes of every object in a folder-like prefix, by URI; with ``recursive`` of those below it too.
 

@@ -83,6 +83,13 @@ def list_uris(prefix: str) -> list[str]:
     return sorted(list_sizes(prefix, recursive=True))
 
 
+def list_folders(prefix: str) -> list[str]:
+    """Return the names of the folders directly in a folder-like prefix, sorted."""
+    root = prefix.rstrip("/") + "/"
+    below = (uri.removeprefix(root) for uri in list_sizes(prefix, recursive=True))
+    return sorted({name.partition("/")[0] for name in below if "/" in name})
+
+
 def list_sizes(prefix: str, *, recursive: bool = False) -> dict[str, int]:
     """Return the bytes of every object in a folder-like prefix, by URI; with ``recursive`` of those below it too.
 

@@ -34,9 +34,9 @@ from wsi_mmm.storage.translate import translate_errors
 from wsi_mmm.timing import timed
 
 __all__ = [
-    "BufferedStore", "ByteStore", "buffered", "delete", "exists", "is_local", "join", "list_sizes", "list_uris",
-    "local_path", "object_store", "open_store", "published_file", "published_folder", "read_bytes", "redact",
-    "retry_transient", "scheme_of", "split_address", "translate_errors", "write_bytes",
+    "BufferedStore", "ByteStore", "buffered", "delete", "exists", "is_local", "join", "list_folders", "list_sizes",
+    "list_uris", "local_path", "object_store", "open_store", "published_file", "published_folder", "read_bytes",
+    "redact", "retry_transient", "scheme_of", "split_address", "translate_errors", "write_bytes",
 ]  # fmt: skip
 
 
@@ -48,6 +48,7 @@ class _Backend(Protocol):
     def write(self, uri: str, data: bytes) -> None: ...
     def exists(self, uri: str) -> bool: ...
     def list_uris(self, prefix: str) -> list[str]: ...
+    def list_folders(self, prefix: str) -> list[str]: ...
     def delete(self, uri: str) -> None: ...
 
 
@@ -87,6 +88,11 @@ def exists(uri: str) -> bool:
 def list_uris(prefix: str) -> list[str]:
     """Return the URIs of all objects below a folder-like prefix, recursive, sorted; empty when there are none."""
     return _backend_of(prefix.rstrip("/")).list_uris(prefix)
+
+
+def list_folders(prefix: str) -> list[str]:
+    """Return the names of the folders directly in a folder-like prefix, sorted; empty when there are none."""
+    return _backend_of(prefix).list_folders(prefix)
 
 
 def delete(uri: str) -> None:

@@ -108,6 +108,11 @@ def list_uris(prefix: str) -> list[str]:
     raise StorageError(f"{redact(prefix)}: a web server cannot be searched; name each file, or list them in a manifest")
 
 
+def list_folders(prefix: str) -> list[str]:
+    """Raise StorageError: web servers have no listing."""
+    return list_uris(prefix)
+
+
 def write(uri: str, data: bytes) -> NoReturn:
     """Raise OutputError: web servers are read only."""
     raise OutputError(f"{redact(uri)}: http and https are for reading; choose a folder or s3:// to write to")

@@ -1,23 +1,6 @@
 """Tasks: `make_task` builds one from its card. A new kind is a new class and one line in `TASK_KINDS`.
 
-Kinds, the heads they need, and the parameters of their cards (numbers; ``<class>``: a class of the card):
-
-============  ===========  =====================================================================================
-kind          head         parameters
-============  ===========  =====================================================================================
-classify      vector, bag  ``smoothing`` (0.02), ``weight:<class>`` (1)
-detect        dense        ``threshold`` (90) byte of a centre, ``overlap`` (0.4), ``size`` (16) usual side in target px
-instances     map          those of `instances.Rules`
-multilabel    vector, bag  ``smoothing`` (0), ``weight:<class>`` (1) of tiles that have the label
-multisegment  map          ``threshold`` (128) byte from which px are drawn, ``weight:<class>`` (1)
-reconstruct   image        ``patch`` (16) side of hidden squares in px, ``share`` (0.5) of them (0: grey instead),
-                           ``centre`` (0.7) and ``spread`` (0.2) of the px drawn
-regress       vector, bag  ``centre`` (0), ``spread`` (1), ``centre:<class>``, ``spread:<class>``, ``huber`` (0)
-segment       map          ``background`` (0; -1: none) class that is not drawn, ``smoothing`` (0.02),
-                           ``weight:<class>`` (1). `wsi_mmm.training.config` always writes ``background``.
-survive       vector, bag  ``bins`` (0: Cox) intervals up to ``horizon``, or up to each of ``edge:1`` ..
-                           ``edge:<bins>``; ``efron`` (1; 0: Breslow) for ties of Cox
-============  ===========  =====================================================================================
+Their parameters and metrics are listed in `wsi_mmm.tasks.facts`, and shown in docs/training.md.
 """
 
 from __future__ import annotations

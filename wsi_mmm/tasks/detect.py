@@ -25,6 +25,7 @@ from wsi_mmm.tasks.base import (
     head_of_scope,
     number_within,
 )
+from wsi_mmm.tasks.facts import parameter_names
 from wsi_mmm.tasks.metrics import box_metrics
 from wsi_mmm.tasks.targets import Boxes
 from wsi_mmm.tasks.window import View, check_view
@@ -63,7 +64,7 @@ class Detect:
     @classmethod
     def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
         """The task of a card; see `wsi_mmm.tasks` for its parameters."""
-        check_names(params, ("threshold", "overlap", "size"))
+        check_names(params, parameter_names("detect", info.classes))
         return cls(
             info,
             len(info.classes) + 4,

@@ -19,7 +19,17 @@ from skimage.measure import label as connected
 from wsi_mmm.errors import ModelError
 from wsi_mmm.outputs.polygons import Frame, to_objects, trace
 from wsi_mmm.tasks import metrics
-from wsi_mmm.tasks.base import AnyTarget, Params, Quantised, Scope, has_no_table, head_of_scope
+from wsi_mmm.tasks.base import (
+    AnyTarget,
+    Params,
+    Quantised,
+    Scope,
+    check_names,
+    has_no_table,
+    head_of_scope,
+    number_within,
+)
+from wsi_mmm.tasks.facts import parameter_names
 from wsi_mmm.tasks.window import View, check_view
 from wsi_mmm.types import F64, I32, I64, U8, Mask, Objects, TaskInfo
 
@@ -77,7 +87,12 @@ class Instances:
         """The task of a card; see `wsi_mmm.tasks` for its parameters."""
         if len(info.classes) != 1:
             raise ModelError(f"task '{info.name}': 'instances' takes exactly one class, not {len(info.classes)}")
-        return cls(info, Rules(**{name: int(value) for name, value in params.items()}))
+        check_names(params, parameter_names("instances", info.classes))
+        most = {"foreground": 256, "core": 256, "hops": 256, "votes": 1 << 30, "area": 1 << 30}
+        values = {
+            name: int(number_within(info, params, name, getattr(DEFAULT, name), (0, end))) for name, end in most.items()
+        }
+        return cls(info, Rules(**values))
 
     def target(self, value: AnyTarget) -> Tensor:
         """int32[h, w] labels -> float32[5, h / 2, w / 2]: soft foreground, depth, dx, dy (target px), weight of offsets

@@ -23,6 +23,7 @@ from wsi_mmm.tasks.base import (
     head_of_scope,
     number_within,
 )
+from wsi_mmm.tasks.facts import parameter_names
 from wsi_mmm.tasks.window import View
 from wsi_mmm.types import U8, Objects, TaskInfo
 
@@ -53,7 +54,7 @@ class Reconstruct:
     @classmethod
     def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
         """The task of a card; see `wsi_mmm.tasks` for its parameters."""
-        check_names(params, ("patch", "share", "centre", "spread"))
+        check_names(params, parameter_names("reconstruct", info.classes))
         return cls(
             info,
             int(number_within(info, params, "patch", 16, (1, 4096))),

@@ -16,12 +16,12 @@ from wsi_mmm.tasks.base import (
     Quantised,
     Scope,
     check_names,
-    class_names,
     class_weights,
     has_no_table,
     head_of_scope,
     number_within,
 )
+from wsi_mmm.tasks.facts import parameter_names
 from wsi_mmm.tasks.window import View, check_view
 from wsi_mmm.types import I32, U8, Objects, TaskInfo
 
@@ -54,11 +54,11 @@ class Segment:
     @classmethod
     def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
         """The task of a card; see `wsi_mmm.tasks` for its parameters."""
-        check_names(params, ("background", "smoothing", *class_names("weight", info)))
+        check_names(params, parameter_names("segment", info.classes))
         return cls(
             info,
             len(info.classes),
-            background=int(params.get("background", 0)),
+            background=int(number_within(info, params, "background", 0, (-1, len(info.classes) - 1))),
             smoothing=number_within(info, params, "smoothing", 0.02, (0.0, 0.99)),
             weights=class_weights(info, params),
         )
@@ -129,7 +129,7 @@ class Multisegment:
     @classmethod
     def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
         """The task of a card; see `wsi_mmm.tasks` for its parameters."""
-        check_names(params, ("threshold", *class_names("weight", info)))
+        check_names(params, parameter_names("multisegment", info.classes))
         threshold = int(number_within(info, params, "threshold", 128, (1, 255)))
         return cls(info, len(info.classes), threshold, class_weights(info, params))
 

@@ -18,13 +18,14 @@ from wsi_mmm.tasks.base import (
     Quantised,
     Scope,
     check_names,
-    class_names,
     class_weights,
     draws_nothing,
     head_of_scope,
+    number_within,
     per_class,
     smoothing_share,
 )
+from wsi_mmm.tasks.facts import parameter_names
 from wsi_mmm.types import F32, F64, TaskInfo
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ class Regress:
     @classmethod
     def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
         """The task of a card; see `wsi_mmm.tasks` for its parameters."""
-        check_names(params, ("huber", "centre", "spread", *class_names("centre", info), *class_names("spread", info)))
+        check_names(params, parameter_names("regress", info.classes))
         centre, spread = per_class(info, params, "centre", 0.0), per_class(info, params, "spread", 1.0)
         if min(spread) <= 0:
             raise ModelError(
@@ -285,9 +286,9 @@ class Survive:
             raise ModelError(
                 f"task '{info.name}': 'survive' takes exactly one class, the event, not {len(info.classes)}"
             )
-        bins = int(params.get("bins", 0))
+        bins = int(number_within(info, params, "bins", 0, (0, 1000)))
         named = [f"edge:{i + 1}" for i in range(bins)]
-        check_names(params, ("bins", "horizon", "efron", *named))
+        check_names(params, {*parameter_names("survive", ()), *named} - {"edge:<bin>"})
         horizon = params.get("horizon", 0.0)
         edges = tuple(float(params.get(name, horizon * (i + 1) / bins)) for i, name in enumerate(named))
         if any(b <= a for a, b in zip((0.0, *edges), edges, strict=False)):

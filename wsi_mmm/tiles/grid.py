@@ -44,7 +44,7 @@ def make_grid(info: SlideInfo, mpp: float, *, tile: int = 512, overlap: int = 64
     if min(scale_x, scale_y) < MIN_SCALE and not allow_upsample:
         raise OptionError(
             f"mpp {mpp:g} is more than twice as fine as the slide ({info.mpp_x:g}): "
-            f"ask for {MIN_SCALE * mpp / min(scale_x, scale_y):g} or more, or allow upsampling"
+            f"ask for {MIN_SCALE * mpp / min(scale_x, scale_y):g} or more"
         )
     width, height = _target_size(info.width, scale_x), _target_size(info.height, scale_y)
     columns, rows = _count_tiles(width, tile, overlap), _count_tiles(height, tile, overlap)
@@ -90,11 +90,11 @@ def any_overlap(boxes: F64, rects: I64) -> Mask:
     return np.asarray(hit.all(axis=-1).any(axis=-1), bool)
 
 
-def blocks(grid: Grid, index: I64, block_tiles: int) -> list[BlockTiles]:
+def blocks(grid: Grid, index: I64, block_tiles: int, rows: int | None = None) -> list[BlockTiles]:
     """Group tiles ``index`` int64[n, 2] into aligned blocks of ``block_tiles`` x ``block_tiles``, row-major.
 
-    The order of ``index`` does not matter; a tile given twice counts once. Raises OptionError for a tile
-    outside the grid or ``block_tiles`` < 1.
+    ``rows``: rows of tiles in a block, when other than its columns. The order of ``index`` does not matter; a tile
+    given twice counts once. Raises OptionError for a tile outside the grid or ``block_tiles`` < 1.
     """
     if block_tiles < 1:
         raise OptionError(f"block_tiles is {block_tiles}: give 1 or more")
@@ -105,7 +105,7 @@ def blocks(grid: Grid, index: I64, block_tiles: int) -> list[BlockTiles]:
         raise OptionError(
             f"a tile is outside the grid of {grid.rows} rows x {grid.columns} columns: select tiles again"
         )
-    block = index // block_tiles
+    block = index // np.array([rows or block_tiles, block_tiles])
     ranking = np.lexsort((index[:, 1], index[:, 0], block[:, 1], block[:, 0]))
     index, block = index[ranking], block[ranking]
     cuts = np.flatnonzero(np.any(block[1:] != block[:-1], axis=1)) + 1

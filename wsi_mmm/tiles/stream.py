@@ -29,6 +29,9 @@ from wsi_mmm.types import I64, U8, Batch, Grid, Mask, Tiles
 READ_AHEAD = 1
 """Blocks (full ones, or as many tiles) that may wait, read, beyond those that the threads are reading."""
 
+ROWS_BYTES = 128 << 20
+"""Most that the tiles of a row of blocks take where tiles are given row by row, unless one row of tiles is more."""
+
 FETCHES_AHEAD = 2
 """Fetches that are under way, or wait to be used, beyond the one whose blocks are being decoded."""
 
@@ -206,54 +209,89 @@ def map_ahead(
 
 
 def stream(
-    reader: Reader, grid: Grid, index: I64, *, block_tiles: int = 4, batch_size: int = 64, workers: int = 2
+    reader: Reader,
+    grid: Grid,
+    index: I64,
+    *,
+    block_tiles: int = 4,
+    batch_size: int = 64,
+    workers: int = 2,
+    by_row: bool = False,
 ) -> Iterator[Batch]:
     """Yield batches of ``batch_size`` tiles (the last may be shorter) of tiles ``index`` int64[n, 2] (row, column).
 
-    Blocks come row-major, tiles row-major within a block. ``workers`` threads read ahead (0: read inline);
-    at most ``workers + READ_AHEAD`` full blocks are held. Errors of the reader are raised here, in their turn.
-    Closing the iterator cancels what has not begun and leaves no thread behind. Raises OptionError.
+    Blocks come row-major, tiles row-major within a block; with ``by_row`` all tiles come row-major, as they lie in
+    features.zarr and tiles.parquet. ``workers`` threads read ahead (0: read inline); at most ``workers + READ_AHEAD``
+    full blocks are held, with ``by_row`` up to two rows of blocks, of ROWS_BYTES or one row of tiles each. Errors of
+    the reader are raised here, in their turn. Closing the iterator cancels what has not begun and leaves no thread
+    behind. Raises OptionError.
     """
     if batch_size < 1:
         raise OptionError(f"batch size is {batch_size}: give 1 or more")
     if workers < 0:
         raise OptionError(f"workers is {workers}: give 0 or more")
-    parts = blocks(grid, index, block_tiles)
-    return _stream_batches(reader, grid, parts, batch_size=batch_size, workers=workers)
+    if not by_row:
+        parts = blocks(grid, index, block_tiles)
+        return _stream_batches(reader, grid, parts, batch_size=batch_size, workers=workers)
+    rows = next((k for k in range(block_tiles, 1, -1) if _largest_row(index, k) * 3 * grid.tile**2 <= ROWS_BYTES), 1)
+    parts, ahead = blocks(grid, index, block_tiles, rows), _largest_row(index, rows)
+    return _stream_batches(reader, grid, parts, batch_size=batch_size, workers=workers, by_row=True, ahead=ahead)
+
+
+def _largest_row(index: I64, rows: int) -> int:
+    """Tiles in the fullest row of blocks that are ``rows`` tiles high."""
+    return int(np.bincount(index[:, 0] // rows).max(initial=0))
 
 
 def _stream_batches(
-    reader: Reader, grid: Grid, parts: list[BlockTiles], *, batch_size: int, workers: int
+    reader: Reader,
+    grid: Grid,
+    parts: list[BlockTiles],
+    *,
+    batch_size: int,
+    workers: int,
+    by_row: bool = False,
+    ahead: int = 0,
 ) -> Iterator[Batch]:
+    """``ahead``: tiles that may be held where those of a few blocks are less."""
     if not parts:
         return
     index = np.concatenate([block.index for block in parts])
+    ranking = np.arange(len(index))  # where a tile comes, by where it is read
+    if by_row:
+        by_place = np.lexsort((index[:, 1], index[:, 0]))
+        ranking[by_place] = np.arange(len(index))
+        index = index[by_place]
     xy, failed = tile_xy(grid, index), np.zeros(len(index), bool)
+    unread = np.bincount(ranking // batch_size)  # tiles of each batch
     memory: dict[int, U8] = {}  # pixels of batches, made when the first tile of each is about to be read
 
     def places(start: int, stop: int) -> list[U8]:
-        for n in range(start // batch_size, -(-stop // batch_size)):
+        for n in np.unique(ranking[start:stop] // batch_size).tolist():
             if n not in memory:
                 count = min(batch_size, len(index) - n * batch_size)
                 memory[n] = np.empty((count, grid.tile, grid.tile, 3), np.uint8)
-        return [memory[n // batch_size][n % batch_size] for n in range(start, stop)]
+        return [memory[n // batch_size][n % batch_size] for n in ranking[start:stop].tolist()]
 
     given = 0  # batches
-    for start, mask in _read_blocks(reader, [tiles_at(grid, block.index) for block in parts], places, workers):
-        stop = start + len(mask)
-        failed[start:stop] = mask
-        while given * batch_size < stop and ((given + 1) * batch_size <= stop or stop == len(index)):
+    tiles = [tiles_at(grid, block.index) for block in parts]
+    for start, mask in _read_blocks(reader, tiles, places, workers, ahead):
+        where = ranking[start : start + len(mask)]
+        failed[where] = mask
+        np.subtract.at(unread, where // batch_size, 1)
+        while given < len(unread) and not unread[given]:
             part = slice(given * batch_size, (given + 1) * batch_size)
             yield Batch(memory.pop(given), xy[part], index[part], failed[part])
             given += 1
 
 
 def _read_blocks(
-    reader: Reader, parts: Sequence[Tiles], places: Callable[[int, int], Sequence[U8]], workers: int
+    reader: Reader, parts: Sequence[Tiles], places: Callable[[int, int], Sequence[U8]], workers: int, ahead: int
 ) -> Iterator[tuple[int, Mask]]:
     """Yield the position of each block's first tile and bool[k], its tiles that failed, in order.
 
     ``places``: the memory of tiles start..stop-1, counted over all blocks; asked for when they are about to be read.
+    ``ahead``: tiles that may be held where those of a few blocks are less.
     """
     tiles = dict(enumerate(parts))
     stops = np.cumsum([0, *(len(some.xy) for some in parts)]).tolist()
@@ -275,5 +313,5 @@ def _read_blocks(
         pool = ThreadPoolExecutor(workers, thread_name_prefix="wsi-mmm-read")
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         # Counted in tiles: a thread must not wait for a full block that another reads while sparse ones are left.
-        most = (workers + READ_AHEAD) * max(len(some.xy) for some in parts)
+        most = max(ahead, (workers + READ_AHEAD) * max(len(some.xy) for some in parts))
         yield from map_ahead(pool, read, todo, most=most, size=lambda block: len(block[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -12,11 +13,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from wsi_mmm.annotations import find_format, parse_shapes, rasterise
+from wsi_mmm.annotations import (
+    MAX_AREA_BYTES,
+    Shapes,
+    clip_to_slide,
+    is_annotation_file,
+    parse_shapes,
+    rasterise,
+    read_annotation_file,
+)
 from wsi_mmm.errors import AnnotationError, NotFound, OptionError
 from wsi_mmm.slides.base import Slide
 from wsi_mmm.slides.resample.scaled import sources_of
-from wsi_mmm.storage.store import read_bytes, redact
+from wsi_mmm.storage.store import redact
 from wsi_mmm.tiles.find import find_tissue
 from wsi_mmm.types import F32, F64, I64, Block, Grid, Mask, SlideInfo
 
@@ -39,7 +48,7 @@ MIN_TISSUE = 0.01
 """Default share of a tile that must be tissue: low, so that pale and ragged edges stay in."""
 
 _CHUNK = 1 << 21  # tiles looked at together: bounds memory, not the result
-_SHAPES = (b"{", b"[", b"<", b"\x1f\x8b", b"PK\x03\x04", b"\xef\xbb\xbf")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,7 @@ def tissue_mask(slide: Slide, tissue: str = "auto") -> TissueMask:
     if tissue == "auto":
         return _find_tissue(slide)
     data = _load_mask(tissue)
-    if data.lstrip()[:4].startswith(_SHAPES) or find_format(redact(tissue), data):
+    if is_annotation_file(redact(tissue), data):
         return _from_shapes(data, redact(tissue), slide.info)
     return _from_picture(data, redact(tissue), slide.info)
 
@@ -147,7 +156,7 @@ def _of_level(info: SlideInfo, scale_x: float, scale_y: float) -> tuple[float, f
 
 def _load_mask(tissue: str) -> bytes:
     try:
-        return read_bytes(tissue)
+        return read_annotation_file(tissue, MAX_AREA_BYTES)
     except NotFound as error:
         raise OptionError(
             f"tissue {redact(tissue)!r} is neither 'auto' nor 'none', and no file is there: "
@@ -158,14 +167,24 @@ def _load_mask(tissue: str) -> bytes:
 def _from_shapes(data: bytes, name: str, info: SlideInfo) -> TissueMask:
     shapes = parse_shapes(data, name)
     if not shapes:
-        raise AnnotationError(f"{name}: no polygon is in it: draw the tissue, or use --tissue auto")
+        beside = f" ({shapes.describe_skipped()})" if shapes.skipped else ""
+        raise AnnotationError(f"{name}: no polygon is in it{beside}: draw the tissue, or use --tissue auto")
     scale = max(max(info.width, info.height) / SHAPES_SIDE, 1.0)
     size = math.ceil(info.height / scale), math.ceil(info.width / scale)
-    mask = rasterise(shapes, size, scale_x=scale, scale_y=scale)
+    mask = rasterise(shapes, size, scale_x=scale, scale_y=scale, name=name)
     if not mask.any():
         corners = np.array([shape.geometry.bounds for shape in shapes])
         raise AnnotationError(off_slide(name, (*corners[:, :2].min(axis=0), *corners[:, 2:].max(axis=0)), info))
+    warn_unused(shapes, name, info)
     return TissueMask(mask, scale, scale)
+
+
+def warn_unused(shapes: Shapes, name: str, info: SlideInfo) -> None:
+    """Log what of a file of polygons is not used on this slide: objects that are none, and those off the slide."""
+    there = clip_to_slide(shapes, info.width, info.height)
+    for clause in (shapes.describe_skipped(), there.describe_off()):
+        if clause:
+            _log.warning("%s: %s", name, clause)
 
 
 def off_slide(name: str, bounds: Sequence[float], info: SlideInfo) -> str:

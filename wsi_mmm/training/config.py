@@ -24,6 +24,7 @@ from wsi_mmm.model.card import (
 )
 from wsi_mmm.tasks import find_kind
 from wsi_mmm.tasks.base import Scope
+from wsi_mmm.tasks.facts import METRICS, PARAMETERS, find_metric, parameter_names
 from wsi_mmm.training.augment import Augment
 from wsi_mmm.training.data.base import ConfigTable
 from wsi_mmm.training.data.entries import DataEntry
@@ -205,8 +206,8 @@ class TrainConfig(ConfigTable):
         if idle:
             raise ValueError(f"no data is of task '{idle[0]}': add some, or take the task out")
         best = self.validation.best
-        if best and (best.partition(".")[0] not in known or not best.partition(".")[2]):
-            raise ValueError(f"validation.best is '{best}': give task.metric; tasks are: {', '.join(known)}")
+        if best:
+            self._check_best()
         if self.validation.patience and not best:
             raise ValueError("validation.patience wants a figure to go by: give validation.best")
         sets = [entry.name for entry in self.data]
@@ -214,6 +215,28 @@ class TrainConfig(ConfigTable):
             if name not in sets:
                 raise ValueError(f"sampling.fraction_of names '{name}'; data sets are: {', '.join(sets)}")
         return self
+
+    def metric_fault(self, metric: str) -> str:
+        """The fault of a "task.metric" that is to be looked at, "" if there is none. What tasks of plug-ins measure is
+        not known here."""
+        name, _, which = metric.partition(".")
+        kinds = {task.name: task.kind for task in self.task}
+        if name not in kinds or not which:
+            return f"'{metric}': give task.metric; tasks are: {', '.join(kinds)}"
+        kind = kinds[name]
+        if kind in METRICS and find_metric(kind, which) is None:
+            return f"'{metric}': a task of kind '{kind}' gives {', '.join(one.name for one in METRICS[kind])}"
+        return ""
+
+    def _check_best(self) -> None:
+        best, lower = self.validation.best, self.validation.lower
+        if fault := self.metric_fault(best):
+            raise ValueError(f"validation.best is {fault}")
+        name, _, which = best.partition(".")
+        found = next((find_metric(task.kind, which) for task in self.task if task.name == name), None)
+        if found is not None and found.lower != lower:
+            better, fix = ("lower", "true") if found.lower else ("higher", "false")
+            raise ValueError(f"{best} is better the {better} it is: set validation.lower = {fix}")
 
     def task_cards(self) -> tuple[TaskCard, ...]:
         """The tasks as a model card lists them. ConfigError when one has classes or parameters that do not fit."""
@@ -248,7 +271,13 @@ def task_card(part: TaskPart, first: int, count: int) -> TaskCard:
         raise ConfigError(f"task '{part.name}': '{part.kind}' answers for pixels, not for bags")
     scope: Scope = part.scope if part.scope in kind.heads else "pixel"
     params = {**part.params, **_background_param(part)}
-    outputs = kind.from_params(info, params, scope).channels
+    try:
+        outputs = kind.from_params(info, params, scope).channels
+    except TypeError as error:
+        known = f": it knows {', '.join(parameter_names(part.kind, part.classes))}" if part.kind in PARAMETERS else ""
+        raise ConfigError(
+            f"task '{part.name}': params has {error}, which '{part.kind}' does not know{known}"
+        ) from error
     return TaskCard.model_validate({
         "name": part.name, "kind": part.kind, "head": kind.heads[scope], "outputs": outputs, "classes": part.classes,
         "colors": colors, "params": params,

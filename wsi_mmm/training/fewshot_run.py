@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from wsi_mmm.annotations import parse_shapes, shape_at
+from wsi_mmm.annotations import parse_shapes, read_annotation_file, shape_at
 from wsi_mmm.errors import InputError, ManifestError
 from wsi_mmm.model.checkpoint import load_encoder, load_model
 from wsi_mmm.model.identity import is_model
@@ -67,7 +67,7 @@ def tiles_by_regions(
     facts = _common_attributes(read, [(slide, uri) for slide, uri, _ in slides])
     named: list[str | None] = []
     for (_, _, file), features in zip(slides, read, strict=True):
-        shapes = parse_shapes(store.read_bytes(file), store.redact(file))
+        shapes = parse_shapes(read_annotation_file(file), store.redact(file))
         middle: F64 = features.coords + np.float64(features.attributes.get("patch_size_level0", 0)) / 2.0
         named += [shapes.items[n].class_name if n >= 0 else None for n in shape_at(shapes, middle)]
     chosen = list(classes or sorted({name for name in named if name is not None}))
@@ -84,7 +84,10 @@ def tiles_by_regions(
 
 
 def _annotation_file(folder: str, slide: str) -> str | None:
-    files = (store.join(folder, slide + ending) for ending in (".geojson", ".geojson.gz", ".json", ".xml", ".zip"))
+    files = (
+        store.join(folder, slide + ending)
+        for ending in (".geojson", ".geojson.gz", ".json", ".xml", ".annotations", ".zip")
+    )
     return next((uri for uri in files if store.exists(uri)), None)
 
 

@@ -92,6 +92,8 @@ def train_fractions(
         raise OptionError("fractions are percents above 0 and up to 100, such as 1,10,50,100")
     if seeds < 1:
         raise OptionError(f"{seeds} seeds: give 1 or more")
+    if metric and (fault := config.metric_fault(metric)):
+        raise OptionError(f"the metric is {fault}")
     folder = model_folder(config).parent
     points = []
     with joined(config.device) as ranks:

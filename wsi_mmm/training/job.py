@@ -36,6 +36,7 @@ from wsi_mmm.training.divide import DataSet, divided
 from wsi_mmm.training.fit import QUIET, FitPlan, StepReport, TrainingListener
 from wsi_mmm.training.forward import Figures, figures
 from wsi_mmm.training.loader import DataFeed, LoadPlan, TrainBatch, batches, make_preprocess, mixed, pictures
+from wsi_mmm.training.optim import check_frozen
 from wsi_mmm.training.ranks import Ranks, joined, launch_on_dask, total, wait_for_first
 from wsi_mmm.training.state import best_weights
 from wsi_mmm.training.trackers import TensorBoard, Tracker, open_trackers
@@ -125,6 +126,7 @@ def read_annotations(config: TrainConfig, expand: Expand = each_by_itself) -> di
 
 def prepare(config: TrainConfig, expand: Expand = each_by_itself) -> Prepared:
     """Open every data set, divide them together, build the model. Every mistake of the configuration raises here."""
+    model_folder(config)
     place = data_context(config, expand)
     tasks = {name: make_task(card) for name, card in place.tasks.items()}
     feeds = [DataFeed(entry.open(place), entry.batch, weight=entry.weight) for entry in config.data]
@@ -136,6 +138,7 @@ def prepare(config: TrainConfig, expand: Expand = each_by_itself) -> Prepared:
                 f"data '{feed.source.name}' holds vectors of {feed.source.width} numbers, the model makes "
                 f"{model.vector_width}: give the encoder that embedded them, and its weights or model.start"
             )
+    check_frozen(model, config.optim)
     _check_bags(config, model, [feed.source for feed in feeds])
     return Prepared(config, model, tasks, data)
 

@@ -71,10 +71,15 @@ _SHAPES: dict[str, Callable[[float, float], float]] = {
 # ------------------------------------------------------------------------------------------- what is trained
 def begin(model: MultiTaskModel, plan: OptimPlan) -> None:
     """Training mode; the first ``plan.frozen`` depths stay as they are. ConfigError when nothing is left to learn."""
-    if plan.frozen >= depth_of(model):
-        raise ConfigError(f"frozen is {plan.frozen}, but the model has {depth_of(model)} depths; the heads must learn")
+    check_frozen(model, plan)
     freeze(model, plan.frozen)
     training(model)
+
+
+def check_frozen(model: MultiTaskModel, plan: OptimPlan) -> None:
+    """ConfigError when nothing is left to learn."""
+    if plan.frozen >= depth_of(model):
+        raise ConfigError(f"frozen is {plan.frozen}, but the model has {depth_of(model)} depths; the heads must learn")
 
 
 def training(model: nn.Module) -> None:

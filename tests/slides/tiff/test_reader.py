@@ -288,13 +288,13 @@ def test_random_damage_to_the_directories_never_escapes_the_error_tree(copy_slid
             slide.thumbnail(64)
 
 
-def test_sixteen_bit_pictures_are_refused_with_the_reason(tmp_path: Path) -> None:
-    """A TIFF that is no 8-bit RGB picture says what it is."""
+def test_pictures_of_numbers_are_refused_with_the_reason(tmp_path: Path) -> None:
+    """A TIFF of more bits than a picture has says what it is."""
     import tifffile
 
-    image = np.zeros((512, 512), np.uint16)
+    image = np.zeros((512, 512), np.uint32)
     tifffile.imwrite(tmp_path / "deep.tif", image, tile=(256, 256), photometric="minisblack")
-    with pytest.raises(NotASlide, match="16 bits"):
+    with pytest.raises(NotASlide, match="32 bits"):
         open_slide(str(tmp_path / "deep.tif"), reader="tiff")
 
 

@@ -10,7 +10,7 @@ from shapely.geometry import box
 from conftest import RealData
 from wsi_mmm.annotations import Dot, Shape, Shapes, parse_shapes
 from wsi_mmm.errors import ConfigError
-from wsi_mmm.training.data.buckets import CODES, DROP, IGNORE, USE, Buckets, Rule, dry_run, same_names
+from wsi_mmm.training.data.buckets import CODES, DROP, IGNORE, USE, Buckets, Rule, SlideObjects, dry_run, same_names
 
 TABLE = Buckets(
     ("tumour", "stroma"),
@@ -75,7 +75,8 @@ def test_a_dry_run_counts_everything_and_names_what_is_left_over() -> None:
         (Shape(box(0, 0, 100, 100), "Tumor"), Shape(box(0, 0, 10, 10), "Tumor"), Shape(box(0, 0, 5, 5), "Necrosis"),
          Shape(box(0, 0, 1, 1))), 3, 1, (Dot(1, 1, "Tumor"),),
     )  # fmt: skip
-    run = dry_run(TABLE, [("s1", shapes, 0.5), ("s2", Shapes((Shape(box(0, 0, 2, 2), "ROI"),)), None)])
+    other = Shapes((Shape(box(0, 0, 2, 2), "ROI"),))
+    run = dry_run(TABLE, [SlideObjects("s1", shapes, (200, 200), 0.5), SlideObjects("s2", other, (200, 200))])
     lines = {(line.slide, line.class_name): line for line in run.lines}
     assert (lines["s1", "Tumor"].objects, lines["s1", "Tumor"].label) == (3, "tumour")
     assert lines["s1", "Tumor"].area_mm2 == pytest.approx(10100 * 0.25 / 1e6)
@@ -88,11 +89,27 @@ def test_a_dry_run_counts_everything_and_names_what_is_left_over() -> None:
     assert json.loads(run.as_json())["lines"][0]["slide"] == "s1"
 
 
+def test_what_lies_off_the_slide_has_no_area_and_is_said() -> None:
+    """A square half on the slide counts with its half; what lies beyond, and a point there, with nothing."""
+    shapes = Shapes(
+        (Shape(box(-50, 0, 50, 100), "Tumor"), Shape(box(300, 0, 400, 100), "Tumor"), Shape(box(0, 200, 9, 250))),
+        dots=(Dot(250, 5, "Tumor"),),
+    )
+    run = dry_run(TABLE, [SlideObjects("s", shapes, (200, 200), 2.0)])
+    (line,) = run.lines
+    assert (line.class_name, line.objects, line.area) == ("Tumor", 1, 5000)
+    assert line.area_mm2 == pytest.approx(0.02)
+    assert run.off_slide == {"s": 3} and json.loads(run.as_json())["off_slide"] == {"s": 3}
+    assert "off the slide: 3 objects" in run.table()
+
+
 def test_real_files_are_sorted_by_their_groups(real_data: RealData) -> None:
     """CAMELYON's regions in ASAP XML, QuPath's own export."""
     camelyon = parse_shapes(real_data.file("annotations/camelyon16_tumor_009.xml").read_bytes(), "real")
     qupath = parse_shapes(real_data.file("annotations/qupath05_example.geojson").read_bytes(), "real")
-    run = dry_run(same_names(["metastasis"]), [("tumor_009", camelyon, 0.243), ("q", qupath, None)])
+    far = (1e6, 1e6)
+    slides = [SlideObjects("tumor_009", camelyon, far, 0.243), SlideObjects("q", qupath, far)]
+    run = dry_run(same_names(["metastasis"]), slides)
     assert sum(line.objects for line in run.lines if line.slide == "tumor_009") == len(camelyon)
     assert any(line.label == "metastasis" and line.objects for line in run.lines)
     assert "metastasis" not in run.unmatched

@@ -125,6 +125,21 @@ def test_chunks_do_not_change_the_raster(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (drawn(index, grids) == whole).all()
 
 
+def test_long_outlines_are_drawn_from_the_runs_at_the_height_of_a_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same px as from all their edges, far fewer of which are looked at."""
+    shapes = [star(n, 900, (60.0 + 9 * n, 70.0), 70.0) for n in range(3)] + [box(20, 20, 30, 90)]
+    y, x = np.mgrid[:12, :12].reshape(2, -1) * 12 - 6
+    grids = PixelGrids(np.stack([x, y], axis=1).astype(np.int64), 12, 1.3, 1.3)
+    whole = drawn(indexed(*shapes), grids)
+    monkeypatch.setattr(raster, "_RUN", 16)
+    monkeypatch.setattr(raster, "_LONG", 64)
+    index = indexed(*shapes)
+    assert np.array_equal(drawn(index, grids), whole)
+    pairs = pairs_of(index, grids, np.ones(len(index), bool), np.arange(len(index)))
+    edges, _ = raster._edges_near(index, grids, pairs)
+    assert len(edges) < 0.5 * (index.start[pairs.shape + 1] - index.start[pairs.shape]).sum()
+
+
 def test_coarse_px_measure_shares() -> None:
     """At 32 points a side the share of a tile that a shape covers is right to 2 %."""
     shape = star(3, 9, (130, 130), 90)

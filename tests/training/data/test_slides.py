@@ -157,6 +157,21 @@ def test_places_round_objects_are_drawn_by_their_seed(tiny_slide: Path, nuclei: 
     assert np.allclose(boxes.xyxy[0, 2:] - boxes.xyxy[0, :2], 16)
 
 
+def test_objects_off_the_slide_are_no_targets(
+    tiny_slide: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tiles round them would be moved to the slide's edge; they are not counted, and a line says so."""
+    shapes = [("nucleus", box(300, 300, 320, 320)), ("nucleus", box(-900, 50, -880, 70)), ("nucleus", Point(1e6, 9))]
+    notes = geojson(tmp_path / "off.geojson", shapes)
+    places = TileSampling(0.5, tile=64, by="objects", per_slide=20)
+    found = the_tiles(tiny_slide, notes, places, AnnotationTarget("n", "detect", NUCLEI, complete=True))
+    corners = np.array([key.split("@")[1].split(",") for key in found.index.keys], float)
+    assert len(corners) and (corners > 100).all() and (corners < 400).all()
+    assert "off.geojson lie off the slide" in caplog.text
+    run = dry_run_slides([SlideItem("s", str(tiny_slide), annotations=notes)], NUCLEI, SlidePool())
+    assert (sum(line.objects for line in run.lines), run.off_slide) == (1, {"s": 2})
+
+
 def test_without_annotations_tiles_of_tissue_carry_what_the_table_says(tiny_slide: Path, tmp_path: Path) -> None:
     """One class per slide, patients as groups, relative places, at most so many tiles."""
     shutil.copy(tiny_slide, tmp_path / "x.tiff")

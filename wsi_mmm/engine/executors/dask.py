@@ -144,7 +144,7 @@ class DaskExecutor:
     def _announce_run(self, output: str, slides: int, stop: threading.Event) -> Iterator[Listener]:
         """Publish this run on the cluster: other jobs see it, share the workers with it, and may stop it."""
         registry, progress = JobRegistry(self._client), JobProgress()
-        status = JobStatus(new_job_id(), output, slides_total=slides, where=timing.worker_name())
+        status = JobStatus(new_job_id(), store.redact(output), slides_total=slides, where=timing.worker_name())
         self._jobs = LiveJobs(registry, status.id)
         with publishing_status(registry, status, progress, stop):
             yield progress.hear

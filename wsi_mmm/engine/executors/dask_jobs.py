@@ -26,6 +26,7 @@ from wsi_mmm.engine.executors.tls import Tls
 from wsi_mmm.engine.job import JobProgress
 from wsi_mmm.engine.monitoring.run_report import RunReport
 from wsi_mmm.errors import Cancelled, ClusterError, WsiError
+from wsi_mmm.storage import store
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ def launch_job(client: Client, output: str, slides: int, spec: JobSpec[T]) -> Cl
     registry = JobRegistry(client)
     for old in registry.surplus():
         ClusterJob(client, old.id).forget()
-    status = JobStatus(new_job_id(), output, slides_total=slides)
+    status = JobStatus(new_job_id(), store.redact(output), slides_total=slides)
     registry.put_status(status)
     apart = any(BOOKS in facts.resources for facts in workers_of(client).values())
     future = client.submit(

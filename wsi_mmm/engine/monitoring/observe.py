@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from wsi_mmm.engine.events import Event, Listener, silent
 from wsi_mmm.engine.units import UnitResult, Watch, WorkUnit
+from wsi_mmm.errors import printable
 from wsi_mmm.storage import store
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>]+")
@@ -59,5 +60,6 @@ def combine_hooks(hooks: Sequence[Hooks]) -> Hooks:
 
 
 def redact_uris(text: str) -> str:
-    """``text`` with user, password and query removed from every URI in it."""
+    """``text`` with user, password and query removed from every URI in it, as UTF-8 can hold it."""
+    text = printable(text)
     return _URI.sub(lambda found: store.redact(found[0]), text) if "://" in text else text

@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -15,13 +16,13 @@ from typing import Any
 from wsi_mmm._version import __version__
 from wsi_mmm.engine.events import SlideStatus
 from wsi_mmm.engine.monitoring.accounting import RunAccounting, SlideTotals, busy_share, round_seconds
+from wsi_mmm.engine.monitoring.slide_rows import keep_row, with_kept_cost, write_slide_tables
 from wsi_mmm.engine.recipe import Recipe
-from wsi_mmm.engine.scheduler import SlideState
+from wsi_mmm.engine.scheduler import SlideState, enlarged_text
 from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.errors import OptionError, OutputError, StorageError
 from wsi_mmm.outputs import exports
 from wsi_mmm.outputs.report import FACTS, SlideRow, report_html, report_json
-from wsi_mmm.outputs.tables import slides_csv, slides_parquet
 from wsi_mmm.storage import store
 
 _PACKAGES = ("torch", "timm", "openslide-python", "openslide-bin", "zarr", "dask", "shapely", "numpy")
@@ -33,7 +34,8 @@ class RunReport:
 
     ``exit_code``: 0 every slide succeeded, 3 some failed or have tiles that could not be read, 4 none succeeded.
     ``unsaved``: why report.json and report.html could not be written; then a code of 0 is 3, too.
-    ``accounting``: where the time went, from the units and results that it is shown.
+    ``warnings``: what was said when it began. ``accounting``: where the time went, from the units and results that it
+    is shown.
     """
 
     output: str
@@ -44,6 +46,7 @@ class RunReport:
     seconds: float = 0.0
     device: str = ""
     unsaved: str = ""
+    warnings: list[str] = field(default_factory=list)
     accounting: RunAccounting = field(default_factory=RunAccounting)
 
     @property
@@ -65,7 +68,13 @@ class RunReport:
     def add(self, state: SlideState) -> SlideRow:
         """Add the row of a slide that has ended."""
         totals = self.accounting.close_slide(state.task.id, state.started, state.ended)
-        row = self.rows[state.task.id] = make_row(state, totals)
+        row = make_row(state, totals)
+        if state.resumed:
+            row = with_kept_cost(row, state.summary.cost if state.summary else None)
+        elif state.plan is not None and state.status is not SlideStatus.FAILED:
+            with suppress(StorageError):  # a full disk shows when the report is written
+                keep_row(self.output, row, state.plan.slide.result_hash())
+        self.rows[state.task.id] = row
         return row
 
     def save(self) -> None:
@@ -83,17 +92,18 @@ class RunReport:
             "argv": [store.redact(word) for word in sys.argv],
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "seconds": round(self.seconds, 3),
-            "device": self._device_names(), "slides_asked": len(self.names), "workers": self.accounting.worker_rows(),
+            "device": self._device_names(), "warnings": self.warnings,
+            "slides_asked": len(self.names), "workers": self.accounting.worker_rows(),
         }  # fmt: skip
         store.write_bytes(store.join(self.output, "report.json"), report_json(facts, self.slides))
         if any("answers" in row.extra for row in self.slides):
-            store.write_bytes(store.join(self.output, "slides.csv"), slides_csv(self.slides))
-            store.write_bytes(store.join(self.output, "slides.parquet"), slides_parquet(self.slides))
+            write_slide_tables(self.output, self.slides)
         store.write_bytes(self.path, report_html(facts, self.slides, self._read_overlays()))
 
     def _device_names(self) -> str:
         """What the model ran on; what was asked for when it ran nowhere (all slides resumed, failed or empty)."""
-        used = {str(row.extra["device"]) for row in self.rows.values() if row.extra.get("device")}
+        ran = (row for row in self.rows.values() if row.extra.get("device") and not row.extra.get("resumed"))
+        used = {str(row.extra["device"]) for row in ran}
         return ", ".join(sorted(used)) or self.recipe.options.device
 
     def _read_overlays(self) -> dict[str, bytes]:
@@ -176,6 +186,7 @@ def _extra_facts(state: SlideState, totals: SlideTotals) -> dict[str, object]:
         "device": ", ".join(sorted(totals.devices)) or None,
         "encoder": [json.loads(facts) for facts in sorted(set(totals.encoders.values()))],
         **({"tile_cache": state.tile_cache} if state.tile_cache else {}),
+        **({"warning": text} if state.plan and (text := enlarged_text(state.plan)) else {}),
         "reader": (summary and summary.reader) or (state.plan.info.reader if state.plan else None),
         "time": round_seconds(totals.seconds),
         **({"traceback": state.traceback} if state.traceback else {}),  # only for faults that are not the user's

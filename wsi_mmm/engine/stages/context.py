@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -16,7 +17,7 @@ from wsi_mmm.cache import CacheEntry
 from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.units import SlideTask, UnitFacts, WorkUnit
-from wsi_mmm.errors import MissingPackage, ModelError
+from wsi_mmm.errors import MissingPackage, ModelError, ModelNotLoaded, PluginError, WsiError, first_line
 from wsi_mmm.slides import Reader, Slide
 from wsi_mmm.slides.base import Fetched
 from wsi_mmm.storage import store
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
     from wsi_mmm.model.runner import Runner
     from wsi_mmm.tasks.base import Task
 
+FAILED_SECONDS = 5.0  # for which a model that could not be loaded is not tried again
 KEPT_ENTRIES = 32  # cache entries, so that a process that has seen thousands of slides is as small as before
 
 open_slides = SlidePool()
 _lock = threading.RLock()
 _loading = threading.Lock()  # of its own: slides are opened and their tissue is found while a model loads
 _runners: dict[tuple[str, str, int | None, str], Runner] = {}
+_failures: dict[tuple[str, str, int | None, str], tuple[float, WsiError]] = {}
 _models: dict[tuple[str, str], str] = {}
 _tasks: dict[tuple[str, str, tuple[str, ...]], list[Task]] = {}
 _entries: OrderedDict[tuple[str, int], CacheEntry] = OrderedDict()
@@ -83,8 +86,11 @@ class UnitContext:
 
     @property
     def runner(self) -> Runner:
-        """The model on its device. Raises ModelError, MissingPackage."""
-        return load_runner(self.recipe)
+        """The model on its device. Raises ModelNotLoaded, StorageError."""
+        try:
+            return load_runner(self.recipe)
+        except (ModelError, MissingPackage, PluginError) as error:
+            raise ModelNotLoaded(str(error)) from error
 
     def reader(self, tiles: Tiles) -> Reader:
         """The reader for ``tiles``: the slide's own, or the tile cache in front of it; open until the unit ends."""
@@ -133,7 +139,14 @@ def load_runner(recipe: Recipe) -> Runner:
     key = (f"{recipe.model_hash}/{recipe.tasks}", options.device, options.threads, options.runtime)
     with timed("prepare"), _loading:
         if key not in _runners:
-            _runners[key] = _make_runner(recipe)
+            at, failed = _failures.get(key, (0.0, None))
+            if failed is not None and time.monotonic() - at < FAILED_SECONDS:
+                raise failed  # of the units that waited for it, none tries again
+            try:
+                _runners[key] = _make_runner(recipe)
+            except WsiError as error:
+                _failures[key] = time.monotonic(), error
+                raise
         return _runners[key]
 
 
@@ -156,7 +169,15 @@ def _make_runner(recipe: Recipe) -> Runner:
         model, device=options.device, threads=options.threads, quantise=quantise, runtime=options.runtime,
         cache=_user_cache(recipe),
     )  # fmt: skip
-    runner.warm_up(recipe.tile, recipe.tasks)
+    try:
+        runner.warm_up(recipe.tile, recipe.tasks)
+    except WsiError:
+        raise
+    except Exception as error:  # torch and timm raise what they like where a size does not fit
+        name = store.redact(recipe.model)
+        raise ModelError(
+            f"{name} does not take tiles of {recipe.tile} px ({first_line(error)}): another --tile-size?"
+        ) from error
     return runner
 
 
@@ -225,6 +246,7 @@ def release(*, models: bool = True) -> None:
     open_slides.close()
     with _lock:
         _entries.clear()
+        _failures.clear()
         if models:
             _runners.clear()
             _models.clear()

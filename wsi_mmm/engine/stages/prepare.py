@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from wsi_mmm.annotations import MAX_AREA_BYTES, read_annotation_file
+from wsi_mmm.engine.monitoring.slide_rows import ROW
 from wsi_mmm.engine.stages import workdir
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
@@ -15,7 +17,7 @@ from wsi_mmm.model.identity import device_kind
 from wsi_mmm.outputs.inside import Regions, regions_of
 from wsi_mmm.storage import store
 from wsi_mmm.tiles.grid import make_grid, tile_boxes
-from wsi_mmm.tiles.tissue import off_slide, select_tiles, tissue_mask, tissue_share
+from wsi_mmm.tiles.tissue import off_slide, select_tiles, tissue_mask, tissue_share, warn_unused
 from wsi_mmm.types import F32, I64
 
 
@@ -33,7 +35,8 @@ def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
     if done is not None:
         if not store.exists(workdir.plan_uri(task)):
             workdir.remove_scratch(task)  # left behind when a run ended while it tidied up
-        return None, done
+        kept = workdir.read_json(store.join(task.output, ROW))
+        return None, replace(done, cost=kept if kept and kept.get("result_hash") == task.result_hash() else None)
     slide.scale(recipe.mpp)  # explains what to do when the slide has no mpp
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     mask = tissue_mask(slide, task.mask or recipe.options.tissue)
@@ -45,6 +48,7 @@ def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
             if not regions.touched(np.array([[0.0, 0.0, slide.info.width, slide.info.height]])).any():
                 raise AnnotationError(off_slide(name, regions.area.bounds, slide.info))
             raise AnnotationError(f"{name}: no tissue lies in its regions; draw them on tissue, or add --tissue none")
+        warn_unused(regions.shapes, store.redact(recipe.options.regions or ""), slide.info)
         index = chosen
     plan = _make_plan(ctx, task, index, tissue_share(grid, mask, index))
     workdir.save_arrays(workdir.plan_uri(plan.slide), {"index": plan.index, "tissue": plan.tissue})
@@ -90,7 +94,7 @@ def published_before(task: SlideTask, fingerprint: str) -> SlideSummary | None:
 def regions_of_interest(task: SlideTask) -> Regions | None:
     """The regions that a run is restricted to, or None. Raises AnnotationError, OptionError, StorageError."""
     where = task.recipe.options.regions
-    return regions_of(store.read_bytes(where), store.redact(where)) if where else None
+    return regions_of(read_annotation_file(where, MAX_AREA_BYTES), store.redact(where)) if where else None
 
 
 def region_hash(task: SlideTask) -> str:

@@ -22,7 +22,10 @@ _MAX_TAGS, _MAX_ALL_TAGS = 4096, 1 << 16  # of one directory, of all
 _MAX_VALUES = 4096  # of one tag
 _MAX_TILES = 1 << 23  # of one directory
 _TEXTS = (270, 271, 305, 700)  # description, make, software, XMP: of the first directory alone
-_NUMBERS = (254, 256, 257, 258, 259, 262, 277, 278, 282, 283, 284, 296, 317, 322, 323, 330, 338, 339, 347, 32997)
+_NUMBERS = (
+    254, 256, 257, 258, 259, 262, 266, 277, 278, 282, 283, 284, 292, 296, 317, 320, 322, 323, 330, 332, 338, 339, 347,
+    529, 530, 532, 32997, 50674,
+)  # fmt: skip
 _MAX_TEXT, _MAX_NUMBERS = 16 << 20, 64 << 10  # larger values are not loaded, nor is what nobody asks for
 _MAX_LOADED = 64 << 20  # bytes of the values of all tags
 _TYPES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 5: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 10: "i4", 11: "f4", 12: "f8",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wsi_mmm.errors import NotASlide
+from wsi_mmm.slides.tiff.depth import with_used_bits
 from wsi_mmm.slides.tiff.directories import Directory
 from wsi_mmm.slides.tiff.ome import parse_ome
 from wsi_mmm.slides.tiff.pages import find_pyramid, page_roles
@@ -60,6 +61,9 @@ def describe(store: ByteStore, directories: Sequence[Directory], name: str, scen
     pyramid = find_pyramid(directories, vendor, name, scene)
     top = pyramid.top
     properties = _aperio_properties(text) if vendor == "aperio" and pyramid.usual else {}
+    declared = "" if top.ome is None else top.ome.pixels.get("SignificantBits", "")
+    bits = int(declared) if re.fullmatch(r"[0-9]{1,2}", declared) else 0
+    pyramid = replace(pyramid, planes=with_used_bits(store, pyramid.planes, bits))
     planes = confirmed_planes(store, pyramid.planes, pyramid.doubtful)
     if len(pyramid.pages) > len(planes):
         properties |= page_roles(pyramid, planes)

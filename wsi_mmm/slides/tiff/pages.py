@@ -97,7 +97,7 @@ def find_pyramid(directories: Sequence[Directory], vendor: str, name: str, scene
     plane = plane_of(top.directory, name)
     why = unsupported(plane)
     if why:
-        raise NotASlide(f"{name} is a TIFF that this reader cannot read: {why}; convert it to an 8-bit RGB tiled TIFF")
+        raise NotASlide(f"{name} is a TIFF that this reader cannot read: {why}")
     planes, numbers, sure, doubtful = [plane], [top.number], [plane], set()
     vendor = vendor if usual or vendor != "aperio" else "generic-tiff"  # Aperio's rules are those of its slide
     candidates = [page for page in pages if page is not top and _may_be_level(page, top, vendor)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, repeat
@@ -44,10 +45,12 @@ from wsi_mmm.slides.resample.tiled import (
     size_of,
 )
 from wsi_mmm.slides.resample.weights import average_boxes
-from wsi_mmm.slides.tiff.codecs import UndecodableError, decoder, most_bytes, shrinks
+from wsi_mmm.slides.tiff.codecs import decoder, most_bytes, shrinks
 from wsi_mmm.slides.tiff.directories import Directory, read_directories, table
 from wsi_mmm.slides.tiff.metadata import TiffSlide, describe
 from wsi_mmm.slides.tiff.planes import COMPRESSIONS, Plane
+from wsi_mmm.slides.tiff.samples import UndecodableError
+from wsi_mmm.slides.tiff.tables import fetch_tiles, table_tags, tile_lengths
 from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.storage.store import BufferedStore, ByteStore, redact
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
@@ -77,7 +80,8 @@ class TiffReader:
         name = redact(store.uri)
         slide = describe(store, directories or read_directories(store), name, scene)
         self._planes = slide.planes
-        self._offsets, self._counts = _read_tables(store, slide.planes, name)
+        self._offsets, self._stored = _read_tables(store, slide.planes, name)
+        self._counts = [tile_lengths(plane, counts) for plane, counts in zip(slide.planes, self._stored, strict=True)]
         self._decode = [decoder(plane) for plane in slide.planes]
         self._most = [most_bytes(plane) for plane in slide.planes]
         self._cache: TileCache[Key, Tile] = TileCache(cache_bytes)
@@ -194,7 +198,7 @@ class TiffReader:
                     else:
                         tile = self._check_and_decode(source, key[2], raw, buffer)
                 except UndecodableError as error:
-                    tile = str(error)
+                    tile = self._decode_unpadded(source, key[2], raw, str(error))
                 yield key, tile, size_of(tile)
 
     def _compressed_bytes(self, level: int, numbers: Sequence[int], fetched: Fetched | None = None) -> list[Buffer]:
@@ -203,10 +207,7 @@ class TiffReader:
         missing = [n for n in numbers if n not in known] if known else list(numbers)
         if not missing:
             return [known[n] for n in numbers]
-        counts, most = self._counts[level][missing], self._most[level]
-        # A length that cannot be is not fetched: a small file may claim terabytes.
-        ranges = np.stack([self._offsets[level][missing], np.where(counts <= most, counts, 0)], axis=1)
-        found = self._store.get_ranges(ranges)
+        found = fetch_tiles(self._store, self._planes[level], self._offsets[level], self._stored[level], missing)
         if len(missing) == len(numbers):
             return found
         late = dict(zip(missing, found, strict=True))
@@ -243,9 +244,26 @@ class TiffReader:
         if source.shrink == 1 or (width % source.shrink == 0 and height % source.shrink == 0):
             return decode(data, source.shrink, plane.tile_height if plane.tiled else height, out)
         # The last pixels would mix the slide with the padding beyond its edge, which may hold anything.
-        full = decode(data, 1, plane.tile_height if plane.tiled else height)
+        full = np.array(decode(data, 1, plane.tile_height if plane.tiled else height))
         full[height:], full[:, width:] = WHITE, WHITE
         return average_boxes(full, source.shrink)
+
+    def _decode_unpadded(self, source: Source, number: int, data: Buffer, error: str) -> Tile:
+        """Decode an edge tile of which only what lies on the slide is stored; ``error`` where it is none."""
+        plane = self._planes[source.level]
+        row, column = divmod(number, plane.columns)
+        width = min(plane.tile_width, plane.width - column * plane.tile_width)
+        height = min(plane.tile_height, plane.height - row * plane.tile_height)
+        full = np.full((plane.tile_height, plane.tile_width, 3), WHITE, np.uint8)
+        sizes = [(plane.tile_width, height), (width, plane.tile_height), (width, height)] if plane.tiled else []
+        for size in dict.fromkeys(sizes):
+            if size == (plane.tile_width, plane.tile_height):
+                continue
+            with suppress(UndecodableError):
+                cut = replace(plane, tile_width=size[0], tile_height=size[1], tiled=True, cut=True)
+                full[: size[1], : size[0]] = decoder(cut)(data, 1, size[1])
+                return full if source.shrink == 1 else average_boxes(full, source.shrink)
+        return error
 
 
 def _native_parts(out: Sequence[U8], tiling: Tiling) -> list[U8]:
@@ -267,15 +285,16 @@ def _fetch_parts(counts: I64) -> Iterator[slice]:
 
 def _read_tables(store: ByteStore, planes: Sequence[Plane], name: str) -> tuple[list[I64], list[I64]]:
     """Return offsets and byte counts of the native tiles per level, fetched together."""
-    tags = [pair for p in planes for pair in ((324, 325) if p.tiled else (273, 279))]
+    tags = [tag for p in planes for tag in table_tags(p)]
     directories = [p.directory for p in planes for _ in range(2)]
     if any(tag not in d.entries for tag, d in zip(tags, directories, strict=True)):
         raise SlideDamaged(f"{name} is damaged: a table of tiles is missing; copy it again")
     tables = table(store, directories, tags)
     offsets, counts = tables[0::2], tables[1::2]
     for plane, some, other in zip(planes, offsets, counts, strict=True):
-        if not len(some) == len(other) == plane.columns * plane.rows or (other < 0).any() or (some < 0).any():
-            raise SlideDamaged(f"{name} is damaged: {len(some)} tiles where {plane.columns * plane.rows} are needed")
+        needed = plane.columns * plane.rows * plane.parts
+        if not len(some) == len(other) == needed or (other < 0).any() or (some < 0).any():
+            raise SlideDamaged(f"{name} is damaged: {len(some)} tiles where {needed} are needed")
     _check_extent(planes, counts, name)
     return offsets, counts
 
@@ -297,6 +316,10 @@ def _check_extent(planes: Sequence[Plane], counts: Sequence[I64], name: str) -> 
 def _slide_info(store: ByteStore, slide: TiffSlide) -> SlideInfo:
     top = slide.planes[0]
     properties = dict(slide.properties) | {"tiff.compression": COMPRESSIONS[top.compression]}
+    if top.bits == 16 and top.white < 65535:
+        used = f"{top.white.bit_length()} of 16 bits per sample are used"
+        properties["tiff.bits"] = used
+        warnings.warn(f"{redact(store.uri)}: {used}, by its brightest tiles: {top.white} is white", stacklevel=4)
     if not top.tiled:
         cost = (
             f"stored in strips of {top.tile_width} x {top.tile_height} px, not in tiles: "

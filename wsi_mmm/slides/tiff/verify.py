@@ -9,9 +9,10 @@ from contextlib import suppress
 import numpy as np
 from PIL import Image
 
-from wsi_mmm.slides.tiff.codecs import UndecodableError, decoder, most_bytes
-from wsi_mmm.slides.tiff.directories import table
+from wsi_mmm.slides.tiff.codecs import decoder
 from wsi_mmm.slides.tiff.planes import Plane
+from wsi_mmm.slides.tiff.samples import UndecodableError
+from wsi_mmm.slides.tiff.tables import tile_fetcher
 from wsi_mmm.storage.store import ByteStore
 from wsi_mmm.types import U8
 
@@ -77,17 +78,14 @@ def _same_picture(store: ByteStore, fine: Plane, coarse: Plane) -> bool:
 
 def _tile_reader(store: ByteStore, plane: Plane) -> ReadTiles | None:
     """A function from numbers of native tiles to their pixels, without those left out or damaged."""
-    tags = (324, 325) if plane.tiled else (273, 279)
-    if any(tag not in plane.directory.entries for tag in tags):
+    fetch = tile_fetcher(store, plane)
+    if fetch is None:
         return None
-    offsets, counts = table(store, [plane.directory] * 2, tags)
-    decode, most = decoder(plane), most_bytes(plane)
+    decode = decoder(plane)
 
     def read(numbers: Sequence[int]) -> dict[int, U8]:
-        there = [n for n in numbers if n < min(len(offsets), len(counts)) and 0 < counts[n] <= most]
-        data = store.get_ranges([(int(offsets[n]), int(counts[n])) for n in there]) if there else []
         found = {}
-        for number, raw in zip(there, data, strict=True):
+        for number, raw in fetch([n for n in numbers if n < plane.columns * plane.rows]).items():
             rows = (
                 plane.tile_height if plane.tiled else min(plane.tile_height, plane.height - number * plane.tile_height)
             )

@@ -10,10 +10,10 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from wsi_mmm.annotations import Shapes
+from wsi_mmm.annotations import Shapes, clip_to_slide
 from wsi_mmm.errors import ConfigError
 
 IGNORE, DROP, USE = "ignore", "drop", "use"
@@ -127,15 +127,26 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class SlideObjects:
+    """The annotations of a slide of ``size`` (width, height) level-0 px; ``mpp`` None where it is not known."""
+
+    slide: str
+    shapes: Shapes
+    size: tuple[float, float]
+    mpp: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BucketReport:
     """Every class of every slide, and what a table does with it. ``skipped``: objects that are no polygon (points
-    included), ``repaired``: invalid polygons, by slide. ``dot_um``: radius of the discs that points become (0: they are
-    left out)."""
+    included), ``repaired``: invalid polygons, ``off_slide``: objects that lie wholly off the slide and count nowhere
+    else, by slide. ``dot_um``: radius of the discs that points become (0: they are left out)."""
 
     lines: tuple[Line, ...]
     skipped: Mapping[str, int]
     repaired: Mapping[str, int]
     dot_um: float = 0.0
+    off_slide: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def unmatched(self) -> tuple[str, ...]:
@@ -151,7 +162,7 @@ class BucketReport:
         """Everything, as JSON."""
         facts: dict[str, object] = {"unmatched": self.unmatched, "unnamed": self.unnamed, "skipped": self.skipped}
         lines = [asdict(line) for line in self.lines]
-        facts |= {"repaired": self.repaired, "dot_um": self.dot_um}
+        facts |= {"repaired": self.repaired, "off_slide": self.off_slide, "dot_um": self.dot_um}
         return json.dumps({"lines": lines, **facts}, ensure_ascii=False, indent=1)
 
     def table(self) -> str:
@@ -174,21 +185,24 @@ class BucketReport:
             end.append(f"points among them: {points}, {what} (dot_um)")
         if lost := sum(self.skipped.values()):
             end.append(f"no polygons: {lost} objects (points, lines, outlines without area)")
+        if off := sum(self.off_slide.values()):
+            end.append(f"off the slide: {off} objects, not counted; areas are those on the slide")
         lines = ["  ".join(f"{cell:<{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, "", *end])
 
 
-def dry_run(
-    buckets: Buckets, slides: Iterable[tuple[str, Shapes, float | None]], *, dot_um: float = DOT_UM
-) -> BucketReport:
-    """Report how ``buckets`` would sort the objects of slides: (id, shapes, mpp or None). ``dot_um``: radius of the
-    disc that a point becomes (0: points are left out). Nothing is read or written."""
+def dry_run(buckets: Buckets, slides: Iterable[SlideObjects], *, dot_um: float = DOT_UM) -> BucketReport:
+    """Report how ``buckets`` would sort the objects of slides. ``dot_um``: radius of the disc that a point becomes (0:
+    points are left out). Nothing is read or written."""
     lines: list[Line] = []
-    skipped, repaired = {}, {}
-    for slide, shapes, mpp in slides:
+    skipped, repaired, off = {}, {}, {}
+    for one in slides:
+        slide, mpp = one.slide, one.mpp
+        there = clip_to_slide(one.shapes, *one.size)
+        shapes, off[slide] = there.shapes, there.off
         found: dict[str | None, list[float]] = defaultdict(list)
-        for item in shapes:
-            found[item.class_name].append(float(item.geometry.area))
+        for item, area in zip(shapes, there.areas.tolist(), strict=True):
+            found[item.class_name].append(area)
         dots = Counter(dot.class_name for dot in shapes.dots)
         for name in sorted({*found, *dots}, key=lambda name: (name is None, name or "")):
             row = _class_row(buckets, slide, name, areas=found[name], mpp=mpp)
@@ -200,7 +214,7 @@ def dry_run(
             if dots[name] and not learnt:  # a row of their own: they are not what the others are
                 lines.append(replace(row, label=DROP, objects=dots[name], points=dots[name], area=0.0, area_mm2=None))
         skipped[slide], repaired[slide] = shapes.skipped, shapes.repaired
-    return BucketReport(tuple(lines), skipped, repaired, dot_um)
+    return BucketReport(tuple(lines), skipped, repaired, dot_um, off)
 
 
 def _class_row(buckets: Buckets, slide: str, name: str | None, *, areas: list[float], mpp: float | None) -> Line:

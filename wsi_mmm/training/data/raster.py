@@ -24,6 +24,8 @@ from wsi_mmm.types import F64, I32, I64, Mask
 
 DOT_CORNERS = 24  # of the polygon that stands for a point
 _PACK = 8  # shapes under one leaf of the index
+_RUN = 256  # points whose extent is known together
+_LONG = 16 * _RUN  # points from which only runs at the height of a square are looked at
 _EDGES = 1 << 19  # edges looked at together: bounds memory, not the result
 _SLIVER = 1 << 14  # px: longer than a square; a line across a slide without width is no speck
 _SPECK = 4.0  # px²: larger shapes always hold the centre of a px, unless they are thinner than anything that is drawn
@@ -34,8 +36,9 @@ class ShapeIndex:
     """n shapes in level-0 px. Points of shape i: ``xy[start[i]:start[i + 1]]`` float64[m, 2], its rings one after the
     other, each closed; ``closing`` bool[m]: the last point of a ring. ``boxes`` float64[n, 4] (x0, y0, x1, y1);
     ``areas`` float64[n]. ``name_of`` int32[n]: place in ``names``. ``values``: name of a number -> float64[n], NaN
-    where there is none. ``touching``: boxes float64[k, 4] -> pairs (box, shape) whose extents touch. The last ``dots``
-    shapes are discs that stand for points."""
+    where there is none. ``extent`` float64[k, 2]: least and largest y of the edges that begin at each _RUN points.
+    ``touching``: boxes float64[k, 4] -> pairs (box, shape) whose extents touch. The last ``dots`` shapes are discs that
+    stand for points."""
 
     xy: F64
     start: I64
@@ -45,6 +48,7 @@ class ShapeIndex:
     names: tuple[str | None, ...]
     name_of: I32
     values: Mapping[str, F64]
+    extent: F64
     touching: Callable[[F64], tuple[I64, I64]]
     dots: int = 0
 
@@ -72,7 +76,20 @@ def index_shapes(shapes: Shapes, values: Sequence[str] = (), *, dot_radius: tupl
     kept = {name: numbers[:, column] for column, name in enumerate(values)}
     disc = DOT_CORNERS / 2 * math.sin(2 * math.pi / DOT_CORNERS) * dot_radius[0] * dot_radius[1]
     areas = np.concatenate([areas, np.full(len(dots), disc)])
-    return ShapeIndex(xy, start, closing, boxes, areas, tuple(names), name_of, kept, packed_index(boxes), len(dots))
+    found = packed_index(boxes)
+    return ShapeIndex(
+        xy, start, closing, boxes, areas, tuple(names), name_of, kept, _run_extents(xy), found, len(dots)
+    )  # fmt: skip
+
+
+def _run_extents(xy: F64) -> F64:
+    """Least and largest y float64[k, 2] of the edges that begin at each _RUN points."""
+    if not len(xy):
+        return np.zeros((0, 2))
+    starts = np.arange(0, len(xy), _RUN)
+    after = np.append(xy[1:, 1], xy[-1, 1])
+    low = np.minimum.reduceat(np.minimum(xy[:, 1], after), starts)
+    return np.stack([low, np.maximum.reduceat(np.maximum(xy[:, 1], after), starts)], axis=1)
 
 
 def _disc_outlines(middles: F64, radius: tuple[float, float]) -> F64:
@@ -231,9 +248,7 @@ def _line_crossings(index: ShapeIndex, grids: PixelGrids, pairs: Pairs) -> I64:
     """Where outlines cross lines through px centres: (pair * side + row) * (side + 1) + column of the first px whose
     centre is not left of it, columns cut to 0..side."""
     side, step = grids.side, grids.step
-    counts = index.start[pairs.shape + 1] - index.start[pairs.shape]
-    vertex = _expand_runs(index.start[pairs.shape], counts)
-    pair = np.repeat(np.arange(len(counts)), counts)
+    vertex, pair = _edges_near(index, grids, pairs)
     keep = ~index.closing[vertex]
     vertex, pair = vertex[keep], pair[keep]
     per_px = 1.0 / np.array([grids.scale_x * step, grids.scale_y * step])
@@ -253,6 +268,30 @@ def _line_crossings(index: ShapeIndex, grids: PixelGrids, pairs: Pairs) -> I64:
     x = a[:, 0] + (y - a[:, 1]) * ((b[:, 0] - a[:, 0]) / (b[:, 1] - a[:, 1]))
     column = np.clip(np.ceil(x - 0.5 - rest[at, 0]) - whole[at, 0], 0, side).astype(np.int64)
     return np.asarray((pair[edge] * side + row) * (side + 1) + column, np.int64)
+
+
+def _edges_near(index: ShapeIndex, grids: PixelGrids, pairs: Pairs) -> tuple[I64, I64]:
+    """(first point, pair) of the edges that may cross a line of the pair's square: all, but of long outlines only those
+    of runs at its height. An outline of a million points would else be gone through for each square it touches."""
+    begin, end = index.start[pairs.shape], index.start[pairs.shape + 1]
+    long = end - begin > _LONG
+    short = np.flatnonzero(~long)
+    vertex = _expand_runs(begin[short], (end - begin)[short])
+    pair = np.repeat(short, (end - begin)[short])
+    if not long.any():
+        return vertex, pair
+    some = np.flatnonzero(long)
+    first, last = begin[some] // _RUN, -(-end[some] // _RUN)
+    run, owner = _expand_runs(first, last - first), np.repeat(some, last - first)
+    y0, y1 = grids.boxes()[pairs.grid[owner]][:, [1, 3]].T
+    near = (index.extent[run, 0] <= y1) & (index.extent[run, 1] >= y0)
+    run, owner = run[near], owner[near]
+    start = np.maximum(run * _RUN, begin[owner])
+    length = np.minimum((run + 1) * _RUN, end[owner]) - start
+    return (
+        np.concatenate([vertex, _expand_runs(start, length)]),
+        np.concatenate([pair, np.repeat(owner, length)]),
+    )
 
 
 def _tiny_shapes(index: ShapeIndex, grids: PixelGrids, pairs: Pairs) -> tuple[I64, I64, I64]:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from wsi_mmm.annotations import Shapes, parse_shapes
+from wsi_mmm.annotations import Shapes, clip_to_slide, parse_shapes, read_annotation_file
 from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
 from wsi_mmm.errors import ConfigError, InputError, WsiError
 from wsi_mmm.slides import Slide
@@ -35,7 +35,7 @@ from wsi_mmm.training.data.annotation_targets import (
     tile_targets,
 )
 from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
-from wsi_mmm.training.data.buckets import DOT_UM, BucketReport, Buckets, dry_run
+from wsi_mmm.training.data.buckets import DOT_UM, BucketReport, Buckets, SlideObjects, dry_run
 from wsi_mmm.training.data.raster import index_shapes
 from wsi_mmm.training.data.tables import SlideTable
 from wsi_mmm.types import I32, I64, Tiles
@@ -335,7 +335,10 @@ def _annotations_by_task(
         return {}
     values = list(dict.fromkeys(value for spec in specs for value in spec.values))
     radius = tuple(places.dot_radius / mpp for mpp in (slide.info.mpp_x or 1.0, slide.info.mpp_y or 1.0))
-    index = index_shapes(read_shapes(item.annotations, values), values, dot_radius=(radius[0], radius[1]))
+    there = clip_to_slide(read_shapes(item.annotations, values), slide.info.width, slide.info.height)
+    if off := there.describe_off():
+        _log.warning("%s: %s", item.id, off.replace("in it", f"in {store.redact(item.annotations)}"))
+    index = index_shapes(there.shapes, values, dot_radius=(radius[0], radius[1]))
     size, scale = (slide.info.width, slide.info.height), slide.scale(places.mpp)
     found = {spec.task: annotations_for_task(spec, index, scale=scale, size=size) for spec in specs}
     for spec in specs if places.dot_um is None and index.dots else ():
@@ -350,7 +353,7 @@ def _annotations_by_task(
 
 def read_shapes(uri: str, values: Sequence[str] = ()) -> Shapes:
     """The shapes of an annotation file at a path or URI. Raises AnnotationError, StorageError, NotFound."""
-    return parse_shapes(store.read_bytes(uri), store.redact(uri), values)
+    return parse_shapes(read_annotation_file(uri), store.redact(uri), values)
 
 
 def _choose_tiles(
@@ -469,10 +472,12 @@ def dry_run_slides(
 ) -> BucketReport:
     """Report how a bucket table sorts the annotations of slides; areas in mm² where slides know their resolution."""
 
-    def resolution(item: SlideItem) -> float | None:
+    def objects(item: SlideItem, uri: str) -> SlideObjects:
         with pool.slide(item.slide_key) as slide:
             info = slide.info
-            return None if info.mpp_x is None or info.mpp_y is None else float(np.sqrt(info.mpp_x * info.mpp_y))
+        mpp = None if info.mpp_x is None or info.mpp_y is None else float(np.sqrt(info.mpp_x * info.mpp_y))
+        return SlideObjects(item.id, read_shapes(uri), (info.width, info.height), mpp)
 
-    noted = [(item, item.annotations) for item in items if item.annotations is not None]
-    return dry_run(buckets, ((item.id, read_shapes(uri), resolution(item)) for item, uri in noted), dot_um=dot_um)
+    return dry_run(
+        buckets, (objects(item, item.annotations) for item in items if item.annotations is not None), dot_um=dot_um
+    )

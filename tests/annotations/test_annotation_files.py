@@ -7,16 +7,18 @@ import gzip
 import io
 import json
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import RealData
-from wsi_mmm.annotations import parse_shapes, rasterise
-from wsi_mmm.errors import AnnotationError
+from wsi_mmm.annotations import MAX_AREA_BYTES, clip_to_slide, parse_shapes, rasterise, read_annotation_file, shape_at
+from wsi_mmm.errors import AnnotationError, NotFound
 
 SQUARE = [[[0, 0], [100, 0], [100, 100], [0, 100], [0, 0]]]
 BOW_TIE = [[[0, 0], [100, 100], [100, 0], [0, 100], [0, 0]]]
@@ -49,6 +51,20 @@ def zipped(**members: bytes) -> bytes:
         b"\xef\xbb\xbf \n" + collection(feature(SQUARE)),
         gzip.compress(collection(feature(SQUARE))),
         zipped(a_dot_geojson=collection(feature(SQUARE))),
+        collection(feature(SQUARE)).decode().encode("utf-16"),
+        collection(json.loads(collection(feature(SQUARE)))),
+        json.dumps([[json.loads(collection(feature(SQUARE)))]]).encode(),
+        collection(
+            {
+                "type": "Feature",
+                "geometry": {
+                    "type": "GeometryCollection",
+                    "geometries": [
+                        {"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": SQUARE}]}
+                    ],
+                },
+            }
+        ),
     ],
 )
 def test_every_form_of_geojson_is_read(data: bytes) -> None:
@@ -84,6 +100,34 @@ def test_what_has_no_area_is_skipped_and_counted() -> None:
     )
     shapes = parse_shapes(data, "x")
     assert (len(shapes), shapes.skipped, shapes.repaired) == (1, 6, 0)
+
+
+def test_a_geometry_collection_is_one_object_with_all_its_polygons() -> None:
+    """Beside other features, with its class; parts that overlap become one, lines are counted, points kept."""
+    parts = [
+        {"type": "Polygon", "coordinates": SQUARE},
+        {"type": "MultiPolygon", "coordinates": [[[[50, 0], [150, 0], [150, 100], [50, 100], [50, 0]]]]},
+        {"type": "LineString", "coordinates": [[0, 0], [1, 1]]},
+        {"type": "Point", "coordinates": [3, 4]},
+    ]
+    mixed = {
+        "type": "Feature", "geometry": {"type": "GeometryCollection", "geometries": parts},
+        "properties": {"classification": {"name": "Tumor"}},
+    }  # fmt: skip
+    lines = {"type": "GeometryCollection", "geometries": parts[2:]}
+    found = parse_shapes(collection(feature(SQUARE), mixed, lines, feature(SQUARE)), "x")
+    assert [item.geometry.area for item in found] == [10_000, 15_000, 10_000]
+    assert [item.class_name for item in found] == [None, "Tumor", None]
+    assert (found.skipped, [(dot.x, dot.class_name) for dot in found.dots]) == (3, [(3, "Tumor"), (3, None)])
+
+
+def test_collections_in_collections_are_read_or_one_line() -> None:
+    """A hundred deep, and without end."""
+    head, tail = b'{"type": "GeometryCollection", "geometries": [', b"]}"
+    square = json.dumps({"type": "Polygon", "coordinates": SQUARE}).encode()
+    assert len(parse_shapes(b"[" + head * 100 + square + tail * 100 + b"]", "x")) == 1
+    with pytest.raises(AnnotationError, match=r"^x: .*too deep"):
+        parse_shapes(b"[" + head * 200_000 + tail * 200_000 + b"]", "x")
 
 
 def test_invalid_polygons_are_repaired_and_counted() -> None:
@@ -173,6 +217,41 @@ def test_shapes_outside_the_picture_are_cut_off() -> None:
     assert not rasterise(away, (10, 10), scale_x=10, scale_y=10).any()
 
 
+def test_masks_of_shapes_that_overlap_and_have_holes_are_those_of_shapely() -> None:
+    """Px centres in any of 60 random outlines, their holes left out; px on an outline are left aside."""
+    rng = np.random.default_rng(3)
+    rings = []
+    for x, y, r in zip(*rng.uniform([[0], [0], [5]], [[200], [150], [60]], (3, 60)), strict=True):
+        angle = np.sort(rng.random(9)) * 2 * np.pi
+        edge = np.stack([x + r * np.cos(angle), y + r * np.sin(angle)], axis=1)
+        rings.append([edge.tolist(), ((edge - (x, y)) * 0.3 + (x, y))[:: rng.choice([1, -1])].tolist()])
+    found = parse_shapes(collection(*map(feature, rings)), "x")
+    mask = rasterise(found, (75, 100), scale_x=2.0, scale_y=2.0)
+    whole = shapely.union_all([item.geometry for item in found])
+    y, x = (np.mgrid[:75, :100] + 0.5) * 2
+    true, rim = shapely.contains_xy(whole, x, y), shapely.dwithin(shapely.points(x, y), whole.boundary, 1.5)
+    assert np.array_equal(mask[~rim], true[~rim]) and mask[true].all() and true[~rim].any()
+
+
+def test_the_area_on_the_slide_and_what_lies_off_it() -> None:
+    """Wholly on, partly, touching its edge, off; points too."""
+    squares = [feature([[[x, 0], [x + 10, 0], [x + 10, 10], [x, 10]]]) for x in (0, 95, 100, 300)]
+    data = collection(*squares, feature([[5, 5], [-5, 5]], "MultiPoint"))
+    there = clip_to_slide(parse_shapes(data, "x"), 100, 50)
+    assert (there.areas.tolist(), there.off, there.partly) == ([100, 50], 3, 1)
+    assert there.describe_off() == "3 objects in it lie off the slide, 1 reach beyond it"
+    assert len(there.shapes) == 2 and len(there.shapes.dots) == 1
+
+
+def test_the_first_shape_that_holds_a_point_however_many_corners_it_has() -> None:
+    """As shapely says shape by shape; the edge belongs to it."""
+    angle = np.linspace(0, 2 * np.pi, 500, endpoint=False)
+    ring = np.stack([50 + 40 * np.cos(angle), 50 + 40 * np.sin(angle)], axis=1).tolist()
+    found = parse_shapes(collection(feature([ring]), feature(SQUARE)), "x")
+    points = np.array([[50.0, 50], [1, 1], [0, 50], [200, 0], [90, 50]])
+    assert shape_at(found, points).tolist() == [0, 1, 1, -1, 0]
+
+
 def test_real_exports_of_qupath_and_asap_are_read(real_data: RealData) -> None:
     """Every object of both files is a polygon."""
     qupath = parse_shapes(real_data.file("annotations/qupath05_example.geojson").read_bytes(), "real")
@@ -223,6 +302,18 @@ def test_one_odd_polygon_among_many_is_named_and_changes_no_other() -> None:
     assert all(a.equals(b) for a, b in zip(alone, among[:20], strict=True))
     with pytest.raises(AnnotationError, match="feature 20"):
         parse_shapes(collection(*plain, feature([[[0, 0], [5, 0], ["a", 5], [0, 0]]])), "x")
+
+
+def test_the_size_of_a_file_is_asked_before_it_is_read(tmp_path: Path) -> None:
+    """A file of holes, two gibibytes long, takes no memory; a pipe or folder is none."""
+    with (tmp_path / "large.geojson").open("wb") as file:
+        file.truncate(2 << 30)
+    with pytest.raises(AnnotationError, match=r"large\.geojson: 2,048 MiB, more than 512 MiB"):
+        read_annotation_file(str(tmp_path / "large.geojson"), MAX_AREA_BYTES)
+    with pytest.raises(NotFound):
+        read_annotation_file(str(tmp_path))
+    (tmp_path / "small.geojson").write_bytes(b"[]")
+    assert read_annotation_file(str(tmp_path / "small.geojson")) == b"[]"
 
 
 def test_parsing_leaves_garbage_collection_as_it_was() -> None:
