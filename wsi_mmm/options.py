@@ -390,6 +390,10 @@ OPTIONS: tuple[Option, ...] = _help_sequence()
 """Every option of the commands ``run`` and ``embed``, in the order of their help."""
 
 
+GIVE_MPP = "give --mpp-override 0.25 (Python: mpp_override=0.25) or a manifest with a column 'mpp'"
+"""The way out for a slide of a run that does not say its resolution."""
+
+
 # ---------------------------------------------------------------- what is derived
 
 

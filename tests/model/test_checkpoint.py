@@ -199,7 +199,7 @@ def test_any_timm_backbone_gives_a_pyramid(name: str, strides: list[int], width:
 
 def test_weights_that_cannot_be_downloaded_name_the_option() -> None:
     """Offline, the message says how to pass a file."""
-    with pytest.raises(ModelError, match=r"--weights FILE\.safetensors") as error:
+    with pytest.raises(ModelError, match=r"give a \.safetensors file of them as weights") as error:
         load_encoder("hf-hub:nobody/nothing-of-the-kind")
     one_line(error)
 

@@ -176,6 +176,9 @@ def test_a_profile_gives_the_keys_of_the_shared_files(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match="aws configure"):
         aws.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "other"})
+    services = "[profile lab]\nservices = near\n[services near]\ns3 =\n  endpoint_url = http://near:9\nsts =\n  x = y\n"
+    (tmp_path / ".aws/config").write_text(services)
+    assert aws.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "lab"})["endpoint"] == "http://near:9"
 
 
 def test_public_buckets_are_read_unsigned() -> None:

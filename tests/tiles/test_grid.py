@@ -121,7 +121,7 @@ def test_upsampling_can_be_asked_for() -> None:
 
 def test_a_slide_without_mpp_names_the_fix() -> None:
     """Resolution is never guessed."""
-    with pytest.raises(MppUnknown, match="--mpp-override"):
+    with pytest.raises(MppUnknown, match=r"open_slide\(uri, mpp=0\.25\)"):
         make_grid(info(100, 100, None), 0.5)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from shapely.geometry import box
+from shapely.geometry import MultiPoint, Point, box
 
 import wsi_mmm
 from helpers.annotation_targets import geojson
@@ -238,3 +238,20 @@ def test_tiles_that_no_model_takes_are_said_before_fitting(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"no model takes tiles of 250 px .*multiple of 32"):
         learn(str(tmp_path / "emb"), str(tmp_path / "ann"), tmp_path / "head")
     learn(str(tmp_path / "emb"), str(tmp_path / "ann"), tmp_path / "head", head="knn")
+
+
+def test_points_teach_the_tiles_that_they_lie_in(tmp_path: Path) -> None:
+    """As outlines do: a tile learns the class of the points in it, those of several classes teach nothing."""
+    for name in ("s0", "s1"):
+        coords = np.stack([np.arange(8) * 128, np.zeros(8, int)], axis=1)
+        write_features(str(tmp_path / "emb" / name / "features.zarr"), planted(8, 2).vectors, coords, FACTS)
+        points = [("a", MultiPoint([(30, 60), (140, 5)])), ("b", Point(600, 60)), ("b", Point(700, 100)),
+                  ("a", Point(900, 9)), ("b", Point(910, 9)), ("b", Point(9000, 9))]  # fmt: skip
+        (tmp_path / "ann").mkdir(exist_ok=True)
+        geojson(tmp_path / "ann" / f"{name}.geojson", points)
+    data, _ = tiles_by_regions(str(tmp_path / "emb"), str(tmp_path / "ann"))
+    assert data.classes == ("a", "b") and data.labels.tolist() == [0, 0, 1, 1] * 2
+    write_features(str(tmp_path / "emb" / "s0" / "features.zarr"), planted(8, 2).vectors, coords, {"mpp": 0.5})
+    write_features(str(tmp_path / "emb" / "s1" / "features.zarr"), planted(8, 2).vectors, coords, {"mpp": 0.5})
+    with pytest.raises(InputError, match="do not say how large their tiles are"):
+        tiles_by_regions(str(tmp_path / "emb"), str(tmp_path / "ann"))

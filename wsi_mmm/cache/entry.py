@@ -110,7 +110,9 @@ class CacheEntry:
 
         found = _access_cache(self.uri, opened)
         if found is None:
-            raise StorageError(f"the cache at {storage.redact(self.uri)} has no {name}; run again with --force")
+            raise StorageError(
+                f"the cache at {storage.redact(self.uri)} has no {name}; compute it again with the option force"
+            )
         return found
 
     def write_block(self, spec: ArraySpec, index: I64, values: Array) -> None:

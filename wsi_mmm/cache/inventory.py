@@ -138,7 +138,7 @@ def _cache_folder(uri: str) -> Path:
         raise InputError(f"{store.redact(uri)} is in a bucket: look at it and clean it with the tools of the bucket")
     root = store.local_path(uri)
     if not root.is_dir():
-        raise InputError(f"{uri} is no folder: give the one that runs name with --cache")
+        raise InputError(f"{uri} is no folder: give the one of 'wsi-mmm run --cache'")
     return root
 
 

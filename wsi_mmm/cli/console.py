@@ -82,7 +82,7 @@ def as_command(function: CommandFunction) -> Callable[..., None]:
             if error.errno != errno.ENOSPC or error.filename is not None:
                 fail_unexpected(error)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the rest fails again as Python ends
-            fail(error, "standard output is on a full device; free space there, results are where --output says", 1)
+            fail(error, "standard output is on a full device; free space there, files are where they should be", 1)
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:  # noqa: BLE001  (an unexpected error is shown as one line, too)

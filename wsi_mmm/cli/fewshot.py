@@ -24,8 +24,8 @@ def fit(
     labels: Annotated[
         str,
         typer.Option(
-            help="A folder with <slide>.geojson (tiles learn the class of the region they lie in), or a CSV with the "
-            "columns slide, label and perhaps patient (slides learn from their mean vector)."
+            help="A folder with <slide>.geojson (tiles learn the class of the region they lie in, or of the points in "
+            "them), or a CSV with the columns slide, label and perhaps patient (slides learn from their mean vector)."
         ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the head.")] = "head",

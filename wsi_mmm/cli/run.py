@@ -13,6 +13,7 @@ from wsi_mmm.cli.console import error_line, say, say_json
 from wsi_mmm.cli.progress import print_report, progress
 from wsi_mmm.errors import ManifestError, OptionError, WsiError
 from wsi_mmm.options import (
+    GIVE_MPP,
     OBSERVE_OPTIONS,
     WHERE,
     CommandName,
@@ -223,7 +224,7 @@ def _slide_facts(task: SlideTask) -> dict[str, Any]:
     recipe = task.recipe
     with open_slide(task.uri, task.mpp, recipe.options.reader, task.scene) as slide:
         info = slide.info
-        slide.scale(recipe.mpp)
+        slide.scale(recipe.mpp, GIVE_MPP)
         grid = make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     size = {"width": info.width, "height": info.height, "mpp_x": info.mpp_x, "tiles_at_most": grid.rows * grid.columns}
     return {"id": task.id, "uri": store.redact(task.uri), **size}

@@ -60,8 +60,11 @@ def info(
 
 
 def _show_info(slide: SlideInfo) -> None:
+    from wsi_mmm.slides.base import NO_MPP  # with it comes numpy: not needed for --help
+
     say_json(slide)
-    unknown = "unknown (--mpp-override 0.25 sets it)"
+    why = f": {slide.properties[NO_MPP]}" if NO_MPP in slide.properties else ""
+    unknown = f"unknown{why} (--mpp-override 0.25 sets it)"
     pairs = {
         "size": f"{slide.width} x {slide.height} px",
         "mpp": unknown if slide.mpp_x is None else f"{slide.mpp_x:g} x {slide.mpp_y:g}",

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,6 +22,14 @@ from pydantic import (
 )
 
 from wsi_mmm.errors import ModelError
+from wsi_mmm.model.bounds import (
+    MAX_CARD_BYTES,
+    MAX_CLASSES,
+    MAX_LAYERS,
+    MAX_TASKS,
+    MAX_WIDTH,
+    check_arguments,
+)
 
 FORMAT = "wsi-mmm-model/1"
 CARD = "card.json"
@@ -32,6 +41,11 @@ HeadKind = Literal["map", "vector", "bag", "dense", "image", "pixels"]
 
 _LATER = frozenset({"squeezer", "neck", "bag", "kind", "norm", "default_tasks"})
 """Fields that the first cards did not have; see `_Part`."""
+
+
+def _check_args(args: dict[str, Any]) -> dict[str, Any]:
+    check_arguments(args)
+    return args
 
 
 class _CardPart(BaseModel):
@@ -58,10 +72,10 @@ class TaskCard(_CardPart):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
     kind: str
     head: HeadKind
-    outputs: int = Field(ge=1)
-    classes: tuple[str, ...] = Field(min_length=1)
+    outputs: int = Field(ge=1, le=MAX_CLASSES)
+    classes: tuple[str, ...] = Field(min_length=1, max_length=MAX_CLASSES)
     colors: tuple[Color, ...]
-    params: dict[str, int | float] = {}
+    params: dict[str, int | Annotated[float, Field(allow_inf_nan=False)]] = {}
 
     @model_validator(mode="after")
     def _one_color_each(self) -> TaskCard:
@@ -80,7 +94,7 @@ class EncoderCard(_CardPart):
     """
 
     name: str = Field(min_length=1)
-    args: dict[str, Any] = {}
+    args: Annotated[dict[str, Any], AfterValidator(_check_args)] = {}
     norm: Literal["train", "frozen"] = "train"
 
 
@@ -88,7 +102,7 @@ class SqueezerCard(_CardPart):
     """How the coarsest map becomes a vector: mean, max, generalised mean (its power learns), or attention."""
 
     kind: Literal["mean", "max", "gem", "attention"] = "mean"
-    heads: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1, le=MAX_LAYERS)
 
 
 class DecoderCard(_CardPart):
@@ -97,15 +111,15 @@ class DecoderCard(_CardPart):
     ``kind``: see `model.blocks`; "fpn" wants all ``widths`` the same.
     """
 
-    bottleneck: int = Field(default=128, ge=0)
-    widths: tuple[int, ...] = (32, 48, 64, 96)
+    bottleneck: int = Field(default=128, ge=0, le=MAX_WIDTH)
+    widths: tuple[Annotated[int, Field(ge=1, le=MAX_WIDTH)], ...] = Field(default=(32, 48, 64, 96), max_length=16)
     kind: Literal["unet", "fpn"] = "unet"
 
 
 class NeckCard(_CardPart):
     """Channels of the map of stride 4 that dense heads read."""
 
-    width: int = Field(default=64, ge=1)
+    width: int = Field(default=64, ge=1, le=MAX_WIDTH)
 
 
 class BagCard(_CardPart):
@@ -116,10 +130,10 @@ class BagCard(_CardPart):
     """
 
     kind: Literal["mean", "gated", "transformer"] = "gated"
-    width: int = Field(default=256, ge=0)
-    hidden: int = Field(default=128, ge=1)
-    heads: int = Field(default=1, ge=1)
-    layers: int = Field(default=2, ge=1)
+    width: int = Field(default=256, ge=0, le=MAX_WIDTH)
+    hidden: int = Field(default=128, ge=1, le=MAX_WIDTH)
+    heads: int = Field(default=1, ge=1, le=MAX_LAYERS)
+    layers: int = Field(default=2, ge=1, le=MAX_LAYERS)
     dropout: float = Field(default=0.1, ge=0, lt=1)
 
 
@@ -135,11 +149,11 @@ class ModelCard(_CardPart):
     neck: NeckCard = NeckCard()
     bag: BagCard = BagCard()
     mpp: float = Field(gt=0, allow_inf_nan=False)
-    tile_size: int = Field(gt=0)
+    tile_size: int = Field(gt=0, le=MAX_WIDTH)
     overlap: int = Field(ge=0)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    tasks: tuple[TaskCard, ...] = ()
+    tasks: tuple[TaskCard, ...] = Field(default=(), max_length=MAX_TASKS)
     default_tasks: tuple[str, ...] = ()
     data: dict[str, Any] = {}
     licence: str = ""
@@ -190,6 +204,8 @@ def read_card(name_or_path: str | Path) -> ModelCard:
     """The card of a model, checked. ModelError if it is missing, no JSON, of another format or incomplete."""
     path = model_path(name_or_path) / CARD
     try:
+        if (size := path.stat().st_size) > MAX_CARD_BYTES:
+            raise ModelError(f"the model card {path} has {size:,} bytes, more than {MAX_CARD_BYTES:,}: take another")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as error:
         raise ModelError(f"the model card {path} cannot be read as JSON: {error}") from error

@@ -15,6 +15,7 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError, PluginError, first_line
+from wsi_mmm.model.bounds import bounded_parameters
 from wsi_mmm.model.card import (
     CARD,
     WEIGHTS,
@@ -62,7 +63,8 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
     card = read_card(name_or_path)
     path = model_path(name_or_path) / WEIGHTS
     weights = _read_weights(path, card.weights_sha256)
-    model = build_model(card)
+    with bounded_parameters(len(weights), sum(value.numel() for value in weights.values()), str(path)):
+        model = build_model(card)
     _fill_all(model, weights, path)
     return _move_to_device(model, device)
 

@@ -53,7 +53,7 @@ def convert_weights(source: Path, target: Path, *, seconds: int = 1800) -> Conve
     size = source.stat().st_size
     with source.open("rb") as file:
         if file.read(9)[8:] == b"{":
-            raise ModelError(f"{source} is safetensors already: pass it with --weights")
+            raise ModelError(f"{source} is safetensors already: give it as weights")
     with atomic_file(target) as temporary:
         files = (str(source.resolve()), str(temporary.resolve()))
         command = [sys.executable, "-m", "wsi_mmm.model.convert_weights", *files, str(size), str(seconds)]

@@ -64,7 +64,7 @@ def build_encoder(name: str, *, pretrained: bool = False, args: Mapping[str, Any
         raise ModelError(f"timm cannot build the encoder '{name}': {first_line(error)}") from error
     except Exception as error:  # huggingface_hub raises its own tree (offline, gated, missing): one meaning for us
         why = f"the weights of '{name}' cannot be downloaded ({first_line(error)})"
-        raise ModelError(f"{why}; pass them with --weights FILE.safetensors") from error
+        raise ModelError(f"{why}; give a .safetensors file of them as weights") from error
     info: Any = backbone.feature_info
     return PyramidEncoder(backbone, tuple(info.channels()), tuple(int(r) for r in info.reduction()))
 

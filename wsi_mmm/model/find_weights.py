@@ -87,7 +87,7 @@ def explain_missing(recipe: EncoderRecipe, places: WeightPlaces) -> str:
     return (
         f"the weights of '{recipe.name}' are not on this machine: where there is network, "
         f"hf download {recipe.hub_id} --local-dir {recipe.name}{gated}; then put that folder at {folder} "
-        "or pass it with --weights (docs/encoders.md)"
+        "or give it as weights (docs/encoders.md)"
     )
 
 

@@ -16,7 +16,7 @@ from wsi_mmm.plugins import plugin_names
 
 ANSWER_SECONDS = 6.0  # for all addresses of the Hub together
 _WAYS_OUT = (
-    "pass them with --weights FILE.safetensors (Python: weights=), or download them where there is a network and set "
+    "give a .safetensors file of them as weights, or download them where there is a network and set "
     "HF_HOME to that cache"
 )
 

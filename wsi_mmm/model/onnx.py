@@ -170,7 +170,7 @@ def _compare_export(graph: Graph, session: Session, side: int | None) -> float:
     if worst > TOLERANCE:
         raise ModelError(
             f"ONNX Runtime's answers differ from torch's by {worst:.1e} of the largest, beyond {TOLERANCE:g}; "
-            "nothing was written: use --runtime eager"
+            "nothing was written: run it with the runtime eager"
         )
     return worst
 

@@ -16,6 +16,12 @@ from wsi_mmm.errors import MppUnknown, OptionError, SlideDamaged
 from wsi_mmm.types import I64, U8, Block, Canvas, SlideInfo, Tiles
 
 _MAX_REGION = 1 << 30
+PLAUSIBLE_MPP = (0.01, 100.0)
+COARSEST_BY_TAGS = 10.0
+"""Micrometres per px; resolution tags of 72, 300 or 600 dpi are what image writers put there by habit."""
+NO_MPP = "wsi_mmm.no_mpp"
+"""The property that holds why a slide has no resolution, such as a resolution of print in its tags."""
+OPEN_WITH_MPP = "open it with open_slide(uri, mpp=0.25), micrometres per pixel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +115,11 @@ class Slide:
         """Let go of files and connections."""
         self.reader.close()
 
-    def scale(self, mpp: float) -> tuple[float, float]:
-        """Return level-0 px per target px at ``mpp``, (x, y). Raises MppUnknown, OptionError."""
+    def scale(self, mpp: float, fix: str = OPEN_WITH_MPP) -> tuple[float, float]:
+        """Return level-0 px per target px at ``mpp``, (x, y). Raises MppUnknown, which ends in ``fix``, OptionError."""
         check_mpp(mpp)
-        if self.info.mpp_x is None or self.info.mpp_y is None:
-            raise MppUnknown(
-                f"{self.info.uri} does not say its resolution; pass --mpp-override 0.25 (Python: mpp=0.25) "
-                "or give a manifest with a column 'mpp'"
-            )
-        return mpp / self.info.mpp_x, mpp / self.info.mpp_y
+        mpp_x, mpp_y = require_mpp(self.info, fix)
+        return mpp / mpp_x, mpp / mpp_y
 
     def read_region(self, x0: int, y0: int, width: int, height: int, mpp: float | None = None) -> U8:
         """Return uint8[height, width, 3]: ``width`` x ``height`` px at ``mpp`` (None: level 0) from level-0 (x0, y0).
@@ -150,6 +152,19 @@ class Slide:
 def _with_mpp(info: SlideInfo, mpp: float) -> SlideInfo:
     # The fingerprint is passed on as what finds it: it may not be known yet, and costs requests.
     return replace(info, mpp_x=mpp, mpp_y=mpp, fingerprint=lambda: info.fingerprint)
+
+
+def require_mpp(info: SlideInfo, fix: str = OPEN_WITH_MPP) -> tuple[float, float]:
+    """Return micrometres per level-0 px, (x, y). Raises MppUnknown: why there are none, and ``fix``."""
+    if info.mpp_x is None or info.mpp_y is None:
+        why = info.properties.get(NO_MPP)
+        raise MppUnknown(f"{info.uri} does not say its resolution{f' ({why})' if why else ''}; {fix}")
+    return info.mpp_x, info.mpp_y
+
+
+def print_resolution(mpp: float) -> str:
+    """Return the words for tags whose pixel would measure ``mpp``: too large for a slide, usual for printing."""
+    return f"its tags say {25400 / mpp:.0f} dpi, a resolution of print"
 
 
 def check_mpp(mpp: float) -> None:

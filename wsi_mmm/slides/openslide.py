@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from wsi_mmm.errors import MissingPackage, NotASlide, SlideDamaged, SlideNotFound
+from wsi_mmm.slides.base import COARSEST_BY_TAGS, NO_MPP, PLAUSIBLE_MPP, print_resolution
 from wsi_mmm.slides.fingerprint import fingerprint
 from wsi_mmm.slides.region_reader import RegionReader, over_white
 from wsi_mmm.slides.resample.scaled import Window
@@ -21,6 +22,7 @@ from wsi_mmm.storage.store import is_local, local_path, open_store, redact
 from wsi_mmm.types import U8, Level, SlideInfo
 
 _MANY_FILES = ("mirax", "dicom", "hamamatsu")
+_BY_TAGS = ("generic-tiff", "trestle", None)  # vendors whose resolution is that of the tags of TIFF
 _DEFAULT_TILE = 256
 
 
@@ -124,6 +126,12 @@ def _slide_info(uri: str, slide: Any, library: str, mark: str) -> SlideInfo:
         levels.append(Level(w, h, width / w, height / h, *(int(side or _DEFAULT_TILE) for side in sides)))
     numbers = [f"{library}.{name}" for name in ("mpp-x", "mpp-y", "objective-power")]
     mpp_x, mpp_y, objective = (_positive_number(properties.get(name)) for name in numbers)
+    said = [mpp for mpp in (mpp_x, mpp_y) if mpp is not None]
+    printed = properties.get(f"{library}.vendor") in _BY_TAGS and max(said, default=0.0) > COARSEST_BY_TAGS
+    if printed:
+        properties[NO_MPP] = print_resolution(max(said))
+    if printed or not all(PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1] for mpp in said):
+        mpp_x = mpp_y = None
     return SlideInfo(
         uri=redact(uri), width=width, height=height, mpp_x=mpp_x, mpp_y=mpp_y, levels=tuple(levels),
         vendor=properties.get(f"{library}.vendor", "unknown"), reader=library, fingerprint=mark, objective=objective,
@@ -164,5 +172,5 @@ def _import_tiffslide() -> Any:
     try:
         import tiffslide
     except ImportError as error:
-        raise MissingPackage("reader='tiffslide' needs the package tiffslide; pip install tiffslide") from error
+        raise MissingPackage("the reader tiffslide needs the package tiffslide; pip install tiffslide") from error
     return tiffslide

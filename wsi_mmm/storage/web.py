@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import quote, urljoin
-from urllib.request import getproxies, proxy_bypass
 
 from wsi_mmm.errors import NotFound, OutputError, StorageError, TransientCause, TransientError
 from wsi_mmm.storage.addresses import Kinds, checked_socket, kinds_of
@@ -304,6 +303,8 @@ def _parse_url(uri: str, name: str) -> yarl.URL:
 
 def _proxy_of(url: yarl.URL) -> str | None:
     """Return the proxy that the environment names for an address."""
+    from urllib.request import getproxies, proxy_bypass
+
     proxies = getproxies()
     found = proxies.get(url.scheme) or proxies.get("all") or ""
     return found if found.startswith(("http://", "https://")) and not proxy_bypass(url.host or "") else None

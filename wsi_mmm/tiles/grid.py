@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_mmm.errors import MppUnknown, OptionError
+from wsi_mmm.errors import OptionError
+from wsi_mmm.slides.base import require_mpp
 from wsi_mmm.types import F64, I64, Grid, Mask, SlideInfo, Tiles
 
 MAX_TILES = 100_000_000
@@ -127,9 +128,8 @@ def _check_recipe(mpp: float, tile: int, overlap: int) -> None:
 
 def _target_scale(info: SlideInfo, mpp: float) -> tuple[float, float]:
     """Level-0 px per target px (x, y)."""
-    if info.mpp_x is None or info.mpp_y is None:
-        raise MppUnknown("the slide does not say its resolution: pass --mpp-override 0.25 or a manifest column 'mpp'")
-    return mpp / info.mpp_x, mpp / info.mpp_y
+    mpp_x, mpp_y = require_mpp(info)
+    return mpp / mpp_x, mpp / mpp_y
 
 
 def _target_size(pixels: int, scale: float) -> int:

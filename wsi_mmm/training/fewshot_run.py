@@ -6,14 +6,16 @@ Vectors are what `wsi-mmm embed` wrote; tiles are labelled by annotated regions,
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.spatial import cKDTree
 
-from wsi_mmm.annotations import parse_shapes, read_annotation_file, shape_at
+from wsi_mmm.annotations import Shapes, parse_shapes, read_annotation_file, shape_at
 from wsi_mmm.errors import InputError, ManifestError
 from wsi_mmm.model.checkpoint import load_encoder, load_model
 from wsi_mmm.model.identity import is_model
@@ -25,7 +27,7 @@ from wsi_mmm.training.data.bags import without_failed
 from wsi_mmm.training.data.embedding import ATTRIBUTES, FEATURES, common_embedding, embedding_of, source_identity
 from wsi_mmm.training.data.tables import read_table
 from wsi_mmm.training.fewshot import KINDS, Labelled, Linear
-from wsi_mmm.types import F64
+from wsi_mmm.types import F64, I64
 
 MODEL = "model"
 REGION = 2048
@@ -54,7 +56,7 @@ def _common_attributes(features: Sequence[SlideFeatures], named: Sequence[tuple[
 def tiles_by_regions(
     source: str, annotations: str, *, classes: Sequence[str] | None = None
 ) -> tuple[Labelled, dict[str, object]]:
-    """Tiles whose centre lies in an annotated region, and what they were embedded with.
+    """Tiles whose centre lies in an annotated region, or that hold points of one class, and how they were embedded.
 
     ``annotations``: a folder with ``<slide>.geojson`` (``.json``, ``.xml``, zipped too) per embedded slide.
     ``classes``: those to learn, in order (None: all, sorted). Groups are slides when each class has two or more, else
@@ -68,8 +70,13 @@ def tiles_by_regions(
     named: list[str | None] = []
     for (_, _, file), features in zip(slides, read, strict=True):
         shapes = parse_shapes(read_annotation_file(file), store.redact(file))
-        middle: F64 = features.coords + np.float64(features.attributes.get("patch_size_level0", 0)) / 2.0
-        named += [shapes.items[n].class_name if n >= 0 else None for n in shape_at(shapes, middle)]
+        side = level0_side(features)
+        middle: F64 = features.coords + np.float64(side / 2.0)
+        found = [shapes.items[n].class_name if n >= 0 else None for n in shape_at(shapes, middle)]
+        for tile, names in _pointed_tiles(shapes, features.coords, side).items():
+            if found[tile] is None and len(names) == 1:  # a tile with points of several classes is of none
+                found[tile] = names.pop()
+        named += found
     chosen = list(classes or sorted({name for name in named if name is not None}))
     labels = np.array([chosen.index(name) if name in chosen else -1 for name in named], np.int32)
     vectors = np.concatenate([features.vectors for features in read])
@@ -81,6 +88,27 @@ def tiles_by_regions(
     regions = [f"{slide} {x} {y}" for slide, (x, y) in zip(slide_of, corners.tolist(), strict=True)]
     whole = Labelled(vectors, labels, regions, tuple(chosen)).part(labels >= 0)
     return whole, {**facts, "judged_on": "other regions of the same slides"}
+
+
+def level0_side(features: SlideFeatures) -> float:
+    """Side of the tiles in level-0 px. InputError when the features do not say it."""
+    side = float(features.attributes.get("patch_size_level0") or 0)
+    if side <= 0:
+        raise InputError("the features do not say how large their tiles are; embed the slides again")
+    return side
+
+
+def _pointed_tiles(shapes: Shapes, corners: I64, side: float) -> dict[int, set[str]]:
+    """Tile -> the classes of the annotated points in it."""
+    dots = [dot for dot in shapes.dots if dot.class_name is not None]
+    if not dots or not len(corners):
+        return {}
+    near = cKDTree(corners + side / 2.0).query_ball_point([(dot.x, dot.y) for dot in dots], side / 2.0, p=np.inf)
+    found: dict[int, set[str]] = defaultdict(set)
+    for dot, tiles in zip(dots, near, strict=True):
+        for tile in tiles:
+            found[int(tile)].add(str(dot.class_name))
+    return found
 
 
 def _annotation_file(folder: str, slide: str) -> str | None:
@@ -249,9 +277,7 @@ def _predict_slide(
 
 
 def _prediction_table(features: SlideFeatures, found: F64, about: dict[str, Any]) -> bytes:
-    n, side = len(features.vectors), int(features.attributes.get("patch_size_level0", 0))
-    if side <= 0:
-        raise InputError("the features do not say how large their tiles are; embed the slides again")
+    n, side = len(features.vectors), int(level0_side(features))
     task = str(about["task"])
     columns = {task: found.argmax(axis=1).astype(np.int32)}
     columns |= {f"{task}:{name}": found[:, k].astype(np.float32) for k, name in enumerate(about["classes"])}

@@ -101,7 +101,7 @@ def test_how_a_slide_ended_is_said_in_numbers() -> None:
     state.summary = SlideSummary(SlideStatus.DONE, 26, {"nuclei": 2431})
     assert outcome_text(state) == "done, 2,431 objects in 26 tiles, 10.0 s (2.6 tiles/s)"
     state.resumed = True
-    assert outcome_text(state) == "done before, 2,431 objects in 26 tiles; --force redoes"
+    assert outcome_text(state) == "done before, 2,431 objects in 26 tiles; the option force redoes it"
     state.status, state.error = SlideStatus.FAILED, "no mpp"
     assert outcome_text(state) == "failed: no mpp"
     empty = SlideState(task, status=SlideStatus.EMPTY, started=1.0, ended=2.5)

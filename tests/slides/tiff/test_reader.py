@@ -303,7 +303,7 @@ def test_a_slide_without_mpp_opens_and_scale_names_the_fix(small_slide: Made, tm
     path = variant_file(small_slide, tmp_path, "no-mpp")
     with open_slide(str(path)) as slide:
         assert slide.read_region(0, 0, 10, 10).shape == (10, 10, 3)
-        with pytest.raises(MppUnknown, match=r"--mpp-override 0\.25"):
+        with pytest.raises(MppUnknown, match=r"open_slide\(uri, mpp=0\.25\)"):
             slide.scale(0.5)
     with open_slide(str(path), mpp=0.25) as slide:
         assert slide.scale(0.5) == (2.0, 2.0)

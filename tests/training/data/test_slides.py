@@ -21,12 +21,21 @@ from conftest import RealData
 from helpers.faulty import Faulty
 from helpers.moto import moto_server
 from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
-from wsi_mmm.errors import AnnotationError, ConfigError, InputError, ManifestError, OptionError, SlideNotFound
+from wsi_mmm.errors import (
+    AnnotationError,
+    ConfigError,
+    InputError,
+    ManifestError,
+    MppUnknown,
+    OptionError,
+    SlideNotFound,
+)
 from wsi_mmm.slides import open_slide
-from wsi_mmm.slides.fake import SyntheticNuclei
+from wsi_mmm.slides.fake import SyntheticNuclei, synthetic_slide
 from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Boxes
 from wsi_mmm.training.data.annotation_targets import AnnotationTarget
+from wsi_mmm.training.data.bags import Draws, tile_bags
 from wsi_mmm.training.data.base import DataSource
 from wsi_mmm.training.data.buckets import USE, Buckets, Rule, same_names
 from wsi_mmm.training.data.slides import (
@@ -456,4 +465,14 @@ def test_classes_whose_objects_are_the_target_of_no_tile_are_named(tiny_slide: P
     )
     found = the_tiles(tiny_slide, nuclei, TileSampling(0.5, tile=128), spec)
     (line,) = found.unlearnt
-    assert "120 objects of 'nucleus' are the target of no tile of 'n'" in line and "min_share (0.5)" in line
+    assert "120 objects of 'nucleus' are the target of no tile of 'n'" in line and "min_share is 0.5" in line
+
+
+def test_a_slide_without_resolution_names_the_key_of_the_configuration(tmp_path: Path) -> None:
+    """Not an option of another command."""
+    synthetic_slide(tmp_path / "s.tiff", 1, width=256, height=256, mpp=0.5, nuclei=2, variant="no-mpp")
+    item = SlideItem("s", str(tmp_path / "s.tiff"))
+    for make in (lambda: slide_tiles("d", [item], TileSampling(0.5, tile=64)),
+                 lambda: tile_bags("d", [item], TileSampling(0.5, tile=64), Draws(most=2))):  # fmt: skip
+        with pytest.raises(MppUnknown, match=r"set mpp_override = 0\.25 in its \[\[data\]\]"):
+            make()

@@ -360,7 +360,8 @@ def _make_security(address: str, tls: Tls | None) -> Security | None:
     if tls is None:
         if address.startswith("tls://") and Security().get_connection_args("client")["ssl_context"] is None:
             raise ClusterError(
-                f"no Dask scheduler answers at {address} without certificates: give their folder with --tls"
+                f"no Dask scheduler answers at {address} without certificates: give their folder with --tls "
+                "(environment: WSI_MMM_TLS)"
             )
         return None
     return Security(
@@ -368,11 +369,14 @@ def _make_security(address: str, tls: Tls | None) -> Security | None:
     )
 
 
+_TLS = "--tls (environment: WSI_MMM_TLS)"
+
+
 def _connection_hint(address: str) -> str:
     """What to check when a scheduler does not answer."""
     if not address.startswith("tls://"):
-        return "is it running, is the port open? One that speaks TLS has an address of tls://, and wants --tls"
-    return "is it running, is the port open, did one authority sign its certificate and that of --tls?"
+        return f"is it running, is the port open? One that speaks TLS has an address of tls://, and wants {_TLS}"
+    return f"is it running, is the port open, did one authority sign its certificate and that of {_TLS}?"
 
 
 def own_executor(client: Client, cluster: LocalCluster | None = None) -> DaskExecutor:

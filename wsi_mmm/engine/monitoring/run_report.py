@@ -208,7 +208,7 @@ def outcome_text(state: SlideState, cache_hits: int = 0) -> str:
     count = summary.object_count if summary else 0
     objects = f"{count:,} object{'s' * (count != 1)} in " if summary and summary.objects else ""
     if summary and state.resumed:
-        return f"{summary.status} before, {objects}{summary.tiles:,} tiles; --force redoes"
+        return f"{summary.status} before, {objects}{summary.tiles:,} tiles; the option force redoes it"
     rate = f" ({state.tiles / state.seconds:.1f} tiles/s)" if state.seconds and state.tiles > cache_hits else ""
     reasons = {
         SlideStatus.EMPTY: " (no tissue found)",

@@ -14,6 +14,7 @@ from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
 from wsi_mmm.errors import AnnotationError, ManifestError, OutputError
 from wsi_mmm.model.identity import device_kind
+from wsi_mmm.options import GIVE_MPP
 from wsi_mmm.outputs.inside import Regions, regions_of
 from wsi_mmm.storage import store
 from wsi_mmm.tiles.grid import make_grid, tile_boxes
@@ -37,7 +38,7 @@ def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
             workdir.remove_scratch(task)  # left behind when a run ended while it tidied up
         kept = workdir.read_json(store.join(task.output, ROW))
         return None, replace(done, cost=kept if kept and kept.get("result_hash") == task.result_hash() else None)
-    slide.scale(recipe.mpp)  # explains what to do when the slide has no mpp
+    slide.scale(recipe.mpp, GIVE_MPP)  # explains what to do when the slide has no mpp
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     mask = tissue_mask(slide, task.mask or recipe.options.tissue)
     index = select_tiles(grid, mask, min_tissue=recipe.options.min_tissue)
@@ -86,7 +87,7 @@ def published_before(task: SlideTask, fingerprint: str) -> SlideSummary | None:
         return None
     if found.get("fingerprint") != fingerprint:
         other = f"{store.redact(task.output)} holds the results of another slide ({found.get('uri')})"
-        raise OutputError(f"{other}; choose another --output, or --force to replace them")
+        raise OutputError(f"{other}; choose another --output, or replace them with the option force")
     same = (found.get("result_hash"), found.get("region")) == (task.result_hash(), region_hash(task))
     return SlideSummary.from_json(found) if same and found.get("status") in ("done", "empty") else None
 

@@ -106,4 +106,6 @@ def load_arrays(uri: str) -> Arrays:
         with np.load(io.BytesIO(store.read_bytes(uri)), allow_pickle=False) as found:
             return {name: found[name] for name in found.files}
     except (ValueError, KeyError, OSError) as error:
-        raise StorageError(f"{store.redact(uri)} is not a part file: {error}; run again with --force") from error
+        raise StorageError(
+            f"{store.redact(uri)} is not a part file: {error}; run again with the option force"
+        ) from error

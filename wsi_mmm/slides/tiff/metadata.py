@@ -8,17 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from wsi_mmm.errors import NotASlide
+from wsi_mmm.slides.base import COARSEST_BY_TAGS, NO_MPP, PLAUSIBLE_MPP, print_resolution
 from wsi_mmm.slides.tiff.depth import with_used_bits
 from wsi_mmm.slides.tiff.directories import Directory
 from wsi_mmm.slides.tiff.ome import parse_ome
-from wsi_mmm.slides.tiff.pages import find_pyramid, page_roles
+from wsi_mmm.slides.tiff.pages import Pyramid, find_pyramid, page_roles
 from wsi_mmm.slides.tiff.planes import Plane
 from wsi_mmm.slides.tiff.verify import confirmed_planes
 from wsi_mmm.storage.store import ByteStore
 from wsi_mmm.types import Level
 
-_PLAUSIBLE_MPP = (0.01, 100.0)
-_COARSEST_BY_TAGS = 10.0  # um; resolution tags of 72, 300 or 600 dpi are what image writers put there by habit
 _NUMBER = re.compile(r"([0-9]+[.,]?[0-9]*|[.,][0-9]+)([eE][-+]?[0-9]{1,3})?")
 _UNITS = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "μm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "pm": 1e-6,
           "Å": 1e-4, "in": 25400.0}  # fmt: skip
@@ -57,7 +56,7 @@ def describe(store: ByteStore, directories: Sequence[Directory], name: str, scen
     text = first.text(270)
     vendor = vendor_of(first)
     if vendor is None:
-        raise NotASlide(f"{name} is a vendor's TIFF that only OpenSlide reads; give reader='openslide' or leave it out")
+        raise NotASlide(f"{name} is a vendor's TIFF that only OpenSlide reads; choose the reader openslide, or none")
     pyramid = find_pyramid(directories, vendor, name, scene)
     top = pyramid.top
     properties = _aperio_properties(text) if vendor == "aperio" and pyramid.usual else {}
@@ -73,6 +72,8 @@ def describe(store: ByteStore, directories: Sequence[Directory], name: str, scen
         mpp = None if top.ome is None else _ome_mpp(top.ome.pixels)
     else:
         mpp = _tags_mpp(top.page.directory)
+    if mpp is None and (why := _why_unknown(vendor, pyramid, text)):
+        properties[NO_MPP] = why
     objective = _find_objective(vendor, text, properties)
     return TiffSlide(planes, vendor, mpp, objective, properties, None if pyramid.usual else top.number)
 
@@ -104,24 +105,49 @@ def _aperio_properties(text: str) -> dict[str, str]:
 
 def _aperio_mpp(properties: Mapping[str, str], text: str, width: int) -> tuple[float, float] | None:
     """MPP of the description; None for a file cut from a coarser level, whose description keeps that of level 0."""
-    crop = _CROP.search(text[:1024])
-    if crop and int(crop[2]) == width and int(crop[1]) > width:
+    if _cut_from_finer(text, width):
         return None
     return _plausible_mpp(*(2 * [_parse_float(properties.get("aperio.MPP"))]))
 
 
+def _cut_from_finer(text: str, width: int) -> bool:
+    crop = _CROP.search(text[:1024])
+    return crop is not None and int(crop[2]) == width and int(crop[1]) > width
+
+
 def _tags_mpp(directory: Directory) -> tuple[float, float] | None:
     """Resolution tags of the slide's own directory; print resolutions (300 dpi) are none."""
+    said = _pixel_size(directory)
+    mpp = _plausible_mpp(*said) if said else None
+    return None if mpp and max(mpp) > COARSEST_BY_TAGS else mpp
+
+
+def _pixel_size(directory: Directory) -> tuple[float, float] | None:
+    """Micrometres per pixel as the resolution tags have it, whatever that is."""
     across, down, unit = directory.numbers(282), directory.numbers(283), directory.number(296, 2)
     if unit not in (2, 3) or not across or not down or min(across[0], down[0]) <= 0:
         return None
     length = 10000.0 if unit == 3 else 25400.0
-    mpp = _plausible_mpp(length / across[0], length / down[0])
-    return None if mpp and max(mpp) > _COARSEST_BY_TAGS else mpp
+    return length / across[0], length / down[0]
+
+
+def _why_unknown(vendor: str, pyramid: Pyramid, text: str) -> str:
+    """Say why there is no resolution; empty when nothing is said of it."""
+    top = pyramid.top
+    if vendor == "aperio":
+        cut = _cut_from_finer(text, pyramid.planes[0].width)
+        return "its description is that of the slide, of which this is a part" if cut or not pyramid.usual else ""
+    if vendor == "ome":
+        if top.ome is None:
+            return "its OME-XML cannot be read" if parse_ome(text) is None else ""
+        unit = top.ome.pixels.get("PhysicalSizeXUnit", "µm")
+        return f"its OME-XML measures pixels in {unit[:20]!r}" if unit not in _UNITS else ""
+    said = _pixel_size(top.page.directory)
+    return print_resolution(max(said)) if said and max(said) > COARSEST_BY_TAGS else ""
 
 
 def _plausible_mpp(x: float | None, y: float | None) -> tuple[float, float] | None:
-    low, high = _PLAUSIBLE_MPP
+    low, high = PLAUSIBLE_MPP
     return (x, y) if x is not None and y is not None and low <= x <= high and low <= y <= high else None
 
 

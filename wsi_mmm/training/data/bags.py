@@ -27,6 +27,7 @@ from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
 from wsi_mmm.training.data.embedding import Embedding, check_alike, common_embedding, embedding_of
 from wsi_mmm.training.data.slides import (
     KEPT_OPEN,
+    SET_MPP,
     SlideItem,
     TileSampling,
     check_ids,
@@ -341,10 +342,11 @@ def tile_bags(
 
     def look(item: SlideItem) -> tuple[I64, tuple[float, float], bool]:
         with pool.slide(item.slide_key) as slide:
+            scale = slide.scale(places.mpp, SET_MPP)
             corners = tissue_places(slide, places)
             if not len(corners):
                 raise InputError(f"data '{name}': {item.id} has no tile with tissue: lower min_tissue, or leave it out")
-            return corners, slide.scale(places.mpp), is_far(slide.reader)
+            return corners, scale, is_far(slide.reader)
 
     corners, scales, remote = zip(*map_threaded(look, items), strict=True)
     index, tasks = _repeat_index(items, draws.times), _task_names(items)

@@ -45,6 +45,8 @@ R = TypeVar("R")
 _log = logging.getLogger(__name__)
 _OPENING = 4  # slides prepared at a time
 KEPT_OPEN = 16  # slides that stay open while nobody reads them
+SET_MPP = "set mpp_override = 0.25 in its [[data]], or give a table of slides with a column 'mpp'"
+"""The way out for a slide of a training that does not say its resolution."""
 DOT_PX = 4.0  # least radius, target px, of the disc that a point stands for by default: maps show it
 _LEAST_DOT_PX = 2.0  # px of maps are two target px wide
 
@@ -254,11 +256,13 @@ def slide_tiles(
     tasks = dict.fromkeys([*listed, *(task for item in items for task in item.targets)])
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     index = _build_index(prepared)
-    lines = _unlearnt_classes(name, prepared, specs)
+    lines = _unlearnt_classes(name, prepared, specs, ", or per_slide left these out" if places.per_slide else "")
     return SlideTiles(name, tuple(tasks), index, places.tile, pool, caching, prepared, tuple(specs), starts, lines)
 
 
-def _unlearnt_classes(name: str, prepared: Sequence[_Prepared], specs: Sequence[AnnotationTarget]) -> tuple[str, ...]:
+def _unlearnt_classes(
+    name: str, prepared: Sequence[_Prepared], specs: Sequence[AnnotationTarget], more: str
+) -> tuple[str, ...]:
     """A line for each class of a tile task that has objects but is the target of no tile."""
     lines = []
     for spec in specs:
@@ -268,7 +272,7 @@ def _unlearnt_classes(name: str, prepared: Sequence[_Prepared], specs: Sequence[
         seen = {label for one in prepared for label in _classes_of(one.by_tile.get(spec.task, ()))}
         lines += [
             f"warning: data '{name}': {count} objects of '{spec.buckets.labels[label]}' are the target of no tile of "
-            f"'{spec.task}': they cover less than min_share ({spec.min_share:g}) of each, or another class lies on top"
+            f"'{spec.task}': min_share is {spec.min_share:g}, and they cover less, or another class hides them{more}"
             for label, count in sorted(counts.items())
             if label not in seen
         ]
@@ -308,7 +312,7 @@ def _prepare_slide(
     pool: SlidePool, item: SlideItem, places: TileSampling, specs: Sequence[AnnotationTarget], number: int
 ) -> _Prepared:
     with pool.slide(item.slide_key) as slide:
-        scale = slide.scale(places.mpp)
+        scale = slide.scale(places.mpp, SET_MPP)
         make_grid(slide.info, places.mpp, tile=places.tile, overlap=0)  # refuses what is much finer than the slide
         annotated_by_task = _annotations_by_task(slide, item, places, specs)
         xy, labels = _choose_tiles(slide, places, specs, annotated_by_task, number)
