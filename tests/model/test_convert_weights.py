@@ -152,6 +152,6 @@ def test_limits_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "setrlimit", asked.__setitem__)
     limit_process(1 << 30, 100, 1 << 20)
     assert asked == {
-        resource.RLIMIT_DATA: (1 << 30, 1 << 30), resource.RLIMIT_AS: (65 << 30, 65 << 30), resource.RLIMIT_CPU: (50, 50),
-        resource.RLIMIT_FSIZE: (1 << 20, 1 << 20), resource.RLIMIT_CORE: (0, 0),
+        resource.RLIMIT_DATA: (1 << 30, 1 << 30), resource.RLIMIT_AS: (65 << 30, 65 << 30),
+        resource.RLIMIT_CPU: (50, 50), resource.RLIMIT_FSIZE: (1 << 20, 1 << 20), resource.RLIMIT_CORE: (0, 0),
     }  # fmt: skip
