@@ -133,7 +133,7 @@ def _decode_odd_jpeg(
     if EOI not in raw[header.length :]:
         return decode(raw + EOI, *wanted)  # of a stream that really ends early it says so
     shrink, rows, _ = wanted
-    if header.frame != 0xC3 or shrink != 1:
+    if header.process != 0xC3 or shrink != 1:
         raise UndecodableError(str(error)) from error
     samples, rgb = _jpeg_samples(plane, raw, rows)
     found = colour_converter(as_rgb(plane) if rgb else plane, ycbcr=False)(samples)

@@ -30,6 +30,7 @@ _MAX_TEXT, _MAX_NUMBERS = 16 << 20, 64 << 10  # larger values are not loaded, no
 _MAX_LOADED = 64 << 20  # bytes of the values of all tags
 _TYPES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 5: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 10: "i4", 11: "f4", 12: "f8",
           13: "u4", 16: "u8", 17: "i8", 18: "u8"}  # fmt: skip
+_UNSIGNED = {1: 1, 3: 2, 4: 4, 7: 1, 13: 4, 16: 8, 18: 8}  # bytes of each
 _PAIRS = (5, 10)  # rationals: two numbers per value
 
 SUBIFDS = 330
@@ -74,6 +75,11 @@ class Directory:
 
     def number(self, tag: int, default: int) -> int:
         """Return the first number of a tag as int."""
+        entry, raw = self.entries.get(tag), self.values.get(tag)
+        if entry is None or not raw:
+            return default
+        if entry.kind in _UNSIGNED:
+            return int.from_bytes(raw[: _UNSIGNED[entry.kind]], "little" if self.endian == "<" else "big")
         found = self.numbers(tag)
         return int(found[0]) if found else default
 

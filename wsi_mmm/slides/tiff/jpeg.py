@@ -19,34 +19,44 @@ _SOI, _SOS = b"\xff\xd8", b"\xff\xda"
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 _FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
 _LOSSLESS = frozenset((0xC3, 0xC7, 0xCB, 0xCF))
-_MOST_SCANS = 64  # progressive JPEG has about ten; each decodes the whole tile once more
+_PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
+_MOST_SCANS = 32  # progressive JPEG has about ten; each decodes the whole tile once more
 
 
 @dataclass(frozen=True, slots=True)
 class JpegHeader:
-    """The markers before the coded data, ``length`` bytes; ``segments``: those that say nothing of colours."""
+    """The markers before the coded data, ``length`` bytes; ``segments``: those that say nothing of colours.
+
+    ``frame``, ``scan``: what the markers SOF (of the process ``process``) and SOS hold.
+    """
 
     length: int
     segments: bytes
-    frame: int
-    bits: int
-    width: int
-    height: int
-    components: tuple[int, ...]
-    samplings: tuple[int, ...]
-    scanned: int
+    process: int
+    frame: bytes
+    scan: bytes
     jfif: bool
     adobe: int | None
 
     @property
+    def components(self) -> bytes:
+        """The numbers of the components."""
+        return self.frame[6 : 6 + 3 * self.frame[5] : 3]
+
+    @property
+    def samplings(self) -> bytes:
+        """The sampling factors of the components, across times 16 and down."""
+        return self.frame[7 : 6 + 3 * self.frame[5] : 3]
+
+    @property
     def lossless(self) -> bool:
         """True for the lossless process."""
-        return self.frame in _LOSSLESS
+        return self.process in _LOSSLESS
 
     @property
     def several_scans(self) -> bool:
         """True when the decoder goes over the tile more than once: progressive, or a scan for each component."""
-        return self.frame in (0xC2, 0xC6, 0xCA, 0xCE) or self.scanned < len(self.components)
+        return self.process in _PROGRESSIVE or self.scan[0] < self.frame[5]
 
 
 def read_header(data: bytes) -> JpegHeader:
@@ -55,37 +65,28 @@ def read_header(data: bytes) -> JpegHeader:
         raise UndecodableError("no JPEG")
     kept: list[bytes] = []
     frame = b""
-    process, jfif, adobe, at = 0, False, None, 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
+    process, jfif, adobe, at, end = 0, False, None, 2, len(data) - 4
+    while at <= end and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xFF:  # fill byte
             at += 1
             continue
-        stop = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        body = data[at + 4 : stop]
-        if marker in _FRAMES:
-            process, frame = marker, body
+        stop = at + 2 + (data[at + 2] << 8 | data[at + 3])
         if marker == 0xE0:
-            jfif = jfif or body[:5] == b"JFIF\0"
+            jfif = jfif or data[at + 4 : at + 9] == b"JFIF\0"
         elif marker == 0xEE:
-            adobe = body[11] if body[:5] == b"Adobe" and len(body) > 11 else adobe
+            adobe = data[at + 15] if data[at + 4 : at + 9] == b"Adobe" and at + 15 < min(stop, end + 4) else adobe
         else:
             kept.append(data[at:stop])
-        if marker == 0xDA:
-            return _checked_header(frame, body, stop, b"".join(kept), process, jfif, adobe)
+        if marker in _FRAMES:
+            process, frame = marker, data[at + 4 : stop]
+        elif marker == 0xDA:
+            scan = data[at + 4 : stop]
+            if len(frame) < 6 or not frame[5] or len(frame) < 6 + 3 * frame[5] or not scan:
+                break
+            return JpegHeader(stop, b"".join(kept), process, frame, scan, jfif, adobe)
         at = stop
-    raise UndecodableError("a JPEG without a scan")
-
-
-def _checked_header(
-    frame: bytes, scan: bytes, length: int, kept: bytes, process: int, jfif: bool, adobe: int | None
-) -> JpegHeader:
-    count = frame[5] if len(frame) > 5 else 0
-    if not count or len(frame) < 6 + 3 * count or not scan:
-        raise UndecodableError("a JPEG without a frame")
-    height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
-    ids, samplings = tuple(frame[6 : 6 + 3 * count : 3]), tuple(frame[7 : 6 + 3 * count : 3])
-    return JpegHeader(length, kept, process, frame[0], width, height, ids, samplings, scan[0], jfif, adobe)
+    raise UndecodableError("a JPEG without a frame or scan")
 
 
 def holds_ycbcr(header: JpegHeader, photometric: int) -> bool:
@@ -94,7 +95,7 @@ def holds_ycbcr(header: JpegHeader, photometric: int) -> bool:
         return True
     if header.adobe in (0, 1):
         return header.adobe == 1
-    return photometric == YCBCR and header.components != (0x52, 0x47, 0x42)
+    return photometric == YCBCR and header.components != b"RGB"
 
 
 def stream_completer(plane: Plane) -> Callable[[Buffer], Buffer]:

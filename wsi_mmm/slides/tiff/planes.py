@@ -93,10 +93,10 @@ def plane_of(directory: Directory, name: str) -> Plane:
     claim = f"{width} x {height} px in {'tiles' if tiled else 'strips'} of {tile_width} x {tile_height}"
     if not all(0 < side <= _MAX_SIDE for side in sides) or not 0 < samples <= _MAX_SAMPLES:
         raise SlideDamaged(f"{name} is damaged: it claims {claim}, {samples} samples each; copy it again")
-    if tile_width * tile_height * samples > _MAX_TILE_BYTES:
-        raise NotASlide(f"{name} has {claim}: too large to read in parts; convert it to a tiled pyramidal TIFF")
     depths = set(directory.numbers(258)) or {1.0}
     bits = int(depths.pop()) if len(depths) == 1 else 0
+    if tile_width * tile_height * samples * (2 if bits > 8 else 1) > _MAX_TILE_BYTES:
+        raise NotASlide(f"{name} has {claim}: too large to read in parts; convert it to a tiled pyramidal TIFF")
     return Plane(
         directory, width, height, tile_width, tile_height, tiled, compression, _photometric_of(directory, samples),
         samples, directory.number(317, 1), bits, (1 << min(max(bits, 1), 32)) - 1,
