@@ -407,6 +407,19 @@ def test_10_far_slides_give_what_near_ones_give(base: Path, tmp_path: Path, monk
     ]
 
 
+def test_11_array_jobs_into_one_folder_make_one_table(cohort: Path, tmp_path: Path) -> None:
+    """Each job runs its own slides; at the end the tables hold all of them."""
+    for n, name in enumerate(("a", "b", "c")):
+        _write_slide(tmp_path / f"{name}.tiff", n % 2 * 0.5, 80 + n)
+    for job in (("a", "b"), ("c",)):
+        slides = [tmp_path / f"{name}.tiff" for name in job]
+        _done("run", *slides, "-m", cohort / "run/model", "-o", tmp_path / "out", "--tissue", "none")
+    with (tmp_path / "out/slides.csv").open() as file:
+        rows = {row["id"]: row["grade"] for row in csv.DictReader(file)}
+    assert rows == {"a": "low", "b": "high", "c": "low"}
+    assert sorted(pq.read_table(tmp_path / "out/slides.parquet")["id"].to_pylist()) == ["a", "b", "c"]
+
+
 @pytest.fixture
 def scanned(tmp_path: Path) -> Path:
     """An OME-TIFF of two scenes at 0.5 and 1 mpp, with the pictures of label and whole glass that scanners add."""
