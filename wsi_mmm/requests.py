@@ -155,6 +155,8 @@ def request_run(slides: Slides, recipe: Recipe, output: str | Path) -> RunReques
     """Return the run of a recipe over slides. Raises OptionError, ManifestError, OutputError."""
     options = recipe.options
     tls = tls_of(options.tls, options.scheduler)
+    if not str(output).strip():
+        raise OptionError("the output is empty (a variable that is not set?): name a folder or an s3:// prefix")
     specs = expand_inputs(
         [slides] if isinstance(slides, str | Path | SlideSpec) else slides,
         mpp=options.mpp_override,
