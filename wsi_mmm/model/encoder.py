@@ -120,6 +120,13 @@ def check_tile(encoder: PyramidEncoder, card: ModelCard, tile: int) -> None:
         check_input(encoder.backbone.model, card.encoder.input_px or tile, card.name)
 
 
+def check_encoder(card: ModelCard, tile: int) -> None:
+    """ModelError when timm cannot build the bare encoder of a card, when it has not what its pooling takes, or when it
+    cannot take tiles of ``tile`` px. No weights are made."""
+    if card.encoder.name not in plugin_names("encoders"):
+        check_tile(build_encoder(card.encoder, empty=True), card, tile)
+
+
 def _plugin_encoder(name: str, pretrained: bool, options: dict[str, Any]) -> PyramidEncoder:
     build: Any = load_plugin("encoders", name)
     found = build(name, pretrained=pretrained, args=options)
