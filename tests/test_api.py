@@ -106,6 +106,12 @@ def test_an_unknown_export_is_said_before_anything_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_output_is_refused() -> None:
+    """Results would lie about in whatever folder one stands in."""
+    with pytest.raises(OptionError, match="the output is empty"):
+        wsi_mmm.run("a.svs", output="")
+
+
 def test_a_cache_that_cannot_be_written_is_said_before_anything_runs(tmp_path: Path) -> None:
     """As it is for the output: not once per slide."""
     (tmp_path / "taken").write_text("")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from wsi_mmm.api_train import fit_head, prepare_training, read_annotations, train, train_fractions
 from wsi_mmm.config import user_cache, visible_gpus
@@ -23,7 +23,7 @@ from wsi_mmm.engine.units import Executor
 from wsi_mmm.errors import PluginError
 from wsi_mmm.options import LEAST_TISSUE, RunKeywords, make_options
 from wsi_mmm.plugins import load_plugin, plugin_names
-from wsi_mmm.requests import Slides, check_recipe_here, encoder_recipe, model_recipe, request_run
+from wsi_mmm.requests import Slides, check_recipe_here, encoder_options, encoder_recipe, model_recipe, request_run
 from wsi_mmm.slides import Slide
 from wsi_mmm.types import Batch
 
@@ -158,6 +158,11 @@ def embed(
     *,
     output: str | Path,
     weights: str | None = None,
+    pool: str | None = None,
+    input_size: int | None = None,
+    mean: Sequence[float] | str | None = None,
+    std: Sequence[float] | str | None = None,
+    encoder_args: Mapping[str, Any] | str | None = None,
     workers: int = 0,
     scheduler: str | None = None,
     progress: Listener | None = None,
@@ -167,14 +172,17 @@ def embed(
 ) -> RunReport:
     """Compute features only: one vector per tile, in ``<output>/<slide>/features.zarr``.
 
-    ``encoder``: a model name or folder (its encoder is used), or any timm name or ``hf-hub:`` id; ``weights``: a local
-    safetensors file for it, or "random". Tiles are 256 px at 0.5 mpp without overlap unless ``options`` say otherwise.
+    ``encoder``: a model name or folder (its encoder is used), a timm name, ``hf-hub:org/name`` or ``local-dir:folder``;
+    ``weights``: a local safetensors file for it, the folder of one, or "random". What these do not say: ``pool`` (cls,
+    patch_mean, cls+patch_mean, gap, native), ``input_size`` px that tiles are resized to, ``mean`` and ``std`` of RGB,
+    ``encoder_args`` of the timm network. Tiles are 256 px at 0.5 mpp without overlap unless ``options`` say otherwise.
     ``export``: further formats per slide, of "h5" (TRIDENT, CLAM) and "pt". Otherwise as `run`.
     """
     formats = run_report.known_exports(export)
     request = embed_request(
-        slides, encoder, output=output, weights=weights, workers=workers, scheduler=scheduler, **options
-    )
+        slides, encoder, output=output, weights=weights, pool=pool, input_size=input_size, mean=mean, std=std,
+        encoder_args=encoder_args, workers=workers, scheduler=scheduler, **options,
+    )  # fmt: skip
     report = execute(request, progress, observe=observe)
     run_report.export_features(report, formats)
     return report
@@ -186,13 +194,19 @@ def embed_request(
     *,
     output: str | Path,
     weights: str | None = None,
+    pool: str | None = None,
+    input_size: int | None = None,
+    mean: Sequence[float] | str | None = None,
+    std: Sequence[float] | str | None = None,
+    encoder_args: Mapping[str, Any] | str | None = None,
     workers: int = 0,
     scheduler: str | None = None,
     **options: Unpack[RunKeywords],
 ) -> RunRequest:
     """Return the run that `embed` would execute, with the same checks; no slide is opened."""
     asked = make_options(options, workers=workers, scheduler=scheduler)
-    return request_run(slides, check_recipe_here(encoder_recipe(encoder, weights, asked)), output)
+    said = encoder_options(pool, input_size, mean, std, encoder_args)
+    return request_run(slides, check_recipe_here(encoder_recipe(encoder, weights, asked, said)), output)
 
 
 def stream_tiles(

@@ -20,8 +20,6 @@ from wsi_mmm.errors import ConfigError
 if TYPE_CHECKING:
     from wsi_mmm.model.find_weights import WeightPlaces
 
-_TRUE = ("1", "ON", "YES", "TRUE")
-
 
 @dataclass(frozen=True, slots=True)
 class SlideSpec:
@@ -88,12 +86,9 @@ def user_cache(environ: Mapping[str, str] = os.environ) -> str:
 def weight_places(environ: Mapping[str, str] = os.environ) -> WeightPlaces:
     """Return where weights of encoders are looked for: ``WSI_MMM_WEIGHTS``, and the cache of the Hugging Face hub as
     ``HF_HUB_CACHE``, ``HF_HOME`` and ``XDG_CACHE_HOME`` say; ``HF_HUB_OFFLINE``: nothing is downloaded."""
-    from wsi_mmm.model.find_weights import WEIGHTS_VARIABLE, WeightPlaces
+    from wsi_mmm.model.find_weights import local_places
 
-    home = environ.get("HF_HOME") or f"{(environ.get('XDG_CACHE_HOME') or '~/.cache').rstrip('/')}/huggingface"
-    hub = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{home.rstrip('/')}/hub"
-    offline = any(environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
-    return WeightPlaces(environ.get(WEIGHTS_VARIABLE, ""), hub, offline)
+    return local_places(environ)
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:

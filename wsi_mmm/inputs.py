@@ -20,7 +20,7 @@ from wsi_mmm.config import SlideSpec
 from wsi_mmm.errors import InputError, ManifestError, NotFound, OptionError, SlideNotFound, StorageError
 from wsi_mmm.options import positive_mpp
 from wsi_mmm.plugins import plugin_names
-from wsi_mmm.slides.dicom import is_dicom, one_per_series
+from wsi_mmm.slides.dicom import is_dicom, is_other_dicom, one_per_series
 from wsi_mmm.storage import store
 from wsi_mmm.storage.patterns import match_uris
 
@@ -124,7 +124,10 @@ def _files_below(folder: str) -> list[str]:
         for name in (name for name in names if not name.startswith(".")):
             path = os.path.join(base, name)
             if _is_slide_file(path):
-                found.append(path)
+                if _perhaps_dicom(name) and is_other_dicom(path):
+                    passed["DICOM of other kinds"] += 1
+                else:
+                    found.append(path)
             elif PurePosixPath(name.lower()).suffix in _IMAGES:
                 passed[PurePosixPath(name.lower()).suffix] += 1
     beside = f"; passed over: {_counted(passed)}" if passed else ""
@@ -142,6 +145,10 @@ def _is_slide_file(path: str) -> bool:
     if is_slide_name(name):
         return True  # a broken link too: it fails by name when it is opened
     return not re.search(r"[a-z]", PurePosixPath(name.lower()).suffix) and is_dicom(path)
+
+
+def _perhaps_dicom(name: str) -> bool:
+    return name.lower().endswith(".dcm") or not is_slide_name(name)
 
 
 def _counted(suffixes: Mapping[str, int]) -> str:

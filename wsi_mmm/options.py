@@ -327,7 +327,7 @@ _FIRST: tuple[Option, ...] = (
         panel=WHAT, unset="default", affects=CHANGES_VALUES, commands=("run",),
     ),
     _command_option(
-        "encoder", str, "timm name, hf-hub: id, or model folder, s3:// too.",
+        "encoder", str, "Published encoder, timm name, hf-hub: id, or model folder, s3:// too.",
         "--encoder", "--model", "-m", panel=WHAT, unset="the default model's encoder",
         affects=CHANGES_VALUES, commands=("embed",),
     ),
@@ -337,8 +337,29 @@ _FIRST: tuple[Option, ...] = (
         metavar="NAME", affects=CHANGES_VALUES, commands=("run",), several=True,
     ),
     _command_option(
-        "weights", str, "Local .safetensors weights of the encoder, or 'random'.", "--weights",
-        panel=WHAT, affects=CHANGES_VALUES, commands=("embed",),
+        "weights", str, "Weights of the encoder: a .safetensors file, its folder, or 'random'.", "--weights",
+        panel=WHAT, affects=CHANGES_VALUES, commands=("embed",), see="[encoders](encoders.md)",
+    ),
+    _command_option(
+        "pool", str,
+        "Vector of an encoder: cls, patch_mean, cls+patch_mean, gap or native.",
+        "--pool", panel=WHAT, unset="as published, else native", affects=CHANGES_VALUES, commands=("embed",),
+    ),
+    _command_option(
+        "input_size", int, "Resize tiles to so many px for the encoder.",
+        "--input-size", panel=WHAT, unset="as published, else not", affects=CHANGES_VALUES, commands=("embed",),
+    ),
+    _command_option(
+        "mean", str, "Mean of R,G,B in 0 to 1, as the weights were trained.", "--mean",
+        panel=WHAT, unset="theirs", metavar="R,G,B", affects=CHANGES_VALUES, commands=("embed",),
+    ),
+    _command_option(
+        "std", str, "Standard deviation of R,G,B, likewise.", "--std",
+        panel=WHAT, unset="theirs", metavar="R,G,B", affects=CHANGES_VALUES, commands=("embed",),
+    ),
+    _command_option(
+        "encoder_args", str, "Arguments of the timm network, such as '{\"init_values\": 1e-5}'.", "--encoder-args",
+        panel=WHAT, metavar="JSON", affects=CHANGES_VALUES, commands=("embed",),
     ),
 )  # fmt: skip
 _LAST: tuple[Option, ...] = (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast, get_args
 
 from wsi_mmm.config import SlideSpec, user_cache
 from wsi_mmm.engine.executors.tls import tls_of
@@ -18,15 +21,10 @@ from wsi_mmm.errors import OptionError
 from wsi_mmm.host_tuning import cpu_count
 from wsi_mmm.inputs import expand_inputs, leads_away
 from wsi_mmm.model.card import WEIGHTS, model_path, read_card
+from wsi_mmm.model.choose import RANDOM, EncoderOptions, choose_encoder
 from wsi_mmm.model.fetch import fetch_model
-from wsi_mmm.model.identity import (
-    check_device,
-    check_runtime,
-    check_weights,
-    encoder_identity,
-    is_model,
-    model_identity,
-)
+from wsi_mmm.model.identity import check_device, check_runtime, check_weights, is_model, model_identity
+from wsi_mmm.model.recipe import ColourTriple, Pooling
 from wsi_mmm.options import EMBED_DEFAULTS, RunOptions
 from wsi_mmm.slides.registry import find_reader
 from wsi_mmm.storage import store
@@ -58,29 +56,73 @@ def model_recipe(model: str, tasks: str | Sequence[str] | None, options: RunOpti
     return recipe
 
 
-def encoder_recipe(encoder: str, weights: str | None, options: RunOptions) -> Recipe:
-    """Return the recipe of features alone, of a model's encoder or of a bare one. Raises OptionError, ModelError."""
+def encoder_recipe(
+    encoder: str, weights: str | None, options: RunOptions, said: EncoderOptions | None = None
+) -> Recipe:
+    """Return the recipe of features alone, of a model's encoder or of a bare one, of which ``said`` says more.
+
+    Raises OptionError, ModelError.
+    """
     here = fetch_model(encoder, user_cache())
-    bare, model_mpp = not is_model(here), None
-    if bare:
-        identity = encoder_identity(encoder, weights)
-    else:
-        card = read_card(here)
-        check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
-        identity, model_mpp = model_identity(here, card), card.mpp
-    base = Recipe(
-        encoder,
-        identity,
-        (),
-        EMBED_DEFAULTS["mpp"],
-        int(EMBED_DEFAULTS["tile_size"]),
-        int(EMBED_DEFAULTS["overlap"]),
-        int(EMBED_DEFAULTS["block_tiles"]),
-        encoder=bare,
-        weights=weights,
-        model_mpp=model_mpp,
-    )
+    if not is_model(here):
+        weights = weights if weights in (None, RANDOM) else _absolute_uri(os.path.expanduser(weights))
+        chosen = choose_encoder(encoder, weights, said)
+        network = chosen.recipe
+        base = Recipe(
+            encoder, chosen.identity, (), network.mpp, network.tile_px, 0,
+            int(EMBED_DEFAULTS["block_tiles"]), encoder=True, weights=weights, network=network,
+            model_mpp=network.mpp if network.sources else None,
+        )  # fmt: skip
+        return _apply_options(base, options)
+    if said not in (None, EncoderOptions()) or weights:
+        raise OptionError(
+            f"{encoder!r} is a model, whose card says how its encoder works: leave the encoder's options out"
+        )
+    card = read_card(here)
+    check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
+    mpp, tile, overlap, block = (EMBED_DEFAULTS[name] for name in ("mpp", "tile_size", "overlap", "block_tiles"))
+    base = Recipe(encoder, model_identity(here, card), (), mpp, int(tile), int(overlap), int(block), model_mpp=card.mpp)
     return _apply_options(base, options)
+
+
+def encoder_options(
+    pool: str | None, input_size: int | None, mean: object, std: object, encoder_args: object
+) -> EncoderOptions:
+    """Return what a user said of an encoder, as texts of the command line or as values. Raises OptionError."""
+    if pool is not None and pool not in get_args(Pooling):
+        raise OptionError(f"there is no pooling {pool!r}; choose one of: {', '.join(get_args(Pooling))}")
+    if input_size is not None and (type(input_size) is not int or not 16 <= input_size <= 4096):
+        raise OptionError(f"the encoder's input size must be between 16 and 4096 px, not {input_size}")
+    return EncoderOptions(
+        arguments=None if encoder_args is None else _read_arguments(encoder_args),
+        mean=None if mean is None else _read_colours(mean),
+        std=None if std is None else _read_colours(std),
+        pooling=cast("Pooling | None", pool),
+        input_px=input_size,
+    )
+
+
+def _read_colours(value: object) -> ColourTriple:
+    """Return three numbers of a text such as "0.485,0.456,0.406", or of a list. Raises OptionError."""
+    parts: Any = value.split(",") if isinstance(value, str) else value
+    try:
+        red, green, blue = (float(one) for one in parts)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{value!r} is no mean or std: give three numbers, such as 0.485,0.456,0.406") from error
+    if not all(math.isfinite(one) for one in (red, green, blue)):
+        raise OptionError(f"{value!r} is no mean or std: give three finite numbers, such as 0.485,0.456,0.406")
+    return red, green, blue
+
+
+def _read_arguments(value: object) -> dict[str, Any]:
+    """Return the object of a JSON text, or a mapping as it is. Raises OptionError."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{value!r} is no JSON: give an object, such as '{{\"init_values\": 1e-5}}'") from error
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise OptionError(f"{value!r} names no arguments: give an object, such as '{{\"init_values\": 1e-5}}'")
+    return dict(found)
 
 
 def _apply_options(base: Recipe, options: RunOptions) -> Recipe:
@@ -113,6 +155,8 @@ def request_run(slides: Slides, recipe: Recipe, output: str | Path) -> RunReques
     """Return the run of a recipe over slides. Raises OptionError, ManifestError, OutputError."""
     options = recipe.options
     tls = tls_of(options.tls, options.scheduler)
+    if not str(output).strip():
+        raise OptionError("the output is empty (a variable that is not set?): name a folder or an s3:// prefix")
     specs = expand_inputs(
         [slides] if isinstance(slides, str | Path | SlideSpec) else slides,
         mpp=options.mpp_override,
@@ -147,10 +191,6 @@ def check_recipe_here(recipe: Recipe) -> Recipe:
     if not options.scheduler:
         check_runtime(options.runtime)
         check_device(options.device)
-        if recipe.encoder and recipe.weights is None:
-            from wsi_mmm.model.hub import check_hub  # asks timm what the encoder is called there
-
-            check_hub(recipe.model)
         recipe_tasks(recipe)
     return recipe
 

@@ -36,6 +36,7 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "engine/stages/prepare.py": RUNS,
     "model/find_weights.py": ("embed", "models export", "fewshot fit"),
     "model/identity.py": (*RUNS, "empaia run"),
+    "model/networks.py": RUNS,
     "model/onnx.py": (*RUNS, "empaia run"),
     "options.py": RUNS,
     "model/runner.py": RUNS,

@@ -70,8 +70,12 @@ def test_the_serial_executor_gives_the_same_bytes(tiny_slide: Path, quiet_bytes:
 def test_a_second_run_finds_the_slide_done(tiny_slide: Path, tmp_path: Path) -> None:
     """Re-running resumes: nothing is computed, nothing is written; --force redoes it to the same bytes."""
     first = published(tiny_slide, tmp_path)
+    [was] = json.loads((tmp_path / "report.json").read_text())["slides"]
     [row] = wsi_mmm.run(tiny_slide, output=tmp_path).slides
     assert row.status == "done" and row.extra["resumed"]
+    cost = {name: was[name] for name in ("seconds", "bytes_read", "peak_rss_mb", "busy_share")}
+    assert {name: getattr(row, name) for name in cost} == cost and row.extra["time"] == was["time"]
+    assert row.extra["this_run"]["seconds"] < was["seconds"]
     path = tmp_path / row.id / "result.geojson.gz"
     before = path.stat().st_mtime_ns
     assert published(tiny_slide, tmp_path, force=True) == first

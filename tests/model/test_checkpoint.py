@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from wsi_mmm.errors import ModelError, OutputError
 from wsi_mmm.model.card import card_json, model_path, read_card, zoo_names
 from wsi_mmm.model.checkpoint import load_encoder, load_model, pack_tensors, save_model, unpack_tensors
+from wsi_mmm.model.choose import EncoderOptions
+from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD
 from wsi_mmm.storage import store
 
 
@@ -170,7 +172,8 @@ def test_a_bare_encoder_gives_features(tmp_path: Path) -> None:
     plain = timm.create_model("resnet10t", pretrained=False)
     path = tmp_path / "weights.safetensors"
     save_file({k: v.contiguous() for k, v in plain.state_dict().items()}, path)
-    model = load_encoder("resnet10t", weights=str(path))
+    said = EncoderOptions(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    model = load_encoder("resnet10t", weights=str(path), options=said)
     assert model.tasks == ()
     plain.eval()
     x = model.prepare(torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8))
@@ -185,7 +188,7 @@ def test_a_bare_encoder_gives_features(tmp_path: Path) -> None:
         ("vit_small_patch14_dinov2", [4, 8, 16, 32], 384),
         ("swin_tiny_patch4_window7_224", [4, 8, 16, 32], 768),
         ("convnext_atto", [4, 8, 16, 32], 320),
-        ("mobilenetv4_conv_small", [2, 4, 8, 16, 32], 960),
+        ("mobilenetv4_conv_small", [2, 4, 8, 16, 32], 1280),  # timm's vector before the classifier, of 960 channels
     ],
 )
 def test_any_timm_backbone_gives_a_pyramid(name: str, strides: list[int], width: int) -> None:
@@ -199,7 +202,7 @@ def test_any_timm_backbone_gives_a_pyramid(name: str, strides: list[int], width:
 
 def test_weights_that_cannot_be_downloaded_name_the_option() -> None:
     """Offline, the message says how to pass a file."""
-    with pytest.raises(ModelError, match=r"give a \.safetensors file of them as weights") as error:
+    with pytest.raises(ModelError, match=r"give (a \.safetensors file of them|it) as weights") as error:
         load_encoder("hf-hub:nobody/nothing-of-the-kind")
     one_line(error)
 
@@ -235,3 +238,15 @@ def test_the_packaged_model_is_whole_and_small() -> None:
     assert "research" in model.card.limits
     assert model.card.data
     assert json.loads(card_json(model.card))["weights_sha256"] == model.card.weights_sha256
+
+
+def test_weights_too_large_for_half_precision_are_kept(small_model: Path, tmp_path: Path) -> None:
+    """A variance of 100,000 is no infinity: that tensor is written as float32, the others stay small."""
+    model = load_model(small_model)
+    name = next(key for key in model.state_dict() if key.endswith("running_var"))
+    with torch.no_grad():
+        model.get_buffer(name)[0] = 1e5
+    save_model(model, tmp_path)
+    assert load_model(tmp_path).get_buffer(name)[0] == 1e5
+    written = load_file(tmp_path / "model.safetensors")
+    assert [key for key, value in written.items() if value.dtype == torch.float32] == [name]

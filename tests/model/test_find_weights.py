@@ -155,7 +155,7 @@ class RemoteEntryNotFoundError(Exception):
 def hub_that(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any]) -> None:
     """A hub that answers for each file with an error, or a path."""
 
-    def download(repository: str, name: str, cache_dir: str | None) -> str:
+    def download(repository: str, name: str, cache_dir: str | None, revision: str | None = None) -> str:
         assert repository == RECIPE.hub_id
         answer = answers[name]
         if isinstance(answer, Exception):

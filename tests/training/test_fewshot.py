@@ -255,3 +255,13 @@ def test_points_teach_the_tiles_that_they_lie_in(tmp_path: Path) -> None:
     write_features(str(tmp_path / "emb" / "s1" / "features.zarr"), planted(8, 2).vectors, coords, {"mpp": 0.5})
     with pytest.raises(InputError, match="do not say how large their tiles are"):
         tiles_by_regions(str(tmp_path / "emb"), str(tmp_path / "ann"))
+
+
+@pytest.mark.parametrize(("head", "tensor"), [("linear", "weight"), ("knn", "vectors")])
+def test_a_head_of_numbers_that_are_none_is_refused(tmp_path: Path, head: str, tensor: str) -> None:
+    """It would say the first class of everything."""
+    found, _ = fewshot.fit(head, planted(30, 2))
+    getattr(found, tensor)[0, 0] = np.nan
+    fewshot.save(tmp_path, found, {"classes": ["a", "b"]})
+    with pytest.raises(ModelError, match=f"holds NaN or infinity in '{tensor}'; fit it again"):
+        fewshot.load(tmp_path)

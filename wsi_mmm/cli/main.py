@@ -26,6 +26,7 @@ app = make_app(
     """
 )
 
+_STOPPING = ("SIGTERM", "SIGHUP", "SIGUSR1")
 _PROCESS, _LEARN, _LOOK, _REST = "Work through slides", "Learn", "Look at one slide", "Models and machine"
 
 
@@ -67,7 +68,7 @@ def main() -> None:
     """Entry point of the ``wsi-mmm`` command; tunes the process, which a library call never does."""
     tune_process()
     _keep_streams()
-    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
+    for name in _STOPPING:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _raise_interrupt)
@@ -85,5 +86,11 @@ def _keep_streams() -> None:
 
 
 def _raise_interrupt(*_: object) -> NoReturn:
-    """Stop as after Ctrl-C: SIGTERM and SIGUSR1 are what batch systems send before they kill, SIGHUP a closed shell."""
+    """Stop as after Ctrl-C: SIGTERM and SIGUSR1 are what batch systems send before they kill, SIGHUP a closed shell.
+
+    Once: they may send several, to every process of a job, and the second must not break what the first began.
+    """
+    for name in _STOPPING:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wsi_mmm.errors import OptionError
+from wsi_mmm.model.recipe import EncoderRecipe, parse_recipe
+from wsi_mmm.model.registry import describe_licence, find_entry
 from wsi_mmm.options import BLOCK_TILES, RUN_OPTIONS, Affects, RunOptions, recipe_names
 from wsi_mmm.storage import store
 
@@ -25,10 +27,11 @@ class Recipe:
     """The model and the options that turn slides into results.
 
     ``model``: name or path of a model, or of a bare encoder when ``encoder`` is true; ``model_hash`` identifies its
-    weights; ``model_mpp``: resolution at which it learnt, None: unknown. ``mpp`` micrometres per target px;
-    ``tile``/``overlap`` target px; ``block_tiles``: rows and columns of tiles in a block. ``options``: what the user
-    asked for, with paths made absolute. ``user_cache``: folder, on the machine that works, of what is kept per user
-    (``~`` is that machine's); None keeps nothing.
+    weights; ``network``: how a bare encoder makes vectors, with ``weights`` as the user named them. ``model_mpp``:
+    resolution at which it learnt, None: unknown. ``mpp`` micrometres per target px; ``tile``/``overlap`` target px;
+    ``block_tiles``: rows and columns of tiles in a block. ``options``: what the user asked for, with paths made
+    absolute. ``user_cache``: folder, on the machine that works, of what is kept per user (``~`` is that machine's);
+    None keeps nothing.
     """
 
     model: str
@@ -41,6 +44,7 @@ class Recipe:
     options: RunOptions = field(default_factory=RunOptions)
     encoder: bool = False
     weights: str | None = None
+    network: EncoderRecipe | None = field(default=None, hash=False)
     user_cache: str | None = None
     model_mpp: float | None = None
     _result_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -61,7 +65,11 @@ class Recipe:
             raise OptionError(f"overlap must be a multiple of 8 px and at most half a tile, not {self.overlap}")
 
     def warnings(self) -> tuple[str, ...]:
-        """Return what a user should know before the run begins, a line each."""
+        """Return what a user should know before the run begins, a line each: licences, a resolution that is far off."""
+        entry = find_entry(self.network.name) if self.network is not None else None
+        return (*((describe_licence(entry),) if entry is not None else ()), *self._scale_warnings())
+
+    def _scale_warnings(self) -> tuple[str, ...]:
         if self.model_mpp is None or 1 / OFF_SCALE <= self.mpp / self.model_mpp <= OFF_SCALE:
             return ()
         seen = "smaller" if self.mpp > self.model_mpp else "larger"
@@ -115,11 +123,13 @@ class Recipe:
 
     def _model_facts(self) -> dict[str, object]:
         names = ("model", "model_hash", "tasks", "mpp", "tile", "overlap", "encoder")
-        return {name: getattr(self, name) for name in names}
+        network = {"network": self.network.model_dump(mode="json")} if self.network is not None else {}
+        return {name: getattr(self, name) for name in names} | network
 
 
 def recipe_from_json(facts: Mapping[str, Any]) -> Recipe:
     """Return the recipe that `Recipe.to_json` described; options of the run (workers, scheduler) are not in it."""
     own = {name: value for name, value in facts.items() if name not in _REPORTED}
     options = RunOptions(**{name: facts[name] for name in _REPORTED})
-    return Recipe(**{**own, "tasks": tuple(facts["tasks"])}, options=options)
+    network = parse_recipe(own.pop("network")) if "network" in own else None
+    return Recipe(**{**own, "tasks": tuple(facts["tasks"])}, network=network, options=options)

@@ -49,6 +49,13 @@ class GlobalPooling(nn.Module):
         last = pyramid[-1]
         return self.project(last), self.pool(last)
 
+    def split(self, pyramid: Sequence[Tensor], pooled: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `forward`, where the vector may be ``pooled`` by the encoder; the map is empty when the pyramid is."""
+        if pooled is None:
+            bottleneck, vector = self(pyramid)
+            return bottleneck, vector
+        return self.project(pyramid[-1]) if pyramid else pooled.new_empty(0), pooled
+
 
 def build_pool(card: SqueezerCard, channels: int) -> nn.Module:
     """The pooling that a card names: float[n, C, h, w] -> float[n, C]; the order of the positions plays no role."""

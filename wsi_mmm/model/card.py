@@ -30,6 +30,7 @@ from wsi_mmm.model.bounds import (
     MAX_WIDTH,
     check_arguments,
 )
+from wsi_mmm.model.recipe import Interpolation, Pooling
 
 FORMAT = "wsi-mmm-model/1"
 CARD = "card.json"
@@ -39,7 +40,10 @@ _ZOO = Path(__file__).parent / "zoo"
 Color = tuple[int, int, int]
 HeadKind = Literal["map", "vector", "bag", "dense", "image", "pixels"]
 
-_LATER = frozenset({"squeezer", "neck", "bag", "kind", "norm", "default_tasks"})
+_LATER = frozenset(
+    {"squeezer", "neck", "bag", "kind", "norm", "default_tasks"}
+    | {"pooling", "registers", "input_px", "interpolation", "key_map"}
+)
 """Fields that the first cards did not have; see `_Part`."""
 
 
@@ -91,11 +95,25 @@ class EncoderCard(_CardPart):
 
     ``norm``: batch norms learn their statistics in training ("train"), or keep those that came with the weights
     ("frozen"; gains and biases still learn). Which norms a backbone has is never changed.
+
+    ``pooling``: how the network's last tokens or map become the vector of a tile, see `EncoderRecipe`, as are
+    ``registers``, ``input_px``, ``interpolation`` and ``key_map``. "squeezer", as all first cards: `SqueezerCard` pools
+    the coarsest map, before the network's last norm; the network is then as timm's ``features_only`` makes it.
     """
 
     name: str = Field(min_length=1)
     args: Annotated[dict[str, Any], AfterValidator(_check_args)] = {}
     norm: Literal["train", "frozen"] = "train"
+    pooling: Pooling | Literal["squeezer"] = "squeezer"
+    registers: int | None = Field(default=None, ge=0)
+    input_px: int = Field(default=0, ge=0, le=4096)
+    interpolation: Interpolation = "bicubic"
+    key_map: str = ""
+
+    @property
+    def own_pooling(self) -> Pooling | None:
+        """The pooling that is the network's own; None: the squeezer pools."""
+        return None if self.pooling == "squeezer" else self.pooling
 
 
 class SqueezerCard(_CardPart):
@@ -171,6 +189,10 @@ class ModelCard(_CardPart):
             raise ValueError("two tasks have one name")
         if not {*self.default_tasks} <= {task.name for task in self.tasks}:
             raise ValueError("default_tasks names a task that the model does not have")
+        if self.encoder.pooling != "squeezer" and self.squeezer.kind != "mean":
+            raise ValueError(f"the encoder pools by '{self.encoder.pooling}': leave the squeezer out")
+        if self.encoder.input_px and any(task.head not in ("vector", "bag") for task in self.tasks):
+            raise ValueError("tiles that are resized to encoder.input_px have no maps: use heads vector and bag only")
         return self
 
     def task(self, name: str) -> TaskCard:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError, PluginError, first_line
@@ -19,7 +21,6 @@ from wsi_mmm.model.bounds import bounded_parameters
 from wsi_mmm.model.card import (
     CARD,
     WEIGHTS,
-    DecoderCard,
     EncoderCard,
     ModelCard,
     TaskCard,
@@ -27,16 +28,32 @@ from wsi_mmm.model.card import (
     model_path,
     read_card,
 )
+from wsi_mmm.model.choose import (
+    RANDOM,
+    ChosenEncoder,
+    EncoderOptions,
+    bare_card,
+    choose_encoder,
+    encoder_identity,
+    hash_encoder,
+)
 from wsi_mmm.model.encoder import PyramidEncoder, build_encoder
+from wsi_mmm.model.fitting import fit_weights
 from wsi_mmm.model.heads import HeadSpec, build_head
-from wsi_mmm.model.identity import check_weights
+from wsi_mmm.model.identity import refuse_pickle
+from wsi_mmm.model.key_maps import prepare_network, rename_tensors
 from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.model.networks import PooledBackbone, create_network, declared_colours, fill_network, renamed_by_timm
+from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD, ColourTriple, EncoderRecipe
 from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.storage import store
 from wsi_mmm.types import TaskInfo
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+_NETWORK = "encoder.backbone.model."
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def build_model(card: ModelCard, *, weights: str | None = "random") -> MultiTaskModel:
@@ -45,14 +62,12 @@ def build_model(card: ModelCard, *, weights: str | None = "random") -> MultiTask
     ``weights`` of the encoder: "random"; None downloads timm's own, or those of the ``hf-hub:`` id that the encoder is
     called by; else a local ``.safetensors`` file. `declared_normalisation` says which mean and std such weights want.
     """
-    return _assemble_model(card, _build_encoder(card.encoder.name, weights, card.encoder.args))
+    return assemble_model(card, _build_encoder(card.encoder, weights))
 
 
-def declared_normalisation(
-    name: str, weights: str | None = "random"
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def declared_normalisation(name: str, weights: str | None = "random") -> tuple[ColourTriple, ColourTriple]:
     """Mean and std of RGB in [0, 1] that timm declares for the encoder ``name``; ImageNet's where it declares none."""
-    return _declared_mean_std(_build_encoder(name, weights, {}))
+    return declared_colours(_build_encoder(EncoderCard(name=name), weights).backbone)
 
 
 def load_model(name_or_path: str | Path = "default", device: str | torch.device = "cpu") -> MultiTaskModel:
@@ -64,20 +79,24 @@ def load_model(name_or_path: str | Path = "default", device: str | torch.device 
     path = model_path(name_or_path) / WEIGHTS
     weights = _read_weights(path, card.weights_sha256)
     with bounded_parameters(len(weights), sum(value.numel() for value in weights.values()), str(path)):
-        model = build_model(card)
-    _fill_all(model, weights, path)
+        model = assemble_model(card, build_encoder(card.encoder, empty=True))
+    _check_fit(model, weights, path)
+    pooled = model.encoder.backbone
+    if card.encoder.own_pooling is not None and isinstance(pooled, PooledBackbone):  # created without weights
+        own = {key.removeprefix(_NETWORK): value for key, value in weights.items() if key.startswith(_NETWORK)}
+        pooled.model = fill_network(card.encoder.name, card.encoder.args, pooled.model, own)
+        prepare_network(pooled.model, card.encoder.key_map)
+        weights = {key: value for key, value in weights.items() if not key.startswith(_NETWORK)}
+    model.load_state_dict(weights, strict=False)  # all are there
     return _move_to_device(model, device)
 
 
 def save_model(
     model: MultiTaskModel, folder: str | Path, *, card: ModelCard | None = None, half: bool = True
 ) -> ModelCard:
-    """Write ``model`` (float16 when ``half``) and ``card`` (None: its own), to which the weights' hash is added."""
-    dtype = torch.float16 if half else torch.float32
-    state = {
-        key: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
-        for key, value in model.state_dict().items()
-    }
+    """Write ``model`` (float16 when ``half``, but tensors too large for it) and ``card`` (None: its own), to which the
+    weights' hash is added."""
+    state = {key: _to_file_type(value.detach(), half).cpu().contiguous() for key, value in model.state_dict().items()}
     data = save(state)
     done = (card or model.card).model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
     target = Path(folder)
@@ -86,31 +105,84 @@ def save_model(
     return done
 
 
-def load_encoder(name: str, weights: str | None = None, device: str | torch.device = "cpu") -> MultiTaskModel:
-    """A bare encoder as a model without tasks: any timm name or ``hf-hub:`` id.
+def _to_file_type(value: Tensor, half: bool) -> Tensor:
+    """Numbers as float16 where that can hold them, else as float32: infinity would be refused when they are loaded."""
+    if not value.is_floating_point():
+        return value
+    small = value.to(torch.float16)
+    return small if half and bool(small.isfinite().all()) else value.to(torch.float32)
 
-    ``weights``: None downloads timm's own; "random" takes none; else a local ``.safetensors`` file.
+
+def load_encoder(
+    name: str, weights: str | None = None, device: str | torch.device = "cpu", *, options: EncoderOptions | None = None
+) -> MultiTaskModel:
+    """A bare encoder as a model without tasks, whose vectors are those that its authors publish.
+
+    ``name``, ``weights``: see `choose_encoder`; ``options``: what they do not say.
     """
-    encoder = _build_encoder(name, weights, {})
-    mean, std = _declared_mean_std(encoder)
-    card = ModelCard(
-        name=name, encoder=EncoderCard(name=name), decoder=DecoderCard(bottleneck=0),
-        mpp=0.5, tile_size=256, overlap=0, mean=mean, std=std,
-    )  # fmt: skip
-    return _move_to_device(_assemble_model(card, encoder), device)
+    return open_encoder(choose_encoder(name, weights, options), device)
 
 
-def _build_encoder(name: str, weights: str | None, args: Mapping[str, Any]) -> PyramidEncoder:
+def open_encoder(
+    chosen: ChosenEncoder, device: str | torch.device = "cpu", *, identity: str | None = None
+) -> MultiTaskModel:
+    """The model of a chosen encoder. ModelError: weights that do not fit, or that are others than those chosen, or
+    than those of the ``identity`` that a run was begun with."""
+    recipe, found, whole = chosen.recipe, chosen.sha256, bare_card(chosen.recipe)
+    card = whole.encoder
+    if card.name in plugin_names("encoders"):
+        encoder = _build_encoder(card, str(chosen.path) if chosen.path else RANDOM if found == RANDOM else None)
+        found = hash_encoder(chosen).sha256
+    elif chosen.path is None:
+        with torch.random.fork_rng(devices=[]):  # the same on every worker
+            torch.manual_seed(0)
+            encoder = build_encoder(card)
+    else:
+        encoder, found = _open_weights(card, recipe, chosen.path)
+    wanted = identity or (chosen.identity if chosen.sha256 else None)
+    if wanted is not None and encoder_identity(recipe, found) != wanted:
+        raise ModelError(
+            f"the weights {chosen.path} on {os.uname().nodename} are not those the run was begun with: copy those to "
+            "every worker, or begin the run again"
+        )
+    if recipe.dimension and encoder.vector_width and recipe.dimension != encoder.vector_width:
+        raise ModelError(
+            f"the encoder {recipe.name} gives {encoder.vector_width} numbers, its entry says {recipe.dimension}"
+        )
+    return _move_to_device(assemble_model(whole, encoder), device)
+
+
+def _open_weights(card: EncoderCard, recipe: EncoderRecipe, path: Path) -> tuple[PyramidEncoder, str]:
+    """The encoder with the weights at ``path``, which are read once, and their sha256."""
+    tensors, found = read_tensors(path)
+    network = create_network(card.name, card.args, empty=True)
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    tensors = rename_tensors(tensors, card.key_map, shapes)
+    try:
+        fitting = fit_weights(network, tensors, str(path))
+    except ModelError:
+        if not recipe.hub_id or recipe.sources:  # only of what timm itself would load
+            raise
+        fitting = fit_weights(network, renamed_by_timm(network, tensors), str(path))
+    return build_encoder(card, tensors=fitting), found
+
+
+def _build_encoder(card: EncoderCard, weights: str | None) -> PyramidEncoder:
     """See `build_model` for ``weights``."""
-    encoder = build_encoder(name, pretrained=weights is None, args=args)
-    if weights not in (None, "random"):
+    if card.own_pooling is not None and weights != RANDOM and card.name not in plugin_names("encoders"):
+        chosen = choose_encoder(card.name, weights, EncoderOptions(card.args, IMAGENET_MEAN, IMAGENET_STD))
+        if chosen.path is not None:
+            return _open_weights(card, chosen.recipe, chosen.path)[0]
+    encoder = build_encoder(card, pretrained=weights is None)
+    if weights not in (None, RANDOM):
         path = Path(str(weights)).expanduser()
-        _load_backbone(encoder, _read_weights(path, ""), path)
+        _load_backbone(card, encoder, read_tensors(path)[0], path)
     return encoder
 
 
-def _assemble_model(card: ModelCard, encoder: PyramidEncoder) -> MultiTaskModel:
-    vector = encoder.channels[-1]
+def assemble_model(card: ModelCard, encoder: PyramidEncoder) -> MultiTaskModel:
+    """A model of a ready ``encoder``, in training mode; everything else that its card names has random weights."""
+    vector = encoder.vector_width or encoder.channels[-1]
     spec = HeadSpec(
         card.decoder.widths[0] if card.decoder.widths else 0, vector, card.bag.width or vector, card.neck.width
     )
@@ -152,18 +224,50 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, float32. ModelError if absent, truncated, no safetensors, or of another hash."""
-    check_weights(path, sha256)
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors of a safetensors file, float32, and the sha256 of its bytes: read once, from the first to the last.
+
+    ModelError: absent, a pickle, truncated or no safetensors.
+    """
+    refuse_pickle(path)
     try:
-        weights = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        with safe_open(path, "pt") as header, path.open("rb") as file:
+            digest = hashlib.sha256()
+            (length,) = struct.unpack("<Q", file.peek(8)[:8])
+            digest.update(file.read(8 + length))
+            tensors = {name: _read_next(file, header.get_slice(name), digest) for name in header.offset_keys()}
+            return tensors, digest.hexdigest()
+    except (SafetensorError, OSError, ValueError, struct.error, KeyError) as error:
         raise ModelError(f"the weights {path} cannot be read as safetensors: {first_line(error)}") from error
-    return {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
 
 
-def _fill_all(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Load weights that must fit exactly. ModelError names the first that does not."""
+def _read_next(file: BufferedReader, described: Any, digest: Any) -> Tensor:
+    """The next tensor of an open file; in float32 if it is floating."""
+    if described.get_dtype() not in _DTYPES:
+        raise ValueError(f"tensors of {described.get_dtype()} are not for networks; save them as F32 or F16")
+    value = torch.empty(described.get_shape(), dtype=_DTYPES[described.get_dtype()])
+    if value.numel():
+        memory = value.reshape(-1).view(torch.uint8).numpy()
+        done = 0
+        while done < len(memory):
+            count = file.readinto(memory.data[done:])
+            if not count:
+                raise ValueError("the file ends too soon")
+            done += count
+        digest.update(memory)
+    return value.float() if value.is_floating_point() else value
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Tensors of a model's file, float32. ModelError as of `read_tensors`, and for another hash than ``sha256``."""
+    tensors, found = read_tensors(path)
+    if sha256 and found != sha256:
+        raise ModelError(f"the weights {path} are not those its card was written for: copy the model folder again")
+    return tensors
+
+
+def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Weights of a model must fit exactly. ModelError names the first that does not."""
     wanted = module.state_dict()
     odd = sorted(set(wanted) ^ set(weights))
     if odd:
@@ -175,29 +279,19 @@ def _fill_all(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> N
             raise ModelError(f"the weights {path} do not fit the model: '{key}' is {found}, not {due}")
         if not torch.isfinite(weights[key]).all():
             raise ModelError(f"the weights {path} hold NaN or infinity in '{key}': its training diverged; take another")
-    module.load_state_dict(dict(weights))
 
 
-def _load_backbone(encoder: PyramidEncoder, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Load a backbone's own file: names as in timm's plain model, classifier and other extras left out."""
+def _load_backbone(card: EncoderCard, encoder: PyramidEncoder, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Load a backbone's own file: it must fit timm's plain network, of which the squeezer uses a part."""
+    if card.name not in plugin_names("encoders"):
+        weights = fit_weights(create_network(card.name, card.args, empty=True), weights, str(path))
     wanted = encoder.backbone.state_dict()
-    named = {
-        key.removeprefix("encoder.").removeprefix("backbone.").removeprefix("model."): v for key, v in weights.items()
-    }
     nested = {key: key.removeprefix("model.") for key in wanted}
-    flat = {key: key.replace("_", ".", 1) if key.split(".")[0] not in named else key for key in wanted}
-    chosen = {key: named.get(key, named.get(nested[key], named.get(flat[key]))) for key in wanted}
-    _fill_all(encoder.backbone, {key: value for key, value in chosen.items() if value is not None}, path)
-
-
-def _declared_mean_std(encoder: PyramidEncoder) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and std that timm knows for these weights, else ImageNet's."""
-    known = getattr(encoder.backbone, "pretrained_cfg", None) or getattr(
-        getattr(encoder.backbone, "model", None), "pretrained_cfg", None
-    )
-    config = known if isinstance(known, dict) else {}
-    mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
-    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    flat = {key: key.replace("_", ".", 1) if key.split(".")[0] not in weights else key for key in wanted}
+    chosen = {key: weights.get(key, weights.get(nested[key], weights.get(flat[key]))) for key in wanted}
+    fitting = {key: value for key, value in chosen.items() if value is not None}
+    _check_fit(encoder.backbone, fitting, path)
+    encoder.backbone.load_state_dict(fitting)
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

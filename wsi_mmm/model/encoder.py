@@ -1,4 +1,4 @@
-"""Encoders: pixels -> feature pyramid. Any timm backbone, convolutional or ViT.
+"""Encoders: pixels -> feature pyramid, and the vector of a tile. Any timm backbone, convolutional or ViT.
 
 A pyramid is a list of float[n, c_i, h / s_i, w / s_i], finest first, with strides s_i of 2, 4, 8, 16, 32
 (or those of them that the backbone has; a ViT's equal-stride maps are resampled to 4, 8, 16, 32).
@@ -7,14 +7,19 @@ A pyramid is a list of float[n, c_i, h / s_i, w / s_i], finest first, with strid
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from wsi_mmm.errors import ModelError, PluginError, first_line
+from wsi_mmm.model.card import EncoderCard, ModelCard
 from wsi_mmm.model.hub import check_hub
+from wsi_mmm.model.key_maps import prepare_network
+from wsi_mmm.model.networks import BUILD_ERRORS, PooledBackbone, check_input, create_network, fill_network
 from wsi_mmm.plugins import load_plugin, plugin_names
 
 _VIT_STRIDES = (4, 8, 16, 32)
@@ -24,7 +29,8 @@ class PyramidEncoder(nn.Module):
     """A timm backbone whose forward gives one map per stride, finest first.
 
     ``channels`` and ``strides`` describe the maps. Backbones whose maps all have one stride (ViTs) are
-    adapted: four depths of theirs are resampled bilinearly to strides 4, 8, 16 and 32.
+    adapted: four depths of theirs are resampled bilinearly to strides 4, 8, 16 and 32. ``vector_width``: numbers in the
+    vector that the backbone pools itself, 0: it does not.
     """
 
     def __init__(self, backbone: nn.Module, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
@@ -33,10 +39,23 @@ class PyramidEncoder(nn.Module):
         self.channels = channels
         self.resampled = len(strides) > 1 and len(set(strides)) == 1
         self.strides = _VIT_STRIDES[-len(strides) :] if self.resampled else strides
+        self.vector_width = backbone.vector_width if isinstance(backbone, PooledBackbone) else 0
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """float[n, 3, h, w] -> the pyramid; h and w must be multiples of the largest stride."""
-        found: list[Tensor] = self.backbone(x)
+        return self._make_pyramid(self.backbone(x), x)
+
+    def forward_pooled(self, x: Tensor, *, maps: bool) -> tuple[list[Tensor], Tensor | None]:
+        """The pyramid, and the vector float[n, vector_width] of the same pass, None where the backbone pools none.
+
+        Without ``maps`` a backbone that pools makes no pyramid: it is empty.
+        """
+        if not isinstance(self.backbone, PooledBackbone):
+            return self(x), None
+        found, vector = self.backbone.forward_pooled(x, maps=maps)
+        return self._make_pyramid(found, x) if found else [], vector
+
+    def _make_pyramid(self, found: list[Tensor], x: Tensor) -> list[Tensor]:
         # Some transformers (Swin) give channels last.
         maps = [m if m.shape[1] == c else m.permute(0, 3, 1, 2) for m, c in zip(found, self.channels, strict=True)]
         if not self.resampled:
@@ -48,25 +67,42 @@ class PyramidEncoder(nn.Module):
         ]
 
 
-def build_encoder(name: str, *, pretrained: bool = False, args: Mapping[str, Any] | None = None) -> PyramidEncoder:
-    """The encoder that a plug-in or timm knows as ``name`` (``hf-hub:`` ids pass through).
+def build_encoder(
+    card: EncoderCard, *, pretrained: bool = False, tensors: Mapping[str, Tensor] | None = None, empty: bool = False
+) -> PyramidEncoder:
+    """The encoder of a card, of a plug-in or timm (``hf-hub:`` ids pass through when the squeezer pools).
 
-    A plug-in's is a function with these arguments. ModelError if it cannot be made; PluginError.
+    A network that pools itself is given its ``tensors`` (of `fit_weights`), random ones when they are None, or none at
+    all (``empty``: on the meta device). ``pretrained``: timm's own weights, for plug-ins and the squeezer.
+    ModelError if it cannot be made; PluginError.
     """
-    options = dict(args or {})
-    if name in plugin_names("encoders"):
-        return _plugin_encoder(name, pretrained, options)
+    if card.name in plugin_names("encoders"):
+        return _plugin_encoder(card.name, pretrained, dict(card.args))
+    if card.own_pooling is not None:
+        network = create_network(card.name, card.args, empty=empty or tensors is not None)
+        if tensors is not None:
+            network = fill_network(card.name, card.args, network, tensors)
+        prepare_network(network, card.key_map)
+        backbone = PooledBackbone(network, card.own_pooling, card.registers)
+        width = int(getattr(network, "num_features", 0) or backbone.vector_width)
+        return PyramidEncoder(backbone, backbone.channels or (width,), backbone.strides or (32,))
     if pretrained:
-        check_hub(name)
+        check_hub(card.name)
     try:
-        backbone = _features_only(name, pretrained, options)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
-        raise ModelError(f"timm cannot build the encoder '{name}': {first_line(error)}") from error
+        features = _features_only(card.name, pretrained, dict(card.args))
+    except BUILD_ERRORS as error:
+        raise ModelError(f"timm cannot build the encoder '{card.name}': {first_line(error)}") from error
     except Exception as error:  # huggingface_hub raises its own tree (offline, gated, missing): one meaning for us
-        why = f"the weights of '{name}' cannot be downloaded ({first_line(error)})"
+        why = f"the weights of '{card.name}' cannot be downloaded ({first_line(error)})"
         raise ModelError(f"{why}; give a .safetensors file of them as weights") from error
-    info: Any = backbone.feature_info
-    return PyramidEncoder(backbone, tuple(info.channels()), tuple(int(r) for r in info.reduction()))
+    info: Any = features.feature_info
+    return PyramidEncoder(features, tuple(info.channels()), tuple(int(r) for r in info.reduction()))
+
+
+def check_tile(encoder: PyramidEncoder, card: ModelCard, tile: int) -> None:
+    """ModelError, naming sizes that fit, when the encoder of a model cannot take tiles of ``tile`` px."""
+    if isinstance(encoder.backbone, PooledBackbone):
+        check_input(encoder.backbone.model, card.encoder.input_px or tile, card.name)
 
 
 def _plugin_encoder(name: str, pretrained: bool, options: dict[str, Any]) -> PyramidEncoder:
@@ -82,10 +118,12 @@ def _features_only(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
     vit = name.split("/")[-1].split(":")[-1].startswith(("vit", "deit", "beit", "eva", "samvit"))
     if vit:
         options = {"dynamic_img_size": True, "dynamic_img_pad": True, **options}
-    backbone: Any = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+    with torch.device("meta") if vit else nullcontext():  # of a ViT only the depth is wanted first
+        backbone: Any = timm.create_model(name, pretrained=pretrained and not vit, features_only=True, **options)
     strides = backbone.feature_info.reduction()
     if len(strides) > 1 and len(set(strides)) == 1:  # timm offers the last three layers: take four depths instead
         depth = len(backbone.feature_info.info)
-        picks = [round((i + 1) * depth / 4) - 1 for i in range(4)]
-        backbone = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=picks, **options)
-    return backbone
+        options["out_indices"] = [round((i + 1) * depth / 4) - 1 for i in range(4)]
+    elif not vit:
+        return backbone
+    return timm.create_model(name, pretrained=pretrained, features_only=True, **options)

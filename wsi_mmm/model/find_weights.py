@@ -1,16 +1,18 @@
-"""Where the weights of an encoder lie on this machine: an argument, the user's folder of folders, the hub's cache.
+"""The weights of an encoder on this machine: an argument, the user's folder of folders, the hub's cache.
 
 Nothing is opened but folders, and nothing downloaded except by `download_weights`. No torch here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wsi_mmm.errors import ModelError, first_line
+from wsi_mmm.model.hub import check_hub
 from wsi_mmm.model.recipe import EncoderRecipe
 from wsi_mmm.plugins import import_package
 
@@ -19,16 +21,25 @@ SAFE_ENDING = ".safetensors"
 PICKLE_ENDINGS = (".bin", ".pth", ".pt", ".torch", ".ckpt", ".tar")
 _USUAL = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.safetensors")
 _MOST_FILES = 10_000
+_TRUE = ("1", "ON", "YES", "TRUE")
 
 
 @dataclass(frozen=True)
 class WeightPlaces:
-    """Where weights are looked for: ``folder``, the user's folder of folders ("": none); ``hub``, the hub's cache;
+    """The places of weights: ``folder``, the user's folder of folders ("": none); ``hub``, the hub's cache;
     ``offline``: nothing may be downloaded."""
 
     folder: str = ""
     hub: str = ""
     offline: bool = True
+
+
+def local_places(environ: Mapping[str, str] = os.environ) -> WeightPlaces:
+    """The places of the machine that works, as its own environment names them (see `config.weight_places`)."""
+    home = environ.get("HF_HOME") or f"{(environ.get('XDG_CACHE_HOME') or '~/.cache').rstrip('/')}/huggingface"
+    hub = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{home.rstrip('/')}/hub"
+    offline = any(environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return WeightPlaces(environ.get(WEIGHTS_VARIABLE, ""), hub, offline)
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ def choose_file(path: Path, wanted: str = "", name: str = "NAME") -> Path:
     """
     if not path.is_dir():
         if path.suffix in PICKLE_ENDINGS:
-            raise ModelError(_advise_conversion(path, name))
+            raise ModelError(advise_conversion(path, name))
         return path
     files = {file.name: file for file in _weight_files(path)}
     safe = sorted(file for file in files if file.endswith(SAFE_ENDING))
@@ -76,17 +87,18 @@ def choose_file(path: Path, wanted: str = "", name: str = "NAME") -> Path:
     if safe:
         return files[safe[0]]
     if files:
-        raise ModelError(_advise_conversion(files.get(wanted) or files[min(files)], name))
+        raise ModelError(advise_conversion(files.get(wanted) or files[min(files)], name))
     raise ModelError(f"{path} holds no weights: a file that ends with {SAFE_ENDING} is looked for")
 
 
 def explain_missing(recipe: EncoderRecipe, places: WeightPlaces) -> str:
     """One line for weights that are nowhere: where they are looked for, and how to get them there."""
-    folder = f"{places.folder or f'${WEIGHTS_VARIABLE}'}/{recipe.name}"
+    name = recipe.name if ":" not in recipe.name else recipe.hub_id.partition("@")[0].rpartition("/")[2]
+    folder = f"{places.folder or f'${WEIGHTS_VARIABLE}'}/{name}"
     gated = " (accept its terms on its page first)" if recipe.gated else ""
     return (
         f"the weights of '{recipe.name}' are not on this machine: where there is network, "
-        f"hf download {recipe.hub_id} --local-dir {recipe.name}{gated}; then put that folder at {folder} "
+        f"hf download {recipe.hub_id} --local-dir {name}{gated}; then put that folder at {folder} "
         "or give it as weights (docs/encoders.md)"
     )
 
@@ -108,10 +120,27 @@ def download_weights(recipe: EncoderRecipe, places: WeightPlaces) -> FoundWeight
     raise ModelError(f"{recipe.hub_id} has neither {_USUAL[0]} nor '{recipe.file}'; {explain_missing(recipe, places)}")
 
 
+def find_config(hub_id: str, name: str, places: WeightPlaces) -> Path:
+    """The file ``name`` of a repository of the hub, from its cache or downloaded. ModelError as `download_weights`."""
+    snapshot = _cached_snapshot(Path(places.hub).expanduser(), hub_id) if places.hub else None
+    if snapshot is not None and (snapshot / name).is_file():
+        return snapshot / name
+    check_hub(f"hf-hub:{hub_id}")
+    hub: Any = import_package("huggingface_hub", "downloading needs huggingface_hub: pip install huggingface_hub")
+    recipe = EncoderRecipe(name=hub_id, architecture="unknown", hub_id=hub_id)
+    path = None if places.offline else _download_file(hub, recipe, name, places)
+    if path is None:
+        raise ModelError(
+            f"{hub_id} has no {name} that could be had: name its timm network as encoder and give its file as weights"
+        )
+    return path
+
+
 def _download_file(hub: Any, recipe: EncoderRecipe, name: str, places: WeightPlaces) -> Path | None:
     """None: the repository has no such file."""
     try:
-        return Path(hub.hf_hub_download(recipe.hub_id, name, cache_dir=places.hub or None))
+        identity, _, revision = recipe.hub_id.partition("@")
+        return Path(hub.hf_hub_download(identity, name, revision=revision or None, cache_dir=places.hub or None))
     except Exception as error:  # huggingface_hub raises its own tree, and that of its HTTP client
         kind = type(error).__name__
         if kind in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
@@ -123,7 +152,8 @@ def _download_file(hub: Any, recipe: EncoderRecipe, name: str, places: WeightPla
         raise ModelError(f"the weights of '{recipe.name}' cannot be downloaded: {reason}") from error
 
 
-def _advise_conversion(path: Path, name: str) -> str:
+def advise_conversion(path: Path, name: str) -> str:
+    """One line about pickled weights of the encoder ``name``, and the way out."""
     target = f"{name}/model{SAFE_ENDING}" if "snapshots" in path.parts else str(path.with_suffix(SAFE_ENDING))
     return (
         f"the weights {path} are a pickle, which can run code; "
@@ -150,17 +180,18 @@ def _candidate_folders(recipe: EncoderRecipe, places: WeightPlaces) -> Iterator[
 
 def _cached_snapshot(cache: Path, hub_id: str) -> Path | None:
     """The snapshot of a repository that its branch ``main`` names in a cache of the hub, or the only one there."""
-    home = _entry_called(cache, f"models--{hub_id.replace('/', '--')}")
+    hub_id, _, asked = hub_id.partition("@")
+    home = _entry_called(cache, f"models--{hub_id.replace('/', '--')}") if hub_id else None
     if home is None:
         return None
     try:
-        revision = (home / "refs" / "main").read_text(encoding="ascii").strip()
+        revision = (home / "refs" / (asked or "main")).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
-        revision = ""
+        revision = asked
     snapshots = _names_in(home / "snapshots")
     if revision in snapshots:
         return home / "snapshots" / revision
-    return home / "snapshots" / snapshots[0] if len(snapshots) == 1 else None
+    return home / "snapshots" / snapshots[0] if len(snapshots) == 1 and not asked else None
 
 
 def _entry_called(folder: Path, name: str) -> Path | None:

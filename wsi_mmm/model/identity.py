@@ -12,6 +12,7 @@ from pathlib import Path
 
 from wsi_mmm.errors import MissingPackage, ModelError, OptionError
 from wsi_mmm.model.card import CARD, WEIGHTS, ModelCard, model_path, zoo_names
+from wsi_mmm.model.find_weights import advise_conversion
 
 _PICKLES = (b"\x80", b"PK\x03\x04")  # pickle, and the zip archive that torch.save writes
 
@@ -50,12 +51,6 @@ def model_identity(name: str, card: ModelCard) -> str:
     return hashlib.sha256(json.dumps([facts, weights], sort_keys=True).encode()).hexdigest()
 
 
-def encoder_identity(name: str, weights: str | None) -> str:
-    """sha256 hex of an encoder: its name and its weights (a file's content, or the word that stands for them)."""
-    known = check_weights(Path(weights).expanduser()) if weights and weights != "random" else str(weights)
-    return hashlib.sha256(json.dumps([name, known]).encode()).hexdigest()
-
-
 def device_kind(device: str) -> str:
     """Kind of the device a model will run on here, "cpu" or "cuda": numbers agree to the bit on one kind only."""
     if device != "auto":
@@ -83,17 +78,22 @@ def check_device(device: str) -> None:
 def check_weights(path: Path, sha256: str = "") -> str:
     """The sha256 of a weights file. ModelError when it cannot be read, is a pickle, or has another hash than its
     card names (``sha256``; empty: any will do)."""
+    refuse_pickle(path)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 and found != sha256:
+        raise ModelError(f"the weights {path} are not those its card was written for: copy the model folder again")
+    return found
+
+
+def refuse_pickle(path: Path) -> None:
+    """ModelError when a weights file is missing, cannot be read, or is a pickle."""
     try:
         with path.open("rb") as file:
             head = file.read(9)
-            file.seek(0)
-            found = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise ModelError(f"the weights {path} are missing: copy the whole model folder, or check the path") from error
     except OSError as error:
         raise ModelError(f"the weights {path} cannot be read: {error.strerror}") from error
     if head.startswith(_PICKLES) and head[8:] != b"{":  # safetensors: 8 bytes of length, then a JSON object
-        raise ModelError(f"the weights {path} are a pickle (.pt), which can run code; save them as safetensors")
-    if sha256 and found != sha256:
-        raise ModelError(f"the weights {path} are not those its card was written for: copy the model folder again")
-    return found
+        raise ModelError(advise_conversion(path, "NAME"))

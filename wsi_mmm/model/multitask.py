@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wsi_mmm.errors import ModelError
@@ -37,7 +38,7 @@ class MultiTaskModel(nn.Module):
         self.encoder = encoder
         self.kinds: dict[str, str] = {task.name: task.head for task in card.tasks}
         self.squeezer = GlobalPooling(encoder.channels[-1], card.decoder.bottleneck, card.squeezer)
-        self.vector_width = self.squeezer.vector_width
+        self.vector_width = encoder.vector_width or self.squeezer.vector_width
         self.decoder = self._build_decoder() if self._has_head("map", "image") else None
         self.to_map = Resize(encoder.strides[0], MAP_STRIDE)
         self.heads = nn.ModuleDict(dict(heads))
@@ -45,7 +46,7 @@ class MultiTaskModel(nn.Module):
         self.tile_heads = frozenset(name for name, kind in self.kinds.items() if kind in ("vector", "pixels"))
         self.bag_heads = frozenset(name for name, kind in self.kinds.items() if kind == "bag")
         self.neck = Neck(card.neck, encoder.channels, encoder.strides) if self._has_head("dense") else None
-        self.grouper = MilAggregator(card.bag, encoder.channels[-1]) if self._has_head("bag") else None
+        self.grouper = MilAggregator(card.bag, self.vector_width) if self._has_head("bag") else None
         self.register_buffer("mean", torch.tensor(card.mean).view(1, 3, 1, 1) * 255.0, persistent=False)
         self.register_buffer("std", torch.tensor(card.std).view(1, 3, 1, 1) * 255.0, persistent=False)
 
@@ -78,10 +79,20 @@ class MultiTaskModel(nn.Module):
     def prepare(self, pixels: Tensor) -> Tensor:
         """uint8[n, h, w, 3] -> float32[n, 3, h, w], normalised, channels_last in memory, on the model's device."""
         n, h, w, _ = pixels.shape
+        side = self.card.encoder.input_px
+        if side and (h, w) != (side, side):
+            return self._prepare_resized(pixels, side)
         mean, std = (self.get_buffer(name).view(3).repeat(w) for name in ("mean", "std"))
         # Rows of 3 w values, in place: ten times faster than broadcasting over three channels, the same bits.
         rows = pixels.to(self.device, non_blocking=True).reshape(n, h, 3 * w).float()
         return normalise(rows, mean, std).view(n, h, w, 3).permute(0, 3, 1, 2)
+
+    def _prepare_resized(self, pixels: Tensor, side: int) -> Tensor:
+        """`prepare` through antialiased resizing to ``side`` px on the device, to whole grey levels."""
+        x = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        x = resize_tiles(x, side, self.card.encoder.interpolation)
+        x = normalise(x, self.get_buffer("mean"), self.get_buffer("std"))
+        return x.contiguous(memory_format=torch.channels_last)
 
     def trunk(self, x: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """float[n, 3, h, w] from `prepare` -> by kind of head the tensor that such heads read; always "vector".
@@ -89,12 +100,14 @@ class MultiTaskModel(nn.Module):
         The one pass of encoder, pooling, decoder and neck: inference, training and export all go through it. Decoder
         and neck run only where a head of ``kinds`` reads them. Bag heads read what the aggregator makes of "vector".
         """
-        pyramid = self.encoder(x)
-        bottleneck, vector = self.squeezer(pyramid)
+        decoded = self.decoder is not None and not {"map", "image"}.isdisjoint(kinds)
+        dense = self.neck is not None and "dense" in kinds
+        pyramid, pooled = self.encoder.forward_pooled(x, maps=decoded or dense)
+        bottleneck, vector = self.squeezer.split(pyramid, pooled)
         shared: dict[str, Tensor] = {"vector": vector}
-        if self.decoder is not None and not {"map", "image"}.isdisjoint(kinds):
+        if self.decoder is not None and decoded:
             shared["map"] = shared["image"] = self.to_map(self.decoder(bottleneck, pyramid))
-        if self.neck is not None and "dense" in kinds:
+        if self.neck is not None and dense:
             shared["dense"] = self.neck(pyramid)
         if "pixels" in kinds:  # RGB in [0, 1]
             shared["pixels"] = (x * self.get_buffer("std") + self.get_buffer("mean")) / 255.0
@@ -138,6 +151,14 @@ class MultiTaskModel(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """float[n, 3, h, w] from `prepare` -> pooled vectors float[n, D]; the heads are not run."""
         return self.trunk(x, ())["vector"]
+
+
+def resize_tiles(rgb: Tensor, side: int, interpolation: str) -> Tensor:
+    """float RGB[n, 3, h, w] of 0..255 -> [n, 3, side, side], antialiased as PIL does it: rows first, whole levels."""
+    for size in ((rgb.shape[-2], side), (side, side)):
+        rgb = functional.interpolate(rgb, size=size, mode=interpolation, antialias=True, align_corners=False)
+        rgb = rgb.add_(0.5).floor_().clamp_(0, 255)
+    return rgb
 
 
 def normalise(rgb: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from wsi_mmm.errors import ModelError, OutputError, first_line
 from wsi_mmm.model.card import card_json
 from wsi_mmm.model.fold import seeded_noise
 from wsi_mmm.model.identity import check_runtime
-from wsi_mmm.model.multitask import ModelPass, MultiTaskModel, normalise
+from wsi_mmm.model.multitask import ModelPass, MultiTaskModel, normalise, resize_tiles
 from wsi_mmm.storage.local import atomic_file
 from wsi_mmm.types import U8
 
@@ -63,7 +63,8 @@ class Graph(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """uint8[n, h, w, 3] -> (features, logits, ...)."""
-        x = pixels.permute(0, 3, 1, 2).float()
+        x, encoder = pixels.permute(0, 3, 1, 2).float(), self.model.card.encoder
+        x = resize_tiles(x, encoder.input_px, encoder.interpolation) if encoder.input_px else x
         x = normalise(x, self.model.get_buffer("mean"), self.model.get_buffer("std"))
         vector, logits = self.model.forward_all(x, self.tasks)
         return (vector, *(logits[name] for name in self.tasks))
@@ -132,7 +133,7 @@ def select_tasks(model: MultiTaskModel, tasks: Sequence[str] | None) -> tuple[st
 
 def fits_any_size(model: MultiTaskModel) -> bool:
     """Return whether the tile size can stay free: transformers and TensorFlow's padding depend on it."""
-    if model.encoder.resampled:
+    if model.encoder.resampled or model.card.encoder.input_px:
         return False
     kinds = {type(module).__name__ for module in model.modules()}
     return not any("Attention" in kind or kind.endswith(("Same", "MSA2d")) for kind in kinds)

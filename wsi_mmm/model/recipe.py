@@ -9,13 +9,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from wsi_mmm.errors import ModelError
+from wsi_mmm.model.bounds import check_arguments
 
 Pooling = Literal["cls", "patch_mean", "cls+patch_mean", "gap", "native"]
 Interpolation = Literal["bicubic", "bilinear"]
-Rgb = tuple[float, float, float]
+ColourTriple = tuple[float, float, float]
 
-IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
-IMAGENET_STD: Rgb = (0.229, 0.224, 0.225)
+IMAGENET_MEAN: ColourTriple = (0.485, 0.456, 0.406)
+IMAGENET_STD: ColourTriple = (0.229, 0.224, 0.225)
 
 
 class EncoderRecipe(BaseModel):
@@ -39,8 +40,8 @@ class EncoderRecipe(BaseModel):
     name: str = Field(min_length=1)
     architecture: str = Field(min_length=1)
     arguments: dict[str, Any] = {}
-    mean: Rgb | None = None
-    std: Rgb | None = None
+    mean: ColourTriple | None = None
+    std: ColourTriple | None = None
     input_px: int = Field(default=0, ge=0, le=4096)
     tile_px: int = Field(default=256, ge=16, le=8192)
     mpp: float = Field(default=0.5, gt=0, allow_inf_nan=False)
@@ -63,6 +64,7 @@ class EncoderRecipe(BaseModel):
             or min(self.std or (1.0,)) <= 0
         ):
             raise ValueError("mean and std must be finite numbers, and std positive")
+        check_arguments(self.arguments)
         return self
 
     def value_facts(self) -> dict[str, Any]:

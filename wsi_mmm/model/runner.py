@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from wsi_mmm.errors import ModelError, first_line
 from wsi_mmm.host_tuning import cpu_count
 from wsi_mmm.model.checkpoint import pick_device
+from wsi_mmm.model.encoder import check_tile
 from wsi_mmm.model.fold import fold_norms
 from wsi_mmm.model.identity import RUNTIMES, check_runtime
 from wsi_mmm.model.multitask import ModelPass, MultiTaskModel
@@ -221,7 +222,11 @@ class Runner:
         return answers, {name: attention[name].float().numpy() for name in tasks}
 
     def warm_up(self, side: int, tasks: Sequence[str] = ()) -> None:
-        """Let each thread build its kernels for tiles of ``side`` px: a quarter of a second that nobody waits for."""
+        """Let each thread build its kernels for tiles of ``side`` px: a quarter of a second that nobody waits for.
+
+        ModelError when the model does not take such tiles.
+        """
+        check_tile(self.model.encoder, self.model.card, side)
         queue, together = self._find_queue(side, tuple(tasks)), threading.Barrier(self.threads)
         blank = np.zeros((1, side, side, 3), np.uint8)
 
@@ -229,7 +234,15 @@ class Runner:
             together.wait()  # one on each thread
             self._forward_batch(self._await_copy(self._stage_batch([blank], queue.size)), 0, queue.tasks)
 
-        list(self._pool.map(compute_blank, range(self.threads)))
+        try:
+            list(self._pool.map(compute_blank, range(self.threads)))
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError, ValueError) as error:  # what networks say of a size that they do not take
+            raise ModelError(
+                f"the model {self.model.card.name} cannot take tiles of {side} px ({first_line(error)}): "
+                "give another tile_size, or resize them with embed --input-size"
+            ) from error
 
     def describe(self) -> dict[str, Any]:
         """Return the runtime and its tolerance, norms, batch size per tile size and threads, for reports."""

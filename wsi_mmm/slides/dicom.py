@@ -9,15 +9,28 @@ from pathlib import Path
 _HEAD = 1 << 16  # bytes; the attributes of the series stand before the pixels
 _SERIES = re.compile(rb"\x20\x00\x0e\x00UI..([0-9.]{1,64})", re.DOTALL)  # (0020,000E), explicit VR, little endian
 
+_CLASS = re.compile(rb"\x02\x00\x02\x00UI..([0-9.]{1,64})", re.DOTALL)  # (0002,0002), the kind of object
+_WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+
 
 def series_of(path: str | Path) -> str | None:
     """SeriesInstanceUID of a DICOM file; None when it has none, is no DICOM file or cannot be read."""
+    return _find_uid(path, _SERIES)
+
+
+def is_other_dicom(path: str | Path) -> bool:
+    """Return True for a DICOM file that says to be no slide: an index (DICOMDIR), annotations, another image."""
+    found = _find_uid(path, _CLASS)
+    return found is not None and found != _WHOLE_SLIDE
+
+
+def _find_uid(path: str | Path, pattern: re.Pattern[bytes]) -> str | None:
     try:
         with Path(path).open("rb") as file:
             head = file.read(_HEAD)
     except OSError:
         return None  # whoever opens it as a slide says why
-    found = _SERIES.search(head) if head[128:132] == b"DICM" else None
+    found = pattern.search(head) if head[128:132] == b"DICM" else None
     return found.group(1).decode() if found else None
 
 

@@ -19,7 +19,7 @@ from scipy.special import softmax
 
 from wsi_mmm.errors import InputError, ModelError, OptionError
 from wsi_mmm.model.card import TaskCard
-from wsi_mmm.model.checkpoint import build_model, pack_tensors, save_model, unpack_tensors
+from wsi_mmm.model.checkpoint import assemble_model, pack_tensors, save_model, unpack_tensors
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.plugins import import_package
 from wsi_mmm.storage import store
@@ -242,6 +242,9 @@ def load(folder: str | Path) -> tuple[Head, dict[str, Any]]:
             return Trees((place / TREES).read_text(encoding="utf-8"), classes), facts
         tensors, _ = unpack_tensors((place / TENSORS).read_bytes(), str(place / TENSORS))
         arrays = {name: value.numpy() for name, value in tensors.items()}
+        broken = next((name for name, value in arrays.items() if not np.isfinite(value).all()), None)
+        if broken is not None:
+            raise ModelError(f"the head {place / TENSORS} holds NaN or infinity in '{broken}'; fit it again")
         if kind == "linear":
             return Linear(arrays["weight"], arrays["bias"]), facts
         return Neighbours(arrays["vectors"], arrays["labels"], int(facts["k"]), classes), facts
@@ -261,7 +264,7 @@ def with_head(model: MultiTaskModel, head: Linear, name: str, classes: Sequence[
     if name in model.tasks:
         raise ModelError(f"the model has a task '{name}' already; choose another --task name")
     tasks = {"tasks": (*model.card.tasks, task), "default_tasks": (name,)}
-    made = build_model(model.card.model_copy(update={**tasks, "weights_sha256": ""}))
+    made = assemble_model(model.card.model_copy(update={**tasks, "weights_sha256": ""}), model.encoder)
     made.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
         made.get_parameter(f"heads.{name}.out.weight").copy_(torch.from_numpy(head.weight))

@@ -17,14 +17,21 @@ from scipy.spatial import cKDTree
 
 from wsi_mmm.annotations import Shapes, parse_shapes, read_annotation_file, shape_at
 from wsi_mmm.errors import InputError, ManifestError
-from wsi_mmm.model.checkpoint import load_encoder, load_model
+from wsi_mmm.model.checkpoint import load_model, open_encoder
 from wsi_mmm.model.identity import is_model
 from wsi_mmm.outputs.exports import SlideFeatures, read_features
 from wsi_mmm.outputs.tables import tiles_table
 from wsi_mmm.storage import store
 from wsi_mmm.training import fewshot
 from wsi_mmm.training.data.bags import without_failed
-from wsi_mmm.training.data.embedding import ATTRIBUTES, FEATURES, common_embedding, embedding_of, source_identity
+from wsi_mmm.training.data.embedding import (
+    ATTRIBUTES,
+    FEATURES,
+    common_embedding,
+    embedding_of,
+    source_encoder,
+    source_identity,
+)
 from wsi_mmm.training.data.tables import read_table
 from wsi_mmm.training.fewshot import KINDS, Labelled, Linear
 from wsi_mmm.types import F64, I64
@@ -216,9 +223,9 @@ def _save_model(head: Linear, folder: Path, about: dict[str, Any], weights: str 
     """Write the encoder with the head behind it, which a run applies to tiles as the head learnt them: of the same
     size, overlap and mpp. InputError unless it is the encoder that the features are of."""
     name, task = str(about["encoder"]), str(about["task"])
-    model = load_model(name) if is_model(name) else load_encoder(name, weights)
-    if about["model_hash"] not in (None, source_identity(name, weights)):
+    if about["model_hash"] not in (None, source_identity(name, weights, about.get("network"))):
         raise InputError(f"the features are of other weights of '{name}'; pass those with --weights")
+    model = load_model(name) if is_model(name) else open_encoder(source_encoder(name, weights, about.get("network")))
     model.card = model.card.model_copy(update={
         "name": task, "mpp": about["mpp"], "tile_size": about["patch_size"], "overlap": about["overlap"] or 0,
         "metrics": {task: about["figures"]}, "data": {**model.card.data, FEATURES: embedding_of(about).to_json()},

@@ -129,6 +129,58 @@ def test_a_stream_cannot_ask_for_memory(tmp_path: Path) -> None:
     assert failures(written(tmp_path / "a.tif", "lzma", tiles)) == [[64, 0, 128, 48]]
 
 
+def changed_style(data: bytes, **more: int) -> bytes:
+    """A JPEG 2000 codestream whose markers COD or SIZ say something else."""
+    out, at = bytearray(data), data.index(b"\xff\x52")
+    if "layers" in more:
+        out[at + 6 : at + 8] = more["layers"].to_bytes(2, "big")
+    if "block" in more:
+        out[at + 10] = out[at + 11] = more["block"]
+    if "tile" in more:
+        siz = data.index(b"\xff\x51")
+        out[siz + 22 : siz + 30] = more["tile"].to_bytes(4, "big") * 2
+    if "precinct" in more:
+        length, levels = int.from_bytes(out[at + 2 : at + 4], "big"), out[at + 9]
+        out[at + 4] |= 1
+        out[at + 2 + length : at + 2 + length] = bytes([more["precinct"]] * (levels + 1))
+        out[at + 2 : at + 4] = (length + levels + 1).to_bytes(2, "big")
+    return bytes(out)
+
+
+@pytest.mark.parametrize("claim", [{"precinct": 0x11}, {"layers": 65535}, {"tile": 1}, {"block": 0}], ids=str)
+def test_work_that_jpeg_2000_claims_is_bounded_before_it_is_decoded(
+    tmp_path: Path, claim: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few hundred bytes of 1024 x 1024 px would take gigabytes or seconds."""
+    side = (1024, 1024)
+    plain = bytes(imagecodecs.jpeg2k_encode(np.zeros((*side, 3), np.uint8), codecformat="j2k"))
+    assert failures(written(tmp_path / "a.tif", "jpeg2k", [plain], size=side, tile=side)) == []
+    path = written(tmp_path / "b.tif", "jpeg2k", [changed_style(plain, **claim)], size=side, tile=side)
+    monkeypatch.setattr(imagecodecs, "jpeg2k_decode", lambda data: pytest.fail("decoded"))
+    assert failures(path) == [[0, 0, *side]]
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_damaged_bytes_of_any_codec_are_a_failure_or_a_picture(tmp_path: Path, name: str) -> None:
+    """Bits that flip, and streams that end early, raise nothing else than that the tile cannot be decoded."""
+    data = encoded(name, IMAGE[:48, :64])
+    path = written(tmp_path / "a.tif", name, [data], size=TILE)
+    rng = np.random.default_rng(len(name))
+    for n in range(30):
+        broken = bytearray(data)
+        for at in rng.integers(0, min(len(data), 120) if n % 2 else len(data), rng.integers(1, 4)):
+            broken[at] = rng.integers(0, 256)
+        path = written(path, name, [bytes(broken[: rng.integers(1, len(data)) if n % 5 == 0 else None])], size=TILE)
+        assert failures(path) in ([], [[0, 0, *TILE]])
+
+
+def test_a_jpeg_marker_beyond_the_end_fails(tmp_path: Path) -> None:
+    """The length of a header that is cut is not believed."""
+    data = encoded("jpeg8", IMAGE[:48, :64])
+    cut = data[: data.index(b"\xff\xda") + 6]
+    assert failures(written(tmp_path / "a.tif", "jpeg8", [cut], size=TILE)) == [[0, 0, *TILE]]
+
+
 # ------------------------------------------------------------------------------------------------ scans of JPEG
 
 

@@ -14,6 +14,8 @@ from wsi_mmm import api
 from wsi_mmm.errors import ConfigError, OptionError
 from wsi_mmm.model.card import EncoderCard, ModelCard
 from wsi_mmm.model.checkpoint import build_model, load_encoder, save_model
+from wsi_mmm.model.choose import EncoderOptions, choose_encoder
+from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD
 from wsi_mmm.slides.fake import synthetic_slide
 from wsi_mmm.training.data.embedding import Embedding, check_source, embedding_of, source_identity
 
@@ -91,8 +93,10 @@ def test_a_bare_encoder_is_known_by_its_weights(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_file(timm.create_model("resnet10t").state_dict(), tmp_path / f"{name}.safetensors")
     one, two = (str(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    card = load_encoder("resnet10t", one).card
-    made = Embedding("resnet10t", source_identity("resnet10t", one), 0.5, 256, 0)
+    said = EncoderOptions(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    card = load_encoder("resnet10t", one, options=said).card
+    network = choose_encoder("resnet10t", one, said).recipe.model_dump_json()
+    made = Embedding("resnet10t", source_identity("resnet10t", one, network), 0.5, 256, 0, network)
     check(made, card, weights=one)
     with pytest.raises(ConfigError, match=r"was embedded by 'resnet10t' .*not by 'resnet10t'"):
         check(made, card, weights=two)

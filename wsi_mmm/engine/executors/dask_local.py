@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 from collections.abc import Sequence
@@ -46,13 +47,26 @@ def local_cluster(workers: int, gpus: Sequence[str] = ()) -> DaskExecutor:
         "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"},
     }  # fmt: skip
     try:
-        if len(gpus) > 1:
-            cluster: LocalCluster = _GpuCluster(gpus, **options)
+        # Without workers at first, so that there is something to close when the user stops while they start.
+        cluster = _GpuCluster(gpus, **options) if len(gpus) > 1 else LocalCluster(n_workers=0, **options)
+        client = None
+        try:
+            client = Client(cluster, set_as_default=False)
             cluster.scale(workers)
-        else:
-            cluster = LocalCluster(n_workers=workers, **options)
-        client = Client(cluster, set_as_default=False)
-        client.wait_for_workers(workers, timeout=60)
+            client.wait_for_workers(workers, timeout=60)
+        except BaseException:
+            _abandon_cluster(cluster, client)
+            raise
     except (OSError, RuntimeError, TimeoutError) as error:
         raise ClusterError(f"the {workers} worker processes did not start ({error}); {MAIN_GUARD}") from error
     return own_executor(client, cluster)
+
+
+def _abandon_cluster(cluster: LocalCluster, client: Client | None) -> None:
+    """Close a cluster whose workers may be starting. Dask trips over these, and once more as Python ends; the worker
+    processes end with this one, whatever comes."""
+    for one in (client, cluster):
+        with contextlib.suppress(Exception):
+            if one is not None:
+                one.close(timeout=5)
+    cluster.shutdown_on_close = False

@@ -6,6 +6,8 @@ this unit, where a worker may have died of another unit.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from multiprocessing.connection import Connection
 from wsi_mmm.engine.units import UnitResult, WorkUnit
 from wsi_mmm.errors import ClusterError
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _PROGRAM = "import sys; from wsi_mmm.engine.executors.isolated import serve; serve(*map(int, sys.argv[1:]))"
 
 
@@ -39,6 +42,7 @@ def perform(unit: WorkUnit) -> UnitResult:
 
 def serve(source: int, sink: int) -> None:
     """Run in the new process: read the unit from file descriptor ``source``, write its result to ``sink``."""
+    end_with_parent()
     from wsi_mmm.engine.stages.perform import perform as run_unit
     from wsi_mmm.engine.units import failure_of
     from wsi_mmm.storage.retry import retry_unit
@@ -49,6 +53,15 @@ def serve(source: int, sink: int) -> None:
             answer.send(retry_unit(run_unit, unit))
         except Exception as error:  # noqa: BLE001  (sent as a Failure)
             answer.send(failure_of(unit, error))
+
+
+def end_with_parent() -> None:
+    """Let the system end this process as soon as the one that started it is gone, by whatever cause (Linux only)."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before the system was told
+        os._exit(1)
 
 
 def describe_exit(code: int) -> str:

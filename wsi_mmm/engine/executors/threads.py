@@ -20,6 +20,7 @@ from wsi_mmm.engine.stages.perform import perform
 from wsi_mmm.engine.stages.prefetch import UnitPrefetch
 from wsi_mmm.engine.units import Capabilities, Kind, PlanResult, UnitResult, WorkUnit, failure_of
 from wsi_mmm.errors import Cancelled, WsiError
+from wsi_mmm.storage import store
 from wsi_mmm.storage.retry import retry_unit
 from wsi_mmm.timing import STAGE_OF_STEP, Step
 
@@ -50,7 +51,8 @@ class ThreadsExecutor:
     def start(self, unit: WorkUnit) -> None:
         """Begin a unit; returns at once."""
         self._running[unit.kind] += 1
-        if self._recipe is not None:  # the model loads while the tissue of the first slide is found
+        # The model loads while the tissue of the first slide is found; slides that seem to be done need none.
+        if self._recipe is not None and not _has_results(unit):
             recipe, self._recipe = self._recipe, None
             self._threads.submit(_load_model, recipe)
         self._prefetch.start_unit(unit)
@@ -90,6 +92,11 @@ class ThreadsExecutor:
         self._prefetch.close()
         self._threads.shutdown(wait=True, cancel_futures=cancel)
         context.release(models=False)
+
+
+def _has_results(unit: WorkUnit) -> bool:
+    done = store.join(unit.slide.output, "slide.json")
+    return unit.kind == "plan" and store.is_local(done) and store.exists(done)
 
 
 def _load_model(recipe: Recipe) -> None:

@@ -152,15 +152,18 @@ def load_runner(recipe: Recipe) -> Runner:
 
 def _make_runner(recipe: Recipe) -> Runner:
     try:
-        from wsi_mmm.model.checkpoint import load_encoder, load_model
+        from wsi_mmm.model.checkpoint import load_model, open_encoder
+        from wsi_mmm.model.choose import locate_weights, unread_encoder
         from wsi_mmm.model.runner import Runner
     except ImportError as error:
         raise MissingPackage(
             f"the worker on {os.uname().nodename} cannot run models: it has no package {error.name!r}; "
             "install wsi-mmm with its dependencies on every worker"
         ) from error
-    if recipe.encoder:
-        model = load_encoder(recipe.model, weights=recipe.weights)
+    if recipe.network is not None:
+        path = locate_weights(recipe.network, recipe.weights)
+        chosen = unread_encoder(recipe.network, path, recipe.weights)
+        model = open_encoder(chosen, identity=recipe.model_hash)
     else:
         model = load_model(_local_model(recipe))
     options = recipe.options

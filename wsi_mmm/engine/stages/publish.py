@@ -14,6 +14,7 @@ import numpy.typing as npt
 from wsi_mmm._version import __version__
 from wsi_mmm.cache import ArraySpec, CacheEntry
 from wsi_mmm.engine.plan import core_of, interpret_units
+from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.stages import workdir
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.stages.interpret import blended_core
@@ -21,6 +22,7 @@ from wsi_mmm.engine.stages.overlay import THUMBNAIL, Picture
 from wsi_mmm.engine.stages.prepare import load_slide_plan, published_before, region_hash, regions_of_interest
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
 from wsi_mmm.errors import PluginError
+from wsi_mmm.model.recipe import EncoderRecipe
 from wsi_mmm.outputs import merge, polygons
 from wsi_mmm.outputs.exports import write_features, write_map
 from wsi_mmm.outputs.geojson import GeoJSONWriter
@@ -307,8 +309,19 @@ def _write_features(ctx: UnitContext, plan: SlidePlan) -> str:
         "level0_height": info.height, "mpp": recipe.mpp, "encoder": recipe.model, "model_hash": recipe.model_hash,
         "name": plan.slide.id,
     }  # fmt: skip
+    if recipe.network is not None:
+        attributes |= _encoder_attributes(recipe.network, recipe)
     write_features(store.join(plan.slide.output, "features.zarr"), vectors, tile_xy(plan.grid, plan.index), attributes)
     return "features.zarr"
+
+
+def _encoder_attributes(network: EncoderRecipe, recipe: Recipe) -> dict[str, int | float | str]:
+    """What the network of a bare encoder saw of a tile, and how its vectors were made."""
+    seen = network.input_px or recipe.tile
+    return {
+        "input_px": seen, "input_mpp": round(recipe.mpp * recipe.tile / seen, 6), "pooling": network.pooling,
+        "licence": network.licence, "network": json.dumps(network.model_dump(mode="json"), sort_keys=True),
+    }  # fmt: skip
 
 
 def _write_maps(ctx: UnitContext, plan: SlidePlan) -> str:

@@ -21,20 +21,18 @@ from wsi_mmm.slides.tiff.jpeg import (
     shared_tables,
     stream_completer,
 )
+from wsi_mmm.slides.tiff.jpeg2000 import jpeg2000_samples
 from wsi_mmm.slides.tiff.planes import CMYK, JPEG, JPEG2000, Plane, stored_ycbcr
 from wsi_mmm.slides.tiff.samples import (
     Samples,
     UndecodableError,
     check_codec,
-    check_rows,
     decode_bounded,
     read_samples,
     split_parts,
 )
 from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.types import U8
-
-_YCC_J2K = 33003
 
 
 class Decode(Protocol):
@@ -70,7 +68,7 @@ def sample_reader(plane: Plane) -> Callable[[bytes, int], tuple[Samples, bool]]:
     if plane.compression in JPEG:
         one = _jpeg_samples
     elif plane.compression in JPEG2000:
-        one = _jpeg2000_samples
+        one = jpeg2000_samples
     if one is None:
         return lambda data, rows: (read_samples(plane, data, rows), False)
     if not plane.separate:
@@ -170,40 +168,3 @@ def _pad_strip(pixels: U8, height: int, rows: int) -> U8:
     full = np.full((height, *pixels.shape[1:]), 255, np.uint8)
     full[: pixels.shape[0]] = pixels
     return full
-
-
-def _jpeg2000_samples(plane: Plane, data: bytes, needed: int) -> tuple[Samples, bool]:
-    import imagecodecs
-
-    at = data.find(b"\xff\x4f\xff\x51", 0, 4096)
-    if at < 0 and plane.reversed_bits:
-        data = bytes(imagecodecs.bitorder_decode(data))
-        at = data.find(b"\xff\x4f\xff\x51", 0, 4096)
-    subsampled = _check_size(plane, data, at, needed)
-    try:
-        # Without the boxes round the codestream: only the TIFF says what the colours are.
-        pixels = np.asarray(imagecodecs.jpeg2k_decode(data[at:]))
-    except (imagecodecs.Jpeg2kError, ValueError) as error:
-        raise UndecodableError(str(error)) from error
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if pixels.dtype.kind != "u" or pixels.dtype.itemsize > (1 if plane.bits <= 8 else 2):
-        raise UndecodableError(f"{pixels.dtype} pixels where {plane.bits} bits are claimed")
-    return pixels[: check_rows(plane, len(pixels), needed)], subsampled
-
-
-def _check_size(plane: Plane, data: bytes, at: int, needed: int) -> bool:
-    """Refuse a codestream at ``at`` that is not of the plane's tiles; tell whether its chroma is subsampled.
-
-    ISO/IEC 15444-1 A.5.1: the SIZ marker segment.
-    """
-    if at < 0 or len(data) < at + 42 + 3 * plane.samples:
-        raise UndecodableError("no JPEG 2000 codestream")
-    x1, y1, x0, y0 = (int.from_bytes(data[at + 8 + 4 * n : at + 12 + 4 * n], "big") for n in range(4))
-    if x1 - x0 != plane.tile_width or not needed <= y1 - y0 <= plane.tile_height:
-        raise UndecodableError(f"a JPEG 2000 image of {x1 - x0} x {y1 - y0} px")
-    components = int.from_bytes(data[at + 40 : at + 42], "big")
-    if components != plane.samples:
-        raise UndecodableError(f"a JPEG 2000 image of {components} components")
-    steps = {tuple(data[at + 43 + 3 * n : at + 45 + 3 * n]) for n in range(components)}
-    return steps != {(1, 1)}

@@ -72,10 +72,12 @@ def read_header(data: bytes) -> JpegHeader:
             at += 1
             continue
         stop = at + 2 + (data[at + 2] << 8 | data[at + 3])
+        if stop > len(data):
+            break
         if marker == 0xE0:
             jfif = jfif or data[at + 4 : at + 9] == b"JFIF\0"
         elif marker == 0xEE:
-            adobe = data[at + 15] if data[at + 4 : at + 9] == b"Adobe" and at + 15 < min(stop, end + 4) else adobe
+            adobe = data[at + 15] if data[at + 4 : at + 9] == b"Adobe" and at + 15 < stop else adobe
         else:
             kept.append(data[at:stop])
         if marker in _FRAMES:

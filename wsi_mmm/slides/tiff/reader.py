@@ -30,6 +30,7 @@ from wsi_mmm.slides.resample.scaled import (
     read_source,
     sources_of,
 )
+from wsi_mmm.slides.resample.spacing import is_resized, unsettled_levels, with_spacing
 from wsi_mmm.slides.resample.tiled import (
     CACHE_BYTES,
     Key,
@@ -92,11 +93,13 @@ class TiffReader:
         self._store = store.drop_buffers() if isinstance(store, BufferedStore) else store
         self.remote = store.remote
         self._sources = sources_of(slide.levels, shrinks(slide.planes[0]))
+        self._unsettled = unsettled_levels(slide.levels, self._sources) if _may_be_resized(slide) else {}
+        self._settling = threading.Lock()
         self._exact_until = _EXACT_JPEG if len(self._sources) > len(slide.levels) else _EXACT
 
     def read(self, block: Block) -> Canvas:
         """Return the block's pixels; tiles that cannot be decoded are white and listed. Raises StorageError."""
-        return read_scaled(block, self._sources, self._fill_window, self._exact_until)
+        return read_source(block, self._pick_source(block), self._fill_window)
 
     def fetch(self, tiles: Sequence[Tiles]) -> Fetched:
         """Bring the compressed native tiles under ``tiles`` (all of one scale) that are not in memory, decoded."""
@@ -137,8 +140,22 @@ class TiffReader:
         scale = tiles.scale_x, tiles.scale_y
         if scale not in self._tilings:
             block = Block(0, 0, tiles.size, tiles.size, *scale)
-            self._tilings[scale] = self._tiling_of(pick(self._sources, block, self._exact_until))
+            self._tilings[scale] = self._tiling_of(self._pick_source(block))
         return self._tilings[scale]
+
+    def _pick_source(self, block: Block) -> Source:
+        """The source that a block is read from; levels that may be resized ones are compared with level 0 before."""
+        while (source := pick(self._sources, block, self._exact_until)).level in self._unsettled:
+            with self._settling:
+                if source.level in self._unsettled:
+                    self._settle_spacing(next(s for s in self._sources if s.level == source.level and s.shrink == 1))
+        return source
+
+    def _settle_spacing(self, source: Source) -> None:
+        ratio = self._unsettled[source.level]
+        if is_resized(source, ratio, self._sources[0], self._fill_window):
+            self._sources = with_spacing(self._sources, {source.level: ratio})
+        del self._unsettled[source.level]
 
     def _tiling_of(self, source: Source) -> Tiling:
         plane = self._planes[source.level]
@@ -264,6 +281,11 @@ class TiffReader:
                 full[: size[1], : size[0]] = decoder(cut)(data, 1, size[1])
                 return full if source.shrink == 1 else average_boxes(full, source.shrink)
         return error
+
+
+def _may_be_resized(slide: TiffSlide) -> bool:
+    """Aperio and PerkinElmer average squares; strips are whole rows of level 0, too much to compare with."""
+    return slide.planes[0].tiled and slide.vendor in ("generic-tiff", "ome")
 
 
 def _native_parts(out: Sequence[U8], tiling: Tiling) -> list[U8]:

@@ -19,6 +19,7 @@ from wsi_mmm.storage.ranges import Buffer
 
 Samples = np.ndarray[Any, np.dtype[Any]]
 _LZMA_MEMORY = 96 << 20  # bytes; the strongest preset needs 65 MB
+_MOST_ENTRIES = 64  # tags of a JPEG XR file
 _BYTE_CODECS = {"LZW": "lzw", "deflate": "zlib", "packbits": "packbits", "zstd": "zstd"}
 _IMAGE_CODECS = {"WebP": "webp", "JPEG XL": "jpegxl", "PNG": "png", "JPEG XR": "jpegxr", "LERC": "lerc"}
 _FAX_CODECS = {2: "ccittrle", 3: "ccittfax3", 4: "ccittfax4"}
@@ -161,6 +162,8 @@ def _decode_image(plane: Plane, data: bytes, needed: int) -> Samples:
     name = _IMAGE_CODECS[COMPRESSIONS[plane.compression]]
     if name == "lerc":
         data = _inner_lerc(plane, data)
+    elif name == "jpegxr":
+        _check_entries(data)
     return decode_bounded(plane, lambda out: _image_codec(name)(data, out=out), needed)
 
 
@@ -179,6 +182,13 @@ def decode_bounded(plane: Plane, decode: Any, needed: int) -> Samples:
         else:
             return found.reshape(rows, plane.tile_width, plane.samples)
     raise UndecodableError(said)
+
+
+def _check_entries(data: bytes) -> None:
+    """Its decoder prints a line for each tag that it does not know: an honest file has some twenty."""
+    at = int.from_bytes(data[4:8], "little")
+    if int.from_bytes(data[at : at + 2], "little") > _MOST_ENTRIES:
+        raise UndecodableError("a JPEG XR file of too many tags")
 
 
 def _inner_lerc(plane: Plane, data: bytes) -> bytes:

@@ -8,8 +8,16 @@ from typing import Any
 
 from wsi_mmm.errors import ConfigError, InputError
 from wsi_mmm.model.card import ModelCard, read_card
-from wsi_mmm.model.checkpoint import load_encoder
-from wsi_mmm.model.identity import encoder_identity, is_model, model_identity
+from wsi_mmm.model.choose import (
+    ChosenEncoder,
+    bare_card,
+    choose_encoder,
+    hash_encoder,
+    locate_weights,
+    unread_encoder,
+)
+from wsi_mmm.model.identity import is_model, model_identity
+from wsi_mmm.model.recipe import parse_recipe
 from wsi_mmm.storage import store
 
 FEATURES = "features"
@@ -19,20 +27,25 @@ _VECTOR_PARTS = {"encoder", "squeezer", "mean", "std"}
 """Fields of a card that change the vector of a tile, beside the weights."""
 
 
-ATTRIBUTES = ("encoder", "model_hash", "mpp", "patch_size", "overlap")
+ATTRIBUTES = ("encoder", "model_hash", "network", "mpp", "patch_size", "overlap")
 """Attributes of a file of features that say how it was made, as TRIDENT and CLAM call them where they have them."""
+
+_NAMES = ("encoder", "network")
+"""Attributes that say no more than ``model_hash`` where that is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
     """How vectors were made; None: their file does not say. ``mpp`` micrometres per px of the tiles of ``tile_size`` px
-    that share ``overlap`` px; ``model_hash``: of the weights and all else that vectors depend on."""
+    that share ``overlap`` px; ``model_hash``: of the weights and all else that vectors depend on; ``network``: the
+    `EncoderRecipe` of a bare encoder, as JSON."""
 
     encoder: str | None = None
     model_hash: str | None = None
     mpp: float | None = None
     tile_size: int | None = None
     overlap: int | None = None
+    network: str | None = None
 
     @property
     def missing(self) -> str:
@@ -44,12 +57,12 @@ class Embedding:
         are known, the name that their model was called by does not matter."""
         known = self.model_hash is not None and other.model_hash is not None
         mine, theirs = self.to_json(), other.to_json()
-        pairs = [(name, mine.get(name), theirs.get(name)) for name in ATTRIBUTES if not (known and name == "encoder")]
+        pairs = [(name, mine.get(name), theirs.get(name)) for name in ATTRIBUTES if not (known and name in _NAMES)]
         return next((pair for pair in pairs if not _equal(*pair[1:])), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return what is known, by the names of the attributes."""
-        values = (self.encoder, self.model_hash, self.mpp, self.tile_size, self.overlap)
+        values = (self.encoder, self.model_hash, self.network, self.mpp, self.tile_size, self.overlap)
         return {name: value for name, value in zip(ATTRIBUTES, values, strict=True) if value is not None}
 
 
@@ -64,7 +77,8 @@ def embedding_of(attributes: Mapping[str, Any]) -> Embedding:
         mpp = 10.0 / magnification
     sizes = (_to_number(attributes.get(name)) for name in ("patch_size", "overlap"))
     side, overlap = (None if size is None else round(size) for size in sizes)
-    return Embedding(_to_text(attributes.get("encoder")), _to_text(attributes.get("model_hash")), mpp, side, overlap)
+    encoder, weights, network = (_to_text(attributes.get(name)) for name in ("encoder", "model_hash", "network"))
+    return Embedding(encoder, weights, mpp, side, overlap, network)
 
 
 def _to_number(value: Any) -> float | None:
@@ -142,13 +156,14 @@ def check_source(
 
 def _check_weights(found: Embedding, text: str, *, card: ModelCard, start: str | None, weights: str | None) -> None:
     name = start or card.encoder.name
-    source = read_card(start) if start else load_encoder(name, weights).card
+    source = read_card(start) if start else bare_card(source_encoder(name, weights, found.network).recipe)
     before = source.data.get(FEATURES)  # those that the heads of ``start`` learnt from: its encoder made them, too
-    hashes = {source_identity(name, weights), before.get("model_hash") if isinstance(before, dict) else None}
+    identity = source_identity(name, weights, None if start else found.network)
+    hashes = {identity, before.get("model_hash") if isinstance(before, dict) else None}
     if found.model_hash not in hashes:
         made = f"was embedded by '{found.encoder}' (model_hash {str(found.model_hash)[:12]})"
         raise ConfigError(
-            f"{text} {made}, not by '{name}' ({source_identity(name, weights)[:12]}), of which the model's encoder is: "
+            f"{text} {made}, not by '{name}' ({identity[:12]}), of which the model's encoder is: "
             "give the model that made the vectors as model.start, or embed the slides with this one"
         )
     mine, theirs = (_vector_facts(one) for one in (card, source))
@@ -165,6 +180,15 @@ def _vector_facts(card: ModelCard) -> dict[str, Any]:
     return facts | {f"encoder.{key}": value for key, value in encoder.items()}
 
 
-def source_identity(name: str, weights: str | None) -> str:
+def source_identity(name: str, weights: str | None, network: str | None = None) -> str:
     """The ``model_hash`` that `wsi-mmm embed` writes for an encoder: a model folder, or a bare one with its weights."""
-    return model_identity(name, read_card(name)) if is_model(name) else encoder_identity(name, weights)
+    return model_identity(name, read_card(name)) if is_model(name) else source_encoder(name, weights, network).identity
+
+
+def source_encoder(name: str, weights: str | None, network: str | None = None) -> ChosenEncoder:
+    """The bare encoder that made vectors, with the ``weights`` that its user names now; ``network``: as their file says
+    it works, None: as its name says."""
+    if network is None:
+        return choose_encoder(name, weights)
+    recipe = parse_recipe(network, "the encoder of the features")
+    return hash_encoder(unread_encoder(recipe, locate_weights(recipe, weights), weights))
