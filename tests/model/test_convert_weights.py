@@ -137,7 +137,7 @@ def test_a_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         return type("Done", (), {"stdout": answer, "returncode": -9})()
 
     monkeypatch.setattr(converting.subprocess, "run", run)
-    assert "cannot be read within 1800 s and 6 GiB" in message(
+    assert "cannot be read within 1800 s and 4 GiB" in message(
         convert_weights, tmp_path / "w.bin", tmp_path / "w.safetensors"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["w.bin"]
@@ -152,6 +152,6 @@ def test_limits_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "setrlimit", asked.__setitem__)
     limit_process(1 << 30, 100, 1 << 20)
     assert asked == {
-        resource.RLIMIT_AS: (1 << 30, 1 << 30), resource.RLIMIT_CPU: (50, 50),
-        resource.RLIMIT_FSIZE: (1 << 20, 1 << 20), resource.RLIMIT_CORE: (0, 0),
+        resource.RLIMIT_DATA: (1 << 30, 1 << 30), resource.RLIMIT_AS: (65 << 30, 65 << 30),
+        resource.RLIMIT_CPU: (50, 50), resource.RLIMIT_FSIZE: (1 << 20, 1 << 20), resource.RLIMIT_CORE: (0, 0),
     }  # fmt: skip

@@ -177,17 +177,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_says_of_every_tile_what_predict_says(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_run_says_of_every_tile_what_predict_says(base: Path, tmp_path: Path, bare: bool) -> None:
     """The model of a head cuts tiles as the head learnt them, whatever the base model's card says: the same tiles, the
     same classes, the same counts. It answers its own task alone unless others are named."""
     slide = tmp_path / "s.tiff"
     synthetic_slide(slide, 2, width=1200, height=900, mpp=0.25, nuclei=60)
     options: Any = {"mpp": 1.0, "tile_size": 64, "overlap": 16}
-    wsi_mmm.embed(str(slide), str(base), output=tmp_path / "emb", tissue="none", **options)
+    encoder, weights = ("test_vit", "random") if bare else (str(base), None)
+    wsi_mmm.embed(str(slide), encoder, output=tmp_path / "emb", tissue="none", weights=weights, **options)
     (tmp_path / "ann").mkdir()
     halves = [("left", box(0, 0, 600, 900)), ("right", box(600, 0, 1200, 900))]
     geojson(tmp_path / "ann" / "s.geojson", halves)
-    learn(str(tmp_path / "emb"), str(tmp_path / "ann"), tmp_path / "head", task="side")
+    learn(str(tmp_path / "emb"), str(tmp_path / "ann"), tmp_path / "head", task="side", weights=weights)
     predict(str(tmp_path / "emb"), tmp_path / "head", str(tmp_path / "said"))
     said = pq.read_table(tmp_path / "said" / "s.parquet")
     report = wsi_mmm.run(str(slide), tmp_path / "head" / "model", output=tmp_path / "out", tissue="none")
@@ -203,7 +205,9 @@ def test_a_run_says_of_every_tile_what_predict_says(base: Path, tmp_path: Path) 
     assert (card.mpp, card.tile_size, card.overlap, card.default_tasks) == (1.0, 64, 16, ("side",))
     made = json.loads((tmp_path / "head" / "head.json").read_text())
     assert card.data["features"] == {name: made[name] for name in card.data["features"]}
-    assert made["model_hash"] == source_identity(str(base), None) and made["overlap"] == 16
+    assert made["model_hash"] == source_identity(encoder, weights) and made["overlap"] == 16
+    if bare:
+        return
     both = api.run_request(str(slide), tmp_path / "head" / "model", output=tmp_path / "o", tasks=["side", "other"])
     assert both.recipe.tasks == ("other", "side")
 

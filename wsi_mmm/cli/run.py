@@ -165,6 +165,7 @@ def _run_slides(
 
     options, observe = read_options(command, given)
     asked = request(inputs, output=output, **options)
+    _say_licence(asked)
     if given["dry_run"]:
         return _open_slides(asked, output)
     count = len(asked.tasks)
@@ -172,6 +173,16 @@ def _run_slides(
     with progress(count) as listener:
         report = api.execute(asked, listener, observe=observe)
     return print_report(report)
+
+
+def _say_licence(request: RunRequest) -> None:
+    """Say once what the licence of a published encoder permits."""
+    from wsi_mmm.model.registry import describe_licence, find_entry
+
+    network = request.recipe.network
+    entry = find_entry(network.name) if network is not None else None
+    if entry is not None:
+        say(describe_licence(entry))
 
 
 def _submit_job(inputs: list[str], output: str, given: Mapping[str, Any]) -> int:

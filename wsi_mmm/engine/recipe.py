@@ -10,7 +10,8 @@ from typing import Any
 
 from wsi_mmm.errors import OptionError
 from wsi_mmm.model.recipe import EncoderRecipe, parse_recipe
-from wsi_mmm.options import BLOCK_TILES, RUN_OPTIONS, Affects, RunOptions, recipe_names
+from wsi_mmm.model.registry import describe_licence, find_entry
+from wsi_mmm.options import BLOCK_TILES, RUN_OPTIONS, TISSUE_WORDS, Affects, RunOptions, recipe_names
 from wsi_mmm.storage import store
 
 MOST_TILE = 8192  # px of a tile's side: 200 MB of pixels
@@ -64,7 +65,11 @@ class Recipe:
             raise OptionError(f"overlap must be a multiple of 8 px and at most half a tile, not {self.overlap}")
 
     def warnings(self) -> tuple[str, ...]:
-        """Return what a user should know before the run begins, a line each."""
+        """Return what a user should know before the run begins, a line each: licences, a resolution that is far off."""
+        entry = find_entry(self.network.name) if self.network is not None else None
+        return (*((describe_licence(entry),) if entry is not None else ()), *self._scale_warnings())
+
+    def _scale_warnings(self) -> tuple[str, ...]:
         if self.model_mpp is None or 1 / OFF_SCALE <= self.mpp / self.model_mpp <= OFF_SCALE:
             return ()
         seen = "smaller" if self.mpp > self.model_mpp else "larger"
@@ -90,7 +95,7 @@ class Recipe:
         The contents of files that say where to look are compared apart.
         """
         if reader not in self._result_hashes:  # every unit asks
-            tissue = self.options.tissue if self.options.tissue in ("auto", "none") else "file"
+            tissue = self.options.tissue if self.options.tissue in TISSUE_WORDS else "file"
             regions = "file" if self.options.regions else None
             facts = {"tissue": tissue, "regions": regions, "reader": reader}
             self._result_hashes[reader] = self._hash_options("result", facts)

@@ -22,7 +22,8 @@ from wsi_mmm.storage.local import atomic_file
 
 _WRAPPERS = ("teacher", "model_ema", "ema", "state_dict", "model", "module", "student")
 _DEPTH = 6
-_SPARE_BYTES = 6 << 30  # the libraries themselves
+_SPARE_BYTES = 4 << 30  # what the libraries themselves need of it
+_MAPPED_BYTES = 64 << 30  # addresses of the libraries' files: those of CUDA are several GB
 _SLACK_BYTES = 64 << 20
 _VARIABLES = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
 
@@ -163,7 +164,8 @@ def write_tensors(tensors: dict[str, Any], path: Path, most: int) -> int:
 def limit_process(memory: int, seconds: int, output: int) -> None:
     """Bounds of this process: bytes of memory, seconds of processor time, bytes of a file; no core files."""
     for what, amount in (
-        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_DATA, memory),
+        (resource.RLIMIT_AS, memory + _MAPPED_BYTES),
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_FSIZE, output),
         (resource.RLIMIT_CORE, 0),
