@@ -243,7 +243,11 @@ def stream_tiles(
 
 
 def load_model(name_or_path: str | Path = "default", device: str = "cpu") -> MultiTaskModel:
-    """Load a model by name, folder or URI; ``model.encoder(x)``, ``.squeezer(pyramid)``, ``model(x, tasks=[...])``."""
+    """Load a model by name, folder or URI; ``model.encoder(x)``, ``.squeezer(pyramid)``, ``model(x, tasks=[...])``.
+
+    ``x``: float[n, 3, h, w], RGB normalised by the model's mean and std, h and w multiples of 32:
+    ``x = model.prepare(tiles)`` makes it of tiles uint8[n, h, w, 3] as `stream_tiles` gives them, as a tensor.
+    """
     from wsi_mmm.model.checkpoint import load_model as load
     from wsi_mmm.model.fetch import fetch_model
 

@@ -15,8 +15,8 @@ from wsi_mmm.options import EMBED_DEFAULTS, RUN_OPTIONS, RunOptions, command_opt
 from wsi_mmm.requests import encoder_recipe, model_recipe
 
 WRITTEN = {
-    "fewshot fit classes", "models export output", "models export tasks", "models export tile_size",
-    "export output", "train metric",
+    "fewshot fit classes", "models convert output", "models export output", "models export tasks",
+    "models export tile_size", "export output", "train metric",
 }  # fmt: skip
 """Commands and parameters whose help says in words what no value means."""
 

@@ -42,7 +42,7 @@ def test_a_hub_that_does_not_answer_is_one_line_that_names_the_ways_out(name: st
 
 def test_embed_says_so_before_any_slide_is_begun(tmp_path: Path) -> None:
     """Once, and not per slide; from Python as on the command line."""
-    with pytest.raises(ModelError, match="does not answer"):
+    with pytest.raises(ModelError, match="'resnet18' are not on this machine"):
         wsi_mmm.embed(["a.svs", "b.svs"], "resnet18", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

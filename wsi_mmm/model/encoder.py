@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wsi_mmm.errors import ModelError, PluginError, first_line
+from wsi_mmm.errors import ModelError, OptionError, PluginError, first_line
 from wsi_mmm.model.card import EncoderCard, ModelCard
 from wsi_mmm.model.hub import check_hub
 from wsi_mmm.model.key_maps import prepare_network
@@ -42,7 +42,11 @@ class PyramidEncoder(nn.Module):
         self.vector_width = backbone.vector_width if isinstance(backbone, PooledBackbone) else 0
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """float[n, 3, h, w] -> the pyramid; h and w must be multiples of the largest stride."""
+        """float[n, 3, h, w], normalised -> the pyramid; h and w must be multiples of the largest stride.
+
+        Raises OptionError for anything else, such as uint8[n, h, w, 3] as tiles are read.
+        """
+        _check_pixels(x)
         return self._make_pyramid(self.backbone(x), x)
 
     def forward_pooled(self, x: Tensor, *, maps: bool) -> tuple[list[Tensor], Tensor | None]:
@@ -52,6 +56,7 @@ class PyramidEncoder(nn.Module):
         """
         if not isinstance(self.backbone, PooledBackbone):
             return self(x), None
+        _check_pixels(x)
         found, vector = self.backbone.forward_pooled(x, maps=maps)
         return self._make_pyramid(found, x) if found else [], vector
 
@@ -65,6 +70,16 @@ class PyramidEncoder(nn.Module):
             functional.interpolate(m, size=(height // s, width // s), mode="bilinear", align_corners=False)
             for m, s in zip(maps, self.strides, strict=True)
         ]
+
+
+def _check_pixels(x: Tensor) -> None:
+    """Raise OptionError, naming the function that makes it, unless ``x`` is what an encoder computes with."""
+    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        given = f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+        raise OptionError(
+            f"an encoder takes normalised float[n, 3, h, w], not {given}: model.prepare(tiles) makes it of "
+            "uint8[n, h, w, 3]"
+        )
 
 
 def build_encoder(
