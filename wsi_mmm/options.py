@@ -34,6 +34,9 @@ BLOCK_TILES = 4  # of a run with a model
 
 WHAT, HOW, WHERE, SLIDES, WATCH = "What to compute", "How to compute it", "Where results go", "Slides", "Watch it"
 BOTH: tuple[CommandName, ...] = ("run", "embed")
+TISSUE_WORDS = ("auto", "cells", "none")
+"""What `tissue` may say instead of naming a file."""
+
 CHANGES_VALUES: tuple[Affects, ...] = ("values", "result")
 CHANGES_RESULT: tuple[Affects, ...] = ("result",)
 
@@ -176,7 +179,7 @@ class RunOptions:
         panel=WHAT, unset=_models_own("overlap"), affects=CHANGES_VALUES,
     )  # fmt: skip
     tissue: str = _run_option(
-        "auto", "auto, none (the whole slide), annotations (GeoJSON, XML) or a mask image.", "--tissue",
+        "auto", "auto, cells (scattered ones, too), none (the whole slide), annotations or a mask image.", "--tissue",
         panel=WHAT, metavar="WHERE", affects=CHANGES_RESULT, takes="a path or a word",
     )  # fmt: skip
     regions: str | None = _run_option(

@@ -25,7 +25,7 @@ from wsi_mmm.model.choose import RANDOM, EncoderOptions, bare_card, choose_encod
 from wsi_mmm.model.fetch import fetch_model
 from wsi_mmm.model.identity import check_device, check_runtime, check_weights, is_model, model_identity
 from wsi_mmm.model.recipe import ColourTriple, Pooling
-from wsi_mmm.options import EMBED_DEFAULTS, RunOptions
+from wsi_mmm.options import EMBED_DEFAULTS, TISSUE_WORDS, RunOptions
 from wsi_mmm.slides.registry import find_reader
 from wsi_mmm.storage import store
 
@@ -144,7 +144,7 @@ def _apply_options(base: Recipe, options: RunOptions) -> Recipe:
         options=replace(
             options,
             threads=options.threads or share,
-            tissue=options.tissue if options.tissue in ("auto", "none") else _absolute_uri(options.tissue),
+            tissue=options.tissue if options.tissue in TISSUE_WORDS else _absolute_uri(options.tissue),
             regions=options.regions and _absolute_uri(options.regions),
             cache=options.cache and _absolute_uri(options.cache),
         ),

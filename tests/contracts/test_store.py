@@ -229,7 +229,25 @@ def test_a_dead_endpoint_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["minio:9000", "localhost", "127.0.0.1:9000", "ftp://x", "http://", "https://bad host", "http://h:port"]
+    "address",
+    [
+        "minio:9000",
+        "localhost",
+        "127.0.0.1:9000",
+        "ftp://x",
+        "http://",
+        "https://bad host",
+        "http://h:port",
+        "http://h:99999",
+        "http://h:0",
+        "http://[::1",
+        "http://ü:9",
+        "http://<x>",
+        "http://h?x=1",
+        "http://h\n",
+        "//h:9",
+        "http://256.1.1.1:9",
+    ],
 )
 def test_an_endpoint_that_is_no_address_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commonest slip is to leave out http://; the message shows how it is written."""

@@ -13,7 +13,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_mmm.errors import ConfigError, NotFound, OutputError, SlideChanged
+from wsi_mmm.errors import ConfigError, NotFound, OutputError, SlideChanged, StorageError
 from wsi_mmm.outputs.exports import zarr_store
 from wsi_mmm.storage import aws, remote, store
 from wsi_mmm.storage.ranges import MergeRule, fetch_merged, plan_spans
@@ -179,6 +179,32 @@ def test_a_profile_gives_the_keys_of_the_shared_files(tmp_path: Path) -> None:
     services = "[profile lab]\nservices = near\n[services near]\ns3 =\n  endpoint_url = http://near:9\nsts =\n  x = y\n"
     (tmp_path / ".aws/config").write_text(services)
     assert aws.s3_settings({"HOME": str(tmp_path), "AWS_PROFILE": "lab"})["endpoint"] == "http://near:9"
+
+
+def test_what_the_library_panics_at_is_refused_or_mended(tmp_path: Path) -> None:
+    """Empty variables are none, line breaks at the ends of keys go, and no error shows a key."""
+    keys = {"AWS_ACCESS_KEY_ID": "AK\n", "AWS_SECRET_ACCESS_KEY": " SK\r\n", "AWS_SESSION_TOKEN": ""}
+    found = aws.s3_settings({**keys, "AWS_ENDPOINT_URL": "", "AWS_REGION": ""})
+    assert found == {"region": "us-east-1", "access_key_id": "AK", "secret_access_key": "SK",
+                     "endpoint": "https://s3.us-east-1.amazonaws.com"}  # fmt: skip
+    assert aws.s3_settings({**keys, "AWS_ENDPOINT_URL": "HTTP://h:9"})["endpoint"] == "http://h:9"
+    for wrong in ({"AWS_ACCESS_KEY_ID": "A\nK"}, {"AWS_SECRET_ACCESS_KEY": "SÄK"}, {"AWS_REGION": "us east"}):
+        (name,) = wrong
+        with pytest.raises(ConfigError, match=f"{name} holds letters") as caught:
+            aws.s3_settings({**keys, **wrong})
+        assert "K" not in str(caught.value).replace("KEY", "")
+    for bucket in ("a b", "", "..", "ü", "b%20", "a\nb", "[x]"):
+        with pytest.raises(StorageError, match="no name of a bucket"):
+            store.open_store(f"s3://{bucket}/key")
+
+
+def test_the_environment_counts_more_than_the_files(tmp_path: Path) -> None:
+    """As for the AWS tools."""
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/credentials").write_text("[default]\naws_access_key_id = AK\naws_secret_access_key = SK\n")
+    (tmp_path / ".aws/config").write_text("[default]\nregion = eu-north-1\nendpoint_url = http://file:9\n")
+    found = aws.s3_settings({"HOME": str(tmp_path), "AWS_ENDPOINT_URL": "http://h:9", "AWS_REGION": "eu-west-1"})
+    assert (found["endpoint"], found["region"], found["access_key_id"]) == ("http://h:9", "eu-west-1", "AK")
 
 
 def test_public_buckets_are_read_unsigned() -> None:

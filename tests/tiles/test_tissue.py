@@ -154,9 +154,10 @@ def test_auto_covers_the_slide_whatever_its_resolution(mpp: float | None) -> Non
 
 
 class Pyramid:
-    """A Reader of glass, whose levels of sizes rounded up are fetched from; ``fetched``: which of them."""
+    """A Reader of one colour, whose levels of sizes rounded up are fetched from; ``fetched``: which of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, colour: tuple[int, int, int]) -> None:
+        self.colour = colour
         width, height = 13198, 11685  # a real slide's
         sizes = [(math.ceil(width / down), math.ceil(height / down)) for down in (1, 4, 16, 32)]
         levels = tuple(Level(w, h, width / w, height / h, 256, 256) for w, h in sizes)
@@ -174,15 +175,18 @@ class Pyramid:
 
     def _fetch(self, source: Source, window: Window, out: np.ndarray) -> np.ndarray:
         self.fetched.add(source.level)
-        out[...] = 245
+        out[...] = self.colour
         return NO_FAILURES
 
 
 def test_tissue_is_looked_for_on_the_level_that_is_coarse_enough() -> None:
-    """Its px are spaced as the level's are, not by the ratio of rounded sizes: then a finer one would be fetched."""
-    reader = Pyramid()
+    """Its px are spaced as the level's are, not by the ratio of rounded sizes: then a finer one would be fetched. Where
+    there is tissue nothing finer is looked at; on bare glass cells are, on a level of two micrometres."""
+    reader = Pyramid((180, 90, 150))
     found = tissue_mask(Slide(reader))
     assert reader.fetched == {3} and (found.scale_x, found.scale_y) == (32.0, 32.0)
+    glass = Pyramid((245, 245, 245))
+    assert not tissue_mask(Slide(glass)).mask.any() and glass.fetched == {3, 1}
 
 
 def test_what_cannot_be_decoded_counts_as_tissue() -> None:

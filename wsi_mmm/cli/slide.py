@@ -114,7 +114,7 @@ def tissue(
     output: Annotated[
         str, typer.Option("--output", "-o", help="Mask (.png); the overlay goes beside it.")
     ] = "tissue.png",
-    where: Annotated[str, typer.Option("--tissue", help="auto, none, annotations or a mask image.")] = "auto",
+    where: Annotated[str, typer.Option("--tissue", help="auto, cells, none, annotations or a mask image.")] = "auto",
     max_size: Annotated[int, typer.Option(help="Px of the longer side of the overlay.", min=1)] = 1536,
     reader: ReaderOption = None,
     scene: SceneOption = None,

@@ -11,7 +11,7 @@ from typing import Any
 from wsi_mmm.errors import OptionError
 from wsi_mmm.model.recipe import EncoderRecipe, parse_recipe
 from wsi_mmm.model.registry import describe_licence, find_entry
-from wsi_mmm.options import BLOCK_TILES, RUN_OPTIONS, Affects, RunOptions, recipe_names
+from wsi_mmm.options import BLOCK_TILES, RUN_OPTIONS, TISSUE_WORDS, Affects, RunOptions, recipe_names
 from wsi_mmm.storage import store
 
 MOST_TILE = 8192  # px of a tile's side: 200 MB of pixels
@@ -95,7 +95,7 @@ class Recipe:
         The contents of files that say where to look are compared apart.
         """
         if reader not in self._result_hashes:  # every unit asks
-            tissue = self.options.tissue if self.options.tissue in ("auto", "none") else "file"
+            tissue = self.options.tissue if self.options.tissue in TISSUE_WORDS else "file"
             regions = "file" if self.options.regions else None
             facts = {"tissue": tissue, "regions": regions, "reader": reader}
             self._result_hashes[reader] = self._hash_options("result", facts)

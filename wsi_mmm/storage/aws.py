@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from wsi_mmm.errors import ConfigError
+from wsi_mmm.errors import ConfigError, StorageError
 from wsi_mmm.storage.base import redact
 
 Settings = tuple[tuple[str, str], ...]
@@ -20,9 +22,15 @@ _KEYS = {  # name in the files of the AWS tools, and in their environment in cap
 }  # fmt: skip
 
 
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
+_ADDRESS = re.compile(r"https?://([^/?#@\s]*@)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?(/[!$-;=@-Z_a-z~]*)?")
+
+
 def split_uri(uri: str) -> tuple[str, str]:
-    """Return ``s3://bucket`` and the key. It may hold '#' and '?': it is everything after the bucket."""
+    """Return ``s3://bucket`` and the key. It may hold '#' and '?': it is everything after the bucket. StorageError."""
     bucket, _, key = uri.split("://", 1)[1].partition("/")
+    if not _BUCKET.fullmatch(bucket):  # the library panics at some
+        raise StorageError(f"{redact(uri)}: this is no name of a bucket; write it as s3://BUCKET/KEY")
     return f"s3://{bucket}", key
 
 
@@ -32,30 +40,51 @@ def find_settings() -> Settings:
 
 
 def s3_settings(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings of obstore, from the environment of the AWS tools."""
+    """Return the settings of obstore, from the environment of the AWS tools, which counts more than their files.
+
+    obstore reads the environment, too, but stores are cached by their settings, and it takes what is empty or ends in
+    a line break as it is. Raises ConfigError for values that no request can hold, without showing a key.
+    """
     endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or env.get("AWS_ENDPOINT")
-    settings = {"region": env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1"}
-    if endpoint:
-        settings["endpoint"] = _check_endpoint(endpoint)
+    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
+    given = {name: value for name, value in (("endpoint", endpoint), ("region", region)) if value}
     if any(env.get(name, "").lower() in ("1", "true", "yes") for name in ("AWS_NO_SIGN_REQUEST", "AWS_SKIP_SIGNATURE")):
-        return settings | {"skip_signature": "true"}
-    if not env.get("AWS_ACCESS_KEY_ID") or env.get("AWS_PROFILE"):
-        return settings | _shared_credentials(env)
-    # obstore reads them itself, but stores are cached by their settings, and keys may change.
-    return settings | {new: env[old.upper()] for old, new in _KEYS.items() if env.get(old.upper())}
+        given |= {"skip_signature": "true"}
+    elif not env.get("AWS_ACCESS_KEY_ID") or env.get("AWS_PROFILE"):
+        given = _shared_credentials(env) | given
+    else:
+        given |= {new: env[old.upper()].strip() for old, new in _KEYS.items() if env.get(old.upper())}
+    settings = {"region": "us-east-1", **given}
+    if "endpoint" in settings:
+        settings["endpoint"] = _check_endpoint(settings["endpoint"])
+    elif any(env.get(name) == "" for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")):
+        settings["endpoint"] = f"https://s3.{settings['region']}.amazonaws.com"
+    for name, value in settings.items():
+        if not re.fullmatch("[!-~]+", value) or (name == "region" and not re.fullmatch("[A-Za-z0-9-]+", value)):
+            raise ConfigError(f"AWS_{name.upper()} holds letters that are not allowed there; set it again")
+    return settings
 
 
 def _check_endpoint(address: str) -> str:
-    """Return ``address`` if it is one of an http(s) server; ConfigError says what it lacks."""
-    parts = urlsplit(address)
-    try:
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        whole = False
-    if not whole or any(letter.isspace() for letter in address):
+    """Return ``address`` if it is one of an http(s) server, its scheme in small letters; else ConfigError."""
+    scheme, _, rest = address.partition("://")
+    lower = f"{scheme.lower()}://{rest}"
+    found = _ADDRESS.fullmatch(lower)
+    whole = found is not None and int((found[3] or ":443")[1:]) in range(1, 1 << 16) and _is_host(found[2])
+    if not whole:
         shown = redact(address) if "://" in address else address.rpartition("@")[2]
         raise ConfigError(f"the S3 endpoint {shown!r} is no address; write it as http://HOST:PORT or https://HOST")
-    return address
+    return lower
+
+
+def _is_host(host: str) -> bool:
+    """Tell whether ``host`` can be one: what ends in a number, or stands in brackets, has to be an IP address."""
+    if re.search("[A-Za-z]", host.rpartition(".")[2]) and not host.startswith("["):
+        return True
+    with suppress(ValueError):
+        ip_address(host.strip("[]"))
+        return True
+    return False
 
 
 def _shared_credentials(env: Mapping[str, str]) -> dict[str, str]:
@@ -72,8 +101,6 @@ def _shared_credentials(env: Mapping[str, str]) -> dict[str, str]:
             "unset AWS_PROFILE"
         )
     names = {**_KEYS, "region": "region", "endpoint_url": "endpoint"}
-    if "endpoint_url" in found:
-        _check_endpoint(found["endpoint_url"])
     return {new: found[old] for old, new in names.items() if old in found}
 
 

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 from urllib.parse import quote, urljoin
 
 from wsi_mmm.errors import NotFound, OutputError, StorageError, TransientCause, TransientError
@@ -26,17 +26,20 @@ from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.storage.remote import (
     OnBegin,
     RemoteStore,
+    SendRequest,
     VersionedBytes,
     check_length,
     close_with_loop,
     endpoint_for,
     fetch,
-)  # fmt: skip
+)
 from wsi_mmm.storage.translate import NO_RANGES, SHORT, status_error
 
 if TYPE_CHECKING:
     import aiohttp
     import yarl
+
+T = TypeVar("T")
 
 _REDIRECTS = 5
 _REDIRECT = (301, 302, 303, 307, 308)
@@ -62,7 +65,7 @@ class _Part:
 
 def open_file(uri: str) -> BufferedStore:
     """Open the object with its first bytes. Raises NotFound, StorageError."""
-    part = fetch(uri, HEAD, partial(_get_head, uri))
+    part = _fetch_answer(uri, HEAD, partial(_get_head, uri))
     size = part.size
     if size is None:
         raise StorageError(f"{redact(uri)}: the server does not say the size; {_COPY}")
@@ -80,7 +83,7 @@ def open_file(uri: str) -> BufferedStore:
 
 def read(uri: str) -> bytes:
     """Return the whole object. Raises NotFound, StorageError."""
-    return fetch(uri, _WHOLE, partial(_get_whole, uri))
+    return _fetch_answer(uri, _WHOLE, partial(_get_whole, uri))
 
 
 def exists(uri: str) -> bool:
@@ -96,7 +99,7 @@ def exists(uri: str) -> bool:
             raise status_error(status, uri)
 
     try:
-        fetch(uri, 0, look)
+        _fetch_answer(uri, 0, look)
     except NotFound:
         return False
     return True
@@ -123,6 +126,13 @@ def delete(uri: str) -> None:
 
 
 # ---------------------------------------------------------------- requests
+
+
+def _fetch_answer(uri: str, size: int, send: SendRequest[T]) -> T:
+    """Return the answer of ``send``; the client is imported first, so that its time is not the server's."""
+    import aiohttp  # noqa: F401
+
+    return fetch(uri, size, send)
 
 
 async def _get_head(uri: str, on_begin: OnBegin) -> _Part:
@@ -303,6 +313,9 @@ def _parse_url(uri: str, name: str) -> yarl.URL:
 
 def _proxy_of(url: yarl.URL) -> str | None:
     """Return the proxy that the environment names for an address."""
+    names = (f"{url.scheme}_proxy", f"{url.scheme}_proxy".upper(), "all_proxy", "ALL_PROXY")
+    if not any(map(os.environ.get, names)):
+        return None
     from urllib.request import getproxies, proxy_bypass
 
     proxies = getproxies()

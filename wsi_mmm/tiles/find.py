@@ -37,7 +37,8 @@ DEFAULT_GLASS = -math.log(245 / 256)
 SPECK_UM2 = 10_000.0
 """Smaller things are dust, on a slide of ordinary size (a square of 100 micrometres)."""
 
-_DENSITY: F32 = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)  # of each grey level
+OPTICAL_DENSITY: F32 = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
+"""Of each grey level."""
 
 WINDOW_UM = 72.0
 """Side of the window in which texture is counted: a few cells wide."""
@@ -72,26 +73,26 @@ def find_tissue(rgb: U8, um_per_px: float = 8.0) -> Mask:
 
 
 def _measure_features(rgb: U8, window: int) -> PixelFeatures:
-    density = _DENSITY[rgb]
-    mean = _box_mean(density)
+    density = OPTICAL_DENSITY[rgb]
+    mean = mean_of(density)
     texture = _local_texture(mean, window)
     glass = _glass_colour(density, mean, texture)
     density -= DEFAULT_GLASS if glass is None else glass
     return PixelFeatures(
         density=density,
-        depth=_box_mean(density),
-        chroma=_spread_of(density),
+        depth=mean_of(density),
+        chroma=spread_of(density),
         texture=texture,
         has_glass=glass is not None,
     )
 
 
-def _box_mean(pixels: F32) -> F32:
+def mean_of(pixels: F32) -> F32:
     """The mean of three channels; numpy's own along an axis of three takes ten times as long."""
     return np.asarray((pixels[..., 0] + pixels[..., 1] + pixels[..., 2]) / np.float32(3), np.float32)
 
 
-def _spread_of(pixels: F32) -> F32:
+def spread_of(pixels: F32) -> F32:
     """The largest of three channels less the smallest."""
     red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
     largest = np.maximum(np.maximum(red, green), blue)
@@ -110,7 +111,7 @@ def _local_texture(mean: F32, window: int) -> F32:
 
 def _glass_colour(density: F32, mean: F32, texture: F32) -> F32 | None:
     """Optical density float32[h, w, 3] of smooth, bright, neutral px nearby, else the slide's; None without glass."""
-    spread = _spread_of(density)
+    spread = spread_of(density)
     smooth = (texture < 0.05) & (mean < GLASS_DENSITY) & (spread < GLASS_CHROMA)
     enough = max(50, 0.001 * smooth.size)
     if smooth.sum() < enough:
@@ -120,8 +121,8 @@ def _glass_colour(density: F32, mean: F32, texture: F32) -> F32 | None:
     smooth = scanned if scanned.sum() >= enough else smooth
     reference = _histogram_mode(density, mean, smooth)
     offset = density - reference
-    neutral = _spread_of(offset) < SHADE_CHROMA
-    glass = smooth & neutral & (_box_mean(offset) < SHADE_DEPTH)
+    neutral = spread_of(offset) < SHADE_CHROMA
+    glass = smooth & neutral & (mean_of(offset) < SHADE_DEPTH)
     return _mode_spread(density, glass, reference)
 
 
@@ -174,10 +175,10 @@ def _find_ink(features: PixelFeatures, weak: Mask, um_per_px: float) -> Mask:
     if features.has_glass and 2 * textured.sum() > smooth.sum():
         foreign |= _foreign_matter(features, dense & textured, smooth)
     radius = max(1.5, 40 / um_per_px)
-    core = _grow_mask(_distance_to(smooth & foreign) > radius, radius)
+    core = grow_mask(_distance_to(smooth & foreign) > radius, radius)
     # The rim of a stroke counts as textured: it goes with the core when it has the ink's colour.
-    rim = _grow_mask(core, max(2.5, 150 / um_per_px)) & weak & (foreign | (features.texture < 0.3))
-    return _grow_mask(core, 2.5) | rim
+    rim = grow_mask(core, max(2.5, 150 / um_per_px)) & weak & (foreign | (features.texture < 0.3))
+    return grow_mask(core, 2.5) | rim
 
 
 def _implausible_colour(features: PixelFeatures) -> Mask:
@@ -217,7 +218,7 @@ def _apply_hysteresis(weak: Mask, seed: Mask) -> Mask:
 def _tidy_mask(mask: Mask, features: PixelFeatures, um_per_px: float) -> Mask:
     """Close gaps between cells, drop what is too small or debris, fill small holes."""
     radius = max(1.5, 16 / um_per_px)
-    closed = _distance_to(_grow_mask(mask, radius)) > radius
+    closed = _distance_to(grow_mask(mask, radius)) > radius
     kept = _drop_debris(closed | mask, features, um_per_px)
     return _fill_holes(kept, 40_000 / um_per_px**2)
 
@@ -262,6 +263,6 @@ def _distance_to(mask: Mask) -> F64:
     return np.asarray(ndimage.distance_transform_edt(mask), np.float64)
 
 
-def _grow_mask(mask: Mask, radius: float) -> Mask:
+def grow_mask(mask: Mask, radius: float) -> Mask:
     """Pixels within ``radius`` px of ``mask``."""
     return np.asarray(_distance_to(~mask) <= radius, bool)

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,18 @@ from wsi_mmm.errors import AnnotationError, NotFound, OptionError
 from wsi_mmm.slides.base import Slide
 from wsi_mmm.slides.resample.scaled import sources_of
 from wsi_mmm.storage.store import redact
-from wsi_mmm.tiles.find import find_tissue
+from wsi_mmm.tiles.cells import (
+    BESIDE_TISSUE,
+    CELL_MPP,
+    COARSEST_MPP,
+    MARGIN_UM,
+    REACH_UM,
+    FoundCells,
+    dense_enough,
+    find_cells,
+    split_picture,
+)
+from wsi_mmm.tiles.find import find_tissue, grow_mask
 from wsi_mmm.types import F32, F64, I64, Block, Grid, Mask, SlideInfo
 
 MASK_MPP = 8.0
@@ -43,6 +55,14 @@ MIN_SIDE, MAX_SIDE = 512, 1536
 
 SHAPES_SIDE = 4096
 """Longer side of the mask that polygons are drawn into, px."""
+
+HARDLY_ANY = 0.01
+"""Share of a slide: where less tissue than this is found, scattered cells are looked for."""
+
+MAX_CELL_PX = 1 << 28
+"""Px of the picture in which cells are looked for; that of a larger slide is coarser."""
+
+_CORE_PX = 2048  # px of that picture that are looked at together
 
 MIN_TISSUE = 0.01
 """Default share of a tile that must be tissue: low, so that pale and ragged edges stay in."""
@@ -63,14 +83,17 @@ class TissueMask:
 def tissue_mask(slide: Slide, tissue: str = "auto") -> TissueMask:
     """Return the tissue of ``slide``.
 
-    ``tissue``: "auto" looks for it; "none" takes the whole slide; anything else is the path or URI of an annotation
-    file (polygons in level-0 px) or of a mask picture of the slide (nonzero = tissue). What cannot be decoded counts
-    as tissue, so that the run meets it and lists it. Raises OptionError, AnnotationError, StorageError.
+    ``tissue``: "auto" looks for it, and for scattered cells where there is hardly any; "cells" looks for both; "none"
+    takes the whole slide; anything else is the path or URI of an annotation file (polygons in level-0 px) or of a mask
+    picture of the slide (nonzero = tissue). What cannot be decoded counts as tissue, so that the run meets it and lists
+    it. Raises OptionError, AnnotationError, StorageError.
     """
     if tissue == "none":
         return TissueMask(np.ones((1, 1), bool), float(slide.info.width), float(slide.info.height))
-    if tissue == "auto":
-        return _find_tissue(slide)
+    if tissue in ("auto", "cells"):
+        found = _find_tissue(slide)
+        share = float(found.mask.mean())
+        return _add_cells(slide, found, tissue) if tissue == "cells" or share < HARDLY_ANY else found
     data = _load_mask(tissue)
     if is_annotation_file(redact(tissue), data):
         return _from_shapes(data, redact(tissue), slide.info)
@@ -142,6 +165,59 @@ def _find_tissue(slide: Slide) -> TissueMask:
     return TissueMask(mask, scale_x, scale_y)
 
 
+def _add_cells(slide: Slide, found: TissueMask, tissue: str) -> TissueMask:
+    """The tissue with the surroundings of scattered cells. Where they were not asked for, few are no cells."""
+    info = slide.info
+    mpp_x, mpp_y = info.mpp_x or ASSUMED_MPP, info.mpp_y or ASSUMED_MPP
+    um_per_px = max(CELL_MPP, mpp_x, mpp_y, math.sqrt(info.width * mpp_x * info.height * mpp_y / MAX_CELL_PX))
+    scale = np.array(_of_level(info, um_per_px / mpp_x, um_per_px / mpp_y))
+    um_per_px = math.sqrt(scale.prod() * mpp_x * mpp_y)
+    if um_per_px > COARSEST_MPP:
+        return found
+    cells = _cells_of(slide, scale, um_per_px)
+    um = math.sqrt(found.scale_x * mpp_x * found.scale_y * mpp_y)
+    keep = np.ones(len(cells.places), bool)
+    if tissue == "auto":
+        apart = ~grow_mask(found.mask, MARGIN_UM / um)[_mask_px(found, cells.places)]
+        size, factor = (info.width * mpp_x, info.height * mpp_y), BESIDE_TISSUE if found.mask.any() else 1
+        keep[~apart] = False
+        keep[apart] = dense_enough(cells.places[apart] * (mpp_x, mpp_y), size, factor)
+    if not keep.any():
+        return found
+    _log.info("%s: hardly any tissue, but some %d scattered cells", redact(info.uri), int(keep.sum()))
+    mask = np.zeros_like(found.mask)
+    mask[_mask_px(found, cells.px[keep[cells.owner]])] = True
+    return TissueMask(found.mask | grow_mask(mask, max(0.7, REACH_UM / um)), found.scale_x, found.scale_y)
+
+
+def _mask_px(mask: TissueMask, places: npt.NDArray[Any]) -> tuple[I64, I64]:
+    """Rows and columns of the mask px that hold ``places`` [n, 2] (x, y), level-0 px."""
+    column, row = (places / (mask.scale_x, mask.scale_y)).astype(np.int64).T
+    return np.minimum(row, mask.mask.shape[0] - 1), np.minimum(column, mask.mask.shape[1] - 1)
+
+
+def _cells_of(slide: Slide, scale: F64, um_per_px: float) -> FoundCells:
+    """The cells of a slide, seen at ``scale`` (x, y) level-0 px per px, piece by piece; in level-0 px."""
+    width, height = (
+        math.ceil(side / one) for side, one in zip((slide.info.width, slide.info.height), scale, strict=True)
+    )
+    places, px, owner, count = [np.zeros((0, 2))], [np.zeros((0, 2), np.int64)], [np.zeros(0, np.int64)], 0
+    for core, (x, y, x1, y1) in split_picture(width, height, _CORE_PX, math.ceil(MARGIN_UM / um_per_px)):
+        seen = find_cells(slide.reader.read(Block(x, y, x1 - x, y1 - y, *scale.tolist())).pixels, um_per_px)
+        middles = np.add(seen.places, (x, y))
+        # Those whose middle lies in the margin are another piece's.
+        mine: Mask = np.asarray(((middles >= core[:2]) & (middles < core[2:])).all(axis=1), bool)
+        places.append(middles[mine])
+        px.append(np.add(seen.px, (x, y))[mine[seen.owner]])
+        owner.append((np.cumsum(mine) - 1 + count)[seen.owner[mine[seen.owner]]])
+        count += int(mine.sum())
+    return FoundCells(
+        (np.concatenate(places) + 0.5) * scale,
+        ((np.concatenate(px) + 0.5) * scale).astype(np.int64),
+        np.concatenate(owner),
+    )
+
+
 def _of_level(info: SlideInfo, scale_x: float, scale_y: float) -> tuple[float, float]:
     """The scales, changed to those of a pyramid level (the spacing of its px), or of a power of two of one, if one is
     near: little to fetch, and cheap to decode."""
@@ -159,7 +235,7 @@ def _load_mask(tissue: str) -> bytes:
         return read_annotation_file(tissue, MAX_AREA_BYTES)
     except NotFound as error:
         raise OptionError(
-            f"tissue {redact(tissue)!r} is neither 'auto' nor 'none', and no file is there: "
+            f"tissue {redact(tissue)!r} is neither 'auto', 'cells' nor 'none', and no file is there: "
             "give one of them, a GeoJSON of polygons, or a mask picture"
         ) from error
 

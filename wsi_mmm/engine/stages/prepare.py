@@ -14,7 +14,7 @@ from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
 from wsi_mmm.errors import AnnotationError, ManifestError, OutputError
 from wsi_mmm.model.identity import device_kind
-from wsi_mmm.options import GIVE_MPP
+from wsi_mmm.options import GIVE_MPP, TISSUE_WORDS
 from wsi_mmm.outputs.inside import Regions, regions_of
 from wsi_mmm.storage import store
 from wsi_mmm.tiles.grid import make_grid, tile_boxes
@@ -101,6 +101,6 @@ def regions_of_interest(task: SlideTask) -> Regions | None:
 def region_hash(task: SlideTask) -> str:
     """Hash of the files that restrict a run to a part of the slide; empty when there is none."""
     where = task.mask or task.recipe.options.tissue
-    files = [] if where in ("auto", "none") else [where]
+    files = [] if where in TISSUE_WORDS else [where]
     files += [task.recipe.options.regions] if task.recipe.options.regions else []
     return "+".join(hashlib.sha256(store.read_bytes(file)).hexdigest()[:32] for file in files)
