@@ -30,6 +30,9 @@ def test_one_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"put that folder at {tmp_path}/uni" in shown
     weights = tmp_path / "uni" / "model.safetensors"
     weights.parent.mkdir()
+    (tmp_path / "uni" / "pytorch_model.bin").write_bytes(b"")
+    shown = invoke("models", "encoders", "uni").stdout
+    assert "licence" in shown and "wsi-mmm models convert" in shown
     weights.write_bytes(b"")
     assert json_lines(invoke("models", "encoders", "uni", "--json"))[0]["weights"] == str(weights)
 

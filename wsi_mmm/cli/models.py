@@ -10,7 +10,7 @@ import typer
 
 from wsi_mmm.cli.console import as_command, command, facts, make_app, say, say_json, table
 from wsi_mmm.config import user_cache
-from wsi_mmm.errors import InputError
+from wsi_mmm.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from wsi_mmm.model.registry import EncoderEntry
@@ -111,15 +111,19 @@ def _show_encoder(entry: EncoderEntry) -> None:
     from wsi_mmm.config import weight_places
     from wsi_mmm.model.find_weights import explain_missing, find_weights
 
-    known = _encoder_facts(entry)
-    found = find_weights(entry.recipe, None, weight_places())
+    known, places = _encoder_facts(entry), weight_places()
+    try:
+        found = find_weights(entry.recipe, None, places)
+        last = explain_missing(entry.recipe, places) if found is None else f"weights: {found.path} ({found.place})"
+    except ModelError as error:  # what lies there cannot be used as it is: the facts are shown all the same
+        found, last = None, str(error)
     say_json({**known, "weights": None if found is None else str(found.path)})
     sources = known.pop("sources")
     shown = {key: _shorten_value(value) for key, value in known.items() if value not in (None, "", [], {})}
     facts(shown, f"encoder {entry.name}")
     for source in sources if isinstance(sources, list) else ():
         say(f"  {source}")
-    say(explain_missing(entry.recipe, weight_places()) if found is None else f"weights: {found.path} ({found.place})")
+    say(last)
 
 
 @command(models_app, "convert")
