@@ -44,6 +44,7 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "requests.py": ("run",),
     "tiles/tissue.py": (*RUNS, "tissue"),
     "training/config.py": ("train",),
+    "training/examples.py": ("train",),
     "training/fewshot.py": ("fewshot fit",),
     "training/fewshot_run.py": ("fewshot fit",),
 }

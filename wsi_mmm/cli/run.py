@@ -129,7 +129,7 @@ def embed(inputs: list[str], output: str, **given: Any) -> int:
     Examples:
       wsi-mmm embed slides/ -o features
       wsi-mmm embed slides/ --encoder resnet50.a1_in1k --mpp 0.5 --tile-size 256
-      wsi-mmm embed slides/ --encoder vit_small_patch16_224 --weights vit.safetensors
+      wsi-mmm embed slides/ --encoder uni2-h --weights uni2-h/model.safetensors
       wsi-mmm export features/slide/features.zarr --to h5
 
     Running the same command again resumes; --force redoes.
@@ -165,7 +165,7 @@ def _run_slides(
 
     options, observe = read_options(command, given)
     asked = request(inputs, output=output, **options)
-    _say_licence(asked)
+    _say_licence(options.get("encoder"))
     if given["dry_run"]:
         return _open_slides(asked, output)
     count = len(asked.tasks)
@@ -175,12 +175,13 @@ def _run_slides(
     return print_report(report)
 
 
-def _say_licence(request: RunRequest) -> None:
+def _say_licence(encoder: str | None) -> None:
     """Say once what the licence of a published encoder permits."""
+    if encoder is None:
+        return
     from wsi_mmm.model.registry import describe_licence, find_entry
 
-    network = request.recipe.network
-    entry = find_entry(network.name) if network is not None else None
+    entry = find_entry(encoder)
     if entry is not None:
         say(describe_licence(entry))
 

@@ -4,6 +4,7 @@ tiffslide."""
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Mapping
 from contextlib import closing
@@ -21,6 +22,13 @@ from wsi_mmm.slides.resample.scaled import Window
 from wsi_mmm.storage.store import is_local, local_path, open_store, redact
 from wsi_mmm.types import U8, Level, SlideInfo
 
+_SYNTAXES = {
+    "1.2.840.10008.1.2.1.99": "deflate", "1.2.840.10008.1.2.5": "RLE", "1.2.840.10008.1.2.4.51": "JPEG of 12 bits",
+    "1.2.840.10008.1.2.4.57": "lossless JPEG", "1.2.840.10008.1.2.4.70": "lossless JPEG",
+    "1.2.840.10008.1.2.4.80": "JPEG-LS", "1.2.840.10008.1.2.4.81": "JPEG-LS", "1.2.840.10008.1.2.4.110": "JPEG XL",
+    "1.2.840.10008.1.2.4.111": "JPEG XL", "1.2.840.10008.1.2.4.112": "JPEG XL", "1.2.840.10008.1.2.4.201": "HTJ2K",
+    "1.2.840.10008.1.2.4.202": "HTJ2K", "1.2.840.10008.1.2.4.203": "HTJ2K",
+}  # fmt: skip
 _MANY_FILES = ("mirax", "dicom", "hamamatsu")
 _BY_TAGS = ("generic-tiff", "trestle", None)  # vendors whose resolution is that of the tags of TIFF
 _DEFAULT_TILE = 256
@@ -82,7 +90,22 @@ def _open_openslide(path: Path) -> Any:
     except library.OpenSlideUnsupportedFormatError as error:
         raise NotASlide(f"{path} is no slide that OpenSlide knows; convert it to a tiled TIFF") from error
     except library.OpenSlideError as error:
+        if re.search("unsupported|can not handle", str(error), re.IGNORECASE):  # it has no other sign
+            raise NotASlide(_unsupported_text(path, str(error))) from error
         raise SlideDamaged(f"{path} cannot be opened by OpenSlide: {error}; copy it again") from error
+
+
+def _unsupported_text(path: Path, said: str) -> str:
+    """Name an encoding that OpenSlide does not decode, and a command that converts it."""
+    syntax = re.search(r"transfer syntax ([0-9.]+)", said)
+    if syntax is None:
+        way = "leave out the reader, or convert it: vips tiffsave in.tif out.tif --tile --pyramid --compression jpeg"
+        return f"{path} is stored in a way that OpenSlide does not decode: {said}; {way}"
+    named = _SYNTAXES.get(syntax[1], "a compression of DICOM")
+    return (
+        f"{path} is DICOM in {named} (transfer syntax {syntax[1]}), which OpenSlide does not decode; convert it: "
+        "gdcmconv --raw in.dcm out.dcm"
+    )
 
 
 def open_with_tiffslide(uri: str) -> RegionReader:

@@ -11,6 +11,7 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
+import openslide
 import pytest
 import tifffile
 from PIL import Image
@@ -242,6 +243,20 @@ def test_a_compression_without_decoder_is_named_with_the_way_out(
     assert f"compression {code} ({name})" in text
     assert tool in text
     assert "copy it" not in text
+
+
+def test_what_openslide_does_not_decode_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its words say which compression; copying the file again would not help. DICOM has a command of its own."""
+    path = write_raw(tmp_path / "a.tif", picture_tags((64, 48), TILE, compression=34661), [bytes(100)])
+    with pytest.raises(NotASlide, match="compression: 34661; leave out the reader, or convert it: vips"):
+        open_slide(str(path), reader="openslide")
+
+    def refuse(name: str) -> None:
+        raise openslide.OpenSlideError(f"Reading {name}: Unsupported transfer syntax 1.2.840.10008.1.2.4.80")
+
+    monkeypatch.setattr(openslide, "OpenSlide", refuse)
+    with pytest.raises(NotASlide, match=r"DICOM in JPEG-LS .*2\.4\.80.*gdcmconv --raw"):
+        open_slide(str(path), reader="openslide")
 
 
 REFUSED: dict[str, tuple[dict[int, tuple[int, Any]], str]] = {
