@@ -17,7 +17,7 @@ from wsi_mmm.cli.main import app
 from wsi_mmm.options import RunKeywords
 
 PACKAGE = Path(wsi_mmm.__file__).parent
-FOREIGN = re.compile(r"\b(vips|pip|hf|aws) [^;,)]*")  # commands of other programs in a text
+FOREIGN = re.compile(r"\b(vips|pip|hf|aws|dcmdjpeg|dcmconv|gdcmconv) [^;,)]*")  # commands of other programs in a text
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 RUNS = ("run", "embed")
 EVERYWHERE = ("--debug", "--json", "--help")
