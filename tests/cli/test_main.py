@@ -515,3 +515,22 @@ def test_doctor_fails_with_the_fix_when_something_is_broken(monkeypatch: pytest.
     result = invoke("doctor")
     assert result.exit_code == 1
     assert "fail  device      ImportError: no torch here  ->  pip install" in result.stdout
+
+
+def test_a_dry_run_reads_the_files_that_say_where_to_look(tiny_slide: Path, in_tmp: Path) -> None:
+    """A mask or regions that are not there, are no such file, or lie off the slide; of a row of a manifest, too."""
+    ring = '{"type": "Polygon", "coordinates": [[[%d, 0], [%d, 0], [%d, 900], [%d, 0]]]}'
+    Path("on.geojson").write_text(ring % (0, 900, 900, 0))
+    Path("off.geojson").write_text(ring % (900000, 900900, 900900, 900000))
+    Path("m.csv").write_text(f"slide,mask\n{tiny_slide},gone.geojson\n")
+    good = invoke("run", tiny_slide, "-o", "out", "--tissue", "on.geojson", "--regions", "on.geojson", "--dry-run")
+    assert good.exit_code == 0
+    for option, file, words in (
+        ("--tissue", "gone.geojson", "no file is there"),
+        ("--tissue", "off.geojson", "hold no pixel of the slide"),
+        ("--regions", "off.geojson", "hold no pixel of the slide"),
+        ("--regions", "gone.geojson", "gone.geojson"),
+    ):
+        bad = invoke("run", tiny_slide, "-o", "out", option, file, "--dry-run")
+        assert bad.exit_code == 4 and words in " ".join(bad.stderr.split())
+    assert invoke("run", "m.csv", "-o", "out", "--dry-run").exit_code == 4

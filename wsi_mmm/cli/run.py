@@ -215,6 +215,7 @@ def _open_slides(request: RunRequest, output: str) -> int:
 
 def _slide_facts(task: SlideTask) -> dict[str, Any]:
     """Return the facts of a slide that can be read at the resolution asked for; else raise its WsiError."""
+    from wsi_mmm.engine.stages.prepare import check_areas
     from wsi_mmm.slides import open_slide
     from wsi_mmm.storage import store
     from wsi_mmm.tiles.grid import make_grid
@@ -226,5 +227,6 @@ def _slide_facts(task: SlideTask) -> dict[str, Any]:
         info = slide.info
         slide.scale(recipe.mpp, GIVE_MPP)
         grid = make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
+        check_areas(task, slide)
     size = {"width": info.width, "height": info.height, "mpp_x": info.mpp_x, "tiles_at_most": grid.rows * grid.columns}
     return {"id": task.id, "uri": store.redact(task.uri), **size}

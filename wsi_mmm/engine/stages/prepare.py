@@ -16,6 +16,7 @@ from wsi_mmm.errors import AnnotationError, ManifestError, OutputError
 from wsi_mmm.model.identity import device_kind
 from wsi_mmm.options import GIVE_MPP, TISSUE_WORDS
 from wsi_mmm.outputs.inside import Regions, regions_of
+from wsi_mmm.slides.base import Slide
 from wsi_mmm.storage import store
 from wsi_mmm.tiles.grid import make_grid, tile_boxes
 from wsi_mmm.tiles.tissue import off_slide, select_tiles, tissue_mask, tissue_share, warn_unused
@@ -96,6 +97,17 @@ def regions_of_interest(task: SlideTask) -> Regions | None:
     """The regions that a run is restricted to, or None. Raises AnnotationError, OptionError, StorageError."""
     where = task.recipe.options.regions
     return regions_of(read_annotation_file(where, MAX_AREA_BYTES), store.redact(where)) if where else None
+
+
+def check_areas(task: SlideTask, slide: Slide) -> None:
+    """Read the files that restrict a run to a part of the slide, for their errors; no pixel of the slide is read."""
+    where = task.mask or task.recipe.options.tissue
+    if where not in TISSUE_WORDS:
+        tissue_mask(slide, where)
+    regions, size = regions_of_interest(task), (slide.info.width, slide.info.height)
+    if regions is not None and not regions.touched(np.array([[0.0, 0.0, *size]])).any():
+        name = store.redact(task.recipe.options.regions or "")
+        raise AnnotationError(off_slide(name, regions.area.bounds, slide.info))
 
 
 def region_hash(task: SlideTask) -> str:
