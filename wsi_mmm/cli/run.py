@@ -165,7 +165,6 @@ def _run_slides(
 
     options, observe = read_options(command, given)
     asked = request(inputs, output=output, **options)
-    _say_licence(options.get("encoder"))
     if given["dry_run"]:
         return _open_slides(asked, output)
     count = len(asked.tasks)
@@ -173,17 +172,6 @@ def _run_slides(
     with progress(count) as listener:
         report = api.execute(asked, listener, observe=observe)
     return print_report(report)
-
-
-def _say_licence(encoder: str | None) -> None:
-    """Say once what the licence of a published encoder permits."""
-    if encoder is None:
-        return
-    from wsi_mmm.model.registry import describe_licence, find_entry
-
-    entry = find_entry(encoder)
-    if entry is not None:
-        say(describe_licence(entry))
 
 
 def _submit_job(inputs: list[str], output: str, given: Mapping[str, Any]) -> int:
