@@ -7,7 +7,10 @@ import gzip
 import io
 import json
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -325,3 +328,22 @@ def test_parsing_leaves_garbage_collection_as_it_was() -> None:
         with pytest.raises(AnnotationError):
             parse_shapes(b"{", "x")
         assert gc.isenabled() == before
+
+
+def test_a_web_server_without_ranges_serves_annotations(tmp_path: Path) -> None:
+    """Only slides need ranges: a file that is read whole may come from any server, within the same bounds."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (tmp_path / "a.geojson").write_bytes(b"[]")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert read_annotation_file(f"{address}/a.geojson") == b"[]"
+        with pytest.raises(AnnotationError, match="more than 0 MiB"):
+            read_annotation_file(f"{address}/a.geojson", 1)
+        with pytest.raises(NotFound):
+            read_annotation_file(f"{address}/b.geojson")
+        server.shutdown()

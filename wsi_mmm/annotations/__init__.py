@@ -30,7 +30,7 @@ from wsi_mmm.annotations.shapes import (
     shape_at,
 )
 from wsi_mmm.annotations.xml_files import read_xml
-from wsi_mmm.errors import AnnotationError, PluginError
+from wsi_mmm.errors import AnnotationError, NotFound, PluginError, StorageError
 from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.storage import limits, store
 
@@ -78,14 +78,23 @@ def read_annotation_file(uri: str, most: int = limits.MAX_BYTES) -> bytes:
 
     Raises AnnotationError, StorageError, NotFound.
     """
-    with closing(store.open_store(uri)) as opened:
-        size = opened.size
+    data = None
+    try:
+        with closing(store.open_store(uri)) as opened:
+            size = opened.size
+    except NotFound:
+        raise
+    except StorageError:
+        if store.scheme_of(uri) not in ("http", "https"):
+            raise
+        data = store.read_bytes(uri)  # from a web server that gives no ranges, and so does not say the size
+        size = len(data)
     if size > most:
         raise AnnotationError(
             f"{store.redact(uri)}: {size / 2**20:,.0f} MiB, more than {most >> 20:,} MiB: simplify or split it, or "
             "give the area as a mask picture"
         )
-    return store.read_bytes(uri)
+    return store.read_bytes(uri) if data is None else data
 
 
 def is_annotation_file(name: str, data: bytes) -> bool:
