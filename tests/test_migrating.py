@@ -49,7 +49,7 @@ def test_a_command_of_the_page_can_be_typed(line: str) -> None:
     ("line", "fault"),
     [
         ("wsi-mmm embed a --tile 3", "no such option"), ("wsi-mmm export out --to npz", "is not one of"),
-        ("wsi-mmm embed", "missing argument"), ("wsi-mmm runs a", "no such command"),
+        ("wsi-mmm embed", "missing (argument|parameter)"), ("wsi-mmm runs a", "no such command"),
     ],
 )  # fmt: skip
 def test_the_check_refuses_what_cannot_be_typed(line: str, fault: str) -> None:
