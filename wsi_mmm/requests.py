@@ -97,18 +97,20 @@ def request_encoders(
     requests = [
         request_run(slides, one, store.join(str(output), name)) for one, name in zip(recipes, folders, strict=True)
     ]
-    tiles = [(one.mpp, one.tile, one.overlap, one.block_tiles) for one in recipes]
+    # Slides that fail from the start belong to it: a pass must not write where a run of its own would refuse to.
+    groups = [
+        (one.mpp, one.tile, one.overlap, one.block_tiles, tuple(task.error for task in request.tasks))
+        for one, request in zip(recipes, requests, strict=True)
+    ]
     found = []
     for number, request in enumerate(requests):
-        later = [other for other in range(number + 1, len(requests)) if tiles[other] == tiles[number]]
-        recipe = replace(
-            request.recipe,
-            companions=tuple(
-                (requests[other].output, replace(recipes[other], after_others=tiles[number] in tiles[:number]))
-                for other in later
-            ),
-            after_others=tiles[number] in tiles[:number],
+        again = groups[number] in groups[:number]
+        companions = tuple(
+            (requests[other].output, replace(recipes[other], after_others=again))
+            for other in range(number + 1, len(requests))
+            if groups[other] == groups[number]
         )
+        recipe = replace(request.recipe, companions=companions, after_others=again)
         found.append(replace(request, recipe=recipe, tasks=tuple(replace(one, recipe=recipe) for one in request.tasks)))
     return found
 

@@ -152,6 +152,16 @@ def test_only_the_same_tiles_are_shared(slide: str, tmp_path: Path) -> None:
     assert wire.recipe_json(recipe_from_json(recipe.to_json())) == wire.recipe_json(recipe)
 
 
+def test_nothing_is_written_through_a_link(slide: str, tmp_path: Path) -> None:
+    """The folder of a slide that leads away fails in its own run; the pass of the others leaves it out."""
+    (tmp_path / "away").mkdir()
+    (tmp_path / "o" / "dinov2-s").mkdir(parents=True)
+    (tmp_path / "o" / "dinov2-s" / "s").symlink_to(tmp_path / "away")
+    requests = api.embed_requests(slide, ["lunit-s16", "dinov2-s"], output=tmp_path / "o", weights="random")
+    assert [len(request.recipe.companions) for request in requests] == [0, 0]
+    assert "is a link that leads to" in requests[1].tasks[0].error
+
+
 def test_the_command_takes_several(slide: str, single: Path, tmp_path: Path, counted: dict[str, int]) -> None:
     """Flags or a list in a settings file; one of them stays where it was."""
     said = ("--weights", "random", "--tissue", "none", "--tile-size", "64", "--device", "cpu")
