@@ -184,7 +184,8 @@ def embed(
     ``encoder``: a model name or folder (its encoder is used), a timm name, ``hf-hub:org/name`` or ``local-dir:folder``;
     ``weights``: a local safetensors file for it, the folder of one, or "random". What these do not say: ``pool`` (cls,
     patch_mean, cls+patch_mean, gap, native), ``input_size`` px that tiles are resized to, ``mean`` and ``std`` of RGB,
-    ``encoder_args`` of the timm network. Tiles are 256 px at 0.5 mpp without overlap unless ``options`` say otherwise.
+    ``encoder_args`` of the timm network. Tiles are 256 px without overlap, at the mpp of a model or at
+    0.5, unless ``options`` say otherwise.
     ``export``: further formats per slide, of "h5" (TRIDENT, CLAM) and "pt". Otherwise as `run`.
     """
     formats = run_report.known_exports(export)

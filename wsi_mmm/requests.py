@@ -82,8 +82,8 @@ def encoder_recipe(
         )
     card = read_card(here)
     check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
-    mpp, tile, overlap, block = (EMBED_DEFAULTS[name] for name in ("mpp", "tile_size", "overlap", "block_tiles"))
-    base = Recipe(encoder, model_identity(here, card), (), mpp, int(tile), int(overlap), int(block), model_mpp=card.mpp)
+    tile, overlap, block = (int(EMBED_DEFAULTS[name]) for name in ("tile_size", "overlap", "block_tiles"))
+    base = Recipe(encoder, model_identity(here, card), (), card.mpp, tile, overlap, block, model_mpp=card.mpp)
     return _apply_options(base, options)
 
 

@@ -209,6 +209,8 @@ def _open_slides(request: RunRequest, output: str) -> int:
 
     if not request.recipe.options.scheduler:  # workers elsewhere may have plug-ins that this machine lacks
         recipe_tasks(request.recipe)
+    for words in (*(f"warning: {text}" for text in request.recipe.warnings()), *request.recipe.remarks()):
+        say(words)
     statuses = []
     for task in request.tasks:
         try:

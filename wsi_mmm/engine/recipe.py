@@ -10,7 +10,7 @@ from typing import Any
 
 from wsi_mmm.errors import OptionError
 from wsi_mmm.model.recipe import EncoderRecipe, parse_recipe
-from wsi_mmm.model.registry import describe_licence, find_entry
+from wsi_mmm.model.registry import EncoderEntry, describe_licence, find_entry
 from wsi_mmm.options import BLOCK_TILES, RUN_OPTIONS, TISSUE_WORDS, Affects, RunOptions, recipe_names
 from wsi_mmm.storage import store
 
@@ -71,9 +71,25 @@ class Recipe:
             raise OptionError(f"overlap must be a multiple of 8 px and at most half a tile, not {self.overlap}")
 
     def warnings(self) -> tuple[str, ...]:
-        """Return what a user should know before the run begins, a line each: licences, a resolution that is far off."""
-        entry = find_entry(self.network.name) if self.network is not None else None
-        return (*((describe_licence(entry),) if entry is not None else ()), *self._scale_warnings())
+        """Return what a user should know before the run begins, a line each: a licence that forbids some uses, a
+        resolution that is far off."""
+        licence = () if self._is_permissive() else self._licence_lines()
+        return (*licence, *self._scale_warnings())
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return what is said before the run begins and is no warning: a licence that permits commercial use."""
+        return self._licence_lines() if self._is_permissive() else ()
+
+    def _licence_lines(self) -> tuple[str, ...]:
+        entry = self._published_encoder()
+        return (describe_licence(entry),) if entry is not None else ()
+
+    def _is_permissive(self) -> bool:
+        entry = self._published_encoder()
+        return entry is not None and entry.commercial == "yes"
+
+    def _published_encoder(self) -> EncoderEntry | None:
+        return find_entry(self.network.name) if self.network is not None else None
 
     def _scale_warnings(self) -> tuple[str, ...]:
         if self.model_mpp is None or 1 / OFF_SCALE <= self.mpp / self.model_mpp <= OFF_SCALE:
