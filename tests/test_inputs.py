@@ -165,6 +165,7 @@ def test_ids_cannot_leave_the_output(evil: str, tmp_path: Path) -> None:
         ("path,wsi_mpp,wsi_magnification\na.svs,0.25,40\n", [("a", 0.25, None)]),
         ("\ufeffSlide, MPP \r\n a.svs , 0.25 \r\n\r\n", [("a", 0.25, None)]),
         ("slide\na.svs\n", [("a", None, None)]),
+        ("Slide Path,Spacing at level 0,Mask-Path\na.svs,0.25,m.png\n", [("a", 0.25, "m.png")]),
     ],
 )
 def test_manifests_of_the_tools_in_use_are_read(tmp_path: Path, text: str, expected: list[tuple[object, ...]]) -> None:
@@ -172,6 +173,17 @@ def test_manifests_of_the_tools_in_use_are_read(tmp_path: Path, text: str, expec
     specs = expand_inputs([manifest(tmp_path, text)])
     assert [(spec.id, spec.mpp, spec.mask and Path(spec.mask).name) for spec in specs] == expected
     assert all(Path(spec.uri).parent == tmp_path for spec in specs)
+
+
+def test_relative_paths_of_windows_are_found(tmp_path: Path) -> None:
+    """A backslash separates folders where the file is there under that reading only."""
+    (tmp_path / "scans").mkdir()
+    for name in ("scans/a.svs", "odd\\b.svs"):
+        (tmp_path / name).touch()
+    specs = expand_inputs([manifest(tmp_path, "slide\nscans\\a.svs\nodd\\b.svs\nscans\\gone.svs\n")])
+    assert [spec.uri for spec in specs] == [
+        f"{tmp_path}/{name}" for name in ("scans/a.svs", "odd\\b.svs", "scans\\gone.svs")
+    ]
 
 
 ROWS = "slide,mpp\na.svs,0.25\nb.svs,0.5\n"

@@ -269,11 +269,11 @@ def _find_delimiter(text: str, name: str) -> tuple[str, str]:
 
 
 def _find_columns(header: Sequence[str], name: str) -> dict[str, str]:
-    """Return the columns by meaning; names are compared without case."""
+    """Return the columns by meaning; names are compared without case, and spaces, dots and hyphens count as ``_``."""
     repeated = {cell for cell in header if cell and header.count(cell) > 1}
     if repeated:
         raise ManifestError(f"{name}: row 1: column {sorted(repeated)[0]!r} is there twice")
-    lower = {cell.lower(): cell for cell in header}
+    lower = {re.sub(r"[\s.-]+", "_", cell.lower()): cell for cell in header}
     first = {meaning: next((n for n in names if n in lower), None) for meaning, names in _COLUMNS.items()}
     columns = {meaning: lower[column] for meaning, column in first.items() if column is not None}
     if "slide" not in columns:
@@ -319,7 +319,9 @@ def _resolve_beside(uri: str, manifest: str) -> str:
         return uri if not store.is_local(uri) else _local_path(uri)
     if not store.is_local(manifest):
         return manifest.rsplit("/", 1)[0] + "/" + uri
-    return os.path.normpath(os.path.join(os.path.dirname(_local_path(manifest)), uri))
+    path = os.path.normpath(os.path.join(os.path.dirname(_local_path(manifest)), uri))
+    windows = path.replace("\\", "/")  # a relative path that was written on Windows
+    return path if os.path.exists(path) or not os.path.exists(windows) else windows
 
 
 def _local_path(uri: str) -> str:
