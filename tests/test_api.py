@@ -14,11 +14,14 @@ import pytest
 import wsi_mmm
 from wsi_mmm import api, requests
 from wsi_mmm.engine.output_lock import claimed
+from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.stages.prepare import prepare
 from wsi_mmm.engine.units import WorkUnit
 from wsi_mmm.errors import OptionError, OutputError, WsiError
 from wsi_mmm.model.card import model_path
+from wsi_mmm.model.recipe import EncoderRecipe
+from wsi_mmm.model.registry import describe_licence, find_entry
 from wsi_mmm.options import make_options
 from wsi_mmm.tiles.grid import tile_xy
 
@@ -97,6 +100,28 @@ def test_what_a_model_did_not_learn_at_is_said_before_a_run(tmp_path: Path) -> N
     assert requests.model_recipe("default", None, make_options({"mpp": 1.05 * learnt.mpp})).warnings() == ()
     assert len(requests.encoder_recipe("default", None, make_options({"mpp": 1.0})).warnings()) == 1
     assert requests.encoder_recipe("resnet18", "random", make_options({"mpp": 9.0})).warnings() == ()
+
+
+def test_a_models_encoder_works_at_the_mpp_that_it_learnt_at(tmp_path: Path) -> None:
+    """Nothing is warned of unless a user asks for another; bare encoders of no model take 0.5."""
+    shutil.copytree(model_path("default"), tmp_path / "model")
+    card = json.loads((tmp_path / "model" / "card.json").read_text())
+    (tmp_path / "model" / "card.json").write_text(json.dumps({**card, "mpp": 1.25}))
+    recipe = requests.encoder_recipe(str(tmp_path / "model"), None, make_options({}))
+    assert (recipe.mpp, recipe.tile, recipe.overlap, recipe.warnings()) == (1.25, 256, 0, ())
+    asked = requests.encoder_recipe(str(tmp_path / "model"), None, make_options({"mpp": 0.5}))
+    assert asked.mpp == 0.5 and len(asked.warnings()) == 1
+    assert requests.encoder_recipe("resnet18", "random", make_options({})).mpp == 0.5
+
+
+@pytest.mark.parametrize(("name", "warned"), [("uni", True), ("h-optimus-0", False), ("resnet18", None)])
+def test_only_a_licence_that_forbids_something_is_a_warning(name: str, warned: bool | None) -> None:
+    """One that permits commercial use is said, too; of encoders that are not in the list nothing is known."""
+    entry = find_entry(name)
+    network = entry.recipe if entry else EncoderRecipe(name=name, architecture=name)
+    recipe = Recipe(name, "h", (), 0.5, 224, 0, encoder=True, network=network)
+    lines = (describe_licence(entry),) if entry else ()
+    assert (recipe.warnings(), recipe.remarks()) == ((lines, ()) if warned else ((), lines))
 
 
 def test_an_unknown_export_is_said_before_anything_runs(tmp_path: Path) -> None:

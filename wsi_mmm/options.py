@@ -28,7 +28,8 @@ LEAST_TISSUE = 0.02
 """Share of a tile that must be tissue, unless a user says otherwise."""
 
 EMBED_DEFAULTS = {"mpp": 0.5, "tile_size": 256, "overlap": 0, "block_tiles": 8}
-"""Options of a run that computes features alone, unless a user says otherwise."""
+"""Options of a run that computes features alone, unless a user says otherwise; ``mpp``: of encoders that are of no
+model."""
 
 BLOCK_TILES = 4  # of a run with a model
 
@@ -168,7 +169,8 @@ class RunOptions:
 
     mpp: float | None = _run_option(
         None, "Resolution to work at, micrometres per pixel.", "--mpp",
-        panel=WHAT, unset=_models_own("mpp"), affects=CHANGES_VALUES, check=_check_mpp,
+        panel=WHAT, affects=CHANGES_VALUES, check=_check_mpp,
+        unset={"run": "the model's", "embed": f"the model's, else {EMBED_DEFAULTS['mpp']:g}"},
     )  # fmt: skip
     tile_size: int | None = _run_option(
         None, "Tile width in px at that resolution.", "--tile-size",
@@ -330,9 +332,9 @@ _FIRST: tuple[Option, ...] = (
         panel=WHAT, unset="default", affects=CHANGES_VALUES, commands=("run",),
     ),
     _command_option(
-        "encoder", str, "Published encoder, timm name, hf-hub: id, or model folder, s3:// too.",
+        "encoder", str, "Published encoder, timm name, hf-hub: id, or model folder, s3:// too; repeatable.",
         "--encoder", "--model", "-m", panel=WHAT, unset="the default model's encoder",
-        affects=CHANGES_VALUES, commands=("embed",),
+        affects=CHANGES_VALUES, commands=("embed",), several=True, see="[encoders](encoders.md#several-at-once)",
     ),
     _command_option(
         "tasks", str, "Task of the model, repeatable.", "--task",

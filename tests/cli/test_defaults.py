@@ -53,7 +53,8 @@ def test_a_help_tells_the_default_once_and_truly(name: str) -> None:
 
 
 def test_the_words_are_what_a_run_comes_to() -> None:
-    """`embed` has numbers of its own, `run` takes those of the model; the rest are the defaults of `RunOptions`."""
+    """`embed` has numbers of its own, `run` takes those of the model, and so does `embed` the mpp (that of the default
+    model is the same); the rest are the defaults of `RunOptions`."""
     plain = make_options({})
     recipe = encoder_recipe("default", None, plain)
     found = {"mpp": recipe.mpp, "tile_size": recipe.tile, "overlap": recipe.overlap, "block_tiles": recipe.block_tiles}
@@ -63,7 +64,8 @@ def test_the_words_are_what_a_run_comes_to() -> None:
     for option in RUN_OPTIONS:
         words = {command: default_words(option, command) for command in option.commands}
         if option.name in found:
-            assert words["embed"] == f"{found[option.name]:g}"
+            models = "the model's, else " if option.name == "mpp" else ""
+            assert words["embed"] == f"{models}{found[option.name]:g}"
             assert words["run"] == ("the model's" if option.flags else str(model.block_tiles))
         elif option.default is not None and option.value_type is not bool:
             assert set(words.values()) == {str(getattr(RunOptions(), option.name))}

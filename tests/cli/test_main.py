@@ -416,7 +416,10 @@ def test_a_dry_run_opens_every_slide_and_computes_nothing(tiny_slide: Path, in_t
     assert "tiny  1536 x 1152 px, 0.5 mpp, at most 12 tiles" in result.stdout
     assert "1 of 2 slides can be read at 0.5 mpp -> out" in result.stdout
     assert not list((in_tmp / "out").iterdir())
+    assert "warning" not in result.stdout
     assert invoke("embed", tiny_slide, "-o", "out", "--mpp", "0.1", "--dry-run").exit_code == 4
+    said = invoke("run", tiny_slide, "-o", "out", "--mag", "10", "--dry-run").stdout
+    assert said.startswith("warning: default learnt at 0.5 mpp and is to work at 1 mpp")
     assert invoke("run", tiny_slide, "-o", "out", "--task", "x", "--dry-run").exit_code == 1
     shutil.copytree(model_path("default"), "model")
     card = Path("model/card.json")

@@ -123,7 +123,9 @@ def test_bars_follow_the_events() -> None:
         bars(Event("tile", "[s]", 5, 10))
         assert [(task.description, task.completed, task.total) for task in drawn.tasks[1:]] == [("[s]", 5, 10)]
         bars(Event("stage", "[s]", message="publishing"))
+        bars(Event("stage", "", message="dashboard: http://x"))
         assert drawn.tasks[1].fields["pace"] == "publishing"
         bars(Event("slide", "[s]", 1, 2, "done"))
         assert [(task.description, task.completed, task.total) for task in drawn.tasks] == [("slides", 1, 2)]
-        assert "[1/2] [s]: done" in screen.export_text()
+        shown = screen.export_text()
+        assert "[1/2] [s]: done" in shown and "dashboard: http://x" in shown

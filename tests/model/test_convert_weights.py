@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def run(command: list[str], **_: Any) -> Any:
         monkeypatch.setattr(converting, "limit_process", lambda *_: None)  # this is the process of the tests
-        answer = converting._convert_here(Path(command[3]), Path(command[4]), int(command[5]), int(command[6]))
+        answer = converting._convert_here(Path(command[-4]), Path(command[-3]), int(command[-2]), int(command[-1]))
         return type("Done", (), {"stdout": f"{json.dumps(answer)}\n", "returncode": 0})()
 
     monkeypatch.setattr(converting.subprocess, "run", run)
@@ -72,6 +73,16 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "holds more than tensors, which could run code" in text
     assert not mark.exists() and target.read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.bin", "old.safetensors"]
+
+
+def test_modules_beside_the_weights_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who converts in a folder that was downloaded runs none of its Python files."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.bin")
+    for name in ("torch.py", "json.py", "safetensors.py"):
+        (tmp_path / name).write_text("import sys\nsys.exit(7)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one])  # as in the command
+    assert convert_weights(Path("w.bin"), Path("w.safetensors")).tensors == 1
 
 
 @pytest.mark.parametrize("old_format", [False, True])
@@ -133,7 +144,7 @@ def test_a_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     torch.save({"w": torch.ones(1)}, tmp_path / "w.bin")
 
     def run(command: list[str], **_: Any) -> Any:
-        Path(command[4]).write_bytes(b"half")
+        Path(command[-3]).write_bytes(b"half")
         return type("Done", (), {"stdout": answer, "returncode": -9})()
 
     monkeypatch.setattr(converting.subprocess, "run", run)

@@ -184,6 +184,11 @@ def test_no_network_and_no_licence(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_that(monkeypatch, {"model.safetensors": GatedRepoError("Access to model is restricted.\nMore.")})
     text = message(download_weights, RECIPE, online)
     assert "accept its terms at https://huggingface.co/MahmoodLab/UNI2-h and run hf auth login" in text
+    absent = type("RepositoryNotFoundError", (Exception,), {})("401 Client Error. Repository Not Found")
+    hub_that(monkeypatch, {"model.safetensors": absent})
+    assert "MahmoodLab/UNI2-h is not there, or private: check the name" in message(download_weights, RECIPE, online)
+    hub_that(monkeypatch, {"model.safetensors": ConnectionError("cannot reach /api/f401c")})
+    assert "the hub cannot be reached" in message(download_weights, RECIPE, online)
     hub_that(monkeypatch, {"model.safetensors": ConnectionError("[Errno -2] Name or service not known\nMax retries")})
     text = message(download_weights, RECIPE, online)
     assert "the hub cannot be reached" in text and "hf download MahmoodLab/UNI2-h --local-dir uni2-h" in text

@@ -10,7 +10,7 @@ from conftest import RealData
 from wsi_mmm.slides import open_slide
 from wsi_mmm.slides.base import Slide
 from wsi_mmm.slides.fake import ArrayReader
-from wsi_mmm.tiles import tissue
+from wsi_mmm.tiles import cells, tissue
 from wsi_mmm.tiles.cells import dense_enough, find_cells, split_picture
 from wsi_mmm.tiles.find import find_tissue
 from wsi_mmm.tiles.grid import make_grid
@@ -65,6 +65,21 @@ def test_scattered_cells_are_found_with_what_is_around_them(stain: str, mpp: flo
     assert 0.2 < found.mask.mean() < 0.6
     chosen = {tuple(one) for one in select_tiles(make_grid(slide.info, mpp, tile=64, overlap=0), found, 0.02).tolist()}
     assert np.mean([(y // 64, x // 64) in chosen for x, y in places.tolist()]) > 0.97
+
+
+@pytest.mark.parametrize(("darkest", "closely"), [(0.1, False), (0.2, True), (0.3, True), (0.6, True)])
+def test_bare_glass_is_told_at_once(darkest: float, closely: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture without a px as dark as a cell's darkest is not looked at closely: a close look finds nothing there."""
+    density, _ = scattered(300, 300, 2.0)
+    picture = rgb(density * (darkest / density.mean(axis=2).max()) + glass(300, 0.2))
+    looks: list[int] = []
+    real = cells._local_glass
+    monkeypatch.setattr(cells, "_local_glass", lambda given: looks.append(1) or real(given))
+    found = find_cells(picture, 2.0)
+    assert bool(looks) == closely
+    monkeypatch.setattr(cells, "_may_hold_cells", lambda _: True)
+    assert np.array_equal(find_cells(picture, 2.0).px, found.px)
+    assert bool(len(found.places)) == (darkest > 0.25)
 
 
 @pytest.mark.parametrize("noise", [1.0, 8.0, 15.0])

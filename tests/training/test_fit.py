@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -275,6 +277,24 @@ def test_training_stops_when_nothing_gets_better() -> None:
         TrainingListener(on_validation=lambda step, _f: seen.append(step)), validation=lambda: always,
     )  # fmt: skip
     assert 4 <= len(seen) < 50
+
+
+@pytest.mark.parametrize(
+    ("values", "validations", "best"),
+    [([math.nan] * 4, 4, None), ([math.nan, math.nan, math.nan, 0.2, 0.1, math.nan, 0.1, 0.3], 7, 4)],
+)
+def test_a_metric_that_is_not_defined_is_never_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[float], validations: int, best: int | None
+) -> None:
+    """NaN, of held-out items that lack a class, is said; before there is a best it does not count as getting worse."""
+    at, said = iter(values), []
+    monkeypatch.setattr("wsi_mmm.training.fit.figures", lambda *_, **__: {"t0": {"accuracy": next(at)}})
+    plan = replace(PLAN, steps=len(values), validate_every=1, best="t0.accuracy", patience=3, folder=str(tmp_path))
+    train(plan, TrainingListener(say=said.append), validation=samples)
+    assert len(list(at)) == len(values) - validations
+    assert said[0].startswith("warning: t0.accuracy is not defined on the held-out items of step 1")
+    pointer = tmp_path / "best.json"
+    assert (json.loads(pointer.read_text())["step"] if pointer.exists() else None) == best
 
 
 def _first_metric(known: list[Sample]) -> str:

@@ -200,7 +200,7 @@ class ProgressBars:
                 self.rows[event.slide] = self.bars.add_task(event.slide[:40], total=event.total, pace="")
             self.bars.update(self.rows[event.slide], completed=event.done, total=event.total, pace=pace)
             return
-        if event.kind == "stage":
+        if event.kind == "stage" and event.slide:
             if event.slide in self.rows:
                 self.bars.update(self.rows[event.slide], pace=event.message)
             return

@@ -10,7 +10,7 @@ from typing import Any
 
 from wsi_mmm.errors import OptionError
 from wsi_mmm.model.recipe import EncoderRecipe, parse_recipe
-from wsi_mmm.model.registry import describe_licence, find_entry
+from wsi_mmm.model.registry import EncoderEntry, describe_licence, find_entry
 from wsi_mmm.options import BLOCK_TILES, RUN_OPTIONS, TISSUE_WORDS, Affects, RunOptions, recipe_names
 from wsi_mmm.storage import store
 
@@ -32,6 +32,10 @@ class Recipe:
     ``block_tiles``: rows and columns of tiles in a block. ``options``: what the user asked for, with paths made
     absolute. ``user_cache``: folder, on the machine that works, of what is kept per user (``~`` is that machine's);
     None keeps nothing.
+
+    ``companions``: output folder and recipe of further encoders that see the same tiles, whose values are computed as
+    the tiles are read. ``after_others``: an earlier run of the same request may have computed values of this recipe,
+    which ``force`` then leaves.
     """
 
     model: str
@@ -47,6 +51,8 @@ class Recipe:
     network: EncoderRecipe | None = field(default=None, hash=False)
     user_cache: str | None = None
     model_mpp: float | None = None
+    companions: tuple[tuple[str, Recipe], ...] = ()
+    after_others: bool = False
     _result_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,9 +71,25 @@ class Recipe:
             raise OptionError(f"overlap must be a multiple of 8 px and at most half a tile, not {self.overlap}")
 
     def warnings(self) -> tuple[str, ...]:
-        """Return what a user should know before the run begins, a line each: licences, a resolution that is far off."""
-        entry = find_entry(self.network.name) if self.network is not None else None
-        return (*((describe_licence(entry),) if entry is not None else ()), *self._scale_warnings())
+        """Return what a user should know before the run begins, a line each: a licence that forbids some uses, a
+        resolution that is far off."""
+        licence = () if self._is_permissive() else self._licence_lines()
+        return (*licence, *self._scale_warnings())
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return what is said before the run begins and is no warning: a licence that permits commercial use."""
+        return self._licence_lines() if self._is_permissive() else ()
+
+    def _licence_lines(self) -> tuple[str, ...]:
+        entry = self._published_encoder()
+        return (describe_licence(entry),) if entry is not None else ()
+
+    def _is_permissive(self) -> bool:
+        entry = self._published_encoder()
+        return entry is not None and entry.commercial == "yes"
+
+    def _published_encoder(self) -> EncoderEntry | None:
+        return find_entry(self.network.name) if self.network is not None else None
 
     def _scale_warnings(self) -> tuple[str, ...]:
         if self.model_mpp is None or 1 / OFF_SCALE <= self.mpp / self.model_mpp <= OFF_SCALE:
@@ -114,6 +136,8 @@ class Recipe:
             "block_tiles": self.block_tiles, "weights": self.weights, "user_cache": self.user_cache,
             "model_mpp": self.model_mpp,
             **{name: getattr(self.options, name) for name in _REPORTED},
+            **({"companions": [[place, one.to_json()] for place, one in self.companions]} if self.companions else {}),
+            **({"after_others": True} if self.after_others else {}),
         }  # fmt: skip
 
     def published(self) -> dict[str, object]:
@@ -132,4 +156,6 @@ def recipe_from_json(facts: Mapping[str, Any]) -> Recipe:
     own = {name: value for name, value in facts.items() if name not in _REPORTED}
     options = RunOptions(**{name: facts[name] for name in _REPORTED})
     network = parse_recipe(own.pop("network")) if "network" in own else None
-    return Recipe(**{**own, "tasks": tuple(facts["tasks"])}, network=network, options=options)
+    companions = tuple((place, recipe_from_json(one)) for place, one in own.pop("companions", ()))
+    own["tasks"] = tuple(facts["tasks"])
+    return Recipe(**own, network=network, options=options, companions=companions)

@@ -63,8 +63,8 @@ def run_slides(
             report.warnings = [*request.recipe.warnings()]
             for warning in (*able.warnings, *report.warnings):
                 hooks.listener(Event("warning", "", message=warning))
-            if able.dashboard:
-                hooks.listener(Event("stage", "", message=f"dashboard: {able.dashboard}"))
+            for remark in (*request.recipe.remarks(), *([f"dashboard: {able.dashboard}"] if able.dashboard else ())):
+                hooks.listener(Event("stage", "", message=remark))
 
             def watch(thing: WorkUnit | UnitResult) -> None:
                 report.accounting.watch(thing)

@@ -56,7 +56,8 @@ def convert_weights(source: Path, target: Path, *, seconds: int = 1800) -> Conve
             raise ModelError(f"{source} is safetensors already: give it as weights")
     with atomic_file(target) as temporary:
         files = (str(source.resolve()), str(temporary.resolve()))
-        command = [sys.executable, "-m", "wsi_mmm.model.convert_weights", *files, str(size), str(seconds)]
+        # -P: modules that lie in the folder of the weights, or wherever the user stands, are not imported.
+        command = [sys.executable, "-P", "-m", "wsi_mmm.model.convert_weights", *files, str(size), str(seconds)]
         kept = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         quiet = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         try:

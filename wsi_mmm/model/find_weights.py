@@ -6,6 +6,7 @@ Nothing is opened but folders, and nothing downloaded except by `download_weight
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,15 +139,18 @@ def find_config(hub_id: str, name: str, places: WeightPlaces) -> Path:
 
 def _download_file(hub: Any, recipe: EncoderRecipe, name: str, places: WeightPlaces) -> Path | None:
     """None: the repository has no such file."""
+    identity, _, revision = recipe.hub_id.partition("@")
     try:
-        identity, _, revision = recipe.hub_id.partition("@")
         return Path(hub.hf_hub_download(identity, name, revision=revision or None, cache_dir=places.hub or None))
     except Exception as error:  # huggingface_hub raises its own tree, and that of its HTTP client
         kind = type(error).__name__
         if kind in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
             return None
-        if kind == "GatedRepoError" or "401" in str(error) or "403" in str(error):
-            reason = f"accept its terms at https://huggingface.co/{recipe.hub_id} and run hf auth login"
+        page = f"https://huggingface.co/{identity}"
+        if kind == "RepositoryNotFoundError":
+            reason = f"{page} is not there, or private: check the name, or run hf auth login"
+        elif kind == "GatedRepoError" or re.search(r"\b40[13]\b", str(error)):
+            reason = f"accept its terms at {page} and run hf auth login"
         else:
             reason = f"the hub cannot be reached ({first_line(error, 80)}); {explain_missing(recipe, places)}"
         raise ModelError(f"the weights of '{recipe.name}' cannot be downloaded: {reason}") from error

@@ -57,9 +57,14 @@ class FoundCells:
     owner: I64
 
 
+_NO_CELLS = FoundCells(np.zeros((0, 2)), np.zeros((0, 2), np.int64), np.zeros(0, np.int64))
+
+
 def find_cells(rgb: U8, um_per_px: float) -> FoundCells:
     """Find what looks like scattered cells in uint8[h, w, 3]."""
     density = OPTICAL_DENSITY[rgb]
+    if not _may_hold_cells(density):
+        return _NO_CELLS
     density -= _local_glass(density)
     if um_per_px < _SHARP_MPP:
         for channel in range(3):
@@ -67,7 +72,7 @@ def find_cells(rgb: U8, um_per_px: float) -> FoundCells:
     depth, chroma = mean_of(density), spread_of(density)
     labels, count = ndimage.label((depth > _DEPTH) & (chroma > _CHROMA), np.ones((3, 3), bool))
     if not count:
-        return FoundCells(np.zeros((0, 2)), np.zeros((0, 2), np.int64), np.zeros(0, np.int64))
+        return _NO_CELLS
     ids = np.arange(1, count + 1)
     area = np.bincount(labels.ravel(), minlength=count + 1)[1:] * um_per_px**2
     means = np.stack([ndimage.mean(density[..., channel], labels, ids) for channel in range(3)], axis=1)
@@ -87,6 +92,11 @@ def find_cells(rgb: U8, um_per_px: float) -> FoundCells:
     number = np.where(np.append(False, is_cell), np.append(0, np.cumsum(is_cell)) - 1, -1)[labels]
     row, column = np.nonzero(number >= 0)
     return FoundCells(middles, np.stack([column, row], axis=1), number[row, column])
+
+
+def _may_hold_cells(density: F32) -> bool:
+    """Whether some px is as dark as the darkest of a cell, quickly: the glass taken off and averaging make it paler."""
+    return bool(mean_of(density).max(initial=0.0) > _CORE - 1e-3)
 
 
 def _local_glass(density: F32) -> F32:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -304,6 +305,13 @@ def _selected_metric(best: str, found: Figures) -> float:
 
 def _is_better(run: _Run, value: float) -> bool:
     training, lower = run.training, run.plan.lower
+    if math.isnan(value) and training.best is None:
+        if run.ranks.first:
+            run.callbacks.say(
+                f"warning: {run.plan.best} is not defined on the held-out items of step {training.step}: do they have "
+                "every class?"
+            )
+        return False
     better = training.best is None or (value < training.best if lower else value > training.best)
     training.best, training.stale = (value, 0) if better else (training.best, training.stale + 1)
     return better

@@ -363,7 +363,7 @@ def _finish_training(
     facts = {
         "trained_with": f"wsi-mmm {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "command": config.model.repeat or "wsi-mmm train config.toml, with the configuration below",
-        "weights": f"of step {step}" + (f", the best by {config.validation.best}" if config.validation.best else ""),
+        "weights": f"of step {step}" + (f", the best by {config.validation.best}" if weights else ""),
         "configuration": facts_of(config),
         "items": prepared.summary(),
     }
