@@ -13,8 +13,8 @@ from wsi_mmm._version import __version__
 
 if TYPE_CHECKING:
     from wsi_mmm.api import (  # noqa: I001
-        Event, Job, Observe, RunReport, attach, demo, embed, export_model, fit_head, list_jobs, load_model,
-        prepare_training, read_annotations, run, stream_tiles, submit, train, train_fractions,
+        Event, Job, Observe, RunReport, attach, demo, embed, embed_encoders, export_model, fit_head, list_jobs,
+        load_model, prepare_training, read_annotations, run, stream_tiles, submit, train, train_fractions,
     )  # fmt: skip
     from wsi_mmm.config import SlideSpec
     from wsi_mmm.errors import WsiError
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Event", "Job", "Observe", "RunReport", "Slide", "SlideInfo", "SlideSpec", "WsiError", "__version__", "attach",
-    "demo", "embed", "expand_inputs", "export_model", "fit_head", "list_jobs", "load_model", "open_slide",
-    "prepare_training", "read_annotations", "run", "stream_tiles", "submit", "train", "train_fractions",
+    "demo", "embed", "embed_encoders", "expand_inputs", "export_model", "fit_head", "list_jobs", "load_model",
+    "open_slide", "prepare_training", "read_annotations", "run", "stream_tiles", "submit", "train", "train_fractions",
 ]  # fmt: skip
 
 _HOMES = {name: "wsi_mmm.api" for name in __all__ if name != "__version__"} | {

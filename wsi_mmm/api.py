@@ -20,10 +20,19 @@ from wsi_mmm.engine.monitoring.observe import NOTHING, Observe
 from wsi_mmm.engine.monitoring.run_report import RunReport, load_report
 from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.engine.units import Executor
-from wsi_mmm.errors import PluginError
+from wsi_mmm.errors import OptionError, PluginError
 from wsi_mmm.options import LEAST_TISSUE, RunKeywords, make_options
 from wsi_mmm.plugins import load_plugin, plugin_names
-from wsi_mmm.requests import Slides, check_recipe_here, encoder_options, encoder_recipe, model_recipe, request_run
+from wsi_mmm.requests import (
+    Slides,
+    check_recipe_here,
+    encoder_folders,
+    encoder_options,
+    encoder_recipe,
+    model_recipe,
+    request_encoders,
+    request_run,
+)
 from wsi_mmm.slides import Slide
 from wsi_mmm.types import Batch
 
@@ -35,9 +44,9 @@ if TYPE_CHECKING:
     from wsi_mmm.model.onnx import Exported
 
 __all__ = [
-    "Event", "Job", "JobStatus", "Observe", "RunReport", "attach", "demo", "embed", "export_model", "fit_head",
-    "list_jobs", "load_model", "prepare_training", "read_annotations", "run", "stream_tiles", "submit", "train",
-    "train_fractions",
+    "Event", "Job", "JobStatus", "Observe", "RunReport", "attach", "demo", "embed", "embed_encoders", "export_model",
+    "fit_head", "list_jobs", "load_model", "prepare_training", "read_annotations", "run", "stream_tiles", "submit",
+    "train", "train_fractions",
 ]  # fmt: skip
 
 
@@ -177,7 +186,7 @@ def embed(
     patch_mean, cls+patch_mean, gap, native), ``input_size`` px that tiles are resized to, ``mean`` and ``std`` of RGB,
     ``encoder_args`` of the timm network. Tiles are 256 px without overlap, at the mpp of a model or at
     0.5, unless ``options`` say otherwise.
-    ``export``: further formats per slide, of "h5" (TRIDENT, CLAM) and "pt". Otherwise as `run`.
+    ``export``: further formats per slide, of "h5" (TRIDENT, CLAM), "pt", "stamp" and "h5ad". Otherwise as `run`.
     """
     formats = run_report.known_exports(export)
     request = embed_request(
@@ -187,6 +196,65 @@ def embed(
     report = execute(request, progress, observe=observe)
     run_report.export_features(report, formats)
     return report
+
+
+def embed_encoders(
+    slides: Slides,
+    encoders: Sequence[str],
+    *,
+    output: str | Path,
+    weights: str | None = None,
+    workers: int = 0,
+    scheduler: str | None = None,
+    progress: Listener | None = None,
+    observe: Observe = NOTHING,
+    export: str | Sequence[str] = (),
+    **options: Unpack[RunKeywords],
+) -> dict[str, RunReport]:
+    """Compute the features of several encoders in one pass over the pixels: encoder -> its report.
+
+    As `embed` of each to ``<output>/<encoder>``, bit for bit, but tiles of the same size and mpp are read and decoded
+    once. The same call again resumes; an encoder added later leaves the others as they are. ``weights``: "random", or
+    None: those that each name stands for.
+    """
+    formats = run_report.known_exports(export)
+    requests = embed_requests(
+        slides, encoders, output=output, weights=weights, workers=workers, scheduler=scheduler, **options
+    )
+    reports = {}
+    for encoder, request in zip(encoders, requests, strict=True):
+        reports[encoder] = execute(request, progress, observe=observe)
+        run_report.export_features(reports[encoder], formats)
+    return reports
+
+
+def embed_requests(
+    slides: Slides,
+    encoder: Sequence[str],
+    *,
+    output: str | Path,
+    weights: str | None = None,
+    pool: str | None = None,
+    input_size: int | None = None,
+    mean: Sequence[float] | str | None = None,
+    std: Sequence[float] | str | None = None,
+    encoder_args: Mapping[str, Any] | str | None = None,
+    workers: int = 0,
+    scheduler: str | None = None,
+    **options: Unpack[RunKeywords],
+) -> list[RunRequest]:
+    """Return the runs that `embed_encoders` would execute, in their sequence; options of one encoder are refused."""
+    asked = make_options(options, workers=workers, scheduler=scheduler)
+    if isinstance(encoder, str) or not encoder or not all(isinstance(one, str) for one in encoder):
+        raise OptionError(f"{encoder!r} is no list of encoders: give one or more names")
+    if any(said is not None for said in (pool, input_size, mean, std, encoder_args)) or weights not in (None, "random"):
+        raise OptionError(
+            "weights, pool, input_size, mean, std and encoder_args are of one encoder: embed it alone, or put the "
+            "weights where their name finds them (docs/encoders.md)"
+        )
+    folders = encoder_folders(encoder)
+    recipes = [check_recipe_here(encoder_recipe(name, weights, asked)) for name in encoder]
+    return request_encoders(slides, recipes, output, folders=folders)
 
 
 def embed_request(

@@ -332,9 +332,9 @@ _FIRST: tuple[Option, ...] = (
         panel=WHAT, unset="default", affects=CHANGES_VALUES, commands=("run",),
     ),
     _command_option(
-        "encoder", str, "Published encoder, timm name, hf-hub: id, or model folder, s3:// too.",
+        "encoder", str, "Published encoder, timm name, hf-hub: id, or model folder, s3:// too; repeatable.",
         "--encoder", "--model", "-m", panel=WHAT, unset="the default model's encoder",
-        affects=CHANGES_VALUES, commands=("embed",),
+        affects=CHANGES_VALUES, commands=("embed",), several=True, see="[encoders](encoders.md#several-at-once)",
     ),
     _command_option(
         "tasks", str, "Task of the model, repeatable.", "--task",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from wsi_mmm.model.choose import RANDOM, EncoderOptions, bare_card, choose_encod
 from wsi_mmm.model.fetch import fetch_model
 from wsi_mmm.model.identity import check_device, check_runtime, check_weights, is_model, model_identity
 from wsi_mmm.model.recipe import ColourTriple, Pooling
+from wsi_mmm.model.weights_config import HUB, split_source
 from wsi_mmm.options import EMBED_DEFAULTS, TISSUE_WORDS, RunOptions
 from wsi_mmm.slides.registry import find_reader
 from wsi_mmm.storage import store
@@ -83,6 +85,48 @@ def encoder_recipe(
     tile, overlap, block = (int(EMBED_DEFAULTS[name]) for name in ("tile_size", "overlap", "block_tiles"))
     base = Recipe(encoder, model_identity(here, card), (), card.mpp, tile, overlap, block, model_mpp=card.mpp)
     return _apply_options(base, options)
+
+
+def request_encoders(
+    slides: Slides, recipes: Sequence[Recipe], output: str | Path, *, folders: Sequence[str]
+) -> list[RunRequest]:
+    """Return a run per encoder, each into its folder of ``output``, to be executed in this sequence.
+
+    Where tiles are the same, the first run reads them for all: its units compute what the later ones then find.
+    """
+    requests = [
+        request_run(slides, one, store.join(str(output), name)) for one, name in zip(recipes, folders, strict=True)
+    ]
+    # Slides that fail from the start belong to it: a pass must not write where a run of its own would refuse to.
+    groups = [
+        (one.mpp, one.tile, one.overlap, one.block_tiles, tuple(task.error for task in request.tasks))
+        for one, request in zip(recipes, requests, strict=True)
+    ]
+    found = []
+    for number, request in enumerate(requests):
+        again = groups[number] in groups[:number]
+        companions = tuple(
+            (requests[other].output, replace(recipes[other], after_others=again))
+            for other in range(number + 1, len(requests))
+            if groups[other] == groups[number]
+        )
+        recipe = replace(request.recipe, companions=companions, after_others=again)
+        found.append(replace(request, recipe=recipe, tasks=tuple(replace(one, recipe=recipe) for one in request.tasks)))
+    return found
+
+
+def encoder_folders(encoders: Sequence[str]) -> list[str]:
+    """Return the folder of the output that each encoder's features go to. OptionError when two have the same."""
+    found: dict[str, str] = {}
+    for name in encoders:
+        source, rest = split_source(name)
+        plain = rest if source == HUB else rest.rstrip("/").rpartition("/")[2]
+        folder = re.sub(r"[^A-Za-z0-9._+-]+", "-", plain).strip("-.")
+        if not folder or folder in found:
+            other = f"{found[folder]!r} and {name!r} would go to the same folder" if folder else f"{name!r} has no name"
+            raise OptionError(f"{other}: embed them apart, each to an output of its own")
+        found[folder] = name
+    return list(found)
 
 
 def encoder_options(

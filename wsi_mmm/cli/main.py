@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
@@ -68,6 +69,7 @@ def main() -> None:
     """Entry point of the ``wsi-mmm`` command; tunes the process, which a library call never does."""
     tune_process()
     _keep_streams()
+    warnings.showwarning = show_warning
     for name in _STOPPING:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -83,6 +85,21 @@ def _keep_streams() -> None:
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
+) -> None:
+    """Print a warning for users as a line; warnings for programmers keep the place in the code that caused them."""
+    if category is UserWarning:
+        sys.stderr.write(f"warning: {message}\n")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
 
 
 def _raise_interrupt(*_: object) -> NoReturn:

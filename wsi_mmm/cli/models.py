@@ -189,8 +189,8 @@ def export(
         typer.Argument(metavar="FEATURES", help="features.zarr, or folders that hold some.", show_default=False),
     ],
     to: Annotated[
-        Literal["h5", "pt", "h5ad"],
-        typer.Option("--to", help="h5: TRIDENT and CLAM; pt: a tensor, for CLAM; h5ad: AnnData."),
+        Literal["h5", "pt", "h5ad", "stamp"],
+        typer.Option("--to", help="h5: TRIDENT and CLAM; pt: a tensor, for CLAM; h5ad: AnnData; stamp: for STAMP."),
     ] = "h5",
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder of the files. (default: beside the features)")
@@ -202,19 +202,22 @@ def export(
     Examples:
       wsi-mmm export results/slide/features.zarr --to h5
       wsi-mmm export results/ --to pt -o features/        (one file per slide)
+      wsi-mmm export results/ --to stamp -o stamp/        (micrometres, feats)
     """
     from wsi_mmm.outputs import exports
 
     for source, target in targets(sources, to, output):
-        exports.export(source, target)
+        exports.export(source, target, to)
         say_json({"source": source, "output": target})
         say(f"wrote {target}")
 
 
-def targets(sources: Sequence[str], ending: str, output: str | None) -> list[tuple[str, str]]:
+def targets(sources: Sequence[str], to: str, output: str | None) -> list[tuple[str, str]]:
     """(features.zarr, file to write) for every source; InputError when two slides would share a file."""
+    from wsi_mmm.outputs.exports import file_ending
     from wsi_mmm.storage import store
 
+    ending = file_ending(to, beside=output is None)
     found = [uri for source in sources for uri in feature_stores(source)]
     if output is None:
         return [(uri, f"{uri.removesuffix('.zarr')}.{ending}") for uri in found]

@@ -130,6 +130,7 @@ def embed(inputs: list[str], output: str, **given: Any) -> int:
       wsi-mmm embed slides/ -o features
       wsi-mmm embed slides/ --encoder resnet50.a1_in1k --mpp 0.5 --tile-size 256
       wsi-mmm embed slides/ --encoder uni2-h --weights uni2-h/model.safetensors
+      wsi-mmm embed slides/ --encoder virchow2 --encoder h-optimus-1     (tiles are read once)
       wsi-mmm export features/slide/features.zarr --to h5
 
     Running the same command again resumes; --force redoes.
@@ -160,11 +161,23 @@ def demo(
 def _run_slides(
     command: CommandName, request: Callable[..., RunRequest], inputs: list[str], output: str, given: Mapping[str, Any]
 ) -> int:
-    """Run the slides of a request, or with --dry-run only open them."""
+    """Run the slides of a request, or with --dry-run only open them; several encoders one after the other."""
     from wsi_mmm import api
 
     options, observe = read_options(command, given)
-    asked = request(inputs, output=output, **options)
+    encoders = options.get("encoder")
+    if isinstance(encoders, list) and len(encoders) != 1:
+        requests = api.embed_requests(inputs, output=output, **options)
+        codes = [_run_request(one, one.output, given, observe) for one in requests]
+        return codes[0] if len(set(codes)) == 1 else 3
+    if isinstance(encoders, list):
+        options = {**options, "encoder": encoders[0]}
+    return _run_request(request(inputs, output=output, **options), output, given, observe)
+
+
+def _run_request(asked: RunRequest, output: str, given: Mapping[str, Any], observe: Observe) -> int:
+    from wsi_mmm import api
+
     if given["dry_run"]:
         return _open_slides(asked, output)
     count = len(asked.tasks)

@@ -32,6 +32,10 @@ class Recipe:
     ``block_tiles``: rows and columns of tiles in a block. ``options``: what the user asked for, with paths made
     absolute. ``user_cache``: folder, on the machine that works, of what is kept per user (``~`` is that machine's);
     None keeps nothing.
+
+    ``companions``: output folder and recipe of further encoders that see the same tiles, whose values are computed as
+    the tiles are read. ``after_others``: an earlier run of the same request may have computed values of this recipe,
+    which ``force`` then leaves.
     """
 
     model: str
@@ -47,6 +51,8 @@ class Recipe:
     network: EncoderRecipe | None = field(default=None, hash=False)
     user_cache: str | None = None
     model_mpp: float | None = None
+    companions: tuple[tuple[str, Recipe], ...] = ()
+    after_others: bool = False
     _result_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -130,6 +136,8 @@ class Recipe:
             "block_tiles": self.block_tiles, "weights": self.weights, "user_cache": self.user_cache,
             "model_mpp": self.model_mpp,
             **{name: getattr(self.options, name) for name in _REPORTED},
+            **({"companions": [[place, one.to_json()] for place, one in self.companions]} if self.companions else {}),
+            **({"after_others": True} if self.after_others else {}),
         }  # fmt: skip
 
     def published(self) -> dict[str, object]:
@@ -148,4 +156,6 @@ def recipe_from_json(facts: Mapping[str, Any]) -> Recipe:
     own = {name: value for name, value in facts.items() if name not in _REPORTED}
     options = RunOptions(**{name: facts[name] for name in _REPORTED})
     network = parse_recipe(own.pop("network")) if "network" in own else None
-    return Recipe(**{**own, "tasks": tuple(facts["tasks"])}, network=network, options=options)
+    companions = tuple((place, recipe_from_json(one)) for place, one in own.pop("companions", ()))
+    own["tasks"] = tuple(facts["tasks"])
+    return Recipe(**own, network=network, options=options, companions=companions)

@@ -91,23 +91,73 @@ def _read_array(group: zarr.Group, name: str) -> Any:
     return np.asarray(array[:])
 
 
-def export(source: str, target: str) -> None:
-    """features.zarr at ``source`` -> ``target``, whose ending names the format (see `FORMATS`)."""
-    name = target.rsplit(".", 1)[-1]
+def export(source: str, target: str, name: str = "") -> None:
+    """features.zarr at ``source`` -> ``target`` in the format ``name`` (see `FORMATS`), else as its ending says."""
+    name = name or target.rsplit(".", 1)[-1]
     if name not in FORMATS:
         raise OptionError(f"unknown export {name!r}; known: {', '.join(FORMATS)}")
     store.write_bytes(target, FORMATS[name](read_features(source)))
 
 
 def as_h5(features: SlideFeatures) -> bytes:
-    """HDF5 as TRIDENT and CLAM read it: ``coords`` with the attributes, ``features``."""
+    """HDF5 as TRIDENT, TITAN and CLAM read it: ``coords`` with the attributes, ``features``.
+
+    CLAM's reader of tiles takes ``patch_size`` px of level ``patch_level``: that is said where tiles are px of level 0.
+    """
     buffer = io.BytesIO()
+    said = features.attributes
     with h5py.File(buffer, "w") as file:
         coords = file.create_dataset("coords", data=np.asarray(features.coords, np.int64))
         vectors = file.create_dataset("features", data=np.asarray(features.vectors, np.float32))
-        for name, value in features.attributes.items():
+        for name, value in said.items():
             coords.attrs[name] = value if isinstance(value, int | float | str) else json.dumps(value)
-        vectors.attrs["encoder"] = str(features.attributes.get("encoder", ""))
+        if said.get("patch_size", 0) == said.get("patch_size_level0"):
+            coords.attrs["patch_level"] = 0
+        for name in ("encoder", "name"):
+            vectors.attrs[name] = str(said.get(name, ""))
+    return buffer.getvalue()
+
+
+STAMP_FORMAT = "2.1.0"
+"""The first version of STAMP that reads the attributes `as_stamp` writes; older ones then say that they are older."""
+
+_STAMP_NAMES = {
+    ("uni", "cls"): "uni",
+    ("uni2-h", "cls"): "uni2",
+    ("virchow", "cls"): "virchow",
+    ("virchow", "cls+patch_mean"): "virchow-full",
+    ("virchow2", "cls"): "virchow2",
+    ("h-optimus-0", "cls"): "h-optimus-0",
+    ("h-optimus-1", "cls"): "h-optimus-1",
+    ("gigapath", "cls"): "gigapath",
+    ("mstar", "cls"): "mstar",
+    ("dinobloom-s", "cls"): "dino-bloom",
+}
+"""(encoder, pooling) -> what STAMP calls the extractor of these vectors."""
+
+
+def as_stamp(features: SlideFeatures) -> bytes:
+    """HDF5 as STAMP reads it: ``feats``, ``coords`` float32 in micrometres, the attributes on the file.
+
+    StorageError for features that do not say how many micrometres a level-0 px is wide.
+    """
+    said = features.attributes
+    try:
+        scale = np.array([float(said["level0_mpp_x"]), float(said["level0_mpp_y"])])
+        side, mpp = int(said["patch_size"]), float(said["mpp"])
+    except (KeyError, TypeError, ValueError) as error:
+        text = f"the features of {said.get('name', 'this slide')} do not say the slide's resolution"
+        raise StorageError(f"{text}, which STAMP needs: embed the slide again with --force") from error
+    encoder, pooling = str(said.get("encoder", "")), str(said.get("pooling", ""))
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file.create_dataset("coords", data=(features.coords * scale).astype(np.float32))
+        file.create_dataset("feats", data=np.asarray(features.vectors, np.float32))
+        file.attrs.update({
+            "stamp_version": STAMP_FORMAT, "feat_type": "tile", "unit": "um", "tile_size_um": side * mpp,
+            "tile_size_px": side, "code_hash": str(said.get("model_hash", ""))[:8],
+            "extractor": _STAMP_NAMES.get((encoder, pooling)) or "-".join(filter(None, (encoder, pooling))),
+        })  # fmt: skip
     return buffer.getvalue()
 
 
@@ -130,7 +180,12 @@ def as_h5ad(features: SlideFeatures) -> bytes:
         return path.read_bytes()
 
 
-FORMATS: dict[str, Callable[[SlideFeatures], bytes]] = {"h5": as_h5, "pt": as_pt, "h5ad": as_h5ad}
+FORMATS: dict[str, Callable[[SlideFeatures], bytes]] = {"h5": as_h5, "pt": as_pt, "h5ad": as_h5ad, "stamp": as_stamp}
+
+
+def file_ending(name: str, *, beside: bool) -> str:
+    """The ending of files of a format; ``beside``: next to those of other formats, so each needs its own."""
+    return name if name != "stamp" else "stamp.h5" if beside else "h5"
 
 
 def write_map(

@@ -255,9 +255,10 @@ def known_exports(formats: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def export_features(report: RunReport, formats: Sequence[str]) -> None:
-    """Also write each slide's features as "h5" or "pt", beside its features.zarr."""
+    """Also write each slide's features in other formats, beside its features.zarr."""
     for name in formats:
+        ending = exports.file_ending(name, beside=True)
         for row in report.slides:
             if row.status in ("done", "partial"):
                 source = store.join(report.output, row.id, "features.zarr")
-                exports.export(source, store.join(report.output, row.id, f"features.{name}"))
+                exports.export(source, store.join(report.output, row.id, f"features.{ending}"), name)

@@ -1,49 +1,88 @@
-"""Forward a block of tiles through the network: read, compute, write; or only read its pixels into the cache."""
+"""Forward a block of tiles through the network: read, compute, write; or only read its pixels into the cache.
+
+Further encoders that see the same tiles (``Recipe.companions``) compute from the same pixels, into their own entries.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from wsi_mmm.cache import ArraySpec, CachedReader
 from wsi_mmm.engine.stages.context import UnitContext
+from wsi_mmm.engine.stages.prepare import entry_uri, published_before
 from wsi_mmm.engine.stages.workdir import block_name
-from wsi_mmm.engine.units import ForwardResult
+from wsi_mmm.engine.units import Box, ForwardResult
+from wsi_mmm.errors import Cancelled, ModelNotLoaded, TransientError, WsiError
+from wsi_mmm.storage import store
 from wsi_mmm.tiles.grid import BlockTiles, tile_size_level0, tiles_at
 from wsi_mmm.tiles.stream import read_block
 from wsi_mmm.types import F32, U8, Batch, Tiles
+
+if TYPE_CHECKING:
+    from wsi_mmm.model.runner import RunOutput
+
+_log = logging.getLogger(__name__)
 
 
 def forward(ctx: UnitContext) -> ForwardResult:
     """Read, compute and write the values of a block, unless the cache holds them."""
     with ctx.step("read"):
         batch = read_tiles(ctx)
+        targets = [] if batch is None else incomplete_contexts(ctx)
     if batch is None:
         return ForwardResult(ctx.facts(), len(ctx.unit.index()), cached=True)
     with ctx.step("model"):
-        runner = ctx.runner
-        output = runner.run(batch.pixels, list(ctx.recipe.tasks))
+        outputs = [(one, _run_model(one, batch, required=one is ctx)) for one in targets]
     width, height = tile_size_level0(ctx.grid)
     failed = tuple((int(x), int(y), width, height) for x, y in batch.xy[batch.failed])
     with ctx.step("write"):
-        values: dict[str, U8 | F32] = {f"maps/{name}": maps for name, maps in output.maps.items()}
-        values |= {f"tables/{name}": table for name, table in output.tables.items()}
-        if ctx.recipe.options.features or any(task.scope == "bag" for task in ctx.tasks):
-            values["features"] = output.features
-        cache = ctx.cache
-        for name, array in values.items():
-            cache.write_block(ArraySpec(name, array.shape[1:], str(array.dtype)), batch.index, array)
-        # Last, because it says that the others are complete.
-        cache.write_block_record(block_name(ctx.unit.block), {"tiles": ctx.unit.tiles.hex(), "failed": failed})
+        for one, output in outputs:
+            if output is not None:
+                _write_values(one, batch, output, failed)
+    if ctx not in targets:
+        return ForwardResult(ctx.facts(), len(batch.index), cached=True)
     return ForwardResult(
-        ctx.facts(), len(batch.index), failed, device=str(runner.device), encoder=json.dumps(runner.describe()),
-        tile_cache=ctx.tile_cache_text(),
+        ctx.facts(), len(batch.index), failed, device=str(ctx.runner.device),
+        encoder=json.dumps(ctx.runner.describe()), tile_cache=ctx.tile_cache_text(),
     )  # fmt: skip
+
+
+def _run_model(ctx: UnitContext, batch: Batch, *, required: bool) -> RunOutput | None:
+    """The values of a block; None where a companion's model raised, of which its own run will say why."""
+    try:
+        return ctx.runner.run(batch.pixels, list(ctx.recipe.tasks))
+    except (ModelNotLoaded, TransientError, Cancelled):
+        raise
+    except Exception as error:
+        if required:
+            raise
+        _log.warning(
+            "%s: block %s is left to a run of its own: %s", store.redact(ctx.recipe.model), ctx.unit.name, error
+        )
+        return None
+
+
+def _write_values(ctx: UnitContext, batch: Batch, output: RunOutput, failed: tuple[Box, ...]) -> None:
+    """Write the values of a block to the cache entry of their recipe."""
+    values: dict[str, U8 | F32] = {f"maps/{name}": maps for name, maps in output.maps.items()}
+    values |= {f"tables/{name}": table for name, table in output.tables.items()}
+    if ctx.recipe.options.features or any(task.scope == "bag" for task in ctx.tasks):
+        values["features"] = output.features
+    cache = ctx.cache
+    for name, array in values.items():
+        cache.write_block(ArraySpec(name, array.shape[1:], str(array.dtype)), batch.index, array)
+    # Last, because it says that the others are complete.
+    cache.write_block_record(block_name(ctx.unit.block), {"tiles": ctx.unit.tiles.hex(), "failed": failed})
 
 
 def read_tiles(ctx: UnitContext) -> Batch | None:
     """The tiles of a block; None when the cache already holds their values."""
     unit, index = ctx.unit, ctx.unit.index()
-    if is_computed(ctx):
+    if is_complete(ctx):
         if ctx.fetches is not None:
             ctx.fetches.drop([unit])
         return None
@@ -51,10 +90,32 @@ def read_tiles(ctx: UnitContext) -> Batch | None:
     return read_block(ctx.reader(tiles_at(ctx.grid, index)), ctx.grid, BlockTiles(*unit.block, index), fetched)
 
 
+def is_complete(ctx: UnitContext) -> bool:
+    """Return whether nothing is to be computed of the block, for its recipe or for a companion."""
+    return is_computed(ctx) and (not ctx.recipe.companions or not incomplete_contexts(ctx))
+
+
 def is_computed(ctx: UnitContext) -> bool:
     """Return whether the cache holds the values of all tiles of the block."""
-    found = None if ctx.recipe.options.force else ctx.cache.block_record(block_name(ctx.unit.block))
+    again = ctx.recipe.options.force and not ctx.recipe.after_others
+    found = None if again else ctx.cache.block_record(block_name(ctx.unit.block))
     return bool(found and found.get("tiles") == ctx.unit.tiles.hex() and not found.get("failed"))
+
+
+def incomplete_contexts(ctx: UnitContext) -> list[UnitContext]:
+    """The contexts, this one first, of every recipe that lacks values of the block: its own, and those of companions
+    whose slide is not published yet."""
+    if not ctx.recipe.companions:
+        return [ctx]
+    _, fingerprint, _ = ctx.unit.entry.rsplit("/", 2)
+    found = [] if is_computed(ctx) else [ctx]
+    for place, recipe in ctx.recipe.companions:
+        task = replace(ctx.task, recipe=recipe, output=store.join(place, ctx.task.id))
+        one = UnitContext(replace(ctx.unit, slide=task, entry=entry_uri(task, fingerprint, ctx.grid)))
+        with suppress(WsiError):  # what its own run will say
+            if not is_computed(one) and (recipe.options.force or published_before(task, fingerprint) is None):
+                found.append(one)
+    return found
 
 
 def extract(ctx: UnitContext) -> None:

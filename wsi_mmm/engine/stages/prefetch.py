@@ -9,7 +9,7 @@ from itertools import groupby
 
 from wsi_mmm.engine.plan import forward_units
 from wsi_mmm.engine.stages.context import UnitContext, UnitFetches
-from wsi_mmm.engine.stages.forward import is_computed
+from wsi_mmm.engine.stages.forward import is_complete
 from wsi_mmm.engine.units import SlidePlan, WorkUnit
 from wsi_mmm.errors import WsiError
 from wsi_mmm.slides.base import Fetched, TileReader
@@ -67,7 +67,7 @@ class UnitPrefetch:
 
 
 def _fetch_units(units: list[WorkUnit]) -> Fetched | None:
-    todo = [unit for unit in units if not is_computed(UnitContext(unit))]
+    todo = [unit for unit in units if not is_complete(UnitContext(unit))]
     tiles = [tiles_at(unit.planned_grid, unit.index()) for unit in todo]
     if not todo:
         return None

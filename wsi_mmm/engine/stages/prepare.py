@@ -20,7 +20,7 @@ from wsi_mmm.slides.base import Slide
 from wsi_mmm.storage import store
 from wsi_mmm.tiles.grid import make_grid, tile_boxes
 from wsi_mmm.tiles.tissue import off_slide, select_tiles, tissue_mask, tissue_share, warn_unused
-from wsi_mmm.types import F32, I64
+from wsi_mmm.types import F32, I64, Grid
 
 
 def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
@@ -29,7 +29,7 @@ def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
     if task.error:
         raise ManifestError(task.error)
     workdir.remove_half_written(task)
-    if recipe.options.force:
+    if recipe.options.force and not recipe.after_others:
         workdir.remove_scratch(task)
     slide = ctx.slide
     task = replace(task, reader=slide.info.reader)
@@ -67,15 +67,21 @@ def _make_plan(ctx: UnitContext, task: SlideTask, index: I64, share: F32) -> Sli
     recipe, info = ctx.recipe, ctx.slide.info
     grid = make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     tasks = [t for t in ctx.tasks if t.scope == "pixel"]
-    root = recipe.options.cache or store.join(task.scratch, "cache")
-    name = recipe.forward_hash(device_kind(recipe.options.device), (grid.scale_x, grid.scale_y), task.reader)
     return SlidePlan(
-        task, info, grid, index, share, store.join(root, info.fingerprint, name),
+        task, info, grid, index, share, entry_uri(task, info.fingerprint, grid),
         halo=max([t.halo for t in tasks], default=0),
         stride=int(np.lcm.reduce([t.stride for t in tasks] or [1])),
         mpp_effective=grid.scale_x * (info.mpp_x or 0.0),
         maps=bool(tasks),
     )  # fmt: skip
+
+
+def entry_uri(task: SlideTask, fingerprint: str, grid: Grid) -> str:
+    """The URI of the cache entry that holds the values of a slide, whose reader is known."""
+    recipe = task.recipe
+    root = recipe.options.cache or store.join(task.scratch, "cache")
+    name = recipe.forward_hash(device_kind(recipe.options.device), (grid.scale_x, grid.scale_y), task.reader)
+    return store.join(root, fingerprint, name)
 
 
 def published_before(task: SlideTask, fingerprint: str) -> SlideSummary | None:

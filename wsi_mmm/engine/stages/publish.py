@@ -298,7 +298,8 @@ def _tiles_table(
 
 
 def _write_features(ctx: UnitContext, plan: SlidePlan) -> str:
-    """``features`` float32[n, D] and ``coords`` int64[n, 2], with the attributes that TRIDENT and CLAM know."""
+    """``features`` float32[n, D] and ``coords`` int64[n, 2], with the attributes that TRIDENT and CLAM know, and
+    ``level0_mpp_x``, ``level0_mpp_y``: the micrometres of a level-0 px, which turn ``coords`` into lengths."""
     recipe, info = plan.slide.recipe, plan.info
     vectors = gather_features(ctx.cache, plan.index, recipe.block_tiles)
     width, _ = tile_size_level0(plan.grid)
@@ -308,6 +309,7 @@ def _write_features(ctx: UnitContext, plan: SlidePlan) -> str:
         "target_magnification": round(10.0 / recipe.mpp, 2), "overlap": recipe.overlap, "level0_width": info.width,
         "level0_height": info.height, "mpp": recipe.mpp, "encoder": recipe.model, "model_hash": recipe.model_hash,
         "name": plan.slide.id,
+        **({"level0_mpp_x": info.mpp_x, "level0_mpp_y": info.mpp_y} if info.mpp_x and info.mpp_y else {}),
     }  # fmt: skip
     if recipe.network is not None:
         attributes |= _encoder_attributes(recipe.network, recipe)
