@@ -34,6 +34,7 @@ from wsi_mmm.training.plot import Panel, draw_panels
 HERE = Path(__file__).resolve().parent
 PICTURES = 12  # of a step of the tasks learnt first, however many these are
 MODES = {"fine-tuned": 0, "frozen": 5}  # depths that do not learn: none, or the encoder's stem and four stages
+TISSUE = 0.01  # least share of tissue of a tile
 HELD = 5  # of so many images one is held out
 LEARNT, JUDGED, SIDE = 100, 50, 96  # tiles of a slide, and their side in px
 
@@ -117,7 +118,7 @@ def cut(plan: Plan) -> dict[str, int]:
         ) as slide:
             found = [
                 pair
-                for some in wsi_mmm.stream_tiles(slide, 0.5, SIDE)
+                for some in wsi_mmm.stream_tiles(slide, 0.5, SIDE, min_tissue=TISSUE)
                 for pair in zip(some.xy, some.pixels, strict=True)
             ]
         found.sort(key=lambda pair: (int(pair[0][1]), int(pair[0][0])))

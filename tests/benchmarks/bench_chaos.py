@@ -152,11 +152,12 @@ def put(slides: Sequence[Path], synthetic: int, size: tuple[int, int], folder: P
 
 
 def digests(place: str) -> dict[str, str]:
-    """Hashes of all objects of slides below ``place``, by name. The report of a run is none: it says when it was."""
+    """Hashes of all objects of slides below ``place``, by name, but for reports, which say what it cost."""
     from wsi_mmm.storage import store
 
     names = [uri.removeprefix(f"{place}/") for uri in store.list_uris(place)]
-    return {name: hashlib.sha256(store.read_bytes(f"{place}/{name}")).hexdigest() for name in names if "/" in name}
+    kept = [name for name in names if "/" in name and not name.endswith("/report.json")]
+    return {name: hashlib.sha256(store.read_bytes(f"{place}/{name}")).hexdigest() for name in kept}
 
 
 def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
