@@ -80,7 +80,7 @@ WANTED = DATA[:100] + DATA[300_000:350_000] + DATA[399_990:]
 
 @pytest.fixture(autouse=True)
 def _soon_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WSI_MMM_STORAGE_TIMEOUT", "0.4")
+    monkeypatch.setenv("WSI_MMM_STORAGE_TIMEOUT", "3")
 
 
 # ---------------------------------------------------------------- answers
