@@ -146,6 +146,18 @@ def test_cells_beside_tissue_are_looked_for_when_they_are_asked_for() -> None:
     assert auto.mask[at[:, 1], at[:, 0]].mean() < 0.1 and both.mask[at[:, 1], at[:, 0]].mean() > 0.95
 
 
+def test_clusters_do_not_hide_the_cells_around_them() -> None:
+    """Forty cells on a square millimetre, and one cluster that the usual look takes for tissue."""
+    density, places = scattered(1200, 40, 2.0)
+    texture = np.random.default_rng(0).random((60, 60, 1))
+    density[600:660, 600:660] = (0.3 + 0.25 * texture) * np.array(STAINS["giemsa"])
+    slide = Slide(ArrayReader(rgb(density + glass(1200)), 2.0))
+    assert 0 < tissue._find_tissue(slide).mask.mean() < tissue.HARDLY_ANY
+    found = tissue_mask(slide)
+    at = (places / (found.scale_x, found.scale_y)).astype(int)
+    assert found.mask[at[:, 1], at[:, 0]].mean() > 0.95
+
+
 def test_pieces_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells on the seams are found once, whole."""
     density, _ = scattered(1200, 60)

@@ -114,11 +114,6 @@ def test_nonsense_is_refused_in_one_line_that_names_it(options: dict[str, float]
     assert "\n" not in str(caught.value)
 
 
-def test_upsampling_can_be_asked_for() -> None:
-    """0.1 mpp of a 0.25 mpp slide works when it is wanted."""
-    assert make_grid(info(100, 100), 0.1, tile=64, overlap=0, allow_upsample=True).width == 250
-
-
 def test_a_slide_without_mpp_names_the_fix() -> None:
     """Resolution is never guessed."""
     with pytest.raises(MppUnknown, match=r"open_slide\(uri, mpp=0\.25\)"):

@@ -28,7 +28,7 @@ LEAST_CELLS, LEAST_PER_MM2 = 20, 5.0
 """Fewer things that look like cells, within a millimetre or two, are chance: glass beside tissue has up to three."""
 
 BESIDE_TISSUE = 10
-"""Times as many are needed on a slide that has some tissue, for that sheds cells."""
+"""Times as many are needed on a slide that has more tissue than cells, for that sheds cells."""
 
 REACH_UM = 40.0
 """What lies within this of a cell is looked at with it, so that tiles that a cell is in are chosen."""

@@ -34,7 +34,7 @@ class BlockTiles:
     index: I64
 
 
-def make_grid(info: SlideInfo, mpp: float, *, tile: int = 512, overlap: int = 64, allow_upsample: bool = False) -> Grid:
+def make_grid(info: SlideInfo, mpp: float, *, tile: int = 512, overlap: int = 64) -> Grid:
     """The grid of square tiles of ``tile`` px at ``mpp``, neighbours sharing ``overlap`` px.
 
     Every level-0 pixel lies in a tile. Raises MppUnknown when the slide has no resolution and OptionError when
@@ -42,7 +42,7 @@ def make_grid(info: SlideInfo, mpp: float, *, tile: int = 512, overlap: int = 64
     """
     _check_recipe(mpp, tile, overlap)
     scale_x, scale_y = _target_scale(info, mpp)
-    if min(scale_x, scale_y) < MIN_SCALE and not allow_upsample:
+    if min(scale_x, scale_y) < MIN_SCALE:
         raise OptionError(
             f"mpp {mpp:g} is more than twice as fine as the slide ({info.mpp_x:g}): "
             f"ask for {MIN_SCALE * mpp / min(scale_x, scale_y):g} or more"

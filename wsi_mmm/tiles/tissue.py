@@ -178,13 +178,15 @@ def _add_cells(slide: Slide, found: TissueMask, tissue: str) -> TissueMask:
     um = math.sqrt(found.scale_x * mpp_x * found.scale_y * mpp_y)
     keep = np.ones(len(cells.places), bool)
     if tissue == "auto":
-        apart = ~grow_mask(found.mask, MARGIN_UM / um)[_mask_px(found, cells.places)]
-        size, factor = (info.width * mpp_x, info.height * mpp_y), BESIDE_TISSUE if found.mask.any() else 1
-        keep[~apart] = False
-        keep[apart] = dense_enough(cells.places[apart] * (mpp_x, mpp_y), size, factor)
+        # A piece of tissue is more than the cells that it sheds; clusters are less than the cells around them.
+        sheds = float(found.mask.sum()) * um**2 > len(cells.px) * um_per_px**2
+        if sheds:
+            keep = ~grow_mask(found.mask, MARGIN_UM / um)[_mask_px(found, cells.places)]
+        size, factor = (info.width * mpp_x, info.height * mpp_y), BESIDE_TISSUE if sheds else 1
+        keep[keep] = dense_enough(cells.places[keep] * (mpp_x, mpp_y), size, factor)
     if not keep.any():
         return found
-    _log.info("%s: hardly any tissue, but some %d scattered cells", redact(info.uri), int(keep.sum()))
+    _log.info("%s: some %d scattered cells", redact(info.uri), int(keep.sum()))
     mask = np.zeros_like(found.mask)
     mask[_mask_px(found, cells.px[keep[cells.owner]])] = True
     return TissueMask(found.mask | grow_mask(mask, max(0.7, REACH_UM / um)), found.scale_x, found.scale_y)
