@@ -153,9 +153,23 @@ class TiffReader:
 
     def _settle_spacing(self, source: Source) -> None:
         ratio = self._unsettled[source.level]
-        if is_resized(source, ratio, self._sources[0], self._fill_window):
+        if is_resized(source, ratio, self._sources[0], self._read_squares):
             self._sources = with_spacing(self._sources, {source.level: ratio})
         del self._unsettled[source.level]
+
+    def _read_squares(self, source: Source, tiles: Tiles) -> list[Canvas]:
+        """Read ``tiles`` one by one from ``source``; what they need is fetched together, unless it is very much."""
+        tiling = self._tiling_of(source)
+        numbers = needed_numbers(tiles, tiling)
+        few = self._counts[source.level][numbers].sum(dtype=np.float64) <= _FETCH_BYTES
+        load = partial(self._load_tiles, source, self._fetch_numbers(source, numbers.tolist()) if few else None)
+        natives = NativeTiles(tiling, self._cache, load)
+
+        def fetch(_: Source, window: Window, out: U8) -> I64:
+            return fill(natives, window, out)
+
+        blocks = [Block(x, y, tiles.size, tiles.size, tiles.scale_x, tiles.scale_y) for x, y in tiles.xy.tolist()]
+        return [read_source(block, source, fetch) for block in blocks]
 
     def _tiling_of(self, source: Source) -> Tiling:
         plane = self._planes[source.level]
