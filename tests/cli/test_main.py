@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 
 from helpers.commands import invoke, json_lines
-from wsi_mmm.cli import console, doctor, models
+from wsi_mmm.cli import console
 from wsi_mmm.cli.main import show_warning
 from wsi_mmm.config import SlideSpec
 from wsi_mmm.engine.events import Event
 from wsi_mmm.engine.monitoring.observe import Observe
 from wsi_mmm.engine.monitoring.run_report import exit_code
-from wsi_mmm.errors import Cancelled, InputError, ModelError, OutputError
+from wsi_mmm.errors import Cancelled, ModelError, OutputError
 from wsi_mmm.inputs import expand_inputs
-from wsi_mmm.model.card import model_path, zoo_names
+from wsi_mmm.model.card import model_path
 from wsi_mmm.options import OBSERVE_OPTIONS, RUN_OPTIONS, Option, RunOptions, command_options
 
 COMMANDS = ["run", "embed", "info", "thumbnail", "tissue", "models", "export", "doctor", "demo", "cache"]
@@ -428,100 +428,6 @@ def test_a_dry_run_opens_every_slide_and_computes_nothing(tiny_slide: Path, in_t
     assert result.exit_code == 1 and "unknown kind 'odd'" in result.stderr
 
 
-# ------------------------------------------------------------------------------------------------ demo
-
-
-def test_demo_prints_where_the_three_files_are(api: FakeApi) -> None:
-    """GeoJSON, picture and report, each on its line."""
-    text = invoke("demo", "-o", "x", "--seed", "3").stdout
-    assert api.calls[0][2]["seed"] == 3
-    for path in ("out/s1/result.geojson.gz", "out/s1/overlay.png", "out/report.html"):
-        assert path in text
-
-
-# ------------------------------------------------------------------------------------------------ models, doctor
-
-
-def test_models_lists_and_shows_the_default() -> None:
-    """The packaged default model is there with its tasks, and an unknown one is one line."""
-    names = [card["name"] for card in json_lines(invoke("models", "--json"))]
-    assert names[0] == "default" and sorted(names) == sorted(zoo_names())
-    assert "nuclei" in invoke("models", "show", "default").stdout
-    result = invoke("models", "show", "no-such-model")
-    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-
-
-def test_models_export_says_what_was_written(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
-    """The file, its tasks, the tile sizes that fit, and how far its answers lie from torch's."""
-    from wsi_mmm import api
-    from wsi_mmm.model.onnx import Exported
-
-    def written(name: str, *, output: Path, tasks: list[str] | None, **rest: object) -> Exported:
-        return Exported(output, tuple(tasks or ("nuclei", "stain")), None if tasks is None else 512, 1.04e-06)
-
-    monkeypatch.setattr(api, "export_model", written)
-    plain = invoke("models", "export", "default").stdout
-    assert plain.startswith("wrote default.onnx: features, nuclei, stain; tile size: any multiple of 32 px\n")
-    assert "1.0e-06 of the largest answer" in plain
-    assert "features, stain; tile size: 512 px only" in invoke("models", "export", "--task", "stain").stdout
-    [line] = json_lines(invoke("models", "export", "-o", "a.onnx", "--json"))
-    assert line == {"path": "a.onnx", "tasks": ["nuclei", "stain"], "side": None, "difference": 1.04e-06}
-
-
-def test_doctor_names_the_runtimes_and_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With their tolerance; one that lacks its packages says how to install them."""
-    from wsi_mmm.model import identity
-
-    assert "onnx: float32 through ONNX Runtime: within 1e-3" in doctor.runtimes().detail
-    monkeypatch.setattr(identity, "find_spec", lambda name: None)
-    detail = doctor.runtimes().detail
-    assert "pip install 'wsi-mmm[onnx]'" in detail
-    assert "through ONNX Runtime" not in detail
-
-
-def test_features_are_found_and_exported_to_one_file_per_slide(tmp_path: Path) -> None:
-    """A store itself, or every store below a folder; files go beside the features or into one folder."""
-    stores = [f"{tmp_path}/{name}/features.zarr" for name in ("a", "b")]
-    for uri in stores:
-        Path(uri).mkdir(parents=True)
-        (Path(uri) / "zarr.json").touch()
-    assert models.feature_stores(str(tmp_path)) == stores
-    assert models.targets([stores[0]], "h5", None) == [(stores[0], f"{tmp_path}/a/features.h5")]
-    assert [target for _, target in models.targets([str(tmp_path)], "pt", "out")] == ["out/a.pt", "out/b.pt"]
-    with pytest.raises(InputError, match="same id"):
-        models.targets([stores[0], stores[0]], "pt", "out")
-
-
-def test_doctor_gives_a_line_per_check_and_hides_secrets(
-    monkeypatch: pytest.MonkeyPatch, api: FakeApi, in_tmp: Path
-) -> None:
-    """Every finding has a status; a secret never shows."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA123")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
-    monkeypatch.setattr(doctor, "smoke", lambda: doctor.CheckResult("ok", "model", "fine"))
-    result = invoke("doctor", "--json")
-    assert result.exit_code == 0
-    assert [line["what"] for line in json_lines(result)] == [
-        "python", "libraries", "device", "encoder", "runtimes", "openslide", "storage", "output", "model",
-    ]  # fmt: skip
-    assert "hunter2" not in result.output
-    assert "AKIA123" not in result.output
-    assert "warn  storage" in invoke("doctor").stdout
-
-
-def test_doctor_fails_with_the_fix_when_something_is_broken(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> None:
-    """A check that breaks is a finding, never a traceback."""
-
-    def broken() -> doctor.CheckResult:
-        raise ImportError("no torch here")
-
-    for name in ("device", "smoke"):
-        monkeypatch.setattr(doctor, name, broken)
-    result = invoke("doctor")
-    assert result.exit_code == 1
-    assert "fail  device      ImportError: no torch here  ->  pip install" in result.stdout
-
-
 def test_a_dry_run_reads_the_files_that_say_where_to_look(tiny_slide: Path, in_tmp: Path) -> None:
     """A mask or regions that are not there, are no such file, or lie off the slide; of a row of a manifest, too."""
     ring = '{"type": "Polygon", "coordinates": [[[%d, 0], [%d, 0], [%d, 900], [%d, 0]]]}'
@@ -539,3 +445,14 @@ def test_a_dry_run_reads_the_files_that_say_where_to_look(tiny_slide: Path, in_t
         bad = invoke("run", tiny_slide, "-o", "out", option, file, "--dry-run")
         assert bad.exit_code == 4 and words in " ".join(bad.stderr.split())
     assert invoke("run", "m.csv", "-o", "out", "--dry-run").exit_code == 4
+
+
+# ------------------------------------------------------------------------------------------------ demo
+
+
+def test_demo_prints_where_the_three_files_are(api: FakeApi) -> None:
+    """GeoJSON, picture and report, each on its line."""
+    text = invoke("demo", "-o", "x", "--seed", "3").stdout
+    assert api.calls[0][2]["seed"] == 3
+    for path in ("out/s1/result.geojson.gz", "out/s1/overlay.png", "out/report.html"):
+        assert path in text
