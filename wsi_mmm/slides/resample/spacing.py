@@ -78,4 +78,4 @@ def _places_apart(source: Source, ratio: Spacing, side: int) -> I64:
     places = np.stack(np.meshgrid(x, y, indexing="ij"), axis=-1).reshape(-1, 2)
     spacing = np.array((source.downsample_x, source.downsample_y))
     shift = np.abs(spacing - ratio) * places / spacing
-    return places[shift.max(axis=1) >= _APART / 2]
+    return np.asarray(places[shift.max(axis=1) >= _APART / 2], np.int64)

@@ -273,9 +273,9 @@ class TiffReader:
         width = min(plane.tile_width, plane.width - column * plane.tile_width)
         height = min(plane.tile_height, plane.height - row * plane.tile_height)
         if source.shrink == 1 or (width % source.shrink == 0 and height % source.shrink == 0):
-            return decode(data, source.shrink, plane.tile_height if plane.tiled else height, out)
+            return decode(data, source.shrink, plane.stored_rows(number), out)
         # The last pixels would mix the slide with the padding beyond its edge, which may hold anything.
-        full = np.array(decode(data, 1, plane.tile_height if plane.tiled else height))
+        full = np.array(decode(data, 1, plane.stored_rows(number)))
         full[height:], full[:, width:] = WHITE, WHITE
         return average_boxes(full, source.shrink)
 
