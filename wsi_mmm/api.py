@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Unpack, cast
 
 from wsi_mmm.api_train import fit_head, prepare_training, read_annotations, train, train_fractions
 from wsi_mmm.config import user_cache, visible_gpus
@@ -21,7 +21,7 @@ from wsi_mmm.engine.monitoring.run_report import RunReport, load_report
 from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.engine.units import Executor
 from wsi_mmm.errors import OptionError, PluginError
-from wsi_mmm.options import LEAST_TISSUE, RunKeywords, make_options
+from wsi_mmm.options import LEAST_TISSUE, EmbedKeywords, RunKeywords, make_options, split_keywords
 from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.requests import (
     Slides,
@@ -166,18 +166,12 @@ def embed(
     encoder: str = "default",
     *,
     output: str | Path,
-    weights: str | None = None,
-    pool: str | None = None,
-    input_size: int | None = None,
-    mean: Sequence[float] | str | None = None,
-    std: Sequence[float] | str | None = None,
-    encoder_args: Mapping[str, Any] | str | None = None,
     workers: int = 0,
     scheduler: str | None = None,
     progress: Listener | None = None,
     observe: Observe = NOTHING,
     export: str | Sequence[str] = (),
-    **options: Unpack[RunKeywords],
+    **options: Unpack[EmbedKeywords],
 ) -> RunReport:
     """Compute features only: one vector per tile, in ``<output>/<slide>/features.zarr``.
 
@@ -189,10 +183,7 @@ def embed(
     ``export``: further formats per slide, of "h5" (TRIDENT, CLAM), "pt", "stamp" and "h5ad". Otherwise as `run`.
     """
     formats = run_report.known_exports(export)
-    request = embed_request(
-        slides, encoder, output=output, weights=weights, pool=pool, input_size=input_size, mean=mean, std=std,
-        encoder_args=encoder_args, workers=workers, scheduler=scheduler, **options,
-    )  # fmt: skip
+    request = embed_request(slides, encoder, output=output, workers=workers, scheduler=scheduler, **options)
     report = execute(request, progress, observe=observe)
     run_report.export_features(report, formats)
     return report
@@ -203,13 +194,12 @@ def embed_encoders(
     encoders: Sequence[str],
     *,
     output: str | Path,
-    weights: str | None = None,
     workers: int = 0,
     scheduler: str | None = None,
     progress: Listener | None = None,
     observe: Observe = NOTHING,
     export: str | Sequence[str] = (),
-    **options: Unpack[RunKeywords],
+    **options: Unpack[EmbedKeywords],
 ) -> dict[str, RunReport]:
     """Compute the features of several encoders in one pass over the pixels: encoder -> its report.
 
@@ -218,9 +208,7 @@ def embed_encoders(
     None: those that each name stands for.
     """
     formats = run_report.known_exports(export)
-    requests = embed_requests(
-        slides, encoders, output=output, weights=weights, workers=workers, scheduler=scheduler, **options
-    )
+    requests = embed_requests(slides, encoders, output=output, workers=workers, scheduler=scheduler, **options)
     reports = {}
     for encoder, request in zip(encoders, requests, strict=True):
         reports[encoder] = execute(request, progress, observe=observe)
@@ -233,21 +221,17 @@ def embed_requests(
     encoder: Sequence[str],
     *,
     output: str | Path,
-    weights: str | None = None,
-    pool: str | None = None,
-    input_size: int | None = None,
-    mean: Sequence[float] | str | None = None,
-    std: Sequence[float] | str | None = None,
-    encoder_args: Mapping[str, Any] | str | None = None,
     workers: int = 0,
     scheduler: str | None = None,
-    **options: Unpack[RunKeywords],
+    **options: Unpack[EmbedKeywords],
 ) -> list[RunRequest]:
     """Return the runs that `embed_encoders` would execute, in their sequence; options of one encoder are refused."""
-    asked = make_options(options, workers=workers, scheduler=scheduler)
+    own, rest = split_keywords(options)
+    weights = own.pop("weights", None)
+    asked = make_options(rest, workers=workers, scheduler=scheduler)
     if isinstance(encoder, str) or not encoder or not all(isinstance(one, str) for one in encoder):
         raise OptionError(f"{encoder!r} is no list of encoders: give one or more names")
-    if any(said is not None for said in (pool, input_size, mean, std, encoder_args)) or weights not in (None, "random"):
+    if any(said is not None for said in own.values()) or weights not in (None, "random"):
         raise OptionError(
             "weights, pool, input_size, mean, std and encoder_args are of one encoder: embed it alone, or put the "
             "weights where their name finds them (docs/encoders.md)"
@@ -262,20 +246,15 @@ def embed_request(
     encoder: str = "default",
     *,
     output: str | Path,
-    weights: str | None = None,
-    pool: str | None = None,
-    input_size: int | None = None,
-    mean: Sequence[float] | str | None = None,
-    std: Sequence[float] | str | None = None,
-    encoder_args: Mapping[str, Any] | str | None = None,
     workers: int = 0,
     scheduler: str | None = None,
-    **options: Unpack[RunKeywords],
+    **options: Unpack[EmbedKeywords],
 ) -> RunRequest:
     """Return the run that `embed` would execute, with the same checks; no slide is opened."""
-    asked = make_options(options, workers=workers, scheduler=scheduler)
-    said = encoder_options(pool, input_size, mean, std, encoder_args)
-    return request_run(slides, check_recipe_here(encoder_recipe(encoder, weights, asked, said)), output)
+    own, rest = split_keywords(options)
+    asked = make_options(rest, workers=workers, scheduler=scheduler)
+    recipe = encoder_recipe(encoder, own.get("weights"), asked, encoder_options(own))
+    return request_run(slides, check_recipe_here(recipe), output)
 
 
 def stream_tiles(

@@ -12,13 +12,9 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from wsi_mmm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from wsi_mmm.model.find_weights import WeightPlaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +77,6 @@ def user_cache(environ: Mapping[str, str] = os.environ) -> str:
     """Return the folder of files kept per user: in ``XDG_CACHE_HOME``, else in ``~/.cache`` (``~`` not expanded)."""
     base = environ.get("XDG_CACHE_HOME") or "~/.cache"
     return f"{base.rstrip('/')}/wsi-mmm"
-
-
-def weight_places(environ: Mapping[str, str] = os.environ) -> WeightPlaces:
-    """Return where weights of encoders are looked for: ``WSI_MMM_WEIGHTS``, and the cache of the Hugging Face hub as
-    ``HF_HUB_CACHE``, ``HF_HOME`` and ``XDG_CACHE_HOME`` say; ``HF_HUB_OFFLINE``: nothing is downloaded."""
-    from wsi_mmm.model.find_weights import local_places
-
-    return local_places(environ)
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:

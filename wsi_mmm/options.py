@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 from wsi_mmm.errors import OptionError
 
@@ -306,6 +306,28 @@ class RunKeywords(TypedDict, total=False):
     tls: str | Path | None
     placement: Placement | None
     force: bool | None
+
+
+class EncoderKeywords(TypedDict, total=False):
+    """The options of an encoder as Python callers give them; None: as its registry entry or its weights say."""
+
+    weights: str | None
+    pool: str | None
+    input_size: int | None
+    mean: Sequence[float] | str | None
+    std: Sequence[float] | str | None
+    encoder_args: Mapping[str, Any] | str | None
+
+
+class EmbedKeywords(RunKeywords, EncoderKeywords, total=False):
+    """The options of `wsi_mmm.embed` and ``embed_encoders``: those of a run and those of an encoder."""
+
+
+def split_keywords(given: EmbedKeywords) -> tuple[EncoderKeywords, RunKeywords]:
+    """Return the options of the encoder and those of the run."""
+    own = {name: value for name, value in given.items() if name in EncoderKeywords.__annotations__}
+    rest = {name: value for name, value in given.items() if name not in own}
+    return cast("EncoderKeywords", own), cast("RunKeywords", rest)
 
 
 _TYPES: dict[str, type] = {"float": float, "int": int, "bool": bool, "str": str, "Placement": str}

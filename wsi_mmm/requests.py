@@ -27,7 +27,7 @@ from wsi_mmm.model.fetch import fetch_model
 from wsi_mmm.model.identity import check_device, check_runtime, check_weights, is_model, model_identity
 from wsi_mmm.model.recipe import ColourTriple, Pooling
 from wsi_mmm.model.weights_config import HUB, split_source
-from wsi_mmm.options import EMBED_DEFAULTS, TISSUE_WORDS, RunOptions
+from wsi_mmm.options import EMBED_DEFAULTS, TISSUE_WORDS, EncoderKeywords, RunOptions
 from wsi_mmm.slides.registry import find_reader
 from wsi_mmm.storage import store
 
@@ -129,16 +129,16 @@ def encoder_folders(encoders: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def encoder_options(
-    pool: str | None, input_size: int | None, mean: object, std: object, encoder_args: object
-) -> EncoderOptions:
-    """Return what a user said of an encoder, as texts of the command line or as values. Raises OptionError."""
+def encoder_options(given: EncoderKeywords) -> EncoderOptions:
+    """Return what a user said of an encoder beside its weights. Raises OptionError."""
+    pool, input_size, arguments = given.get("pool"), given.get("input_size"), given.get("encoder_args")
+    mean, std = given.get("mean"), given.get("std")
     if pool is not None and pool not in get_args(Pooling):
         raise OptionError(f"there is no pooling {pool!r}; choose one of: {', '.join(get_args(Pooling))}")
     if input_size is not None and (type(input_size) is not int or not 16 <= input_size <= 4096):
         raise OptionError(f"the encoder's input size must be between 16 and 4096 px, not {input_size}")
     return EncoderOptions(
-        arguments=None if encoder_args is None else _read_arguments(encoder_args),
+        arguments=None if arguments is None else _read_arguments(arguments),
         mean=None if mean is None else _read_colours(mean),
         std=None if std is None else _read_colours(std),
         pooling=cast("Pooling | None", pool),

@@ -14,7 +14,7 @@ import typer
 
 import wsi_mmm
 from wsi_mmm.cli.main import app
-from wsi_mmm.options import RunKeywords
+from wsi_mmm.options import EmbedKeywords
 
 PACKAGE = Path(wsi_mmm.__file__).parent
 FOREIGN = re.compile(r"\b(vips|pip|hf|aws|dcmdjpeg|dcmconv|gdcmconv) [^;,)]*")  # commands of other programs in a text
@@ -126,4 +126,4 @@ def test_keywords_that_texts_name_are_those_of_run_and_embed() -> None:
     """As in: give --mpp-override 0.25 (Python: mpp_override=0.25)."""
     named = {word for path in PACKAGE.rglob("*.py") for text in texts(path) for word in KEYWORD.findall(text)}
     assert named
-    assert named <= {*RunKeywords.__annotations__, *inspect.signature(wsi_mmm.embed).parameters}
+    assert named <= {*EmbedKeywords.__annotations__, *inspect.signature(wsi_mmm.embed).parameters}

@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 
-from wsi_mmm.config import weight_places
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model import find_weights as finding
-from wsi_mmm.model.find_weights import WeightPlaces, choose_file, download_weights, explain_missing, find_weights
+from wsi_mmm.model.find_weights import (
+    WeightPlaces,
+    choose_file,
+    download_weights,
+    explain_missing,
+    find_weights,
+    local_places,
+)
 from wsi_mmm.model.recipe import EncoderRecipe
 
 RECIPE = EncoderRecipe(
@@ -139,9 +145,9 @@ def test_an_empty_folder_of_its_name_is_passed_over(tmp_path: Path) -> None:
 )
 def test_variables(environment: dict[str, str], hub: str) -> None:
     """Those of the hub's own library, and ours."""
-    assert weight_places(environment) == WeightPlaces("", hub, False)
-    assert weight_places({"WSI_MMM_WEIGHTS": "/w", "HF_HUB_OFFLINE": "1"}).folder == "/w"
-    assert weight_places({"HF_HUB_OFFLINE": "true"}).offline and not weight_places({"HF_HUB_OFFLINE": "0"}).offline
+    assert local_places(environment) == WeightPlaces("", hub, False)
+    assert local_places({"WSI_MMM_WEIGHTS": "/w", "HF_HUB_OFFLINE": "1"}).folder == "/w"
+    assert local_places({"HF_HUB_OFFLINE": "true"}).offline and not local_places({"HF_HUB_OFFLINE": "0"}).offline
 
 
 class GatedRepoError(Exception):

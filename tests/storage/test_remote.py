@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -91,6 +91,15 @@ def test_an_unreachable_server_is_one_line_without_the_secret(bucket: str, monke
     while told is not None:
         assert SECRET not in str(told)
         told = told.__cause__
+
+
+@pytest.mark.parametrize(
+    "step", [store.open_store, store.exists, store.list_uris, lambda uri: store.write_bytes(uri, b"")]
+)
+def test_a_file_system_that_connects_at_once_and_cannot_is_one_line(step: Callable[[str], object]) -> None:
+    """FTP is asked for its greeting before anything else; its login stays out of the error."""
+    with pytest.raises(StorageError, match=r"^ftp://127\.0\.0\.1:9/a\.svs: the server cannot be reached"):
+        step("ftp://me:password@127.0.0.1:9/a.svs")
 
 
 class _Ranges(BaseHTTPRequestHandler):

@@ -108,10 +108,9 @@ def _encoder_facts(entry: EncoderEntry) -> dict[str, object]:
 
 
 def _show_encoder(entry: EncoderEntry) -> None:
-    from wsi_mmm.config import weight_places
-    from wsi_mmm.model.find_weights import explain_missing, find_weights
+    from wsi_mmm.model.find_weights import explain_missing, find_weights, local_places
 
-    known, places = _encoder_facts(entry), weight_places()
+    known, places = _encoder_facts(entry), local_places()
     try:
         found = find_weights(entry.recipe, None, places)
         last = explain_missing(entry.recipe, places) if found is None else f"weights: {found.path} ({found.place})"

@@ -36,7 +36,8 @@ class WeightPlaces:
 
 
 def local_places(environ: Mapping[str, str] = os.environ) -> WeightPlaces:
-    """The places of the machine that works, as its own environment names them (see `config.weight_places`)."""
+    """The places of the machine that works, by its own environment: ``WSI_MMM_WEIGHTS``, and the cache of the hub as
+    ``HF_HUB_CACHE``, ``HF_HOME`` and ``XDG_CACHE_HOME`` say; ``HF_HUB_OFFLINE``: nothing is downloaded."""
     home = environ.get("HF_HOME") or f"{(environ.get('XDG_CACHE_HOME') or '~/.cache').rstrip('/')}/huggingface"
     hub = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{home.rstrip('/')}/hub"
     offline = any(environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))

@@ -9,7 +9,6 @@ network has registers; Meta's without registers with the offset of 0.1 that it w
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wsi_mmm.errors import ModelError
+from wsi_mmm.model.networks import grid_side
 
 _WRAPPERS = re.compile(r"^(module|teacher|backbone|model|state_dict|dinov2|vit)\.")
 _HEADS = ("dino_head.", "ibot_head.", "pooler.", "classifier.")
@@ -141,22 +141,17 @@ def _fit_positions(named: dict[str, Tensor], rules: KeyMap, due: tuple[int, ...]
     positions, token = named.get("pos_embed"), named.get("cls_token")
     if positions is None or token is None or due is None or positions.ndim != 3 or len(due) != 3:
         return
-    side = _grid_side(positions.shape[1] - 1)
+    side = grid_side(positions.shape[1] - 1)
     if side is None:
         return  # without a place for the class token, as timm writes them: nothing to do
     first, grid = positions[:, :1], positions[:, 1:]
-    folded = _grid_side(due[1]) is not None
-    target = _grid_side(due[1] if folded else due[1] - 1)
+    folded = grid_side(due[1]) is not None
+    target = grid_side(due[1] if folded else due[1] - 1)
     if rules.resamples and target is not None and target != side:
         grid = _resample_grid(grid, side, target, rules.offset, "reg_token" in named)
     if folded:  # a constant that is added to the class token: timm keeps it there
         named["cls_token"] = token + first
     named["pos_embed"] = grid if folded else torch.cat([first, grid], dim=1)
-
-
-def _grid_side(count: int) -> int | None:
-    side = math.isqrt(max(count, 0))
-    return side if side and side * side == count else None
 
 
 def _resample_grid(grid: Tensor, side: int, target: int, offset: float, registers: bool) -> Tensor:

@@ -121,7 +121,7 @@ def renamed_by_timm(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[s
 
 
 def create_network(architecture: str, arguments: Mapping[str, Any], *, empty: bool) -> nn.Module:
-    """The timm network without its classifier; ``empty``: on the meta device, to be filled with `materialise`.
+    """The timm network without its classifier; ``empty``: on the meta device, to be filled with `fill_network`.
 
     Networks whose positions can be resampled take any size of image. ModelError if timm cannot build it.
     """

@@ -95,14 +95,15 @@ def _thread_pool(pid: int) -> ThreadPoolExecutor:
 
 
 def _file_system(uri: str) -> tuple[Any, str]:
-    try:
-        import fsspec
+    with translate_errors(uri):  # such as ftp:// and sftp:// connect at once
+        try:
+            import fsspec
 
-        fs, path = fsspec.url_to_fs(uri)
-    except ImportError as error:
-        raise MissingPackage(f"{redact(uri)}: reading this needs one more package of the fsspec family") from error
-    except ValueError as error:
-        raise NotFound(
-            f"{redact(uri)}: no storage is known by this scheme; use a path, s3://, http:// or https://"
-        ) from error
+            fs, path = fsspec.url_to_fs(uri)
+        except ImportError as error:
+            raise MissingPackage(f"{redact(uri)}: reading this needs one more package of the fsspec family") from error
+        except ValueError as error:
+            raise NotFound(
+                f"{redact(uri)}: no storage is known by this scheme; use a path, s3://, http:// or https://"
+            ) from error
     return fs, str(path)

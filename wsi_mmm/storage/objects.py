@@ -14,14 +14,13 @@ from wsi_mmm.storage import odd_keys
 from wsi_mmm.storage.aws import Settings, find_settings, split_uri
 from wsi_mmm.storage.base import HEAD, BufferedStore, redact
 from wsi_mmm.storage.ranges import Buffer
-from wsi_mmm.storage.remote import OnBegin, RemoteStore, check_length, endpoint_for, fetch, storage_timeout
+from wsi_mmm.storage.remote import WHOLE, OnBegin, check_length, fetch, opened_with, storage_timeout
 from wsi_mmm.storage.retry import retry_transient
 from wsi_mmm.storage.translate import translate_errors
 
 _NO_XML = "invalid list response"  # control characters in names
 _CONNECT = timedelta(seconds=5)
 _IDLE = "40"  # connections kept
-_WHOLE = 8 << 20  # bytes expected of a whole object, whose size is not known yet
 _runtime: list[int] = []  # the process in which obstore's threads run
 
 
@@ -35,9 +34,7 @@ def open_file(uri: str) -> BufferedStore:
         on_begin()
         return memoryview(await answer.bytes_async()), _object_version(answer.meta)
 
-    opened = RemoteStore(uri, int(meta["size"]), _object_version(meta), get, endpoint_for(uri))
-    opened.counter.add(len(data))
-    return BufferedStore(opened, data)
+    return opened_with(data, uri, int(meta["size"]), _object_version(meta), get)
 
 
 async def _get_head(name: str, store: Any, path: str, on_begin: OnBegin) -> tuple[Any, Buffer]:
@@ -62,7 +59,7 @@ def read(uri: str) -> bytes:
         on_begin()
         return bytes(await answer.bytes_async())
 
-    return fetch(uri, _WHOLE, whole)
+    return fetch(uri, WHOLE, whole)
 
 
 def exists(uri: str) -> bool:

@@ -9,28 +9,25 @@ import asyncio
 import os
 import re
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from wsi_mmm.errors import NotFound, OutputError, StorageError
 from wsi_mmm.storage.aws import Settings, find_settings, split_uri
 from wsi_mmm.storage.base import HEAD, BufferedStore, redact
 from wsi_mmm.storage.remote import (
+    WHOLE,
     OnBegin,
-    RemoteStore,
-    SendRequest,
     VersionedBytes,
     check_length,
     close_with_loop,
-    endpoint_for,
     fetch,
+    opened_with,
     storage_timeout,
 )
 
-T = TypeVar("T")
-
 _ODD = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f]")
-_WHOLE = 8 << 20  # bytes expected of a whole object, whose size is not known yet
 _CONNECT = 5.0  # seconds
+_CLIENT = "aiobotocore.session"
 _clients: dict[tuple[int, Settings, float], asyncio.Task[Any]] = {}
 
 
@@ -53,11 +50,9 @@ def open_file(uri: str) -> BufferedStore:
         data, _, version = await _get_part(uri, start, stop, on_begin)
         return data, version
 
-    data, size, version = _fetch_answer(uri, HEAD, partial(_get_part, uri, 0, HEAD))
+    data, size, version = fetch(uri, HEAD, partial(_get_part, uri, 0, HEAD), _CLIENT)
     check_length(redact(uri), len(data), min(HEAD, size))
-    opened = RemoteStore(uri, size, version, get, endpoint_for(uri))
-    opened.counter.add(len(data))
-    return BufferedStore(opened, data)
+    return opened_with(data, uri, size, version, get)
 
 
 def read(uri: str) -> bytes:
@@ -69,13 +64,13 @@ def read(uri: str) -> bytes:
         async with answer["Body"] as body:
             return bytes(await body.read())
 
-    return _fetch_answer(uri, _WHOLE, get)
+    return fetch(uri, WHOLE, get, _CLIENT)
 
 
 def exists(uri: str) -> bool:
     """Tell whether there is such an object. Raises StorageError when that cannot be found out."""
     try:
-        _fetch_answer(uri, 0, lambda on_begin: _ask_server(uri, "head_object"))
+        fetch(uri, 0, lambda on_begin: _ask_server(uri, "head_object"), _CLIENT)
     except NotFound:
         return False
     return True
@@ -105,7 +100,7 @@ def list_sizes(prefix: str, *, recursive: bool = False) -> dict[str, int]:
     sizes: dict[str, int] = {}
     more: dict[str, Any] = {}
     while True:
-        page = _fetch_answer(prefix, 0, lambda on_begin, more=more: _list_page(prefix, wanted | more))  # type: ignore[misc]
+        page = fetch(prefix, 0, lambda on_begin, more=more: _list_page(prefix, wanted | more), _CLIENT)  # type: ignore[misc]
         found = {root + str(item["Key"]): int(item["Size"]) for item in page.get("Contents", ())}
         sizes |= {uri: size for uri, size in found.items() if size or not uri.endswith("/")}
         token = page.get("NextContinuationToken")
@@ -126,13 +121,6 @@ def write(uri: str, data: bytes) -> NoReturn:
 def delete(uri: str) -> None:
     """Raise OutputError: these keys are read only."""
     write(uri, b"")
-
-
-def _fetch_answer(uri: str, size: int, send: SendRequest[T]) -> T:
-    """Return the answer of ``send``; the client is imported first, so that its time is not the server's."""
-    import aiobotocore.session  # noqa: F401
-
-    return fetch(uri, size, send)
 
 
 async def _get_part(uri: str, start: int, stop: int, on_begin: OnBegin) -> tuple[bytes, int, str]:

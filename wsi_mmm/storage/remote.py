@@ -11,6 +11,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import importlib
 import math
 import os
 import threading
@@ -21,7 +22,7 @@ from functools import lru_cache, partial
 from typing import Any, Generic, TypeVar
 
 from wsi_mmm.errors import ConfigError, SlideChanged, StorageError, TransientCause, TransientError
-from wsi_mmm.storage.base import redact
+from wsi_mmm.storage.base import BufferedStore, redact
 from wsi_mmm.storage.ranges import Buffer, Counter, MergeRule, Range, Ranges, fetch_merged
 from wsi_mmm.storage.retry import RetryPolicy
 from wsi_mmm.storage.translate import NO_RANGES, SHORT, SILENT, translate_errors
@@ -32,6 +33,7 @@ _RANGED = RetryPolicy(pause=0.02, longest=2.0)  # given up by the endpoint's tim
 _SHORT_TRIES = 5  # after so many short answers it is an error
 _UNREACHED = 5.0  # seconds for a server that has never answered
 _TIMEOUT = 30.0  # seconds until a request is given up
+WHOLE = 8 << 20  # bytes expected of a whole object, whose size is not known yet
 _UNIT = 1 << 20  # bytes: expected times grow with the size beyond this
 # Seconds of silence before a second request is sent: at first fixed, then a multiple of the recent p95.
 _FIRST_WAIT, _LEAST_BEGIN, _TIMES_BEGIN, _LEAST_BODY, _TIMES_BODY = 0.5, 0.05, 2.0, 0.1, 3.0
@@ -217,8 +219,12 @@ async def request(endpoint: Endpoint, name: str, size: int, send: SendRequest[T]
     raise AssertionError("unreachable")
 
 
-def fetch(uri: str, size: int, send: SendRequest[T]) -> T:
-    """Return the answer of ``send`` about the object at ``uri``, expected to bring ``size`` bytes. StorageError."""
+def fetch(uri: str, size: int, send: SendRequest[T], client: str = "") -> T:
+    """Return the answer of ``send`` about the object at ``uri``, expected to bring ``size`` bytes. StorageError.
+
+    ``client``: a library to import before, so that its time is not the server's."""
+    if client:
+        importlib.import_module(client)
 
     async def translated(on_begin: OnBegin) -> T:
         with translate_errors(uri):
@@ -344,3 +350,10 @@ class RemoteStore:
     def close(self) -> None:
         """Refuse further reading; the connections are shared by all objects of a server."""
         self._closed = True
+
+
+def opened_with(head: Buffer, uri: str, size: int, version: str, get: GetRange) -> BufferedStore:
+    """Return the store of an object whose first bytes came with its size and version."""
+    opened = RemoteStore(uri, size, version, get, endpoint_for(uri))
+    opened.counter.add(len(head))
+    return BufferedStore(opened, head)

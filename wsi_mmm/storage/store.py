@@ -26,7 +26,6 @@ from wsi_mmm.storage.base import (
     local_path,
     redact,
     scheme_of,
-    split_address,
 )
 from wsi_mmm.storage.objects import list_sizes, object_store
 from wsi_mmm.storage.retry import retry_transient
@@ -36,7 +35,7 @@ from wsi_mmm.timing import timed
 __all__ = [
     "BufferedStore", "ByteStore", "buffered", "delete", "exists", "is_local", "join", "list_folders", "list_sizes",
     "list_uris", "local_path", "object_store", "open_store", "published_file", "published_folder", "read_bytes",
-    "redact", "retry_transient", "scheme_of", "split_address", "translate_errors", "write_bytes",
+    "redact", "retry_transient", "scheme_of", "translate_errors", "write_bytes",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import quote, urljoin
 
 from wsi_mmm.errors import NotFound, OutputError, StorageError, TransientCause, TransientError
@@ -24,14 +24,13 @@ from wsi_mmm.storage.base import HEAD, BufferedStore, redact, split_address
 from wsi_mmm.storage.limits import MAX_BYTES, unpack_file
 from wsi_mmm.storage.ranges import Buffer
 from wsi_mmm.storage.remote import (
+    WHOLE,
     OnBegin,
-    RemoteStore,
-    SendRequest,
     VersionedBytes,
     check_length,
     close_with_loop,
-    endpoint_for,
     fetch,
+    opened_with,
 )
 from wsi_mmm.storage.translate import NO_RANGES, SHORT, status_error
 
@@ -39,12 +38,10 @@ if TYPE_CHECKING:
     import aiohttp
     import yarl
 
-T = TypeVar("T")
-
 _REDIRECTS = 5
 _REDIRECT = (301, 302, 303, 307, 308)
 _CONNECT = 5.0  # seconds
-_WHOLE = 8 << 20  # bytes expected of a whole object, whose size is not known yet
+_CLIENT = "aiohttp"
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)", re.IGNORECASE)
 _COPY = "copy the file to a local disk or to S3"
 _PAGE = "the server answers with a web page, not with a file; log in and download it, or correct the address"
@@ -65,7 +62,7 @@ class _Part:
 
 def open_file(uri: str) -> BufferedStore:
     """Open the object with its first bytes. Raises NotFound, StorageError."""
-    part = _fetch_answer(uri, HEAD, partial(_get_head, uri))
+    part = fetch(uri, HEAD, partial(_get_head, uri), _CLIENT)
     size = part.size
     if size is None:
         raise StorageError(f"{redact(uri)}: the server does not say the size; {_COPY}")
@@ -76,14 +73,12 @@ def open_file(uri: str) -> BufferedStore:
             return found.data, f"of {found.size} bytes"  # another version
         return found.data, found.version
 
-    opened = RemoteStore(uri, size, part.version, get, endpoint_for(uri))
-    opened.counter.add(len(part.data))
-    return BufferedStore(opened, part.data)
+    return opened_with(part.data, uri, size, part.version, get)
 
 
 def read(uri: str) -> bytes:
     """Return the whole object. Raises NotFound, StorageError."""
-    return _fetch_answer(uri, _WHOLE, partial(_get_whole, uri))
+    return fetch(uri, WHOLE, partial(_get_whole, uri), _CLIENT)
 
 
 def exists(uri: str) -> bool:
@@ -99,7 +94,7 @@ def exists(uri: str) -> bool:
             raise status_error(status, uri)
 
     try:
-        _fetch_answer(uri, 0, look)
+        fetch(uri, 0, look, _CLIENT)
     except NotFound:
         return False
     return True
@@ -126,13 +121,6 @@ def delete(uri: str) -> None:
 
 
 # ---------------------------------------------------------------- requests
-
-
-def _fetch_answer(uri: str, size: int, send: SendRequest[T]) -> T:
-    """Return the answer of ``send``; the client is imported first, so that its time is not the server's."""
-    import aiohttp  # noqa: F401
-
-    return fetch(uri, size, send)
 
 
 async def _get_head(uri: str, on_begin: OnBegin) -> _Part:

@@ -11,6 +11,8 @@ import tifffile
 from PIL import Image
 
 from wsi_mmm.slides import open_slide
+from wsi_mmm.storage.local import LocalStore
+from wsi_mmm.storage.ranges import Buffer, Ranges
 from wsi_mmm.types import U8, Block
 
 WIDTH, HEIGHT = 1031, 771
@@ -77,3 +79,23 @@ def test_blank_levels_are_taken_as_every_nth_pixel(tmp_path: Path) -> None:
         tiff.write(blank[: -(-HEIGHT // 16), : -(-WIDTH // 16)], subfiletype=1, **more)
     with open_slide(str(tmp_path / "a.tif")) as slide:
         assert (slide.thumbnail(60) == 240).all()
+
+
+def test_a_level_is_settled_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From remote storage each step waits: what is compared is fetched together."""
+    steps = []
+    read = LocalStore.get_ranges
+
+    def counted(store: LocalStore, ranges: Ranges) -> list[Buffer]:
+        steps.append(len(ranges))
+        return read(store, ranges)
+
+    more: dict[str, Any] = {"tile": (64, 64), "photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(IMAGE, **more)
+        tiff.write(resized(8, up=True), subfiletype=1, **more)
+    with open_slide(str(tmp_path / "a.tif")) as slide:
+        monkeypatch.setattr(LocalStore, "get_ranges", counted)
+        slide.reader.read(Block(0, 0, 4, 4, 8.0, 8.0))
+    assert sum(steps) > 9, "nothing was compared"
+    assert len(steps) <= 4

@@ -7,14 +7,13 @@ OpenSlide takes the ratio of the sizes for all. Here level 0 is asked, when such
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 
 import numpy as np
 
-from wsi_mmm.slides.resample.scaled import Fetch, Source, read_source
-from wsi_mmm.types import U8, Block, Level
+from wsi_mmm.slides.resample.scaled import Source
+from wsi_mmm.types import I64, Canvas, Level, Tiles
 
 _APART = 0.1  # px of the level at the far edge; less is not looked at
 _PLACES, _WINDOWS, _LEAST = 6, 5, 3  # places per axis, windows compared: those with most detail, and how many at least
@@ -22,6 +21,7 @@ _SIDE, _MOST_FINE = 32, 512  # px of a window in the level, and under it
 _BETTER = 0.8  # the other spacing must leave so much less of the differences
 
 Spacing = tuple[float, float]
+ReadSquares = Callable[[Source, Tiles], Sequence[Canvas]]  # the tiles one by one, from that source
 
 
 def unsettled_levels(levels: Sequence[Level], sources: Sequence[Source]) -> dict[int, Spacing]:
@@ -37,20 +37,27 @@ def unsettled_levels(levels: Sequence[Level], sources: Sequence[Source]) -> dict
     return found
 
 
-def is_resized(source: Source, ratio: Spacing, finest: Source, fetch: Fetch) -> bool:
+def is_resized(source: Source, ratio: Spacing, finest: Source, read: ReadSquares) -> bool:
     """Tell whether ``source`` fits level 0 clearly better with pixels ``ratio`` apart. Raises StorageError."""
     side = min(_SIDE, int(_MOST_FINE / max(source.downsample_x, source.downsample_y)), source.width, source.height)
     if side < 4:
         return False
-    windows = _detailed_windows(source, ratio, side, fetch)
-    own, other = [], []
-    for x, y, pixels in windows:
-        apart = [_difference(pixels, x, y, scale, finest, fetch) for scale in (_spacing_of(source), ratio)]
-        if apart[0] is not None and apart[1] is not None:
-            own.append(apart[0])
-            other.append(apart[1])
-    nearer = sum(b < a for a, b in zip(own, other, strict=True))
-    return len(own) >= _LEAST and nearer * 3 >= len(own) * 2 and sum(other) < _BETTER * sum(own)
+    spacing = source.downsample_x, source.downsample_y
+    found = Tiles(_places_apart(source, ratio, side), side, *spacing)
+    whole = [(at, one.pixels) for at, one in zip(found.xy, read(source, found), strict=True) if not len(one.failed)]
+    windows = sorted(whole, key=lambda window: -float(window[1].std()))[:_WINDOWS]
+    if len(windows) < _LEAST:
+        return False
+    places = np.array([at for at, _ in windows])
+    own, other = (read(finest, Tiles(places, side, *scale)) for scale in (spacing, ratio))
+    apart = [
+        [float(np.abs(canvas.pixels.astype(np.int16) - pixels).mean()) for canvas in pair]
+        for (_, pixels), pair in zip(windows, zip(own, other, strict=True), strict=True)
+        if not any(len(canvas.failed) for canvas in pair)
+    ]
+    nearer = sum(b < a for a, b in apart)
+    least = _BETTER * sum(a for a, _ in apart)
+    return len(apart) >= _LEAST and nearer * 3 >= len(apart) * 2 and sum(b for _, b in apart) < least
 
 
 def with_spacing(sources: Sequence[Source], spacing: Mapping[int, Spacing]) -> tuple[Source, ...]:
@@ -65,26 +72,10 @@ def with_spacing(sources: Sequence[Source], spacing: Mapping[int, Spacing]) -> t
     return tuple(found)
 
 
-def _spacing_of(source: Source) -> Spacing:
-    return source.downsample_x, source.downsample_y
-
-
-def _detailed_windows(source: Source, ratio: Spacing, side: int, fetch: Fetch) -> list[tuple[int, int, U8]]:
-    """(x, y, pixels) of the windows with most detail, where the two spacings are apart."""
-    found = []
-    places = (np.linspace(0, size - side, _PLACES).astype(int).tolist() for size in (source.width, source.height))
-    for x, y in product(*places):
-        shift = abs(source.downsample_x - ratio[0]) * x / source.downsample_x
-        shift = max(shift, abs(source.downsample_y - ratio[1]) * y / source.downsample_y)
-        if shift < _APART / 2:
-            continue
-        canvas = read_source(Block(x, y, side, side, *_spacing_of(source)), source, fetch)
-        if not len(canvas.failed):
-            found.append((float(canvas.pixels.std()), x, y, canvas.pixels))
-    found.sort(key=lambda one: -one[0])
-    return [(x, y, pixels) for _, x, y, pixels in found[:_WINDOWS]]
-
-
-def _difference(pixels: U8, x: int, y: int, scale: Spacing, finest: Source, fetch: Fetch) -> float | None:
-    canvas = read_source(Block(x, y, pixels.shape[1], pixels.shape[0], *scale), finest, fetch)
-    return None if len(canvas.failed) else float(np.abs(canvas.pixels.astype(np.int16) - pixels).mean())
+def _places_apart(source: Source, ratio: Spacing, side: int) -> I64:
+    """Return int64[n, 2]: places (x, y) over the level where the two spacings are apart."""
+    x, y = (np.linspace(0, size - side, _PLACES).astype(np.int64) for size in (source.width, source.height))
+    places = np.stack(np.meshgrid(x, y, indexing="ij"), axis=-1).reshape(-1, 2)
+    spacing = np.array((source.downsample_x, source.downsample_y))
+    shift = np.abs(spacing - ratio) * places / spacing
+    return np.asarray(places[shift.max(axis=1) >= _APART / 2], np.int64)

@@ -45,9 +45,6 @@ def _brightest_sample(store: ByteStore, plane: Plane) -> int:
     numbers = sorted({int(n) for n in np.linspace(0, total - 1, count)})
     read, brightest = sample_reader(plane), 0
     for number, data in fetch(numbers).items():
-        rows = plane.tile_height
-        if not plane.tiled:
-            rows = min(rows, plane.height - number * plane.tile_height)
         with suppress(UndecodableError):
-            brightest = max(brightest, int(read(bytes(data), rows)[0].max()))
+            brightest = max(brightest, int(read(bytes(data), plane.stored_rows(number))[0].max()))
     return brightest

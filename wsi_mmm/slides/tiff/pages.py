@@ -7,6 +7,7 @@ for it, ``Pyramid.doubtful`` names it and the reader compares its pixels with a 
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ class Page:
     @property
     def area(self) -> int:
         """Pixels."""
-        return self.directory.number(256, 0) * self.directory.number(257, 0)
+        return math.prod(self.size)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -75,6 +75,10 @@ class Plane:
         """Stored tiles of which a native tile is made."""
         return self.samples if self.separate else 1
 
+    def stored_rows(self, number: int) -> int:
+        """Return how many rows of a native tile must be there: the last strip ends with the image."""
+        return self.tile_height if self.tiled else min(self.tile_height, self.height - number * self.tile_height)
+
     @property
     def subsampling(self) -> tuple[int, int]:
         """Pixels across and down that share chroma in YCbCr without JPEG; 2, 2 when the tag is missing."""

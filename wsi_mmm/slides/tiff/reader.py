@@ -153,9 +153,23 @@ class TiffReader:
 
     def _settle_spacing(self, source: Source) -> None:
         ratio = self._unsettled[source.level]
-        if is_resized(source, ratio, self._sources[0], self._fill_window):
+        if is_resized(source, ratio, self._sources[0], self._read_squares):
             self._sources = with_spacing(self._sources, {source.level: ratio})
         del self._unsettled[source.level]
+
+    def _read_squares(self, source: Source, tiles: Tiles) -> list[Canvas]:
+        """Read ``tiles`` one by one from ``source``; what they need is fetched together, unless it is very much."""
+        tiling = self._tiling_of(source)
+        numbers = needed_numbers(tiles, tiling)
+        few = self._counts[source.level][numbers].sum(dtype=np.float64) <= _FETCH_BYTES
+        load = partial(self._load_tiles, source, self._fetch_numbers(source, numbers.tolist()) if few else None)
+        natives = NativeTiles(tiling, self._cache, load)
+
+        def fetch(_: Source, window: Window, out: U8) -> I64:
+            return fill(natives, window, out)
+
+        blocks = [Block(x, y, tiles.size, tiles.size, tiles.scale_x, tiles.scale_y) for x, y in tiles.xy.tolist()]
+        return [read_source(block, source, fetch) for block in blocks]
 
     def _tiling_of(self, source: Source) -> Tiling:
         plane = self._planes[source.level]
@@ -259,9 +273,9 @@ class TiffReader:
         width = min(plane.tile_width, plane.width - column * plane.tile_width)
         height = min(plane.tile_height, plane.height - row * plane.tile_height)
         if source.shrink == 1 or (width % source.shrink == 0 and height % source.shrink == 0):
-            return decode(data, source.shrink, plane.tile_height if plane.tiled else height, out)
+            return decode(data, source.shrink, plane.stored_rows(number), out)
         # The last pixels would mix the slide with the padding beyond its edge, which may hold anything.
-        full = np.array(decode(data, 1, plane.tile_height if plane.tiled else height))
+        full = np.array(decode(data, 1, plane.stored_rows(number)))
         full[height:], full[:, width:] = WHITE, WHITE
         return average_boxes(full, source.shrink)
 

@@ -86,11 +86,8 @@ def _tile_reader(store: ByteStore, plane: Plane) -> ReadTiles | None:
     def read(numbers: Sequence[int]) -> dict[int, U8]:
         found = {}
         for number, raw in fetch([n for n in numbers if n < plane.columns * plane.rows]).items():
-            rows = (
-                plane.tile_height if plane.tiled else min(plane.tile_height, plane.height - number * plane.tile_height)
-            )
             with suppress(UndecodableError):
-                found[number] = decode(raw, 1, rows)
+                found[number] = decode(raw, 1, plane.stored_rows(number))
         return found
 
     return read
