@@ -231,7 +231,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, found: object, name: str = "odd") -> 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (lambda x: x.mean((2, 3)), r"odd==1.0 gave float\[\d+, 3\], not \[\d+, 4\], as the dimension of its entry says"),
+        (lambda x: x.mean((2, 3)), r"odd==1.0 gave float\[\d+, 3\], not \[\d+, 4\], as the dimension of its entry"),
         (lambda x: x, r"gave float\[\d+, 3, 64, 64\]"),
         (lambda x: (x, x), r"gave tuple, not vectors float\[\d+, 4\]"),
         (lambda x: x[:, 0, 0, :4].long(), r"gave torch.int64"),
