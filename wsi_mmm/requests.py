@@ -22,7 +22,7 @@ from wsi_mmm.errors import OptionError
 from wsi_mmm.host_tuning import cpu_count
 from wsi_mmm.inputs import expand_inputs, leads_away
 from wsi_mmm.model.card import WEIGHTS, model_path, read_card
-from wsi_mmm.model.choose import RANDOM, EncoderOptions, bare_card, choose_encoder
+from wsi_mmm.model.choose import RANDOM, EncoderOptions, bare_card, choose_encoder, locate_weights
 from wsi_mmm.model.fetch import fetch_model
 from wsi_mmm.model.identity import check_device, check_runtime, check_weights, is_model, model_identity
 from wsi_mmm.model.recipe import ColourTriple, Pooling
@@ -255,10 +255,13 @@ def check_recipe_here(recipe: Recipe) -> Recipe:
         recipe_tasks(recipe)
         if recipe.network is not None:
             from wsi_mmm.model.encoder import check_encoder  # torch, which the run needs as well
+            from wsi_mmm.model.fitting import check_listed_weights
 
             width = check_encoder(bare_card(recipe.network), recipe.tile)
             if recipe.slide is not None:
                 recipe.slide.check_width(width, recipe.model)
+            if (path := locate_weights(recipe.network, recipe.weights)) is not None:
+                check_listed_weights(recipe.network, path)
     return recipe
 
 

@@ -243,7 +243,7 @@ def faulty(name: str, folder: Path) -> str:
         ("surplus", "holds 'model.organ_embedding.weight', which no ABMIL has"),
         ("missing", "lacks the tensor that we call 'out.bias'"), ("shapes", r"'out' is \[1, 13\]"),
         ("gates", "different shapes"), ("others", "holds 'layer.weight'"), ("twice", "which no ABMIL has"),
-        ("torn", "cannot be read as safetensors"), ("pickle", "wsi-mmm models convert"), ("several", "with --slide"),
+        ("torn", "cut short or damaged"), ("pickle", "wsi-mmm models convert"), ("several", "with --slide"),
     ],
 )  # fmt: skip
 def test_what_is_no_abmil_is_refused_when_it_is_chosen(name: str, words: str, tmp_path: Path) -> None:

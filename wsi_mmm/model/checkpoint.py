@@ -38,22 +38,18 @@ from wsi_mmm.model.choose import (
     hash_encoder,
 )
 from wsi_mmm.model.encoder import PyramidEncoder, build_encoder
-from wsi_mmm.model.fitting import fit_weights
+from wsi_mmm.model.fitting import TENSOR_TYPES, fit_weights, published_id
 from wsi_mmm.model.heads import HeadSpec, build_head
-from wsi_mmm.model.identity import refuse_pickle
 from wsi_mmm.model.key_maps import prepare_network, rename_tensors
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.model.networks import PooledBackbone, create_network, declared_colours, fill_network, renamed_by_timm
 from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD, ColourTriple, EncoderRecipe
+from wsi_mmm.model.weights_file import refuse_foreign
 from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.storage import store
 from wsi_mmm.types import TaskInfo
 
 _NETWORK = "encoder.backbone.model."
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def build_model(card: ModelCard, *, weights: str | None = "random") -> MultiTaskModel:
@@ -159,7 +155,7 @@ def _open_weights(card: EncoderCard, recipe: EncoderRecipe, path: Path) -> tuple
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     tensors = rename_tensors(tensors, card.key_map, shapes)
     try:
-        fitting = fit_weights(network, tensors, str(path))
+        fitting = fit_weights(network, tensors, str(path), published_id(recipe))
     except ModelError:
         if not recipe.hub_id or recipe.sources:  # only of what timm itself would load
             raise
@@ -229,7 +225,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
 
     ModelError: absent, a pickle, truncated or no safetensors.
     """
-    refuse_pickle(path)
+    refuse_foreign(path)
     try:
         with safe_open(path, "pt") as header, path.open("rb") as file:
             digest = hashlib.sha256()
@@ -243,9 +239,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _read_next(file: BufferedReader, described: Any, digest: Any) -> Tensor:
     """The next tensor of an open file; in float32 if it is floating."""
-    if described.get_dtype() not in _DTYPES:
+    if described.get_dtype() not in TENSOR_TYPES:
         raise ValueError(f"tensors of {described.get_dtype()} are not for networks; save them as F32 or F16")
-    value = torch.empty(described.get_shape(), dtype=_DTYPES[described.get_dtype()])
+    value = torch.empty(described.get_shape(), dtype=TENSOR_TYPES[described.get_dtype()])
     if value.numel():
         memory = value.reshape(-1).view(torch.uint8).numpy()
         done = 0

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from wsi_mmm.errors import ModelError, first_line
+from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import WEIGHTS, ModelCard, model_path, read_card
 from wsi_mmm.model.fetch import fetch_model
 from wsi_mmm.model.find_weights import choose_file
-from wsi_mmm.model.identity import check_weights, is_model, model_identity, refuse_pickle
+from wsi_mmm.model.identity import check_weights, is_model, model_identity
+from wsi_mmm.model.weights_file import list_tensors, refuse_foreign
 from wsi_mmm.types import F32
 
 MEAN, BAG = "mean", "bag"
@@ -203,12 +203,8 @@ def abmil_identity(kind: str, sha256: str) -> str:
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors of a safetensors file; no tensor is read. ModelError: a pickle, damaged, none."""
-    refuse_pickle(path)
-    try:
-        with safe_open(path, "np") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"the weights {path} cannot be read as safetensors: {first_line(error)}") from error
+    refuse_foreign(path)
+    return {key: shape for key, (_, shape) in list_tensors(path).items()}
 
 
 def known_names(shapes: NamedShapes, source: str) -> tuple[str, dict[str, tuple[str, tuple[int, ...]]]]:
