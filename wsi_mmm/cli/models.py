@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from wsi_mmm.cli.console import as_command, command, facts, make_app, say, say_json, table
+from wsi_mmm.cli.console import as_command, command, error_line, facts, make_app, say, say_json, table
 from wsi_mmm.config import user_cache
 from wsi_mmm.errors import InputError, ModelError
 
@@ -82,7 +82,7 @@ def encoders(
       wsi-mmm models encoders
       wsi-mmm models encoders uni2-h
     """
-    from wsi_mmm.model.registry import encoder_entries, find_entry, suggest_encoders
+    from wsi_mmm.model.registry import encoder_entries, find_entry, offered_entries, suggest_encoders
 
     if name is not None:
         entry = find_entry(name)
@@ -91,12 +91,17 @@ def encoders(
         _show_encoder(entry)
         return
     rows = []
-    for entry in encoder_entries().values():
+    offered, faults = offered_entries()
+    for entry in (*encoder_entries().values(), *offered):
         say_json(_encoder_facts(entry))
         recipe = entry.recipe
         gated = "gated" if recipe.gated else ""
         rows.append((recipe.licence, entry.commercial, gated, entry.name, recipe.dimension, recipe.pooling))
     table(rows, ("licence", "commercial use", "", "encoder", "vector", "pooling"))
+    for entry in offered:
+        say(f"{entry.name} is of the package {entry.recipe.package}")
+    for fault in faults:
+        error_line(fault)
     say("wsi-mmm models encoders NAME shows one; its weights: docs/encoders.md. Any timm name is an encoder, too.")
 
 
@@ -116,6 +121,8 @@ def _show_encoder(entry: EncoderEntry) -> None:
         last = explain_missing(entry.recipe, places) if found is None else f"weights: {found.path} ({found.place})"
     except ModelError as error:  # what lies there cannot be used as it is: the facts are shown all the same
         found, last = None, str(error)
+    if found is None and not entry.recipe.has_weights:
+        last = "weights: none are needed"
     say_json({**known, "weights": None if found is None else str(found.path)})
     sources = known.pop("sources")
     shown = {key: _shorten_value(value) for key, value in known.items() if value not in (None, "", [], {})}

@@ -101,6 +101,9 @@ def explain_missing(recipe: EncoderRecipe, places: WeightPlaces) -> str:
     name = recipe.name if ":" not in recipe.name else recipe.hub_id.partition("@")[0].rpartition("/")[2]
     folder = f"{places.folder or f'${WEIGHTS_VARIABLE}'}/{name}"
     gated = " (accept its terms on its page first)" if recipe.gated else ""
+    if not recipe.hub_id:
+        file = recipe.file or _USUAL[0]
+        return f"the weights of '{recipe.name}' are not on this machine: put {file} into {folder} or give it as weights"
     return (
         f"the weights of '{recipe.name}' are not on this machine: where there is network, "
         f"hf download {recipe.hub_id} --local-dir {name}{gated}; then put that folder at {folder} "
