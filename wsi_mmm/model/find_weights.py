@@ -68,8 +68,9 @@ def find_weights(recipe: EncoderRecipe, weights: str | None, places: WeightPlace
     return None
 
 
-def choose_file(path: Path, wanted: str = "", name: str = "NAME") -> Path:
-    """The safetensors file that ``path`` is, or that the folder ``path`` holds; ``wanted``: its published name.
+def choose_file(path: Path, wanted: str = "", name: str = "NAME", *, option: str = "--weights") -> Path:
+    """The safetensors file that ``path`` is, or that the folder ``path`` holds; ``wanted``: its published name;
+    ``option``: the one that names files.
 
     ModelError, naming the fix: none is there, there are several, or only a pickle is.
     """
@@ -85,7 +86,7 @@ def choose_file(path: Path, wanted: str = "", name: str = "NAME") -> Path:
     if any(file.endswith(".index.json") for file in _names_in(path)):
         raise ModelError(f"the weights in {path} are cut into several files: pass one that holds them all")
     if len(safe) > 1:
-        raise ModelError(f"{path} holds several weights ({', '.join(safe[:3])}): pass one of them with --weights")
+        raise ModelError(f"{path} holds several weights ({', '.join(safe[:3])}): pass one of them with {option}")
     if safe:
         return files[safe[0]]
     if files:
