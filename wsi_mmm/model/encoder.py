@@ -126,11 +126,16 @@ def check_tile(encoder: PyramidEncoder, card: ModelCard, tile: int) -> None:
         check_input(encoder.backbone.model, card.encoder.input_px or tile, card.name)
 
 
-def check_encoder(card: ModelCard, tile: int) -> None:
-    """ModelError when timm cannot build the bare encoder of a card, when it has not what its pooling takes, or when it
-    cannot take tiles of ``tile`` px. No weights are made."""
+def check_encoder(card: ModelCard, tile: int) -> int:
+    """The numbers in a vector of the bare encoder of a card (0: a plug-in's, not known). No weights are made.
+
+    ModelError when timm cannot build it, when it has not what its pooling takes, or cannot take tiles of ``tile`` px.
+    """
     if not is_plugin(card.encoder):
-        check_tile(build_encoder(card.encoder, empty=True), card, tile)
+        encoder = build_encoder(card.encoder, empty=True)
+        check_tile(encoder, card, tile)
+        return encoder.vector_width or encoder.channels[-1]
+    return 0
 
 
 def _plugin_encoder(card: EncoderCard, weights: Path | None) -> PyramidEncoder:

@@ -69,9 +69,9 @@ def find_weights(recipe: EncoderRecipe, weights: str | None, places: WeightPlace
     return None
 
 
-def choose_file(path: Path, wanted: str = "", name: str = "NAME") -> Path:
+def choose_file(path: Path, wanted: str = "", name: str = "NAME", *, option: str = "--weights") -> Path:
     """The safetensors file (or the index of several) that ``path`` is, or that the folder ``path`` holds; ``wanted``:
-    its published name.
+    its published name; ``option``: the one that names files.
 
     ModelError, naming the fix: none is there, there are several, or only a pickle is.
     """
@@ -97,7 +97,7 @@ def choose_file(path: Path, wanted: str = "", name: str = "NAME") -> Path:
         )
         raise ModelError(f"{path} holds {parts[0]}, one of several files of weights, and {several}")
     if len(safe) > 1:
-        raise ModelError(f"{path} holds several weights ({', '.join(safe[:3])}): pass one of them with --weights")
+        raise ModelError(f"{path} holds several weights ({', '.join(safe[:3])}): pass one of them with {option}")
     if safe:
         return files[safe[0]]
     if files:
