@@ -68,8 +68,9 @@ def find_weights(recipe: EncoderRecipe, weights: str | None, places: WeightPlace
     return None
 
 
-def choose_file(path: Path, wanted: str = "", name: str = "NAME") -> Path:
-    """The safetensors file that ``path`` is, or that the folder ``path`` holds; ``wanted``: its published name.
+def choose_file(path: Path, wanted: str = "", name: str = "NAME", *, option: str = "--weights") -> Path:
+    """The safetensors file that ``path`` is, or that the folder ``path`` holds; ``wanted``: its published name;
+    ``option``: the one that names files.
 
     ModelError, naming the fix: none is there, there are several, or only a pickle is.
     """
@@ -85,7 +86,7 @@ def choose_file(path: Path, wanted: str = "", name: str = "NAME") -> Path:
     if any(file.endswith(".index.json") for file in _names_in(path)):
         raise ModelError(f"the weights in {path} are cut into several files: pass one that holds them all")
     if len(safe) > 1:
-        raise ModelError(f"{path} holds several weights ({', '.join(safe[:3])}): pass one of them with --weights")
+        raise ModelError(f"{path} holds several weights ({', '.join(safe[:3])}): pass one of them with {option}")
     if safe:
         return files[safe[0]]
     if files:
@@ -100,6 +101,9 @@ def explain_missing(recipe: EncoderRecipe, places: WeightPlaces) -> str:
     name = recipe.name if ":" not in recipe.name else recipe.hub_id.partition("@")[0].rpartition("/")[2]
     folder = f"{places.folder or f'${WEIGHTS_VARIABLE}'}/{name}"
     gated = " (accept its terms on its page first)" if recipe.gated else ""
+    if not recipe.hub_id:
+        file = recipe.file or _USUAL[0]
+        return f"the weights of '{recipe.name}' are not on this machine: put {file} into {folder} or give it as weights"
     return (
         f"the weights of '{recipe.name}' are not on this machine: where there is network, "
         f"hf download {recipe.hub_id} --local-dir {name}{gated}; then put that folder at {folder} "
