@@ -85,7 +85,7 @@ def test_the_trained_model_needs_the_registry_no_longer(
 
 def test_tasks_with_maps_see_tiles_as_they_are(places: Path, tmp_path: Path) -> None:
     """Resized tiles have no maps; tiles that do not fit the network are an error that names the setting."""
-    model = {**MODEL, "encoder": "tiny-h"}
+    model = {**MODEL, "encoder": "tiny-h", "decoder": {"bottleneck": 8, "widths": [8, 8, 8]}}
     raw = joint(tmp_path, model=model, task=[disc_task()], data=[discs(tmp_path / "discs")])
     card = prepare(parse(raw)).model.card
     assert (card.encoder.input_px, card.encoder.pooling) == (0, "cls")
