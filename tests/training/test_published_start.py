@@ -97,7 +97,7 @@ def test_tasks_with_maps_see_tiles_as_they_are(places: Path, tmp_path: Path) -> 
 def test_weights_that_are_not_there(places: Path, tmp_path: Path) -> None:
     """The line that embed says; random ones need none, and no licence. Names of timm are as before."""
     (places / "model.safetensors").unlink()
-    raw = training(tmp_path)
+    raw = training(tmp_path, {"name": "tiny-h"})
     with pytest.raises(ModelError, match=r"'tiny-h' are not on this machine.*hf download Lab/Tiny-H.*accept its terms"):
         prepare(parse(raw))
     assert prepare(parse(raw, ["model.encoder.weights=random"])).model.card.licence == ""
