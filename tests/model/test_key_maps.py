@@ -166,8 +166,8 @@ def test_transformers_dinov3_agrees(gated: bool, biases: str, tmp_path: Path) ->
     transformers = importlib.import_module("transformers")
     config = transformers.DINOv3ViTConfig(
         hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, patch_size=16, image_size=64,
-        intermediate_size=4 * WIDTH, use_gated_mlp=gated, num_register_tokens=4, query_bias=biases != "none",
-        value_bias=biases != "none",
+        intermediate_size=4 * WIDTH, use_gated_mlp=gated, hidden_act="silu" if gated else "gelu", num_register_tokens=4,
+        query_bias=biases != "none", value_bias=biases != "none",
     )  # fmt: skip
     torch.manual_seed(3)
     model = transformers.DINOv3ViTModel(config).eval()
