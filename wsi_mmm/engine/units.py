@@ -21,7 +21,7 @@ from wsi_mmm.engine.events import Listener, SlideStatus
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.errors import ModelNotLoaded, WsiError
 from wsi_mmm.timing import StepTime
-from wsi_mmm.types import F32, I64, Grid, SlideInfo
+from wsi_mmm.types import F32, F64, I64, Grid, SlideInfo
 
 Kind = Literal["plan", "extract", "forward", "interpret", "publish"]
 UnitStatus = Literal["ok", "partial", "failed", "cached"]
@@ -72,7 +72,8 @@ class SlidePlan:
     """One slide, planned: its grid and the tiles ``index`` int64[n, 2] (row, column) that hold tissue.
 
     ``tissue`` float32[n]: share of each tile that is tissue. ``entry``: URI of the cache entry that holds its values.
-    ``maps``: some task answers per pixel, so blocks are interpreted.
+    ``maps``: some task answers per pixel, so blocks are interpreted. ``tissue_px2``: level-0 px² of tissue in those
+    tiles, of each of the slide's places (`outputs.places`).
     """
 
     slide: SlideTask
@@ -85,6 +86,7 @@ class SlidePlan:
     stride: int
     mpp_effective: float
     maps: bool = True
+    tissue_px2: F64 = field(default_factory=lambda: np.zeros(1))
 
 
 @dataclass(frozen=True, slots=True)
