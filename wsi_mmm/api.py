@@ -32,6 +32,7 @@ from wsi_mmm.requests import (
     model_recipe,
     request_encoders,
     request_run,
+    with_slide_model,
 )
 from wsi_mmm.slides import Slide
 from wsi_mmm.types import Batch
@@ -180,9 +181,12 @@ def embed(
     patch_mean, cls+patch_mean, gap, native), ``input_size`` px that tiles are resized to, ``mean`` and ``std`` of RGB,
     ``encoder_args`` of the timm network. Tiles are 256 px without overlap, at the mpp of a model or at
     0.5, unless ``options`` say otherwise.
-    ``export``: further formats per slide, of "h5" (TRIDENT, CLAM), "pt", "stamp" and "h5ad". Otherwise as `run`.
+    ``slide``: a vector per slide, too, in ``<output>/<slide>/slide_features.h5``: "mean" of its tiles', or the folder
+    of the bag model or ABMIL that makes it.
+    ``export``: further formats per slide, of "h5" (TRIDENT, CLAM), "pt", "stamp" and "h5ad"; of slides' vectors
+    "slide-h5" and "slide-stamp", and all in one table, "slides-h5" and "slides-h5ad". Otherwise as `run`.
     """
-    formats = run_report.known_exports(export)
+    formats = run_report.known_exports(export, slide=options.get("slide"))
     request = embed_request(slides, encoder, output=output, workers=workers, scheduler=scheduler, **options)
     report = execute(request, progress, observe=observe)
     run_report.export_features(report, formats)
@@ -207,7 +211,7 @@ def embed_encoders(
     once. The same call again resumes; an encoder added later leaves the others as they are. ``weights``: "random", or
     None: those that each name stands for.
     """
-    formats = run_report.known_exports(export)
+    formats = run_report.known_exports(export, slide=options.get("slide"))
     requests = embed_requests(slides, encoders, output=output, workers=workers, scheduler=scheduler, **options)
     reports = {}
     for encoder, request in zip(encoders, requests, strict=True):
@@ -227,7 +231,7 @@ def embed_requests(
 ) -> list[RunRequest]:
     """Return the runs that `embed_encoders` would execute, in their sequence; options of one encoder are refused."""
     own, rest = split_keywords(options)
-    weights = own.pop("weights", None)
+    weights, slide = own.pop("weights", None), own.pop("slide", None)
     asked = make_options(rest, workers=workers, scheduler=scheduler)
     if isinstance(encoder, str) or not encoder or not all(isinstance(one, str) for one in encoder):
         raise OptionError(f"{encoder!r} is no list of encoders: give one or more names")
@@ -236,8 +240,11 @@ def embed_requests(
             "weights, pool, input_size, mean, std and encoder_args are of one encoder: embed it alone, or put the "
             "weights where their name finds them (docs/encoders.md)"
         )
+    if slide not in (None, "mean"):
+        raise OptionError("a slide model fits the vectors of one encoder: embed that alone, or give slide mean")
     folders = encoder_folders(encoder)
-    recipes = [check_recipe_here(encoder_recipe(name, weights, asked)) for name in encoder]
+    recipes = [encoder_recipe(name, weights, asked) for name in encoder]
+    recipes = [check_recipe_here(with_slide_model(one, slide)) for one in recipes]
     return request_encoders(slides, recipes, output, folders=folders)
 
 
@@ -254,6 +261,7 @@ def embed_request(
     own, rest = split_keywords(options)
     asked = make_options(rest, workers=workers, scheduler=scheduler)
     recipe = encoder_recipe(encoder, own.get("weights"), asked, encoder_options(own))
+    recipe = with_slide_model(recipe, own.get("slide"))
     return request_run(slides, check_recipe_here(recipe), output)
 
 

@@ -317,6 +317,7 @@ class EncoderKeywords(TypedDict, total=False):
     mean: Sequence[float] | str | None
     std: Sequence[float] | str | None
     encoder_args: Mapping[str, Any] | str | None
+    slide: str | Path | None
 
 
 class EmbedKeywords(RunKeywords, EncoderKeywords, total=False):
@@ -387,6 +388,11 @@ _FIRST: tuple[Option, ...] = (
     _command_option(
         "encoder_args", str, "Arguments of the timm network, such as '{\"init_values\": 1e-5}'.", "--encoder-args",
         panel=WHAT, metavar="JSON", affects=CHANGES_VALUES, commands=("embed",),
+    ),
+    _command_option(
+        "slide", str, "A vector per slide, too: mean, or the folder of a bag model or ABMIL.", "--slide",
+        panel=WHAT, metavar="MODEL", unset="none", affects=CHANGES_RESULT, commands=("embed",),
+        see="[encoders](encoders.md#slide-vectors)",
     ),
 )  # fmt: skip
 _LAST: tuple[Option, ...] = (

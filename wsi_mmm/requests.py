@@ -22,10 +22,11 @@ from wsi_mmm.errors import OptionError
 from wsi_mmm.host_tuning import cpu_count
 from wsi_mmm.inputs import expand_inputs, leads_away
 from wsi_mmm.model.card import WEIGHTS, model_path, read_card
-from wsi_mmm.model.choose import RANDOM, EncoderOptions, bare_card, choose_encoder
+from wsi_mmm.model.choose import RANDOM, EncoderOptions, bare_card, choose_encoder, locate_weights
 from wsi_mmm.model.fetch import fetch_model
 from wsi_mmm.model.identity import check_device, check_runtime, check_weights, is_model, model_identity
 from wsi_mmm.model.recipe import ColourTriple, Pooling
+from wsi_mmm.model.slide_model import MEAN, TileVectors, choose_slide_model
 from wsi_mmm.model.weights_config import HUB, split_source
 from wsi_mmm.options import EMBED_DEFAULTS, TISSUE_WORDS, EncoderKeywords, RunOptions
 from wsi_mmm.slides.registry import find_reader
@@ -85,6 +86,22 @@ def encoder_recipe(
     tile, overlap, block = (int(EMBED_DEFAULTS[name]) for name in ("tile_size", "overlap", "block_tiles"))
     base = Recipe(encoder, model_identity(here, card), (), card.mpp, tile, overlap, block, model_mpp=card.mpp)
     return _apply_options(base, options)
+
+
+def with_slide_model(recipe: Recipe, asked: str | Path | None) -> Recipe:
+    """Return the recipe with the slide model that a user asked for: None, "mean", a folder or URI. Raises OptionError,
+    ModelError."""
+    if asked is None:
+        return recipe
+    if not recipe.options.features:
+        raise OptionError("slide vectors are made of the tiles' features: leave features=False out")
+    name = str(asked)
+    if not name.strip():
+        raise OptionError("the slide model is empty (a variable that is not set?): give mean, or a folder")
+    place = name if name == MEAN else _absolute_uri(os.path.expanduser(name))
+    width = recipe.network.dimension if recipe.network is not None else 0
+    tiles = TileVectors(recipe.model, recipe.model_hash, width, recipe.mpp, recipe.tile, recipe.overlap)
+    return replace(recipe, slide=choose_slide_model(place, recipe.user_cache, tiles))
 
 
 def request_encoders(
@@ -238,8 +255,13 @@ def check_recipe_here(recipe: Recipe) -> Recipe:
         recipe_tasks(recipe)
         if recipe.network is not None:
             from wsi_mmm.model.encoder import check_encoder  # torch, which the run needs as well
+            from wsi_mmm.model.fitting import check_listed_weights
 
-            check_encoder(bare_card(recipe.network), recipe.tile)
+            width = check_encoder(bare_card(recipe.network), recipe.tile)
+            if recipe.slide is not None:
+                recipe.slide.check_width(width, recipe.model)
+            if (path := locate_weights(recipe.network, recipe.weights)) is not None:
+                check_listed_weights(recipe.network, path)
     return recipe
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wsi_mmm.errors import OptionError
 from wsi_mmm.model.recipe import EncoderRecipe, parse_recipe
 from wsi_mmm.model.registry import EncoderEntry, describe_licence, find_entry
+from wsi_mmm.model.slide_model import SlideModel
 from wsi_mmm.options import BLOCK_TILES, RUN_OPTIONS, TISSUE_WORDS, Affects, RunOptions, recipe_names
 from wsi_mmm.storage import store
 
@@ -36,6 +37,9 @@ class Recipe:
     ``companions``: output folder and recipe of further encoders that see the same tiles, whose values are computed as
     the tiles are read. ``after_others``: an earlier run of the same request may have computed values of this recipe,
     which ``force`` then leaves.
+
+    ``slide``: makes a vector of each slide from those of its tiles. It is in no hash: slide.json says which one did,
+    and another makes its vectors from the features that are there.
     """
 
     model: str
@@ -53,6 +57,7 @@ class Recipe:
     model_mpp: float | None = None
     companions: tuple[tuple[str, Recipe], ...] = ()
     after_others: bool = False
+    slide: SlideModel | None = None
     _result_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -74,11 +79,19 @@ class Recipe:
         """Return what a user should know before the run begins, a line each: a licence that forbids some uses, a
         resolution that is far off."""
         licence = () if self._is_permissive() else self._licence_lines()
-        return (*licence, *self._scale_warnings())
+        return (*licence, *self._slide_lines(closed=True), *self._scale_warnings())
 
     def remarks(self) -> tuple[str, ...]:
-        """Return what is said before the run begins and is no warning: a licence that permits commercial use."""
-        return self._licence_lines() if self._is_permissive() else ()
+        """Return what is said before the run begins and is no warning: a licence that permits commercial use,
+        what is taken for granted of the slide model."""
+        licence = self._licence_lines() if self._is_permissive() else ()
+        source = self.slide.describe_source(store.redact(self.model)) if self.slide is not None else ""
+        return (*licence, *self._slide_lines(closed=False), *([source] if source else ()))
+
+    def _slide_lines(self, *, closed: bool) -> tuple[str, ...]:
+        """The licence of the slide model, if it forbids commercial use as ``closed`` says."""
+        line, forbids = self.slide.describe_licence() if self.slide is not None else ("", False)
+        return (line,) if line and forbids == closed else ()
 
     def _licence_lines(self) -> tuple[str, ...]:
         entry = self._published_encoder()
@@ -138,6 +151,7 @@ class Recipe:
             **{name: getattr(self.options, name) for name in _REPORTED},
             **({"companions": [[place, one.to_json()] for place, one in self.companions]} if self.companions else {}),
             **({"after_others": True} if self.after_others else {}),
+            **({"slide": asdict(self.slide)} if self.slide is not None else {}),
         }  # fmt: skip
 
     def published(self) -> dict[str, object]:
@@ -158,4 +172,5 @@ def recipe_from_json(facts: Mapping[str, Any]) -> Recipe:
     network = parse_recipe(own.pop("network")) if "network" in own else None
     companions = tuple((place, recipe_from_json(one)) for place, one in own.pop("companions", ()))
     own["tasks"] = tuple(facts["tasks"])
-    return Recipe(**own, network=network, options=options, companions=companions)
+    slide = SlideModel(**own.pop("slide")) if "slide" in own else None
+    return Recipe(**own, network=network, options=options, companions=companions, slide=slide)

@@ -11,6 +11,7 @@ from wsi_mmm.annotations import MAX_AREA_BYTES, read_annotation_file
 from wsi_mmm.engine.monitoring.slide_rows import ROW
 from wsi_mmm.engine.stages import workdir
 from wsi_mmm.engine.stages.context import UnitContext
+from wsi_mmm.engine.stages.slide_vector import complete_slide
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
 from wsi_mmm.errors import AnnotationError, ManifestError, OutputError
 from wsi_mmm.model.identity import device_kind
@@ -39,6 +40,7 @@ def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
     if done is not None:
         if not store.exists(workdir.plan_uri(task)):
             workdir.remove_scratch(task)  # left behind when a run ended while it tidied up
+        done = complete_slide(task, done)
         kept = workdir.read_json(store.join(task.output, ROW))
         return None, replace(done, cost=kept if kept and kept.get("result_hash") == task.result_hash() else None)
     slide.scale(recipe.mpp, GIVE_MPP)  # explains what to do when the slide has no mpp

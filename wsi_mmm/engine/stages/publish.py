@@ -21,6 +21,7 @@ from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.stages.interpret import blended_core
 from wsi_mmm.engine.stages.overlay import THUMBNAIL, Picture
 from wsi_mmm.engine.stages.prepare import load_slide_plan, published_before, region_hash, regions_of_interest
+from wsi_mmm.engine.stages.slide_vector import complete_slide, slide_facts, write_vector
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
 from wsi_mmm.errors import PluginError
 from wsi_mmm.model.recipe import EncoderRecipe
@@ -71,7 +72,7 @@ def publish(ctx: UnitContext) -> SlideSummary:
     gone = not store.exists(workdir.plan_uri(task))
     if gone and (summary := published_before(task, slide.info.fingerprint)) is not None:
         workdir.remove_scratch(task)  # an earlier try was cut short while it tidied up, the plan first
-        return summary
+        return complete_slide(task, summary)
     plan = load_slide_plan(ctx)
     failed, tables, options = _failed_tiles(ctx, plan), _task_tables(ctx, plan), task.recipe.options
     done = Published(answers=answer_slide(ctx, plan, failed))
@@ -86,6 +87,8 @@ def publish(ctx: UnitContext) -> SlideSummary:
     done.files["tiles"] = _write_file(task, "tiles.parquet", table)
     if options.features and len(plan.index):
         done.files["features"] = _write_features(ctx, plan)
+        if task.recipe.slide is not None and not failed.all():
+            done.files["slide"] = write_vector(task, failed)
     if options.save_maps:
         done.files["maps"] = _write_maps(ctx, plan)
         for name, shares in done.answers.attention.items():
@@ -118,6 +121,7 @@ def _slide_json(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str,
         "files": done.files, **({} if answers is None else {"answers": answers}),
         **({} if plan.slide.scene is None else {"scene": plan.slide.scene}),
         **({"summary": done.summary} if done.summary else {}),
+        **({"slide": slide_facts(recipe)} if "slide" in done.files else {}),
     }  # fmt: skip
 
 

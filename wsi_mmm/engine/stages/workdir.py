@@ -23,7 +23,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 PLAN = "plan.npz"
 _FIELDS = ("coords", "ring_offsets", "object_offsets", "class_index", "anchor")
 _HALF_WRITTEN = re.compile(
-    r"\.(result\.geojson(\.gz)?|overlay\.png|attention-[\w-]+\.png|tiles\.parquet|slide\.json)\.\w+"
+    r"\.(result\.geojson(\.gz)?|overlay\.png|attention-[\w-]+\.png|tiles\.parquet|slide_features\.h5|slide\.json)\.\w+"
 )
 
 
