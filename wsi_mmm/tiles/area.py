@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import shapely
 
-from wsi_mmm.annotations import Shape, Shapes, rasterise
+from wsi_mmm.annotations import draw_shape
 from wsi_mmm.tiles.tissue import TissueMask
 from wsi_mmm.types import F64, I64, Grid, Mask, SlideInfo
 
@@ -53,21 +52,18 @@ def tissue_area(mask: TissueMask, info: SlideInfo) -> float:
 
 def tissue_areas_within(mask: TissueMask, geometries: Sequence[Any], info: SlideInfo) -> F64:
     """Level-0 px² of tissue in each polygon: its area on the slide, times the share of its px that are tissue."""
-    cut = shapely.intersection(np.array(geometries, object), shapely.box(0, 0, info.width, info.height))
-    shares = [_tissue_share(mask, one) if area > 0 else 0.0 for one, area in zip(cut, shapely.area(cut), strict=True)]
-    return np.asarray(shapely.area(cut) * shares, np.float64)
+    return np.array([_tissue_within(mask, one, info) for one in geometries], np.float64)
 
 
-def _tissue_share(mask: TissueMask, geometry: Any) -> float:
-    x0, y0, x1, y1 = shapely.bounds(geometry)
-    step = max(x1 - x0, y1 - y0) / SAMPLES
-    size = max(1, math.ceil((y1 - y0) / step)), max(1, math.ceil((x1 - x0) / step))
-    moved = shapely.transform(geometry, lambda xy: xy - (x0, y0))
-    inside = rasterise(Shapes((Shape(moved),)), size, scale_x=step, scale_y=step)
-    rows = _px_at(y0 + (np.arange(size[0]) + 0.5) * step, mask.scale_y, mask.mask.shape[0])
-    columns = _px_at(x0 + (np.arange(size[1]) + 0.5) * step, mask.scale_x, mask.mask.shape[1])
+def _tissue_within(mask: TissueMask, geometry: Any, info: SlideInfo) -> float:
+    drawn = draw_shape(geometry, info.width, info.height, SAMPLES)
+    if drawn is None:
+        return 0.0
+    height, width = drawn.mask.shape
+    rows = _px_at(drawn.y0 + (np.arange(height) + 0.5) * drawn.step, mask.scale_y, mask.mask.shape[0])
+    columns = _px_at(drawn.x0 + (np.arange(width) + 0.5) * drawn.step, mask.scale_x, mask.mask.shape[1])
     tissue: Mask = mask.mask[np.ix_(rows, columns)]
-    return float(np.count_nonzero(tissue & inside)) / max(1, int(np.count_nonzero(inside)))
+    return drawn.area * float(np.count_nonzero(tissue & drawn.mask)) / int(np.count_nonzero(drawn.mask))
 
 
 def _px_at(places: F64, scale: float, limit: int) -> I64:
