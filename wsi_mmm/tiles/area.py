@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from wsi_mmm.annotations import draw_shape
 from wsi_mmm.tiles.tissue import TissueMask
@@ -66,5 +67,5 @@ def _tissue_within(mask: TissueMask, geometry: Any, info: SlideInfo) -> float:
     return drawn.area * float(np.count_nonzero(tissue & drawn.mask)) / int(np.count_nonzero(drawn.mask))
 
 
-def _px_at(places: F64, scale: float, limit: int) -> I64:
+def _px_at(places: npt.NDArray[np.floating[Any]], scale: float, limit: int) -> I64:
     return np.clip(places / scale, 0, limit - 1).astype(np.int64)
