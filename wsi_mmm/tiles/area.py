@@ -68,4 +68,5 @@ def _tissue_within(mask: TissueMask, geometry: Any, info: SlideInfo) -> float:
 
 
 def _px_at(places: npt.NDArray[np.floating[Any]], scale: float, limit: int) -> I64:
-    return np.clip(places / scale, 0, limit - 1).astype(np.int64)
+    found: I64 = np.clip(places / scale, 0, limit - 1).astype(np.int64)
+    return found
