@@ -22,15 +22,10 @@ from wsi_mmm.slides.base import Slide
 from wsi_mmm.storage import store
 from wsi_mmm.tiles.area import tissue_area, tissue_areas_within, tissue_of_tiles
 from wsi_mmm.tiles.grid import make_grid, tile_boxes
-<<<<<<< HEAD
-from wsi_mmm.tiles.tissue import TissueMask, off_slide, select_tiles, tissue_mask, tissue_share, warn_unused
-from wsi_mmm.types import F32, F64, I64, Grid, SlideInfo
-=======
 from wsi_mmm.tiles.listed import PlacedTiles, place_tiles
 from wsi_mmm.tiles.tile_file import read_tile_list
-from wsi_mmm.tiles.tissue import off_slide, select_tiles, tissue_mask, tissue_share, warn_unused
-from wsi_mmm.types import F32, I64, Grid, SlideInfo
->>>>>>> main
+from wsi_mmm.tiles.tissue import TissueMask, off_slide, select_tiles, tissue_mask, tissue_share, warn_unused
+from wsi_mmm.types import F32, F64, I64, Grid, SlideInfo
 
 
 def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
@@ -67,15 +62,9 @@ def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
             raise AnnotationError(f"{name}: no tissue lies in its regions; draw them on tissue, or add --tissue none")
         warn_unused(regions.shapes, store.redact(recipe.options.regions or ""), slide.info)
         index = chosen
-<<<<<<< HEAD
     areas = _tissue_areas(tissue_of_tiles(grid, mask, index), regions, slide.info)
-    plan = _make_plan(ctx, task, index, tissue_share(grid, mask, index), areas)
-    arrays: workdir.Arrays = {"index": plan.index, "tissue": plan.tissue, "tissue_px2": plan.tissue_px2}
-    workdir.save_arrays(workdir.plan_uri(plan.slide), arrays)
-=======
-    plan = _make_plan(ctx, task, index, tissue_share(grid, mask, index))
+    plan = replace(_make_plan(ctx, task, index, tissue_share(grid, mask, index)), tissue_px2=areas)
     workdir.save_plan(plan)
->>>>>>> main
     return plan, None
 
 
@@ -89,14 +78,9 @@ def _tissue_areas(tissue: TissueMask, regions: Regions | None, info: SlideInfo) 
 def load_slide_plan(ctx: UnitContext) -> SlidePlan:
     """The plan that this slide's parts were made by, from its work folder."""
     arrays = workdir.load_arrays(workdir.plan_uri(ctx.task))
-<<<<<<< HEAD
-    return _make_plan(ctx, ctx.task, arrays["index"], arrays["tissue"], arrays["tissue_px2"])
-
-
-def _make_plan(ctx: UnitContext, task: SlideTask, index: I64, share: F32, areas: F64) -> SlidePlan:
-=======
     grid = workdir.listed_grid(arrays)
-    return _make_plan(ctx, ctx.task, arrays["index"], arrays["tissue"], grid, arrays.get("places"))
+    plan = _make_plan(ctx, ctx.task, arrays["index"], arrays["tissue"], grid, arrays.get("places"))
+    return replace(plan, tissue_px2=arrays["tissue_px2"])
 
 
 def _plan_listed(ctx: UnitContext, task: SlideTask) -> SlidePlan:
@@ -127,7 +111,6 @@ def place_listed(task: SlideTask, info: SlideInfo) -> PlacedTiles:
 def _make_plan(
     ctx: UnitContext, task: SlideTask, index: I64, share: F32, grid: Grid | None = None, places: I64 | None = None
 ) -> SlidePlan:
->>>>>>> main
     recipe, info = ctx.recipe, ctx.slide.info
     grid = grid or make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     tasks = [t for t in ctx.tasks if t.scope == "pixel"]
@@ -137,11 +120,7 @@ def _make_plan(
         stride=int(np.lcm.reduce([t.stride for t in tasks] or [1])),
         mpp_effective=grid.scale_x * (info.mpp_x or 0.0),
         maps=bool(tasks),
-<<<<<<< HEAD
-        tissue_px2=areas,
-=======
         places=places,
->>>>>>> main
     )  # fmt: skip
 
 
