@@ -15,7 +15,7 @@ from wsi_mmm._version import __version__
 from wsi_mmm.cache import ArraySpec, CacheEntry
 from wsi_mmm.engine.plan import core_of, interpret_units
 from wsi_mmm.engine.stages import workdir
-from wsi_mmm.engine.stages.complete import Completion, summary_rows
+from wsi_mmm.engine.stages.complete import Completion, outlined_tasks, summary_rows
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.stages.interpret import blended_core
 from wsi_mmm.engine.stages.overlay import THUMBNAIL, Picture
@@ -147,7 +147,8 @@ def _write_geojson(
         published_file(store.join(ctx.task.output, done.files["geojson"])) as path,
         GeoJSONWriter(path, info.fingerprint, [t.info for t in tasks], options.gzip, counts=counts) as writer,
     ):
-        complete = Completion(tally, shift).complete
+        outlined = outlined_tasks(tasks) if options.measure != "none" else frozenset[str]()
+        complete = Completion(tally, shift, outlined, (info.mpp_x or 0.0, info.mpp_y or 0.0)).complete
         for task in tasks:
             name, before = task.info.name, writer.written
             for portion in _task_objects(task, plan, tables, regions):
