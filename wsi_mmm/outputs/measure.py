@@ -65,4 +65,7 @@ def _outline_moments(objects: Objects, mpp_x: float, mpp_y: float) -> dict[str, 
         "xx": cross * (x0 * x0 + x0 * x1 + x1 * x1) / 12, "yy": cross * (y0 * y0 + y0 * y1 + y1 * y1) / 12,
         "xy": cross * (x0 * y1 + 2 * x0 * y0 + 2 * x1 * y1 + x1 * y0) / 24,
     }  # fmt: skip
-    return {name: np.bincount(owner, weights=values, minlength=count) for name, values in sums.items()}
+    return {
+        name: np.asarray(np.bincount(owner, weights=values, minlength=count), np.float64)
+        for name, values in sums.items()
+    }
