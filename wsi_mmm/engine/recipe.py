@@ -33,6 +33,8 @@ class Recipe:
     absolute. ``user_cache``: folder, on the machine that works, of what is kept per user (``~`` is that machine's);
     None keeps nothing.
 
+    ``script``: the model is TorchScript (`model.wsinfer`), which answers per tile alone.
+
     ``companions``: output folder and recipe of further encoders that see the same tiles, whose values are computed as
     the tiles are read. ``after_others``: an earlier run of the same request may have computed values of this recipe,
     which ``force`` then leaves.
@@ -53,6 +55,7 @@ class Recipe:
     model_mpp: float | None = None
     companions: tuple[tuple[str, Recipe], ...] = ()
     after_others: bool = False
+    script: bool = False
     _result_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -60,7 +63,7 @@ class Recipe:
             sizes = f"tile size {self.tile} px and overlap {self.overlap} px"
             bounds = f"tiles have 16 to {MOST_TILE} px and overlap by less than themselves"
             raise OptionError(f"{sizes} do not fit: {bounds}")
-        if self.tasks:
+        if self.tasks and not self.script:
             self._check_map_sizes()
 
     def _check_map_sizes(self) -> None:
@@ -74,11 +77,16 @@ class Recipe:
         """Return what a user should know before the run begins, a line each: a licence that forbids some uses, a
         resolution that is far off."""
         licence = () if self._is_permissive() else self._licence_lines()
-        return (*licence, *self._scale_warnings())
+        return (*licence, *self._script_lines(), *self._scale_warnings())
 
     def remarks(self) -> tuple[str, ...]:
         """Return what is said before the run begins and is no warning: a licence that permits commercial use."""
         return self._licence_lines() if self._is_permissive() else ()
+
+    def _script_lines(self) -> tuple[str, ...]:
+        shown = store.redact(self.model)
+        code = "is TorchScript, which is code of its authors: it runs in a process of its own (docs/security.md)"
+        return (f"{shown} {code}",) if self.script else ()
 
     def _licence_lines(self) -> tuple[str, ...]:
         entry = self._published_encoder()
@@ -138,6 +146,7 @@ class Recipe:
             **{name: getattr(self.options, name) for name in _REPORTED},
             **({"companions": [[place, one.to_json()] for place, one in self.companions]} if self.companions else {}),
             **({"after_others": True} if self.after_others else {}),
+            **({"script": True} if self.script else {}),
         }  # fmt: skip
 
     def published(self) -> dict[str, object]:
