@@ -25,7 +25,8 @@ OTHER: dict[str, Any] = {
     "mpp": 0.75, "tile_size": 512, "overlap": 32, "tissue": "none", "regions": "r.geojson", "min_tissue": 0.5,
     "mpp_override": 0.3, "reader": "openslide", "scene": 1, "cache": "c", "cache_tiles": "off", "cache_quota": "50GB",
     "features": False, "save_maps": True, "gzip": False, "overlay": False, "bounds_offset": True, "batch_size": 3,
-    "block_tiles": 2, "workers": 2, "threads": 1, "device": "cpu", "runtime": "bf16", "allow_torchscript": True, "scheduler": "tls://h:1",
+    "block_tiles": 2, "workers": 2, "threads": 1, "device": "cpu", "runtime": "bf16", "allow_torchscript": True,
+    "scheduler": "tls://h:1",
     "tls": "t", "placement": "pool", "force": True,
 }  # fmt: skip
 """A value of every option that is not its default."""
