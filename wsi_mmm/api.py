@@ -32,6 +32,7 @@ from wsi_mmm.requests import (
     model_recipe,
     request_encoders,
     request_run,
+    with_slide_model,
 )
 from wsi_mmm.slides import Slide
 from wsi_mmm.types import Batch
@@ -180,9 +181,14 @@ def embed(
     patch_mean, cls+patch_mean, gap, native), ``input_size`` px that tiles are resized to, ``mean`` and ``std`` of RGB,
     ``encoder_args`` of the timm network. Tiles are 256 px without overlap, at the mpp of a model or at
     0.5, unless ``options`` say otherwise.
-    ``export``: further formats per slide, of "h5" (TRIDENT, CLAM), "pt", "stamp" and "h5ad". Otherwise as `run`.
+    ``tiles``: a file of TRIDENT or CLAM that lists tiles, or a folder with one per slide: these are embedded, and
+    ``coords`` of the features are the file's, row for row.
+    ``slide``: a vector per slide, too, in ``<output>/<slide>/slide_features.h5``: "mean" of its tiles', or the folder
+    of the bag model or ABMIL that makes it.
+    ``export``: further formats per slide, of "h5" (TRIDENT, CLAM), "pt", "stamp" and "h5ad"; of slides' vectors
+    "slide-h5" and "slide-stamp", and all in one table, "slides-h5" and "slides-h5ad". Otherwise as `run`.
     """
-    formats = run_report.known_exports(export)
+    formats = run_report.known_exports(export, slide=options.get("slide"))
     request = embed_request(slides, encoder, output=output, workers=workers, scheduler=scheduler, **options)
     report = execute(request, progress, observe=observe)
     run_report.export_features(report, formats)
@@ -207,7 +213,7 @@ def embed_encoders(
     once. The same call again resumes; an encoder added later leaves the others as they are. ``weights``: "random", or
     None: those that each name stands for.
     """
-    formats = run_report.known_exports(export)
+    formats = run_report.known_exports(export, slide=options.get("slide"))
     requests = embed_requests(slides, encoders, output=output, workers=workers, scheduler=scheduler, **options)
     reports = {}
     for encoder, request in zip(encoders, requests, strict=True):
@@ -227,7 +233,7 @@ def embed_requests(
 ) -> list[RunRequest]:
     """Return the runs that `embed_encoders` would execute, in their sequence; options of one encoder are refused."""
     own, rest = split_keywords(options)
-    weights = own.pop("weights", None)
+    weights, slide = own.pop("weights", None), own.pop("slide", None)
     asked = make_options(rest, workers=workers, scheduler=scheduler)
     if isinstance(encoder, str) or not encoder or not all(isinstance(one, str) for one in encoder):
         raise OptionError(f"{encoder!r} is no list of encoders: give one or more names")
@@ -236,8 +242,11 @@ def embed_requests(
             "weights, pool, input_size, mean, std and encoder_args are of one encoder: embed it alone, or put the "
             "weights where their name finds them (docs/encoders.md)"
         )
+    if slide not in (None, "mean"):
+        raise OptionError("a slide model fits the vectors of one encoder: embed that alone, or give slide mean")
     folders = encoder_folders(encoder)
-    recipes = [check_recipe_here(encoder_recipe(name, weights, asked)) for name in encoder]
+    recipes = [encoder_recipe(name, weights, asked) for name in encoder]
+    recipes = [check_recipe_here(with_slide_model(one, slide)) for one in recipes]
     return request_encoders(slides, recipes, output, folders=folders)
 
 
@@ -254,15 +263,17 @@ def embed_request(
     own, rest = split_keywords(options)
     asked = make_options(rest, workers=workers, scheduler=scheduler)
     recipe = encoder_recipe(encoder, own.get("weights"), asked, encoder_options(own))
+    recipe = with_slide_model(recipe, own.get("slide"))
     return request_run(slides, check_recipe_here(recipe), output)
 
 
 def stream_tiles(
     slide: Slide | str | Path,
-    mpp: float = 0.5,
-    size: int = 256,
-    overlap: int = 0,
+    mpp: float | None = None,
+    size: int | None = None,
+    overlap: int | None = None,
     *,
+    tiles: str | Path | None = None,
     tissue: str = "auto",
     min_tissue: float = LEAST_TISSUE,
     batch_size: int = 64,
@@ -270,19 +281,28 @@ def stream_tiles(
 ) -> Iterator[Batch]:
     """Yield the tiles of a slide: ``.pixels`` uint8[n, size, size, 3], ``.xy`` int64[n, 2] level-0 px (x, y).
 
-    The tiles and their sequence (row by row) are those of `embed` with the same options: ``.xy`` of all batches are the
-    ``coords`` of its features. The last batch may be short; ``workers`` threads read ahead of the caller. Holds up to
-    two rows of tiles, or some 256 MB.
+    Tiles are 256 px at 0.5 mpp without overlap unless said; with ``tiles``, a file of TRIDENT or CLAM, those that it
+    lists, in its sequence. They and their sequence (row by row) are those of `embed` with the same options: ``.xy`` of
+    all batches are the ``coords`` of its features. The last batch may be short; ``workers`` threads read ahead of the
+    caller. Holds up to two rows of tiles, or some 256 MB.
     """
     from wsi_mmm.slides import open_slide
     from wsi_mmm.tiles.grid import make_grid
+    from wsi_mmm.tiles.listed import place_tiles, stream_listed
     from wsi_mmm.tiles.stream import stream
+    from wsi_mmm.tiles.tile_file import read_tile_list
     from wsi_mmm.tiles.tissue import select_tiles, tissue_mask
 
     held = slide if isinstance(slide, Slide) else open_slide(str(slide))
     try:
+        if tiles is not None:
+            listed = read_tile_list(str(tiles))
+            placed = place_tiles(held.info, listed, batch_size, size=size, mpp=mpp, overlap=overlap)
+            yield from stream_listed(held.reader, placed, batch_size=batch_size, workers=workers)
+            return
+        mpp = 0.5 if mpp is None else mpp
         held.scale(mpp)
-        grid = make_grid(held.info, mpp, tile=size, overlap=overlap)
+        grid = make_grid(held.info, mpp, tile=256 if size is None else size, overlap=overlap or 0)
         index = select_tiles(grid, tissue_mask(held, tissue), min_tissue)
         yield from stream(held.reader, grid, index, batch_size=batch_size, workers=workers, by_row=True)
     finally:

@@ -39,6 +39,15 @@ def load_plugin(group: Group, name: str) -> object:
         raise PluginError(f"the package {packages[0]} cannot be used for {name!r}: {cause}") from error
 
 
+@cache
+def plugin_package(group: Group, name: str) -> str:
+    """NAME==VERSION of the installed package that offers ``name``; empty: none does."""
+    for entry in metadata.entry_points(group=f"wsi_mmm.{group}", name=name):
+        if entry.dist is not None:
+            return f"{entry.dist.name}=={entry.dist.version}"
+    return ""
+
+
 def import_package(name: str, missing: str) -> Any:
     """Import an optional package. MissingPackage with the text ``missing`` when it is not installed."""
     try:

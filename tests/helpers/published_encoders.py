@@ -224,7 +224,7 @@ def encoder_table() -> str:
         gated = ", gated" if recipe.gated else ""
         tile = f"{recipe.tile_px} to {recipe.input_px}" if recipe.tile_px != recipe.input_px else str(recipe.tile_px)
         cells = (
-            f"[`{entry.name}`]({entry.hub_url})", recipe.licence + gated, entry.commercial, recipe.dimension,
+            f"[`{entry.name}`]({entry.page})", recipe.licence + gated, entry.commercial, recipe.dimension,
             recipe.pooling, tile, recipe.precision, len(shapes), f"{count / 1e6:.1f} M",
         )  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -108,6 +108,27 @@ def test_what_cannot_work_is_said_before_any_slide(
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state | {"extra": torch.ones(2)}, "the network has no 'extra'"),
+        (lambda state: {key: value for key, value in state.items() if key != "norm.bias"}, "they lack 'norm.bias'"),
+        (lambda state: state | {"norm.bias": torch.ones(7)}, "'norm.bias' is 7, the network's 48"),
+        (lambda state: {key: value.to(torch.float8_e4m3fn) for key, value in state.items()}, "tensors of F8_E4M3"),
+        (lambda state: {key: value.to(torch.int8) for key, value in state.items()}, "quantised"),
+        (lambda state: timm.create_model("resnet18").state_dict(), "of quite another network"),
+    ],
+)
+def test_weights_that_do_not_fit_are_said_before_any_slide(change: Any, words: str, slide: str, tmp_path: Path) -> None:
+    """By the list of their tensors: nothing is written, no lock, no plan."""
+    state = written(tmp_path / "model.safetensors").state_dict()
+    save_file(change(dict(state)), tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match=words) as error:
+        api.embed_request(slide, VIT, output=tmp_path / "o", weights=str(tmp_path / "w.safetensors"), **OPTIONS)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"pool": "max"}, "no pooling 'max'"), ({"input_size": 5}, "between 16 and 4096"),

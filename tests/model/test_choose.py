@@ -201,3 +201,15 @@ def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
     save_file({key: torch.ones(value.shape) for key, value in empty.items()}, path)
     done = subprocess.run([sys.executable, "-c", _PEAK, str(path)], capture_output=True, text=True, check=True)
     assert int(done.stdout) * 1024 <= 1.2 * path.stat().st_size
+
+
+def test_a_repository_in_the_folder_of_folders(
+    tmp_path: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hf-hub:org/name, downloaded to where the message about missing weights says: config.json is found there, too."""
+    monkeypatch.setenv("WSI_MMM_WEIGHTS", str(tmp_path / "all"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    file = put(tmp_path / "all" / "tiny", weights, CONFIG) / "model.safetensors"
+    chosen = choose_encoder("hf-hub:org/tiny")
+    assert chosen.path == file and (chosen.recipe.mean, chosen.recipe.arguments) == (MEAN, ARGUMENTS)

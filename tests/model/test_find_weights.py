@@ -100,7 +100,7 @@ def message(call: Any, *arguments: Any) -> str:
     return str(caught.value)
 
 
-def test_a_pickle_leads_to_convert(tmp_path: Path) -> None:
+def test_a_pickle_leads_to_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file, a folder, the hub's cache: the message is the command that reads it."""
     file = put(tmp_path / "pytorch_model.bin")
     assert f"wsi-mmm models convert {file} -o {tmp_path}/pytorch_model.safetensors" in message(choose_file, file)
@@ -108,6 +108,10 @@ def test_a_pickle_leads_to_convert(tmp_path: Path) -> None:
     inside = cached(tmp_path / "hub", file="pytorch_model.bin")
     text = message(find_weights, RECIPE, None, WeightPlaces(hub=str(tmp_path / "hub")))
     assert f"models convert {inside} -o uni2-h/model.safetensors" in text
+    assert "then give embed --weights uni2-h, or set WSI_MMM_WEIGHTS to the folder of uni2-h" in text
+    monkeypatch.setenv("WSI_MMM_WEIGHTS", str(tmp_path / "all"))
+    text = message(find_weights, RECIPE, None, WeightPlaces(hub=str(tmp_path / "hub")))
+    assert text.endswith(f"-o {tmp_path}/all/uni2-h/model.safetensors reads the tensors alone, without running any")
 
 
 def test_what_is_in_the_way(tmp_path: Path) -> None:
@@ -198,5 +202,11 @@ def test_no_network_and_no_licence(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_that(monkeypatch, {"model.safetensors": ConnectionError("[Errno -2] Name or service not known\nMax retries")})
     text = message(download_weights, RECIPE, online)
     assert "the hub cannot be reached" in text and "hf download MahmoodLab/UNI2-h --local-dir uni2-h" in text
+    hidden = FileNotFoundError("An error happened while trying to locate the file on the Hub and we cannot find it.")
+    hidden.__cause__ = OSError("429 Client Error: Too Many Requests")
+    hub_that(monkeypatch, {"model.safetensors": hidden})
+    assert "(429 Client Error: Too Many Requests)" in message(download_weights, RECIPE, online)
+    hub_that(monkeypatch, {"model.safetensors": type("RevisionNotFoundError", (Exception,), {})("404 Client Error.")})
+    assert "has no revision 'main': check what follows the @" in message(download_weights, RECIPE, online)
     hub_that(monkeypatch, {})
     assert message(download_weights, RECIPE, WeightPlaces()) == explain_missing(RECIPE, WeightPlaces())

@@ -53,7 +53,7 @@ def fault(tensors: dict[str, Tensor], name: str, arguments: dict[str, object]) -
         ((REG, TINY14 | {"no_embed_class": False}), (REG, TINY14), "pos_embed", '{"no_embed_class": false}'),
         ((VIT, TINY | {"global_pool": "avg"}), (VIT, TINY), "fc_norm.weight", '{"global_pool": "avg"}'),
         ((VIT, TINY | {"embed_dim": 96}), (VIT, TINY), "cls_token", "96 numbers, the network's 48"),
-        (("resnet18", {}), (VIT, TINY), "conv1.weight", "give the architecture"),
+        (("resnet18", {}), (VIT, TINY), "conv1.weight", "of quite another network"),
     ],
 )
 def test_the_message_names_the_tensor_and_the_argument(
@@ -115,6 +115,23 @@ def test_counters_of_batch_norms_may_be_missing() -> None:
     tensors = {k: v for k, v in weights_of("resnet18", arguments).items() if not k.endswith("num_batches_tracked")}
     fitting = fit_weights(create_network("resnet18", arguments, empty=True), tensors, "w")
     assert set(fitting) == set(create_network("resnet18", arguments, empty=True).state_dict())
+
+
+def test_only_one_repository_fits_a_published_encoder() -> None:
+    """Arguments would not help: its own weights are named."""
+    with pytest.raises(ModelError) as error:
+        fit_weights(create_network(VIT, TINY, empty=True), weights_of(VIT, TINY | {"depth": 3}), "w", "Lab/Tiny")
+    text = str(error.value)
+    assert "not those that Lab/Tiny publishes, which hf download Lab/Tiny brings" in text
+    assert "--encoder-args" not in text
+
+
+def test_quantised_weights_are_refused() -> None:
+    """Whole numbers where the network computes: named, before torch complains of each."""
+    tensors = weights_of(VIT, TINY)
+    tensors["norm.bias"] = tensors["norm.bias"].to(torch.int8)
+    with pytest.raises(ModelError, match=r"hold whole numbers \(int8\) in 'norm.bias': quantised .* F32 or F16"):
+        fit_weights(create_network(VIT, TINY, empty=True), tensors, "w")
 
 
 def test_a_number_that_is_none_is_refused() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from wsi_mmm.annotations import AnnotationFormat, Shape, Shapes
 from wsi_mmm.errors import AnnotationError, NotASlide
+from wsi_mmm.model.registry import EncoderPlugin
 from wsi_mmm.slides.base import ReaderPlugin
 from wsi_mmm.slides.fingerprint import fingerprint
 from wsi_mmm.slides.region_reader import RegionReader
@@ -116,8 +118,8 @@ class DarkPixels:
 # ---------------------------------------------------------------- an encoder
 
 
-def two_strides(name: str, *, pretrained: bool = False, args: Mapping[str, Any] | None = None) -> PyramidEncoder:
-    """Average colours at strides 4 and 8: no weights."""
+def build_averages(weights: Path | None) -> PyramidEncoder:
+    """Average colours at strides 4 and 8: maps for decoders, and no weights."""
     from torch import nn
     from torch.nn import functional
 
@@ -128,6 +130,20 @@ def two_strides(name: str, *, pretrained: bool = False, args: Mapping[str, Any] 
             return [functional.avg_pool2d(x, side) for side in (4, 8)]
 
     return PyramidEncoder(Averages(), (3, 3), (4, 8))
+
+
+two_strides = EncoderPlugin(
+    {
+        "name": "two-strides",
+        "title": "Average colours",
+        "licence": "CC0-1.0",
+        "commercial": "yes",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "dimension": 3,
+    },
+    build_averages,
+)
 
 
 # ---------------------------------------------------------------- an executor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from wsi_mmm.cli.console import as_command, command, facts, make_app, say, say_json, table
+from wsi_mmm.cli.console import as_command, command, error_line, facts, make_app, say, say_json, table
 from wsi_mmm.config import user_cache
 from wsi_mmm.errors import InputError, ModelError
 
@@ -82,7 +82,7 @@ def encoders(
       wsi-mmm models encoders
       wsi-mmm models encoders uni2-h
     """
-    from wsi_mmm.model.registry import encoder_entries, find_entry, suggest_encoders
+    from wsi_mmm.model.registry import encoder_entries, find_entry, offered_entries, suggest_encoders
 
     if name is not None:
         entry = find_entry(name)
@@ -91,12 +91,17 @@ def encoders(
         _show_encoder(entry)
         return
     rows = []
-    for entry in encoder_entries().values():
+    offered, faults = offered_entries()
+    for entry in (*encoder_entries().values(), *offered):
         say_json(_encoder_facts(entry))
         recipe = entry.recipe
         gated = "gated" if recipe.gated else ""
         rows.append((recipe.licence, entry.commercial, gated, entry.name, recipe.dimension, recipe.pooling))
     table(rows, ("licence", "commercial use", "", "encoder", "vector", "pooling"))
+    for entry in offered:
+        say(f"{entry.name} is of the package {entry.recipe.package}")
+    for fault in faults:
+        error_line(fault)
     say("wsi-mmm models encoders NAME shows one; its weights: docs/encoders.md. Any timm name is an encoder, too.")
 
 
@@ -116,6 +121,8 @@ def _show_encoder(entry: EncoderEntry) -> None:
         last = explain_missing(entry.recipe, places) if found is None else f"weights: {found.path} ({found.place})"
     except ModelError as error:  # what lies there cannot be used as it is: the facts are shown all the same
         found, last = None, str(error)
+    if found is None and not entry.recipe.has_weights:
+        last = "weights: none are needed"
     say_json({**known, "weights": None if found is None else str(found.path)})
     sources = known.pop("sources")
     shown = {key: _shorten_value(value) for key, value in known.items() if value not in (None, "", [], {})}
@@ -188,8 +195,12 @@ def export(
         typer.Argument(metavar="FEATURES", help="features.zarr, or folders that hold some.", show_default=False),
     ],
     to: Annotated[
-        Literal["h5", "pt", "h5ad", "stamp"],
-        typer.Option("--to", help="h5: TRIDENT and CLAM; pt: a tensor, for CLAM; h5ad: AnnData; stamp: for STAMP."),
+        Literal["h5", "pt", "h5ad", "stamp", "slide-h5", "slide-stamp", "slides-h5", "slides-h5ad"],
+        typer.Option(
+            "--to",
+            help="h5: TRIDENT and CLAM; pt: a tensor, for CLAM; h5ad: AnnData; stamp: for STAMP. Vectors of slides: "
+            "slide-h5, slide-stamp; those of all in one file: slides-h5, slides-h5ad.",
+        ),
     ] = "h5",
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder of the files. (default: beside the features)")
@@ -200,30 +211,54 @@ def export(
     \b
     Examples:
       wsi-mmm export results/slide/features.zarr --to h5
-      wsi-mmm export results/ --to pt -o features/        (one file per slide)
+      wsi-mmm export results/ --to pt -o features/        (one file per slide, a folder per encoder)
       wsi-mmm export results/ --to stamp -o stamp/        (micrometres, feats)
+      wsi-mmm export features/ --to slides-h5             (of embed --slide: features/slides.h5)
     """
-    from wsi_mmm.outputs import exports
+    from wsi_mmm.outputs import slide_vectors
 
+    if to in slide_vectors.TABLE_FORMATS:
+        _export_table(sources, to, output)
+        return
     for source, target in targets(sources, to, output):
-        exports.export(source, target, to)
+        slide_vectors.export_file(source, target, to)
         say_json({"source": source, "output": target})
         say(f"wrote {target}")
 
 
+def _export_table(sources: Sequence[str], to: str, output: str | None) -> None:
+    """Write the vectors of all slides as one file, into ``output`` or the only source. Raises InputError."""
+    from wsi_mmm.outputs import slide_vectors
+
+    if output is None and (len(sources) != 1 or sources[0].rstrip("/").endswith(".zarr")):
+        raise InputError("a table of many slides needs a folder: name it with -o")
+    found = list(dict.fromkeys(uri for source in sources for uri in feature_stores(source)))
+    target = slide_vectors.table_file(output or sources[0], to)
+    count = slide_vectors.export_table(found, target, to)
+    say_json({"sources": len(found), "output": target})
+    say(f"wrote {target}: {count} slide{'s' * (count != 1)}")
+
+
 def targets(sources: Sequence[str], to: str, output: str | None) -> list[tuple[str, str]]:
-    """(features.zarr, file to write) for every source; InputError when two slides would share a file."""
+    """(features.zarr, file to write) for every source. Where slides share an id, as those of several encoders in
+    ``<encoder>/<slide>`` do, each encoder has a folder in ``output``. InputError when two would share a file yet."""
     from wsi_mmm.outputs.exports import file_ending
+    from wsi_mmm.outputs.slide_vectors import file_beside
     from wsi_mmm.storage import store
 
-    ending = file_ending(to, beside=output is None)
     found = [uri for source in sources for uri in feature_stores(source)]
     if output is None:
-        return [(uri, f"{uri.removesuffix('.zarr')}.{ending}") for uri in found]
-    names = [PurePosixPath(uri).parent.name or "features" for uri in found]
+        return [(uri, file_beside(uri, to)) for uri in found]
+    slides = [PurePosixPath(uri).parent for uri in found]
+    names = [slide.name or "features" for slide in slides]
+    if len(set(names)) < len(names):
+        names = [f"{slide.parent.name}/{name}".lstrip("/") for slide, name in zip(slides, names, strict=True)]
     if len(set(names)) < len(names):
         raise InputError("two slides have the same id; export them into different folders")
-    return [(uri, store.join(output, f"{name}.{ending}")) for uri, name in zip(found, names, strict=True)]
+    return [
+        (uri, store.join(output, f"{name}.{file_ending(to, beside=False)}"))
+        for uri, name in zip(found, names, strict=True)
+    ]
 
 
 def feature_stores(source: str) -> list[str]:

@@ -249,5 +249,7 @@ def result_files(report: RunReport) -> Iterator[tuple[str, str]]:
             yield "picture", files.get("overlay", "none")
         elif "features" in files:
             yield "features", files["features"]
+            if "slide" in files:
+                yield "slide", files["slide"]
     if not report.unsaved:
         yield "report", report.path

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wsi_mmm.errors import OptionError
 from wsi_mmm.model.recipe import EncoderRecipe, parse_recipe
 from wsi_mmm.model.registry import EncoderEntry, describe_licence, find_entry
+from wsi_mmm.model.slide_model import SlideModel
 from wsi_mmm.options import BLOCK_TILES, RUN_OPTIONS, TISSUE_WORDS, Affects, RunOptions, recipe_names
 from wsi_mmm.storage import store
 
@@ -38,6 +39,9 @@ class Recipe:
     ``companions``: output folder and recipe of further encoders that see the same tiles, whose values are computed as
     the tiles are read. ``after_others``: an earlier run of the same request may have computed values of this recipe,
     which ``force`` then leaves.
+
+    ``slide``: makes a vector of each slide from those of its tiles. It is in no hash: slide.json says which one did,
+    and another makes its vectors from the features that are there.
     """
 
     model: str
@@ -56,6 +60,7 @@ class Recipe:
     companions: tuple[tuple[str, Recipe], ...] = ()
     after_others: bool = False
     script: bool = False
+    slide: SlideModel | None = None
     _result_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -77,11 +82,19 @@ class Recipe:
         """Return what a user should know before the run begins, a line each: a licence that forbids some uses, a
         resolution that is far off."""
         licence = () if self._is_permissive() else self._licence_lines()
-        return (*licence, *self._script_lines(), *self._scale_warnings())
+        return (*licence, *self._slide_lines(closed=True), *self._script_lines(), *self._scale_warnings())
 
     def remarks(self) -> tuple[str, ...]:
-        """Return what is said before the run begins and is no warning: a licence that permits commercial use."""
-        return self._licence_lines() if self._is_permissive() else ()
+        """Return what is said before the run begins and is no warning: a licence that permits commercial use,
+        what is taken for granted of the slide model."""
+        licence = self._licence_lines() if self._is_permissive() else ()
+        source = self.slide.describe_source(store.redact(self.model)) if self.slide is not None else ""
+        return (*licence, *self._slide_lines(closed=False), *([source] if source else ()))
+
+    def _slide_lines(self, *, closed: bool) -> tuple[str, ...]:
+        """The licence of the slide model, if it forbids commercial use as ``closed`` says."""
+        line, forbids = self.slide.describe_licence() if self.slide is not None else ("", False)
+        return (line,) if line and forbids == closed else ()
 
     def _script_lines(self) -> tuple[str, ...]:
         shown = store.redact(self.model)
@@ -99,6 +112,10 @@ class Recipe:
     def _published_encoder(self) -> EncoderEntry | None:
         return find_entry(self.network.name) if self.network is not None else None
 
+    def warns_of_scale(self) -> bool:
+        """Return whether `warnings` say that the resolution is far off."""
+        return bool(self._scale_warnings())
+
     def _scale_warnings(self) -> tuple[str, ...]:
         if self.model_mpp is None or 1 / OFF_SCALE <= self.mpp / self.model_mpp <= OFF_SCALE:
             return ()
@@ -110,14 +127,15 @@ class Recipe:
             f"use --mpp {self.model_mpp:g} (Python: mpp={self.model_mpp:g})",
         )
 
-    def forward_hash(self, kind: str, scale: tuple[float, float], reader: str = "") -> str:
+    def forward_hash(self, kind: str, scale: tuple[float, float], reader: str = "", listed: str = "") -> str:
         """Return the hash of all that the network's values depend on.
 
         ``kind``: the kind of device ("cpu", "cuda"); ``scale``: level-0 px per target px (x, y), which a user who
         corrects a slide's mpp changes; ``reader``: the reader that opened the slide, because readers differ in the
-        levels and scales they read.
+        levels and scales they read; ``listed``: the digest of the list that the tiles are from, if they are.
         """
-        return self._hash_options("values", {"device": kind, "scale": scale, "reader": reader})
+        facts: dict[str, object] = {"device": kind, "scale": scale, "reader": reader}
+        return self._hash_options("values", facts | ({"listed": listed} if listed else {}))
 
     def result_hash(self, reader: str = "") -> str:
         """Return the hash of all that the published files depend on; ``reader``: the reader that opened the slide.
@@ -147,6 +165,7 @@ class Recipe:
             **({"companions": [[place, one.to_json()] for place, one in self.companions]} if self.companions else {}),
             **({"after_others": True} if self.after_others else {}),
             **({"script": True} if self.script else {}),
+            **({"slide": asdict(self.slide)} if self.slide is not None else {}),
         }  # fmt: skip
 
     def published(self) -> dict[str, object]:
@@ -167,4 +186,5 @@ def recipe_from_json(facts: Mapping[str, Any]) -> Recipe:
     network = parse_recipe(own.pop("network")) if "network" in own else None
     companions = tuple((place, recipe_from_json(one)) for place, one in own.pop("companions", ()))
     own["tasks"] = tuple(facts["tasks"])
-    return Recipe(**own, network=network, options=options, companions=companions)
+    slide = SlideModel(**own.pop("slide")) if "slide" in own else None
+    return Recipe(**own, network=network, options=options, companions=companions, slide=slide)

@@ -43,7 +43,7 @@ HeadKind = Literal["map", "vector", "bag", "dense", "image", "pixels"]
 
 _LATER = frozenset(
     {"squeezer", "neck", "bag", "kind", "norm", "default_tasks"}
-    | {"pooling", "registers", "input_px", "interpolation", "key_map"}
+    | {"pooling", "registers", "input_px", "interpolation", "key_map", "package"}
 )
 """Fields that the first cards did not have; see `_Part`."""
 
@@ -100,6 +100,7 @@ class EncoderCard(_CardPart):
     ``pooling``: how the network's last tokens or map become the vector of a tile, see `EncoderRecipe`, as are
     ``registers``, ``input_px``, ``interpolation`` and ``key_map``. "squeezer", as all first cards: `SqueezerCard` pools
     the coarsest map, before the network's last norm; the network is then as timm's ``features_only`` makes it.
+    ``package``: that of the plug-in whose code is the network, "": it is timm's.
     """
 
     name: str = Field(min_length=1)
@@ -110,6 +111,7 @@ class EncoderCard(_CardPart):
     input_px: int = Field(default=0, ge=0, le=4096)
     interpolation: Interpolation = "bicubic"
     key_map: str = ""
+    package: str = ""
 
     @property
     def own_pooling(self) -> Pooling | None:

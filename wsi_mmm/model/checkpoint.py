@@ -38,22 +38,19 @@ from wsi_mmm.model.choose import (
     hash_encoder,
 )
 from wsi_mmm.model.encoder import PyramidEncoder, build_encoder
-from wsi_mmm.model.fitting import fit_weights
+from wsi_mmm.model.fitting import TENSOR_TYPES, fit_weights, published_id
 from wsi_mmm.model.heads import HeadSpec, build_head
-from wsi_mmm.model.identity import refuse_pickle
 from wsi_mmm.model.key_maps import prepare_network, rename_tensors
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.model.networks import PooledBackbone, create_network, declared_colours, fill_network, renamed_by_timm
+from wsi_mmm.model.plugin_encoder import check_package, is_plugin
 from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD, ColourTriple, EncoderRecipe
+from wsi_mmm.model.weights_file import refuse_foreign
 from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.storage import store
 from wsi_mmm.types import TaskInfo
 
 _NETWORK = "encoder.backbone.model."
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def build_model(card: ModelCard, *, weights: str | None = "random") -> MultiTaskModel:
@@ -130,13 +127,12 @@ def open_encoder(
     than those of the ``identity`` that a run was begun with."""
     recipe, found, whole = chosen.recipe, chosen.sha256, bare_card(chosen.recipe)
     card = whole.encoder
-    if card.name in plugin_names("encoders"):
-        encoder = _build_encoder(card, str(chosen.path) if chosen.path else RANDOM if found == RANDOM else None)
-        found = hash_encoder(chosen).sha256
-    elif chosen.path is None:
+    check_package(recipe)
+    if chosen.path is None or recipe.package:
         with torch.random.fork_rng(devices=[]):  # the same on every worker
             torch.manual_seed(0)
-            encoder = build_encoder(card)
+            encoder = build_encoder(card, weights=chosen.path)
+        found = hash_encoder(chosen).sha256
     else:
         encoder, found = _open_weights(card, recipe, chosen.path)
     wanted = identity or (chosen.identity if chosen.sha256 else None)
@@ -145,10 +141,9 @@ def open_encoder(
             f"the weights {chosen.path} on {os.uname().nodename} are not those the run was begun with: copy those to "
             "every worker, or begin the run again"
         )
-    if recipe.dimension and encoder.vector_width and recipe.dimension != encoder.vector_width:
-        raise ModelError(
-            f"the encoder {recipe.name} gives {encoder.vector_width} numbers, its entry says {recipe.dimension}"
-        )
+    width = encoder.vector_width or encoder.channels[-1]
+    if recipe.dimension not in (0, width):
+        raise ModelError(f"the encoder {recipe.name} gives {width} numbers, its entry says {recipe.dimension}")
     return _move_to_device(assemble_model(whole, encoder), device)
 
 
@@ -159,7 +154,7 @@ def _open_weights(card: EncoderCard, recipe: EncoderRecipe, path: Path) -> tuple
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     tensors = rename_tensors(tensors, card.key_map, shapes)
     try:
-        fitting = fit_weights(network, tensors, str(path))
+        fitting = fit_weights(network, tensors, str(path), published_id(recipe))
     except ModelError:
         if not recipe.hub_id or recipe.sources:  # only of what timm itself would load
             raise
@@ -169,12 +164,15 @@ def _open_weights(card: EncoderCard, recipe: EncoderRecipe, path: Path) -> tuple
 
 def _build_encoder(card: EncoderCard, weights: str | None) -> PyramidEncoder:
     """See `build_model` for ``weights``."""
-    if card.own_pooling is not None and weights != RANDOM and card.name not in plugin_names("encoders"):
-        chosen = choose_encoder(card.name, weights, EncoderOptions(card.args, IMAGENET_MEAN, IMAGENET_STD))
+    if weights != RANDOM and (card.own_pooling is not None or is_plugin(card)):
+        said = None if is_plugin(card) else EncoderOptions(card.args, IMAGENET_MEAN, IMAGENET_STD)
+        chosen = choose_encoder(card.name, weights, said)
+        if chosen.path is not None and chosen.recipe.package:
+            return build_encoder(card, weights=chosen.path)
         if chosen.path is not None:
             return _open_weights(card, chosen.recipe, chosen.path)[0]
     encoder = build_encoder(card, pretrained=weights is None)
-    if weights not in (None, RANDOM):
+    if weights not in (None, RANDOM) and not is_plugin(card):
         path = Path(str(weights)).expanduser()
         _load_backbone(card, encoder, read_tensors(path)[0], path)
     return encoder
@@ -229,7 +227,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
 
     ModelError: absent, a pickle, truncated or no safetensors.
     """
-    refuse_pickle(path)
+    refuse_foreign(path)
     try:
         with safe_open(path, "pt") as header, path.open("rb") as file:
             digest = hashlib.sha256()
@@ -243,9 +241,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _read_next(file: BufferedReader, described: Any, digest: Any) -> Tensor:
     """The next tensor of an open file; in float32 if it is floating."""
-    if described.get_dtype() not in _DTYPES:
+    if described.get_dtype() not in TENSOR_TYPES:
         raise ValueError(f"tensors of {described.get_dtype()} are not for networks; save them as F32 or F16")
-    value = torch.empty(described.get_shape(), dtype=_DTYPES[described.get_dtype()])
+    value = torch.empty(described.get_shape(), dtype=TENSOR_TYPES[described.get_dtype()])
     if value.numel():
         memory = value.reshape(-1).view(torch.uint8).numpy()
         done = 0
@@ -283,8 +281,7 @@ def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> 
 
 def _load_backbone(card: EncoderCard, encoder: PyramidEncoder, weights: Mapping[str, Tensor], path: Path) -> None:
     """Load a backbone's own file: it must fit timm's plain network, of which the squeezer uses a part."""
-    if card.name not in plugin_names("encoders"):
-        weights = fit_weights(create_network(card.name, card.args, empty=True), weights, str(path))
+    weights = fit_weights(create_network(card.name, card.args, empty=True), weights, str(path))
     wanted = encoder.backbone.state_dict()
     nested = {key: key.removeprefix("model.") for key in wanted}
     flat = {key: key.replace("_", ".", 1) if key.split(".")[0] not in weights else key for key in wanted}

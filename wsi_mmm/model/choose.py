@@ -12,7 +12,7 @@ from typing import Any
 
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import DecoderCard, EncoderCard, ModelCard
-from wsi_mmm.model.find_weights import choose_file, download_weights, find_weights, local_places
+from wsi_mmm.model.find_weights import choose_file, download_weights, explain_missing, find_weights, local_places
 from wsi_mmm.model.hub import check_hub
 from wsi_mmm.model.identity import check_weights
 from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD, ColourTriple, EncoderRecipe, Pooling, parse_recipe
@@ -73,13 +73,12 @@ def encoder_identity(recipe: EncoderRecipe, weights_sha256: str) -> str:
 
 
 def bare_card(recipe: EncoderRecipe) -> ModelCard:
-    """The card of a bare encoder: a model without tasks. Plug-ins pool themselves only if they say so when opened."""
-    encoder = EncoderCard(name=recipe.architecture, args=recipe.arguments)
-    if recipe.architecture not in plugin_names("encoders"):
-        encoder = EncoderCard(
-            name=recipe.architecture, args=recipe.arguments, pooling=recipe.pooling, registers=recipe.registers,
-            input_px=recipe.input_px, interpolation=recipe.interpolation, key_map=recipe.key_map,
-        )  # fmt: skip
+    """The card of a bare encoder: a model without tasks."""
+    encoder = EncoderCard(
+        name=recipe.architecture, args=recipe.arguments, pooling=recipe.pooling, registers=recipe.registers,
+        input_px=recipe.input_px, interpolation=recipe.interpolation, key_map=recipe.key_map,
+        package=recipe.package.partition("==")[0],
+    )  # fmt: skip
     return ModelCard(
         name=recipe.name, encoder=encoder, decoder=DecoderCard(bottleneck=0), mpp=recipe.mpp, overlap=0,
         tile_size=recipe.tile_px, mean=recipe.mean or IMAGENET_MEAN, std=recipe.std or IMAGENET_STD,
@@ -96,6 +95,10 @@ def choose_encoder(name: str, weights: str | None = None, said: EncoderOptions |
     """
     asked = said or EncoderOptions()
     base, declared = _named_recipe(name, weights)
+    if base.package and (asked.pooling or asked.arguments):
+        raise ModelError(
+            f"the code of {base.package} decides how {name} pools: leave embed --pool and --encoder-args out"
+        )
     path = locate_weights(base, weights)
     beside = config_beside(path) if path is not None and not declared else WeightsConfig()
     if beside.architecture and _bare_name(beside.architecture) != _bare_name(base.architecture):
@@ -127,13 +130,15 @@ def hash_encoder(chosen: ChosenEncoder) -> ChosenEncoder:
 
 def locate_weights(recipe: EncoderRecipe, weights: str | None) -> Path | None:
     """The file of weights on this machine, by ``weights`` as of `choose_encoder`; None: random or a plug-in's own."""
-    if weights == RANDOM or (weights is None and recipe.architecture in plugin_names("encoders")):
+    if weights == RANDOM or (weights is None and not recipe.has_weights):
         return None
     source, rest = split_source(recipe.name)
     if weights is None and source == FOLDER:
         return choose_file(Path(rest).expanduser(), recipe.file, recipe.name)
     places = local_places()
     found = find_weights(recipe, weights, places)
+    if found is None and recipe.package and not recipe.hub_id:
+        raise ModelError(explain_missing(recipe, places))
     if found is None and not recipe.hub_id:
         raise ModelError(f"no weights are known for {recipe.name}: give a .safetensors file of them as weights")
     if found is None and not places.offline:
@@ -161,8 +166,6 @@ def _named_recipe(name: str, weights: str | None) -> tuple[EncoderRecipe, bool]:
             name=full, architecture=config.architecture, arguments=dict(config.arguments), mean=config.mean,
             std=config.std, hub_id=rest if source == HUB and weights is None else "",
         ), True  # fmt: skip
-    if name in plugin_names("encoders"):
-        return EncoderRecipe(name=name, architecture=name, mean=IMAGENET_MEAN, std=IMAGENET_STD), False
     facts = _timm_facts(name)
     own = weights in (None, RANDOM) or "." in name  # the name says which weights are meant
     return EncoderRecipe(

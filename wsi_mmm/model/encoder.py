@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wsi_mmm.errors import ModelError, OptionError, PluginError, first_line
+from wsi_mmm.errors import ModelError, OptionError, first_line
 from wsi_mmm.model.card import EncoderCard, ModelCard
 from wsi_mmm.model.hub import check_hub
 from wsi_mmm.model.key_maps import prepare_network
 from wsi_mmm.model.networks import BUILD_ERRORS, PooledBackbone, check_input, create_network, fill_network
-from wsi_mmm.plugins import load_plugin, plugin_names
+from wsi_mmm.model.plugin_encoder import VectorBackbone, build_module, is_plugin, wrap_module
 
 _VIT_STRIDES = (4, 8, 16, 32)
 
@@ -39,7 +40,7 @@ class PyramidEncoder(nn.Module):
         self.channels = channels
         self.resampled = len(strides) > 1 and len(set(strides)) == 1
         self.strides = _VIT_STRIDES[-len(strides) :] if self.resampled else strides
-        self.vector_width = backbone.vector_width if isinstance(backbone, PooledBackbone) else 0
+        self.vector_width = backbone.vector_width if isinstance(backbone, PooledBackbone | VectorBackbone) else 0
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """float[n, 3, h, w], normalised -> the pyramid; h and w must be multiples of the largest stride.
@@ -54,7 +55,7 @@ class PyramidEncoder(nn.Module):
 
         Without ``maps`` a backbone that pools makes no pyramid: it is empty.
         """
-        if not isinstance(self.backbone, PooledBackbone):
+        if not isinstance(self.backbone, PooledBackbone | VectorBackbone):
             return self(x), None
         _check_pixels(x)
         found, vector = self.backbone.forward_pooled(x, maps=maps)
@@ -83,16 +84,21 @@ def _check_pixels(x: Tensor) -> None:
 
 
 def build_encoder(
-    card: EncoderCard, *, pretrained: bool = False, tensors: Mapping[str, Tensor] | None = None, empty: bool = False
+    card: EncoderCard,
+    *,
+    pretrained: bool = False,
+    tensors: Mapping[str, Tensor] | None = None,
+    empty: bool = False,
+    weights: Path | None = None,
 ) -> PyramidEncoder:
     """The encoder of a card, of a plug-in or timm (``hf-hub:`` ids pass through when the squeezer pools).
 
     A network that pools itself is given its ``tensors`` (of `fit_weights`), random ones when they are None, or none at
-    all (``empty``: on the meta device). ``pretrained``: timm's own weights, for plug-ins and the squeezer.
-    ModelError if it cannot be made; PluginError.
+    all (``empty``: on the meta device). ``pretrained``: timm's own weights, for the squeezer; ``weights``: the file of
+    those of a plug-in. ModelError if it cannot be made; MissingPackage, PluginError.
     """
-    if card.name in plugin_names("encoders"):
-        return _plugin_encoder(card.name, pretrained, dict(card.args))
+    if is_plugin(card):
+        return _plugin_encoder(card, weights)
     if card.own_pooling is not None:
         network = create_network(card.name, card.args, empty=empty or tensors is not None)
         if tensors is not None:
@@ -120,19 +126,26 @@ def check_tile(encoder: PyramidEncoder, card: ModelCard, tile: int) -> None:
         check_input(encoder.backbone.model, card.encoder.input_px or tile, card.name)
 
 
-def check_encoder(card: ModelCard, tile: int) -> None:
-    """ModelError when timm cannot build the bare encoder of a card, when it has not what its pooling takes, or when it
-    cannot take tiles of ``tile`` px. No weights are made."""
-    if card.encoder.name not in plugin_names("encoders"):
-        check_tile(build_encoder(card.encoder, empty=True), card, tile)
+def check_encoder(card: ModelCard, tile: int) -> int:
+    """The numbers in a vector of the bare encoder of a card (0: a plug-in's, not known). No weights are made.
+
+    ModelError when timm cannot build it, when it has not what its pooling takes, or cannot take tiles of ``tile`` px.
+    """
+    if not is_plugin(card.encoder):
+        encoder = build_encoder(card.encoder, empty=True)
+        check_tile(encoder, card, tile)
+        return encoder.vector_width or encoder.channels[-1]
+    return 0
 
 
-def _plugin_encoder(name: str, pretrained: bool, options: dict[str, Any]) -> PyramidEncoder:
-    build: Any = load_plugin("encoders", name)
-    found = build(name, pretrained=pretrained, args=options)
-    if not isinstance(found, PyramidEncoder):
-        raise PluginError(f"the encoder {name!r} of a plug-in gave no wsi_mmm.model.encoder.PyramidEncoder")
-    return found
+def _plugin_encoder(card: EncoderCard, weights: Path | None) -> PyramidEncoder:
+    if card.args:
+        raise ModelError(f"the encoder '{card.name}' of a package takes no arguments: leave them out")
+    module = build_module(card.name, card.package, weights)
+    if isinstance(module, PyramidEncoder):
+        return module
+    backbone = wrap_module(module, card.name)
+    return PyramidEncoder(backbone, backbone.channels, backbone.strides)
 
 
 def _features_only(name: str, pretrained: bool, options: dict[str, Any]) -> Any:

@@ -68,8 +68,9 @@ def find_weights(recipe: EncoderRecipe, weights: str | None, places: WeightPlace
     return None
 
 
-def choose_file(path: Path, wanted: str = "", name: str = "NAME") -> Path:
-    """The safetensors file that ``path`` is, or that the folder ``path`` holds; ``wanted``: its published name.
+def choose_file(path: Path, wanted: str = "", name: str = "NAME", *, option: str = "--weights") -> Path:
+    """The safetensors file that ``path`` is, or that the folder ``path`` holds; ``wanted``: its published name;
+    ``option``: the one that names files.
 
     ModelError, naming the fix: none is there, there are several, or only a pickle is.
     """
@@ -85,12 +86,14 @@ def choose_file(path: Path, wanted: str = "", name: str = "NAME") -> Path:
     if any(file.endswith(".index.json") for file in _names_in(path)):
         raise ModelError(f"the weights in {path} are cut into several files: pass one that holds them all")
     if len(safe) > 1:
-        raise ModelError(f"{path} holds several weights ({', '.join(safe[:3])}): pass one of them with --weights")
+        raise ModelError(f"{path} holds several weights ({', '.join(safe[:3])}): pass one of them with {option}")
     if safe:
         return files[safe[0]]
     if files:
         raise ModelError(advise_conversion(files.get(wanted) or files[min(files)], name))
-    raise ModelError(f"{path} holds no weights: a file that ends with {SAFE_ENDING} is looked for")
+    raise ModelError(
+        f"{path} holds no weights: give the folder that hf download wrote, or a file that ends with {SAFE_ENDING}"
+    )
 
 
 def explain_missing(recipe: EncoderRecipe, places: WeightPlaces) -> str:
@@ -98,6 +101,9 @@ def explain_missing(recipe: EncoderRecipe, places: WeightPlaces) -> str:
     name = recipe.name if ":" not in recipe.name else recipe.hub_id.partition("@")[0].rpartition("/")[2]
     folder = f"{places.folder or f'${WEIGHTS_VARIABLE}'}/{name}"
     gated = " (accept its terms on its page first)" if recipe.gated else ""
+    if not recipe.hub_id:
+        file = recipe.file or _USUAL[0]
+        return f"the weights of '{recipe.name}' are not on this machine: put {file} into {folder} or give it as weights"
     return (
         f"the weights of '{recipe.name}' are not on this machine: where there is network, "
         f"hf download {recipe.hub_id} --local-dir {name}{gated}; then put that folder at {folder} "
@@ -123,13 +129,14 @@ def download_weights(recipe: EncoderRecipe, places: WeightPlaces) -> FoundWeight
 
 
 def find_config(hub_id: str, name: str, places: WeightPlaces) -> Path:
-    """The file ``name`` of a repository of the hub, from its cache or downloaded. ModelError as `download_weights`."""
-    snapshot = _cached_snapshot(Path(places.hub).expanduser(), hub_id) if places.hub else None
-    if snapshot is not None and (snapshot / name).is_file():
-        return snapshot / name
+    """The file ``name`` of a repository of the hub, from where its weights may lie, or downloaded. ModelError as of
+    `download_weights`."""
+    recipe = EncoderRecipe(name=f"hf-hub:{hub_id}", architecture="unknown", hub_id=hub_id)
+    for folder, _ in _candidate_folders(recipe, places):
+        if (folder / name).is_file():
+            return folder / name
     check_hub(f"hf-hub:{hub_id}")
     hub: Any = import_package("huggingface_hub", "downloading needs huggingface_hub: pip install huggingface_hub")
-    recipe = EncoderRecipe(name=hub_id, architecture="unknown", hub_id=hub_id)
     path = None if places.offline else _download_file(hub, recipe, name, places)
     if path is None:
         raise ModelError(
@@ -153,22 +160,31 @@ def _download_file(hub: Any, recipe: EncoderRecipe, name: str, places: WeightPla
         kind = type(error).__name__
         if kind in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
             return None
-        page = f"https://huggingface.co/{identity}"
+        page, cause = f"https://huggingface.co/{identity}", error
+        while isinstance(cause.__cause__, Exception):  # "cannot find the file" was raised from what happened
+            cause = cause.__cause__
         if kind == "RepositoryNotFoundError":
             reason = f"{page} is not there, or private: check the name, or run hf auth login"
-        elif kind == "GatedRepoError" or re.search(r"\b40[13]\b", str(error)):
+        elif kind == "RevisionNotFoundError":
+            reason = f"{page} has no revision '{revision or 'main'}': check what follows the @ of its name"
+        elif kind == "GatedRepoError" or re.search(r"\b40[13]\b", str(cause)):
             reason = f"accept its terms at {page} and run hf auth login"
         else:
-            reason = f"the hub cannot be reached ({first_line(error, 80)}); {explain_missing(recipe, places)}"
+            reason = f"the hub cannot be reached ({first_line(cause, 120)}); {explain_missing(recipe, places)}"
         raise ModelError(f"the weights of '{recipe.name}' cannot be downloaded: {reason}") from error
 
 
 def advise_conversion(path: Path, name: str) -> str:
     """One line about pickled weights of the encoder ``name``, and the way out."""
-    target = f"{name}/model{SAFE_ENDING}" if "snapshots" in path.parts else str(path.with_suffix(SAFE_ENDING))
+    target, then = str(path.with_suffix(SAFE_ENDING)), ""
+    if "snapshots" in path.parts:  # the cache is the hub's own: nothing is put there
+        name = re.split("[/:]", name.partition("@")[0])[-1]
+        known = os.environ.get(WEIGHTS_VARIABLE)
+        target = f"{known.rstrip('/') + '/' if known else ''}{name}/{_USUAL[0]}"
+        then = "" if known else f"; then give embed --weights {name}, or set {WEIGHTS_VARIABLE} to the folder of {name}"
     return (
         f"the weights {path} are a pickle, which can run code; "
-        f"wsi-mmm models convert {path} -o {target} reads the tensors alone, without running any"
+        f"wsi-mmm models convert {path} -o {target} reads the tensors alone, without running any{then}"
     )
 
 

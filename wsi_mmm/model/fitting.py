@@ -6,16 +6,26 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError
+from wsi_mmm.model.key_maps import rename_tensors
 from wsi_mmm.model.networks import create_network, grid_side, network_config
+from wsi_mmm.model.recipe import EncoderRecipe
 from wsi_mmm.model.registry import encoder_entries
+from wsi_mmm.model.weights_file import list_tensors
+from wsi_mmm.plugins import plugin_names
 
 _WRAPPERS = ("module.", "encoder.", "backbone.", "model.")
 _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "last_linear.")
+TENSOR_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Types of numbers in safetensors files that are read."""
 _UNUSED = frozenset({"mask_token"})
 """Tensors of training alone."""
 
@@ -45,10 +55,36 @@ class Misfit:
         return [name for name, shape in self.network.items() if self.weights.get(name, shape) != shape]
 
 
-def fit_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def check_listed_weights(recipe: EncoderRecipe, path: Path) -> None:
+    """ModelError, as of `fit_weights`, when the tensors that a file lists do not fit; their numbers are not read.
+
+    Files that timm itself renames and those of a package's encoder are left to the loading.
+    """
+    if (recipe.hub_id and not recipe.sources) or recipe.architecture in plugin_names("encoders"):
+        return
+    network = create_network(recipe.architecture, recipe.arguments, empty=True)
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    listed = list_tensors(path)
+    types = {kind for kind, _ in listed.values()}
+    if odd := sorted(types - TENSOR_TYPES.keys()):
+        raise ModelError(f"the weights {path} hold tensors of {odd[0]}, which are not computed with: take F32 or F16")
+    tensors = {
+        key: torch.empty(shape, dtype=TENSOR_TYPES[kind], device="meta") for key, (kind, shape) in listed.items()
+    }
+    fit_weights(network, rename_tensors(tensors, recipe.key_map, shapes), str(path), published_id(recipe))
+
+
+def published_id(recipe: EncoderRecipe) -> str:
+    """The repository of a published encoder; empty for a network that a user describes."""
+    return recipe.hub_id if recipe.sources else ""
+
+
+def fit_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str, hub_id: str = "") -> dict[str, Tensor]:
     """The tensors under the names of ``network``, without those of a classifier. They are not copied.
 
     ModelError naming the first that is missing, surplus, of another shape, or not finite; ``source`` is named in it.
+    ``hub_id``: the only repository whose weights fit ("": there is none). Of tensors on the meta device only the names,
+    shapes and types are looked at.
     """
     wanted = network.state_dict()
     named = _strip_wrappers(tensors, wanted)
@@ -58,10 +94,15 @@ def fit_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str) 
         if key.endswith("num_batches_tracked") and key not in fitting:
             fitting[key] = torch.zeros((), dtype=value.dtype)
     misfit = Misfit(*({key: tuple(value.shape) for key, value in part.items()} for part in (fitting, wanted)))
-    if fault := _describe_misfit(misfit):
+    if fault := _describe_misfit(misfit, hub_id):
         raise ModelError(f"the weights {source} do not fit the encoder: {fault}")
     for key, value in fitting.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if wanted[key].is_floating_point() and not value.is_floating_point():
+            raise ModelError(
+                f"the weights {source} hold whole numbers ({str(value.dtype).removeprefix('torch.')}) in '{key}': "
+                "quantised weights are not computed with, take those in F32 or F16"
+            )
+        if not value.is_meta and value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelError(f"the weights {source} hold NaN or infinity in '{key}': take another copy of them")
     return fitting
 
@@ -90,11 +131,12 @@ def _may_be_dropped(key: str, classifiers: tuple[str, ...]) -> bool:
 # ---------------------------------------------------------------- what does not fit, and why
 
 
-def _describe_misfit(misfit: Misfit) -> str:
-    """The first fault and what would mend it; empty when everything fits."""
+def _describe_misfit(misfit: Misfit, hub_id: str) -> str:
+    """The first fault and what would mend it; empty when everything fits. ``hub_id``: see `fit_weights`."""
     surplus, missing, reshaped = misfit.surplus, misfit.missing, misfit.reshaped
     if surplus:
-        fault = f"the network has no '{surplus[0]}' ({len(surplus)} surplus tensors)"
+        first = next((name for name in surplus if not name.endswith("num_batches_tracked")), surplus[0])
+        fault = f"the network has no '{first}' ({len(surplus)} surplus tensors)"
     elif missing:
         fault = f"they lack '{missing[0]}' ({len(missing)} tensors)"
     elif reshaped:
@@ -104,6 +146,10 @@ def _describe_misfit(misfit: Misfit) -> str:
         return ""
     if names := _fitting_entries(misfit.weights):
         return f"{fault}; they fit embed --encoder {' or '.join(names)}"
+    if hub_id:
+        return f"{fault}; they are not those that {hub_id} publishes, which hf download {hub_id} brings"
+    if not misfit.weights.keys() & misfit.network.keys():
+        return f"{fault}; they are of quite another network: give embed --encoder the one that they were trained as"
     hint = next((text for find in _HINTS if (text := find(misfit))), "")
     return f"{fault}; {hint or 'give the architecture and arguments that they were trained with'}"
 

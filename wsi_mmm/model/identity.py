@@ -12,9 +12,7 @@ from pathlib import Path
 
 from wsi_mmm.errors import MissingPackage, ModelError, OptionError
 from wsi_mmm.model.card import CARD, WEIGHTS, ModelCard, model_path, zoo_names
-from wsi_mmm.model.find_weights import advise_conversion
-
-_PICKLES = (b"\x80", b"PK\x03\x04")  # pickle, and the zip archive that torch.save writes
+from wsi_mmm.model.weights_file import refuse_foreign
 
 RUNTIMES = {
     "eager": "float32; norms folded into convolutions: within 1e-4 of the plain model's largest answer",
@@ -76,24 +74,11 @@ def check_device(device: str) -> None:
 
 
 def check_weights(path: Path, sha256: str = "") -> str:
-    """The sha256 of a weights file. ModelError when it cannot be read, is a pickle, or has another hash than its
+    """The sha256 of a weights file. ModelError when it cannot be read, is no safetensors, or has another hash than its
     card names (``sha256``; empty: any will do)."""
-    refuse_pickle(path)
+    refuse_foreign(path)
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 and found != sha256:
         raise ModelError(f"the weights {path} are not those its card was written for: copy the model folder again")
     return found
-
-
-def refuse_pickle(path: Path) -> None:
-    """ModelError when a weights file is missing, cannot be read, or is a pickle."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-    except FileNotFoundError as error:
-        raise ModelError(f"the weights {path} are missing: copy the whole model folder, or check the path") from error
-    except OSError as error:
-        raise ModelError(f"the weights {path} cannot be read: {error.strerror}") from error
-    if head.startswith(_PICKLES) and head[8:] != b"{":  # safetensors: 8 bytes of length, then a JSON object
-        raise ModelError(advise_conversion(path, "NAME"))

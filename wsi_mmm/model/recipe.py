@@ -33,6 +33,7 @@ class EncoderRecipe(BaseModel):
 
     ``precision``: what its authors compute with on a GPU. ``file``: name of the weights in the repository ``hub_id``;
     ``key_map``: how its tensors are renamed, empty: they have timm's names. ``sources``: where these facts come from.
+    ``package``: NAME==VERSION of the installed package whose code is the network; empty: timm's is.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -56,6 +57,7 @@ class EncoderRecipe(BaseModel):
     gated: bool = False
     hub_id: str = ""
     sources: tuple[str, ...] = ()
+    package: str = ""
 
     @model_validator(mode="after")
     def _check_colours(self) -> EncoderRecipe:
@@ -66,6 +68,11 @@ class EncoderRecipe(BaseModel):
             raise ValueError("mean and std must be finite numbers, and std positive")
         check_arguments(self.arguments)
         return self
+
+    @property
+    def has_weights(self) -> bool:
+        """True when it needs a file of weights: the code of a package may be all there is."""
+        return not self.package or bool(self.hub_id or self.file)
 
     def value_facts(self) -> dict[str, Any]:
         """Return what its vectors depend on beside the weights, as JSON: names, licence and sources are left out."""
@@ -80,7 +87,8 @@ class EncoderRecipe(BaseModel):
             "registers",
             "key_map",
         }
-        return self.model_dump(mode="json", include=names)
+        package = {"package": self.package} if self.package else {}
+        return self.model_dump(mode="json", include=names) | package
 
 
 def parse_recipe(raw: Any, source: str = "encoder") -> EncoderRecipe:

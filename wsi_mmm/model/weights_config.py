@@ -75,7 +75,9 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ModelError(f"{path} is too large to be a configuration")
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {first_line(error)}") from error
+        raise ModelError(
+            f"{path} cannot be read as JSON ({first_line(error, 60)}): copy it again, or move it away"
+        ) from error
     return found if isinstance(found, dict) else {}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from wsi_mmm.errors import OptionError, StorageError
 from wsi_mmm.plugins import import_package
 from wsi_mmm.storage import store
 from wsi_mmm.storage.store import published_folder
-from wsi_mmm.types import F32, I64, U8, Grid, TaskInfo
+from wsi_mmm.types import F32, I64, U8, Grid, Mask, TaskInfo
 
 _ROWS = 4096  # tiles per chunk of features
 MAP_CHUNK, MAP_SHARD = 512, 2048  # map px
@@ -73,6 +73,20 @@ def read_attributes(uri: str) -> dict[str, Any]:
         raise StorageError(f"{store.redact(uri)} is no features.zarr; wsi-mmm embed makes them") from error
 
 
+def read_feature_blocks(uri: str, leave_out: Mask | None = None) -> Iterator[F32]:
+    """The vectors float32[n, D] that `write_features` wrote, some thousands at a time; ``leave_out`` bool[N]: tiles
+    without. StorageError as of `read_features`."""
+    try:
+        array = _find_array(zarr.open_group(zarr_store(uri), mode="r"), "features")
+        for start in range(0, array.shape[0], _ROWS):
+            vectors = np.asarray(array[start : start + _ROWS], np.float32)
+            if leave_out is not None:
+                vectors = vectors[~leave_out[start : start + _ROWS]]
+            yield check_features(SlideFeatures(vectors, np.zeros((len(vectors), 2), np.int64), {}), uri).vectors
+    except (GroupNotFoundError, KeyError, FileNotFoundError, ValueError) as error:
+        raise StorageError(f"{store.redact(uri)} is no features.zarr; wsi-mmm embed makes them") from error
+
+
 def check_features(features: SlideFeatures, uri: str) -> SlideFeatures:
     """Return ``features``. StorageError naming ``uri`` when some are NaN or infinite."""
     found = features.vectors
@@ -84,11 +98,16 @@ def check_features(features: SlideFeatures, uri: str) -> SlideFeatures:
 
 
 def _read_array(group: zarr.Group, name: str) -> Any:
-    """A whole array [n, D]; ValueError for one that claims more than a slide has: chunks left out take no file."""
+    """A whole array [n, D]. ValueError as of `_find_array`."""
+    return np.asarray(_find_array(group, name)[:])
+
+
+def _find_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    """An array [n, D]; ValueError for one that claims more than a slide has: chunks left out take no file."""
     array = group[name]
     if not isinstance(array, zarr.Array) or array.ndim != 2 or array.size > MAX_VALUES:
         raise ValueError(f"{name} is no array of tiles")
-    return np.asarray(array[:])
+    return array
 
 
 def export(source: str, target: str, name: str = "") -> None:
@@ -136,6 +155,12 @@ _STAMP_NAMES = {
 """(encoder, pooling) -> what STAMP calls the extractor of these vectors."""
 
 
+def extractor_name(said: Mapping[str, Any]) -> str:
+    """STAMP's name of the encoder that made the vectors with these attributes; of others ours."""
+    encoder, pooling = str(said.get("encoder", "")), str(said.get("pooling", ""))
+    return _STAMP_NAMES.get((encoder, pooling)) or "-".join(filter(None, (encoder, pooling)))
+
+
 def as_stamp(features: SlideFeatures) -> bytes:
     """HDF5 as STAMP reads it: ``feats``, ``coords`` float32 in micrometres, the attributes on the file.
 
@@ -148,7 +173,6 @@ def as_stamp(features: SlideFeatures) -> bytes:
     except (KeyError, TypeError, ValueError) as error:
         text = f"the features of {said.get('name', 'this slide')} do not say the slide's resolution"
         raise StorageError(f"{text}, which STAMP needs: embed the slide again with --force") from error
-    encoder, pooling = str(said.get("encoder", "")), str(said.get("pooling", ""))
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         file.create_dataset("coords", data=(features.coords * scale).astype(np.float32))
@@ -156,7 +180,7 @@ def as_stamp(features: SlideFeatures) -> bytes:
         file.attrs.update({
             "stamp_version": STAMP_FORMAT, "feat_type": "tile", "unit": "um", "tile_size_um": side * mpp,
             "tile_size_px": side, "code_hash": str(said.get("model_hash", ""))[:8],
-            "extractor": _STAMP_NAMES.get((encoder, pooling)) or "-".join(filter(None, (encoder, pooling))),
+            "extractor": extractor_name(said),
         })  # fmt: skip
     return buffer.getvalue()
 
@@ -185,7 +209,9 @@ FORMATS: dict[str, Callable[[SlideFeatures], bytes]] = {"h5": as_h5, "pt": as_pt
 
 def file_ending(name: str, *, beside: bool) -> str:
     """The ending of files of a format; ``beside``: next to those of other formats, so each needs its own."""
-    return name if name != "stamp" else "stamp.h5" if beside else "h5"
+    if beside:
+        return "stamp.h5" if name == "stamp" else name
+    return "h5" if "stamp" in name or name == "slide-h5" else name
 
 
 def write_map(

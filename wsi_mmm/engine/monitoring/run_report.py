@@ -21,7 +21,7 @@ from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.scheduler import SlideState, enlarged_text
 from wsi_mmm.engine.units import SlideTask
 from wsi_mmm.errors import OptionError, OutputError, StorageError
-from wsi_mmm.outputs import exports
+from wsi_mmm.outputs import exports, slide_vectors
 from wsi_mmm.outputs.report import FACTS, SlideRow, report_html, report_json
 from wsi_mmm.storage import store
 
@@ -245,20 +245,28 @@ def check_writable(output: str) -> None:
         raise OutputError(f"cannot write to {store.redact(output)}: {reason}{remedy}") from error
 
 
-def known_exports(formats: str | Sequence[str]) -> tuple[str, ...]:
-    """The export formats asked for; OptionError names one that does not exist."""
+def known_exports(formats: str | Sequence[str], *, slide: object) -> tuple[str, ...]:
+    """The export formats asked for; OptionError names one that does not exist, or lacks its ``slide`` model."""
     wanted = (formats,) if isinstance(formats, str) else tuple(formats)
+    of_slides = (*slide_vectors.SLIDE_FORMATS, *slide_vectors.TABLE_FORMATS)
     for name in wanted:
-        if name not in exports.FORMATS:
-            raise OptionError(f"unknown export {name!r}; known: {', '.join(exports.FORMATS)}")
+        if name not in (*exports.FORMATS, *of_slides):
+            raise OptionError(f"unknown export {name!r}; known: {', '.join((*exports.FORMATS, *of_slides))}")
+        if name in of_slides and slide is None:
+            raise OptionError(f"the export {name!r} is of slides' vectors: give slide too, such as slide='mean'")
     return wanted
 
 
 def export_features(report: RunReport, formats: Sequence[str]) -> None:
-    """Also write each slide's features in other formats, beside its features.zarr."""
+    """Also write each slide's features or vector in other formats, beside its features.zarr, and tables of slides."""
     for name in formats:
-        ending = exports.file_ending(name, beside=True)
-        for row in report.slides:
-            if row.status in ("done", "partial"):
-                source = store.join(report.output, row.id, "features.zarr")
-                exports.export(source, store.join(report.output, row.id, f"features.{ending}"), name)
+        of_slides = name in slide_vectors.TABLE_FORMATS or name in slide_vectors.SLIDE_FORMATS
+        rows = [row for row in report.slides if row.status in ("done", "partial")]
+        rows = [row for row in rows if not of_slides or "slide" in row.extra.get("files", {})]
+        sources = [store.join(report.output, row.id, "features.zarr") for row in rows]
+        if name in slide_vectors.TABLE_FORMATS:
+            if sources:
+                slide_vectors.export_table(sources, slide_vectors.table_file(report.output, name), name)
+            continue
+        for source in sources:
+            slide_vectors.export_file(source, slide_vectors.file_beside(source, name), name)
