@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -202,6 +202,10 @@ class ScriptProcess:
         self._process.wait()
 
 
+PendingAnswers = tuple[tuple[str, ...], list[Future[F32]]]
+"""Tasks, and the probabilities of their tiles as they come."""
+
+
 class ScriptRunner:
     """A TorchScript model, callable from several threads at once, as `Runner` is. ``threads``: batches that are
     computed side by side (None: one per core this process may use)."""
@@ -217,11 +221,19 @@ class ScriptRunner:
 
     def run(self, pixels: U8, tasks: Sequence[str] = ()) -> RunOutput:
         """Compute tiles uint8[n, s, s, 3]: the probabilities of ``tasks``; no features. ModelError."""
-        outputs = self._model.card.tasks[0].outputs
+        return self.finish(self.begin(pixels, tasks), len(pixels))
+
+    def begin(self, pixels: U8, tasks: Sequence[str] = ()) -> PendingAnswers:
+        """Begin to compute tiles and return at once; `finish` waits for them."""
         parts = [pixels[first : first + BATCH] for first in range(0, len(pixels), BATCH)]
-        found = [np.zeros((0, outputs), np.float32), *self._pool.map(self._answer, parts)]
-        table = np.concatenate(found)
-        return RunOutput(np.zeros((len(pixels), 0), np.float32), {}, dict.fromkeys(tasks, table))
+        return tuple(tasks), [self._pool.submit(self._answer, part) for part in parts]
+
+    def finish(self, pending: PendingAnswers, count: int) -> RunOutput:
+        """Wait for the ``count`` tiles that `begin` was given. ModelError of the first batch that has one."""
+        tasks, batches = pending
+        found = [np.zeros((0, self._model.card.tasks[0].outputs), np.float32)]
+        table = np.concatenate([*found, *(batch.result() for batch in batches)])
+        return RunOutput(np.zeros((count, 0), np.float32), {}, dict.fromkeys(tasks, table))
 
     def answer_bag(self, vectors: F32, tasks: Sequence[str]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, F32]]:
         """ModelError: there is no such task."""

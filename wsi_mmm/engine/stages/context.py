@@ -26,8 +26,8 @@ from wsi_mmm.timing import StageTimer, Step, StepTime, timed, worker_name
 from wsi_mmm.types import Grid, Tiles
 
 if TYPE_CHECKING:
+    from wsi_mmm.model.answers import TileRunner
     from wsi_mmm.model.card import ModelCard
-    from wsi_mmm.model.runner import Runner
     from wsi_mmm.model.script_runner import ScriptRunner
     from wsi_mmm.tasks.base import Task
 
@@ -37,7 +37,7 @@ KEPT_ENTRIES = 32  # cache entries, so that a process that has seen thousands of
 open_slides = SlidePool()
 _lock = threading.RLock()
 _loading = threading.Lock()  # of its own: slides are opened and their tissue is found while a model loads
-_runners: dict[tuple[str, str, int | None, str], Runner | ScriptRunner] = {}
+_runners: dict[tuple[str, str, int | None, str], TileRunner] = {}
 _failures: dict[tuple[str, str, int | None, str], tuple[float, WsiError]] = {}
 _models: dict[tuple[str, str], str] = {}
 _tasks: dict[tuple[str, str, tuple[str, ...]], list[Task]] = {}
@@ -87,7 +87,7 @@ class UnitContext:
         return recipe_tasks(self.recipe)
 
     @property
-    def runner(self) -> Runner | ScriptRunner:
+    def runner(self) -> TileRunner:
         """The model on its device. Raises ModelNotLoaded, StorageError."""
         try:
             return load_runner(self.recipe)
@@ -135,7 +135,7 @@ def slide_key(task: SlideTask) -> SlideKey:
     return SlideKey(task.uri, task.mpp, task.recipe.options.reader, task.scene)
 
 
-def load_runner(recipe: Recipe) -> Runner | ScriptRunner:
+def load_runner(recipe: Recipe) -> TileRunner:
     """The model of a recipe on its device, loaded once per process by what it is, wherever it lies."""
     options = recipe.options
     key = (f"{recipe.model_hash}/{recipe.tasks}", options.device, options.threads, options.runtime)
@@ -152,7 +152,7 @@ def load_runner(recipe: Recipe) -> Runner | ScriptRunner:
         return _runners[key]
 
 
-def _make_runner(recipe: Recipe) -> Runner | ScriptRunner:
+def _make_runner(recipe: Recipe) -> TileRunner:
     if recipe.script:
         return _make_script_runner(recipe)
     try:
