@@ -24,9 +24,10 @@ BASE = Recipe("m", "h", (), 0.5, 256, 0)
 OTHER: dict[str, Any] = {
     "mpp": 0.75, "tile_size": 512, "overlap": 32, "tissue": "none", "regions": "r.geojson", "min_tissue": 0.5,
     "mpp_override": 0.3, "reader": "openslide", "scene": 1, "cache": "c", "cache_tiles": "off", "cache_quota": "50GB",
-    "features": False, "save_maps": True, "gzip": False, "overlay": False, "bounds_offset": True, "measure": "none",
-    "batch_size": 3, "block_tiles": 2, "workers": 2, "threads": 1, "device": "cpu", "runtime": "bf16",
-    "scheduler": "tls://h:1", "tls": "t", "placement": "pool", "force": True, "tiles": "t.h5",
+    "features": False, "save_maps": True, "gzip": False, "overlay": False, "bounds_offset": True, "batch_size": 3,
+    "block_tiles": 2, "workers": 2, "threads": 1, "device": "cpu", "runtime": "bf16", "scheduler": "tls://h:1",
+    "tls": "t", "placement": "pool", "force": True, "tiles": "t.h5",
+    "allow_torchscript": True, "measure": "none",
 }  # fmt: skip
 """A value of every option that is not its default."""
 
