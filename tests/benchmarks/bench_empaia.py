@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_street import measure
+from bench_scheduler import measure
 from empaia_tally import (
     MeasuredPlatform,
     Picture,

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_street import measure
+from bench_scheduler import measure
 
 from wsi_mmm.model.identity import lacking
 from wsi_mmm.slides import open_slide

@@ -1,6 +1,6 @@
 """A slide through the whole street: tiles/s, share of wall time the model was busy, peak memory of the process tree.
 
-    python tests/benchmarks/bench_street.py SLIDE [--workers 0] [--runs 3] [-- any option of `wsi-mmm run`]
+    python tests/benchmarks/bench_scheduler.py SLIDE [--workers 0] [--runs 3] [-- any option of `wsi-mmm run`]
 
 Every run is a process of its own with an empty output folder; memory is sampled over the process and its children, as
 PSS (pages that processes share are counted once). Figures are the medians of the runs.

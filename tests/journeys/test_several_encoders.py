@@ -45,19 +45,19 @@ def single(slide: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """``tiles`` read, and tiles computed by the name of the encoder, since the start of the test."""
     counts: dict[str, int] = {}
-    read, run = forward.read_block, Runner.run
+    read, begin = forward.read_block, Runner.begin
 
     def count_read(reader: Any, grid: Any, block: Any, fetched: Any = None) -> Any:
         counts["tiles"] = counts.get("tiles", 0) + len(block.index)
         return read(reader, grid, block, fetched)
 
-    def count_run(self: Runner, pixels: Any, tasks: Any = ()) -> Any:
+    def count_begun(self: Runner, pixels: Any, tasks: Any = ()) -> Any:
         name = self.model.card.name
         counts[name] = counts.get(name, 0) + len(pixels)
-        return run(self, pixels, tasks)
+        return begin(self, pixels, tasks)
 
     monkeypatch.setattr(forward, "read_block", count_read)
-    monkeypatch.setattr(Runner, "run", count_run)
+    monkeypatch.setattr(Runner, "begin", count_begun)
     return counts
 
 
@@ -125,14 +125,14 @@ def test_an_encoder_that_raises_does_not_stop_the_others(
     slide: str, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own run says what is wrong; those before and behind it are as alone."""
-    run = Runner.run
+    begin = Runner.begin
 
     def fail(self: Runner, pixels: Any, tasks: Any = ()) -> Any:
         if self.model.card.name == NAMES[1]:
             raise RuntimeError("out of memory")
-        return run(self, pixels, tasks)
+        return begin(self, pixels, tasks)
 
-    monkeypatch.setattr(Runner, "run", fail)
+    monkeypatch.setattr(Runner, "begin", fail)
     reports = wsi_mmm.embed_encoders(slide, NAMES, output=tmp_path, **OPTIONS)
     assert [report.exit_code for report in reports.values()] == [0, 4, 0]
     assert "out of memory" in str(reports[NAMES[1]].slides[0].error)

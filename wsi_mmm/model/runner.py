@@ -60,7 +60,8 @@ class RunOutput:
 class PendingTiles:
     """Tiles uint8[n, s, s, 3] of one caller, and their answers as they come.
 
-    The first ``taken`` tiles are in batches; ``left`` tiles have no answer yet; times are of ``perf_counter``.
+    The first ``taken`` tiles are in batches; ``left`` tiles have no answer yet; ``begun``: time of the first batch, of
+    ``perf_counter``.
     """
 
     pixels: U8
@@ -68,14 +69,14 @@ class PendingTiles:
     answers: Answers = field(default_factory=dict)
     taken: int = 0
     error: BaseException | None = None
-    added: float = field(default_factory=time.perf_counter)
     begun: float = 0.0
     done: threading.Event = field(default_factory=threading.Event)
 
     def wait(self) -> Answers:
         """Return all answers in the order of the tiles; raise the error of a batch that failed."""
+        since = time.perf_counter()
         self.done.wait()
-        count_waiting(self.begun - self.added)
+        count_waiting(self.begun - since)
         if self.error is not None:
             raise self.error
         return self.answers
@@ -182,12 +183,24 @@ class Runner:
 
         Bit-identical for any n, any grouping of tiles and any number of threads on one kind of device.
         """
+        return self.finish(self.begin(pixels, tasks), len(pixels))
+
+    def begin(self, pixels: U8, tasks: Sequence[str] = ()) -> PendingTiles:
+        """Begin to compute tiles uint8[n, s, s, 3] and return at once; `finish` waits for them.
+
+        So several models that see the same tiles have tiles of many callers waiting, and full batches, all the time.
+        """
         if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
             raise ModelError(f"tiles must be uint8[n, s, s, 3], not {pixels.dtype}{list(pixels.shape)}")
-        queue, count = self._find_queue(pixels.shape[1], tuple(tasks)), len(pixels)
-        pending = queue.add(pixels if count else np.zeros((1, *pixels.shape[1:]), np.uint8))  # a blank: for the shapes
+        queue = self._find_queue(pixels.shape[1], tuple(tasks))
+        blank = np.zeros((1, *pixels.shape[1:]), np.uint8)  # for the shapes
+        pending = queue.add(pixels if len(pixels) else blank)
         for _ in range(min(self.threads, -(-len(pending.pixels) // queue.size))):
             self._pool.submit(self._run_batches, queue)
+        return pending
+
+    def finish(self, pending: PendingTiles, count: int) -> RunOutput:
+        """Wait for the first ``count`` tiles that `begin` was given; raises what computing them raised."""
         answers = {name: values[:count] for name, values in pending.wait().items()}
         tables = self.model.tile_heads
         return RunOutput(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -36,13 +37,12 @@ def forward(ctx: UnitContext) -> ForwardResult:
     if batch is None:
         return ForwardResult(ctx.facts(), len(ctx.unit.index()), cached=True)
     with ctx.step("model"):
-        outputs = [(one, _run_model(one, batch, required=one is ctx)) for one in targets]
+        outputs = _run_models(ctx, targets, batch.pixels)
     width, height = tile_size_level0(ctx.grid)
     failed = tuple((int(x), int(y), width, height) for x, y in batch.xy[batch.failed])
     with ctx.step("write"):
         for one, output in outputs:
-            if output is not None:
-                _write_values(one, batch, output, failed)
+            _write_values(one, batch, output, failed)
     if ctx not in targets:
         return ForwardResult(ctx.facts(), len(batch.index), cached=True)
     return ForwardResult(
@@ -51,19 +51,32 @@ def forward(ctx: UnitContext) -> ForwardResult:
     )  # fmt: skip
 
 
-def _run_model(ctx: UnitContext, batch: Batch, *, required: bool) -> RunOutput | None:
-    """The values of a block; None where a companion's model raised, of which its own run will say why."""
+def _run_models(ctx: UnitContext, targets: list[UnitContext], pixels: U8) -> list[tuple[UnitContext, RunOutput]]:
+    """The values of a block by each model, all under way at once. A companion whose model raises is left out: its own
+    run will say why."""
+    pending, outputs = [], []
+    for one in targets:
+        with _pass_over_companion(ctx, one):
+            pending.append((one, one.runner.begin(pixels, one.recipe.tasks)))
+    for one, begun in pending:
+        with _pass_over_companion(ctx, one):
+            outputs.append((one, one.runner.finish(begun, len(pixels))))
+    return outputs
+
+
+@contextmanager
+def _pass_over_companion(ctx: UnitContext, one: UnitContext) -> Iterator[None]:
+    """A context that logs what ``one`` raises, where that is a companion of ``ctx`` and no retry would mend it."""
     try:
-        return ctx.runner.run(batch.pixels, list(ctx.recipe.tasks))
+        yield
     except (ModelNotLoaded, TransientError, Cancelled):
         raise
     except Exception as error:
-        if required:
+        if one is ctx:
             raise
         _log.warning(
-            "%s: block %s is left to a run of its own: %s", store.redact(ctx.recipe.model), ctx.unit.name, error
+            "%s: block %s is left to a run of its own: %s", store.redact(one.recipe.model), one.unit.name, error
         )
-        return None
 
 
 def _write_values(ctx: UnitContext, batch: Batch, output: RunOutput, failed: tuple[Box, ...]) -> None:
