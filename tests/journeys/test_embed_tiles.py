@@ -163,7 +163,9 @@ def test_it_resumes_and_knows_lists_by_their_content(
 @pytest.fixture(scope="module")
 def client() -> Iterator[distributed.Client]:
     with (
-        distributed.LocalCluster(2, processes=False, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0", protocol="inproc://"
+        ) as cluster,
         distributed.Client(cluster, set_as_default=False) as found,
     ):
         yield found
