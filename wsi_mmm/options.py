@@ -239,6 +239,11 @@ class RunOptions:
         False, "Coordinates relative to the scanned area, for viewers that crop to it (see docs/outputs.md).",
         "--bounds-offset", panel=WHERE, affects=CHANGES_RESULT, commands=("run",),
     )  # fmt: skip
+    measure: str = _run_option(
+        "shape", "Measurements of single objects: none, or shape (area, perimeter, axes ... in µm).",
+        "--measure", panel=WHAT, metavar="WHAT", affects=CHANGES_RESULT, commands=("run",),
+        check=_one_of("none", "shape"), see="[outputs](outputs.md#measurements)",
+    )  # fmt: skip
     batch_size: int = _run_option(64, "Tiles per batch; changes speed only.", "--batch-size", check=_at_least(1))
     block_tiles: int | None = _run_option(
         None, "Rows and columns of tiles that are read and kept together.",
@@ -257,6 +262,10 @@ class RunOptions:
         "eager",
         "How the model runs: eager, compile, bf16 or onnx; the numbers differ a little.",
         "--runtime", affects=CHANGES_VALUES, check=_one_of("eager", "compile", "bf16", "onnx"),
+    )  # fmt: skip
+    allow_torchscript: bool = _run_option(
+        False, "Run a TorchScript model (WSInfer zoo), which is code, in a process of its own.", "--allow-torchscript",
+        commands=("run",), see="[security](security.md#torchscript)",
     )  # fmt: skip
     scheduler: str | None = _run_option(
         None, "Dask scheduler to send the work to, such as tcp://host:8786.", "--scheduler",
@@ -317,11 +326,13 @@ class RunKeywords(TypedDict, total=False):
     gzip: bool | None
     overlay: bool | None
     bounds_offset: bool | None
+    measure: Literal["none", "shape"] | None
     batch_size: int | None
     block_tiles: int | None
     threads: int | None
     device: str | None
     runtime: Literal["eager", "compile", "bf16", "onnx"] | None
+    allow_torchscript: bool | None
     tls: str | Path | None
     placement: Placement | None
     force: bool | None

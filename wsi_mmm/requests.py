@@ -29,6 +29,7 @@ from wsi_mmm.model.identity import check_device, check_runtime, check_weights, i
 from wsi_mmm.model.recipe import ColourTriple, Pooling
 from wsi_mmm.model.slide_model import MEAN, TileVectors, choose_slide_model
 from wsi_mmm.model.weights_config import HUB, split_source
+from wsi_mmm.model.wsinfer import find_script, is_script_folder, read_script_model
 from wsi_mmm.options import EMBED_DEFAULTS, TISSUE_WORDS, EncoderKeywords, RunOptions
 from wsi_mmm.slides.registry import find_reader
 from wsi_mmm.storage import store
@@ -40,17 +41,24 @@ Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
 def model_recipe(model: str, tasks: str | Sequence[str] | None, options: RunOptions) -> Recipe:
     """Return the recipe of a model's tasks (None: those that its card lists for that, else all). Raises OptionError,
     ModelError."""
-    here = fetch_model(model, user_cache())
-    card = read_card(here)
+    folder = find_script(model)
+    script = None if folder is None else read_script_model(folder)
+    here = model if script else fetch_model(model, user_cache())
+    card = script.card if script else read_card(here)
     known = [task.name for task in card.tasks]
     wanted = ([tasks] if isinstance(tasks, str) else tasks) or card.default_tasks or known
     for name in wanted:
         if name not in known:
             raise OptionError(f"model {model!r} has no task {name!r}; it has: {', '.join(known) or 'none'}")
     chosen = tuple(name for name in known if name in wanted)
-    check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
-    identity = model_identity(here, card)
-    base = Recipe(model, identity, chosen, card.mpp, card.tile_size, card.overlap, model_mpp=card.mpp)
+    if script:
+        options = _script_options(model, options)
+    else:
+        check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
+    identity = script.identity if script else model_identity(here, card)
+    base = Recipe(
+        model, identity, chosen, card.mpp, card.tile_size, card.overlap, model_mpp=card.mpp, script=script is not None
+    )
     recipe = _apply_options(base, options)
     for task in card.tasks:
         if task.name in chosen and task.head == "bag" and (recipe.mpp, recipe.tile) != (card.mpp, card.tile_size):
@@ -61,6 +69,19 @@ def model_recipe(model: str, tasks: str | Sequence[str] | None, options: RunOpti
     return recipe
 
 
+def _script_options(model: str, options: RunOptions) -> RunOptions:
+    """Return the options for a TorchScript model, which gives no features and runs on processors. OptionError: it was
+    not allowed, or is asked for what it cannot do."""
+    if not options.allow_torchscript:
+        raise OptionError(
+            f"{store.redact(model)} is TorchScript, which is code: if you trust its authors, add --allow-torchscript "
+            "(Python: allow_torchscript=True); it runs in a process of its own (docs/security.md)"
+        )
+    if options.runtime != "eager" or options.device not in ("auto", "cpu"):
+        raise OptionError("TorchScript models run as they are, on the CPU: leave --runtime and --device out")
+    return replace(options, features=False, device="cpu")
+
+
 def encoder_recipe(
     encoder: str, weights: str | None, options: RunOptions, said: EncoderOptions | None = None
 ) -> Recipe:
@@ -69,6 +90,8 @@ def encoder_recipe(
     Raises OptionError, ModelError.
     """
     here = fetch_model(encoder, user_cache())
+    if is_script_folder(here):
+        raise OptionError(f"{encoder!r} is TorchScript, which gives classes and no features: wsi-mmm run -m {encoder}")
     if not is_model(here):
         weights = weights if weights in (None, RANDOM) else _absolute_uri(os.path.expanduser(weights))
         chosen = choose_encoder(encoder, weights, said)
@@ -100,9 +123,9 @@ def with_slide_model(recipe: Recipe, asked: str | Path | None) -> Recipe:
     name = str(asked)
     if not name.strip():
         raise OptionError("the slide model is empty (a variable that is not set?): give mean, or a folder")
-    place = name if name == MEAN else _absolute_uri(os.path.expanduser(name))
+    place = name if name == MEAN or split_source(name)[0] == HUB else _absolute_uri(os.path.expanduser(name))
     width = recipe.network.dimension if recipe.network is not None else 0
-    tiles = TileVectors(recipe.model, recipe.model_hash, width, recipe.mpp, recipe.tile, recipe.overlap)
+    tiles = TileVectors(store.redact(recipe.model), recipe.model_hash, width, recipe.mpp, recipe.tile, recipe.overlap)
     return replace(recipe, slide=choose_slide_model(place, recipe.user_cache, tiles))
 
 
@@ -286,9 +309,14 @@ def check_recipe_here(recipe: Recipe) -> Recipe:
 
             width = check_encoder(bare_card(recipe.network), recipe.tile)
             if recipe.slide is not None:
-                recipe.slide.check_width(width, recipe.model)
+                recipe.slide.check_width(width, store.redact(recipe.model))
             if (path := locate_weights(recipe.network, recipe.weights)) is not None:
                 check_listed_weights(recipe.network, path)
+        elif recipe.slide is not None and recipe.slide.foreign:
+            from wsi_mmm.model.encoder import check_encoder
+
+            width = check_encoder(read_card(fetch_model(recipe.model, user_cache())), recipe.tile)
+            recipe.slide.check_width(width, store.redact(recipe.model))
     return recipe
 
 

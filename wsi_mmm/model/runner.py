@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError, first_line
 from wsi_mmm.host_tuning import cpu_count
+from wsi_mmm.model.answers import RunOutput as RunOutput
 from wsi_mmm.model.checkpoint import pick_device
 from wsi_mmm.model.encoder import check_tile
 from wsi_mmm.model.fold import fold_norms
@@ -45,15 +46,6 @@ Answers = dict[str, npt.NDArray[Any]]
 
 _PIXELS_CPU = 8 * 256 * 256
 _PIXELS_CUDA = 64 * 256 * 256
-
-
-@dataclass(frozen=True, slots=True)
-class RunOutput:
-    """``features`` float32[n, D]; ``maps`` of pixel tasks uint8[n, C, h, w]; ``tables`` of tile tasks uint8[n, K]."""
-
-    features: F32
-    maps: dict[str, U8]
-    tables: dict[str, U8]
 
 
 @dataclass(slots=True, eq=False)
