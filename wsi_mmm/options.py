@@ -249,9 +249,10 @@ class RunOptions:
         "auto", "auto, cpu, cuda or cuda:N.", "--device", affects=("values",), check=_check_device
     )
     runtime: str = _run_option(
-        "eager",
-        "How the model runs: eager, compile, bf16 or onnx; the numbers differ a little.",
-        "--runtime", affects=CHANGES_VALUES, check=_one_of("eager", "compile", "bf16", "onnx"),
+        "auto",
+        "How the model runs: auto, eager (float32), compile, bf16, fp16 or onnx; the numbers differ a little.",
+        "--runtime", affects=CHANGES_VALUES, check=_one_of("auto", "eager", "compile", "bf16", "fp16", "onnx"),
+        see="[encoders](encoders.md#precision)",
     )  # fmt: skip
     scheduler: str | None = _run_option(
         None, "Dask scheduler to send the work to, such as tcp://host:8786.", "--scheduler",
@@ -302,7 +303,7 @@ class RunKeywords(TypedDict, total=False):
     block_tiles: int | None
     threads: int | None
     device: str | None
-    runtime: Literal["eager", "compile", "bf16", "onnx"] | None
+    runtime: Literal["auto", "eager", "compile", "bf16", "fp16", "onnx"] | None
     tls: str | Path | None
     placement: Placement | None
     force: bool | None

@@ -23,6 +23,7 @@ from wsi_mmm.engine.stages.prepare import load_slide_plan, published_before, reg
 from wsi_mmm.engine.stages.slide_vector import complete_slide, slide_facts, write_vector
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
 from wsi_mmm.errors import PluginError
+from wsi_mmm.model.identity import device_kind, precision_text
 from wsi_mmm.model.recipe import EncoderRecipe
 from wsi_mmm.outputs import merge, polygons
 from wsi_mmm.outputs.exports import write_features, write_map
@@ -323,9 +324,10 @@ def _write_features(ctx: UnitContext, plan: SlidePlan) -> str:
 
 def _encoder_attributes(network: EncoderRecipe, recipe: Recipe) -> dict[str, int | float | str]:
     """What the network of a bare encoder saw of a tile, and how its vectors were made."""
-    seen = network.input_px or recipe.tile
+    seen, runtime = network.input_px or recipe.tile, recipe.runtime_on(device_kind(recipe.options.device))
     return {
         "input_px": seen, "input_mpp": round(recipe.mpp * recipe.tile / seen, 6), "pooling": network.pooling,
+        "precision": precision_text(runtime),
         "licence": network.licence, "network": json.dumps(network.model_dump(mode="json"), sort_keys=True),
     }  # fmt: skip
 
