@@ -49,7 +49,7 @@ def test_the_registry_names_its_kinds_and_refuses_what_does_not_fit() -> None:
         ({"params": {"depth": 1}}, "does not know"),
         ({"head": "map"}, "needs a 'vector' head"),
         ({"outputs": 3}, "needs 2 outputs"),
-        ({"kind": "instances", "head": "map"}, "exactly one class"),
+        ({"kind": "instances", "head": "map"}, "needs 6 outputs"),
     ):
         with pytest.raises(ModelError, match=words):
             make_task(CARD.model_copy(update=change))

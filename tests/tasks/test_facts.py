@@ -15,7 +15,7 @@ from wsi_mmm.tasks.facts import METRICS, PARAMETERS, PER_CLASS, find_metric, par
 from wsi_mmm.tasks.targets import Boxes, Survival
 from wsi_mmm.types import TaskInfo
 
-ONE = ("instances", "survive")
+ONE = ("survive",)
 
 
 def made(kind: str, **params: float) -> Task:
@@ -78,7 +78,10 @@ def pairs(kind: str, task: Any) -> list[tuple[Any, Any]]:
     if kind == "detect":
         boxes = Boxes(np.array([[8, 8, 24, 24]], np.float32), np.zeros(1, np.int32), 64, 64)
         return [(boxes, maps)]
-    target = {"segment": (labels() > 0).astype(np.int32), "instances": labels(),
+    if kind == "instances":
+        classes = labels() - 1
+        return [(np.stack([labels(), classes]), maps), (np.stack([-1 - labels(), classes]), maps)]
+    target = {"segment": (labels() > 0).astype(np.int32),
               "multisegment": np.stack([labels() == 1, labels() == 2]).astype(np.int8)}[kind]  # fmt: skip
     return [(target, maps)]
 

@@ -22,6 +22,14 @@ assert isinstance(TASK, Instances)
 SCALE = 1.9873
 
 
+CLASSED = make_task(
+    TaskCard(
+        name="cells", kind="instances", head="map", outputs=7, classes=("a", "b", "c"), colors=((0, 0, 0),) * 3,
+    )
+)  # fmt: skip
+assert isinstance(CLASSED, Instances)
+
+
 def discs(rng: np.random.Generator, height: int, width: int, count: int) -> I32:
     """Label image of overlapping discs and ellipses."""
     y, x = np.mgrid[:height, :width]
@@ -42,13 +50,13 @@ def maps_of(labels: I32, rng: np.random.Generator, noise: float = 0.0) -> U8:
 
 def wild(rng: np.random.Generator, height: int, width: int) -> U8:
     """Maps that no network would give: random bytes, smooth in places, with plateaus."""
-    rough = rng.integers(0, 256, (4, height // 2, width // 2), np.uint8)
+    rough = rng.integers(0, 256, (7, height // 2, width // 2), np.uint8)
     if rng.random() < 0.5:
         rough[2:] = 128 + rng.integers(-6, 7, rough[2:].shape)
     if rng.random() < 0.5:
         rough[:2] = np.where(rough[:1] > rng.integers(0, 256), 255, 0)
     if rng.random() < 0.5:
-        rough[2:] = rng.choice([0, 64, 128, 192, 255], (2, 1, 1))
+        rough[2:4] = rng.choice([0, 64, 128, 192, 255], (2, 1, 1))
     return rough
 
 
@@ -72,7 +80,8 @@ def canonical(objects: Objects) -> list[tuple[bytes, ...]]:
     for i in np.lexsort((objects.anchor[:, 1], objects.anchor[:, 0])):
         rings = range(objects.object_offsets[i], objects.object_offsets[i + 1])
         shape = [objects.coords[objects.ring_offsets[r] : objects.ring_offsets[r + 1]].tobytes() for r in rings]
-        out.append((objects.anchor[i].tobytes(), objects.measurements["probability"][i].tobytes(), *shape))
+        numbers = [objects.measurements[name][i].tobytes() for name in sorted(objects.measurements)]
+        out.append((objects.anchor[i].tobytes(), objects.class_index[i].tobytes(), *numbers, *shape))
     return out
 
 
@@ -87,6 +96,7 @@ def scenes(draw: st.DrawFn) -> tuple[U8, tuple[int, int], list[int], list[int]]:
         maps = wild(rng, *even)
     else:
         maps = maps_of(discs(rng, *even, height * width // 600 + 1), rng, 30.0 if kind == "noisy" else 0.0)
+        maps = np.concatenate([maps, rng.integers(0, 256, (3, *maps.shape[1:]), np.uint8)])
     return maps, (height, width), edges(draw, height), edges(draw, width)
 
 
@@ -97,7 +107,7 @@ def test_any_partition_into_cores_gives_the_same_objects(
 ) -> None:
     """Objects found core by core, each with its halo only, are those of the whole plane to the last bit."""
     maps, size, rows, columns = scene
-    task = replace(TASK, rules=instances.Rules(votes=votes, hops=hops, area=4))
+    task = replace(CLASSED, rules=instances.Rules(votes=votes, hops=hops, area=4))
     whole = interpret(maps, (0, 0, rows[-1], columns[-1]), size, task)
     cores = [(a, c, b, d) for a, b in pairwise(rows) for c, d in pairwise(columns)]
     parts = concat([interpret(maps, core, size, task) for core in cores])
@@ -205,3 +215,60 @@ def test_aggregated_jaccard_counts_what_was_missed() -> None:
     stray[0, 4:] = 6
     assert metrics.match(truth, stray).quality()["aji"] == 4 / (4 + 16 + 4)
     assert metrics.match(truth, truth).quality()["aji"] == 1.0
+
+
+def classed_picture() -> tuple[I32, I32]:
+    """Nine discs of 9 px in rows of one class each, and the class of each px."""
+    labels = np.zeros((128, 128), np.int32)
+    y, x = np.mgrid[:128, :128]
+    for number in range(9):
+        labels[(y - 22 - 40 * (number // 3)) ** 2 + (x - 22 - 40 * (number % 3)) ** 2 <= 81] = number + 1
+    return labels, np.where(labels > 0, (labels - 1) // 3, -1).astype(np.int32)
+
+
+def test_objects_are_of_the_class_that_is_likeliest_over_their_pixels() -> None:
+    """A stray px changes nothing; the probability is the mean of the class's bytes over the object's px."""
+    labels, classes = classed_picture()
+    chance = np.full((3, 64, 64), 40, np.uint8)
+    for kind in range(3):
+        chance[kind][classes[1::2, 1::2] == kind] = 175
+    chance[:, 11, 11] = (0, 0, 255)  # the middle of the first object
+    maps = np.concatenate([maps_of(labels, np.random.default_rng(0)), chance])
+    found = interpret(maps, (0, 0, 128, 128), (128, 128), CLASSED)
+    rows = (found.anchor[:, 0] - 22 + 20) // 40
+    assert len(found) == 9 and (found.class_index == rows).all()
+    drawn = CLASSED.labels(maps)
+    fine = np.repeat(np.repeat(chance, 2, axis=1), 2, axis=2)
+    for place, (y, x) in enumerate(found.anchor.tolist()):
+        mean = fine[found.class_index[place]][drawn == drawn[y, x]].mean() / 255
+        assert found.measurements["class_probability"][place] == pytest.approx(mean, abs=1e-12)
+    assert CLASSED.metrics([(np.stack([labels, classes]), maps)])["class_f1"] == 1.0
+
+
+def test_objects_that_nothing_is_sure_of_are_other() -> None:
+    """Below `sure` an object is of the class `other`, with the probability of the class that it would have been."""
+    labels, _ = classed_picture()
+    chance = np.stack([np.full((64, 64), byte, np.uint8) for byte in (120, 90, 45)])
+    maps = np.concatenate([maps_of(labels, np.random.default_rng(0)), chance])
+    plain = interpret(maps, (0, 0, 128, 128), (128, 128), CLASSED)
+    unsure = interpret(maps, (0, 0, 128, 128), (128, 128), replace(CLASSED, other=2, sure=0.5))
+    assert (plain.class_index == 0).all() and (unsure.class_index == 2).all()
+    assert unsure.measurements["class_probability"] == pytest.approx(120 / 255)
+
+
+def test_outlines_and_classes_are_learnt_from_different_pictures() -> None:
+    """Where no class is known only shapes have gradients, and where no outline is known only classes."""
+    import torch
+
+    labels, classes = classed_picture()
+    outlined = CLASSED.target(np.stack([labels, np.full_like(labels, -1)]))
+    pointed = CLASSED.target(np.stack([np.full_like(labels, -1), classes]))
+    assert torch.equal(CLASSED.target(labels), outlined)
+    for target, taught in ((outlined, slice(0, 4)), (pointed, slice(4, 7))):
+        logits = torch.randn(1, 7, 64, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        CLASSED.loss(logits, target[None]).backward()
+        assert logits.grad is not None
+        some = logits.grad.abs().sum((0, 2, 3)) > 0
+        assert some[taught].all() and int(some.sum()) == len(range(*taught.indices(7)))
+    same = TASK.loss(torch.zeros(1, 4, 64, 64), TASK.target(labels)[None])
+    assert float(CLASSED.loss(torch.zeros(1, 7, 64, 64), outlined[None])) == pytest.approx(float(same))

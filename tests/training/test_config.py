@@ -119,7 +119,10 @@ def test_what_is_wrong_is_named_with_its_fix(raw: dict[str, Any], words: str) ->
     ("task", "words"),
     [
         ({"kind": "segment", "classes": ["a"], "scope": "bag"}, "'segment' answers for pixels, not for bags"),
-        ({"kind": "instances", "classes": ["a", "b"]}, "takes exactly one class"),
+        (
+            {"kind": "instances", "classes": ["a", "b"], "params": {"other": 2}},
+            "'other' is 2: give a number from -1 to 1",
+        ),
         ({"kind": "classify", "classes": ["a"], "params": {"smoothing": 2}}, "give a share from 0"),
         (
             {"kind": "classify", "classes": ["a"], "params": {"weight:b": 2}},

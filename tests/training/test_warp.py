@@ -193,7 +193,7 @@ def test_unknown_truths_are_unknown(kind: str) -> None:
     else:
         values = np.asarray(target, np.float64)
         assert np.isnan(values).all() or (values < 0).all()
-        shapes = {"segment": (8, 8), "instances": (8, 8), "multisegment": (3, 8, 8), "classify": ()}
+        shapes = {"segment": (8, 8), "instances": (2, 8, 8), "multisegment": (3, 8, 8), "classify": ()}
         assert values.shape == shapes.get(kind, (3,))
 
 

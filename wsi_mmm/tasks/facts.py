@@ -48,6 +48,9 @@ PARAMETERS: dict[str, tuple[TaskParameter, ...]] = {
         TaskParameter("area", 24, "least area of an object in px of the model's resolution"),
         TaskParameter("hops", 12, "steps that a vote takes towards its centre"),
         TaskParameter("core", 136, "byte of depth from which a px votes"),
+        TaskParameter("other", -1, "number of the class of objects whose likeliest class is not `sure`, -1: none"),
+        TaskParameter("sure", 0.5, "least probability of an object's class; with `other`"),
+        _weight(),
     ),
     "multilabel": (_smoothing(0.0), _weight("weight in the loss of tiles that have the label")),
     "multisegment": (TaskParameter("threshold", 128, "byte from which a px is drawn"), _weight()),
@@ -103,6 +106,10 @@ METRICS: dict[str, tuple[TaskMetric, ...]] = {
         *_FOUND,
         TaskMetric("pq", "panoptic quality (Kirillov 2019)"),
         TaskMetric("aji", "aggregated Jaccard index (Kumar 2017)"),
+        TaskMetric("class_f1", "with several classes: F1 per class, mean; outlines match as above, points within 6 px"),
+        TaskMetric(
+            "points_f1", "with points: F1 of objects whose centroids lie within 6 px of them, whatever their class"
+        ),
     ),
     "multilabel": (
         TaskMetric("ap", "mean average precision over the labels"),

@@ -1,8 +1,9 @@
-"""`instances`: separate every object of one class (nuclei), touching ones too.
+"""`instances`: separate every object (nuclei), touching ones too; of several classes, tell the class of each.
 
 The head says four things per map px: is it foreground, how deep inside its object, and in which direction (dx, dy) the
 object's centre lies, with the distance while it is short. Foreground px walk to centres, which parts touching objects;
-`group_pixels` turns the bytes into labels.
+`group_pixels` turns the bytes into labels. With several classes the head also says the class of a px, as `segment`
+does; an object is of the class that is likeliest over its px. Outlines and classes may come from different data.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import numpy.typing as npt
 from scipy import ndimage
 from skimage.measure import label as connected
 
-from wsi_mmm.errors import ModelError
 from wsi_mmm.outputs.polygons import Frame, to_objects, trace
 from wsi_mmm.tasks import metrics
 from wsi_mmm.tasks.base import (
@@ -25,11 +25,14 @@ from wsi_mmm.tasks.base import (
     Quantised,
     Scope,
     check_names,
+    class_weights,
     has_no_table,
     head_of_scope,
     number_within,
 )
+from wsi_mmm.tasks.class_metrics import match_classes, no_matches
 from wsi_mmm.tasks.facts import parameter_names
+from wsi_mmm.tasks.instance_targets import known_labels, make_target, split_target
 from wsi_mmm.tasks.window import View, check_view
 from wsi_mmm.types import F64, I32, I64, U8, Mask, Objects, TaskInfo
 
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNIT = 4.0  # target px per unit of the head's offset logits: keeps them near 1
-STRIDE_MAX = 8.0  # target px that one offset reaches at most; farther centres are reached in several hops
 
 ZERO = 128  # the byte that says "offset 0"
 STEPS = 16  # offset bytes per map px
@@ -64,18 +66,27 @@ class Rules:
 
 
 DEFAULT = Rules()
+SHAPES = 4  # channels before those of the classes
+CLASS_SHARE = 0.5  # of the cross entropy of classes in the loss
 
 
 @dataclass(frozen=True, slots=True)
 class Instances:
-    """The `instances` task; maps have ``stride`` 2. Logits float[n, 4, h, w]: foreground, depth, dx, dy (offsets in
-    units of `UNIT` target px)."""
+    """The `instances` task; maps have ``stride`` 2. Logits float[n, channels, h, w]: foreground, depth, dx, dy (offsets
+    in units of `UNIT` target px), then one per class where there are several.
+
+    Objects whose likeliest class has a probability below ``sure`` are of the class ``other`` (-1: there is none).
+    ``weights`` of classes: see `pixel_classes_loss`.
+    """
 
     info: TaskInfo
     rules: Rules = DEFAULT
     scope: Scope = "pixel"
     stride: int = 2
-    channels: int = 4
+    channels: int = SHAPES
+    other: int = -1
+    sure: float = 0.5
+    weights: tuple[float, ...] | None = None
     halo: int = 2 * HALO
 
     heads: ClassVar[Mapping[Scope, str]] = {"pixel": "map"}
@@ -85,52 +96,89 @@ class Instances:
     @classmethod
     def from_params(cls, info: TaskInfo, params: Params, scope: Scope) -> Self:
         """The task of a card; see `wsi_mmm.tasks` for its parameters."""
-        if len(info.classes) != 1:
-            raise ModelError(f"task '{info.name}': 'instances' takes exactly one class, not {len(info.classes)}")
+        count = len(info.classes)
         check_names(params, parameter_names("instances", info.classes))
         most = {"foreground": 256, "core": 256, "hops": 256, "votes": 1 << 30, "area": 1 << 30}
         values = {
             name: int(number_within(info, params, name, getattr(DEFAULT, name), (0, end))) for name, end in most.items()
         }
-        return cls(info, Rules(**values))
+        return cls(
+            info,
+            Rules(**values),
+            channels=SHAPES + (count if count > 1 else 0),
+            other=int(number_within(info, params, "other", -1, (-1, count - 1))),
+            sure=number_within(info, params, "sure", 0.5, (0.0, 1.0)),
+            weights=class_weights(info, params),
+        )
+
+    @property
+    def classed(self) -> bool:
+        """True when objects are of several classes."""
+        return self.channels > SHAPES
 
     def target(self, value: AnyTarget) -> Tensor:
         """int32[h, w] labels -> float32[5, h / 2, w / 2]: soft foreground, depth, dx, dy (target px), weight of offsets
         (8 / radius of the object: what counts is the error relative to its size).
 
         Negative labels mean unknown: there, and where an object borders on them (how far it goes on is unknown, too),
-        the foreground is NaN, and `loss` leaves these px out.
+        the foreground is NaN, and `loss` leaves these px out. Of a task with several classes int32[2, h, w], labels
+        and classes (-1: unknown) -> float32[6, h / 2, w / 2], the class (the lower right px of each 2 x 2) last.
         """
         import torch
 
-        return torch.from_numpy(_make_target(np.asarray(value, np.int32)))
+        labels, classes = split_target(np.asarray(value, np.int32))
+        shapes = make_target(labels)
+        if self.classed:
+            shapes = np.concatenate([shapes, np.maximum(classes[None, 1::2, 1::2], -1).astype(np.float32)])
+        return torch.from_numpy(shapes)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross entropy and Dice of the foreground, depth, and smooth L1 of the offsets inside objects."""
-        from wsi_mmm.tasks.losses_dense import instances_loss
+        """Cross entropy and Dice of the foreground, depth, and smooth L1 of the offsets inside objects; with several
+        classes also `CLASS_SHARE` of the cross entropy of the class, where it is known."""
+        from wsi_mmm.tasks.losses_dense import instances_loss, pixel_classes_loss
 
-        return instances_loss(logits, target, unit=UNIT)
+        shapes = instances_loss(logits[:, :SHAPES], target[:, :5], unit=UNIT)
+        if not self.classed:
+            return shapes
+        return shapes + CLASS_SHARE * pixel_classes_loss(logits[:, SHAPES:], target[:, 5].long(), weights=self.weights)
 
     def quantise(self, logits: Tensor) -> Tensor:
         """Probabilities as 0..255; offsets in 1 / `STEPS` map px round 128."""
         import torch
 
         chance = torch.sigmoid(logits[:, :2].float()) * 255.0
-        offset = logits[:, 2:].float() * (UNIT / self.stride * STEPS) + ZERO
-        return torch.cat([chance, offset], dim=1).round().clamp(0.0, 255.0).byte()
+        offset = logits[:, 2:SHAPES].float() * (UNIT / self.stride * STEPS) + ZERO
+        parts = [chance, offset]
+        if self.classed:
+            parts.append(logits[:, SHAPES:].float().softmax(1) * 255.0)
+        return torch.cat(parts, dim=1).round().clamp(0.0, 255.0).byte()
 
     def metrics(self, pairs: Iterable[tuple[AnyTarget, Quantised]]) -> dict[str, float]:
-        """F1 and the like at IoU 0.5, over all objects of all pictures; found ones in unknown areas do not count."""
-        known = (_known_labels(np.asarray(value, np.int32), self.labels(maps)) for value, maps in pairs)
-        return sum((metrics.match(value, found) for value, found in known), metrics.Matches()).quality()
+        """F1 and the like at IoU 0.5, over all objects of all pictures; found ones in unknown areas do not count.
+
+        With several classes also what `ClassMatches.quality` gives; pictures with points and no outlines count for
+        that alone.
+        """
+        count = len(self.info.classes)
+        shapes, classes = metrics.Matches(), no_matches(count)
+        for value, maps in pairs:
+            labels, wanted = split_target(np.asarray(value, np.int32))
+            found = self.labels(maps)
+            if not self.classed or (labels > 0).any() or not (wanted >= 0).any():
+                shapes += metrics.match(*known_labels(labels, found))
+            if self.classed:
+                found_classes, _ = self._classes_of(found, maps, int(found.max()))
+                classes += match_classes(labels, wanted, found, found_classes, count)
+        return shapes.quality() | (classes.quality() if self.classed else {})
 
     def labels(self, maps: U8) -> I32:
-        """uint8[4, h, w] of one whole picture -> labels int32[2h, 2w]."""
+        """uint8[channels, h, w] of one whole picture -> labels int32[2h, 2w]."""
         height, width = maps.shape[1:]
         return group_pixels(maps, MapWindow(0, 0, height, width), self.rules)[0]
 
     def interpret(self, window: U8, view: View) -> Objects:
-        """Objects whose centre px lies in the core, cut at the slide's edge, with their mean ``probability``."""
+        """Objects whose centre px lies in the core, cut at the slide's edge, with their mean ``probability``; with
+        several classes, also that of their class (``class_probability``)."""
         check_view(window, view, self.stride)
         rows, columns = -(-view.height // self.stride), -(-view.width // self.stride)
         position = MapWindow(view.y0 // self.stride, view.x0 // self.stride, rows, columns)
@@ -143,14 +191,33 @@ class Instances:
         labels = np.append(False, owned)[labels] * labels
         rings = trace(labels)
         number = rings.labels.astype(np.int64) - 1
+        measurements = {"probability": _mean_probabilities(labels, double(window[0]), rings.labels)}
+        class_index = np.zeros(len(number), np.int32)
+        if self.classed:
+            classes, chances = self._classes_of(labels, window, len(centres))
+            class_index, measurements["class_probability"] = classes[number], chances[number]
         return to_objects(
             rings,
             Frame(view.x0, view.y0, 1.0, view.scale_x, view.scale_y),
             task=self.info.name,
-            class_index=np.zeros(len(number), np.int32),
+            class_index=class_index,
             anchor=anchors[number],
-            measurements={"probability": _mean_probabilities(labels, double(window[0]), rings.labels)},
+            measurements=measurements,
         )
+
+    def _classes_of(self, labels: I32, maps: U8, count: int) -> tuple[I32, F64]:
+        """Class int32[count] of the objects 1..count of ``labels`` int32[2h, 2w], and its mean probability over their
+        px: sums of bytes, so that any window gives the same."""
+        row, column = np.nonzero(labels)
+        number, at = labels[row, column] - 1, (row >> 1) * maps.shape[2] + (column >> 1)
+        sums = np.stack(
+            [np.bincount(number, weights=one.ravel()[at], minlength=count) for one in maps[SHAPES:]]
+        )  # exact in float64
+        likeliest = sums.argmax(axis=0).astype(np.int32)
+        chance: F64 = sums.max(axis=0) / (np.maximum(np.bincount(number, minlength=count), 1) * 255.0)
+        if self.other >= 0:
+            likeliest[chance < self.sure] = self.other
+        return likeliest, chance
 
 
 def _mean_probabilities(labels: I32, doubled: npt.NDArray[np.uint16], which: I32) -> F64:
@@ -298,7 +365,7 @@ def largest_parts(labels: I32, least: int) -> I32:
 
 
 def group_pixels(maps: U8, window: MapWindow, rules: Rules) -> tuple[I32, I64]:
-    """Objects of a window of maps uint8[4, h, w] (foreground, depth, dx, dy).
+    """Objects of a window of maps uint8[4 or more, h, w] (foreground, depth, dx, dy).
 
     Returns labels int32[2h, 2w] on target px (0: none; label k belongs to centre k - 1, small objects are left out) and
     the centres int64[k, 2] (row, column) in absolute map px. What is said of a centre, and of its object, depends on
@@ -319,96 +386,3 @@ def group_pixels(maps: U8, window: MapWindow, rules: Rules) -> tuple[I32, I64]:
     inside = double(maps[0]) >= 16 * rules.foreground
     fine = largest_parts(double_labels(labels, inside), rules.area)
     return fine, np.stack([rows + window.row, columns + window.column], axis=1).astype(np.int64)
-
-
-# ---------------------------------------------------------------- targets
-
-
-def _make_target(labels: I32) -> npt.NDArray[np.float32]:
-    """See `Instances.target`."""
-    height, width = labels.shape[0] // 2, labels.shape[1] // 2
-    out = np.zeros((5, height, width), np.float32)
-    if labels.size and int(labels.max()) < 0:
-        out[:] = np.nan
-        return out
-    labels = _mask_cut_objects(labels)
-    ids, index = _number_labels(np.maximum(labels, 0))
-    hidden = int(ids[0] == 0)
-    centre_y, centre_x, radius = _centroids_and_radii(index, len(ids), hidden=hidden)
-    quarters = [index[y::2, x::2] for y in (0, 1) for x in (0, 1)]
-    drawn = (index >= hidden).view(np.uint8)
-    rows = drawn[::2] + drawn[1::2]
-    out[0] = rows[:, ::2] + rows[:, 1::2]
-    out[0] *= 0.25
-    own = np.maximum(np.maximum(quarters[0], quarters[1]), np.maximum(quarters[2], quarters[3]))
-    inside = own >= hidden
-    out[1] = _relative_depth(own, inside, len(ids))
-    row, column = np.nonzero(inside)
-    mine = own[inside]
-    to_x = centre_x.astype(np.float32)[mine] - (2 * column + 1).astype(np.float32)
-    to_y = centre_y.astype(np.float32)[mine] - (2 * row + 1).astype(np.float32)
-    distance = np.maximum(np.sqrt(to_x * to_x + to_y * to_y), np.float32(1e-6))
-    short = STRIDE_MAX * (1.0 - np.exp(distance * np.float32(-1.0 / STRIDE_MAX))) / distance
-    out[2, inside], out[3, inside] = to_x * short, to_y * short
-    out[4, inside] = (8.0 / np.maximum(radius, 4.0)).astype(np.float32)[mine]
-    if int(labels.min()) < 0:
-        unknown = (labels < 0).reshape(height, 2, width, 2).any(axis=(1, 3))
-        out[0, unknown], out[4, unknown] = np.nan, 0.0
-    return out
-
-
-def _number_labels(labels: I32) -> tuple[I64, I32]:
-    """Labels (0 or more) that occur, ascending, and for each px which of them it has; by a table, which is ten times
-    faster than sorting, as long as labels are small."""
-    most = int(labels.max(initial=0))
-    if most > 1 << 22:
-        ids, flat = np.unique(labels, return_inverse=True)
-        return ids.astype(np.int64), flat.reshape(labels.shape).astype(np.int32)
-    seen = np.bincount(labels.ravel(), minlength=most + 1) > 0
-    return np.flatnonzero(seen), np.take(np.cumsum(seen, dtype=np.int32) - np.int32(1), labels)
-
-
-def _mask_cut_objects(labels: I32) -> I32:
-    """Unknown px, and all px of objects that touch them, are -1."""
-    unknown = labels < 0
-    if not unknown.any():
-        return labels
-    cut = np.unique(labels[ndimage.binary_dilation(unknown)])
-    found: I32 = np.where(unknown | np.isin(labels, cut[cut > 0]), -1, labels).astype(np.int32)
-    return found
-
-
-def _known_labels(value: I32, found: I32) -> tuple[I32, I32]:
-    """Labels of both, less unknown px and found objects that lie in them with half their px or more."""
-    value = _mask_cut_objects(value)
-    unknown = value < 0
-    if not unknown.any():
-        return value, found
-    size = int(found.max(initial=0)) + 1
-    hidden = 2 * np.bincount(found[unknown], minlength=size) >= np.bincount(found.ravel(), minlength=size)
-    return np.maximum(value, 0), np.where(unknown | hidden[found], 0, found)
-
-
-def _relative_depth(own: I32, inside: Mask, count: int) -> F64:
-    """How deep inside its object a px lies: near 0 at the rim (touching ones too), 1 in the middle."""
-    padded = np.pad(own, 1, mode="edge")
-    beside = (padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1])
-    rim = np.logical_or.reduce([other != own for other in beside])
-    depth = (ndimage.distance_transform_edt(np.pad(~rim, 1, mode="edge"))[1:-1, 1:-1] + 0.5) * inside
-    deepest = np.zeros(count)
-    np.maximum.at(deepest, own[inside], depth[inside])
-    share: F64 = depth / np.maximum(deepest[own], 0.5)
-    return share
-
-
-def _centroids_and_radii(index: I32, count: int, hidden: int) -> tuple[F64, F64, F64]:
-    """Centroid (y, x; px edges are integers) and radius of the disc of equal area, per label; those below ``hidden``
-    (the background) are not looked at."""
-    flat = index.ravel()
-    where = np.flatnonzero(flat >= hidden)
-    number, (y, x) = flat[where], np.divmod(where, index.shape[1])
-    area = np.bincount(number, minlength=count)
-    some = np.maximum(area, 1)
-    mean_y = np.bincount(number, weights=y, minlength=count) / some + 0.5
-    mean_x = np.bincount(number, weights=x, minlength=count) / some + 0.5
-    return mean_y, mean_x, np.sqrt(area / np.pi)

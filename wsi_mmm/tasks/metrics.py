@@ -42,7 +42,7 @@ class Matches:
 
 def match(target: I32, found: I32, iou: float = 0.5) -> Matches:
     """Compare two label images; pairs match when intersection over union is above ``iou`` (>= 0.5: one to one)."""
-    table, true_area, found_area = _overlap_table(target, found)
+    table, true_area, found_area = overlap_table(target, found)
     union = true_area[:, None] + found_area[None, :] - table
     ratio: F64 = table / np.maximum(union, 1)
     hits = ratio > iou
@@ -51,7 +51,7 @@ def match(target: I32, found: I32, iou: float = 0.5) -> Matches:
     return Matches(matched, len(found_area) - matched, len(true_area) - matched, float(ratio[hits].sum()), inter, joint)
 
 
-def _overlap_table(target: I32, found: I32) -> tuple[I64, I64, I64]:
+def overlap_table(target: I32, found: I32) -> tuple[I64, I64, I64]:
     """Intersection int64[n true, n found] and the areas, background left out, labels made contiguous."""
     true_ids, t = np.unique(target, return_inverse=True)
     found_ids, f = np.unique(found, return_inverse=True)

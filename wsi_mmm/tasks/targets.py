@@ -9,7 +9,9 @@ regress            float32[K]                                                   
 survive            `Survival`                                                          time NaN
 segment            int32[h, w] class index                                             negative
 multisegment       int8[K, h, w], 1 or 0                                               -1
-instances          int32[h, w], 0 background, every object a number of its own         negative
+instances          int32[h, w], 0 background, every object a number of its own; with   negative
+                   several classes int32[2, h, w], numbers and class indices, where
+                   numbers below -1 are areas of points, one each
 detect             `Boxes`                                                             boxes labelled -1
 reconstruct        None: the image itself                                              -
 =================  ==================================================================  =======================

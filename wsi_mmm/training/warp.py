@@ -227,6 +227,8 @@ def warp_target(kind: str, target: Target, theta: F32, size: int, *, visible: fl
 
 def unknown_target(kind: str, classes: int, size: int) -> Target:
     """Nothing is known of a crop: a target of the right shape that is not learnt from."""
+    if kind == "instances" and classes > 1:
+        return np.full((2, size, size), -1, np.int32)
     if kind in ("segment", "instances"):
         return np.full((size, size), -1, np.int32)
     if kind == "multisegment":

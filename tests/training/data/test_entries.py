@@ -21,6 +21,8 @@ from wsi_mmm.tasks.targets import Boxes, Survival
 from wsi_mmm.training.config import TrainConfig, parse
 from wsi_mmm.training.data.bags import TileBagSource
 from wsi_mmm.training.data.base import DataSource, Sample
+from wsi_mmm.training.data.coco import coco
+from wsi_mmm.training.data.images import Origin
 from wsi_mmm.training.data.slide_entries import SlideLabels, TileBags
 from wsi_mmm.training.data.slides import SlideTiles
 from wsi_mmm.training.job import data_context, read_annotations
@@ -136,6 +138,12 @@ def test_image_instances_and_coco(tmp_path: Path) -> None:
     assert isinstance(boxes, Boxes) and boxes.xyxy.tolist() == [[4, 2, 12, 8]]
     drawn = whole(opened(text.replace("detect", "instances"), "instances"))[0].targets["instances"]
     assert (np.asarray(drawn) > 0).sum() == 48
+    several = coco(
+        Origin("d"), str(tmp_path / "images"), str(tmp_path / "coco.json"),
+        task="t", kind="instances", classes=["other", "nucleus"], categories={"cell": "nucleus"},
+    )  # fmt: skip
+    numbers, classes = np.asarray(several.read([0], 8)[0].targets["t"])
+    assert np.array_equal(classes == 1, numbers == 1) and (numbers == 1).sum() == 48
 
 
 def test_nifti(tmp_path: Path) -> None:

@@ -115,6 +115,19 @@ def test_instances_keep_numbers_above_a_byte(tmp_path: Path) -> None:
         read_labels(str(tmp_path / "labels" / "2.npy"))
 
 
+def test_instances_of_several_classes(tmp_path: Path) -> None:
+    """The class of each object's px from a second label image; unknown where there is none, or it says so."""
+    picture(tmp_path / "images" / "1.png", 2, 3)
+    label_image(tmp_path / "labels" / "1.png", np.array([[0, 5, 5], [7, 0, 9]], np.uint16))
+    label_image(tmp_path / "classes" / "1.png", np.array([[1, 1, 1], [0, 0, 255]], np.uint8))
+    places = str(tmp_path / "images"), str(tmp_path / "labels")
+    source = image_instances(Origin("d"), *places, task="t", classes=str(tmp_path / "classes"), count=2)
+    target = source.read([0], 8)[0].targets["t"]
+    assert np.array_equal(target, [[[0, 5, 5], [7, 0, 9]], [[-1, 1, 1], [0, -1, -1]]])  # type: ignore[arg-type]
+    plain = image_instances(Origin("d"), *places, task="t", count=2).read([0], 8)[0].targets["t"]
+    assert np.array_equal(plain, [[[0, 5, 5], [7, 0, 9]], np.full((2, 3), -1)])  # type: ignore[arg-type]
+
+
 def test_colour_masks_and_huge_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both say what to do instead."""
     picture(tmp_path / "1.png")

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from wsi_mmm.errors import ConfigError
 from wsi_mmm.tasks.targets import Boxes, Target
 from wsi_mmm.training.data.buckets import CODES, DROP, IGNORE, USE, Buckets
+from wsi_mmm.training.data.points import Points, mark_points
 from wsi_mmm.training.data.raster import Coding, Pairs, PixelGrids, ShapeIndex, encode, paint, pairs_of
 from wsi_mmm.training.warp import box_areas, rectangles
 from wsi_mmm.types import F32, F64, I32, I64, Mask
@@ -28,6 +29,9 @@ CELL = 8
 """Unknown area is given to detectors in cells of so many px: a cell is unknown when any of its px is."""
 
 UNKNOWN = -1
+OUTLINE = 2.5
+"""Radii of a point's disc within which the outline of its cell may be."""
+
 _TILES = 1024  # measured together: bounds memory, not the result
 TILE_LEVEL_KINDS = ("classify", "multilabel", "regress")
 MAP_KINDS = ("segment", "multisegment", "instances", "detect")
@@ -119,6 +123,38 @@ def object_maps(annotated: SlideAnnotations, grids: PixelGrids) -> I32:
     seen = annotated_area_mask(annotated, grids)
     numbers = np.where(annotated.coding.code >= 0, np.arange(1, len(annotated.index) + 1), UNKNOWN).astype(np.int32)
     return paint_over(annotated, grids, seen, 0, numbers)
+
+
+def classed_object_maps(annotated: SlideAnnotations, grids: PixelGrids) -> npt.NDArray[np.int32]:
+    """int32[n, 2, side, side]: objects as `object_maps` numbers them, and their classes (-1: unknown). For `instances`
+    with several classes. Points teach their class in their disc, and nothing of outlines within `OUTLINE` radii."""
+    index, code = annotated.index, annotated.coding.code
+    outlined = np.arange(len(index)) < len(index) - index.dots
+    radius = _dot_radius(annotated)
+    margin = int(np.ceil(OUTLINE * radius)) if index.dots else 0
+    wide = PixelGrids(grids.xy - margin, grids.side + 2 * margin, grids.scale_x, grids.scale_y)
+    seen = annotated_area_mask(annotated, wide)
+    numbers = np.where(outlined & (code >= 0), np.arange(1, len(index) + 1), UNKNOWN).astype(np.int32)
+    labels = paint_over(annotated, wide, seen, 0, numbers)
+    classes = np.where(labels > 0, np.maximum(code, UNKNOWN)[np.maximum(labels, 1) - 1], UNKNOWN).astype(np.int32)
+    pairs = annotated.pairs(wide, ~outlined & (code >= 0))
+    at = middles(annotated)[pairs.shape] - wide.xy[pairs.grid]
+    for number in range(len(wide.xy) if len(pairs.shape) else 0):
+        mine = pairs.grid == number
+        inside = mine & ((at >= 0) & (at < wide.side)).all(axis=1)
+        if annotated.coding.has_use:
+            column, row = at[inside].astype(np.int64).T
+            inside[inside] = seen[number, row, column]
+        points = Points(at[inside], code[pairs.shape[inside]])
+        mark_points(labels[number], classes[number], points, radius, OUTLINE * radius)
+    crop = slice(margin, margin + grids.side)
+    return np.stack([labels[:, crop, crop], classes[:, crop, crop]], axis=1)
+
+
+def _dot_radius(annotated: SlideAnnotations) -> float:
+    """Target px of the discs that stand for points."""
+    boxes = annotated.index.boxes[len(annotated.index) - annotated.index.dots :][:1]
+    return float(((boxes[:, 2] - boxes[:, 0]) / (2 * annotated.scale_x)).sum())
 
 
 def object_boxes(annotated: SlideAnnotations, grids: PixelGrids, min_visible: float) -> list[Boxes]:
@@ -382,7 +418,8 @@ def _map_targets(spec: AnnotationTarget, annotated: SlideAnnotations, grids: Pix
     if spec.kind == "multisegment":
         return list(label_maps(annotated, grids))
     if spec.kind == "instances":
-        return list(object_maps(annotated, grids))
+        several = len(spec.buckets.labels) > 1
+        return list(classed_object_maps(annotated, grids) if several else object_maps(annotated, grids))
     return object_boxes(annotated, grids, spec.min_visible)
 
 

@@ -29,7 +29,7 @@ def coco(
     classes: Sequence[str],
     categories: Mapping[str, str] | None = None,
 ) -> ImageItems:
-    """Pictures listed in a COCO JSON, for `detect` (boxes) or `instances` (outlines; all classes as one).
+    """Pictures listed in a COCO JSON, for `detect` (boxes) or `instances` (outlines).
 
     ``categories``: COCO category -> class ("": left out); None: those of equal name. Crowd regions are unknown areas.
     InputError names a category that is no class, or what is wrong with the file.
@@ -46,7 +46,13 @@ def coco(
     labels = [_most_common_class(numbers, some) for some in found]
 
     def targets(n: int, shape: tuple[int, int]) -> Mapping[str, Target]:
-        return {task: boxes(found[n], numbers, shape) if kind == "detect" else outlines(found[n], shape)}
+        if kind == "detect":
+            return {task: boxes(found[n], numbers, shape)}
+        drawn = outlines(found[n], shape)
+        if len(classes) < 2:
+            return {task: drawn}
+        table = np.array([-1, *(numbers[one["category_id"]] for one in found[n])], np.int32)
+        return {task: np.stack([drawn, table[np.maximum(drawn, 0)]])}
 
     index = ItemIndex(keys, origin.groups(keys), np.array(labels, np.int32))
     return ImageItems(

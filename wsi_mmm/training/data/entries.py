@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
 
 from wsi_mmm.errors import ConfigError
 from wsi_mmm.model.card import TaskCard
 from wsi_mmm.tasks.targets import Target
-from wsi_mmm.training.data import folders, volumes
+from wsi_mmm.training.data import folders, points, volumes
 from wsi_mmm.training.data.base import DataContext, DatasetEntry, DataSource, ItemIndex
+from wsi_mmm.training.data.buckets import DOT_UM
 from wsi_mmm.training.data.coco import coco
 from wsi_mmm.training.data.images import Origin
 from wsi_mmm.training.data.slide_entries import FeatureBags, SlideLabels, SlidesEntry, TaskColumns, TileBags
 from wsi_mmm.training.data.split import parts_by_pattern
 from wsi_mmm.training.data.tables import read_table, slide_table
+
+PixelOrName = TypeVar("PixelOrName", int, str)
 
 
 class OfOneTask(DatasetEntry):
@@ -94,16 +97,70 @@ class ImageMasks(Pictured):
 
 
 class ImageInstances(Pictured):
-    """Pictures and instance images of the same names."""
+    """Pictures and instance images of the same names. ``classes``: label images with the class of each px, of tasks
+    with several; ``values``: their px value -> class name ("": unknown)."""
 
     kind: Literal["image-instances"]
     images: str
     labels: str
+    classes: str | None = None
+    values: dict[int, str] | None = None
 
     def open(self, place: DataContext) -> DataSource:
         """The source."""
-        self.card(place, "instances")
-        return folders.image_instances(self.origin(place), self.images, self.labels, task=self.task)
+        card = self.card(place, "instances")
+        if self.classes is not None and len(card.classes) < 2:
+            raise ConfigError(f"data '{self.name}': task '{self.task}' has one class: leave out `classes`")
+        table = None if self.values is None else _class_indices(self.name, self.values, card)
+        return folders.image_instances(
+            self.origin(place), self.images, self.labels,
+            task=self.task, classes=self.classes, values=table, count=len(card.classes),
+        )  # fmt: skip
+
+
+class ImagePoints(Pictured):
+    """Pictures and a file of points for each, of the same name: a table with the columns ``x``, ``y`` (px of the
+    picture) and ``label``, or an annotation file. ``points``: their folder (none: beside the pictures). ``values``:
+    class in the files -> class of the task ("": a cell of unknown class); none: those of equal name.
+
+    ``complete``: every cell was marked. ``dot_um``: radius round a point within which its class is learnt;
+    ``outline_um``: within which its outline may be. ``background``: the class of all else, for `segment`."""
+
+    kind: Literal["image-points"]
+    images: str
+    points: str | None = None
+    x: str = "x"
+    y: str = "y"
+    label: str = "class"
+    values: dict[str, str] = Field(default_factory=dict)
+    complete: bool = True
+    dot_um: float = Field(default=DOT_UM, gt=0, allow_inf_nan=False)
+    outline_um: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    background: str | None = None
+
+    def open(self, place: DataContext) -> DataSource:
+        """The source."""
+        card = self.card(place, "instances", "segment", "detect")
+        names = {name: name for name in card.classes} | self.values
+        numbers = _class_indices(self.name, names, card)
+        rest = -1
+        if self.background is not None:
+            if card.kind != "segment":
+                raise ConfigError(f"data '{self.name}': background is for tasks of kind segment: leave it out")
+            rest = _class_indices(self.name, {"": self.background}, card)[""]
+        mpp = self.mpp or place.mpp
+        meaning = points.PointMeaning(
+            card.kind,
+            len(card.classes),
+            self.dot_um / mpp,
+            max(self.dot_um, self.outline_um) / mpp,
+            self.complete,
+            rest,
+        )
+        return points.image_points(
+            self.origin(place), self.images, self.points or self.images,
+            task=self.task, meaning=meaning, columns=(self.x, self.y, self.label), numbers=numbers,
+        )  # fmt: skip
 
 
 class Coco(Pictured):
@@ -171,7 +228,7 @@ class Dicom(OfOneTask):
         return volumes.dicom_slices(self.name, self.images, task=self.task, label=label, window=self.window)
 
 
-def _class_indices(name: str, values: Mapping[int, str], card: TaskCard) -> dict[int, int]:
+def _class_indices(name: str, values: Mapping[PixelOrName, str], card: TaskCard) -> dict[PixelOrName, int]:
     """Class names -> class indices, "" -> -1."""
     for label in values.values():
         if label and label not in card.classes:
@@ -183,6 +240,7 @@ DataEntry = Annotated[
     ClassFolders
     | ImageMasks
     | ImageInstances
+    | ImagePoints
     | Coco
     | Nifti
     | Dicom

@@ -72,7 +72,7 @@ def image_masks(
     nothing are an error of the picture, not background.
     """
     uris, files = _match_files(origin, images, masks)
-    table = dict(values) if values is not None else {**{i: i for i in range(classes)}, IGNORE: -1}
+    table = _value_table(values, classes)
 
     def target(n: int, shape: tuple[int, int]) -> Target:
         return mapped(_read_labels(files[n], shape), table, files[n])
@@ -111,10 +111,37 @@ def image_class_masks(
     return _paired_images(origin, images, uris, task=task, target=target)
 
 
-def image_instances(origin: Origin, images: str, labels: str, *, task: str) -> ImageItems:
-    """Pictures below ``images`` with an instance image (0 background, a number per object) below ``labels``."""
+def image_instances(
+    origin: Origin,
+    images: str,
+    labels: str,
+    *,
+    task: str,
+    classes: str | None = None,
+    values: Mapping[int, int] | None = None,
+    count: int = 1,
+) -> ImageItems:
+    """Pictures below ``images`` with an instance image (0 background, a number per object) below ``labels``.
+
+    Of a task with several classes (``count``) the target is int32[2, h, w]; ``classes``: where label images of the
+    same names say the class of each px, read as those of `image_masks` (None: classes are unknown).
+    """
     uris, files = _match_files(origin, images, labels)
-    return _paired_images(origin, images, uris, task=task, target=lambda n, shape: _read_labels(files[n], shape))
+    maps = None if classes is None else _match_files(origin, images, classes)[1]
+    table = _value_table(values, count)
+
+    def target(n: int, shape: tuple[int, int]) -> Target:
+        numbers = _read_labels(files[n], shape)
+        if count < 2:
+            return numbers
+        known = np.full_like(numbers, -1) if maps is None else mapped(_read_labels(maps[n], shape), table, maps[n])
+        return np.stack([numbers, np.where(numbers > 0, known, -1)])
+
+    return _paired_images(origin, images, uris, task=task, target=target)
+
+
+def _value_table(values: Mapping[int, int] | None, classes: int) -> dict[int, int]:
+    return dict(values) if values is not None else {**{i: i for i in range(classes)}, IGNORE: -1}
 
 
 def mapped(values: I32, table: Mapping[int, int], uri: str) -> I32:
