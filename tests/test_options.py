@@ -26,7 +26,7 @@ OTHER: dict[str, Any] = {
     "mpp_override": 0.3, "reader": "openslide", "scene": 1, "cache": "c", "cache_tiles": "off", "cache_quota": "50GB",
     "features": False, "save_maps": True, "gzip": False, "overlay": False, "bounds_offset": True, "batch_size": 3,
     "block_tiles": 2, "workers": 2, "threads": 1, "device": "cpu", "runtime": "bf16", "scheduler": "tls://h:1",
-    "tls": "t", "placement": "pool", "force": True,
+    "tls": "t", "placement": "pool", "force": True, "tiles": "t.h5",
 }  # fmt: skip
 """A value of every option that is not its default."""
 
@@ -85,9 +85,17 @@ def test_every_option_of_the_api_reaches_the_request(name: str, in_tmp: Path) ->
     (in_tmp / "t").mkdir()
     for file in (CA, CERTIFICATE, KEY):
         (in_tmp / "t" / file).touch()
-    request = api.run_request("a.svs", output="out", tasks="stain", **given)
+    asked: dict[str, Any] = {"output": "out", **given}
+    request = (
+        api.embed_request("a.svs", **asked) if name == "tiles" else api.run_request("a.svs", tasks="stain", **asked)
+    )
     found = getattr(request.recipe.options, name)
-    expected = {"regions": str(in_tmp / "r.geojson"), "cache": str(in_tmp / "c"), "cache_quota": 50 * 10**9}
+    expected = {
+        "regions": str(in_tmp / "r.geojson"),
+        "tiles": str(in_tmp / "t.h5"),
+        "cache": str(in_tmp / "c"),
+        "cache_quota": 50 * 10**9,
+    }
     assert found == expected.get(name, OTHER[name])
     [task] = request.tasks
     resolved = {

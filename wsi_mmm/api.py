@@ -181,6 +181,8 @@ def embed(
     patch_mean, cls+patch_mean, gap, native), ``input_size`` px that tiles are resized to, ``mean`` and ``std`` of RGB,
     ``encoder_args`` of the timm network. Tiles are 256 px without overlap, at the mpp of a model or at
     0.5, unless ``options`` say otherwise.
+    ``tiles``: a file of TRIDENT or CLAM that lists tiles, or a folder with one per slide: these are embedded, and
+    ``coords`` of the features are the file's, row for row.
     ``slide``: a vector per slide, too, in ``<output>/<slide>/slide_features.h5``: "mean" of its tiles', or the folder
     of the bag model or ABMIL that makes it.
     ``export``: further formats per slide, of "h5" (TRIDENT, CLAM), "pt", "stamp" and "h5ad"; of slides' vectors
@@ -267,10 +269,11 @@ def embed_request(
 
 def stream_tiles(
     slide: Slide | str | Path,
-    mpp: float = 0.5,
-    size: int = 256,
-    overlap: int = 0,
+    mpp: float | None = None,
+    size: int | None = None,
+    overlap: int | None = None,
     *,
+    tiles: str | Path | None = None,
     tissue: str = "auto",
     min_tissue: float = LEAST_TISSUE,
     batch_size: int = 64,
@@ -278,19 +281,28 @@ def stream_tiles(
 ) -> Iterator[Batch]:
     """Yield the tiles of a slide: ``.pixels`` uint8[n, size, size, 3], ``.xy`` int64[n, 2] level-0 px (x, y).
 
-    The tiles and their sequence (row by row) are those of `embed` with the same options: ``.xy`` of all batches are the
-    ``coords`` of its features. The last batch may be short; ``workers`` threads read ahead of the caller. Holds up to
-    two rows of tiles, or some 256 MB.
+    Tiles are 256 px at 0.5 mpp without overlap unless said; with ``tiles``, a file of TRIDENT or CLAM, those that it
+    lists, in its sequence. They and their sequence (row by row) are those of `embed` with the same options: ``.xy`` of
+    all batches are the ``coords`` of its features. The last batch may be short; ``workers`` threads read ahead of the
+    caller. Holds up to two rows of tiles, or some 256 MB.
     """
     from wsi_mmm.slides import open_slide
     from wsi_mmm.tiles.grid import make_grid
+    from wsi_mmm.tiles.listed import place_tiles, stream_listed
     from wsi_mmm.tiles.stream import stream
+    from wsi_mmm.tiles.tile_file import read_tile_list
     from wsi_mmm.tiles.tissue import select_tiles, tissue_mask
 
     held = slide if isinstance(slide, Slide) else open_slide(str(slide))
     try:
+        if tiles is not None:
+            listed = read_tile_list(str(tiles))
+            placed = place_tiles(held.info, listed, batch_size, size=size, mpp=mpp, overlap=overlap)
+            yield from stream_listed(held.reader, placed, batch_size=batch_size, workers=workers)
+            return
+        mpp = 0.5 if mpp is None else mpp
         held.scale(mpp)
-        grid = make_grid(held.info, mpp, tile=size, overlap=overlap)
+        grid = make_grid(held.info, mpp, tile=256 if size is None else size, overlap=overlap or 0)
         index = select_tiles(grid, tissue_mask(held, tissue), min_tissue)
         yield from stream(held.reader, grid, index, batch_size=batch_size, workers=workers, by_row=True)
     finally:

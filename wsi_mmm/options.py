@@ -189,6 +189,11 @@ class RunOptions:
         panel=WHAT, metavar="FILE", affects=CHANGES_RESULT, takes="a path or a word", commands=("run",),
         see="[outputs](outputs.md)",
     )  # fmt: skip
+    tiles: str | None = _run_option(
+        None, "The tiles to embed: a TRIDENT or CLAM .h5 file, or a folder with one per slide.", "--tiles",
+        panel=WHAT, metavar="FILE", affects=CHANGES_VALUES, per="slide", takes="a path or a word", commands=("embed",),
+        see="[moving in](migrating.md#their-tiles)",
+    )  # fmt: skip
     min_tissue: float = _run_option(
         LEAST_TISSUE, "Share of a tile that must be tissue.", panel=WHAT, affects=CHANGES_RESULT, check=_check_share
     )
@@ -277,6 +282,19 @@ class RunOptions:
             raise OptionError("tiles can only be cached where there is a cache: name a folder with --cache")
         if self.placement == "pool" and self.cache is None:
             raise OptionError("with placement pool tiles go through a cache that all workers see: name it with --cache")
+        if self.tiles is not None:
+            _check_listed(self)
+
+
+def _check_listed(options: RunOptions) -> None:
+    """OptionError for options that choose tiles, or keep those of a grid, beside a list of tiles."""
+    wrong = {
+        "tissue": options.tissue != "auto", "regions": options.regions is not None,
+        "min_tissue": options.min_tissue != LEAST_TISSUE, "cache_tiles on": options.cache_tiles == "on",
+        "placement pool": options.placement == "pool",
+    }  # fmt: skip
+    for name in (name for name, given in wrong.items() if given):
+        raise OptionError(f"a file lists the tiles, which {name} cannot go with: leave one of them out")
 
 
 class RunKeywords(TypedDict, total=False):
@@ -287,6 +305,7 @@ class RunKeywords(TypedDict, total=False):
     overlap: int | None
     tissue: str | Path | None
     regions: str | Path | None
+    tiles: str | Path | None
     min_tissue: float | None
     mpp_override: float | None
     reader: str | None

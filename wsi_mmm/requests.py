@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -18,9 +19,9 @@ from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.run import RunRequest
 from wsi_mmm.engine.stages.context import recipe_tasks
 from wsi_mmm.engine.units import SlideTask
-from wsi_mmm.errors import OptionError
+from wsi_mmm.errors import OptionError, WsiError
 from wsi_mmm.host_tuning import cpu_count
-from wsi_mmm.inputs import expand_inputs, leads_away
+from wsi_mmm.inputs import expand_inputs, leads_away, stem
 from wsi_mmm.model.card import WEIGHTS, model_path, read_card
 from wsi_mmm.model.choose import RANDOM, EncoderOptions, bare_card, choose_encoder, locate_weights
 from wsi_mmm.model.fetch import fetch_model
@@ -31,6 +32,7 @@ from wsi_mmm.model.weights_config import HUB, split_source
 from wsi_mmm.options import EMBED_DEFAULTS, TISSUE_WORDS, EncoderKeywords, RunOptions
 from wsi_mmm.slides.registry import find_reader
 from wsi_mmm.storage import store
+from wsi_mmm.tiles.tile_file import match_tile_files, read_tile_list
 
 Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
 
@@ -114,6 +116,7 @@ def request_encoders(
     requests = [
         request_run(slides, one, store.join(str(output), name)) for one, name in zip(recipes, folders, strict=True)
     ]
+    recipes = [request.recipe for request in requests]
     # Slides that fail from the start belong to it: a pass must not write where a run of its own would refuse to.
     groups = [
         (one.mpp, one.tile, one.overlap, one.block_tiles, tuple(task.error for task in request.tasks))
@@ -208,6 +211,7 @@ def _apply_options(base: Recipe, options: RunOptions) -> Recipe:
             tissue=options.tissue if options.tissue in TISSUE_WORDS else _absolute_uri(options.tissue),
             regions=options.regions and _absolute_uri(options.regions),
             cache=options.cache and _absolute_uri(options.cache),
+            tiles=options.tiles and _absolute_uri(os.path.expanduser(options.tiles)),
         ),
     )
 
@@ -240,7 +244,30 @@ def request_run(slides: Slides, recipe: Recipe, output: str | Path) -> RunReques
         )
         for spec in specs
     )
+    if options.tiles is not None:
+        recipe, tasks = _list_tiles(recipe, tasks, options.tiles)
     return RunRequest(tasks, recipe, out, tls)
+
+
+def _list_tiles(recipe: Recipe, tasks: tuple[SlideTask, ...], where: str) -> tuple[Recipe, tuple[SlideTask, ...]]:
+    """Return the recipe with size and resolution of the tiles that files list, and each slide with its file.
+
+    The first file that says its size counts; a slide whose file says another fails by itself. Raises OptionError.
+    """
+    if recipe.tasks:
+        raise OptionError("a model's maps are put together on a grid of tiles: give the list to embed --tiles")
+    files = match_tile_files(where, [(task.id, stem(task.uri)) for task in tasks])
+    listed = []
+    for task, (uri, error) in zip(tasks, files, strict=True):
+        masked = "a file lists its tiles, so its mask is not used: leave one of them out" if task.mask else ""
+        listed.append(replace(task, tiles=uri, error=task.error or error or masked))
+    for uri, _ in files:
+        with suppress(WsiError):  # what is wrong with a file is said of its slide
+            if uri is not None and (found := read_tile_list(uri)).size is not None:
+                size, mpp = recipe.options.tile_size or found.size, recipe.options.mpp or found.nominal_mpp
+                recipe = replace(recipe, tile=size, mpp=mpp or recipe.mpp)
+                break
+    return check_recipe_here(recipe), tuple(replace(task, recipe=recipe) for task in listed)
 
 
 def check_recipe_here(recipe: Recipe) -> Recipe:

@@ -130,6 +130,7 @@ class Grid:
 
     ``width``/``height``: size of the slide in target px (the last tiles may reach beyond it: white).
     ``mpp`` is the requested one; ``mpp_effective`` = scale * slide mpp (they differ only by float rounding).
+    ``listed``: digest of the list that says where the tiles are, not the grid (`wsi_mmm.tiles.listed`); else empty.
     """
 
     tile: int
@@ -141,6 +142,7 @@ class Grid:
     scale_x: float
     scale_y: float
     mpp: float
+    listed: str = ""
 
     @property
     def stride(self) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 from helpers.commands import invoke, json_lines
 from wsi_mmm.cli import models
 from wsi_mmm.errors import InputError
 from wsi_mmm.model.card import zoo_names
+from wsi_mmm.outputs.exports import write_features
 
 
 def test_models_lists_and_shows_the_default() -> None:
@@ -49,3 +52,19 @@ def test_features_are_found_and_exported_to_one_file_per_slide(tmp_path: Path) -
     assert [target for _, target in models.targets([str(tmp_path)], "pt", "out")] == ["out/a.pt", "out/b.pt"]
     with pytest.raises(InputError, match="same id"):
         models.targets([stores[0], stores[0]], "pt", "out")
+
+
+def test_features_of_several_encoders_are_exported_to_a_folder_for_each(tmp_path: Path) -> None:
+    """``embed --encoder a --encoder b`` writes <encoder>/<slide>; both encoders' vectors of a slide are kept apart."""
+    for encoder, width in (("a", 2), ("b", 3)):
+        for slide in ("one", "two"):
+            vectors = np.full((4, width), width, np.float32)
+            write_features(str(tmp_path / "f" / encoder / slide / "features.zarr"), vectors, np.zeros((4, 2)), {})
+    lines = json_lines(invoke("export", str(tmp_path / "f"), "--to", "h5", "-o", str(tmp_path / "out"), "--json"))
+    written = [Path(line["output"]).relative_to(tmp_path / "out").as_posix() for line in lines]
+    assert written == ["a/one.h5", "a/two.h5", "b/one.h5", "b/two.h5"]
+    for name in written:
+        with h5py.File(tmp_path / "out" / name) as file:
+            assert file["features"].shape == (4, 2 if name.startswith("a/") else 3)
+    [flat] = json_lines(invoke("export", str(tmp_path / "f" / "b" / "one"), "-o", str(tmp_path / "out"), "--json"))
+    assert flat["output"] == str(tmp_path / "out" / "one.h5")

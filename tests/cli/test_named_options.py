@@ -42,6 +42,7 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "model/runner.py": RUNS,
     "outputs/inside.py": ("run",),
     "requests.py": ("run",),
+    "tiles/listed.py": ("embed",),
     "tiles/tissue.py": (*RUNS, "tissue"),
     "training/config.py": ("train",),
     "training/examples.py": ("train",),

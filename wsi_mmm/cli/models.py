@@ -211,7 +211,7 @@ def export(
     \b
     Examples:
       wsi-mmm export results/slide/features.zarr --to h5
-      wsi-mmm export results/ --to pt -o features/        (one file per slide)
+      wsi-mmm export results/ --to pt -o features/        (one file per slide, a folder per encoder)
       wsi-mmm export results/ --to stamp -o stamp/        (micrometres, feats)
       wsi-mmm export features/ --to slides-h5             (of embed --slide: features/slides.h5)
     """
@@ -240,7 +240,8 @@ def _export_table(sources: Sequence[str], to: str, output: str | None) -> None:
 
 
 def targets(sources: Sequence[str], to: str, output: str | None) -> list[tuple[str, str]]:
-    """(features.zarr, file to write) for every source; InputError when two slides would share a file."""
+    """(features.zarr, file to write) for every source. Where slides share an id, as those of several encoders in
+    ``<encoder>/<slide>`` do, each encoder has a folder in ``output``. InputError when two would share a file yet."""
     from wsi_mmm.outputs.exports import file_ending
     from wsi_mmm.outputs.slide_vectors import file_beside
     from wsi_mmm.storage import store
@@ -248,7 +249,10 @@ def targets(sources: Sequence[str], to: str, output: str | None) -> list[tuple[s
     found = [uri for source in sources for uri in feature_stores(source)]
     if output is None:
         return [(uri, file_beside(uri, to)) for uri in found]
-    names = [PurePosixPath(uri).parent.name or "features" for uri in found]
+    slides = [PurePosixPath(uri).parent for uri in found]
+    names = [slide.name or "features" for slide in slides]
+    if len(set(names)) < len(names):
+        names = [f"{slide.parent.name}/{name}".lstrip("/") for slide, name in zip(slides, names, strict=True)]
     if len(set(names)) < len(names):
         raise InputError("two slides have the same id; export them into different folders")
     return [

@@ -131,6 +131,7 @@ def embed(inputs: list[str], output: str, **given: Any) -> int:
       wsi-mmm embed slides/ --encoder resnet50.a1_in1k --mpp 0.5 --tile-size 256
       wsi-mmm embed slides/ --encoder uni2-h --weights uni2-h/model.safetensors
       wsi-mmm embed slides/ --encoder virchow2 --encoder h-optimus-1     (tiles are read once)
+      wsi-mmm embed slides/ --encoder uni --tiles trident/20x_256px_0px_overlap/patches
       wsi-mmm embed slides/ --encoder uni2-h --slide mean                (a vector per slide, too)
       wsi-mmm export features/slide/features.zarr --to h5
 
@@ -223,7 +224,8 @@ def _open_slides(request: RunRequest, output: str) -> int:
         statuses.append("done")
         say_json(found)
         size = f"{found['width']} x {found['height']} px, {found['mpp_x']:g} mpp"
-        say(f"{found['id']}  {size}, at most {found['tiles_at_most']:,} tiles, {found['uri']}")
+        tiles = f"at most {found['tiles_at_most']:,}" if "tiles_at_most" in found else f"{found['tiles']:,} listed"
+        say(f"{found['id']}  {size}, {tiles} tiles, {found['uri']}")
     good = statuses.count("done")
     say(f"{good} of {len(statuses)} slides can be read at {request.recipe.mpp:g} mpp -> {output}")
     return exit_code(statuses)
@@ -231,7 +233,7 @@ def _open_slides(request: RunRequest, output: str) -> int:
 
 def _slide_facts(task: SlideTask) -> dict[str, Any]:
     """Return the facts of a slide that can be read at the resolution asked for; else raise its WsiError."""
-    from wsi_mmm.engine.stages.prepare import check_areas
+    from wsi_mmm.engine.stages.prepare import check_areas, place_listed
     from wsi_mmm.slides import open_slide
     from wsi_mmm.storage import store
     from wsi_mmm.tiles.grid import make_grid
@@ -242,7 +244,11 @@ def _slide_facts(task: SlideTask) -> dict[str, Any]:
     with open_slide(task.uri, task.mpp, recipe.options.reader, task.scene) as slide:
         info = slide.info
         slide.scale(recipe.mpp, GIVE_MPP)
-        grid = make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
-        check_areas(task, slide)
-    size = {"width": info.width, "height": info.height, "mpp_x": info.mpp_x, "tiles_at_most": grid.rows * grid.columns}
+        if task.tiles is not None:
+            count = {"tiles": len(place_listed(task, info).index)}
+        else:
+            grid = make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
+            check_areas(task, slide)
+            count = {"tiles_at_most": grid.rows * grid.columns}
+    size = {"width": info.width, "height": info.height, "mpp_x": info.mpp_x, **count}
     return {"id": task.id, "uri": store.redact(task.uri), **size}

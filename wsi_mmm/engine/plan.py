@@ -107,9 +107,9 @@ def _make_unit(kind: Kind, plan: SlidePlan, block: BlockIndex, tiles: I64) -> Wo
 
 
 def through_pool(plan: SlidePlan) -> SlidePlan | None:
-    """The plan with tiles that go through the cache; None where there is no cache, or no tile."""
+    """The plan with tiles that go through the cache; None where there is no cache, or no tile of a grid."""
     recipe = plan.slide.recipe
-    if recipe.options.cache is None or not len(plan.index):
+    if recipe.options.cache is None or not len(plan.index) or plan.grid.listed:
         return None
     recipe = replace(recipe, options=replace(recipe.options, cache_tiles="on"))
     return replace(plan, slide=replace(plan.slide, recipe=recipe))

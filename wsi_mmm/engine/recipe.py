@@ -105,6 +105,10 @@ class Recipe:
     def _published_encoder(self) -> EncoderEntry | None:
         return find_entry(self.network.name) if self.network is not None else None
 
+    def warns_of_scale(self) -> bool:
+        """Return whether `warnings` say that the resolution is far off."""
+        return bool(self._scale_warnings())
+
     def _scale_warnings(self) -> tuple[str, ...]:
         if self.model_mpp is None or 1 / OFF_SCALE <= self.mpp / self.model_mpp <= OFF_SCALE:
             return ()
@@ -116,15 +120,15 @@ class Recipe:
             f"use --mpp {self.model_mpp:g} (Python: mpp={self.model_mpp:g})",
         )
 
-    def forward_hash(self, kind: str, scale: tuple[float, float], reader: str = "") -> str:
+    def forward_hash(self, kind: str, scale: tuple[float, float], reader: str = "", listed: str = "") -> str:
         """Return the hash of all that the network's values depend on.
 
         ``kind``: the kind of device ("cpu", "cuda"); ``scale``: level-0 px per target px (x, y), which a user who
         corrects a slide's mpp changes; ``reader``: the reader that opened the slide, because readers differ in the
-        levels and scales they read.
+        levels and scales they read; ``listed``: the digest of the list that the tiles are from, if they are.
         """
-        facts = {"device": kind, "scale": scale, "reader": reader, "runtime": self.runtime_on(kind)}
-        return self._hash_options("values", facts)
+        facts: dict[str, object] = {"device": kind, "scale": scale, "reader": reader, "runtime": self.runtime_on(kind)}
+        return self._hash_options("values", facts | ({"listed": listed} if listed else {}))
 
     def runtime_on(self, kind: str) -> str:
         """Return the runtime on a kind of device ("cpu", "cuda"): the one asked for, else the precision that the entry

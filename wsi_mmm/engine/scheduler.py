@@ -116,6 +116,17 @@ def enlarged_text(plan: SlidePlan) -> str:
     )
 
 
+def listed_text(plan: SlidePlan) -> str:
+    """The warning for listed tiles of a resolution that the model did not learn at; empty for others, and where the
+    recipe's own resolution is off, which is said of the run."""
+    learnt = plan.slide.recipe.model_mpp
+    if not plan.grid.listed or learnt is None or plan.slide.recipe.warns_of_scale():
+        return ""
+    if 1 / OFF_SCALE <= plan.grid.mpp / learnt <= OFF_SCALE:
+        return ""
+    return f"{plan.slide.id}: its listed tiles are of {plan.grid.mpp:.4g} mpp, and the encoder learnt at {learnt:g} mpp"
+
+
 class Scheduler:
     """The units of a run that are ready, by kind, and the slides under way; a slide that has ended is forgotten.
 
@@ -251,7 +262,7 @@ class Scheduler:
             for unit in interpret_units(plan):
                 state.interprets.add(unit, needed_blocks(unit))
         state.blocks_left = len(units) + len(state.interprets.units)
-        if not self.warnings and (text := enlarged_text(plan)):
+        if not self.warnings and (text := enlarged_text(plan) or listed_text(plan)):
             self.warnings.append(f"{text}; report.json lists every such slide")
             self.listener(Event("warning", "", message=self.warnings[0]))
         self.listener(Event("plan", state.task.id, 0, len(plan.index), f"{len(plan.index)} tiles"))

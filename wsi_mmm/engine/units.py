@@ -20,6 +20,8 @@ import numpy as np
 from wsi_mmm.engine.events import Listener, SlideStatus
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.errors import ModelNotLoaded, WsiError
+from wsi_mmm.tiles.grid import tile_xy
+from wsi_mmm.tiles.listed import corners_of
 from wsi_mmm.timing import StepTime
 from wsi_mmm.types import F32, I64, Grid, SlideInfo
 
@@ -37,7 +39,7 @@ class SlideTask:
 
     ``error``: why it cannot be done, known from the start (a wrong row of a manifest). ``reader``: the name of the
     reader that opened the slide, known from the plan step on; empty before. ``scene``: the image of its file that the
-    user chose.
+    user chose. ``tiles``: the file that lists its tiles, None: those of the grid that hold tissue.
     """
 
     id: str
@@ -49,6 +51,7 @@ class SlideTask:
     error: str = ""
     reader: str = ""
     scene: int | None = None
+    tiles: str | None = None
 
     @property
     def scratch(self) -> str:
@@ -58,12 +61,13 @@ class SlideTask:
     def result_hash(self) -> str:
         """Hash of what the objects depend on: the recipe, the reader, and what the user said of this slide.
 
-        The content of a mask file is compared apart (slide.json keeps its hash): where it lies does not matter.
+        The content of a mask file or a list of tiles is compared apart (slide.json keeps its hash): where it lies does
+        not matter.
         """
-        recipe, masked = self.recipe.result_hash(self.reader), self.mask is not None
-        if self.mpp is None and not masked and self.scene is None:
+        recipe, masked, listed = self.recipe.result_hash(self.reader), self.mask is not None, self.tiles is not None
+        if self.mpp is None and not masked and self.scene is None and not listed:
             return recipe
-        said = [recipe, self.mpp, masked] if self.scene is None else [recipe, self.mpp, masked, self.scene]
+        said = [recipe, self.mpp, masked, *([] if self.scene is None else [self.scene]), *(["tiles"] if listed else [])]
         return sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 
@@ -72,7 +76,8 @@ class SlidePlan:
     """One slide, planned: its grid and the tiles ``index`` int64[n, 2] (row, column) that hold tissue.
 
     ``tissue`` float32[n]: share of each tile that is tissue. ``entry``: URI of the cache entry that holds its values.
-    ``maps``: some task answers per pixel, so blocks are interpreted.
+    ``maps``: some task answers per pixel, so blocks are interpreted. ``places`` int64[n, 4]: where listed tiles lie
+    (`wsi_mmm.tiles.listed`), None on a grid.
     """
 
     slide: SlideTask
@@ -85,6 +90,11 @@ class SlidePlan:
     stride: int
     mpp_effective: float
     maps: bool = True
+    places: I64 | None = None
+
+    def corners(self) -> I64:
+        """Return level-0 (x, y) int64[n, 2] of the tiles."""
+        return tile_xy(self.grid, self.index) if self.places is None else corners_of(self.grid, self.places)
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def _describe_foreign(head: bytes, error: Exception) -> str:
         return f"are cut short or damaged ({reason}): download or copy them again"
     if start.startswith(b"<"):
         return "are a web page: remove it, accept the terms on their page, and hf auth login and hf download bring them"
-    text = head.decode("ascii", "replace")
-    if all(line.isprintable() for line in text.replace("\t", " ").splitlines()) and head.isascii():
-        return f"are a text ('{text.strip().splitlines()[0][:100]}'): remove it, and download or copy them again"
+    lines = head.decode("ascii", "replace").replace("\t", " ").strip().splitlines()
+    if lines and head.isascii() and all(line.isprintable() for line in lines):
+        return f"are a text ('{lines[0][:100]}'): remove it, and download or copy them again"
     return "are no safetensors file: give the .safetensors that their authors publish, or wsi-mmm models convert theirs"

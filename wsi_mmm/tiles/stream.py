@@ -55,7 +55,7 @@ def read_tiles(reader: Reader, tiles: Tiles, fetched: Fetched | None = None) -> 
     pixels that could not be decoded. Native tiles that several of them need are fetched and decoded once; those in
     ``fetched`` are not fetched again. Raises StorageError."""
     pixels = np.empty((len(tiles.xy), tiles.size, tiles.size, 3), np.uint8)
-    return pixels, _read_into(reader, tiles, list(pixels), fetched)
+    return pixels, read_into(reader, tiles, list(pixels), fetched)
 
 
 def read_block(reader: Reader, grid: Grid, block: BlockTiles, fetched: Fetched | None = None) -> Batch:
@@ -64,8 +64,8 @@ def read_block(reader: Reader, grid: Grid, block: BlockTiles, fetched: Fetched |
     return Batch(pixels=pixels, xy=tile_xy(grid, block.index), index=block.index, failed=failed)
 
 
-def _read_into(reader: Reader, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None) -> Mask:
-    """Write tiles to ``out``; return bool[n], the tiles that hold pixels that could not be decoded."""
+def read_into(reader: Reader, tiles: Tiles, out: Sequence[U8], fetched: Fetched | None) -> Mask:
+    """Write tiles to ``out``, n arrays; return bool[n], the tiles that hold pixels that could not be decoded."""
     failed = fill_tiles(reader, tiles, out, fetched)
     return any_overlap(level0_boxes(tiles), failed) if len(failed) else np.zeros(len(out), bool)
 
@@ -305,7 +305,7 @@ def _read_blocks(
 
         def read(block: tuple[int, Sequence[U8]]) -> tuple[int, Mask]:
             number, out = block
-            return stops[number], _read_into(reader, tiles[number], out, prefetch.take(number))
+            return stops[number], read_into(reader, tiles[number], out, prefetch.take(number))
 
         if workers == 0:
             yield from map(read, todo)

@@ -107,3 +107,20 @@ def test_a_plan_is_small_on_its_way() -> None:
     assert len(plan.index) > 200_000
     light = wire.pack_result(PlanResult(UnitFacts("plan", plan.slide.id), plan))
     assert len(pickle.dumps(light)) < len(pickle.dumps(plan)) / 50
+
+
+def test_the_places_of_listed_tiles_stay_in_the_file_of_the_plan() -> None:
+    """What travels is which units there are, however the list is sorted."""
+    plan = real_plan(9000, 9000)
+    ranks = np.random.default_rng(0).permutation(len(plan.index))
+    listed = replace(
+        plan, index=np.stack([ranks // 4, ranks % 4], axis=1), places=np.zeros((len(ranks), 4), np.int64), maps=False,
+        grid=replace(plan.grid, listed="0" * 32, columns=4, rows=len(ranks)),
+    )  # fmt: skip
+    light = wire.pack_result(PlanResult(UnitFacts("plan", plan.slide.id), listed))
+    back = wire.unpack_result(pickle.loads(pickle.dumps(light)), replace(plan.slide, tiles="/t.h5"))
+    assert isinstance(back, PlanResult) and back.plan is not None and back.plan.places is None
+    units = forward_units(back.plan)
+    assert [unit.tiles for unit in units] == [unit.tiles for unit in forward_units(listed)]
+    assert len(pickle.dumps(light)) < len(pickle.dumps(listed)) / 50
+    assert sent(units[0]) == units[0] and sent(units[0]).slide.tiles == "/t.h5"

@@ -50,7 +50,17 @@ def load_recipe(key: str, find: FindRecipe) -> Recipe:
 def pack_unit(unit: WorkUnit, key: str) -> bytes:
     """A unit as it is sent; ``key``: the key of its recipe."""
     slide, grid = unit.slide, unit.grid
-    place = [slide.id, slide.uri, slide.output, slide.mpp, slide.mask, slide.error, slide.reader, slide.scene]
+    place = [
+        slide.id,
+        slide.uri,
+        slide.output,
+        slide.mpp,
+        slide.mask,
+        slide.error,
+        slide.reader,
+        slide.scene,
+        slide.tiles,
+    ]
     rest = [unit.block, _pack_bits(unit.tiles), grid and astuple(grid), unit.entry]
     return json.dumps([key, unit.kind, place, *rest], separators=(",", ":")).encode()
 
@@ -58,8 +68,8 @@ def pack_unit(unit: WorkUnit, key: str) -> bytes:
 def unpack_unit(data: bytes, find: FindRecipe) -> WorkUnit:
     """The unit that `pack_unit` packed, equal to it."""
     key, kind, place, block, tiles, grid, entry = json.loads(data)
-    name, uri, output, mpp, mask, error, reader, scene = place
-    slide = SlideTask(name, uri, output, load_recipe(key, find), mpp, mask, error, reader, scene)
+    name, uri, output, mpp, mask, error, reader, scene, listed = place
+    slide = SlideTask(name, uri, output, load_recipe(key, find), mpp, mask, error, reader, scene, listed)
     return WorkUnit(kind, slide, tuple(block), _unpack_bits(tiles), Grid(*grid) if grid else None, entry)
 
 
@@ -96,8 +106,8 @@ def _unpack_bits(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class PackedPlan:
-    """A PlanResult as it travels: without the tissue of each tile and the properties of the slide, which stay in the
-    plan's file; the task is known where it arrives."""
+    """A PlanResult as it travels: without the tissue of each tile, the places of listed ones and the properties of the
+    slide, which stay in the plan's file; the task is known where it arrives."""
 
     facts: UnitFacts
     plan: SlidePlan
@@ -117,8 +127,10 @@ def pack_result(result: UnitResult) -> SentResult:
         return result
     plan = result.plan
     task = SlideTask(plan.slide.id, "", "", _NO_RECIPE, reader=plan.slide.reader)
-    bare = replace(plan, index=_NO_TILES, tissue=_NO_TISSUE, slide=task, info=replace(plan.info, properties={}))
-    return PackedPlan(result.facts, bare, _pack_bits(pack_tiles(plan.index)))
+    info = replace(plan.info, properties={})
+    bare = replace(plan, index=_NO_TILES, tissue=_NO_TISSUE, slide=task, info=info, places=None)
+    index = np.unique(plan.index, axis=0) if plan.grid.listed else plan.index  # which tiles, in few bits
+    return PackedPlan(result.facts, bare, _pack_bits(pack_tiles(index)))
 
 
 def unpack_result(sent: SentResult, slide: SlideTask) -> UnitResult:

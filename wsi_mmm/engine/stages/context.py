@@ -163,7 +163,10 @@ def _make_runner(recipe: Recipe, runtime: str) -> Runner:
             "install wsi-mmm with its dependencies on every worker"
         ) from error
     if recipe.network is not None:
-        path = locate_weights(recipe.network, recipe.weights)
+        try:
+            path = locate_weights(recipe.network, recipe.weights)
+        except ModelError as error:
+            raise ModelError(f"the worker on {os.uname().nodename}: {error}") from error
         chosen = unread_encoder(recipe.network, path, recipe.weights)
         model = open_encoder(chosen, identity=recipe.model_hash)
     else:

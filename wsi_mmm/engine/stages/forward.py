@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from wsi_mmm.cache import ArraySpec, CachedReader
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.stages.prepare import entry_uri, published_before
-from wsi_mmm.engine.stages.workdir import block_name
+from wsi_mmm.engine.stages.workdir import block_name, listed_places
 from wsi_mmm.engine.units import Box, ForwardResult
 from wsi_mmm.errors import Cancelled, ModelNotLoaded, TransientError, WsiError
 from wsi_mmm.storage import store
 from wsi_mmm.tiles.grid import BlockTiles, tile_size_level0, tiles_at
+from wsi_mmm.tiles.listed import read_listed
 from wsi_mmm.tiles.stream import read_block
 from wsi_mmm.types import F32, U8, Batch, Tiles
 
@@ -100,6 +101,8 @@ def read_tiles(ctx: UnitContext) -> Batch | None:
             ctx.fetches.drop([unit])
         return None
     fetched = ctx.fetches.take(unit) if ctx.fetches is not None else None
+    if ctx.grid.listed:
+        return read_listed(ctx.slide.reader, ctx.grid, listed_places(unit), index, fetched)
     return read_block(ctx.reader(tiles_at(ctx.grid, index)), ctx.grid, BlockTiles(*unit.block, index), fetched)
 
 

@@ -10,11 +10,14 @@ from itertools import groupby
 from wsi_mmm.engine.plan import forward_units
 from wsi_mmm.engine.stages.context import UnitContext, UnitFetches
 from wsi_mmm.engine.stages.forward import is_complete
+from wsi_mmm.engine.stages.workdir import listed_places
 from wsi_mmm.engine.units import SlidePlan, WorkUnit
 from wsi_mmm.errors import WsiError
 from wsi_mmm.slides.base import Fetched, TileReader
 from wsi_mmm.tiles.grid import tiles_at
+from wsi_mmm.tiles.listed import tile_groups
 from wsi_mmm.tiles.stream import Prefetcher, fetch_groups, is_far
+from wsi_mmm.types import Tiles
 
 
 @dataclass(slots=True)
@@ -68,9 +71,17 @@ class UnitPrefetch:
 
 def _fetch_units(units: list[WorkUnit]) -> Fetched | None:
     todo = [unit for unit in units if not is_complete(UnitContext(unit))]
-    tiles = [tiles_at(unit.planned_grid, unit.index()) for unit in todo]
-    if not todo:
+    tiles = [part for unit in todo for part in _unit_tiles(unit)]
+    if not tiles:
         return None
     with closing(UnitContext(todo[0])) as ctx:
-        reader = ctx.reader(tiles[0])
+        reader = ctx.slide.reader if ctx.grid.listed else ctx.reader(tiles[0])
         return reader.fetch(tiles) if isinstance(reader, TileReader) else None
+
+
+def _unit_tiles(unit: WorkUnit) -> list[Tiles]:
+    """The tiles of a forward unit; of listed ones those on the grid of target px, the others are read when needed."""
+    grid = unit.planned_grid
+    if not grid.listed:
+        return [tiles_at(grid, unit.index())]
+    return [tiles for _, origin, tiles in tile_groups(grid, listed_places(unit)) if origin == (0, 0)]

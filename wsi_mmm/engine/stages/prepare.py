@@ -13,15 +13,17 @@ from wsi_mmm.engine.stages import workdir
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.stages.slide_vector import complete_slide
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
-from wsi_mmm.errors import AnnotationError, ManifestError, OutputError
+from wsi_mmm.errors import AnnotationError, InputError, ManifestError, OutputError
 from wsi_mmm.model.identity import device_kind
 from wsi_mmm.options import GIVE_MPP, TISSUE_WORDS
 from wsi_mmm.outputs.inside import Regions, regions_of
 from wsi_mmm.slides.base import Slide
 from wsi_mmm.storage import store
 from wsi_mmm.tiles.grid import make_grid, tile_boxes
+from wsi_mmm.tiles.listed import PlacedTiles, place_tiles
+from wsi_mmm.tiles.tile_file import read_tile_list
 from wsi_mmm.tiles.tissue import off_slide, select_tiles, tissue_mask, tissue_share, warn_unused
-from wsi_mmm.types import F32, I64, Grid
+from wsi_mmm.types import F32, I64, Grid, SlideInfo
 
 
 def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
@@ -42,6 +44,10 @@ def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
         kept = workdir.read_json(store.join(task.output, ROW))
         return None, replace(done, cost=kept if kept and kept.get("result_hash") == task.result_hash() else None)
     slide.scale(recipe.mpp, GIVE_MPP)  # explains what to do when the slide has no mpp
+    if task.tiles is not None:
+        plan = _plan_listed(ctx, task)
+        workdir.save_plan(plan)
+        return plan, None
     grid = make_grid(slide.info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     mask = tissue_mask(slide, task.mask or recipe.options.tissue)
     index = select_tiles(grid, mask, min_tissue=recipe.options.min_tissue)
@@ -55,19 +61,47 @@ def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
         warn_unused(regions.shapes, store.redact(recipe.options.regions or ""), slide.info)
         index = chosen
     plan = _make_plan(ctx, task, index, tissue_share(grid, mask, index))
-    workdir.save_arrays(workdir.plan_uri(plan.slide), {"index": plan.index, "tissue": plan.tissue})
+    workdir.save_plan(plan)
     return plan, None
 
 
 def load_slide_plan(ctx: UnitContext) -> SlidePlan:
     """The plan that this slide's parts were made by, from its work folder."""
     arrays = workdir.load_arrays(workdir.plan_uri(ctx.task))
-    return _make_plan(ctx, ctx.task, arrays["index"], arrays["tissue"])
+    grid = workdir.listed_grid(arrays)
+    return _make_plan(ctx, ctx.task, arrays["index"], arrays["tissue"], grid, arrays.get("places"))
 
 
-def _make_plan(ctx: UnitContext, task: SlideTask, index: I64, share: F32) -> SlidePlan:
+def _plan_listed(ctx: UnitContext, task: SlideTask) -> SlidePlan:
+    """The plan of a slide whose tiles a file lists; nothing says how much of them is tissue."""
+    placed = place_listed(task, ctx.slide.info)
+    return _make_plan(
+        ctx, task, placed.index, np.full(len(placed.index), np.nan, np.float32), placed.grid, placed.places
+    )
+
+
+def place_listed(task: SlideTask, info: SlideInfo) -> PlacedTiles:
+    """The tiles that the file of a slide lists, laid out on it. Raises InputError naming the file, StorageError."""
+    recipe, options, name = task.recipe, task.recipe.options, store.redact(task.tiles or "")
+    try:
+        placed = place_tiles(
+            info, read_tile_list(task.tiles or ""), recipe.block_tiles,
+            size=options.tile_size, mpp=options.mpp, overlap=options.overlap,
+        )  # fmt: skip
+        if placed.grid.tile != recipe.tile:
+            raise InputError(
+                f"it lists tiles of {placed.grid.tile} px and others of this run {recipe.tile} px: embed them apart"
+            )
+    except InputError as error:
+        raise InputError(str(error) if name in str(error) else f"{name}: {error}") from error
+    return placed
+
+
+def _make_plan(
+    ctx: UnitContext, task: SlideTask, index: I64, share: F32, grid: Grid | None = None, places: I64 | None = None
+) -> SlidePlan:
     recipe, info = ctx.recipe, ctx.slide.info
-    grid = make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
+    grid = grid or make_grid(info, recipe.mpp, tile=recipe.tile, overlap=recipe.overlap)
     tasks = [t for t in ctx.tasks if t.scope == "pixel"]
     return SlidePlan(
         task, info, grid, index, share, entry_uri(task, info.fingerprint, grid),
@@ -75,6 +109,7 @@ def _make_plan(ctx: UnitContext, task: SlideTask, index: I64, share: F32) -> Sli
         stride=int(np.lcm.reduce([t.stride for t in tasks] or [1])),
         mpp_effective=grid.scale_x * (info.mpp_x or 0.0),
         maps=bool(tasks),
+        places=places,
     )  # fmt: skip
 
 
@@ -82,7 +117,8 @@ def entry_uri(task: SlideTask, fingerprint: str, grid: Grid) -> str:
     """The URI of the cache entry that holds the values of a slide, whose reader is known."""
     recipe = task.recipe
     root = recipe.options.cache or store.join(task.scratch, "cache")
-    name = recipe.forward_hash(device_kind(recipe.options.device), (grid.scale_x, grid.scale_y), task.reader)
+    kind, scale = device_kind(recipe.options.device), (grid.scale_x, grid.scale_y)
+    name = recipe.forward_hash(kind, scale, task.reader, grid.listed)
     return store.join(root, fingerprint, name)
 
 
@@ -118,9 +154,13 @@ def check_areas(task: SlideTask, slide: Slide) -> None:
         raise AnnotationError(off_slide(name, regions.area.bounds, slide.info))
 
 
-def region_hash(task: SlideTask) -> str:
-    """Hash of the files that restrict a run to a part of the slide; empty when there is none."""
+def region_hash(task: SlideTask, listed: str = "") -> str:
+    """Hash of the files that restrict a run to a part of the slide, or list its tiles; empty when there is none.
+
+    ``listed``: the digest of the list, where it is known.
+    """
     where = task.mask or task.recipe.options.tissue
     files = [] if where in TISSUE_WORDS else [where]
     files += [task.recipe.options.regions] if task.recipe.options.regions else []
-    return "+".join(hashlib.sha256(store.read_bytes(file)).hexdigest()[:32] for file in files)
+    hashes = [hashlib.sha256(store.read_bytes(file)).hexdigest()[:32] for file in files]
+    return "+".join(hashes if task.tiles is None else [*hashes, listed or read_tile_list(task.tiles).digest()])

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from wsi_mmm._version import __version__
 from wsi_mmm.cache import ArraySpec, CacheEntry
 from wsi_mmm.engine.plan import core_of, interpret_units
-from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.stages import workdir
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.stages.interpret import blended_core
@@ -34,7 +33,7 @@ from wsi_mmm.outputs.tables import TILE_COLUMNS, tiles_table
 from wsi_mmm.storage import store
 from wsi_mmm.storage.store import published_file
 from wsi_mmm.tasks.base import Quantised, Task
-from wsi_mmm.tiles.grid import tile_boxes, tile_size_level0, tile_xy
+from wsi_mmm.tiles.grid import tile_boxes, tile_size_level0
 from wsi_mmm.types import F32, I64, Mask, Objects, TaskInfo
 
 Values = Mapping[str, npt.NDArray[np.generic]]
@@ -108,10 +107,10 @@ def _slide_json(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str,
     return {
         "format": "wsi-mmm-slide/1", "wsi_mmm_version": __version__, "id": plan.slide.id,
         "uri": store.redact(plan.slide.uri), "status": "partial" if partial else "done" if len(plan.index) else "empty",
-        "result_hash": plan.slide.result_hash(), "region": region_hash(plan.slide), "recipe": recipe.published(),
-        "fingerprint": info.fingerprint, "reader": info.reader,
+        "result_hash": plan.slide.result_hash(), "region": region_hash(plan.slide, plan.grid.listed),
+        "recipe": recipe.published(), "fingerprint": info.fingerprint, "reader": info.reader,
         "vendor": info.vendor, "width": info.width, "height": info.height, "mpp_x": info.mpp_x, "mpp_y": info.mpp_y,
-        "mpp_requested": recipe.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),
+        "mpp_requested": plan.grid.mpp, "mpp_effective": plan.mpp_effective, "tiles": len(plan.index),
         "objects": done.counts, "classes": done.classes, "repaired": done.repaired, "dropped": done.dropped,
         "files": done.files, **({} if answers is None else {"answers": answers}),
         **({} if plan.slide.scene is None else {"scene": plan.slide.scene}),
@@ -287,7 +286,7 @@ def _failed_tiles(ctx: UnitContext, plan: SlidePlan) -> Mask:
     for row, column in np.unique(plan.index // plan.slide.recipe.block_tiles, axis=0).tolist():
         marks = ctx.cache.block_record(workdir.block_name((row, column))) or {}
         bad |= {(x, y) for x, y, _, _ in marks.get("failed", ())}
-    return np.array([(x, y) in bad for x, y in tile_xy(plan.grid, plan.index).tolist()], bool)
+    return np.array([(x, y) in bad for x, y in plan.corners().tolist()], bool)
 
 
 def _tiles_table(
@@ -295,8 +294,11 @@ def _tiles_table(
 ) -> bytes:
     columns = {name: column for values in tables.values() for name, column in values.items()}
     columns |= {f"{name}:attention": shares for name, shares in answers.attention.items()}
+    index = plan.index
+    if plan.places is not None:  # listed tiles have a row of their list, and no column
+        index = np.stack([np.arange(len(index)), np.zeros(len(index), np.int64)], axis=1)
     return tiles_table(
-        index=plan.index, xy=tile_xy(plan.grid, plan.index), size=tile_size_level0(plan.grid), failed=failed,
+        index=index, xy=plan.corners(), size=tile_size_level0(plan.grid), failed=failed,
         tissue=plan.tissue, columns=columns,
         classes={t.info.name: t.info.classes for t in ctx.tasks},
     )  # fmt: skip
@@ -305,29 +307,31 @@ def _tiles_table(
 def _write_features(ctx: UnitContext, plan: SlidePlan) -> str:
     """``features`` float32[n, D] and ``coords`` int64[n, 2], with the attributes that TRIDENT and CLAM know, and
     ``level0_mpp_x``, ``level0_mpp_y``: the micrometres of a level-0 px, which turn ``coords`` into lengths."""
-    recipe, info = plan.slide.recipe, plan.info
+    recipe, info, grid = plan.slide.recipe, plan.info, plan.grid
     vectors = gather_features(ctx.cache, plan.index, recipe.block_tiles)
-    width, _ = tile_size_level0(plan.grid)
+    width, _ = tile_size_level0(grid)
     native = info.objective or (10.0 / info.mpp_x if info.mpp_x else 0.0)
     attributes = {
         "patch_size": recipe.tile, "patch_size_level0": width, "level0_magnification": round(native),
-        "target_magnification": round(10.0 / recipe.mpp, 2), "overlap": recipe.overlap, "level0_width": info.width,
-        "level0_height": info.height, "mpp": recipe.mpp, "encoder": recipe.model, "model_hash": recipe.model_hash,
+        "target_magnification": round(10.0 / grid.mpp, 2), "overlap": grid.overlap, "level0_width": info.width,
+        "level0_height": info.height, "mpp": grid.mpp, "encoder": recipe.model, "model_hash": recipe.model_hash,
         "name": plan.slide.id,
         **({"level0_mpp_x": info.mpp_x, "level0_mpp_y": info.mpp_y} if info.mpp_x and info.mpp_y else {}),
     }  # fmt: skip
+    if plan.places is not None and plan.places[:, 2:].any():  # nominal, so that its ratio is that of the sizes
+        attributes |= {"target_magnification": round(round(native) * recipe.tile / width, 2), "off_grid": 1}
     if recipe.network is not None:
-        attributes |= _encoder_attributes(recipe.network, recipe)
-    write_features(store.join(plan.slide.output, "features.zarr"), vectors, tile_xy(plan.grid, plan.index), attributes)
+        precision = precision_text(recipe.runtime_on(device_kind(recipe.options.device)))
+        attributes |= _encoder_attributes(recipe.network, recipe.tile, grid.mpp) | {"precision": precision}
+    write_features(store.join(plan.slide.output, "features.zarr"), vectors, plan.corners(), attributes)
     return "features.zarr"
 
 
-def _encoder_attributes(network: EncoderRecipe, recipe: Recipe) -> dict[str, int | float | str]:
+def _encoder_attributes(network: EncoderRecipe, tile: int, mpp: float) -> dict[str, int | float | str]:
     """What the network of a bare encoder saw of a tile, and how its vectors were made."""
-    seen, runtime = network.input_px or recipe.tile, recipe.runtime_on(device_kind(recipe.options.device))
+    seen = network.input_px or tile
     return {
-        "input_px": seen, "input_mpp": round(recipe.mpp * recipe.tile / seen, 6), "pooling": network.pooling,
-        "precision": precision_text(runtime),
+        "input_px": seen, "input_mpp": round(mpp * tile / seen, 6), "pooling": network.pooling,
         "licence": network.licence, "network": json.dumps(network.model_dump(mode="json"), sort_keys=True),
     }  # fmt: skip
 

@@ -6,6 +6,8 @@ import io
 import json
 import re
 import shutil
+from dataclasses import astuple
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_mmm.engine.stages import context
-from wsi_mmm.engine.units import BlockIndex, SlideTask
+from wsi_mmm.engine.units import BlockIndex, SlidePlan, SlideTask, WorkUnit
 from wsi_mmm.errors import OutputError, StorageError
 from wsi_mmm.storage import store
-from wsi_mmm.types import Objects
+from wsi_mmm.types import I64, Grid, Objects
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -35,6 +37,38 @@ def block_name(block: BlockIndex) -> str:
 def plan_uri(slide: SlideTask) -> str:
     """The file of the plan of a slide under way."""
     return store.join(slide.scratch, PLAN)
+
+
+def save_plan(plan: SlidePlan) -> None:
+    """Write what units and a later step need of a plan; of listed tiles also their grid and where they lie."""
+    arrays: Arrays = {"index": plan.index, "tissue": plan.tissue}
+    if plan.places is not None:
+        arrays |= {"places": plan.places, "grid": np.array(json.dumps(astuple(plan.grid)))}
+    save_arrays(plan_uri(plan.slide), arrays)
+
+
+def listed_grid(arrays: Arrays) -> Grid | None:
+    """The grid of a plan of listed tiles; None of others."""
+    return Grid(*json.loads(str(arrays["grid"]))) if "grid" in arrays else None
+
+
+def listed_places(unit: WorkUnit) -> I64:
+    """The places int64[k, 4] of the listed tiles of a unit. Raises StorageError, OutputError."""
+    grid, index = unit.planned_grid, unit.index()
+    places = _load_places(plan_uri(unit.slide), grid.listed)
+    return np.asarray(places[index[:, 0] * grid.columns + index[:, 1]], np.int64)
+
+
+@lru_cache(maxsize=8)
+def _load_places(uri: str, listed: str) -> I64:
+    """The places int64[n, 4] of a plan, row-major in its grid."""
+    arrays = load_arrays(uri)
+    grid, index = listed_grid(arrays), arrays["index"]
+    if grid is None or grid.listed != listed:
+        raise OutputError(f"{store.redact(uri)} is of another list of tiles: does another run use the same output?")
+    places = np.empty_like(arrays["places"])
+    places[index[:, 0] * grid.columns + index[:, 1]] = arrays["places"]
+    return places
 
 
 def part_uri(slide: SlideTask, task: str, block: BlockIndex) -> str:

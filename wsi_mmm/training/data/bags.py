@@ -22,6 +22,7 @@ from wsi_mmm.storage import store
 from wsi_mmm.tasks.targets import Target
 from wsi_mmm.tiles.grid import tile_xy
 from wsi_mmm.tiles.stream import is_far, read_tiles
+from wsi_mmm.tiles.tile_file import open_dataset
 from wsi_mmm.training.data.annotation_targets import UNKNOWN
 from wsi_mmm.training.data.base import FetchedItems, ItemIndex, Sample
 from wsi_mmm.training.data.embedding import Embedding, check_alike, common_embedding, embedding_of
@@ -205,8 +206,8 @@ def read_h5(uri: str) -> SlideFeatures:
     name = store.redact(uri)
     try:
         with h5py.File(io.BytesIO(store.read_bytes(uri)), "r") as file:
-            vectors = np.asarray(_values_of(file, "features"), np.float32)
-            coords = np.asarray(_values_of(file, "coords"), np.int64)
+            vectors = np.asarray(open_dataset(file, "features", MAX_VALUES), np.float32)
+            coords = np.asarray(open_dataset(file, "coords", MAX_VALUES), np.int64)
             attributes = _h5_attributes(file)
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise StorageError(f"{name} is no HDF5 file of features and coords ({error}): export it again") from error
@@ -227,19 +228,6 @@ def _read_h5_attributes(uri: str) -> dict[str, Any]:
             return _h5_attributes(file)
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise StorageError(f"{store.redact(uri)} is no HDF5 file of features and coords: export it again") from error
-
-
-def _values_of(file: Any, name: str) -> Any:
-    """A data set of an HDF5 file that holds its own numbers; ValueError for one that claims more than can be, or that
-    lies in other files: those could be any on this machine."""
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
-        raise ValueError(f"{name} is no data set of this file")
-    found = file[name]
-    if found.external or found.is_virtual:
-        raise ValueError(f"{name} lies in other files")
-    if found.ndim not in (2, 3) or found.size > MAX_VALUES or found.dtype.kind not in "iuf":
-        raise ValueError(f"{name} claims {found.dtype}{list(found.shape)}")
-    return found
 
 
 def entry_features(uri: str, grid: Grid) -> SlideFeatures:
