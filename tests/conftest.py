@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     # Before numpy and torch are imported: parallelism is several Python threads, each with one compute thread.
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a network for weights
+_THRESHOLDS = gc.get_threshold()
+gc.set_threshold(100_000)  # while the tests are imported: what torch and timm make stays
 
 from pathlib import Path  # noqa: E402  (the variables above must be set first)
 from typing import TYPE_CHECKING, NamedTuple  # noqa: E402
@@ -28,6 +31,13 @@ settings.register_profile(
 )
 settings.register_profile("search", parent=settings.get_profile("suite"), derandomize=False, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is not looked through for garbage again, in any test; what tests make is, as ever."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_THRESHOLDS)
 
 
 class RealData(NamedTuple):

@@ -31,10 +31,15 @@ def recipe(name: str) -> dict[str, Any]:
     return tomllib.loads((PIPELINES / name).read_text())
 
 
-def go(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> int:
-    """The exit code of a script."""
+def go(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str, **counts: Any) -> int:
+    """The exit code of a script; ``counts`` are constants of it that a test sets otherwise."""
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.syspath_prepend((PIPELINES / script).parent)  # as Python does for a script
+    if counts:
+        begun = runpy.run_path(str(PIPELINES / script))["main"]
+        assert counts.keys() <= begun.__globals__.keys()
+        begun.__globals__.update(counts)
+        return int(begun())
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(PIPELINES / script), run_name="__main__")
     return int(ended.value.code or 0)
@@ -98,16 +103,18 @@ def test_the_default_model(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (in_tmp / "nuclei").mkdir()
     (in_tmp / "dsb2018_stained_nuclei.zip").rename(in_tmp / "nuclei/dsb2018_stained_nuclei.zip")
     (in_tmp / "slides").mkdir()
-    synthetic_slide(in_tmp / "one.tiff", seed=1, width=3200, height=3200, nuclei=1500)
+    synthetic_slide(in_tmp / "one.tiff", seed=1, width=2240, height=2240, nuclei=700)  # 7 x 7 tiles, 4 squares
     with (PIPELINES / "default/slides.csv").open() as file:
         for row in csv.DictReader(file):
             (in_tmp / "slides" / row["file"]).symlink_to(in_tmp / "one.tiff")
-    assert go(monkeypatch, "default/prepare.py", "--data", str(in_tmp)) == 0
+    assert go(monkeypatch, "default/prepare.py", "--data", "elsewhere") == 1
+    few = {"OTHERS": {"val": 6, "train": 40}, "EMPTY": 4}  # pictures made by program, each in the same way
+    assert go(monkeypatch, "default/prepare.py", "--data", str(in_tmp), **few) == 0
     raw = tiny(recipe("default/train.toml"))
     rows = {row["data"]: row for row in api.prepare_training(raw).summary()}
     assert (rows["nuclei"]["train"], rows["nuclei"]["val"]) == (16, 2)  # eight images, as they are and scaled
     assert rows["recoloured"]["train"] == 8 * 2 * 4 and rows["recoloured"]["val"] == 0
-    assert set(rows["stain"]["classes"]) == {"H&E", "IHC", "Giemsa", "other"} and rows["stain"]["val"] > 60
+    assert set(rows["stain"]["classes"]) == {"H&E", "IHC", "Giemsa", "other"} and rows["stain"]["val"] > 6
     made = api.train(raw).model
     assert Path(made) == Path("runs/default/model")
     assert go(monkeypatch, "default/relabel.py", "--model", made, "--out", "data/default/found", "--eager", "0.1") == 0

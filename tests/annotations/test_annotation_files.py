@@ -339,7 +339,7 @@ def test_a_web_server_without_ranges_serves_annotations(tmp_path: Path) -> None:
 
     (tmp_path / "a.geojson").write_bytes(b"[]")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         assert read_annotation_file(f"{address}/a.geojson") == b"[]"
         with pytest.raises(AnnotationError, match="more than 0 MiB"):

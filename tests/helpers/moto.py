@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import urllib.request
 import warnings
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def moto_server() -> Iterator[str]:
     with urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")):
         pass
     yield f"http://{host}:{port}"
-    server.stop()
+    threading.Thread(target=server.stop).start()  # it looks for this twice a second: nobody need wait
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """One rank of a small training, as a script: ``rank_run.py FOLDER MODE [HOST PORT RANK WORLD]``.
 
-Modes: "plain" (20 steps), "kill" and "hang" (rank 1 is killed, or stopped, in step 3), "nan" (in step 5
-rank 1 meets one).
+Modes: "plain" (20 steps; "plain+RULE+RULE": a training by each rule, in a folder of its own), "kill" and "hang" (rank
+1 is killed, or stopped, in step 3), "nan" (in step 5 rank 1 meets one).
 Without HOST and the rest the ranks are those of torchrun, or it is alone.
 """
 
@@ -76,7 +76,11 @@ def main(folder: str, mode: str, *where: str) -> int:
     meeting = Meeting(where[0], int(where[1]), int(where[2]), int(where[3])) if where else None
     try:
         with joined("cpu", wait=float(os.environ.get("RANK_WAIT", "60")), meeting=meeting) as ranks:
-            work(folder, mode.partition("+")[0], ranks, mode.partition("+")[2] or "accumulate")
+            kind, *strategies = mode.split("+")
+            for strategy in strategies:
+                work(f"{folder}/{strategy}", kind, ranks, strategy)
+            if not strategies:
+                work(folder, kind, ranks)
     except WsiError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 3

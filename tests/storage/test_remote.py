@@ -156,7 +156,7 @@ def web(small_slide: Made) -> Iterator[Any]:
     """A web server with the small slide at any path."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Ranges)
     server.data, server.ranged, server.heads, server.tag = small_slide.path.read_bytes(), True, True, '"v1"'
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     yield server
     server.shutdown()

@@ -309,32 +309,31 @@ def _first_metric(known: list[Sample]) -> str:
 
 # ---------------------------------------------------------------- long
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_two_thousand_steps_with_flat_memory(tmp_path: Path) -> None:
-    """Four tasks, 40 micro-batches that come again and again, 2,000 steps: the process does not grow after the first
-    200, checkpoints and validations included."""
+def test_memory_is_flat(tmp_path: Path) -> None:
+    """Four tasks, 40 micro-batches that come again and again, 600 steps: the process does not grow after the first
+    100, checkpoints and validations included."""
     model, tasks = tiny(["classify", "segment", "instances", "regress"])
     kinds = [{"t0": "classify"}, {"t1": "segment"}, {"t2": "instances"}, {"t3": "regress"}]
     items = [batch(tasks, kinds[i % 4], seed=i, items=2) for i in range(40)]
 
     def batches(first: int) -> Iterator[tuple[TrainBatch, ...]]:
-        for step in range(first, 2000):
+        for step in range(first, 600):
             one = items[step % 40]
-            yield (replace(one, failed=("7: damaged",)) if step % 100 == 7 else one,)
+            yield (replace(one, failed=("7: damaged",)) if step % 30 == 7 else one,)
 
     memory: list[int] = []
     process = psutil.Process()
 
     def on_step(progress: StepReport) -> None:
-        if progress.step % 100 == 0:
+        if progress.step % 50 == 0:
             memory.append(process.memory_info().rss)
 
-    plan = FitPlan(2000, optim=OptimPlan(average=0.99), validate_every=500, checkpoint_every=500, folder=str(tmp_path))
+    plan = FitPlan(600, optim=OptimPlan(average=0.99), validate_every=50, checkpoint_every=50, folder=str(tmp_path))
     validation = [replace(sample, targets={"t0": 1, "t1": sample.targets["t1"]}) for sample in samples()]
     callbacks = TrainingListener(on_step=on_step)
     fit(model, tasks, TrainingFeed(batches, validation=lambda: validation), plan=plan, callbacks=callbacks)
-    assert len(memory) == 20
-    assert max(memory[2:]) - memory[1] < 30 << 20, [m >> 20 for m in memory]
+    assert len(memory) == 12
+    assert max(memory[2:]) - memory[1] < 8 << 20, [m >> 20 for m in memory]
 
 
 @pytest.mark.slow

@@ -66,15 +66,20 @@ def compare(one: Path, two: Path) -> float:
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES if name != "accumulate"]
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks made of a training by each rule, one after another, in folders of their names."""
+    folder = tmp_path_factory.mktemp("two")
+    assert [code for code, _ in finish(start(folder, "+".join(["plain", *STRATEGIES])))] == [0, 0]
+    return folder
+
+
 @pytest.mark.parametrize("strategy", ["accumulate", *OTHERS])
-def test_two_ranks_give_the_result_of_one_process(tmp_path: Path, strategy: str) -> None:
+def test_two_ranks_give_the_result_of_one_process(two_ranks: Path, tmp_path: Path, strategy: str) -> None:
     """Weights, batch-norm statistics, average and optimiser after 20 steps agree to 1e-6 (float64), though tasks come
     unequally often, a rank has nothing in some steps, one batch failed, and one step had nothing at all."""
-    mode = f"plain+{strategy}"
-    processes = start(tmp_path / "two", mode)
-    assert rank_run.main(str(tmp_path / "one"), mode) == 0
-    assert [code for code, _ in finish(processes)] == [0, 0]
-    assert compare(tmp_path / "one", tmp_path / "two") < 1e-6
+    assert rank_run.main(str(tmp_path), f"plain+{strategy}") == 0
+    assert compare(tmp_path / strategy, two_ranks / strategy) < 1e-6
 
 
 def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:

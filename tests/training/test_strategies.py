@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import subprocess
 import sys
@@ -303,17 +302,13 @@ def test_memory_does_not_grow_with_the_number_of_tasks(together: bool) -> None:
 
 
 PROCESS = """
-import re, sys
+import os, re, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from helpers.training import batch, tiny
 from wsi_mmm.training.forward import TrainingContext
 from wsi_mmm.training.strategies import StrategyInputs, StrategyPlan, make_strategy
-count, name = int(sys.argv[2]), sys.argv[3]
-model, tasks = tiny(["segment"] * count)
-one = batch(tasks, dict.fromkeys(tasks, "segment"), seed=0, items=48)
-work = StrategyInputs(TrainingContext(model, tasks), (one,))
 
 
 def peak():  # not getrusage's, which a process inherits from the one that began it
@@ -321,25 +316,38 @@ def peak():  # not getrusage's, which a process inherits from the one that began
         return int(re.search(r"VmHWM:\\s+(\\d+) kB", file.read())[1])
 
 
-before = peak()
-make_strategy(StrategyPlan(name), list(tasks))(work)
-print(peak() - before)
+def growth(count, name):
+    model, tasks = tiny(["segment"] * count)
+    one = batch(tasks, dict.fromkeys(tasks, "segment"), seed=0, items=48)
+    work = StrategyInputs(TrainingContext(model, tasks), (one,))
+    before = peak()
+    make_strategy(StrategyPlan(name), list(tasks))(work)
+    return peak() - before
+
+
+for words in sys.argv[2:]:
+    name, count = words.split("=")
+    if child := os.fork():  # a process of its own, in which torch need not be imported again
+        assert os.waitpid(child, 0)[1] == 0
+        continue
+    print(growth(int(count), name), flush=True)
+    os._exit(0)
 """
 
 
-def process_peak(count: int, name: str) -> int:
-    """KB that a step of ``count`` tasks adds to the peak of a process of its own."""
+def process_peaks(*steps: str) -> list[int]:
+    """KB that each step, such as "joint=64" (tasks), adds to the peak of a process of its own."""
     tests = Path(__file__).resolve().parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", PROCESS, str(tests), str(count), name], check=True, capture_output=True, text=True
+        [sys.executable, "-c", PROCESS, str(tests), *steps], check=True, capture_output=True, text=True
     )
-    return int(json.loads(done.stdout))
+    return [int(line) for line in done.stdout.split()]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
 def test_the_process_does_not_grow_with_the_number_of_tasks() -> None:
     """Peak memory of a process: 16 tasks on one batch cost as much as 1, while the joint graph of 64 costs more."""
-    one, four, many = (process_peak(n, "accumulate") for n in (1, 4, 16))
+    one, four, many, joint = process_peaks("accumulate=1", "accumulate=4", "accumulate=16", "joint=64")
     assert one > 50_000 and max(four, many) < 1.1 * one, (one, four, many)
-    assert process_peak(64, "joint") > 1.3 * many
+    assert joint > 1.3 * many
