@@ -124,8 +124,19 @@ def test_what_is_in_the_way(tmp_path: Path) -> None:
     put(tmp_path / "two" / "b.safetensors")
     assert "several weights (a.safetensors, b.safetensors)" in message(choose_file, tmp_path / "two")
     put(tmp_path / "cut" / "model-00001-of-00002.safetensors")
-    put(tmp_path / "cut" / "model.safetensors.index.json")
-    assert "cut into several files" in message(choose_file, tmp_path / "cut")
+    assert "no model.safetensors.index.json: copy it too" in message(choose_file, tmp_path / "cut")
+    index = put(tmp_path / "cut" / "model.safetensors.index.json")
+    assert choose_file(tmp_path / "cut") == index
+    put(tmp_path / "cut" / "other.safetensors.index.json")
+    assert choose_file(tmp_path / "cut") == index
+    index.rename(tmp_path / "cut" / "third.safetensors.index.json")
+    assert "several indexes of such files" in message(choose_file, tmp_path / "cut")
+    part = tmp_path / "cut" / "model-00001-of-00002.safetensors"
+    assert "is one of several files of weights: give their folder" in message(choose_file, part)
+    pickled = put(tmp_path / "bins" / "pytorch_model-00001-of-00002.bin").parent
+    put(pickled / "pytorch_model.bin.index.json")
+    text = message(choose_file, pickled)
+    assert f"models convert {pickled}/pytorch_model.bin.index.json -o {pickled}/model.safetensors" in text
     places = WeightPlaces(str(tmp_path / "no"))
     assert "WSI_MMM_WEIGHTS names" in message(find_weights, RECIPE, None, places)
 
@@ -167,7 +178,7 @@ def hub_that(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any]) -> None:
 
     def download(repository: str, name: str, cache_dir: str | None, revision: str | None = None) -> str:
         assert repository == RECIPE.hub_id
-        answer = answers[name]
+        answer = answers.get(name, RemoteEntryNotFoundError("404"))
         if isinstance(answer, Exception):
             raise answer
         return str(answer)
@@ -184,6 +195,11 @@ def test_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = RemoteEntryNotFoundError("404")
     hub_that(monkeypatch, {"model.safetensors": absent, "pytorch_model.bin": pickled})
     assert "wsi-mmm models convert" in message(download_weights, RECIPE, online)
+    several = put(tmp_path / "model.safetensors.index.json", '{"weight_map": {"a": "m-00001-of-00001.safetensors"}}')
+    hub_that(
+        monkeypatch, {"model.safetensors.index.json": several, "m-00001-of-00001.safetensors": put(tmp_path / "m")}
+    )
+    assert download_weights(RECIPE, online).path == several
     hub_that(monkeypatch, {"model.safetensors": absent, "pytorch_model.bin": absent})
     assert "neither model.safetensors nor 'pytorch_model.bin'" in message(download_weights, RECIPE, online)
 

@@ -134,7 +134,9 @@ def _show_encoder(entry: EncoderEntry) -> None:
 
 @command(models_app, "convert")
 def convert(
-    source: Annotated[Path, typer.Argument(help="Pickled weights: .bin, .pth or .pt.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="Pickled weights: .bin, .pth, .pt, or the index of several.", show_default=False)
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="File to write. (default: SOURCE.safetensors)", metavar="FILE"),
@@ -147,8 +149,9 @@ def convert(
       wsi-mmm models convert uni/pytorch_model.bin -o uni/model.safetensors
     """
     from wsi_mmm.model.convert_weights import convert_weights
+    from wsi_mmm.model.find_weights import conversion_target
 
-    target = output or source.with_suffix(".safetensors")
+    target = output or conversion_target(source)
     done = convert_weights(source, target)
     say_json({"source": str(source), "output": str(done.path), "tensors": done.tensors, "bytes": done.bytes,
               "left_out": done.left_out, "part": done.part})  # fmt: skip

@@ -46,7 +46,8 @@ from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.model.networks import PooledBackbone, create_network, declared_colours, fill_network, renamed_by_timm
 from wsi_mmm.model.plugin_encoder import check_package, is_plugin
 from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD, ColourTriple, EncoderRecipe
-from wsi_mmm.model.weights_file import refuse_foreign
+from wsi_mmm.model.shards import weight_files
+from wsi_mmm.model.weights_file import combine_hashes, refuse_foreign
 from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.storage import store
 from wsi_mmm.types import TaskInfo
@@ -224,11 +225,22 @@ def pick_device(name: str) -> torch.device:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors of a safetensors file, float32, and the sha256 of its bytes: read once, from the first to the last.
+    """Tensors of a safetensors file, or of those of an index, float32, and the sha256 of their bytes: read once, from
+    the first to the last.
 
     ModelError: absent, a pickle, truncated or no safetensors.
     """
     refuse_foreign(path)
+    tensors: dict[str, Tensor] = {}
+    hashes = []
+    for part in weight_files(path):
+        found, sha256 = _read_file(part)
+        tensors |= found
+        hashes.append(sha256)
+    return tensors, combine_hashes(hashes)
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
         with safe_open(path, "pt") as header, path.open("rb") as file:
             digest = hashlib.sha256()

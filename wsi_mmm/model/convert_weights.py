@@ -18,6 +18,7 @@ from typing import Any
 
 from wsi_mmm.errors import ModelError, first_line
 from wsi_mmm.model.find_weights import SAFE_ENDING
+from wsi_mmm.model.shards import weight_files
 from wsi_mmm.storage.local import atomic_file
 
 _WRAPPERS = ("teacher", "model_ema", "ema", "state_dict", "model", "module", "student")
@@ -50,8 +51,9 @@ def convert_weights(source: Path, target: Path, *, seconds: int = 1800) -> Conve
         raise ModelError(f"{target} must end with {SAFE_ENDING}")
     if not source.is_file():
         raise ModelError(f"the weights {source} are missing: check the path")
-    size = source.stat().st_size
-    with source.open("rb") as file:
+    sources = weight_files(source)
+    size = sum(file.stat().st_size for file in sources)
+    with sources[0].open("rb") as file:
         if file.read(9)[8:] == b"{":
             raise ModelError(f"{source} is safetensors already: give it as weights")
     with atomic_file(target) as temporary:
@@ -89,10 +91,23 @@ def _last_answer(text: str) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], int, str]:
-    """Tensors of a pickle by name, how many other values it holds, and the part of it that was taken.
+    """Tensors of a pickle, or of those of an index, by name, how many other values it holds, and the part of it that
+    was taken.
 
     ModelError, beginning with a verb: what is wrong with the file.
     """
+    tensors: dict[str, Any] = {}
+    left_out, part = 0, ""
+    for one in weight_files(path):
+        found, others, part = _read_pickle(one)
+        if twice := tensors.keys() & found.keys():
+            raise ModelError(f"names files that hold '{min(twice)}' twice: copy all of them again")
+        tensors |= found
+        left_out += others
+    return tensors, left_out, part
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, Any], int, str]:
     import torch
 
     try:

@@ -15,6 +15,7 @@ from typing import Any
 from wsi_mmm.errors import ModelError, first_line
 from wsi_mmm.model.hub import check_hub
 from wsi_mmm.model.recipe import EncoderRecipe
+from wsi_mmm.model.shards import INDEX, index_names, is_index, is_part
 from wsi_mmm.plugins import import_package
 
 WEIGHTS_VARIABLE = "WSI_MMM_WEIGHTS"
@@ -69,28 +70,40 @@ def find_weights(recipe: EncoderRecipe, weights: str | None, places: WeightPlace
 
 
 def choose_file(path: Path, wanted: str = "", name: str = "NAME", *, option: str = "--weights") -> Path:
-    """The safetensors file that ``path`` is, or that the folder ``path`` holds; ``wanted``: its published name;
-    ``option``: the one that names files.
+    """The safetensors file (or the index of several) that ``path`` is, or that the folder ``path`` holds; ``wanted``:
+    its published name; ``option``: the one that names files.
 
     ModelError, naming the fix: none is there, there are several, or only a pickle is.
     """
     if not path.is_dir():
-        if path.suffix in PICKLE_ENDINGS:
+        if path.name.removesuffix(INDEX).endswith(PICKLE_ENDINGS):
             raise ModelError(advise_conversion(path, name))
+        if is_part(path.name):
+            raise ModelError(f"{path} is one of several files of weights: give their folder, or the {INDEX[1:]} there")
         return path
     files = {file.name: file for file in _weight_files(path)}
     safe = sorted(file for file in files if file.endswith(SAFE_ENDING))
+    indexes = [file for file in _names_in(path) if file.endswith(SAFE_ENDING + INDEX)]
     for usual in (wanted, f"{Path(wanted).stem}{SAFE_ENDING}" if wanted else "", *_USUAL):
         if usual in safe:
             return files[usual]
-    if any(file.endswith(".index.json") for file in _names_in(path)):
-        raise ModelError(f"the weights in {path} are cut into several files: pass one that holds them all")
+        if usual + INDEX in indexes:
+            return path / (usual + INDEX)
+    if parts := [file for file in safe if is_part(file)]:
+        if len(indexes) == 1:
+            return path / indexes[0]
+        several = (
+            "several indexes of such files: pass one of them" if indexes else f"no {_USUAL[0]}{INDEX}: copy it too"
+        )
+        raise ModelError(f"{path} holds {parts[0]}, one of several files of weights, and {several}")
     if len(safe) > 1:
         raise ModelError(f"{path} holds several weights ({', '.join(safe[:3])}): pass one of them with {option}")
     if safe:
         return files[safe[0]]
     if files:
-        raise ModelError(advise_conversion(files.get(wanted) or files[min(files)], name))
+        pickles = [file for file in _names_in(path) if file.endswith(INDEX) and is_part(min(files))]
+        pickled = path / pickles[0] if pickles else files.get(wanted) or files[min(files)]
+        raise ModelError(advise_conversion(pickled, name))
     raise ModelError(
         f"{path} holds no weights: give the folder that hf download wrote, or a file that ends with {SAFE_ENDING}"
     )
@@ -121,8 +134,10 @@ def download_weights(recipe: EncoderRecipe, places: WeightPlaces) -> FoundWeight
     hub: Any = import_package(
         "huggingface_hub", "downloading weights needs huggingface_hub: pip install huggingface_hub"
     )
-    for name in dict.fromkeys((_USUAL[0], recipe.file or _USUAL[0])):
+    for name in dict.fromkeys((_USUAL[0], recipe.file or _USUAL[0], _USUAL[0] + INDEX)):
         path = _download_file(hub, recipe, name, places)
+        for part in index_names(path) if path is not None and is_index(path) else ():
+            _download_file(hub, recipe, part, places)
         if path is not None:
             return FoundWeights(choose_file(path, name, recipe.name), "the hub")
     raise ModelError(f"{recipe.hub_id} has neither {_USUAL[0]} nor '{recipe.file}'; {explain_missing(recipe, places)}")
@@ -170,7 +185,7 @@ def _download_file(hub: Any, recipe: EncoderRecipe, name: str, places: WeightPla
 
 def advise_conversion(path: Path, name: str) -> str:
     """One line about pickled weights of the encoder ``name``, and the way out."""
-    target, then = str(path.with_suffix(SAFE_ENDING)), ""
+    target, then = str(conversion_target(path)), ""
     if "snapshots" in path.parts:  # the cache is the hub's own: nothing is put there
         name = re.split("[/:]", name.partition("@")[0])[-1]
         known = os.environ.get(WEIGHTS_VARIABLE)
@@ -180,6 +195,11 @@ def advise_conversion(path: Path, name: str) -> str:
         f"the weights {path} are a pickle, which can run code; "
         f"wsi-mmm models convert {path} -o {target} reads the tensors alone, without running any{then}"
     )
+
+
+def conversion_target(path: Path) -> Path:
+    """The safetensors file beside a pickle, or beside the index of several."""
+    return path.with_name(_USUAL[0]) if is_index(path) else path.with_suffix(SAFE_ENDING)
 
 
 def _candidate_folders(recipe: EncoderRecipe, places: WeightPlaces) -> Iterator[tuple[Path, str]]:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from wsi_mmm.errors import MissingPackage, ModelError, OptionError
 from wsi_mmm.model.card import CARD, WEIGHTS, ModelCard, model_path, zoo_names
-from wsi_mmm.model.weights_file import refuse_foreign
+from wsi_mmm.model.shards import weight_files
+from wsi_mmm.model.weights_file import combine_hashes, refuse_foreign
 
 RUNTIMES = {
     "eager": "float32; norms folded into convolutions: within 1e-4 of the plain model's largest answer",
@@ -84,11 +85,15 @@ def check_device(device: str) -> None:
 
 
 def check_weights(path: Path, sha256: str = "") -> str:
-    """The sha256 of a weights file. ModelError when it cannot be read, is no safetensors, or has another hash than its
-    card names (``sha256``; empty: any will do)."""
+    """The sha256 of a weights file, or of those of an index. ModelError when it cannot be read, is no safetensors, or
+    has another hash than its card names (``sha256``; empty: any will do)."""
     refuse_foreign(path)
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = combine_hashes([_hash_file(part) for part in weight_files(path)])
     if sha256 and found != sha256:
         raise ModelError(f"the weights {path} are not those its card was written for: copy the model folder again")
     return found
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
