@@ -259,6 +259,10 @@ class RunOptions:
         "--runtime", affects=CHANGES_VALUES, check=_one_of("auto", "eager", "compile", "bf16", "fp16", "onnx"),
         see="[encoders](encoders.md#precision)",
     )  # fmt: skip
+    allow_torchscript: bool = _run_option(
+        False, "Run a TorchScript model (WSInfer zoo), which is code, in a process of its own.", "--allow-torchscript",
+        commands=("run",), see="[security](security.md#torchscript)",
+    )  # fmt: skip
     scheduler: str | None = _run_option(
         None, "Dask scheduler to send the work to, such as tcp://host:8786.", "--scheduler",
         metavar="ADDRESS", per="run", see="[cluster](cluster.md)",
@@ -323,6 +327,7 @@ class RunKeywords(TypedDict, total=False):
     threads: int | None
     device: str | None
     runtime: Literal["auto", "eager", "compile", "bf16", "fp16", "onnx"] | None
+    allow_torchscript: bool | None
     tls: str | Path | None
     placement: Placement | None
     force: bool | None

@@ -38,6 +38,7 @@ from wsi_mmm.model.kept_weights import may_keep
 from wsi_mmm.model.recipe import ColourTriple, Pooling
 from wsi_mmm.model.slide_model import MEAN, TileVectors, choose_slide_model
 from wsi_mmm.model.weights_config import HUB, split_source
+from wsi_mmm.model.wsinfer import find_script, is_script_folder, read_script_model
 from wsi_mmm.options import EMBED_DEFAULTS, TISSUE_WORDS, EncoderKeywords, RunOptions
 from wsi_mmm.slides.registry import find_reader
 from wsi_mmm.storage import store
@@ -49,17 +50,24 @@ Slides = str | Path | SlideSpec | Sequence[str | Path | SlideSpec]
 def model_recipe(model: str, tasks: str | Sequence[str] | None, options: RunOptions) -> Recipe:
     """Return the recipe of a model's tasks (None: those that its card lists for that, else all). Raises OptionError,
     ModelError."""
-    here = fetch_model(model, user_cache())
-    card = read_card(here)
+    folder = find_script(model)
+    script = None if folder is None else read_script_model(folder)
+    here = model if script else fetch_model(model, user_cache())
+    card = script.card if script else read_card(here)
     known = [task.name for task in card.tasks]
     wanted = ([tasks] if isinstance(tasks, str) else tasks) or card.default_tasks or known
     for name in wanted:
         if name not in known:
             raise OptionError(f"model {model!r} has no task {name!r}; it has: {', '.join(known) or 'none'}")
     chosen = tuple(name for name in known if name in wanted)
-    check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
-    identity = model_identity(here, card)
-    base = Recipe(model, identity, chosen, card.mpp, card.tile_size, card.overlap, model_mpp=card.mpp)
+    if script:
+        options = _script_options(model, options)
+    else:
+        check_weights(model_path(here) / WEIGHTS, card.weights_sha256)
+    identity = script.identity if script else model_identity(here, card)
+    base = Recipe(
+        model, identity, chosen, card.mpp, card.tile_size, card.overlap, model_mpp=card.mpp, script=script is not None
+    )
     recipe = _apply_options(base, options)
     for task in card.tasks:
         if task.name in chosen and task.head == "bag" and (recipe.mpp, recipe.tile) != (card.mpp, card.tile_size):
@@ -70,6 +78,19 @@ def model_recipe(model: str, tasks: str | Sequence[str] | None, options: RunOpti
     return recipe
 
 
+def _script_options(model: str, options: RunOptions) -> RunOptions:
+    """Return the options for a TorchScript model, which gives no features and runs on processors. OptionError: it was
+    not allowed, or is asked for what it cannot do."""
+    if not options.allow_torchscript:
+        raise OptionError(
+            f"{store.redact(model)} is TorchScript, which is code: if you trust its authors, add --allow-torchscript "
+            "(Python: allow_torchscript=True); it runs in a process of its own (docs/security.md)"
+        )
+    if options.runtime != "eager" or options.device not in ("auto", "cpu"):
+        raise OptionError("TorchScript models run as they are, on the CPU: leave --runtime and --device out")
+    return replace(options, features=False, device="cpu")
+
+
 def encoder_recipe(
     encoder: str, weights: str | None, options: RunOptions, said: EncoderOptions | None = None
 ) -> Recipe:
@@ -78,6 +99,8 @@ def encoder_recipe(
     Raises OptionError, ModelError.
     """
     here = fetch_model(encoder, user_cache())
+    if is_script_folder(here):
+        raise OptionError(f"{encoder!r} is TorchScript, which gives classes and no features: wsi-mmm run -m {encoder}")
     if not is_model(here):
         weights = weights if weights in (None, RANDOM) else _absolute_uri(os.path.expanduser(weights))
         chosen = _hash_encoder(find_encoder(encoder, weights, said), options)

@@ -35,6 +35,8 @@ class Recipe:
     absolute. ``user_cache``: folder, on the machine that works, of what is kept per user (``~`` is that machine's);
     None keeps nothing.
 
+    ``script``: the model is TorchScript (`model.wsinfer`), which answers per tile alone.
+
     ``companions``: output folder and recipe of further encoders that see the same tiles, whose values are computed as
     the tiles are read. ``after_others``: an earlier run of the same request may have computed values of this recipe,
     which ``force`` then leaves.
@@ -58,6 +60,7 @@ class Recipe:
     model_mpp: float | None = None
     companions: tuple[tuple[str, Recipe], ...] = ()
     after_others: bool = False
+    script: bool = False
     slide: SlideModel | None = None
     _result_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -66,7 +69,7 @@ class Recipe:
             sizes = f"tile size {self.tile} px and overlap {self.overlap} px"
             bounds = f"tiles have 16 to {MOST_TILE} px and overlap by less than themselves"
             raise OptionError(f"{sizes} do not fit: {bounds}")
-        if self.tasks:
+        if self.tasks and not self.script:
             self._check_map_sizes()
 
     def _check_map_sizes(self) -> None:
@@ -80,7 +83,7 @@ class Recipe:
         """Return what a user should know before the run begins, a line each: a licence that forbids some uses, a
         resolution that is far off."""
         licence = () if self._is_permissive() else self._licence_lines()
-        return (*licence, *self._slide_lines(closed=True), *self._scale_warnings())
+        return (*licence, *self._slide_lines(closed=True), *self._script_lines(), *self._scale_warnings())
 
     def remarks(self) -> tuple[str, ...]:
         """Return what is said before the run begins and is no warning: a licence that permits commercial use,
@@ -93,6 +96,11 @@ class Recipe:
         """The licence of the slide model, if it forbids commercial use as ``closed`` says."""
         line, forbids = self.slide.describe_licence() if self.slide is not None else ("", False)
         return (line,) if line and forbids == closed else ()
+
+    def _script_lines(self) -> tuple[str, ...]:
+        shown = store.redact(self.model)
+        code = "is TorchScript, which is code of its authors: it runs in a process of its own (docs/security.md)"
+        return (f"{shown} {code}",) if self.script else ()
 
     def _licence_lines(self) -> tuple[str, ...]:
         entry = self._published_encoder()
@@ -173,6 +181,7 @@ class Recipe:
             **{name: getattr(self.options, name) for name in _REPORTED},
             **({"companions": [[place, one.to_json()] for place, one in self.companions]} if self.companions else {}),
             **({"after_others": True} if self.after_others else {}),
+            **({"script": True} if self.script else {}),
             **({"slide": asdict(self.slide)} if self.slide is not None else {}),
         }  # fmt: skip
 

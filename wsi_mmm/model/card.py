@@ -35,6 +35,7 @@ from wsi_mmm.model.recipe import Interpolation, Pooling
 FORMAT = "wsi-mmm-model/1"
 CARD = "card.json"
 WEIGHTS = "model.safetensors"
+SCRIPT = "torchscript_model.pt"  # of the WSInfer zoo, see `model.wsinfer`
 _ZOO = Path(__file__).parent / "zoo"
 
 Color = tuple[int, int, int]
@@ -217,6 +218,8 @@ def model_path(name_or_path: str | Path) -> Path:
     if str(name_or_path) in zoo_names():
         return packaged
     path = Path(name_or_path).expanduser()
+    if not (path / CARD).is_file() and (path / SCRIPT).is_file():
+        raise ModelError(f"{name_or_path} holds TorchScript, which is code: wsi-mmm run -m alone can use it")
     if not (path / CARD).is_file():
         raise ModelError(
             f"no model '{name_or_path}': give a folder with {CARD} and {WEIGHTS}, or one of: {', '.join(zoo_names())}"

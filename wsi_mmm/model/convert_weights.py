@@ -26,7 +26,7 @@ _DEPTH = 6
 _SPARE_BYTES = 4 << 30  # what the libraries themselves need of it
 _MAPPED_BYTES = 64 << 30  # addresses of the libraries' files: those of CUDA are several GB
 _SLACK_BYTES = 64 << 20
-_VARIABLES = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
+KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def convert_weights(source: Path, target: Path, *, seconds: int = 1800) -> Conve
         files = (str(source.resolve()), str(temporary.resolve()))
         # -P: modules that lie in the folder of the weights, or wherever the user stands, are not imported.
         command = [sys.executable, "-P", "-m", "wsi_mmm.model.convert_weights", *files, str(size), str(seconds)]
-        kept = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         quiet = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         try:
             done = subprocess.run(

@@ -160,6 +160,12 @@ def find_config(hub_id: str, name: str, places: WeightPlaces) -> Path:
     return path
 
 
+def find_snapshot(hub_id: str, places: WeightPlaces) -> Path | None:
+    """The folder of a repository of the hub (``org/name``, ``org/name@revision``) in ``places``; None: nowhere."""
+    recipe = EncoderRecipe(name=hub_id, architecture="unknown", hub_id=hub_id)
+    return next((folder for folder, _ in _candidate_folders(recipe, places) if folder.is_dir()), None)
+
+
 def _download_file(hub: Any, recipe: EncoderRecipe, name: str, places: WeightPlaces) -> Path | None:
     """None: the repository has no such file."""
     identity, _, revision = recipe.hub_id.partition("@")

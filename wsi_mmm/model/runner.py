@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError, first_line
 from wsi_mmm.host_tuning import cpu_count
+from wsi_mmm.model.answers import RunOutput as RunOutput
 from wsi_mmm.model.checkpoint import pick_device
 from wsi_mmm.model.encoder import check_tile
 from wsi_mmm.model.fold import fold_norms
@@ -43,15 +43,6 @@ COMPARED = 8  # tiles that are computed in float32 as well, to state how far les
 _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PIXELS_CPU = 8 * 256 * 256
 _PIXELS_CUDA = 64 * 256 * 256
-
-
-@dataclass(frozen=True, slots=True)
-class RunOutput:
-    """``features`` float32[n, D]; ``maps`` of pixel tasks uint8[n, C, h, w]; ``tables`` of tile tasks uint8[n, K]."""
-
-    features: F32
-    maps: dict[str, U8]
-    tables: dict[str, U8]
 
 
 class Runner:

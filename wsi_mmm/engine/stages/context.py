@@ -27,7 +27,9 @@ from wsi_mmm.timing import StageTimer, Step, StepTime, timed, worker_name
 from wsi_mmm.types import Grid, Tiles
 
 if TYPE_CHECKING:
-    from wsi_mmm.model.runner import Runner
+    from wsi_mmm.model.answers import TileRunner
+    from wsi_mmm.model.card import ModelCard
+    from wsi_mmm.model.script_runner import ScriptRunner
     from wsi_mmm.tasks.base import Task
 
 FAILED_SECONDS = 5.0  # for which a model that could not be loaded is not tried again
@@ -36,7 +38,7 @@ KEPT_ENTRIES = 32  # cache entries, so that a process that has seen thousands of
 open_slides = SlidePool()
 _lock = threading.RLock()
 _loading = threading.Lock()  # of its own: slides are opened and their tissue is found while a model loads
-_runners: dict[tuple[str, str, int | None, str], Runner] = {}
+_runners: dict[tuple[str, str, int | None, str], TileRunner] = {}
 _failures: dict[tuple[str, str, int | None, str], tuple[float, WsiError]] = {}
 _models: dict[tuple[str, str], str] = {}
 _tasks: dict[tuple[str, str, tuple[str, ...]], list[Task]] = {}
@@ -86,7 +88,7 @@ class UnitContext:
         return recipe_tasks(self.recipe)
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> TileRunner:
         """The model on its device. Raises ModelNotLoaded, StorageError."""
         try:
             return load_runner(self.recipe)
@@ -134,7 +136,7 @@ def slide_key(task: SlideTask) -> SlideKey:
     return SlideKey(task.uri, task.mpp, task.recipe.options.reader, task.scene)
 
 
-def load_runner(recipe: Recipe) -> Runner:
+def load_runner(recipe: Recipe) -> TileRunner:
     """The model of a recipe on its device, loaded once per process by what it is, wherever it lies."""
     options = recipe.options
     runtime = recipe.runtime_on(device_kind(options.device))
@@ -152,7 +154,9 @@ def load_runner(recipe: Recipe) -> Runner:
         return _runners[key]
 
 
-def _make_runner(recipe: Recipe, runtime: str) -> Runner:
+def _make_runner(recipe: Recipe, runtime: str) -> TileRunner:
+    if recipe.script:
+        return _make_script_runner(recipe)
     try:
         from wsi_mmm.model.checkpoint import load_model, open_encoder
         from wsi_mmm.model.choose import locate_weights, unread_encoder
@@ -189,24 +193,49 @@ def _make_runner(recipe: Recipe, runtime: str) -> Runner:
     return runner
 
 
+def _make_script_runner(recipe: Recipe) -> ScriptRunner:
+    from wsi_mmm.model.script_runner import ScriptRunner
+    from wsi_mmm.model.wsinfer import read_script_model
+
+    if not recipe.options.allow_torchscript:
+        raise ModelError(f"{store.redact(recipe.model)} is TorchScript, which the run does not allow")
+    runner = ScriptRunner(read_script_model(Path(_local_model(recipe))), recipe.options.threads)
+    try:
+        runner.warm_up(recipe.tile)
+    except WsiError:
+        runner.close()
+        raise
+    return runner
+
+
 def _local_model(recipe: Recipe) -> str:
     """The folder of a recipe's model on this machine. ModelError when it is not the one that the run began with."""
-    from wsi_mmm.model.card import read_card
     from wsi_mmm.model.fetch import fetch_model, forget_model
     from wsi_mmm.model.identity import model_identity
+    from wsi_mmm.model.wsinfer import find_script, read_script_model
 
     key = (recipe.model, recipe.model_hash)
     if key in _models:
         return _models[key]
     for _ in range(2):
-        here = fetch_model(recipe.model, recipe.user_cache)
-        if model_identity(here, read_card(here)) == recipe.model_hash:
+        script = find_script(recipe.model) if recipe.script else None
+        here = str(script) if script else fetch_model(recipe.model, recipe.user_cache)
+        found = read_script_model(script).identity if script else model_identity(here, _read_card(recipe, here))
+        if found == recipe.model_hash:
             return _models.setdefault(key, here)
         forget_model(recipe.model)  # a process that lives long may hold an earlier one
     raise ModelError(
         f"the model {store.redact(recipe.model)} on {os.uname().nodename} is not the one the run was begun with: "
         "copy that to every worker, or begin the run again"
     )
+
+
+def _read_card(recipe: Recipe, folder: str) -> ModelCard:
+    """The card of a recipe's model in a folder of this machine."""
+    from wsi_mmm.model.card import read_card
+    from wsi_mmm.model.wsinfer import read_script_model
+
+    return read_script_model(Path(folder)).card if recipe.script else read_card(folder)
 
 
 def _user_cache(recipe: Recipe) -> Path | None:
@@ -220,12 +249,11 @@ def recipe_tasks(recipe: Recipe) -> list[Task]:
     """The tasks of a recipe, made once per process from the model's card alone (no torch)."""
     if recipe.encoder or not recipe.tasks:
         return []
-    from wsi_mmm.model.card import read_card
     from wsi_mmm.tasks import make_task
 
     key = (recipe.model, recipe.model_hash, recipe.tasks)
     if key not in _tasks:
-        cards = {card.name: card for card in read_card(_local_model(recipe)).tasks}
+        cards = {card.name: card for card in _read_card(recipe, _local_model(recipe)).tasks}
         _tasks[key] = [make_task(cards[name]) for name in recipe.tasks]
     return _tasks[key]
 

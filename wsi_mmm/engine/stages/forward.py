@@ -25,7 +25,7 @@ from wsi_mmm.tiles.stream import read_block
 from wsi_mmm.types import F32, U8, Batch, Tiles
 
 if TYPE_CHECKING:
-    from wsi_mmm.model.runner import RunOutput
+    from wsi_mmm.model.answers import RunOutput
 
 _log = logging.getLogger(__name__)
 
