@@ -86,7 +86,7 @@ def _script_options(model: str, options: RunOptions) -> RunOptions:
             f"{store.redact(model)} is TorchScript, which is code: if you trust its authors, add --allow-torchscript "
             "(Python: allow_torchscript=True); it runs in a process of its own (docs/security.md)"
         )
-    if options.runtime != "eager" or options.device not in ("auto", "cpu"):
+    if options.runtime not in ("auto", "eager") or options.device not in ("auto", "cpu"):
         raise OptionError("TorchScript models run as they are, on the CPU: leave --runtime and --device out")
     return replace(options, features=False, device="cpu")
 
