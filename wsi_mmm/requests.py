@@ -141,9 +141,9 @@ def with_slide_model(recipe: Recipe, asked: str | Path | None) -> Recipe:
     name = str(asked)
     if not name.strip():
         raise OptionError("the slide model is empty (a variable that is not set?): give mean, or a folder")
-    place = name if name == MEAN else _absolute_uri(os.path.expanduser(name))
+    place = name if name == MEAN or split_source(name)[0] == HUB else _absolute_uri(os.path.expanduser(name))
     width = recipe.network.dimension if recipe.network is not None else 0
-    tiles = TileVectors(recipe.model, recipe.model_hash, width, recipe.mpp, recipe.tile, recipe.overlap)
+    tiles = TileVectors(store.redact(recipe.model), recipe.model_hash, width, recipe.mpp, recipe.tile, recipe.overlap)
     return replace(recipe, slide=choose_slide_model(place, recipe.user_cache, tiles))
 
 
@@ -327,9 +327,14 @@ def check_recipe_here(recipe: Recipe) -> Recipe:
 
             width = check_encoder(bare_card(recipe.network), recipe.tile)
             if recipe.slide is not None:
-                recipe.slide.check_width(width, recipe.model)
+                recipe.slide.check_width(width, store.redact(recipe.model))
             if (path := locate_weights(recipe.network, recipe.weights)) is not None:
                 check_listed_weights(recipe.network, path)
+        elif recipe.slide is not None and recipe.slide.foreign:
+            from wsi_mmm.model.encoder import check_encoder
+
+            width = check_encoder(read_card(fetch_model(recipe.model, user_cache())), recipe.tile)
+            recipe.slide.check_width(width, store.redact(recipe.model))
     return recipe
 
 

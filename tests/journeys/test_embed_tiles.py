@@ -163,7 +163,9 @@ def test_it_resumes_and_knows_lists_by_their_content(
 @pytest.fixture(scope="module")
 def client() -> Iterator[distributed.Client]:
     with (
-        distributed.LocalCluster(2, processes=False, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0", protocol="inproc://"
+        ) as cluster,
         distributed.Client(cluster, set_as_default=False) as found,
     ):
         yield found
@@ -180,6 +182,22 @@ def test_executors_and_blocks_change_nothing(
         options = {**OPTIONS, "block_tiles": block}
         assert api.embed(slide, output=tmp_path / str(block), tiles=listed, **options).exit_code == 0
         assert same(features(tmp_path / str(block)), features(embedded))
+
+
+def test_blocks_of_another_size_take_up_where_a_run_ended(
+    slide: Path, listed: Path, embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same process and folder: tiles lie elsewhere in the made-up grid, and are the same."""
+    write = forward._write_values
+
+    def fail(*given: Any) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(forward, "_write_values", fail)
+    assert api.embed(slide, output=tmp_path, tiles=listed, **OPTIONS | {"block_tiles": 3}).exit_code != 0
+    monkeypatch.setattr(forward, "_write_values", write)
+    assert api.embed(slide, output=tmp_path, tiles=listed, **OPTIONS | {"block_tiles": 1}).exit_code == 0
+    assert same(features(tmp_path), features(embedded))
 
 
 def test_lists_on_far_slides_are_fetched_ahead(slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from safetensors.torch import save_file
 import wsi_mmm
 from helpers.commands import invoke, json_lines
 from wsi_mmm import api
+from wsi_mmm.engine.events import silent
 from wsi_mmm.engine.executors import wire
+from wsi_mmm.engine.executors.serial import SerialExecutor
 from wsi_mmm.engine.recipe import recipe_from_json
+from wsi_mmm.engine.run import run_slides
 from wsi_mmm.engine.stages import forward
 from wsi_mmm.errors import InputError, ModelError, OptionError, StorageError
 from wsi_mmm.model.card import ModelCard
@@ -84,7 +88,7 @@ def test_the_mean_is_that_of_the_features(slides: list[str], tmp_path: Path) -> 
 def test_a_vector_does_not_depend_on_what_made_it(
     slides: list[str], abmil: Path, embedded: Path, tmp_path: Path
 ) -> None:
-    """Other blocks, threads, a cache, and recipes that travelled to another process."""
+    """Other blocks, threads, a cache, the serial executor, and recipes that travelled to another process."""
     request = api.embed_request(
         slides, ENCODER, output=tmp_path, slide=abmil, **{**OPTIONS, "block_tiles": 3}, cache=tmp_path / "c", threads=2
     )
@@ -92,8 +96,11 @@ def test_a_vector_does_not_depend_on_what_made_it(
     assert wire.recipe_json(recipe_from_json(json.loads(text))) == text
     assert recipe_from_json(json.loads(text)).slide == request.recipe.slide
     assert api.execute(request).exit_code == 0
+    serial = api.embed_request(slides, ENCODER, output=tmp_path / "serial", slide=abmil, **OPTIONS)
+    assert run_slides(serial, SerialExecutor(), silent).exit_code == 0
     for name in ("s", "t"):
-        assert (tmp_path / name / FILE).read_bytes() == (embedded / name / FILE).read_bytes()
+        for place in (tmp_path, tmp_path / "serial"):
+            assert (place / name / FILE).read_bytes() == (embedded / name / FILE).read_bytes()
 
 
 def test_a_vector_is_added_to_features_that_are_there(
@@ -192,8 +199,28 @@ def test_a_dry_run_checks_the_slide_model_and_says_what_is_assumed(
     fault = invoke(*[str(one).replace(ENCODER, "test_convnext") for one in words], "--slide", abmil, "--dry-run")
     assert fault.exit_code == 1 and len(fault.stderr.splitlines()) == 1
     assert f"takes tile vectors of {WIDTH} numbers, test_convnext gives" in fault.stderr
+    other = invoke("embed", slides[0], "-o", tmp_path, "--tile-size", 64, "--slide", abmil, "--dry-run")
+    assert "takes tile vectors of 96 numbers, default gives" in other.stderr  # a model's encoder, too
     assert "there is no slide model" in invoke(*words, "--slide", tmp_path / "none", "--dry-run").stderr
     assert not (tmp_path / "s").exists()
+
+
+def test_a_slide_model_is_found_by_its_name_on_the_hub(
+    slides: list[str], abmil: Path, embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where encoders are: in WSI_MMM_WEIGHTS and the hub's cache; nowhere: one line, how to get it."""
+    name = "hf-hub:MahmoodLab/abmil.base.uni_v2.pc108-24k"
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match=r"hf download MahmoodLab/abmil\.base"):
+        api.embed_request(slides, ENCODER, output=tmp_path, slide=name, **OPTIONS)
+    snapshot = tmp_path / "hf" / "hub" / "models--MahmoodLab--abmil.base.uni_v2.pc108-24k" / "snapshots" / "abc"
+    shutil.copytree(abmil, snapshot)
+    report = api.embed(slides[0], ENCODER, output=tmp_path, slide=name, **OPTIONS)
+    assert report.exit_code == 0
+    vector, said = read_vector(tmp_path / "s")
+    assert vector.tobytes() == read_vector(embedded / "s")[0].tobytes()
+    assert said["slide_encoder"] == "abmil.base.uni_v2.pc108-24k" and said["slide_licence"] == "cc-by-nc-nd-4.0"
 
 
 def test_several_encoders_have_means_and_no_folder(slides: list[str], abmil: Path, tmp_path: Path) -> None:

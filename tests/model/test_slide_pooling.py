@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,41 @@ def test_an_abmil_gives_the_vector_of_its_equations(
     assert choose_slide_model(str(tmp_path), None, VECTORS).identity != slide.identity
     with pytest.raises(ModelError, match="is not the one the run was begun with: copy that"):
         open_slide_model(slide, None)
+
+
+@pytest.mark.parametrize("inputs", [768, 1536, 1024], ids=["conch_v15", "uni_v2", "uni"])
+def test_feather_has_its_published_shapes(inputs: int, tmp_path: Path) -> None:
+    """One layer to 512, gated attention of 384, one head, no classifier; the vector has 512 numbers."""
+    torch.manual_seed(inputs)
+    parts = {"model.patch_embed.0": linear(512, inputs), **{name: linear(384, 512, 3) for name in GATED[:2]}}
+    parts[GATED[2]] = linear(1, 384, 20)
+    tensors = {f"{name}.{kind}": value for name, both in parts.items() for kind, value in zip(KINDS, both, strict=True)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    tiles = np.random.default_rng(2).normal(size=(60, inputs)).astype(np.float32)
+    slide = choose_slide_model(str(tmp_path), None, TileVectors("e", "i", inputs, 0.5, 256, 0))
+    found, wanted = open_slide_model(slide, None)(blocks(tiles, 25)), abmil_reference(tensors, FIRST, GATED, tiles)
+    assert found.shape == (512,)
+    assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+def test_blocks_are_let_go(tmp_path: Path) -> None:
+    """However many tiles a slide has: at most two blocks are alive at once."""
+    alive: list[weakref.ref[np.ndarray]] = []
+    most = 0
+
+    def make_blocks() -> Iterator[np.ndarray]:
+        nonlocal most
+        for seed in range(30):
+            block = np.random.default_rng(seed).normal(size=(50, INPUTS)).astype(np.float32)
+            alive.append(weakref.ref(block))
+            yield block
+            del block
+            most = max(most, sum(one() is not None for one in alive))
+
+    save_file(mil_lab(), tmp_path / "m.safetensors")
+    for slide in (SlideModel(), choose_slide_model(str(tmp_path), None, VECTORS)):
+        open_slide_model(slide, None)(make_blocks())
+    assert most <= 2
 
 
 def test_huge_scores_do_not_overflow(tmp_path: Path) -> None:

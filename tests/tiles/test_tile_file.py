@@ -85,6 +85,8 @@ def _set(name: str, value: Any) -> Callable[[Path], object]:
         (_file(lambda file: file.create_dataset("coords", data=np.ones((2, 3), int))), r"shape \[2, 3\]"),
         (_file(lambda file: file.create_dataset("coords", data=np.ones((2, 2, 2), int))), r"shape \[2, 2, 2\]"),
         (_file(lambda file: file.create_dataset("coords", (1 << 40, 2), "i8", chunks=(64, 2))), r"claims int64\["),
+        (_file(lambda file: file.create_dataset("coords", (4, 2), "i8", chunks=(1 << 27, 2), maxshape=(None, 2))),
+         "chunks of"),
         (_file(lambda file: file.create_dataset("coords", data=np.full((1, 2), 1 << 62))), "no px of a slide"),
         (_file(lambda file: file.create_dataset("coords", data=np.full((1, 2), -(1 << 40)))), "no px of a slide"),
         (_file(_virtual), "lies in other files"),

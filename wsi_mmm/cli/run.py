@@ -133,7 +133,7 @@ def embed(inputs: list[str], output: str, **given: Any) -> int:
       wsi-mmm embed slides/ --encoder uni2-h --weights uni2-h/model.safetensors
       wsi-mmm embed slides/ --encoder virchow2 --encoder h-optimus-1     (tiles are read once)
       wsi-mmm embed slides/ --encoder uni --tiles trident/20x_256px_0px_overlap/patches
-      wsi-mmm embed slides/ --encoder uni2-h --slide mean                (a vector per slide, too)
+      wsi-mmm embed slides/ --encoder uni2-h --slide mean   (and slide vectors)
       wsi-mmm export features/slide/features.zarr --to h5
 
     Running the same command again resumes; --force redoes.

@@ -21,9 +21,12 @@ import numpy as np
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import WEIGHTS, ModelCard, model_path, read_card
 from wsi_mmm.model.fetch import fetch_model
-from wsi_mmm.model.find_weights import choose_file
+from wsi_mmm.model.find_weights import choose_file, download_weights, find_weights, local_places
 from wsi_mmm.model.identity import check_weights, is_model, model_identity
+from wsi_mmm.model.recipe import EncoderRecipe
+from wsi_mmm.model.weights_config import HUB, split_source
 from wsi_mmm.model.weights_file import list_tensors, refuse_foreign
+from wsi_mmm.storage import store
 from wsi_mmm.types import F32
 
 MEAN, BAG = "mean", "bag"
@@ -121,29 +124,41 @@ class TileVectors:
 
 
 def choose_slide_model(asked: str, cache: str | None, vectors: TileVectors) -> SlideModel:
-    """The slide model that ``asked`` names ("mean", a folder, a safetensors file, a model's URI), if it fits.
+    """The slide model that ``asked`` names, if it fits: "mean", a folder, a file, a model's URI, ``hf-hub:ORG/NAME``.
 
     ModelError naming the fix: none is there, no bag head, a pickle, tensors of no ABMIL that is known, made for other
     ``vectors``.
     """
     if asked == MEAN:
         return SlideModel()
-    here = fetch_model(asked, cache)
-    if is_model(here):
+    source, hub_id = split_source(asked)
+    if source != HUB and is_model(here := fetch_model(asked, cache)):
         return _choose_bag_model(asked, here, vectors)
-    if not Path(here).exists():
-        raise ModelError(
-            f"there is no slide model {asked}: give mean, the folder of a bag model (with card.json), or that of an "
-            "ABMIL (with its .safetensors file)"
-        )
-    path = choose_file(Path(here), option="--slide")
+    path = locate_abmil(asked, cache)
+    name = hub_id.partition("@")[0].rpartition("/")[2] if source == HUB else Path(asked).name.removesuffix(path.suffix)
     kind, names = known_names(read_shapes(path), str(path))
     found = SlideModel(
-        kind, Path(asked).name, asked, abmil_identity(kind, check_weights(path)),
+        kind, name, asked, abmil_identity(kind, check_weights(path)),
         check_shapes({ours: shape for ours, (_, shape) in names.items()}, str(path)), _read_licence(path.parent),
     )  # fmt: skip
     found.check_width(vectors.width, vectors.encoder)
     return found
+
+
+def locate_abmil(place: str, cache: str | None) -> Path:
+    """The safetensors file of an ABMIL: itself, in a folder, or of a repository of the hub (``hf-hub:ORG/NAME``), which
+    is found where the weights of encoders are. ModelError naming the fix."""
+    source, hub_id = split_source(place)
+    if source == HUB:
+        recipe, places = EncoderRecipe(name=place, architecture="abmil", hub_id=hub_id), local_places()
+        return (find_weights(recipe, None, places) or download_weights(recipe, places)).path
+    here = Path(fetch_model(place, cache))
+    if not here.exists():
+        raise ModelError(
+            f"there is no slide model {store.redact(place)}: give mean, the folder of a bag model (with card.json), or "
+            "an ABMIL: its .safetensors file, the folder of that, or hf-hub:ORG/NAME"
+        )
+    return choose_file(here, option="--slide")
 
 
 def mean_vector(blocks: Iterable[F32]) -> F32:
@@ -162,13 +177,13 @@ def mean_vector(blocks: Iterable[F32]) -> F32:
 
 
 def _choose_bag_model(asked: str, here: str, vectors: TileVectors) -> SlideModel:
-    card = read_card(here)
+    card, shown = read_card(here), store.redact(asked)
     if not any(task.head == "bag" for task in card.tasks):
-        raise ModelError(f"the model {asked} has no task with a bag head: --slide wants a bag model, or mean")
+        raise ModelError(f"the model {shown} has no task with a bag head: --slide wants a bag model, or mean")
     path = model_path(here) / WEIGHTS
     check_weights(path, card.weights_sha256)
     identity = model_identity(here, card)
-    _check_embedding(card, asked, identity, vectors)
+    _check_embedding(card, shown, identity, vectors)
     shapes = {key.removeprefix("grouper."): shape for key, shape in read_shapes(path).items()}
     first = next((shapes[key] for key in ("embed.0.weight", "score.value.weight") if key in shapes), (0,))
     found = SlideModel(BAG, card.name, asked, identity, first[-1], card.licence)
@@ -176,19 +191,19 @@ def _choose_bag_model(asked: str, here: str, vectors: TileVectors) -> SlideModel
     return found
 
 
-def _check_embedding(card: ModelCard, asked: str, identity: str, vectors: TileVectors) -> None:
+def _check_embedding(card: ModelCard, shown: str, identity: str, vectors: TileVectors) -> None:
     """ModelError unless ``vectors`` are those that the bag model learnt from, or those of its own encoder."""
     learnt = card.data.get(_LEARNT)
     said: Mapping[str, Any] = learnt if isinstance(learnt, dict) else {}
     if vectors.identity not in (identity, said.get("model_hash")):
         made = f"of '{said['encoder']}'" if said.get("encoder") else "of its own encoder"
         raise ModelError(
-            f"the bag model {asked} learnt from vectors {made}, not of '{vectors.encoder}': give --encoder {asked}, "
+            f"the bag model {shown} learnt from vectors {made}, not of '{vectors.encoder}': give --encoder {shown}, "
             "or a bag model that learnt from these"
         )
     if (vectors.mpp, vectors.tile, vectors.overlap) != (card.mpp, card.tile_size, card.overlap):
         raise ModelError(
-            f"the bag model {asked} learnt from tiles of {card.tile_size} px at {card.mpp:g} mpp that share "
+            f"the bag model {shown} learnt from tiles of {card.tile_size} px at {card.mpp:g} mpp that share "
             f"{card.overlap} px: give --mpp {card.mpp:g} --tile-size {card.tile_size} --overlap {card.overlap}"
         )
 

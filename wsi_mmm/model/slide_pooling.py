@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -21,7 +20,6 @@ from wsi_mmm.model.aggregator import GatedScore, MilAggregator
 from wsi_mmm.model.card import WEIGHTS, model_path, read_card
 from wsi_mmm.model.checkpoint import read_tensors
 from wsi_mmm.model.fetch import fetch_model
-from wsi_mmm.model.find_weights import choose_file
 from wsi_mmm.model.identity import check_weights, model_identity
 from wsi_mmm.model.runner import start_one_core_threads
 from wsi_mmm.model.slide_model import (
@@ -33,8 +31,10 @@ from wsi_mmm.model.slide_model import (
     embedding_layers,
     inner_width,
     known_names,
+    locate_abmil,
     mean_vector,
 )
+from wsi_mmm.storage import store
 from wsi_mmm.types import F32
 
 PoolTiles = Callable[[Iterable[F32]], F32]
@@ -116,14 +116,15 @@ def open_slide_model(slide: SlideModel, cache: str | None) -> PoolTiles:
 
 def _check_identity(slide: SlideModel, found: str) -> None:
     if found != slide.identity:
+        place = f"{store.redact(slide.place)} on {os.uname().nodename}"
         raise ModelError(
-            f"the slide model {slide.place} on {os.uname().nodename} is not the one the run was begun with: "
-            "copy that to every worker, or begin the run again"
+            f"the slide model {place} is not the one the run was begun with: copy that to every worker, or begin the "
+            "run again"
         )
 
 
 def _open_abmil(slide: SlideModel, cache: str | None) -> Callable[[Iterable[F32]], Tensor]:
-    path = choose_file(Path(fetch_model(slide.place, cache)), option="--slide")
+    path = locate_abmil(slide.place, cache)
     tensors, sha256 = read_tensors(path)
     kind, names = known_names({key: tuple(value.shape) for key, value in tensors.items()}, str(path))
     _check_identity(slide, abmil_identity(kind, sha256))

@@ -123,6 +123,8 @@ def open_dataset(file: Any, name: str, most: int) -> Any:
         raise ValueError(f"{name} lies in other files")
     if found.ndim not in (2, 3) or found.size > most or found.dtype.kind not in "iuf":
         raise ValueError(f"{name} claims {found.dtype}{list(found.shape)}")
+    if math.prod(found.chunks or (0,)) > most:
+        raise ValueError(f"{name} claims chunks of {list(found.chunks)}")
     return found
 
 

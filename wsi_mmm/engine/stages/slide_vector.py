@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.stages import workdir
@@ -38,10 +40,15 @@ def _pool_features(slide: SlideModel, cache: str | None, features: str, failed: 
     blocks = read_feature_blocks(features, failed)
     if slide.kind == MEAN:
         return mean_vector(blocks)
+    with _lock:  # one at a time: each holds a block of tiles and a thread
+        return _open_model(slide, cache)(blocks)
+
+
+@lru_cache(maxsize=2)
+def _open_model(slide: SlideModel, cache: str | None) -> Callable[[Iterable[F32]], F32]:
     from wsi_mmm.model.slide_pooling import open_slide_model
 
-    with _lock:  # one at a time: each holds a block of tiles and a thread
-        return open_slide_model(slide, cache)(blocks)
+    return open_slide_model(slide, cache)
 
 
 def complete_slide(task: SlideTask, done: SlideSummary) -> SlideSummary:

@@ -55,16 +55,16 @@ def listed_grid(arrays: Arrays) -> Grid | None:
 def listed_places(unit: WorkUnit) -> I64:
     """The places int64[k, 4] of the listed tiles of a unit. Raises StorageError, OutputError."""
     grid, index = unit.planned_grid, unit.index()
-    places = _load_places(plan_uri(unit.slide), grid.listed)
+    places = _load_places(plan_uri(unit.slide), grid)
     return np.asarray(places[index[:, 0] * grid.columns + index[:, 1]], np.int64)
 
 
 @lru_cache(maxsize=8)
-def _load_places(uri: str, listed: str) -> I64:
+def _load_places(uri: str, grid: Grid) -> I64:
     """The places int64[n, 4] of a plan, row-major in its grid."""
     arrays = load_arrays(uri)
-    grid, index = listed_grid(arrays), arrays["index"]
-    if grid is None or grid.listed != listed:
+    index = arrays["index"]
+    if listed_grid(arrays) != grid:
         raise OutputError(f"{store.redact(uri)} is of another list of tiles: does another run use the same output?")
     places = np.empty_like(arrays["places"])
     places[index[:, 0] * grid.columns + index[:, 1]] = arrays["places"]
