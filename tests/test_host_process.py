@@ -40,6 +40,9 @@ import wsi_mmm
 
 report = wsi_mmm.run(sys.argv[1], output=sys.argv[2], tasks=["stain"], device="cpu")
 assert [row.status for row in report.slides] == ["done"], report
+from wsi_mmm.engine.executors import dask
+
+dask.connect.__defaults__ = (2.0,)  # seconds until a scheduler is given up
 try:
     wsi_mmm.run(sys.argv[1], output=sys.argv[2], scheduler="tcp://127.0.0.1:9")
 except wsi_mmm.WsiError as error:

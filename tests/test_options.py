@@ -27,7 +27,7 @@ OTHER: dict[str, Any] = {
     "features": False, "save_maps": True, "gzip": False, "overlay": False, "bounds_offset": True, "batch_size": 3,
     "block_tiles": 2, "workers": 2, "threads": 1, "device": "cpu", "runtime": "bf16", "scheduler": "tls://h:1",
     "tls": "t", "placement": "pool", "force": True, "tiles": "t.h5",
-    "allow_torchscript": True,
+    "allow_torchscript": True, "measure": "none",
 }  # fmt: skip
 """A value of every option that is not its default."""
 

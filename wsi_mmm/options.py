@@ -239,6 +239,11 @@ class RunOptions:
         False, "Coordinates relative to the scanned area, for viewers that crop to it (see docs/outputs.md).",
         "--bounds-offset", panel=WHERE, affects=CHANGES_RESULT, commands=("run",),
     )  # fmt: skip
+    measure: str = _run_option(
+        "shape", "Measurements of single objects: none, or shape (area, perimeter, axes ... in µm).",
+        "--measure", panel=WHAT, metavar="WHAT", affects=CHANGES_RESULT, commands=("run",),
+        check=_one_of("none", "shape"), see="[outputs](outputs.md#measurements)",
+    )  # fmt: skip
     batch_size: int = _run_option(64, "Tiles per batch; changes speed only.", "--batch-size", check=_at_least(1))
     block_tiles: int | None = _run_option(
         None, "Rows and columns of tiles that are read and kept together.",
@@ -322,6 +327,7 @@ class RunKeywords(TypedDict, total=False):
     gzip: bool | None
     overlay: bool | None
     bounds_offset: bool | None
+    measure: Literal["none", "shape"] | None
     batch_size: int | None
     block_tiles: int | None
     threads: int | None

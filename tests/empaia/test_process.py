@@ -20,8 +20,9 @@ from helpers.cluster import PlainCluster
 from helpers.empaia_platform import FakePlatform, Fault
 from wsi_mmm.cli.main import app
 from wsi_mmm.config import empaia_places
+from wsi_mmm.empaia.app import JobEnd
 
-from .conftest import Start, rectangle, regions
+from .conftest import Start, rectangle, regions, run
 
 COMMAND = [str(Path(sys.executable).parent / "wsi-mmm"), "empaia", "run"]
 
@@ -117,7 +118,7 @@ def test_on_a_cluster(start: Start, tmp_path: Path, mode: str) -> None:
     """Workers that have the job's variables read the slide themselves, in either mode, with circles as regions: all
     that is posted is what one machine posts. The token is in nothing that is written, and in no process's words."""
     alone = start(mode=mode, inputs={"regions": REGIONS})
-    subprocess.run(COMMAND, check=True, timeout=200)
+    assert run() == JobEnd("finalized")
     platform = start(mode=mode, inputs={"regions": REGIONS})
     where = {"WSI_MMM_EMPAIA_WORK": str(tmp_path / "work")}
     with PlainCluster(tmp_path, env=dict(os.environ)) as cluster:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from shapely.geometry import shape
 
 import wsi_mmm
 from wsi_mmm.api import RunReport, run_request
@@ -47,6 +49,28 @@ def test_the_cut_of_the_work_changes_no_byte(
 ) -> None:
     """Block size, batch size and number of threads leave the GeoJSON byte-identical."""
     assert published(tiny_slide, tmp_path, **options) == quiet_bytes
+
+
+def test_objects_are_measured_unless_one_says_not(tiny_slide: Path, quiet_bytes: bytes, tmp_path: Path) -> None:
+    """Only the publishing step depends on it: values come from the cache, outlines and ids are the same. What is said
+    of an object is true of its outline, whole, on whatever border of blocks it lies."""
+    cache = tmp_path / "cache"
+    published(tiny_slide, tmp_path, cache=cache, measure="none", block_tiles=1)
+    plain = gzip.decompress((tmp_path / "tiny" / "result.geojson.gz").read_bytes())
+    [row] = wsi_mmm.run(tiny_slide, output=tmp_path, cache=cache, block_tiles=1).slides
+    assert not row.extra["resumed"] and row.cache_hits == row.tiles
+    assert (tmp_path / "tiny" / "result.geojson.gz").read_bytes() == quiet_bytes
+    measured = json.loads(gzip.decompress(quiet_bytes))["features"]
+    nuclei = [one for one in measured if one["properties"]["objectType"] == "detection"]
+    assert len(nuclei) > 50
+    for one in nuclei:
+        outline, numbers = shape(one["geometry"]), one["properties"]["measurements"]
+        assert numbers.pop("Area µm^2") == pytest.approx(outline.area * 0.25, rel=1e-4)
+        assert numbers.pop("Length µm") == pytest.approx(outline.length * 0.5, rel=1e-4)
+        assert 0 < numbers.pop("Circularity") <= 1 and 0 <= numbers.pop("Eccentricity") < 1
+        assert numbers.pop("Minor axis µm") <= numbers.pop("Major axis µm") < outline.length
+        assert set(numbers) == {"probability"}
+    assert json.loads(plain)["features"] == measured  # all that is left
 
 
 def test_a_cold_and_a_warm_cache_give_the_same_bytes(tiny_slide: Path, quiet_bytes: bytes, tmp_path: Path) -> None:

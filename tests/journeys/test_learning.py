@@ -19,6 +19,8 @@ from helpers.learning import LESSONS, Ground, Score, learn, make_ground
 from wsi_mmm import api
 
 pytestmark = pytest.mark.slow
+SHORT = {"multilabel": 120, "segment": 180, "instances": 140, "bag-value": 100}
+"""Steps after which the scores are reached, where they are fewer than those of the table in docs/training.md."""
 BLOCK = 192  # px from border to border of blocks of 2 x 2 tiles of 128 px that overlap by 32
 
 
@@ -55,7 +57,8 @@ def test_a_kind_learns(name: str, ground: Ground, tmp_path: Path) -> None:
     The scores lie well below what was measured (docs/training.md): seeds, threads and versions move it. Gains are small
     where chance alone may rank a dozen slides well before anything is learnt (survival).
     """
-    check(name, learn(ground, [LESSONS[name]], tmp_path))
+    spec = LESSONS[name]
+    check(name, learn(ground, [replace(spec, steps=SHORT.get(name, spec.steps))], tmp_path))
 
 
 def test_bags_are_classified_by_what_decides(ground: Ground, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -39,6 +38,15 @@ def scheduler_looker() -> Callable[..., list[bytes]]:
     return everything_known
 
 
+IMPATIENT = """
+from dataclasses import replace
+from wsi_mmm.storage import retry
+
+retry.OUTAGE = replace(retry.OUTAGE, seconds=5.0)
+"""
+"""For a worker: a server that is not there is waited for, as ever, but not for minutes."""
+
+
 @contextmanager
 def watching(look: Callable[[], None]) -> Iterator[None]:
     """``look`` every now and then, in a thread."""
@@ -67,8 +75,8 @@ def test_the_secret_is_nowhere(tiny_slide: Path, tmp_path: Path, monkeypatch: py
     lines: set[str] = set()
     with moto_server() as endpoint:
         secrets = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": SECRET}
-        for name, value in {**secrets, "AWS_REGION": "us-east-1"}.items():
-            monkeypatch.setenv(name, value)
+        for name, value in {**secrets, "AWS_REGION": "us-east-1", "WSI_MMM_STORAGE_TIMEOUT": "3"}.items():
+            monkeypatch.setenv(name, value)  # the server of the link is not there: nobody need wait for it long
         s3 = boto3.client("s3", region_name="us-east-1")
         s3.create_bucket(Bucket="bucket")
         for key, data in (("good.tiff", tiny_slide.read_bytes()), ("bad.tiff", b"II*\0" + bytes(200))):
@@ -77,7 +85,9 @@ def test_the_secret_is_nowhere(tiny_slide: Path, tmp_path: Path, monkeypatch: py
         (tmp_path / "m.csv").write_text(
             "\n".join(["slide", "s3://bucket/good.tiff", "s3://bucket/bad.tiff", "s3://bucket/none.tiff", link])
         )
-        with dask_cluster(tmp_path) as address, distributed.Client(address, set_as_default=False) as client:
+        (tmp_path / "impatient.py").write_text(IMPATIENT)
+        preload = ["--preload", tmp_path / "impatient.py"]
+        with dask_cluster(tmp_path, preload) as address, distributed.Client(address, set_as_default=False) as client:
             everything_known = scheduler_looker()
 
             def look() -> None:
@@ -92,8 +102,7 @@ def test_the_secret_is_nowhere(tiny_slide: Path, tmp_path: Path, monkeypatch: py
             with watching(look):
                 ended = subprocess.run(
                     [BIN / "wsi-mmm", *words, "--scheduler", address],
-                    cwd=tmp_path, env={**os.environ, "WSI_MMM_STORAGE_TIMEOUT": "3"}, capture_output=True, timeout=600,
-                    check=False,
+                    cwd=tmp_path, capture_output=True, timeout=600, check=False,
                 )  # fmt: skip
                 for more in (["info", link, "--debug"], ["info", "s3://bucket/bad.tiff", "--debug"]):
                     said = subprocess.run([BIN / "wsi-mmm", *more], capture_output=True, check=False, timeout=300)

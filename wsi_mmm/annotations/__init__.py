@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
-from wsi_mmm.annotations.fill import rasterise
+from wsi_mmm.annotations.fill import draw_shape, rasterise
 from wsi_mmm.annotations.geojson_file import read_geojson
 from wsi_mmm.annotations.repair import check_crossings
 from wsi_mmm.annotations.shapes import (
@@ -36,8 +36,8 @@ from wsi_mmm.storage import limits, store
 
 __all__ = [
     "MAX_AREA_BYTES", "MAX_COORDINATE", "AnnotationFormat", "Dot", "Shape", "Shapes", "SlideShapes",
-    "annotation_format", "box_index", "check_crossings", "clip_to_slide", "find_format", "is_annotation_file",
-    "parse_shapes", "rasterise", "read_annotation_file", "ring_arrays", "shape_at",
+    "annotation_format", "box_index", "check_crossings", "clip_to_slide", "draw_shape", "find_format",
+    "is_annotation_file", "parse_shapes", "rasterise", "read_annotation_file", "ring_arrays", "shape_at",
 ]  # fmt: skip
 
 MAX_AREA_BYTES = 512 << 20

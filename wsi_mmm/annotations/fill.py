@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import shapely
 
-from wsi_mmm.annotations.shapes import Shapes
+from wsi_mmm.annotations.shapes import Shape, Shapes
 from wsi_mmm.errors import AnnotationError
 from wsi_mmm.types import F64, Mask
 
@@ -40,6 +41,32 @@ def rasterise(
     mask = np.asarray(np.cumsum(winding, axis=1, out=winding)[:, :width] > 0, bool)
     _draw_lines(mask, _lines_within(parts, bounds, size), name)
     return mask
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnShape:
+    """A polygon drawn into a mask that just holds it: px (i, j) covers level-0 px from (x0 + j * step, y0 + i * step)
+    on. ``area``: its level-0 px²."""
+
+    mask: Mask
+    x0: float
+    y0: float
+    step: float
+    area: float
+
+
+def draw_shape(geometry: Any, width: float, height: float, side: int) -> DrawnShape | None:
+    """The part of a polygon on a slide of ``width`` x ``height`` level-0 px, in a mask of at most ``side`` px a side.
+    None when nothing of it lies there."""
+    cut = shapely.intersection(geometry, shapely.box(0, 0, width, height))
+    if not cut.area > 0:
+        return None
+    x0, y0, x1, y1 = cut.bounds
+    step = max(x1 - x0, y1 - y0) / side
+    size = max(1, math.ceil((y1 - y0) / step)), max(1, math.ceil((x1 - x0) / step))
+    moved = Shape(shapely.transform(cut, lambda xy: xy - (x0, y0)))
+    mask = rasterise(Shapes((moved,)), size, scale_x=step, scale_y=step)
+    return DrawnShape(mask, x0, y0, step, cut.area)
 
 
 def _count_windings(winding: npt.NDArray[np.int32], parts: Any, name: str) -> None:

@@ -34,14 +34,15 @@ def read_geojson(data: bytes, name: str, values: Sequence[str]) -> list[FoundObj
     for number, (feature, geometry) in enumerate(zip(features, geometries, strict=True)):
         properties = feature.get("properties")
         class_name, numbers = _class_name(properties), tuple(_read_number(properties, key) for key in values)
+        own = _object_name(properties)
         if number in made:
-            found.append(FoundObject(made[number], (), class_name, numbers))
+            found.append(FoundObject(made[number], (), class_name, numbers, name=own))
         elif isinstance(geometry, dict) and geometry.get("type") == "GeometryCollection":
             polygon, dots, unused = _read_collection(geometry, f"{name}: feature {number}")
-            found.append(FoundObject(polygon, dots, class_name, numbers, unused))
+            found.append(FoundObject(polygon, dots, class_name, numbers, unused, own))
         else:
             polygon = _read_geometry(geometry, f"{name}: feature {number}")
-            found.append(FoundObject(polygon, _finite_points(geometry), class_name, numbers))
+            found.append(FoundObject(polygon, _finite_points(geometry), class_name, numbers, name=own))
     return found
 
 
@@ -193,3 +194,9 @@ def _class_name(properties: Any) -> str | None:
         names = label.get("names")
         label = ": ".join(map(str, names)) if isinstance(names, list) and "name" not in label else label.get("name")
     return label if isinstance(label, str) else None
+
+
+def _object_name(properties: Any) -> str | None:
+    """``properties.name``, as QuPath writes the name of an object."""
+    name = properties.get("name") if isinstance(properties, dict) else None
+    return name if isinstance(name, str) and name else None

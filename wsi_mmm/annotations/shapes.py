@@ -22,12 +22,13 @@ _PREPARED = 64  # vertices from which a polygon is prepared before points are lo
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A valid polygon with area, in level-0 px, the name of its class (None when it has none), and the numbers that
-    were asked for by name, NaN where the object has no such number."""
+    """A valid polygon with area, in level-0 px, the name of its class (None when it has none), the numbers that
+    were asked for by name, NaN where the object has no such number, and its own name, if it has one."""
 
     geometry: Polygon | MultiPolygon
     class_name: str | None = None
     values: tuple[float, ...] = ()
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class FoundObject:
     class_name: str | None = None
     values: tuple[float, ...] = ()
     unused: int = 0
+    name: str | None = None
 
 
 def collect_shapes(found: Sequence[FoundObject], name: str) -> Shapes:
@@ -85,7 +87,7 @@ def collect_shapes(found: Sequence[FoundObject], name: str) -> Shapes:
         skipped += one.unused + (polygon is None)
         if polygon is not None:
             repaired += changed
-            items.append(Shape(polygon, one.class_name, one.values))
+            items.append(Shape(polygon, one.class_name, one.values, one.name))
     return Shapes(tuple(items), skipped, repaired, tuple(dots))
 
 

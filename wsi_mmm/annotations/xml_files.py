@@ -54,7 +54,8 @@ def _asap_object(annotation: ET.Element, where: str) -> FoundObject:
     group = None if group == "None" else group
     drawn = kind in ("Polygon", "Spline", "Rectangle")
     points = _asap_points(annotation, where) if drawn or kind in ("Dot", "PointSet") else []
-    return FoundObject(Polygon(points) if drawn and len(points) >= 3 else None, () if drawn else tuple(points), group)
+    polygon = Polygon(points) if drawn and len(points) >= 3 else None
+    return FoundObject(polygon, () if drawn else tuple(points), group, name=annotation.get("Name") or None)
 
 
 def _asap_points(annotation: ET.Element, where: str) -> list[tuple[float, float]]:

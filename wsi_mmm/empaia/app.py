@@ -230,7 +230,7 @@ class _JobRunner:
         return api.run_request(
             spec, self._app.model, output=store.join(self._folder, "results"), tasks=tasks,
             scheduler=self._app.scheduler, tls=self._app.tls, regions=regions, features=False, overlay=False,
-            device=self._app.device,
+            measure="none", device=self._app.device,
         )  # fmt: skip
 
     async def _run_engine(self, request: RunRequest) -> Results:

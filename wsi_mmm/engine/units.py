@@ -23,7 +23,7 @@ from wsi_mmm.errors import ModelNotLoaded, WsiError
 from wsi_mmm.tiles.grid import tile_xy
 from wsi_mmm.tiles.listed import corners_of
 from wsi_mmm.timing import StepTime
-from wsi_mmm.types import F32, I64, Grid, SlideInfo
+from wsi_mmm.types import F32, F64, I64, Grid, SlideInfo
 
 Kind = Literal["plan", "extract", "forward", "interpret", "publish"]
 UnitStatus = Literal["ok", "partial", "failed", "cached"]
@@ -77,7 +77,8 @@ class SlidePlan:
 
     ``tissue`` float32[n]: share of each tile that is tissue. ``entry``: URI of the cache entry that holds its values.
     ``maps``: some task answers per pixel, so blocks are interpreted. ``places`` int64[n, 4]: where listed tiles lie
-    (`wsi_mmm.tiles.listed`), None on a grid.
+    (`wsi_mmm.tiles.listed`), None on a grid. ``tissue_px2``: level-0 px² of tissue in those tiles, of each of the
+    slide's places (`outputs.places`).
     """
 
     slide: SlideTask
@@ -91,6 +92,7 @@ class SlidePlan:
     mpp_effective: float
     maps: bool = True
     places: I64 | None = None
+    tissue_px2: F64 = field(default_factory=lambda: np.zeros(1))
 
     def corners(self) -> I64:
         """Return level-0 (x, y) int64[n, 2] of the tiles."""

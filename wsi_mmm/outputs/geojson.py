@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -59,13 +59,17 @@ class GeoJSONWriter:
         self._sink = FileSink(path, gzip=gzip)
         self._sink.write(b'{"type":"FeatureCollection","features":[')
 
-    def write(self, objects: Objects) -> None:
-        """Append objects of one of the writer's tasks, in their order."""
+    def write(self, objects: Objects, complete: Callable[[Objects], Objects] | None = None) -> None:
+        """Append objects of one of the writer's tasks, in their order.
+
+        ``complete`` is given the objects as they are published, a part at a time, and returns them with what else is
+        to be said of them.
+        """
         for rounded in _round_ahead(chunks(objects, _CHUNK)):
             self.repaired += rounded.repaired
             self.dropped += rounded.dropped
             if len(rounded.objects):
-                self._write_chunk(rounded.objects)
+                self._write_chunk(complete(rounded.objects) if complete else rounded.objects)
 
     def _write_chunk(self, safe: Objects) -> None:
         tails = self._property_texts[safe.task]

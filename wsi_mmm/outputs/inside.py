@@ -15,7 +15,7 @@ import shapely
 
 from wsi_mmm.annotations import Shapes, check_crossings, parse_shapes
 from wsi_mmm.errors import AnnotationError
-from wsi_mmm.outputs.polygons import CHUNK, Rounded, chunks, concat, from_parts, round_valid, shapes, take
+from wsi_mmm.outputs.polygons import CHUNK, Geometries, Rounded, chunks, concat, from_parts, round_valid, shapes, take
 from wsi_mmm.types import F64, Mask, Objects
 
 _EDGE = 1e-6  # px: less is no area that is shared
@@ -36,8 +36,7 @@ class Regions:
         """
         found = np.zeros(len(boxes), np.bool_)
         for start in range(0, len(boxes), CHUNK):
-            x0, y0, x1, y1 = boxes[start : start + CHUNK].T
-            some = shapely.box(x0 + _EDGE, y0 + _EDGE, x1 - _EDGE, y1 - _EDGE)
+            some = shrunken_boxes(boxes[start : start + CHUNK])
             found[start : start + CHUNK] = shapely.intersects(self.area, some)
         return found
 
@@ -56,6 +55,13 @@ class Regions:
             from_parts(some, shapely.intersection(shapely.make_valid(shapes(some)), self.area))
             for some in chunks(objects)
         ])  # fmt: skip
+
+
+def shrunken_boxes(boxes: F64) -> Geometries:
+    """Rectangles float64[n, 4] (x0, y0, x1, y1) as geometries that touch what shares area with them."""
+    x0, y0, x1, y1 = boxes.T
+    made: Geometries = shapely.box(x0 + _EDGE, y0 + _EDGE, x1 - _EDGE, y1 - _EDGE)
+    return made
 
 
 def regions_of(data: bytes, name: str) -> Regions:

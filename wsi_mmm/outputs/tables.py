@@ -54,10 +54,11 @@ def tiles_table(
             table[name] = pa.DictionaryArray.from_arrays(indices, names)
         else:
             table[name] = pa.array(values, mask=np.isnan(values))
-    return _parquet_bytes(table, "zstd")
+    return parquet_bytes(table, "zstd")
 
 
-def _parquet_bytes(columns: Mapping[str, object], compression: str) -> bytes:
+def parquet_bytes(columns: Mapping[str, object], compression: str) -> bytes:
+    """The parquet file of a table."""
     buffer = io.BytesIO()
     parquet.write_table(pa.table(columns), buffer, compression=compression)
     return buffer.getvalue()
@@ -75,8 +76,8 @@ def slides_csv(rows: Sequence[SlideRow]) -> bytes:
 
 def slides_parquet(rows: Sequence[SlideRow]) -> bytes:
     """The same columns: text, whole numbers, float64; null for what is not known."""
-    columns = {name: _typed_array(values) for name, values in _slide_columns(rows).items()}
-    return _parquet_bytes(columns, "snappy")  # as pyarrow does by itself
+    columns = {name: typed_array(values) for name, values in _slide_columns(rows).items()}
+    return parquet_bytes(columns, "snappy")  # as pyarrow does by itself
 
 
 def _slide_columns(rows: Sequence[SlideRow]) -> dict[str, list[Any]]:
@@ -91,7 +92,7 @@ def _slide_columns(rows: Sequence[SlideRow]) -> dict[str, list[Any]]:
     }
 
 
-def _typed_array(values: list[Any]) -> Any:
+def typed_array(values: list[Any]) -> Any:
     """A column without any value is text (Parquet readers do not all know the type of nothing), and so is one of texts
     and numbers: slides of several models."""
     texts = [None if value is None else value if isinstance(value, str) else str(value) for value in values]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,24 @@ def test_jobs_that_share_an_output_lose_no_rows(tmp_path: Path) -> None:
     assert list(table(tmp_path).items()) == [("b", "high"), ("a", "low"), ("c", "high")]
 
 
+def test_the_summary_has_every_slide_of_the_folder(tmp_path: Path) -> None:
+    """Jobs of an array, a slide that failed in this run over results of an earlier one, and what others took."""
+    counts = [{"level": "slide", "tissue_area_mm2": 2.0, "tiles": 4, "tasks": {"n": {"c": {"count": 6}}}}]
+    for name in ("c", "a"):
+        write_slide_tables(str(tmp_path), [publish(tmp_path, name, "low", summary=counts, result_hash="h")])
+    (tmp_path / "c" / "report.json").write_text(json.dumps({"result_hash": "h", "seconds": 7.5}))
+    (tmp_path / "a" / "report.json").write_text(json.dumps({"result_hash": "of another recipe", "seconds": 9.5}))
+    failed = replace(publish(tmp_path, "b", "low", summary=counts), status="failed", extra={})
+    write_slide_tables(str(tmp_path), [failed], answers=False)
+    lines = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
+    names = ("slide_id", "status", "seconds", "n_c_count", "n_c_per_mm2")
+    assert [tuple(line[name] for name in names) for line in lines] == [
+        ("b", "failed", "1.0", "", ""), ("a", "done", "", "6", "3.0"), ("c", "done", "7.5", "6", "3.0"),
+    ]  # fmt: skip
+    assert pq.read_table(tmp_path / "summary.parquet").num_rows == 3
+    assert "b" not in (tmp_path / "slides.csv").read_text().split("\n")[1]
+
+
 def test_a_table_that_was_overtaken_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another job publishes and writes its tables after the first has looked at the folders, before it writes."""
     write, own = store.write_bytes, publish(tmp_path, "mine", "low")
@@ -69,6 +88,7 @@ def test_a_table_that_was_overtaken_is_written_again(tmp_path: Path, monkeypatch
     monkeypatch.setattr(store, "write_bytes", late)
     write_slide_tables(str(tmp_path), [own])
     assert table(tmp_path) == {"mine": "low", "theirs": "high"} and overtaken
+    assert pq.read_table(tmp_path / "summary.parquet")["slide_id"].to_pylist() == ["mine", "theirs"]
 
 
 def test_only_folders_with_results_of_a_slide_are_rows(tmp_path: Path) -> None:

@@ -96,8 +96,9 @@ class RunReport:
             "slides_asked": len(self.names), "workers": self.accounting.worker_rows(),
         }  # fmt: skip
         store.write_bytes(store.join(self.output, "report.json"), report_json(facts, self.slides))
-        if any("answers" in row.extra for row in self.slides):
-            write_slide_tables(self.output, self.slides)
+        if self.recipe.tasks:
+            answers = any("answers" in row.extra for row in self.slides)
+            write_slide_tables(self.output, self.slides, answers=answers)
         store.write_bytes(self.path, report_html(facts, self.slides, self._read_overlays()))
 
     def _device_names(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from wsi_mmm.errors import StorageError
 from wsi_mmm.outputs.report import FACTS, SlideRow, row_json
+from wsi_mmm.outputs.summary import SlideResults, summary_csv, summary_parquet
 from wsi_mmm.outputs.tables import slides_csv, slides_parquet
 from wsi_mmm.storage import store
 
@@ -22,6 +23,9 @@ ROW = "report.json"
 
 READERS = 16  # slide.json files read at once: on storage every one is a request
 TRIES = 5  # times that the tables are written while other runs publish slides
+
+PUBLISHED = ("done", "partial", "empty")
+"""Statuses of slides whose results lie in their folder."""
 
 _COST = ("seconds", "tiles_per_s", "busy_share", "bytes_read", "cache_hits", "peak_rss_mb")
 _COST_EXTRA = ("stages", "time", "features_s", "model_began_s", "device", "encoder", "tile_cache")
@@ -62,43 +66,62 @@ def _is_like(value: object, own: object) -> bool:
 # ---------------------------------------------------------------- tables of all slides
 
 
-def write_slide_tables(output: str, rows: Sequence[SlideRow]) -> None:
-    """Write slides.csv and slides.parquet: ``rows`` of this run, then every other slide with results in ``output``.
+def write_slide_tables(output: str, rows: Sequence[SlideRow], *, answers: bool = True) -> None:
+    """Write summary.csv and summary.parquet, with ``answers`` also slides.csv and slides.parquet: ``rows`` of this run,
+    then every other slide with results in ``output``.
 
     Each file is written whole. A run that publishes at the same time may be overwritten by what was read before, so
     the folders are read again afterwards: whoever writes last has seen all. Raises StorageError.
     """
-    found = all_rows(output, rows)
+    found = all_results(output, rows)
     for _ in range(TRIES):
-        store.write_bytes(store.join(output, "slides.csv"), slides_csv(found))
-        store.write_bytes(store.join(output, "slides.parquet"), slides_parquet(found))
-        again = all_rows(output, rows)
+        tables = {"summary.csv": summary_csv(found), "summary.parquet": summary_parquet(found)}
+        if answers:
+            of_slides = [one.row for one in found]
+            tables |= {"slides.csv": slides_csv(of_slides), "slides.parquet": slides_parquet(of_slides)}
+        for name, data in tables.items():
+            store.write_bytes(store.join(output, name), data)
+        again = all_results(output, rows)
         if again == found:
             return
         found = again
 
 
 def all_rows(output: str, rows: Sequence[SlideRow]) -> list[SlideRow]:
-    """``rows``, then those of all other slides whose results lie in ``output``, by id: one small file read for each."""
+    """``rows``, then those of all other slides whose results lie in ``output``, by id."""
+    return [one.row for one in all_results(output, rows)]
+
+
+def all_results(output: str, rows: Sequence[SlideRow]) -> list[SlideResults]:
+    """The slides of ``rows``, then all others whose results lie in ``output``, by id: two small files read for each."""
     others = sorted(set(store.list_folders(output)) - {row.id for row in rows})
     with ThreadPoolExecutor(READERS, "wsi-mmm-rows") as threads:
-        found = threads.map(lambda name: _published_row(output, name), others)
-        return [*rows, *(row for row in found if row is not None)]
+        own = list(threads.map(lambda row: _results_of(output, row), rows))
+        found = list(threads.map(lambda name: _published_results(output, name), others))
+    return [*own, *(one for one in found if one is not None)]
 
 
-def _published_row(output: str, name: str) -> SlideRow | None:
-    """The row of the slide in folder ``name``, as far as its slide.json tells; None where there is no such slide."""
+def _results_of(output: str, row: SlideRow) -> SlideResults:
+    """A slide of this run; one that failed may have results of an earlier run, which are not its own."""
+    facts = _read_object(store.join(output, row.id, "slide.json")) if row.status in PUBLISHED else None
+    return SlideResults(row, facts if facts is not None and facts.get("id") == row.id else {})
+
+
+def _published_results(output: str, name: str) -> SlideResults | None:
+    """The slide in folder ``name``, as far as its slide.json tells; None where there is no such slide."""
     facts = _read_object(store.join(output, name, "slide.json"))
     if facts is None or facts.get("id") != name:
         return None
-    partial = facts.get("status") == "partial"  # only those have tiles that failed: slide.json does not count them
-    kept = (_read_object(store.join(output, name, ROW)) if partial else None) or {}
-    failed, answers = kept.get("failed_tiles"), facts.get("answers")
+    kept = _read_object(store.join(output, name, ROW)) or {}
+    # Only partial slides have tiles that failed: slide.json does not count them.
+    failed = kept.get("failed_tiles") if facts.get("status") == "partial" else 0
+    seconds = kept.get("seconds") if kept.get("result_hash") == facts.get("result_hash") else None
     known = {"uri": str(facts.get("uri")), "status": str(facts.get("status")), "mpp_effective": None, "tiles": 0}
     known |= {name: facts[name] for name in ("mpp_effective", "tiles") if _is_number(facts.get(name))}
     blank: dict[str, Any] = dict.fromkeys(FACTS, 0) | {"id": name, "error": None, "mpp_requested": None, **known}
-    extra = {"answers": answers} if isinstance(answers, dict) else {}
-    return SlideRow(**{**blank, "failed_tiles": failed if _is_number(failed) else 0}, extra=extra)
+    blank |= {"failed_tiles": failed if _is_number(failed) else 0, "seconds": seconds if _is_number(seconds) else None}
+    answers = facts.get("answers")
+    return SlideResults(SlideRow(**blank, extra={"answers": answers} if isinstance(answers, dict) else {}), facts)
 
 
 def _read_object(uri: str) -> dict[str, Any] | None:

@@ -17,13 +17,15 @@ from wsi_mmm.errors import AnnotationError, InputError, ManifestError, OutputErr
 from wsi_mmm.model.identity import device_kind
 from wsi_mmm.options import GIVE_MPP, TISSUE_WORDS
 from wsi_mmm.outputs.inside import Regions, regions_of
+from wsi_mmm.outputs.places import places_of
 from wsi_mmm.slides.base import Slide
 from wsi_mmm.storage import store
+from wsi_mmm.tiles.area import tissue_area, tissue_areas_within, tissue_of_tiles
 from wsi_mmm.tiles.grid import make_grid, tile_boxes
 from wsi_mmm.tiles.listed import PlacedTiles, place_tiles
 from wsi_mmm.tiles.tile_file import read_tile_list
-from wsi_mmm.tiles.tissue import off_slide, select_tiles, tissue_mask, tissue_share, warn_unused
-from wsi_mmm.types import F32, I64, Grid, SlideInfo
+from wsi_mmm.tiles.tissue import TissueMask, off_slide, select_tiles, tissue_mask, tissue_share, warn_unused
+from wsi_mmm.types import F32, F64, I64, Grid, SlideInfo
 
 
 def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
@@ -60,16 +62,25 @@ def prepare(ctx: UnitContext) -> tuple[SlidePlan | None, SlideSummary | None]:
             raise AnnotationError(f"{name}: no tissue lies in its regions; draw them on tissue, or add --tissue none")
         warn_unused(regions.shapes, store.redact(recipe.options.regions or ""), slide.info)
         index = chosen
-    plan = _make_plan(ctx, task, index, tissue_share(grid, mask, index))
+    areas = _tissue_areas(tissue_of_tiles(grid, mask, index), regions, slide.info)
+    plan = replace(_make_plan(ctx, task, index, tissue_share(grid, mask, index)), tissue_px2=areas)
     workdir.save_plan(plan)
     return plan, None
+
+
+def _tissue_areas(tissue: TissueMask, regions: Regions | None, info: SlideInfo) -> F64:
+    """Level-0 px² of tissue in each of a slide's places."""
+    if regions is None:
+        return np.array([tissue_area(tissue, info)])
+    return tissue_areas_within(tissue, [place.geometry for place in places_of(regions)], info)
 
 
 def load_slide_plan(ctx: UnitContext) -> SlidePlan:
     """The plan that this slide's parts were made by, from its work folder."""
     arrays = workdir.load_arrays(workdir.plan_uri(ctx.task))
     grid = workdir.listed_grid(arrays)
-    return _make_plan(ctx, ctx.task, arrays["index"], arrays["tissue"], grid, arrays.get("places"))
+    plan = _make_plan(ctx, ctx.task, arrays["index"], arrays["tissue"], grid, arrays.get("places"))
+    return replace(plan, tissue_px2=arrays["tissue_px2"])
 
 
 def _plan_listed(ctx: UnitContext, task: SlideTask) -> SlidePlan:

@@ -15,6 +15,7 @@ from wsi_mmm._version import __version__
 from wsi_mmm.cache import ArraySpec, CacheEntry
 from wsi_mmm.engine.plan import core_of, interpret_units
 from wsi_mmm.engine.stages import workdir
+from wsi_mmm.engine.stages.complete import Completion, outlined_tasks, summary_rows
 from wsi_mmm.engine.stages.context import UnitContext
 from wsi_mmm.engine.stages.interpret import blended_core
 from wsi_mmm.engine.stages.overlay import THUMBNAIL, Picture
@@ -29,7 +30,9 @@ from wsi_mmm.outputs.exports import write_features, write_map
 from wsi_mmm.outputs.geojson import GeoJSONWriter
 from wsi_mmm.outputs.inside import Regions
 from wsi_mmm.outputs.overlay import attention_png
+from wsi_mmm.outputs.places import places_of
 from wsi_mmm.outputs.tables import TILE_COLUMNS, tiles_table
+from wsi_mmm.outputs.tally import SlideTally
 from wsi_mmm.storage import store
 from wsi_mmm.storage.store import published_file
 from wsi_mmm.tasks.base import Quantised, Task
@@ -58,6 +61,7 @@ class Published:
     classes: dict[str, dict[str, int]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     answers: SlideAnswers = field(default_factory=SlideAnswers)
+    summary: list[dict[str, object]] = field(default_factory=list)
     repaired: int = 0
     dropped: int = 0
 
@@ -74,7 +78,9 @@ def publish(ctx: UnitContext) -> SlideSummary:
     done = Published(answers=answer_slide(ctx, plan, failed))
     if task.recipe.tasks:
         picture, regions = Picture(slide, plan), regions_of_interest(task)
-        _write_geojson(ctx, plan, tables, done, picture, regions)
+        tally = SlideTally(places_of(regions), [task.info for task in ctx.tasks if task.scope != "bag"])
+        _write_geojson(ctx, plan, tables, done, picture, tally, regions)
+        done.summary = list(summary_rows(plan, tally, failed))
         if options.overlay:
             done.files["overlay"] = _write_file(task, "overlay.png", _draw_overlay(ctx, plan, picture, done, regions))
     table = _tiles_table(ctx, plan, tables, failed, done.answers)
@@ -114,6 +120,7 @@ def _slide_json(plan: SlidePlan, done: Published, *, partial: bool) -> dict[str,
         "objects": done.counts, "classes": done.classes, "repaired": done.repaired, "dropped": done.dropped,
         "files": done.files, **({} if answers is None else {"answers": answers}),
         **({} if plan.slide.scene is None else {"scene": plan.slide.scene}),
+        **({"summary": done.summary} if done.summary else {}),
         **({"slide": slide_facts(recipe)} if "slide" in done.files else {}),
     }  # fmt: skip
 
@@ -127,6 +134,7 @@ def _write_geojson(
     tables: dict[str, Values],
     done: Published,
     picture: Picture,
+    tally: SlideTally,
     area: Regions | None,
 ) -> None:
     options, info = ctx.recipe.options, plan.info
@@ -140,22 +148,19 @@ def _write_geojson(
         published_file(store.join(ctx.task.output, done.files["geojson"])) as path,
         GeoJSONWriter(path, info.fingerprint, [t.info for t in tasks], options.gzip, counts=counts) as writer,
     ):
+        outlined = outlined_tasks(tasks) if options.measure != "none" else frozenset[str]()
+        complete = Completion(tally, shift, outlined, (info.mpp_x or 0.0, info.mpp_y or 0.0)).complete
         for task in tasks:
             name, before = task.info.name, writer.written
-            classes = np.zeros(len(task.info.classes), np.int64)
             for portion in _task_objects(task, plan, tables, regions):
                 # Map px at the far edges reach beyond the slide by up to one of them.
                 objects = _within_area(task, polygons.clip(portion, info.width, info.height), area, done)
-                classes += np.bincount(objects.class_index[objects.class_index >= 0], minlength=len(classes))
                 picture.add(task.info, objects)
-                writer.write(replace(objects, coords=objects.coords - shift) if shift.any() else objects)
+                writer.write(replace(objects, coords=objects.coords - shift) if shift.any() else objects, complete)
             if task.scope == "pixel":
                 done.counts[name] = writer.written - before
-            if task.info.kind == "multilabel" and len(plan.index):  # a tile has each label of at least a half
-                shares = [np.asarray(tables[name][f"{name}:{label}"], np.float64) for label in task.info.classes]
-                classes = np.array([np.count_nonzero(share >= 0.5) for share in shares], np.int64)
             if _names_classes(task, tables.get(name)):
-                done.classes[name] = dict(zip(task.info.classes, classes.tolist(), strict=True))
+                done.classes[name] = tally.count_classes(name)
     done.repaired, done.dropped = done.repaired + writer.repaired, done.dropped + writer.dropped
 
 

@@ -41,7 +41,7 @@ def plan_uri(slide: SlideTask) -> str:
 
 def save_plan(plan: SlidePlan) -> None:
     """Write what units and a later step need of a plan; of listed tiles also their grid and where they lie."""
-    arrays: Arrays = {"index": plan.index, "tissue": plan.tissue}
+    arrays: Arrays = {"index": plan.index, "tissue": plan.tissue, "tissue_px2": plan.tissue_px2}
     if plan.places is not None:
         arrays |= {"places": plan.places, "grid": np.array(json.dumps(astuple(plan.grid)))}
     save_arrays(plan_uri(plan.slide), arrays)
