@@ -124,9 +124,7 @@ def test_timm_names_pass_through() -> None:
 
 def test_an_unknown_key_map_names_the_known_ones() -> None:
     """One line."""
-    with pytest.raises(
-        ModelError, match=r"no key map 'flax'; there are: dinov2, transformers-dinov2, transformers-vit"
-    ):
+    with pytest.raises(ModelError, match=f"no key map 'flax'; there are: {', '.join(KEY_MAPS)}"):
         rename_tensors({}, "flax", {})
 
 
@@ -158,4 +156,37 @@ def test_transformers_itself_agrees(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     load_renamed(load_file(tmp_path / "model.safetensors"), family, network)
     assert largest_difference(network, want) < 1e-5
-    assert set(KEY_MAPS) == {"dinov2", "transformers-dinov2", "transformers-vit"}
+    assert set(KEY_MAPS) == {"dinov2", "transformers-dinov2", "transformers-dinov3", "transformers-vit"}
+
+
+@pytest.mark.parametrize(("gated", "biases"), [(False, "zero"), (True, "none"), (False, "kept"), (True, "kept")])
+def test_transformers_dinov3_agrees(gated: bool, biases: str, tmp_path: Path) -> None:
+    """As facebook/dinov3-* are published: S, B and L plain, H+ gated; biases that add nothing are left out, others are
+    kept where the network has them, and are a surplus where it has not."""
+    transformers = importlib.import_module("transformers")
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, patch_size=16, image_size=64,
+        intermediate_size=4 * WIDTH, use_gated_mlp=gated, hidden_act="silu" if gated else "gelu", num_register_tokens=4,
+        query_bias=biases != "none", value_bias=biases != "none",
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = transformers.DINOv3ViTModel(config).eval()
+    x = torch.randn(2, 3, 64, 48)
+    with torch.inference_mode():
+        for name, value in model.named_parameters():
+            value.copy_(torch.randn_like(value) * 0.3 + (0.5 if value.ndim == 1 else 0))
+            if biases == "zero" and name.endswith(("q_proj.bias", "v_proj.bias")):
+                value.zero_()
+        want = model(pixel_values=x).last_hidden_state
+        model.save_pretrained(tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        name = f"vit_{'huge_plus' if gated else 'small'}_patch16_dinov3{'_qkvb' if biases == 'kept' else ''}"
+        arguments: dict[str, Any] = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 4}
+        network = timm.create_model(name, num_classes=0, **arguments).eval()
+        load_renamed(state, "transformers-dinov3", network)
+        found = network.forward_features(x)
+    assert float((found - want).abs().max() / want.abs().max()) < 1e-5
+    if biases == "kept":
+        plain = timm.create_model(name.removesuffix("_qkvb"), num_classes=0, **arguments)
+        wanted = {key: tuple(value.shape) for key, value in plain.state_dict().items()}
+        assert "blocks.0.attn.q_bias" in rename_tensors(dict(state), "transformers-dinov3", wanted)

@@ -55,12 +55,17 @@ from wsi_mmm.types import TaskInfo
 _NETWORK = "encoder.backbone.model."
 
 
-def build_model(card: ModelCard, *, weights: str | None = "random") -> MultiTaskModel:
+def build_model(
+    card: ModelCard, *, weights: str | None = "random", source: ChosenEncoder | None = None
+) -> MultiTaskModel:
     """A model as its card describes it, in training mode; everything but the encoder has random weights.
 
     ``weights`` of the encoder: "random"; None downloads timm's own, or those of the ``hf-hub:`` id that the encoder is
     called by; else a local ``.safetensors`` file. `declared_normalisation` says which mean and std such weights want.
+    ``source``: a chosen encoder whose weights the card's begins with.
     """
+    if source is not None and source.path is not None:
+        return assemble_model(card, _open_chosen(card.encoder, source.recipe, source.path))
     return assemble_model(card, _build_encoder(card.encoder, weights))
 
 
@@ -164,15 +169,17 @@ def _open_weights(card: EncoderCard, recipe: EncoderRecipe, path: Path) -> tuple
     return build_encoder(card, tensors=fitting), found
 
 
+def _open_chosen(card: EncoderCard, recipe: EncoderRecipe, path: Path) -> PyramidEncoder:
+    return build_encoder(card, weights=path) if recipe.package else _open_weights(card, recipe, path)[0]
+
+
 def _build_encoder(card: EncoderCard, weights: str | None) -> PyramidEncoder:
     """See `build_model` for ``weights``."""
     if weights != RANDOM and (card.own_pooling is not None or is_plugin(card)):
         said = None if is_plugin(card) else EncoderOptions(card.args, IMAGENET_MEAN, IMAGENET_STD)
         chosen = find_encoder(card.name, weights, said)
-        if chosen.path is not None and chosen.recipe.package:
-            return build_encoder(card, weights=chosen.path)
         if chosen.path is not None:
-            return _open_weights(card, chosen.recipe, chosen.path)[0]
+            return _open_chosen(card, chosen.recipe, chosen.path)
     encoder = build_encoder(card, pretrained=weights is None)
     if weights not in (None, RANDOM) and not is_plugin(card):
         path = Path(str(weights)).expanduser()

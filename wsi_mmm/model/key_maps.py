@@ -1,7 +1,9 @@
 """Checkpoints under the names of other libraries: their tensors get timm's names, their vectors stay the same.
 
 ``dinov2``: Meta's names, with blocks in chunks and ``w12``/``w3``, as training wrote them or as they are released.
-``transformers-dinov2``: Dinov2Model and Dinov2WithRegistersModel. ``transformers-vit``: ViTModel.
+``transformers-dinov2``: Dinov2Model and Dinov2WithRegistersModel. ``transformers-dinov3``: DINOv3ViTModel, as Meta
+publishes it on the hub; timm's network has no biases of queries and values, which are zero there. ``transformers-vit``:
+ViTModel.
 
 Position embeddings of another image size are resampled as that library does it: bicubic; antialiased only where the
 network has registers; Meta's without registers with the offset of 0.1 that it was released with.
@@ -23,7 +25,7 @@ from wsi_mmm.model.networks import grid_side
 _WRAPPERS = re.compile(r"^(module|teacher|backbone|model|state_dict|dinov2|vit)\.")
 _HEADS = ("dino_head.", "ibot_head.", "pooler.", "classifier.")
 _CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
-_LAYER = re.compile(r"^encoder\.layer\.(\d+)\.")
+_LAYER = re.compile(r"^(?:encoder\.)?layer\.(\d+)\.")
 _QKV = re.compile(r"^blocks\.(\d+)\.attn\.(query|key|value)\.(weight|bias)$")
 
 
@@ -64,6 +66,26 @@ KEY_MAPS = {
         True,
         epsilon=1e-6,
     ),
+    "transformers-dinov3": KeyMap(
+        (
+            ("embeddings.cls_token", "cls_token"),
+            ("embeddings.mask_token", "mask_token"),
+            ("embeddings.register_tokens", "reg_token"),
+            ("embeddings.patch_embeddings.", "patch_embed.proj."),
+            (".attention.q_proj.bias", ".attn.q_bias"),
+            (".attention.v_proj.bias", ".attn.v_bias"),
+            (".attention.q_proj.", ".attn.query."),
+            (".attention.k_proj.", ".attn.key."),
+            (".attention.v_proj.", ".attn.value."),
+            (".attention.o_proj.", ".attn.proj."),
+            ("layer_scale1.lambda1", "gamma_1"),
+            ("layer_scale2.lambda1", "gamma_2"),
+            (".mlp.gate_proj.", ".mlp.fc1_g."),
+            (".mlp.up_proj.", ".mlp.fc1."),
+            (".mlp.down_proj.", ".mlp.fc2."),
+        ),
+        False,
+    ),
     "transformers-vit": KeyMap(
         (
             *_EMBEDDINGS,
@@ -99,6 +121,8 @@ def rename_tensors(
         if name is not None and not (teacher and not key.startswith("teacher.")):
             named[name] = value
     _join_qkv(named)
+    _drop_zero_biases(named, wanted)
+    _name_gates(named)
     _fit_positions(named, rules, wanted.get("pos_embed"))
     return named
 
@@ -134,6 +158,19 @@ def _join_qkv(named: dict[str, Tensor]) -> None:
         parts = [f"blocks.{block}.attn.{part}.{kind}" for part in ("query", "key", "value")]
         if all(part in named for part in parts):
             named[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat([named.pop(part) for part in parts])
+
+
+def _drop_zero_biases(named: dict[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Leave out biases of queries and values that add nothing, where the network has no place for them."""
+    for key in [key for key in named if key.endswith((".attn.q_bias", ".attn.v_bias")) and key not in wanted]:
+        if named[key].is_meta or not named[key].any():
+            del named[key]
+
+
+def _name_gates(named: dict[str, Tensor]) -> None:
+    """The factor beside a gate (``fc1_g``) is ``fc1_x`` in timm."""
+    for key in [key for key in named if key.replace(".mlp.fc1.", ".mlp.fc1_g.") in named and ".mlp.fc1." in key]:
+        named[key.replace(".mlp.fc1.", ".mlp.fc1_x.")] = named.pop(key)
 
 
 def _fit_positions(named: dict[str, Tensor], rules: KeyMap, due: tuple[int, ...] | None) -> None:

@@ -6,10 +6,10 @@ import colorsys
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from wsi_mmm.errors import ConfigError, OptionError, WsiError
 from wsi_mmm.model.card import (
@@ -22,6 +22,8 @@ from wsi_mmm.model.card import (
     SqueezerCard,
     TaskCard,
 )
+from wsi_mmm.model.choose import RANDOM, bare_card
+from wsi_mmm.model.registry import find_entry
 from wsi_mmm.tasks import find_kind
 from wsi_mmm.tasks.base import Scope
 from wsi_mmm.tasks.facts import METRICS, PARAMETERS, find_metric, parameter_names
@@ -39,9 +41,21 @@ BAGS = ("bags", "tile-bags")
 
 
 class EncoderPart(EncoderCard):
-    """A timm encoder. ``weights``: "random", "pretrained" (timm's own, or of an ``hf-hub:`` id), or a .safetensors."""
+    """An encoder of timm, or a published one of `wsi-mmm models encoders`. ``weights``: "random", "pretrained" (timm's
+    own, of an ``hf-hub:`` id, or the published ones, which are meant if nothing is said), or a .safetensors."""
 
     weights: str = "random"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_published(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and "weights" not in raw and find_entry(str(raw.get("name"))) is not None:
+            return {**raw, "weights": "pretrained"}
+        return raw
+
+
+def _table_of_name(raw: Any) -> Any:
+    return {"name": raw} if isinstance(raw, str) else raw
 
 
 class ModelPart(ConfigTable):
@@ -60,7 +74,9 @@ class ModelPart(ConfigTable):
     crop: int | None = Field(default=None, gt=0, multiple_of=32)
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    encoder: EncoderPart = EncoderPart(name="resnet18d")
+    encoder: Annotated[EncoderPart, BeforeValidator(_table_of_name, json_schema_input_type=EncoderPart | str)] = (
+        EncoderPart(name="resnet18d")
+    )
     squeezer: SqueezerCard = SqueezerCard()
     decoder: DecoderCard = DecoderCard()
     neck: NeckCard = NeckCard()
@@ -314,13 +330,31 @@ def _default_colour(number: int, count: int) -> Color:
 
 def model_card(config: TrainConfig, mean: tuple[float, float, float], std: tuple[float, float, float]) -> ModelCard:
     """The card of the model to be trained; ``mean`` and ``std`` where the configuration leaves them to the encoder."""
-    part = config.model
-    encoder = EncoderCard.model_validate(part.encoder.model_dump(exclude={"weights"}))
+    part, tasks = config.model, config.task_cards()
+    encoder = _encoder_card(part.encoder, resized=all(task.head in ("vector", "bag") for task in tasks))
     return ModelCard(
         name=part.name, encoder=encoder, squeezer=part.squeezer, decoder=part.decoder, neck=part.neck, bag=part.bag,
         mpp=part.mpp, tile_size=part.tile_size, overlap=part.overlap, mean=part.mean or mean, std=part.std or std,
-        tasks=config.task_cards(), licence=part.licence, limits=part.limits,
+        tasks=tasks, licence=_licence_text(part), limits=part.limits,
     )  # fmt: skip
+
+
+def _encoder_card(part: EncoderPart, *, resized: bool) -> EncoderCard:
+    """The encoder as a card describes it; a published one as its entry says, but for what the configuration says.
+    ``resized``: tiles may be, to the image that it was published for, because no task needs maps."""
+    said = part.model_dump(include=part.model_fields_set - {"weights"})
+    if (entry := find_entry(part.name)) is not None:
+        own = bare_card(entry.recipe).encoder
+        kept = {} if resized else {"input_px": 0}
+        said = {**own.model_dump(), **kept, **said, "name": own.name, "args": {**own.args, **part.args}}
+    return EncoderCard.model_validate(said)
+
+
+def _licence_text(part: ModelPart) -> str:
+    """The licence of the configuration, and that of a published encoder whose weights the model begins with."""
+    entry = find_entry(part.encoder.name) if part.encoder.weights != RANDOM else None
+    own = f"its encoder {entry.name}: {entry.recipe.licence}" if entry is not None else ""
+    return "; ".join(filter(None, (part.licence, own)))
 
 
 # ---------------------------------------------------------------- from words

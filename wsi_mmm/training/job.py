@@ -18,8 +18,11 @@ import torch
 from wsi_mmm._version import __version__
 from wsi_mmm.errors import ConfigError, ModelError, OutputError
 from wsi_mmm.model.checkpoint import build_model, declared_normalisation, load_model, save_model
+from wsi_mmm.model.choose import RANDOM, ChosenEncoder, bare_card, choose_encoder
+from wsi_mmm.model.encoder import check_tile
 from wsi_mmm.model.layers import layers
 from wsi_mmm.model.multitask import MultiTaskModel
+from wsi_mmm.model.registry import find_entry
 from wsi_mmm.storage import store
 from wsi_mmm.tasks import Task, make_task
 from wsi_mmm.tasks.segment import Segment
@@ -165,11 +168,23 @@ def begin_model(config: TrainConfig) -> MultiTaskModel:
     part = config.model
     weights = None if part.encoder.weights == "pretrained" else part.encoder.weights
     start = load_model(part.start) if part.start else None
+    entry = find_entry(part.encoder.name)
+    source: ChosenEncoder | None = None
+    if entry is not None:
+        source = choose_encoder(part.encoder.name, weights) if start is None and weights != RANDOM else None
+        weights = RANDOM
     mean, std = part.mean, part.std
     if not (mean and std):
-        mean, std = (start.card.mean, start.card.std) if start else declared_normalisation(part.encoder.name)
+        known = start.card if start else bare_card(entry.recipe) if entry is not None else None
+        mean, std = (known.mean, known.std) if known else declared_normalisation(part.encoder.name)
     torch.manual_seed(config.seed)
-    model = build_model(model_card(config, mean, std), weights=weights)
+    model = build_model(model_card(config, mean, std), weights=weights, source=source)
+    try:
+        check_tile(model.encoder, model.card, part.learnt_px)
+    except ModelError as error:
+        raise ConfigError(
+            f"the encoder {part.encoder.name} cannot take pictures of {part.learnt_px} px: set model.tile_size = 224"
+        ) from error
     if start:
         take_over(model, start)
     return model
