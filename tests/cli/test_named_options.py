@@ -40,6 +40,8 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "model/onnx.py": (*RUNS, "empaia run"),
     "options.py": RUNS,
     "model/runner.py": RUNS,
+    "model/slide_model.py": ("embed",),
+    "model/slide_pooling.py": ("embed",),
     "outputs/inside.py": ("run",),
     "requests.py": ("run",),
     "tiles/listed.py": ("embed",),
