@@ -115,7 +115,7 @@ def test_every_option_of_the_api_reaches_the_request(name: str, in_tmp: Path) ->
         ({"cache_tiles": "yes", "cache": "c"}, "cache_tiles is auto, on or off, not 'yes'"),
         ({"cache_tiles": True}, "name a folder with --cache"),
         ({"cache_quota": "many"}, "'many' is no size"),
-        ({"runtime": "jit"}, "runtime is eager, compile, bf16 or onnx, not 'jit'"),
+        ({"runtime": "jit"}, "runtime is auto, eager, compile, bf16, fp16 or onnx, not 'jit'"),
         ({"placement": "pool"}, "name it with --cache"),
         ({"mpp": 0}, "mpp 0.0 is not possible"),
         ({"mpp_override": float("nan")}, "mpp_override nan is not possible"),

@@ -21,6 +21,7 @@ from wsi_mmm.engine.monitoring.run_report import RunReport, load_report
 from wsi_mmm.engine.run import RunRequest, run_slides
 from wsi_mmm.engine.units import Executor
 from wsi_mmm.errors import OptionError, PluginError
+from wsi_mmm.model.kept_weights import keep_weights
 from wsi_mmm.options import LEAST_TISSUE, EmbedKeywords, RunKeywords, make_options, split_keywords
 from wsi_mmm.plugins import load_plugin, plugin_names
 from wsi_mmm.requests import (
@@ -189,8 +190,9 @@ def embed(
     "slide-h5" and "slide-stamp", and all in one table, "slides-h5" and "slides-h5ad". Otherwise as `run`.
     """
     formats = run_report.known_exports(export, slide=options.get("slide"))
-    request = embed_request(slides, encoder, output=output, workers=workers, scheduler=scheduler, **options)
-    report = execute(request, progress, observe=observe)
+    with keep_weights():
+        request = embed_request(slides, encoder, output=output, workers=workers, scheduler=scheduler, **options)
+        report = execute(request, progress, observe=observe)
     run_report.export_features(report, formats)
     return report
 
@@ -214,11 +216,12 @@ def embed_encoders(
     None: those that each name stands for.
     """
     formats = run_report.known_exports(export, slide=options.get("slide"))
-    requests = embed_requests(slides, encoders, output=output, workers=workers, scheduler=scheduler, **options)
     reports = {}
-    for encoder, request in zip(encoders, requests, strict=True):
-        reports[encoder] = execute(request, progress, observe=observe)
-        run_report.export_features(reports[encoder], formats)
+    with keep_weights():
+        requests = embed_requests(slides, encoders, output=output, workers=workers, scheduler=scheduler, **options)
+        for encoder, request in zip(encoders, requests, strict=True):
+            reports[encoder] = execute(request, progress, observe=observe)
+            run_report.export_features(reports[encoder], formats)
     return reports
 
 

@@ -259,9 +259,10 @@ class RunOptions:
         "auto", "auto, cpu, cuda or cuda:N.", "--device", affects=("values",), check=_check_device
     )
     runtime: str = _run_option(
-        "eager",
-        "How the model runs: eager, compile, bf16 or onnx; the numbers differ a little.",
-        "--runtime", affects=CHANGES_VALUES, check=_one_of("eager", "compile", "bf16", "onnx"),
+        "auto",
+        "How the model runs: auto, eager (float32), compile, bf16, fp16 or onnx; the numbers differ a little.",
+        "--runtime", affects=CHANGES_VALUES, check=_one_of("auto", "eager", "compile", "bf16", "fp16", "onnx"),
+        see="[encoders](encoders.md#precision)",
     )  # fmt: skip
     allow_torchscript: bool = _run_option(
         False, "Run a TorchScript model (WSInfer zoo), which is code, in a process of its own.", "--allow-torchscript",
@@ -331,7 +332,7 @@ class RunKeywords(TypedDict, total=False):
     block_tiles: int | None
     threads: int | None
     device: str | None
-    runtime: Literal["eager", "compile", "bf16", "onnx"] | None
+    runtime: Literal["auto", "eager", "compile", "bf16", "fp16", "onnx"] | None
     allow_torchscript: bool | None
     tls: str | Path | None
     placement: Placement | None

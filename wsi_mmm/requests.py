@@ -23,9 +23,18 @@ from wsi_mmm.errors import OptionError, WsiError
 from wsi_mmm.host_tuning import cpu_count
 from wsi_mmm.inputs import expand_inputs, leads_away, stem
 from wsi_mmm.model.card import WEIGHTS, model_path, read_card
-from wsi_mmm.model.choose import RANDOM, EncoderOptions, bare_card, choose_encoder, locate_weights
+from wsi_mmm.model.choose import (
+    RANDOM,
+    ChosenEncoder,
+    EncoderOptions,
+    bare_card,
+    find_encoder,
+    hash_encoder,
+    locate_weights,
+)
 from wsi_mmm.model.fetch import fetch_model
 from wsi_mmm.model.identity import check_device, check_runtime, check_weights, is_model, model_identity
+from wsi_mmm.model.kept_weights import may_keep
 from wsi_mmm.model.recipe import ColourTriple, Pooling
 from wsi_mmm.model.slide_model import MEAN, TileVectors, choose_slide_model
 from wsi_mmm.model.weights_config import HUB, split_source
@@ -77,7 +86,7 @@ def _script_options(model: str, options: RunOptions) -> RunOptions:
             f"{store.redact(model)} is TorchScript, which is code: if you trust its authors, add --allow-torchscript "
             "(Python: allow_torchscript=True); it runs in a process of its own (docs/security.md)"
         )
-    if options.runtime != "eager" or options.device not in ("auto", "cpu"):
+    if options.runtime not in ("auto", "eager") or options.device not in ("auto", "cpu"):
         raise OptionError("TorchScript models run as they are, on the CPU: leave --runtime and --device out")
     return replace(options, features=False, device="cpu")
 
@@ -94,7 +103,7 @@ def encoder_recipe(
         raise OptionError(f"{encoder!r} is TorchScript, which gives classes and no features: wsi-mmm run -m {encoder}")
     if not is_model(here):
         weights = weights if weights in (None, RANDOM) else _absolute_uri(os.path.expanduser(weights))
-        chosen = choose_encoder(encoder, weights, said)
+        chosen = _hash_encoder(find_encoder(encoder, weights, said), options)
         network = chosen.recipe
         base = Recipe(
             encoder, chosen.identity, (), network.mpp, network.tile_px, 0,
@@ -111,6 +120,15 @@ def encoder_recipe(
     tile, overlap, block = (int(EMBED_DEFAULTS[name]) for name in ("tile_size", "overlap", "block_tiles"))
     base = Recipe(encoder, model_identity(here, card), (), card.mpp, tile, overlap, block, model_mpp=card.mpp)
     return _apply_options(base, options)
+
+
+def _hash_encoder(chosen: ChosenEncoder, options: RunOptions) -> ChosenEncoder:
+    """Find the hash of an encoder's file; where this process will load it, what was read waits for that."""
+    if not may_keep() or options.workers or options.scheduler or chosen.recipe.package:
+        return hash_encoder(chosen)
+    from wsi_mmm.model.checkpoint import read_ahead  # torch, which the run needs as well
+
+    return hash_encoder(chosen, read_ahead)
 
 
 def with_slide_model(recipe: Recipe, asked: str | Path | None) -> Recipe:

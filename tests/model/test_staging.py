@@ -11,6 +11,7 @@ import torch
 
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.checkpoint import load_model
+from wsi_mmm.model.identity import RUNTIMES
 from wsi_mmm.model.runner import Runner
 from wsi_mmm.types import U8
 
@@ -72,14 +73,30 @@ def test_a_batch_in_flight_is_not_touched_by_later_ones(small_model: Path, devic
         assert np.array_equal(runner._await_copy(tiles)[: len(part)].cpu().numpy(), part)
 
 
+@pytest.mark.parametrize(("name", "tolerance"), [("bf16", 5e-2), ("fp16", 1e-2)])
 @pytest.mark.parametrize("device", ["cpu", cuda])
-def test_bf16_differs_and_stays_within_its_tolerance(small_model: Path, device: str) -> None:
-    """Other numbers than eager's, no further away than stated."""
+def test_less_precision_differs_and_stays_within_its_tolerance(
+    small_model: Path, device: str, name: str, tolerance: float
+) -> None:
+    """Other numbers than eager's, no further away than stated; reports say how far, eager's say nothing."""
     pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     model = load_model(small_model)
-    eager, short = (Runner(model, device, 1, runtime=name).run(pixels).features for name in ("eager", "bf16"))
+    exact, reduced = Runner(model, device, 1), Runner(model, device, 1, runtime=name)
+    assert "difference" not in reduced.describe()
+    eager, short = exact.run(pixels).features, reduced.run(pixels).features
     assert not np.array_equal(eager, short)
-    assert np.abs(eager - short).max() <= 5e-2 * np.abs(eager).max()
+    assert np.abs(eager - short).max() <= tolerance * np.abs(eager).max()
+    assert f"{tolerance:.0e}".replace("e-0", "e-") in RUNTIMES[name]
+    facts = reduced.describe()
+    assert (facts["precision"], exact.describe()["precision"]) == (name, "fp32")
+    assert "difference" not in exact.describe()
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (eager, short)]
+    stated = facts["difference"]
+    assert stated["tiles"] == 3
+    assert stated["cosine"] == pytest.approx((unit[0] * unit[1]).sum(axis=1).min(), abs=1e-5)
+    assert stated["largest"] == pytest.approx(np.abs(eager - short).max() / np.abs(eager).max(), rel=0.2)
+    reduced.run(pixels[:1] // 2)
+    assert reduced.describe()["difference"] == stated  # of the first batch, once
 
 
 @pytest.mark.slow

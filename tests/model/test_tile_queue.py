@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from wsi_mmm.model.runner import TileQueue
+from wsi_mmm.model.tile_queue import TileQueue
 from wsi_mmm.timing import StageTimer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,16 +166,18 @@ def _run_slides(
 ) -> int:
     """Run the slides of a request, or with --dry-run only open them; several encoders one after the other."""
     from wsi_mmm import api
+    from wsi_mmm.model.kept_weights import keep_weights
 
     options, observe = read_options(command, given)
     encoders = options.get("encoder")
-    if isinstance(encoders, list) and len(encoders) != 1:
-        requests = api.embed_requests(inputs, output=output, **options)
-        codes = [_run_request(one, one.output, given, observe) for one in requests]
-        return codes[0] if len(set(codes)) == 1 else 3
-    if isinstance(encoders, list):
-        options = {**options, "encoder": encoders[0]}
-    return _run_request(request(inputs, output=output, **options), output, given, observe)
+    with nullcontext() if given["dry_run"] else keep_weights():
+        if isinstance(encoders, list) and len(encoders) != 1:
+            requests = api.embed_requests(inputs, output=output, **options)
+            codes = [_run_request(one, one.output, given, observe) for one in requests]
+            return codes[0] if len(set(codes)) == 1 else 3
+        if isinstance(encoders, list):
+            options = {**options, "encoder": encoders[0]}
+        return _run_request(request(inputs, output=output, **options), output, given, observe)
 
 
 def _run_request(asked: RunRequest, output: str, given: Mapping[str, Any], observe: Observe) -> int:

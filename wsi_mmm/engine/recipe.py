@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wsi_mmm.errors import OptionError
+from wsi_mmm.model.identity import FULL_PRECISION, RUNTIME_OF_PRECISION
 from wsi_mmm.model.recipe import EncoderRecipe, parse_recipe
 from wsi_mmm.model.registry import EncoderEntry, describe_licence, find_entry
 from wsi_mmm.model.slide_model import SlideModel
@@ -134,8 +135,24 @@ class Recipe:
         corrects a slide's mpp changes; ``reader``: the reader that opened the slide, because readers differ in the
         levels and scales they read; ``listed``: the digest of the list that the tiles are from, if they are.
         """
-        facts: dict[str, object] = {"device": kind, "scale": scale, "reader": reader}
+        facts: dict[str, object] = {"device": kind, "scale": scale, "reader": reader, "runtime": self.runtime_on(kind)}
         return self._hash_options("values", facts | ({"listed": listed} if listed else {}))
+
+    def runtime_on(self, kind: str) -> str:
+        """Return the runtime on a kind of device ("cpu", "cuda"): the one asked for, else the precision that the entry
+        of a published encoder names on a GPU, and float32 everywhere else."""
+        if self.options.runtime != "auto":
+            return self.options.runtime
+        return self._reduced_runtime() if kind == "cuda" else FULL_PRECISION
+
+    def _reduced_runtime(self) -> str:
+        return RUNTIME_OF_PRECISION[self.network.precision] if self.network is not None else FULL_PRECISION
+
+    def _runtime_text(self) -> str:
+        """The runtime as a result depends on it, wherever that is computed."""
+        reduced = self._reduced_runtime()
+        automatic = reduced if reduced == FULL_PRECISION else f"{reduced} on a GPU"
+        return automatic if self.options.runtime == "auto" else self.options.runtime
 
     def result_hash(self, reader: str = "") -> str:
         """Return the hash of all that the published files depend on; ``reader``: the reader that opened the slide.
@@ -145,7 +162,7 @@ class Recipe:
         if reader not in self._result_hashes:  # every unit asks
             tissue = self.options.tissue if self.options.tissue in TISSUE_WORDS else "file"
             regions = "file" if self.options.regions else None
-            facts = {"tissue": tissue, "regions": regions, "reader": reader}
+            facts = {"tissue": tissue, "regions": regions, "reader": reader, "runtime": self._runtime_text()}
             self._result_hashes[reader] = self._hash_options("result", facts)
         return self._result_hashes[reader]
 
@@ -171,7 +188,8 @@ class Recipe:
     def published(self) -> dict[str, object]:
         """Return the part of the recipe that a result depends on, for slide.json: nothing of time or place."""
         names = [name for name in recipe_names("result") if name not in _RESOLVED]
-        return self._model_facts() | {name: getattr(self.options, name) for name in names}
+        facts = self._model_facts() | {name: getattr(self.options, name) for name in names}
+        return facts | {"runtime": self._runtime_text()}
 
     def _model_facts(self) -> dict[str, object]:
         names = ("model", "model_hash", "tasks", "mpp", "tile", "overlap", "encoder")

@@ -33,13 +33,14 @@ from wsi_mmm.model.choose import (
     ChosenEncoder,
     EncoderOptions,
     bare_card,
-    choose_encoder,
     encoder_identity,
+    find_encoder,
     hash_encoder,
 )
 from wsi_mmm.model.encoder import PyramidEncoder, build_encoder
 from wsi_mmm.model.fitting import TENSOR_TYPES, fit_weights, published_id
 from wsi_mmm.model.heads import HeadSpec, build_head
+from wsi_mmm.model.kept_weights import put_weights, take_weights
 from wsi_mmm.model.key_maps import prepare_network, rename_tensors
 from wsi_mmm.model.multitask import MultiTaskModel
 from wsi_mmm.model.networks import PooledBackbone, create_network, declared_colours, fill_network, renamed_by_timm
@@ -123,7 +124,7 @@ def load_encoder(
 
     ``name``, ``weights``: see `choose_encoder`; ``options``: what they do not say.
     """
-    return open_encoder(choose_encoder(name, weights, options), device)
+    return open_encoder(find_encoder(name, weights, options), device)
 
 
 def open_encoder(
@@ -155,7 +156,7 @@ def open_encoder(
 
 def _open_weights(card: EncoderCard, recipe: EncoderRecipe, path: Path) -> tuple[PyramidEncoder, str]:
     """The encoder with the weights at ``path``, which are read once, and their sha256."""
-    tensors, found = read_tensors(path)
+    tensors, found = take_weights(path) or read_tensors(path)
     network = create_network(card.name, card.args, empty=True)
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     tensors = rename_tensors(tensors, card.key_map, shapes)
@@ -176,7 +177,7 @@ def _build_encoder(card: EncoderCard, weights: str | None) -> PyramidEncoder:
     """See `build_model` for ``weights``."""
     if weights != RANDOM and (card.own_pooling is not None or is_plugin(card)):
         said = None if is_plugin(card) else EncoderOptions(card.args, IMAGENET_MEAN, IMAGENET_STD)
-        chosen = choose_encoder(card.name, weights, said)
+        chosen = find_encoder(card.name, weights, said)
         if chosen.path is not None:
             return _open_chosen(card, chosen.recipe, chosen.path)
     encoder = build_encoder(card, pretrained=weights is None)
@@ -256,6 +257,13 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], str]:
             return tensors, digest.hexdigest()
     except (SafetensorError, OSError, ValueError, struct.error, KeyError) as error:
         raise ModelError(f"the weights {path} cannot be read as safetensors: {first_line(error)}") from error
+
+
+def read_ahead(path: Path) -> str:
+    """The sha256 of a file of weights, whose tensors wait for the encoder that is opened within `keep_weights`."""
+    tensors, found = read_tensors(path)
+    put_weights(path, tensors, found)
+    return found
 
 
 def _read_next(file: BufferedReader, described: Any, digest: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,12 @@ def bare_card(recipe: EncoderRecipe) -> ModelCard:
 
 
 def choose_encoder(name: str, weights: str | None = None, said: EncoderOptions | None = None) -> ChosenEncoder:
-    """The encoder ``name`` with all that its vectors depend on.
+    """The encoder ``name`` with all that its vectors depend on; see `find_encoder`. Its file is read for its sha256."""
+    return hash_encoder(find_encoder(name, weights, said))
+
+
+def find_encoder(name: str, weights: str | None = None, said: EncoderOptions | None = None) -> ChosenEncoder:
+    """The encoder ``name``; its file was not read: `hash_encoder`, or `open_encoder` as it loads it, find its sha256.
 
     ``name``: of the registry, of timm, ``hf-hub:org/name``, ``local-dir:folder`` (or a folder with config.json), or of
     a plug-in. ``weights``: None finds or downloads those that the name stands for; "random"; a safetensors file, or the
@@ -115,7 +120,7 @@ def choose_encoder(name: str, weights: str | None = None, said: EncoderOptions |
         "dimension": 0 if asked.pooling or asked.arguments else base.dimension,
     }
     recipe = parse_recipe(base.model_dump() | _known_colours(updates, base, path), f"the encoder {name}")
-    return hash_encoder(unread_encoder(recipe, path, weights))
+    return unread_encoder(recipe, path, weights)
 
 
 def unread_encoder(recipe: EncoderRecipe, path: Path | None, weights: str | None) -> ChosenEncoder:
@@ -123,9 +128,9 @@ def unread_encoder(recipe: EncoderRecipe, path: Path | None, weights: str | None
     return ChosenEncoder(recipe, path, "" if path is not None else weights or "none")
 
 
-def hash_encoder(chosen: ChosenEncoder) -> ChosenEncoder:
+def hash_encoder(chosen: ChosenEncoder, hash_file: Callable[[Path], str] = check_weights) -> ChosenEncoder:
     """The same with the sha256 of its file. ModelError when that is missing or a pickle."""
-    return replace(chosen, sha256=check_weights(chosen.path)) if chosen.path is not None else chosen
+    return replace(chosen, sha256=hash_file(chosen.path)) if chosen.path is not None else chosen
 
 
 def locate_weights(recipe: EncoderRecipe, weights: str | None) -> Path | None:

@@ -19,9 +19,14 @@ RUNTIMES = {
     "eager": "float32; norms folded into convolutions: within 1e-4 of the plain model's largest answer",
     "compile": "float32 through torch.compile with frozen weights: within 1e-3 of eager's largest answer",
     "bf16": "bfloat16 in convolutions and matrix products: within 5e-2 of eager's largest answer",
+    "fp16": "float16 in convolutions and matrix products: within 1e-2 of eager's largest answer",
     "onnx": "float32 through ONNX Runtime: within 1e-3 of eager's largest answer",
 }
 """Ways to run a model, and how far their numbers may lie apart. One kind of device and runtime: equal to the bit."""
+
+FULL_PRECISION = "eager"
+RUNTIME_OF_PRECISION = {"fp32": FULL_PRECISION, "fp16": "fp16", "bf16": "bf16"}
+"""The runtime that computes in the precision that a published encoder's entry names."""
 
 _NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
 
@@ -35,6 +40,11 @@ def check_runtime(runtime: str) -> None:
     """MissingPackage, naming the fix, when ``runtime`` cannot be used here."""
     if lacking(runtime):
         raise MissingPackage(f"ONNX needs the package {lacking(runtime)[0]}: pip install 'wsi-mmm[{runtime}]'")
+
+
+def precision_text(runtime: str) -> str:
+    """The precision that a runtime computes in: fp32, fp16 or bf16."""
+    return next((name for name, one in RUNTIME_OF_PRECISION.items() if one == runtime), "fp32")
 
 
 def is_model(name: str) -> bool:

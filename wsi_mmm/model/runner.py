@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,105 +31,18 @@ from wsi_mmm.model.answers import RunOutput as RunOutput
 from wsi_mmm.model.checkpoint import pick_device
 from wsi_mmm.model.encoder import check_tile
 from wsi_mmm.model.fold import fold_norms
-from wsi_mmm.model.identity import RUNTIMES, check_runtime
+from wsi_mmm.model.identity import RUNTIMES, check_runtime, precision_text
 from wsi_mmm.model.multitask import ModelPass, MultiTaskModel
 from wsi_mmm.model.onnx import onnx_pass
-from wsi_mmm.timing import count_waiting
+from wsi_mmm.model.tile_queue import Answers, PendingTiles, TileQueue, TileSpan
 from wsi_mmm.types import F32, U8
 
 Quantise = Callable[[Tensor], Tensor]
-Answers = dict[str, npt.NDArray[Any]]
-"""By task; "" holds the pooled vectors."""
 
+COMPARED = 8  # tiles that are computed in float32 as well, to state how far less precision is from it
+_REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PIXELS_CPU = 8 * 256 * 256
 _PIXELS_CUDA = 64 * 256 * 256
-
-
-@dataclass(slots=True, eq=False)
-class PendingTiles:
-    """Tiles uint8[n, s, s, 3] of one caller, and their answers as they come.
-
-    The first ``taken`` tiles are in batches; ``left`` tiles have no answer yet; ``begun``: time of the first batch, of
-    ``perf_counter``.
-    """
-
-    pixels: U8
-    left: int
-    answers: Answers = field(default_factory=dict)
-    taken: int = 0
-    error: BaseException | None = None
-    begun: float = 0.0
-    done: threading.Event = field(default_factory=threading.Event)
-
-    def wait(self) -> Answers:
-        """Return all answers in the order of the tiles; raise the error of a batch that failed."""
-        since = time.perf_counter()
-        self.done.wait()
-        count_waiting(self.begun - since)
-        if self.error is not None:
-            raise self.error
-        return self.answers
-
-
-TileSpan = tuple[PendingTiles, slice]
-"""Some of a caller's tiles."""
-
-
-@dataclass(slots=True)
-class TileQueue:
-    """Tiles of one size for one choice of tasks, oldest first, handed out in batches of ``size``. Thread-safe."""
-
-    tasks: tuple[str, ...]
-    size: int
-    pending: deque[PendingTiles] = field(default_factory=deque)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, pixels: U8) -> PendingTiles:
-        """Put at least one tile at the end."""
-        pending = PendingTiles(pixels, len(pixels))
-        with self._lock:
-            self.pending.append(pending)
-        return pending
-
-    def take_batch(self) -> list[TileSpan]:
-        """Return the next ``size`` tiles, of one caller or of several; fewer when no more wait."""
-        spans: list[TileSpan] = []
-        with self._lock:
-            room = self.size
-            while room and self.pending:
-                first = self.pending[0]
-                first.begun = first.begun or time.perf_counter()
-                stop = min(len(first.pixels), first.taken + room)
-                spans.append((first, slice(first.taken, stop)))
-                room -= stop - first.taken
-                first.taken = stop
-                if stop == len(first.pixels):
-                    self.pending.popleft()
-        return spans
-
-    def finish(self, spans: Sequence[TileSpan], answers: Answers) -> None:
-        """Hand the answers of a batch, in the order of its tiles, to the callers."""
-        first = 0
-        with self._lock:
-            for pending, some in spans:
-                count = some.stop - some.start
-                for name, values in answers.items():
-                    if name not in pending.answers:
-                        pending.answers[name] = np.empty((len(pending.pixels), *values.shape[1:]), values.dtype)
-                    pending.answers[name][some] = values[first : first + count]
-                first += count
-                pending.left -= count
-                if pending.left == 0:
-                    pending.done.set()
-
-    def fail(self, spans: Sequence[TileSpan], error: BaseException) -> None:
-        """Let the callers of a batch raise ``error``; their other tiles are dropped."""
-        with self._lock:
-            for pending in {pending for pending, _ in spans}:
-                pending.error = error
-                if pending in self.pending:
-                    self.pending.remove(pending)
-                pending.done.set()
 
 
 class Runner:
@@ -160,6 +70,7 @@ class Runner:
         self.threads = max(1, threads or cpu_count()) if self.device.type == "cpu" else 1
         self.quantise = dict(quantise or {})
         self._pass = forward_pass(self.model, runtime, self.device, folder=cache)
+        self._difference: dict[str, float] | None = None if runtime in _REDUCED else {}
         self._queues: dict[tuple[int, tuple[str, ...]], TileQueue] = {}
         self._lock = threading.Lock()
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -250,12 +161,15 @@ class Runner:
             ) from error
 
     def describe(self) -> dict[str, Any]:
-        """Return the runtime and its tolerance, norms, batch size per tile size and threads, for reports."""
+        """Return the runtime, its tolerance and its difference from float32 (see `compare_vectors`), norms, batch
+        size per tile size and threads, for reports."""
         with self._lock:
             sizes = {f"{side} px": f"{queue.size} tiles" for (side, _), queue in sorted(self._queues.items())}
         return {
             "device": str(self.device), "runtime": self.runtime, "tolerance": RUNTIMES[self.runtime],
-            "norms": self._norms, "micro_batch": sizes, "threads": self.threads, "memory": "channels_last",
+            "precision": precision_text(self.runtime), "norms": self._norms, "micro_batch": sizes,
+            "threads": self.threads, "memory": "channels_last",
+            **({"difference": self._difference} if self._difference else {}),
         }  # fmt: skip
 
     def close(self) -> None:
@@ -330,11 +244,22 @@ class Runner:
             found = {name: x[:count].contiguous().cpu().numpy() for name, x in answers.items()}
             if count:
                 check_finite(self.model.card.name, vector[:count], {name: x[:count] for name, x in logits.items()})
+                self._state_difference(tiles[: min(count, COMPARED)], found[""])
             return found
+
+    def _state_difference(self, tiles: Tensor, vectors: F32) -> None:
+        """Compute the first tiles of this runner in float32, too, where it computes in less."""
+        with self._lock:
+            if self._difference is not None:
+                return
+            self._difference = {}  # one thread does it
+        vector, _ = forward_pass(self.model, "eager", self.device)(tiles, ())
+        self._difference = compare_vectors(vectors[: len(tiles)], vector.float().cpu().numpy())
 
 
 def forward_pass(model: MultiTaskModel, runtime: str, device: torch.device, *, folder: Path | None = None) -> ModelPass:
-    """The pass of a model by ``runtime``: eager, compiled, in bfloat16, through ONNX. Numbers differ; the hash says so.
+    """The pass of a model by ``runtime``: eager, compiled, in less precision, through ONNX. Numbers differ; the hash
+    says so.
 
     ``folder``: where files that take long to make are kept (ONNX). ModelError if there is no such runtime,
     MissingPackage if it is not installed.
@@ -349,10 +274,23 @@ def forward_pass(model: MultiTaskModel, runtime: str, device: torch.device, *, f
         network = torch.compile(model.forward_all, dynamic=False, options={"freezing": True})
 
     def run(pixels: Tensor, tasks: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast(device.type, torch.bfloat16) if runtime == "bf16" else nullcontext():
+        with torch.autocast(device.type, _REDUCED[runtime]) if runtime in _REDUCED else nullcontext():
             return network(model.prepare(pixels), tuple(tasks))
 
     return run
+
+
+def compare_vectors(vectors: F32, exact: F32) -> dict[str, float]:
+    """How far float[n, D] are from the same in float32: ``tiles`` n, ``cosine`` of the vector that differs most,
+    ``largest`` difference of a number as a share of the largest number."""
+    one, two = vectors.astype(np.float64), exact.astype(np.float64)
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
+    cosines = (one * two).sum(axis=1)[lengths > 0] / lengths[lengths > 0]
+    largest = np.abs(two).max()
+    return {
+        "tiles": len(one), "cosine": round(float(cosines.min(initial=1.0)), 7),
+        "largest": float(f"{np.abs(one - two).max() / largest if largest else 0.0:.2g}"),
+    }  # fmt: skip
 
 
 def check_finite(model: str, vector: Tensor, logits: Mapping[str, Tensor]) -> None:

@@ -183,7 +183,8 @@ def _slide_card(number: int, row: SlideRow, overlay: bytes | None) -> str:
     return (
         f'<article id="slide-{number}"><h2>{_html_text(row.id)} {_status_chip(row.status)}</h2>'
         f'<p class="uri">{_html_text(row.uri)}</p>{error}'
-        f"{picture}{_stage_bars(row.extra.get('time') or row.extra.get('stages') or {})}"
+        f"{picture}{_precision_lines(row.extra.get('encoder') or [])}"
+        f"{_stage_bars(row.extra.get('time') or row.extra.get('stages') or {})}"
         f"{_class_counts(row.extra.get('classes') or {})}{_answer_list(row.extra.get('answers') or {})}"
         f"{_failure_list(row.extra.get('failures') or [])}{_file_list(row.id, files)}</article>"
     )
@@ -208,6 +209,20 @@ def _stage_bars(stages: Mapping[str, float]) -> str:
         x += width
     svg = f'<svg viewBox="0 0 100 6" preserveAspectRatio="none" role="img" aria-label="time">{"".join(bars)}</svg>'
     return f'<h3>Where time went</h3>{svg}<ul class="keys">{"".join(keys)}</ul>'
+
+
+def _precision_lines(encoders: Sequence[Mapping[str, Any]]) -> str:
+    """What networks computed in, where that is less than float32, and how far it was from that."""
+    lines = []
+    for one in encoders:
+        apart = one.get("difference")
+        if isinstance(apart, Mapping):
+            lines.append(
+                f"<p>Computed in {_html_text(one.get('precision'))}: on the first {_html_text(apart.get('tiles'))} "
+                f"tiles the cosine to float32 is at least {_html_text(apart.get('cosine'))}, and numbers differ by at "
+                f"most {_html_text(apart.get('largest'))} of the largest.</p>"
+            )
+    return "".join(dict.fromkeys(lines))
 
 
 def _class_counts(classes: Mapping[str, Mapping[str, int]]) -> str:

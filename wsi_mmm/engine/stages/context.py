@@ -18,6 +18,7 @@ from wsi_mmm.cache.slide_pool import SlideKey, SlidePool, TileCaching
 from wsi_mmm.engine.recipe import Recipe
 from wsi_mmm.engine.units import SlideTask, UnitFacts, WorkUnit
 from wsi_mmm.errors import MissingPackage, ModelError, ModelNotLoaded, PluginError, WsiError, first_line
+from wsi_mmm.model.identity import device_kind
 from wsi_mmm.slides import Reader, Slide
 from wsi_mmm.slides.base import Fetched
 from wsi_mmm.storage import store
@@ -138,21 +139,22 @@ def slide_key(task: SlideTask) -> SlideKey:
 def load_runner(recipe: Recipe) -> TileRunner:
     """The model of a recipe on its device, loaded once per process by what it is, wherever it lies."""
     options = recipe.options
-    key = (f"{recipe.model_hash}/{recipe.tasks}", options.device, options.threads, options.runtime)
+    runtime = recipe.runtime_on(device_kind(options.device))
+    key = (f"{recipe.model_hash}/{recipe.tasks}", options.device, options.threads, runtime)
     with timed("prepare"), _loading:
         if key not in _runners:
             at, failed = _failures.get(key, (0.0, None))
             if failed is not None and time.monotonic() - at < FAILED_SECONDS:
                 raise failed  # of the units that waited for it, none tries again
             try:
-                _runners[key] = _make_runner(recipe)
+                _runners[key] = _make_runner(recipe, runtime)
             except WsiError as error:
                 _failures[key] = time.monotonic(), error
                 raise
         return _runners[key]
 
 
-def _make_runner(recipe: Recipe) -> TileRunner:
+def _make_runner(recipe: Recipe, runtime: str) -> TileRunner:
     if recipe.script:
         return _make_script_runner(recipe)
     try:
@@ -176,7 +178,7 @@ def _make_runner(recipe: Recipe) -> TileRunner:
     options = recipe.options
     quantise = {task.info.name: task.quantise for task in recipe_tasks(recipe)}
     runner = Runner(
-        model, device=options.device, threads=options.threads, quantise=quantise, runtime=options.runtime,
+        model, device=options.device, threads=options.threads, quantise=quantise, runtime=runtime,
         cache=_user_cache(recipe),
     )  # fmt: skip
     try:

@@ -23,6 +23,7 @@ from wsi_mmm.engine.stages.prepare import load_slide_plan, published_before, reg
 from wsi_mmm.engine.stages.slide_vector import complete_slide, slide_facts, write_vector
 from wsi_mmm.engine.units import SlidePlan, SlideSummary, SlideTask
 from wsi_mmm.errors import PluginError
+from wsi_mmm.model.identity import device_kind, precision_text
 from wsi_mmm.model.recipe import EncoderRecipe
 from wsi_mmm.outputs import merge, polygons
 from wsi_mmm.outputs.exports import write_features, write_map
@@ -325,7 +326,8 @@ def _write_features(ctx: UnitContext, plan: SlidePlan) -> str:
     if plan.places is not None and plan.places[:, 2:].any():  # nominal, so that its ratio is that of the sizes
         attributes |= {"target_magnification": round(round(native) * recipe.tile / width, 2), "off_grid": 1}
     if recipe.network is not None:
-        attributes |= _encoder_attributes(recipe.network, recipe.tile, grid.mpp)
+        precision = precision_text(recipe.runtime_on(device_kind(recipe.options.device)))
+        attributes |= _encoder_attributes(recipe.network, recipe.tile, grid.mpp) | {"precision": precision}
     write_features(store.join(plan.slide.output, "features.zarr"), vectors, plan.corners(), attributes)
     return "features.zarr"
 
