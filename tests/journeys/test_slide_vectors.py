@@ -286,6 +286,9 @@ def test_tables_of_unlike_slides_are_refused(slides: list[str], embedded: Path, 
     mixed = [str(folder / "features.zarr") for folder in (embedded / "t", tmp_path / "s")]
     with pytest.raises(InputError, match="s has slide_hash mean, t has"):
         export_table(mixed, str(tmp_path / "x.h5"), "slides-h5")
+    api.embed(slides[0], "test_convnext", output=tmp_path / "other", slide="mean", **OPTIONS)
+    with pytest.raises(InputError, match=r"s has encoder test_convnext, s has .*: export the folder of each enc"):
+        export_table([mixed[1], str(tmp_path / "other" / "s" / "features.zarr")], str(tmp_path / "x.h5"), "slides-h5")
     with pytest.raises(InputError, match="two slides have the id 't'"):
         export_table([mixed[0], mixed[0]], str(tmp_path / "x.h5"), "slides-h5")
     (tmp_path / "s" / FILE).unlink()

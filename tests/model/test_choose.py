@@ -91,6 +91,14 @@ def test_a_folder_is_an_encoder(form: str, tmp_path: Path, weights: dict[str, to
     assert (model.card.mean, model.card.std) == (MEAN, STD)
 
 
+def test_a_folder_that_is_none_or_says_nothing(tmp_path: Path) -> None:
+    """One line each: the path is wrong; there is no configuration."""
+    with pytest.raises(ModelError, match=r"there is no folder .*/gone: check the path behind local-dir:"):
+        choose_encoder(f"local-dir:{tmp_path}/gone")
+    with pytest.raises(ModelError, match=r"has no config\.json that names a timm architecture"):
+        choose_encoder(f"local-dir:{tmp_path}")
+
+
 def test_the_hub_cache_is_used_offline(
     tmp_path: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,11 +126,15 @@ def test_a_folder_holds_a_file_per_slide(tmp_path: Path) -> None:
     found = match_tile_files(where, [*((name, name) for name in "abcde"), ("x-f", "f"), ("missing", "missing")])
     assert [uri and Path(uri).relative_to(tmp_path).as_posix() for uri, _ in found] == [*names[:6], None]
     assert "missing_patches.h5 (TRIDENT) and missing.h5 (CLAM)" in found[-1][1]
+    assert "for missing/features.h5 (wsi-mmm export --to h5)" in found[-1][1]
     for uri, error in match_tile_files(where, [("1-f", "f"), ("2-f", "f")]):
         assert uri is None and "f.h5 would be the list of several slides named f: name that of this slide" in error
     assert match_tile_files(f"{where}/b.h5", [("z", "z")]) == [(f"{where}/b.h5", "")]
     [(uri, error), _] = match_tile_files(f"{where}/b.h5", [("z", "z"), ("y", "y")])
     assert uri is None and "tiles of one slide, and 2 are given: name a folder" in error
+    assert {error for _, error in match_tile_files(f"{where}/no", [("z", "z"), ("y", "y")])} == {
+        f"there is no {where}/no: name the .h5 file that lists the tiles of a slide, or a folder of files"
+    }
 
 
 def test_a_prefix_of_a_bucket_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,8 @@ def _named_recipe(name: str, weights: str | None) -> tuple[EncoderRecipe, bool]:
     if (entry := find_entry(name)) is not None:
         return entry.recipe, True
     source, rest = split_source(name)
+    if source == FOLDER and not Path(rest).expanduser().is_dir():
+        raise ModelError(f"there is no folder {rest}: check the path behind {FOLDER}")
     if source:
         given = WeightsConfig() if weights in (None, RANDOM) else config_beside(choose_file(Path(weights).expanduser()))
         config = config_beside(Path(rest).expanduser() / "weights") if source == FOLDER else given
@@ -163,7 +165,7 @@ def _named_recipe(name: str, weights: str | None) -> tuple[EncoderRecipe, bool]:
             config = hub_config(rest)
         if not config.architecture:
             raise ModelError(
-                f"the config.json of {rest} names no timm architecture: name one as encoder, "
+                f"{rest} has no config.json that names a timm architecture: name one as encoder, "
                 "and give its file as weights"
             )
         full = name if source == HUB else FOLDER + str(Path(rest).expanduser().absolute())

@@ -120,7 +120,7 @@ def explain_missing(recipe: EncoderRecipe, places: WeightPlaces) -> str:
     return (
         f"the weights of '{recipe.name}' are not on this machine: where there is network, "
         f"hf download {recipe.hub_id} --local-dir {name}{gated}; then put that folder at {folder} "
-        "or give it as weights (docs/encoders.md)"
+        f"or give it as {'slide' if recipe.architecture == 'abmil' else 'weights'} (docs/encoders.md)"
     )
 
 

@@ -27,7 +27,7 @@ MAX_NUMBERS = 1 << 20
 """Numbers in a slide's vector above which a file is refused."""
 
 READERS = 16  # files read at once: on storage every one is a request
-_SHARED = ("slide_hash", "encoder", "model_hash", "mpp", "patch_size", "overlap")
+_SHARED = ("encoder", "model_hash", "slide_hash", "mpp", "patch_size", "overlap")
 """Attributes in which the slides of a table must agree."""
 
 
@@ -151,7 +151,8 @@ def check_table(found: Sequence[SlideVector]) -> None:
             mine, theirs = (str(each.attributes.get(key)) for each in (one, found[0]))
             if mine != theirs:
                 text = f"{one.name} has {key} {mine[:40]}, {found[0].name} has {theirs[:40]}"
-                raise InputError(f"the vectors of two slides were not made alike ({text}): embed them alike")
+                remedy = "export the folder of each encoder by itself" if key == "encoder" else "embed them alike"
+                raise InputError(f"the vectors of two slides were not made alike ({text}): {remedy}")
         if one.name in names:
             raise InputError(f"two slides have the id {one.name!r}: export them apart")
         names.add(one.name)

@@ -218,6 +218,9 @@ def match_tile_files(where: str, slides: Sequence[tuple[str, str]]) -> list[tupl
     ``where``: one file, for one slide, or a folder or prefix with a file per slide, named by its id or name.
     """
     if not _is_folder(where):
+        if len(slides) > 1 and store.is_local(where) and not store.exists(where):
+            missing = f"there is no {where}: name the .h5 file that lists the tiles of a slide, or a folder of files"
+            return [(None, missing) for _ in slides]
         several = (
             f"{store.redact(where)} lists the tiles of one slide, and {len(slides)} are given: name a folder of files"
         )
@@ -249,5 +252,5 @@ def _why_none(where: str, names: tuple[str, str], uri: str | None) -> str:
         return f"{store.redact(uri)} would be the list of several slides named {name}: name that of this slide {own}.h5"
     return (
         f"no list of tiles for {name} in {store.redact(where)}: looked for {name}_patches.h5 (TRIDENT) and {name}.h5 "
-        "(CLAM), there and in patches/"
+        f"(CLAM), there and in patches/, and for {name}/features.h5 (wsi-mmm export --to h5)"
     )
