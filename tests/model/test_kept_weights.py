@@ -109,3 +109,15 @@ def test_what_is_kept_goes_to_one_model_and_ends_with_the_context(weights: str) 
     assert take_weights(path) is None
     read_ahead(path)
     assert take_weights(path) is None
+
+
+def test_numbers_that_are_none_are_said_before_any_slide(weights: str, slide: str, tmp_path: Path) -> None:
+    """What was read for the hash is looked at as well: nothing is written."""
+    tensors = timm.create_model(ENCODER, num_classes=0).state_dict()
+    tensors["norm.bias"][1] = float("nan")
+    save_file(tensors, weights)
+    asked = ["embed", slide, "--encoder", ENCODER, "--weights", weights, "-o", str(tmp_path / "out")]
+    result = invoke(*asked, *(word for name, value in COLOURS.items() for word in (f"--{name}", value)))
+    assert result.exit_code == 1
+    assert "hold NaN or infinity in 'norm.bias': take another copy of them" in result.output
+    assert not (tmp_path / "out").exists()

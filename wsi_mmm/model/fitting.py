@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wsi_mmm.errors import ModelError
+from wsi_mmm.model.kept_weights import peek_weights
 from wsi_mmm.model.key_maps import rename_tensors
 from wsi_mmm.model.networks import create_network, grid_side, network_config
 from wsi_mmm.model.recipe import EncoderRecipe
@@ -56,7 +57,8 @@ class Misfit:
 
 
 def check_listed_weights(recipe: EncoderRecipe, path: Path) -> None:
-    """ModelError, as of `fit_weights`, when the tensors that a file lists do not fit; their numbers are not read.
+    """ModelError, as of `fit_weights`, when the tensors that a file lists do not fit; their numbers are looked at where
+    they were read for its hash, and not read else.
 
     Files that timm itself renames and those of a package's encoder are left to the loading.
     """
@@ -72,6 +74,13 @@ def check_listed_weights(recipe: EncoderRecipe, path: Path) -> None:
         key: torch.empty(shape, dtype=TENSOR_TYPES[kind], device="meta") for key, (kind, shape) in listed.items()
     }
     fit_weights(network, rename_tensors(tensors, recipe.key_map, shapes), str(path), published_id(recipe))
+    for key, value in peek_weights(path).items():
+        _check_numbers(key, value, str(path))
+
+
+def _check_numbers(key: str, value: Tensor, source: str) -> None:
+    if not value.is_meta and value.is_floating_point() and not torch.isfinite(value).all():
+        raise ModelError(f"the weights {source} hold NaN or infinity in '{key}': take another copy of them")
 
 
 def published_id(recipe: EncoderRecipe) -> str:
@@ -102,8 +111,7 @@ def fit_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str, 
                 f"the weights {source} hold whole numbers ({str(value.dtype).removeprefix('torch.')}) in '{key}': "
                 "quantised weights are not computed with, take those in F32 or F16"
             )
-        if not value.is_meta and value.is_floating_point() and not torch.isfinite(value).all():
-            raise ModelError(f"the weights {source} hold NaN or infinity in '{key}': take another copy of them")
+        _check_numbers(key, value, source)
     return fitting
 
 

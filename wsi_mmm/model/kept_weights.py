@@ -43,6 +43,12 @@ def put_weights(path: Path, tensors: dict[str, Any], sha256: str) -> None:
             _kept[path] = tensors, sha256
 
 
+def peek_weights(path: Path) -> dict[str, Any]:
+    """The tensors that are kept of a file, which stay; empty when there are none."""
+    with _lock:
+        return _kept[path][0] if path in _kept else {}
+
+
 def take_weights(path: Path) -> tuple[dict[str, Any], str] | None:
     """The tensors that were kept of a file, and the sha256 of its bytes, for one model; None when there are none."""
     with _lock:
