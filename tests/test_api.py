@@ -46,7 +46,7 @@ from wsi_mmm.tiles.grid import tile_xy
         ({"tile_size": 256, "overlap": 256}, "overlap by less than themselves"),
         ({"reader": "best"}, "there is no reader 'best'"),
         ({"workers": "2"}, "workers must be a whole number"),
-        ({"nonsense": 1}, "unknown option 'nonsense'; known: batch_size"),
+        ({"nonsense": 1}, "unknown option 'nonsense'; known: allow_torchscript"),
         ({"tasks": "nucleus"}, "no task 'nucleus'"),
     ],
 )

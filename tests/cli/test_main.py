@@ -201,7 +201,7 @@ SAID: dict[str, tuple[tuple[str, ...], object]] = {
     "tasks": (("--task", "t", "--task", "u"), ["t", "u"]), "cache_tiles": (("--cache-tiles", "off"), "off"),
     "runtime": (("--runtime", "bf16"), "bf16"), "device": (("--device", "cpu"), "cpu"),
     "mag": (("--mag", "20"), 0.5), "placement": (("--placement", "pool", "--cache", "c"), "pool"),
-    "cache_quota": (("--cache-quota", "50GB"), "50GB"),
+    "cache_quota": (("--cache-quota", "50GB"), "50GB"), "measure": (("--measure", "none"), "none"),
 }  # fmt: skip
 """Words and value of flags that take no number and no plain word."""
 OBSERVED = {option.name for option in OBSERVE_OPTIONS}
