@@ -6,8 +6,6 @@ Names of columns are lower case with underscores and end in what they hold: ``nu
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from typing import Any
 
 from wsi_mmm.errors import printable
 from wsi_mmm.outputs.report import SlideRow
-from wsi_mmm.outputs.tables import parquet_bytes, typed_array
+from wsi_mmm.outputs.tables import columns_csv, columns_parquet
 from wsi_mmm.storage.store import redact
 
 SUMMARY_FACTS = (
@@ -42,18 +40,12 @@ class SlideResults:
 
 def summary_csv(slides: Sequence[SlideResults]) -> bytes:
     """UTF-8, a header, empty cells for what is not known."""
-    columns = _summary_columns(slides)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    return text.getvalue().encode()
+    return columns_csv(_summary_columns(slides))
 
 
 def summary_parquet(slides: Sequence[SlideResults]) -> bytes:
     """The same columns: text, whole numbers, float64; null for what is not known."""
-    columns = {name: typed_array(values) for name, values in _summary_columns(slides).items()}
-    return parquet_bytes(columns, "snappy")
+    return columns_parquet(_summary_columns(slides))
 
 
 def _summary_columns(slides: Sequence[SlideResults]) -> dict[str, list[Any]]:

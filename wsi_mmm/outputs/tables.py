@@ -54,10 +54,10 @@ def tiles_table(
             table[name] = pa.DictionaryArray.from_arrays(indices, names)
         else:
             table[name] = pa.array(values, mask=np.isnan(values))
-    return parquet_bytes(table, "zstd")
+    return _parquet_bytes(table, "zstd")
 
 
-def parquet_bytes(columns: Mapping[str, object], compression: str) -> bytes:
+def _parquet_bytes(columns: Mapping[str, object], compression: str) -> bytes:
     """The parquet file of a table."""
     buffer = io.BytesIO()
     parquet.write_table(pa.table(columns), buffer, compression=compression)
@@ -66,7 +66,16 @@ def parquet_bytes(columns: Mapping[str, object], compression: str) -> bytes:
 
 def slides_csv(rows: Sequence[SlideRow]) -> bytes:
     """UTF-8, a header, empty cells for what is not known: `SLIDE_FACTS`, then ``<task>`` and ``<task>:<class>``."""
-    columns = _slide_columns(rows)
+    return columns_csv(_slide_columns(rows))
+
+
+def slides_parquet(rows: Sequence[SlideRow]) -> bytes:
+    """The same columns: text, whole numbers, float64; null for what is not known."""
+    return columns_parquet(_slide_columns(rows))
+
+
+def columns_csv(columns: Mapping[str, Sequence[Any]]) -> bytes:
+    """UTF-8, a header line, empty cells for None."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -74,10 +83,10 @@ def slides_csv(rows: Sequence[SlideRow]) -> bytes:
     return text.getvalue().encode()
 
 
-def slides_parquet(rows: Sequence[SlideRow]) -> bytes:
-    """The same columns: text, whole numbers, float64; null for what is not known."""
-    columns = {name: typed_array(values) for name, values in _slide_columns(rows).items()}
-    return parquet_bytes(columns, "snappy")  # as pyarrow does by itself
+def columns_parquet(columns: Mapping[str, list[Any]]) -> bytes:
+    """The same table with types: text, whole numbers, float64; null for None."""
+    typed = {name: _typed_array(values) for name, values in columns.items()}
+    return _parquet_bytes(typed, "snappy")  # as pyarrow does by itself
 
 
 def _slide_columns(rows: Sequence[SlideRow]) -> dict[str, list[Any]]:
@@ -92,7 +101,7 @@ def _slide_columns(rows: Sequence[SlideRow]) -> dict[str, list[Any]]:
     }
 
 
-def typed_array(values: list[Any]) -> Any:
+def _typed_array(values: list[Any]) -> Any:
     """A column without any value is text (Parquet readers do not all know the type of nothing), and so is one of texts
     and numbers: slides of several models."""
     texts = [None if value is None else value if isinstance(value, str) else str(value) for value in values]
