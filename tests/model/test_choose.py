@@ -221,3 +221,10 @@ def test_a_repository_in_the_folder_of_folders(
     file = put(tmp_path / "all" / "tiny", weights, CONFIG) / "model.safetensors"
     chosen = choose_encoder("hf-hub:org/tiny")
     assert chosen.path == file and (chosen.recipe.mean, chosen.recipe.arguments) == (MEAN, ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ["uni2-h", "vit_tiny_patch16_224"])
+def test_an_address_of_storage_is_no_path(name: str) -> None:
+    """The address stays readable in the line, without its password."""
+    with pytest.raises(ModelError, match=r"the weights s3://b/w\.safetensors are not on a disk: copy them to a folder"):
+        choose_encoder(name, "s3://me:secret@b/w.safetensors")

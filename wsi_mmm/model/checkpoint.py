@@ -38,6 +38,7 @@ from wsi_mmm.model.choose import (
     hash_encoder,
 )
 from wsi_mmm.model.encoder import PyramidEncoder, build_encoder
+from wsi_mmm.model.find_weights import local_weights
 from wsi_mmm.model.fitting import TENSOR_TYPES, fit_weights, published_id
 from wsi_mmm.model.heads import HeadSpec, build_head
 from wsi_mmm.model.kept_weights import put_weights, take_weights
@@ -182,7 +183,7 @@ def _build_encoder(card: EncoderCard, weights: str | None) -> PyramidEncoder:
             return _open_chosen(card, chosen.recipe, chosen.path)
     encoder = build_encoder(card, pretrained=weights is None)
     if weights not in (None, RANDOM) and not is_plugin(card):
-        path = Path(str(weights)).expanduser()
+        path = local_weights(str(weights))
         _load_backbone(card, encoder, read_tensors(path)[0], path)
     return encoder
 

@@ -12,7 +12,14 @@ from typing import Any
 
 from wsi_mmm.errors import ModelError
 from wsi_mmm.model.card import DecoderCard, EncoderCard, ModelCard
-from wsi_mmm.model.find_weights import choose_file, download_weights, explain_missing, find_weights, local_places
+from wsi_mmm.model.find_weights import (
+    choose_file,
+    download_weights,
+    explain_missing,
+    find_weights,
+    local_places,
+    local_weights,
+)
 from wsi_mmm.model.hub import check_hub
 from wsi_mmm.model.identity import check_weights
 from wsi_mmm.model.recipe import IMAGENET_MEAN, IMAGENET_STD, ColourTriple, EncoderRecipe, Pooling, parse_recipe
@@ -159,7 +166,7 @@ def _named_recipe(name: str, weights: str | None) -> tuple[EncoderRecipe, bool]:
     if source == FOLDER and not Path(rest).expanduser().is_dir():
         raise ModelError(f"there is no folder {rest}: check the path behind {FOLDER}")
     if source:
-        given = WeightsConfig() if weights in (None, RANDOM) else config_beside(choose_file(Path(weights).expanduser()))
+        given = WeightsConfig() if weights in (None, RANDOM) else config_beside(choose_file(local_weights(weights)))
         config = config_beside(Path(rest).expanduser() / "weights") if source == FOLDER else given
         if source == HUB and not given.architecture:
             config = hub_config(rest)

@@ -17,6 +17,7 @@ from wsi_mmm.model.hub import check_hub
 from wsi_mmm.model.recipe import EncoderRecipe
 from wsi_mmm.model.shards import INDEX, index_names, is_index, is_part
 from wsi_mmm.plugins import import_package
+from wsi_mmm.storage.base import redact
 
 WEIGHTS_VARIABLE = "WSI_MMM_WEIGHTS"
 SAFE_ENDING = ".safetensors"
@@ -53,13 +54,23 @@ class FoundWeights:
     place: str
 
 
+def local_weights(weights: str) -> Path:
+    """The path that a user gave for weights. ModelError for an address of storage: weights are read from disk."""
+    if "://" in weights:
+        raise ModelError(
+            f"the weights {redact(weights)} are not on a disk: copy them to a folder that every worker sees, and give "
+            f"its path, or name it in {WEIGHTS_VARIABLE}"
+        )
+    return Path(weights).expanduser()
+
+
 def find_weights(recipe: EncoderRecipe, weights: str | None, places: WeightPlaces) -> FoundWeights | None:
     """The weights of a published encoder: ``weights`` (a file or a folder), else those in ``places``; None: nowhere.
 
     ModelError: a place that was named is not there, or holds weights that cannot be read as they are.
     """
     if weights is not None:
-        path = Path(weights).expanduser()
+        path = local_weights(weights)
         if not path.exists():
             raise ModelError(f"the weights {path} are missing: check the path of --weights")
         return FoundWeights(choose_file(path, recipe.file, recipe.name), "--weights")
